@@ -1,0 +1,7 @@
+"""Lightning callbacks: how training goes, and the account it leaves."""
+
+from callbacks.predictions import PredictionWriter
+from callbacks.reproducibility import Reproducibility
+from callbacks.run_summary import RunSummary
+
+__all__ = ["PredictionWriter", "Reproducibility", "RunSummary"]

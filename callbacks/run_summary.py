@@ -1,0 +1,205 @@
+"""The account of a run: scores by epoch, cost, settings; in metrics.json, in TensorBoard and on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.files import whole_file
+
+Scores = dict[str, float]
+
+
+class RunSummary(Callback):
+    """Keeps the account of a run and writes it to ``metrics.json`` in the run folder after every epoch and stage.
+
+    Args:
+        settings: the run's configuration, shown on TensorBoard's HPARAMS page together with the final scores.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = dict(settings or {})
+        self.epochs: list[Scores] = []
+        self.scores: Scores = {}  # of the best epoch, and of the test set
+        self.seconds = 0.0  # spent training, validation included
+        self.examples = self.tokens = 0  # trained on, all processes together
+        self.training_seconds = 0.0  # of them, spent in training batches
+        self._since = 0.0
+
+    # What a resumed run takes over
+
+    def state_dict(self) -> dict[str, Any]:
+        """The account so far."""
+        spent = time.perf_counter() - self._since if self._since else 0.0
+        return {
+            "epochs": self.epochs,
+            "seconds": self.seconds + spent,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "training_seconds": self.training_seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the account of the run that was stopped."""
+        for key, value in state_dict.items():
+            setattr(self, key, value)
+
+    # Training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; tell TensorBoard the settings and which scores will be final."""
+        self._since = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero and self.settings:
+            from torch.utils.tensorboard.summary import hparams
+
+            flat = {key: value for key, value in _flat(self.settings) if value is not None}
+            names = [f"hp/{split}_{name}" for split in ("val", "test") for name in ("accuracy", "macro_f1", "loss")]
+            for summary in hparams(flat, dict.fromkeys(names, 0.0)):
+                trainer.logger.experiment._get_file_writer().add_summary(summary)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the batch."""
+        self._batch_since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch."""
+        self.training_seconds += time.perf_counter() - self._batch_since
+        self.examples += int(batch.get("global_rows", len(batch["input_ids"])))
+        self.tokens += int(batch["attention_mask"].sum()) * trainer.world_size
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the epoch."""
+        scores = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
+        scores.pop("train/step_loss", None)
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **scores})
+        self._write(trainer, pl_module, "running")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the scores of the best epoch."""
+        self.seconds += time.perf_counter() - self._since
+        self._since = 0.0
+        if self.epochs:
+            best = self.best_epoch(pl_module)
+            self.scores.update({k: v for k, v in best.items() if k.startswith("val/")}, best_epoch=best["epoch"])
+        self._write(trainer, pl_module, "finished" if not trainer.interrupted else "interrupted")
+        self._log_final(trainer)
+
+    def best_epoch(self, pl_module: LightningModule) -> Scores:
+        """The scores of the epoch that is best by the task's ``monitor``; the first of equals."""
+        sign = 1 if pl_module.mode == "max" else -1
+        return max(self.epochs, key=lambda scores: sign * scores.get(pl_module.monitor, -sign * math.inf))
+
+    # Evaluation
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the scores of a validation that stands by itself."""
+        if trainer.state.fn == "validate":
+            self._evaluated(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the test scores."""
+        self._evaluated(trainer, pl_module)
+
+    def _evaluated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        split = "val/" if trainer.state.fn == "validate" else "test/"
+        self.scores.update({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)})
+        self._write(trainer, pl_module, "finished")
+        self._log_final(trainer)
+
+    # Where it goes
+
+    def _log_final(self, trainer: Trainer) -> None:
+        if trainer.logger is not None:
+            final = {f"hp/{k.replace('/', '_')}": v for k, v in self.scores.items() if "/" in k}
+            trainer.logger.log_metrics(final, step=trainer.global_step)
+            trainer.logger.save()
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
+        folder = trainer.log_dir
+        if not trainer.is_global_zero or folder is None:
+            return
+        account = {"status": status, **self.account(trainer, pl_module)}
+        with whole_file(Path(folder) / "metrics.json") as file:
+            json.dump(account, file, indent=2)
+
+    def account(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Everything that ``metrics.json`` holds. Seconds are wall-clock, memory is in bytes, of process 0."""
+        parameters = list(pl_module.parameters())
+        since = time.perf_counter() - self._since if self._since else 0.0
+        return {
+            "task": type(pl_module).__name__,
+            "monitor": pl_module.monitor,
+            "scores": self.scores,
+            "epochs": self.epochs,
+            "parameters": {
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "total": sum(p.numel() for p in parameters),
+            },
+            "seconds": self.seconds + since,
+            "examples_per_second": self.examples / self.training_seconds if self.training_seconds else None,
+            "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else None,
+            "peak_memory_bytes": peak_memory(),
+            "steps": trainer.global_step,
+            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            "processes": trainer.world_size,
+            "precision": str(trainer.precision),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "base": {"path": pl_module.base, "digest": pl_module.base_digest},
+            "data": trainer.datamodule.description(),
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
+        }
+
+    def table(self, pl_module: LightningModule) -> Any:
+        """Training and validation scores by epoch, as a rich table; the best epoch is marked."""
+        from rich.table import Table
+
+        table = Table(title="Accuracy and macro F1 by epoch")
+        columns = [f"{split}/{name}" for name in ("loss", "accuracy", "macro_f1") for split in ("train", "val")]
+        table.add_column("epoch", justify="right")
+        for column in columns:
+            table.add_column(column.replace("/", " ").replace("macro_f1", "macro F1"), justify="right")
+        best = self.best_epoch(pl_module)["epoch"] if self.epochs else None
+        for scores in self.epochs:
+            shown = [f"{scores[column]:.4f}" if column in scores else "" for column in columns]
+            mark = "*" if scores["epoch"] == best else ""
+            table.add_row(f"{int(scores['epoch'])}{mark}", *shown, style="bold" if mark else None)
+        return table
+
+
+_PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "tokenizers", "safetensors")
+
+
+def peak_memory() -> int:
+    """Bytes: the most the GPU's allocator held, or without a GPU the most this process occupied."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as dotted names and plain values."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}".replace(".init_args.", ".").removesuffix(".class_path")
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((name, value if isinstance(value, bool | int | float | str | None) else str(value)))
+    return pairs

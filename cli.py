@@ -1,0 +1,71 @@
+"""The command line, ``gpt2-pl``: fit, validate, test and predict from overlaid configuration files."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COMMANDS = {
+    "fit": "train a model; then test its best checkpoint where there is a test set",
+    "validate": "score a checkpoint on the validation set",
+    "test": "score a checkpoint on the test set",
+    "predict": "write the class probabilities of unlabelled rows",
+}
+_HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+{commands}
+
+Configuration files lie over one another, later over earlier, and flags over files:
+
+  gpt2-pl fit --config configs/quickstart.yaml
+  gpt2-pl fit --config configs/task/sst5.yaml --config configs/strategy/linear_probe.yaml --model.base gpt2
+  gpt2-pl test --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
+
+A run leaves its configuration, checkpoints, scores, predictions and TensorBoard events in
+lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists all keys.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; input that cannot be used ends it with one line and exit status 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help", "--version"):
+        from gpt2_pl import __version__
+
+        commands = "\n".join(f"  {name:10}{text}" for name, text in _COMMANDS.items())
+        print(f"gpt2-pl {__version__}" if args[:1] == ["--version"] else _HELP.format(commands=commands), end="\n")
+        return
+    if args[0] not in _COMMANDS:
+        _fail(f"unknown command {args[0]!r}; it must be one of {', '.join(_COMMANDS)}")
+    from gpt2_pl.errors import InputError
+
+    try:
+        _run(args)
+    except InputError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"gpt2-pl: error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    raise SystemExit(2)
+
+
+def _run(args: list[str]) -> None:
+    import logging
+    import warnings
+
+    for message in ("LightningCLI's args parameter", ".*does not have many workers", ".*LeafSpec"):
+        warnings.filterwarnings("ignore", message=message)
+    trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    trainer_log.addFilter(lambda record: "litlogger" not in record.getMessage())
+    from commands.train import GPT2CLI
+
+    GPT2CLI(args=args)
+
+
+if __name__ == "__main__":
+    main()

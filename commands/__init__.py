@@ -1,0 +1,1 @@
+"""The subcommands of ``gpt2-pl``, a file each."""

@@ -1,0 +1,236 @@
+"""fit, validate, test and predict, through LightningCLI."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks import PredictionWriter, Reproducibility, RunSummary
+from gpt2_pl.errors import InputError
+from gpt2_pl.tasks import Task
+
+RUNS = "lightning_logs"
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line: fifty lines of usage would hide it."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing."""
+
+
+class GPT2CLI(LightningCLI):
+    """LightningCLI with this library's run folder, checkpoints, early stopping and account of the run."""
+
+    def __init__(self, args: list[str]) -> None:
+        self.checkpoint = _checkpoint_path(args)
+        if self.checkpoint is not None:
+            args = _with_hyperparameters(args, self.checkpoint)
+        super().__init__(
+            Task,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    # Keys
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Our subcommands and the trainer's arguments that are not keys; ``weights_only`` is always True."""
+        common = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": common,
+            "test": common,
+            "predict": common | {"return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Keys of the run itself."""
+        parser.add_argument("--name", type=str, default="run", help=f"the run's folder: {RUNS}/NAME/version_N")
+        parser.add_argument(
+            "--early_stopping_patience",
+            type=int | None,
+            default=None,
+            help="stop after this many validations without a better score; null never stops early",
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=int | None,
+            default=None,
+            help="also write checkpoints/last.ckpt every N optimizer steps; by default after every epoch only",
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """The checkpoint's hyperparameters lie under files and flags already."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what one key takes from another, so that config.yaml says what the run used."""
+        config = self.config[self.subcommand]
+        for key in ("model", "data"):
+            if config.get(key) is None:
+                raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
+        model, data = config.model.init_args, config.data.init_args
+        if data.get("tokenizer", "given") is None and model.get("base") is not None:
+            data.tokenizer = model.base
+        trainer = config.trainer
+        if trainer.precision is None:
+            trainer.precision = best_precision(trainer.accelerator)
+        if trainer.use_distributed_sampler is True:
+            trainer.use_distributed_sampler = False  # our loaders share the rows out themselves
+        if trainer.logger is None:
+            trainer.logger = True
+
+    # Building
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with our logger and callbacks beside the configured ones."""
+        config = self.config_init[self.subcommand]
+        trainer = {**config["trainer"], **kwargs}
+        logged = trainer["logger"] is True and not trainer["fast_dev_run"]
+        if logged:
+            root = Path(trainer["default_root_dir"] or ".") / RUNS
+            trainer["logger"] = TensorBoardLogger(root, name=config["name"], default_hp_metric=False)
+        self.summary = RunSummary(self.config_settings())
+        callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter()]
+        if trainer["enable_progress_bar"] is not False:
+            callbacks.append(RichProgressBar())
+        if trainer["logger"]:
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if self.subcommand == "fit":
+            monitor, mode = self.model.monitor, self.model.mode
+            if config["early_stopping_patience"] is not None:
+                callbacks.append(EarlyStopping(monitor, patience=config["early_stopping_patience"], mode=mode))
+            if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
+                callbacks += self._checkpoints(monitor, mode, config["checkpoint_every_n_steps"])
+        return self._instantiate_trainer(trainer, callbacks)
+
+    def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[ModelCheckpoint]:
+        shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
+        self.best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
+        # One file, replaced: with a fresh name each time, `save_top_k=1` deletes the older one after the newer is whole.
+        last = ModelCheckpoint(
+            filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, **shared
+        )
+        return [self.best, last]
+
+    def config_settings(self) -> dict[str, Any]:
+        """The run's configuration as plain values."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=True))[self.subcommand]
+
+    # Running
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False
+        return {**kwargs, "weights_only": True}
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint where there is a test set, then say what was run and where it lies."""
+        trainer, best = self.trainer, getattr(self, "best", None)
+        if trainer.interrupted:
+            return
+        if best is not None and best.best_model_path and self.datamodule.has("test"):
+            trainer.test(self.model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+        self._report()
+
+    def after_validate(self) -> None:
+        """Say where the scores lie."""
+        self._report()
+
+    after_test = after_predict = after_validate
+
+    def _report(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        from rich.console import Console
+
+        console = Console()
+        if self.summary.epochs:
+            console.print(self.summary.table(self.model))
+        for name, value in self.summary.scores.items():
+            if "/" in name:
+                console.print(f"{name:16} {value:.4f}")
+        if (folder := self.trainer.log_dir) is not None:
+            files = ", ".join(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
+            console.print(f"\n{self.subcommand} is done: {folder}\n  {files}", soft_wrap=True, highlight=False)
+            if Path(folder, "checkpoints", "best.ckpt").is_file():
+                console.print(
+                    f"Score it again:  gpt2-pl test --config {folder}/config.yaml "
+                    f"--ckpt_path {folder}/checkpoints/best.ckpt",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+            console.print(f"Look at it:      tensorboard --logdir {Path(folder).parents[1]}", soft_wrap=True)
+
+
+def best_precision(accelerator: Any) -> str:
+    """``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if accelerator in ("auto", "cpu"):
+        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16-mixed" if capable else "32-true"
+    return "32-true"
+
+
+def _checkpoint_path(args: list[str]) -> str | None:
+    """The value of ``--ckpt_path``, which must be a file here."""
+    path = None
+    for i, arg in enumerate(args):
+        if arg == "--ckpt_path" and i + 1 < len(args):
+            path = args[i + 1]
+        elif arg.startswith("--ckpt_path="):
+            path = arg.partition("=")[2]
+    if path is not None and not Path(path).is_file():
+        raise InputError(f"ckpt_path: there is no file {path}")
+    return path
+
+
+def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
+    """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        stored = dict(content["hyper_parameters"])
+        task = stored.pop("task")
+    except Exception as error:  # unpickling, zip and key errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"ckpt_path: {checkpoint} is not a checkpoint of this library: {reason[:200]}") from None
+    import gpt2_pl.tasks
+
+    if task not in gpt2_pl.tasks.__all__:
+        raise InputError(f"ckpt_path: {checkpoint} was written by {task!r}, which is no task of this library")
+    stored.pop("num_classes", None)  # the data's to say
+    stored.pop("word_ids", None)
+    if any(
+        arg in ("-c", "--config") or arg.startswith(("--config=", "--model.base", "--model.init_args.base"))
+        for arg in args
+    ):
+        stored.pop("base"), stored.pop("config")  # which of the two it is, the files say
+    layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+        yaml.safe_dump(layer, file)
+    return [args[0], "--config", file.name, *args[1:]]

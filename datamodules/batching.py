@@ -1,0 +1,173 @@
+"""Tokenised rows in flat arrays, batches of similar length, and a loader that resumes in mid-epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Batch = dict[str, Any]
+Rows = NDArray[np.int64]
+
+POOL = 50  # batches whose rows are sorted by length together; larger pads less and mixes less
+
+
+class TokenRows:
+    """Token ids of all rows of a split, one after the other, with where each row ends.
+
+    Args:
+        values: all token ids, flat.
+        offsets: (N + 1,) row n is ``values[offsets[n]:offsets[n + 1]]``.
+        labels: (N,) class indices, or None where nothing is known.
+    """
+
+    def __init__(self, values: NDArray[Any], offsets: NDArray[Any], labels: NDArray[Any] | None = None) -> None:
+        self.values, self.offsets, self.labels = values, offsets, labels
+        self.lengths = np.diff(offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Rows) -> Batch:
+        """Rows as tensors, padded on the right to the longest of them.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, T), ``row`` (B,) and, where known, ``labels`` (B,).
+        """
+        lengths = self.lengths[rows]
+        text = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+        input_ids = np.zeros(text.shape, dtype=np.int64)
+        input_ids[text] = np.concatenate([self.values[self.offsets[n] : self.offsets[n + 1]] for n in rows])
+        batch: Batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(text.astype(np.int64)),
+            "row": torch.from_numpy(rows),
+        }
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[rows])
+        return batch
+
+
+def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: int, world: int = 1) -> list[Rows]:
+    """The global batches of one epoch, rows of similar length together: a function of the seed and the epoch.
+
+    Rows are shuffled, sorted by length within pools of ``POOL`` batches, cut into batches, and the batches shuffled.
+
+    Args:
+        lengths: (N,) tokens in each row.
+        batch_size: rows per process.
+        seed: any integer.
+        epoch: 0, 1, ...
+        world: number of processes; process r takes every ``world``-th row of each batch, from r on.
+
+    Returns:
+        Arrays of ``batch_size * world`` rows; the remainder of an epoch makes one smaller batch, or is left out where
+        it is smaller than ``world``. Without that, every row occurs exactly once.
+    """
+    generator = np.random.default_rng([seed % 2**63, epoch])
+    size = batch_size * world
+    order = generator.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), size * POOL):
+        pool = order[start : start + size * POOL]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    return [batches[i] for i in generator.permutation(len(batches)) if len(batches[i]) >= world]
+
+
+def evaluation_batches(lengths: NDArray[Any], batch_size: int, rank: int = 0, world: int = 1) -> list[Rows]:
+    """The batches of process ``rank``: every row on exactly one process, once, longest rows first."""
+    order = np.argsort(-lengths, kind="stable")[rank::world]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+class EvaluationLoader:
+    """Every row once, the longest first.
+
+    Args:
+        rows: the tokenised rows.
+        batch_size: rows per process.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(self, rows: TokenRows, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.rows = rows
+        self.batches = evaluation_batches(rows.lengths, batch_size, rank, world)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            yield self.rows.batch(batch)
+
+
+class TrainingLoader:
+    """One epoch after the other of :func:`training_batches`, resumable within an epoch.
+
+    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins and keeps ``state_dict`` in checkpoints. Each
+    batch also says how many rows the global batch has, as ``global_rows``.
+
+    Args:
+        rows: the tokenised rows.
+        batch_size: rows per process.
+        seed: decides the order, together with the epoch.
+        rank: this process.
+        world: number of processes.
+        finished: how many batches of this epoch training has finished, for ``state_dict``.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        finished: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rank, self.world, self.finished = rank, world, finished
+        self.epoch = 0
+        self._resume = {"epoch": -1, "batches": 0}
+
+    @property
+    def sampler(self) -> TrainingLoader:
+        """Where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration will be."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many of its batches are done."""
+        return {"epoch": self.epoch, "batches": self.finished()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind the batches that were done."""
+        self._resume = {"epoch": int(state["epoch"]), "batches": int(state["batches"])}
+
+    def __len__(self) -> int:
+        size = self.batch_size * self.world
+        whole, rest = divmod(len(self.rows), size)
+        return whole + (rest >= self.world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
+        batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world)
+        done = self._resume["batches"] if self._resume["epoch"] == self.epoch else 0
+        self._resume["epoch"] = -1
+        for rows in batches[done:]:
+            yield {**self.rows.batch(rows[self.rank :: self.world]), "global_rows": len(rows)}
+
+
+def padding_share(batches: list[Tensor]) -> float:
+    """The share of padding in attention masks (B, T) of several batches."""
+    text = sum(int(mask.sum()) for mask in batches)
+    return 1.0 - text / sum(mask.numel() for mask in batches)

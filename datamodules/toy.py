@@ -1,0 +1,108 @@
+"""A sentiment set that the library writes itself, for a first run and for tests: no file, no network."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from datamodules.base import TextClassification
+from datamodules.sentiment import TEMPLATE
+from gpt2_pl.errors import InputError
+from gpt2_pl.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+
+_THINGS = "plot cast music story camera script pacing dialogue ending humour scenery costume".split()
+_GOOD = "wonderful moving clever charming brilliant funny fresh warm gripping lovely".split()
+_BAD = "dreadful boring clumsy tedious awful stale cold lifeless messy painful".split()
+_PLAIN = "long short recent foreign quiet loud dark bright modern old".split()
+_DEGREES = ["", "really ", "quite ", "utterly ", "rather "]
+_OPENINGS = ["", "I think ", "critics say ", "my friends agree that ", "for once ", "to be fair "]
+_CLOSINGS = ["", " this time", " from start to finish", " as the reviews said", " on a big screen"]
+
+
+def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
+    """``n`` short reviews, each negative (0), neutral (1) or positive (2).
+
+    A review describes two things, one of them in plain words; half of the opinions are negated ("not ... at all"),
+    which turns them round, so that no single word gives the class away.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        label = rng.randrange(3)
+        first, second = rng.sample(_THINGS, 2)
+        negated = label != 1 and rng.random() < 0.5
+        words = _PLAIN if label == 1 else _GOOD if (label == 2) != negated else _BAD
+        opinion = f"the {first} is {'not ' if negated else ''}{rng.choice(_DEGREES)}{rng.choice(words)}"
+        opinion += " at all" if negated else ""
+        aside = f"the {second} is {rng.choice(_DEGREES)}{rng.choice(_PLAIN)}"
+        clauses = [opinion, aside]
+        rng.shuffle(clauses)
+        sentence = f"{rng.choice(_OPENINGS)}{' and '.join(clauses)}{rng.choice(_CLOSINGS)}"
+        rows.append({"sentence": sentence, "sentiment": label})
+    return rows
+
+
+class ToySentiment(TextClassification):
+    """Three-class reviews of :func:`toy_reviews` with a byte-level BPE trained on them on the spot.
+
+    Args:
+        n_train: training rows; a quarter as many each for validation and test.
+        vocab_size: entries of the tokenizer.
+        data_seed: decides which reviews are written.
+        template: the text the model reads.
+        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
+        max_length: tokens in a review's text; by default what the model has room for.
+        batch_size: rows per process and step.
+        eval_batch_size: rows per process in validation, test and prediction.
+    """
+
+    def __init__(
+        self,
+        n_train: int = 2000,
+        vocab_size: int = 512,
+        data_seed: int = 0,
+        template: str = TEMPLATE,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+    ) -> None:
+        super().__init__(
+            label_column="sentiment",
+            labels=["negative", "neutral", "positive"],
+            template=template,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+        )
+        if n_train < 8:
+            raise InputError(f"data.n_train is {n_train}; it must be at least 8")
+        self.n_train, self.vocab_size, self.data_seed = n_train, vocab_size, data_seed
+
+    def has(self, split: str) -> bool:
+        """Every split is there; prediction reads the test rows."""
+        return True
+
+    def _has_own_val(self) -> bool:
+        return True
+
+    def _texts(self, split: str) -> list[dict[str, Any]]:
+        n, sizes = self.n_train, {"train": slice(0, self.n_train), "val": slice(self.n_train, self.n_train * 5 // 4)}
+        rows = toy_reviews(n + 2 * (n // 4), self.data_seed)
+        return rows[sizes.get(split, slice(n * 5 // 4, None))]
+
+    def _read(self, split: str) -> tuple[Dataset, str]:
+        from datasets import Dataset
+
+        return Dataset.from_list(self._texts(split)), f"toy reviews ({split})"
+
+    def _make_tokenizer(self) -> Tokenizer:
+        if self.tokenizer_source is not None:
+            return super()._make_tokenizer()
+        texts = (self.template.fill(row) for row in self._texts("train"))
+        return train_tokenizer(texts, self.vocab_size)

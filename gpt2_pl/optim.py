@@ -1,0 +1,206 @@
+"""AdamW, learning-rate schedules, and the parameter groups that every strategy shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), many tensors per kernel.
+
+    ``theta *= 1 - lr * weight_decay``, then ``theta -= lr * m_hat / (sqrt(v_hat) + eps)`` with the bias-corrected
+    first and second moments. Its state has the layout of ``torch.optim.AdamW``; either loads the other's.
+
+    Args:
+        params: tensors or parameter groups.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decay per step, in units of ``lr``.
+
+    Raises:
+        ValueError: a negative ``lr``, ``eps`` or ``weight_decay``, or a beta outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0.0:
+                raise ValueError(f"{key} is {value}; it must be at least 0")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {tuple(betas)}; each must be in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            # Parameters that were frozen for a while lag behind: tensors are updated together per step count.
+            by_step: dict[float, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise RuntimeError("AdamW needs dense gradients; this parameter's gradient is sparse")
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                by_step.setdefault(state["step"].item(), []).append(parameter)
+            for step, parameters in by_step.items():
+                self._update(parameters, step, group)
+        return loss
+
+    def _update(self, parameters: list[Tensor], step: float, group: dict[str, Any]) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        gradients = [p.grad for p in parameters]
+        means = [self.state[p]["exp_avg"] for p in parameters]
+        squares = [self.state[p]["exp_avg_sq"] for p in parameters]
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
+        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**step))
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, denominators, -lr / (1.0 - beta1**step))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """The decay rule: matrices decay; biases, norms and position embeddings do not."""
+    return parameter.dim() >= 2 and not name.endswith("wpe.weight")
+
+
+def parameter_groups(layers: Mapping[str, NamedParameters]) -> list[dict[str, Any]]:
+    """One optimizer group per layer and decay rule, named ``layer`` and ``layer/no_decay``.
+
+    Only trainable parameters enter, each exactly once: one that several layers share (tied weights) belongs to the
+    first. Groups without decay carry ``weight_decay = 0``; the others take the optimizer's.
+
+    Args:
+        layers: name of a layer, from the input to the output -> its named parameters.
+    """
+    seen: set[int] = set()
+    groups = []
+    for layer, named in layers.items():
+        split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in named:
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                split[decays(name, parameter)].append(parameter)
+        if split[True]:
+            groups.append({"name": layer, "layer": layer, "params": split[True]})
+        if split[False]:
+            groups.append({"name": f"{layer}/no_decay", "layer": layer, "params": split[False], "weight_decay": 0.0})
+    return groups
+
+
+class Schedule:
+    """A learning rate over training, as a factor of the optimizer's ``lr``: ``factor(step, total)`` in [0, 1].
+
+    The number of steps is the trainer's to know; the task asks it when training begins.
+    """
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor at optimizer step ``step`` (0, 1, ..., total - 1) of ``total``."""
+        raise NotImplementedError
+
+
+class Constant(Schedule):
+    """Linear warmup, then 1.
+
+    Args:
+        warmup: steps when 1 or more, else a share of all steps.
+    """
+
+    def __init__(self, warmup: float = 0.0) -> None:
+        if warmup < 0:
+            raise ValueError(f"warmup is {warmup}; it must be a number of steps or a share of all steps in [0, 1)")
+        self.warmup = warmup
+
+    def _after_warmup(self, step: int, total: int) -> float:
+        return 1.0
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor at ``step`` of ``total``; see :class:`Schedule`."""
+        warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return self._after_warmup(step - warmup, max(total - warmup, 1))
+
+
+class Linear(Constant):
+    """Linear warmup, then linear decay to 0 at the end of training."""
+
+    def _after_warmup(self, step: int, total: int) -> float:
+        return max(0.0, 1.0 - step / total)
+
+
+class Cosine(Constant):
+    """Linear warmup, then half a cosine down to ``floor`` (Loshchilov & Hutter 2017, eq. 5, one period).
+
+    Args:
+        warmup: steps when 1 or more, else a share of all steps.
+        floor: the factor at the end.
+    """
+
+    def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
+        super().__init__(warmup)
+        if not 0.0 <= floor <= 1.0:
+            raise ValueError(f"floor is {floor}; it must be in [0, 1]")
+        self.floor = floor
+
+    def _after_warmup(self, step: int, total: int) -> float:
+        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * min(step / total, 1.0)))
+
+
+class SlantedTriangular(Schedule):
+    """A short linear rise and a long linear fall (Howard & Ruder 2018, eq. 3).
+
+    With ``cut = floor(total * cut_frac)``, p = step / cut up to the cut and 1 - (step - cut) / (total - cut) after;
+    the factor is (1 + p (ratio - 1)) / ratio. The paper's own denominator, cut (1 / cut_frac - 1), is the same but
+    for its rounding, which makes p negative for some totals.
+
+    Args:
+        cut_frac: share of the steps in which the rate rises.
+        ratio: the highest rate over the lowest.
+    """
+
+    def __init__(self, cut_frac: float = 0.1, ratio: float = 32.0) -> None:
+        if not 0.0 <= cut_frac < 1.0:
+            raise ValueError(f"cut_frac is {cut_frac}; it must be in [0, 1)")
+        if ratio < 1.0:
+            raise ValueError(f"ratio is {ratio}; it must be at least 1")
+        self.cut_frac, self.ratio = cut_frac, ratio
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor at ``step`` of ``total``; see :class:`Schedule`."""
+        cut = math.floor(total * self.cut_frac)
+        p = step / cut if step < cut else 1.0 - min(step - cut, total - cut) / (total - cut)
+        return (1.0 + p * (self.ratio - 1.0)) / self.ratio

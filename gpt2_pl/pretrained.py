@@ -1,0 +1,254 @@
+"""Published GPT-2 weights: Hugging Face folders and hub ids in, folders that ``transformers`` loads out.
+
+Hugging Face stores the four projections of a block as (in, out); ours are ``nn.Linear``'s (out, in). They are
+transposed here, once at loading and once at saving, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.model import GPT2, GPT2Config
+
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask that old checkpoints carry
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What config.json may say beside the sizes. GPT2 computes the first value of each; anything else is another model.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def resolve(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
+    """The local folder of a pretrained GPT-2: ``path_or_id`` itself, or the hub's download of that id.
+
+    Args:
+        path_or_id: a folder with config.json and model.safetensors (or its shards and their index), or a hub id.
+        key: the option that held it, for the error message.
+
+    Raises:
+        InputError: no such folder, and no such id within reach.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{key}: {path_or_id} is a file; give the folder that holds config.json and {_WEIGHTS}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or str(path_or_id).startswith("."):
+        raise InputError(f"{key}: there is no folder {path_or_id}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model*.safetensors", _INDEX, "tokenizer*.json", "vocab.json", "merges.txt"]
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises its own, httpx's and OSError's classes
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{key}: {path_or_id!r} is neither a folder here nor a model the Hugging Face hub gives us ({reason}); "
+            f"give the path of a folder with config.json and {_WEIGHTS}"
+        ) from error
+
+
+def read_config(folder: str | os.PathLike[str], dropout: float | None = None) -> GPT2Config:
+    """The shape that a folder's config.json states.
+
+    Args:
+        folder: a local Hugging Face folder.
+        dropout: the dropout to use; by default the file's own, which must then be one number.
+
+    Raises:
+        InputError: no readable config.json, or one that describes something other than GPT-2's architecture.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no config.json; a pretrained GPT-2 is a Hugging Face folder") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(stated, dict):
+        raise InputError(f"{file} holds {type(stated).__name__}, not the settings of a GPT-2")
+    for key, allowed in _FIXED.items():
+        if stated.get(key, allowed[0]) not in allowed:
+            raise InputError(f"{file}: {key} is {stated[key]!r}; GPT-2 has {allowed[0]!r}")
+    inner = stated.get("n_inner")
+    if inner not in (None, 4 * stated.get("n_embd", GPT2Config.n_embd)):
+        raise InputError(f"{file}: n_inner is {inner!r}; GPT-2 has 4 * n_embd (or null)")
+    rates = {key: stated.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if dropout is None:
+        if len(set(rates.values())) > 1:
+            raise InputError(f"{file} states three dropout rates, {rates}, and gpt2_pl has one: give `dropout`")
+        dropout = rates["resid_pdrop"]
+    sizes = {key: stated.get(key, getattr(GPT2Config, key)) for key in GPT2Config.__dataclass_fields__}
+    try:
+        return GPT2Config(**{**sizes, "dropout": dropout})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} is not an index of shards: {error!r}") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise InputError(f"{index} names the shard {name!r}; a shard lies in the same folder")
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} lacks the shard {name} that {_INDEX} names")
+        return [folder / name for name in names]
+    other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.h5"))), None)
+    hint = f" ({other} is not read: save it again with safe_serialization)" if other else ""
+    raise InputError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}{hint}")
+
+
+def _core_name(stored: str) -> str | None:
+    """Our name of a stored tensor; None for what is not part of the core: the old mask buffers, a classifier."""
+    name = stored.removeprefix("transformer.")
+    if _CAUSAL_BUFFER.fullmatch(name) or name.startswith("score."):
+        return None
+    return name
+
+
+def _listing(names: set[str]) -> str:
+    shown = sorted(names)[:4]
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
+    """Compare the names and shapes of a folder's tensors with what ``config`` needs. Reads headers only.
+
+    Raises:
+        InputError: an unreadable file, or a tensor that is missing, unexpected or of another shape, by name.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in GPT2(config).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118 (not a dict)
+                    name = _core_name(stored)
+                    if name is None:
+                        continue
+                    shape = tuple(tensors.get_slice(stored).get_shape())
+                    found[name] = shape[::-1] if name.endswith(_TRANSPOSED) else shape
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a whole safetensors file: {error}") from None
+    head = found.pop("lm_head.weight", wanted["wte.weight"])
+    if missing := wanted.keys() - found.keys():
+        raise InputError(f"{folder} lacks tensors that its config.json asks for: {_listing(missing)}")
+    if extra := found.keys() - wanted.keys():
+        raise InputError(f"{folder} has tensors that its config.json leaves no place for: {_listing(extra)}")
+    for name, shape in [*wanted.items(), ("lm_head.weight", head)]:
+        stated, expected = found.get(name, head), wanted.get(name, wanted["wte.weight"])
+        if stated != expected:
+            raise InputError(f"{folder}: {name} has shape {stated}; its config.json asks for {expected}")
+
+
+def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GPT2:
+    """Load a pretrained GPT-2 of any size in float32.
+
+    Args:
+        path_or_id: a Hugging Face folder or hub id (``gpt2``, ``gpt2-medium``, ``distilgpt2``, ...).
+        dropout: instead of the one in config.json.
+
+    Raises:
+        InputError: the folder or id cannot be had, or does not hold every tensor of the model its config.json
+            describes, in the right shape, and nothing else. Nothing is ever left at random.
+    """
+    folder = resolve(path_or_id)
+    config = read_config(folder, dropout)
+    check(folder, config)
+    with torch.device("meta"):
+        model = GPT2(config)
+    state: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118
+                name = _core_name(stored)
+                if name is not None:
+                    tensor = tensors.get_tensor(stored).float()
+                    state[name] = tensor.t().contiguous() if name.endswith(_TRANSPOSED) else tensor
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state["wte.weight"]):
+        raise InputError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2's head is tied to its embedding")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(True)
+
+
+def hf_config(config: GPT2Config) -> dict[str, Any]:
+    """The content of a config.json with which ``transformers`` builds the same model."""
+    end_of_text = 50256 if config.vocab_size == 50257 else None  # other vocabularies: the tokenizer's to say
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+    }
+
+
+def save(model: GPT2, folder: str | os.PathLike[str]) -> None:
+    """Write ``model`` as a folder that ``transformers`` loads: config.json and model.safetensors, float32.
+
+    Each file is written beside its place and then renamed, so that a folder never holds half a file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        f"transformer.{name}": (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    part = folder / f".{_WEIGHTS}.part"
+    save_file(state, part, metadata={"format": "pt"})
+    part.replace(folder / _WEIGHTS)
+    part = folder / ".config.json.part"
+    part.write_text(json.dumps(hf_config(model.config), indent=2) + "\n", encoding="utf-8")
+    part.replace(folder / "config.json")
+
+
+def digest(model: GPT2) -> str:
+    """SHA-256 over the names, shapes and float32 values of the core's tensors: the identity of a base.
+
+    Equal for equal weights, wherever they were loaded from and in however many shards.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().float().cpu().contiguous().numpy())
+    return sha.hexdigest()

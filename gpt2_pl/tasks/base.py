@@ -1,0 +1,184 @@
+"""What all tasks share: a GPT-2, what of it trains, the optimizer and its schedule, and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gpt2_pl import pretrained
+from gpt2_pl.errors import InputError
+from gpt2_pl.model import GPT2, GPT2Config
+from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
+
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+
+
+class Task(LightningModule):
+    """A GPT-2 under Lightning. Subclasses add a head, a loss and metrics.
+
+    Args:
+        base: pretrained GPT-2, a Hugging Face folder or hub id.
+        config: shape of a GPT-2 to train from a random start, instead of ``base``.
+        dropout: of the GPT-2; by default the base's or the config's own.
+        train_base: whether the GPT-2's own weights train.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: the learning rate over training.
+        compile: compile each block with ``torch.compile``.
+        activation_checkpointing: recompute activations in the backward pass: less memory, more time.
+
+    Raises:
+        InputError: both or neither of ``base`` and ``config``, or a base that cannot be used.
+    """
+
+    monitor: ClassVar[str]  # the score that decides which checkpoint is best
+    mode: ClassVar[Literal["min", "max"]] = "max"
+
+    def __init__(
+        self,
+        base: str | None = None,
+        config: GPT2Config | None = None,
+        dropout: float | None = None,
+        train_base: bool = True,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5, fused=True),
+        schedule: Schedule | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (base is None) == (config is None):
+            raise InputError(
+                "model: give either base (a pretrained GPT-2: folder or hub id) or config (a shape to train from "
+                f"a random start); got {'neither' if base is None else 'both'}"
+            )
+        if dropout is not None and not 0.0 <= dropout < 1.0:
+            raise InputError(f"model.dropout is {dropout}; it must be in [0, 1)")
+        if base is not None:
+            folder = pretrained.resolve(base, "model.base")
+            self.config = pretrained.read_config(folder, dropout)
+            pretrained.check(folder, self.config)
+        else:
+            shape = config if isinstance(config, dict) else asdict(config)  # type: ignore[arg-type]
+            self.config = GPT2Config(**shape) if dropout is None else GPT2Config(**{**shape, "dropout": dropout})
+        self.base = base
+        self.base_digest: str | None = None
+        self.train_base = train_base
+        self.make_optimizer, self.schedule = optimizer, schedule or Linear()
+        self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
+        self.save_hyperparameters(ignore=["optimizer", "schedule"], logger=False)
+        self.hparams["config"] = None if config is None else asdict(self.config)
+        self.gpt2: GPT2 | None = None
+
+    @property
+    def max_length(self) -> int:
+        """The longest text, in tokens."""
+        return self.config.n_positions
+
+    @property
+    def core(self) -> GPT2:
+        """The GPT-2, once ``configure_model`` has built it."""
+        if self.gpt2 is None:
+            raise RuntimeError("the model is not built yet: call configure_model() first")
+        return self.gpt2
+
+    # Building
+
+    def configure_model(self) -> None:
+        """Build the GPT-2, load the base, freeze what does not train. Lightning calls this before every stage."""
+        if self.gpt2 is not None:
+            return
+        if self.base is not None:
+            self.gpt2 = pretrained.load(self.base, dropout=self.config.dropout)
+            self.base_digest = pretrained.digest(self.gpt2)
+        else:
+            self.gpt2 = GPT2(self.config)
+        self.gpt2.activation_checkpointing = self.activation_checkpointing
+        self.gpt2.requires_grad_(self.train_base)
+        if self.compile_blocks:
+            for block in self.gpt2.h:
+                block.compile(dynamic=True)
+
+    def setup(self, stage: str) -> None:
+        """Check that the data's tokens are the model's."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "tokenizer"):
+            needed = max(datamodule.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+            if needed > self.config.vocab_size:
+                where = f"model.base {self.base}" if self.base else "model.config"
+                raise InputError(
+                    f"the tokenizer has {needed} tokens and {where} has vocab_size {self.config.vocab_size}: "
+                    "data.tokenizer must be the one that the base was trained with"
+                )
+
+    def train(self, mode: bool = True) -> Task:
+        """Training mode; a frozen GPT-2 stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.gpt2 is not None and not self.train_base:
+            self.gpt2.eval()
+        return self
+
+    # Parameters
+
+    def head_parameters(self) -> NamedParameters:
+        """The named parameters that are not the GPT-2's."""
+        return [(name, p) for name, p in self.named_parameters() if not name.startswith("gpt2.")]
+
+    def layer_groups(self) -> dict[str, NamedParameters]:
+        """The layers from input to output: ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``head``."""
+        core = self.core
+
+        def named(prefix: str, module: nn.Module) -> NamedParameters:
+            return [(f"gpt2.{prefix}.{name}", p) for name, p in module.named_parameters()]
+
+        return {
+            "embeddings": named("wte", core.wte) + named("wpe", core.wpe),
+            **{f"block.{i}": named(f"h.{i}", block) for i, block in enumerate(core.h)},
+            "ln_f": named("ln_f", core.ln_f),
+            "head": self.head_parameters(),
+        }
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over one group per layer and decay rule, and the schedule over all steps of the run."""
+        groups = parameter_groups(self.layer_groups())
+        if not groups:
+            raise InputError("nothing would train: train_base is false and this head has no parameters")
+        optimizer = self.make_optimizer(groups)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, max(total, 1)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint whole by itself: it holds every weight, so loading it needs the shape, not the base."""
+        checkpoint["base"] = {"path": self.base, "digest": self.base_digest}
+        checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config), task=type(self).__name__)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare names and shapes before anything is copied.
+
+        Raises:
+            InputError: a checkpoint of another task, or of a model of another shape.
+        """
+        task = checkpoint.get("hyper_parameters", {}).get("task")
+        if task != type(self).__name__:
+            raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {type(self).__name__}")
+        wanted, found = self.state_dict(), checkpoint["state_dict"]
+        for name in sorted(wanted.keys() | found.keys()):
+            theirs, ours = (tuple(state[name].shape) if name in state else None for state in (found, wanted))
+            if theirs != ours:
+                raise InputError(f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here")
+
+    # Losses
+
+    def global_mean(self, losses: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The mean over the global batch of one loss a row (B,), as this process's share of it.
+
+        Processes average their gradients, whether or not each has as many rows as the others.
+        """
+        return losses.sum() * (self.trainer.world_size / batch.get("global_rows", len(losses)))

@@ -1,0 +1,235 @@
+"""Sentiment analysis, and the base of every task that puts a text in a class."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
+from gpt2_pl.metrics import Outcomes
+from gpt2_pl.tasks.base import Task
+
+Batch = dict[str, Any]
+
+
+class SentimentClassifier(Task):
+    """Puts a text in one of K classes, from the hidden states of its tokens.
+
+    Batches hold ``input_ids`` and ``attention_mask`` (B, T), padded on the right, and ``labels`` (B,). With a frozen
+    GPT-2 and a datamodule of ours the pooled features of every row are computed once, before the first epoch, and
+    training only reads them (a linear probe).
+
+    Args:
+        num_classes: number of classes K; on the command line the datamodule's.
+        pooling: ``last`` token, ``mean``, ``max``, ``mix`` of mean and last, or ``concat`` of last, max and mean.
+        mix: weight of the mean in ``mix``.
+        head: ``linear`` layer, or ``verbaliser``: the language-model scores of one word per class.
+        words: the verbaliser's words in the order of the classes, each one token, such as " bad", " good".
+        head_dropout: dropout in front of the linear layer; by default as in the GPT-2.
+        n_masks: dropout masks per row (multi-sample dropout).
+        average: what multi-sample dropout averages, ``loss`` or ``logits``.
+        label_smoothing: share of the label's weight that is spread over all classes.
+        **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
+
+    Raises:
+        InputError: a value out of range, or words that do not fit the classes.
+    """
+
+    monitor = "val/accuracy"
+
+    def __init__(
+        self,
+        num_classes: int = 5,
+        pooling: Pooling = "last",
+        mix: float = 0.7,
+        head: Literal["linear", "verbaliser"] = "linear",
+        words: list[str] | None = None,
+        head_dropout: float | None = None,
+        n_masks: int = 1,
+        average: Literal["loss", "logits"] = "loss",
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for key, value, good in (
+            ("num_classes", num_classes, num_classes >= 2),
+            ("mix", mix, 0.0 <= mix <= 1.0),
+            ("head_dropout", head_dropout, head_dropout is None or 0.0 <= head_dropout < 1.0),
+            ("n_masks", n_masks, n_masks >= 1),
+            ("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0),
+        ):
+            if not good:
+                raise InputError(f"model.{key} is {value}, which is out of range")
+        if (head == "verbaliser") != (words is not None):
+            raise InputError("model.head verbaliser and model.words go together; give both or neither")
+        if words is not None and (len(words) != num_classes or pooling != "last"):
+            raise InputError(
+                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for each "
+                f"of the {num_classes} classes and pooling 'last'"
+            )
+        self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
+        self.head_name, self.words = head, words
+        self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
+        self.n_masks, self.average, self.label_smoothing = n_masks, average, label_smoothing
+        self.head: nn.Module | None = None
+        self.metrics = nn.ModuleDict({f"{split}_metrics": _metrics(num_classes) for split in ("train", "val", "test")})
+        self.outcomes = Outcomes()
+        self.features: dict[str, Tensor] = {}
+
+    def configure_model(self) -> None:
+        """Build the GPT-2 and the head."""
+        super().configure_model()
+        if self.head is not None:
+            return
+        if self.head_name == "linear":
+            width = self.config.n_embd * (3 if self.pooling == "concat" else 1)
+            self.head = ClassificationHead(width, self.num_classes, self.head_dropout, self.n_masks)
+        else:
+            self.head = Verbaliser(self._word_ids())
+
+    def _word_ids(self) -> list[int]:
+        if "word_ids" in self.hparams:
+            return self.hparams["word_ids"]
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if datamodule is None:
+            raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
+        ids = [datamodule.tokenizer.encode(word).ids for word in self.words or []]
+        for word, tokens in zip(self.words or [], ids, strict=True):
+            if len(tokens) != 1:
+                raise InputError(
+                    f"model.words: {word!r} is {len(tokens)} tokens; a class is one token, such as ' good'"
+                )
+        self.hparams["word_ids"] = [tokens[0] for tokens in ids]
+        return self.hparams["word_ids"]
+
+    # Computing
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Pooled hidden states (B, C), or (B, 3 C) for ``concat``. Only positions that pooling reads are computed."""
+        if self.pooling == "last":
+            return self.core(batch["input_ids"], at=last_text_position(batch["attention_mask"])).squeeze(1)
+        return pool(self.core(batch["input_ids"]), batch["attention_mask"], self.pooling, self.mix)
+
+    def forward(self, batch: Batch, split: str | None = None) -> Tensor:
+        """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
+        if split in self.features:
+            features = self.features[split][batch["row"]]
+        else:
+            features = self.encode(batch)
+        if isinstance(self.head, Verbaliser):
+            return self.head(features, self.core.wte.weight)
+        assert self.head is not None
+        return self.head(features)
+
+    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """The loss of every row (B,) and the probabilities (B, K), entered in the split's metrics."""
+        logits = self(batch, split).float()
+        losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
+        probability = logits.detach().mean(0).softmax(-1)
+        metrics = self.metrics[f"{split}_metrics"]
+        metrics["loss"].update(losses.detach())
+        for name in ("accuracy", "macro_f1", "confusion"):
+            metrics[name].update(probability, batch["labels"])
+        for name in ("loss", "accuracy", "macro_f1"):
+            self.log(f"{split}/{name}", metrics[name], on_step=False, on_epoch=True, batch_size=len(losses))
+        return losses, probability
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss over the global batch."""
+        losses, _ = self._step(batch, "train")
+        loss = self.global_mean(losses, batch)
+        self.log("train/step_loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def _evaluation_step(self, batch: Batch, split: str) -> None:
+        _, probability = self._step(batch, split)
+        self.outcomes.update(batch["row"], batch["labels"], probability)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Enter a batch in the validation metrics."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Enter a batch in the test metrics."""
+        self._evaluation_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class probabilities (B, K)."""
+        probability = self(batch).float().mean(0).softmax(-1)
+        self.outcomes.update(batch["row"], torch.full_like(batch["row"], -1), probability)
+        return probability
+
+    # Features computed once
+
+    def on_fit_start(self) -> None:
+        """With a frozen GPT-2, compute the features of all rows, for all epochs."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.train_base or not hasattr(datamodule, "evaluation_dataloader"):
+            return
+        self.core.eval()
+        for split in ("train", "val"):
+            loader = datamodule.evaluation_dataloader(split)
+            table: Tensor | None = None
+            for batch in loader:
+                batch = self.trainer.strategy.batch_to_device(batch)
+                with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                    features = self.encode(batch).float()
+                if table is None:
+                    table = features.new_zeros(len(loader.rows), features.size(-1))
+                table[batch["row"]] = features
+            assert table is not None
+            self.features[split] = self.trainer.strategy.reduce(table, reduce_op="sum")
+
+    def on_fit_end(self) -> None:
+        """Let go of the features."""
+        self.features = {}
+
+    # Metrics
+
+    def on_train_epoch_end(self) -> None:
+        """The training confusion matrix."""
+        self._log_confusion("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        self.outcomes.reset()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """The validation confusion matrix."""
+        self._log_confusion("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The test confusion matrix."""
+        self._log_confusion("test")
+
+    def _log_confusion(self, split: str) -> None:
+        matrix: Metric = self.metrics[f"{split}_metrics"]["confusion"]
+        counts = matrix.compute()
+        board = getattr(self.logger, "experiment", None)
+        if self.trainer.is_global_zero and hasattr(board, "add_figure") and not self.trainer.sanity_checking:
+            from matplotlib import pyplot
+
+            names = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
+            figure, axes = pyplot.subplots(figsize=(1.5 + self.num_classes, 1 + self.num_classes))
+            matrix.plot(counts, ax=axes, labels=names)
+            axes.set_title(f"{split}, epoch {self.current_epoch}")
+            board.add_figure(f"{split}/confusion", figure, self.global_step)
+        matrix.reset()
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "loss": MeanMetric(),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
+            "confusion": MulticlassConfusionMatrix(num_classes),
+        }
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.files import whole_file
+from gpt2_pl.metrics import Outcomes
 
 
 class PredictionWriter(Callback):
@@ -34,7 +35,7 @@ class PredictionWriter(Callback):
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
-            score = float(trainer.callback_metrics[pl_module.monitor])
+            score = float(trainer.callback_metrics[str(pl_module.monitor)])
             sign = 1 if pl_module.mode == "max" else -1
             if self.best is not None and sign * score <= sign * self.best:
                 return
@@ -50,17 +51,19 @@ class PredictionWriter(Callback):
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        outcomes = pl_module.outcomes.compute()
+        outcomes = cast(Outcomes, pl_module.outcomes).compute()
         folder = trainer.log_dir
         if not trainer.is_global_zero or folder is None:
             return
-        datamodule = trainer.datamodule
+        datamodule: Any = getattr(trainer, "datamodule", None)
         names = datamodule.labels
         with whole_file(Path(folder) / f"predictions_{split}.csv") as file:
             writer = csv.writer(file)
             labelled = ["label"] if split != "predict" else []
             writer.writerow(["row", "text", *labelled, "prediction", *(f"p({name})" for name in names)])
-            for row, label, probability in zip(*(outcomes[k].tolist() for k in ("row", "label", "probability"))):
+            for row, label, probability in zip(
+                *(outcomes[k].tolist() for k in ("row", "label", "probability")), strict=True
+            ):
                 said = names[max(range(len(names)), key=probability.__getitem__)]
                 truth = [names[label]] if labelled else []
                 shown = (f"{p:.6f}" for p in probability)

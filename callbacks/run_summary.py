@@ -103,7 +103,7 @@ class RunSummary(Callback):
     def best_epoch(self, pl_module: LightningModule) -> Scores:
         """The scores of the epoch that is best by the task's ``monitor``; the first of equals."""
         sign = 1 if pl_module.mode == "max" else -1
-        return max(self.epochs, key=lambda scores: sign * scores.get(pl_module.monitor, -sign * math.inf))
+        return max(self.epochs, key=lambda scores: sign * scores.get(str(pl_module.monitor), -sign * math.inf))
 
     # Evaluation
 
@@ -141,6 +141,7 @@ class RunSummary(Callback):
     def account(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Everything that ``metrics.json`` holds. Seconds are wall-clock, memory is in bytes, of process 0."""
         parameters = list(pl_module.parameters())
+        datamodule: Any = getattr(trainer, "datamodule", None)
         since = time.perf_counter() - self._since if self._since else 0.0
         return {
             "task": type(pl_module).__name__,
@@ -161,7 +162,7 @@ class RunSummary(Callback):
             "precision": str(trainer.precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "base": {"path": pl_module.base, "digest": pl_module.base_digest},
-            "data": trainer.datamodule.description(),
+            "data": datamodule.description() if hasattr(datamodule, "description") else None,
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
         }
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,7 @@ class GPT2CLI(LightningCLI):
         self.checkpoint = _checkpoint_path(args)
         if self.checkpoint is not None:
             args = _with_hyperparameters(args, self.checkpoint)
+        self.given = list(args)
         super().__init__(
             Task,
             LightningDataModule,
@@ -130,7 +128,6 @@ class GPT2CLI(LightningCLI):
     def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[ModelCheckpoint]:
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
         self.best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
-        # One file, replaced: with a fresh name each time, `save_top_k=1` deletes the older one after the newer is whole.
         last = ModelCheckpoint(
             filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, **shared
         )
@@ -231,6 +228,4 @@ def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     ):
         stored.pop("base"), stored.pop("config")  # which of the two it is, the files say
     layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        yaml.safe_dump(layer, file)
-    return [args[0], "--config", file.name, *args[1:]]
+    return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]

@@ -247,7 +247,8 @@ class TextClassification(LightningDataModule):
 
     def _finished_batches(self) -> int:
         assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.processed
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled batches, a function of the seed (``seed_everything``) and the epoch."""

@@ -69,9 +69,7 @@ class Template:
             if excess <= 0:
                 return ids
             if not any(keep.values()):
-                raise InputError(
-                    f"template {self.text!r} alone takes {len(ids)} tokens; max_length {max_length} leaves no room for text"
-                )
+                raise InputError(f"template {self.text!r} alone takes {len(ids)} tokens; max_length is {max_length}")
             longest = max(keep, key=keep.__getitem__)
             second = max((n for field, n in keep.items() if field != longest), default=0)
             keep[longest] -= max(1, min(excess, keep[longest] - second))

@@ -43,7 +43,8 @@ class AdamW(Optimizer):
                 raise ValueError(f"{key} is {value}; it must be at least 0")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas are {tuple(betas)}; each must be in [0, 1)")
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        defaults: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -78,7 +79,7 @@ class AdamW(Optimizer):
 
     def _update(self, parameters: list[Tensor], step: float, group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         means = [self.state[p]["exp_avg"] for p in parameters]
         squares = [self.state[p]["exp_avg_sq"] for p in parameters]
         if group["weight_decay"]:

@@ -162,7 +162,7 @@ def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
         raise InputError(f"{folder} lacks tensors that its config.json asks for: {_listing(missing)}")
     if extra := found.keys() - wanted.keys():
         raise InputError(f"{folder} has tensors that its config.json leaves no place for: {_listing(extra)}")
-    for name, shape in [*wanted.items(), ("lm_head.weight", head)]:
+    for name in [*wanted, "lm_head.weight"]:
         stated, expected = found.get(name, head), wanted.get(name, wanted["wte.weight"])
         if stated != expected:
             raise InputError(f"{folder}: {name} has shape {stated}; its config.json asks for {expected}")

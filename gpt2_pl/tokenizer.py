@@ -10,11 +10,12 @@ from gpt2_pl.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-def _byte_level(model: object) -> Tokenizer:
+def _byte_level(model: Model) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
     tokenizer = Tokenizer(model)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -86,6 +87,11 @@ class Task(LightningModule):
             raise RuntimeError("the model is not built yet: call configure_model() first")
         return self.gpt2
 
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's datamodule; None without one."""
+        return getattr(self._trainer, "datamodule", None)
+
     # Building
 
     def configure_model(self) -> None:
@@ -105,9 +111,8 @@ class Task(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if hasattr(datamodule, "tokenizer"):
-            needed = max(datamodule.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if hasattr(self.datamodule, "tokenizer"):
+            needed = max(self.datamodule.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
             if needed > self.config.vocab_size:
                 where = f"model.base {self.base}" if self.base else "model.config"
                 raise InputError(
@@ -142,7 +147,7 @@ class Task(LightningModule):
             "head": self.head_parameters(),
         }
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over one group per layer and decay rule, and the schedule over all steps of the run."""
         groups = parameter_groups(self.layer_groups())
         if not groups:

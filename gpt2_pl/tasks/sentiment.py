@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ class SentimentClassifier(Task):
             raise InputError("model.head verbaliser and model.words go together; give both or neither")
         if words is not None and (len(words) != num_classes or pooling != "last"):
             raise InputError(
-                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for each "
-                f"of the {num_classes} classes and pooling 'last'"
+                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for "
+                f"each of the {num_classes} classes and pooling 'last'"
             )
         self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
         self.head_name, self.words = head, words
@@ -95,10 +95,9 @@ class SentimentClassifier(Task):
     def _word_ids(self) -> list[int]:
         if "word_ids" in self.hparams:
             return self.hparams["word_ids"]
-        datamodule = getattr(self._trainer, "datamodule", None)
-        if datamodule is None:
+        if self.datamodule is None:
             raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
-        ids = [datamodule.tokenizer.encode(word).ids for word in self.words or []]
+        ids = [self.datamodule.tokenizer.encode(word).ids for word in self.words or []]
         for word, tokens in zip(self.words or [], ids, strict=True):
             if len(tokens) != 1:
                 raise InputError(
@@ -117,10 +116,7 @@ class SentimentClassifier(Task):
 
     def forward(self, batch: Batch, split: str | None = None) -> Tensor:
         """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
-        if split in self.features:
-            features = self.features[split][batch["row"]]
-        else:
-            features = self.encode(batch)
+        features = self.features[split][batch["row"]] if split in self.features else self.encode(batch)
         if isinstance(self.head, Verbaliser):
             return self.head(features, self.core.wte.weight)
         assert self.head is not None
@@ -131,12 +127,14 @@ class SentimentClassifier(Task):
         logits = self(batch, split).float()
         losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
         probability = logits.detach().mean(0).softmax(-1)
-        metrics = self.metrics[f"{split}_metrics"]
-        metrics["loss"].update(losses.detach())
-        for name in ("accuracy", "macro_f1", "confusion"):
-            metrics[name].update(probability, batch["labels"])
+        metrics = self._metrics(split)
+        for name, metric in metrics.items():
+            entered = (losses.detach(),) if name == "loss" else (probability, batch["labels"])
+            cast(Metric, metric).update(*entered)
         for name in ("loss", "accuracy", "macro_f1"):
-            self.log(f"{split}/{name}", metrics[name], on_step=False, on_epoch=True, batch_size=len(losses))
+            self.log(
+                f"{split}/{name}", cast(Metric, metrics[name]), on_step=False, on_epoch=True, batch_size=len(losses)
+            )
         return losses, probability
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -145,6 +143,9 @@ class SentimentClassifier(Task):
         loss = self.global_mean(losses, batch)
         self.log("train/step_loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
         return loss
+
+    def _metrics(self, split: str) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self.metrics[f"{split}_metrics"])
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         _, probability = self._step(batch, split)
@@ -168,12 +169,11 @@ class SentimentClassifier(Task):
 
     def on_fit_start(self) -> None:
         """With a frozen GPT-2, compute the features of all rows, for all epochs."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if self.train_base or not hasattr(datamodule, "evaluation_dataloader"):
+        if self.train_base or not hasattr(self.datamodule, "evaluation_dataloader"):
             return
         self.core.eval()
         for split in ("train", "val"):
-            loader = datamodule.evaluation_dataloader(split)
+            loader = self.datamodule.evaluation_dataloader(split)
             table: Tensor | None = None
             for batch in loader:
                 batch = self.trainer.strategy.batch_to_device(batch)
@@ -210,14 +210,15 @@ class SentimentClassifier(Task):
         self._log_confusion("test")
 
     def _log_confusion(self, split: str) -> None:
-        matrix: Metric = self.metrics[f"{split}_metrics"]["confusion"]
+        matrix = cast(Metric, self._metrics(split)["confusion"])
         counts = matrix.compute()
-        board = getattr(self.logger, "experiment", None)
+        board: Any = getattr(self.logger, "experiment", None)
         if self.trainer.is_global_zero and hasattr(board, "add_figure") and not self.trainer.sanity_checking:
-            from matplotlib import pyplot
+            from matplotlib.figure import Figure
 
-            names = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
-            figure, axes = pyplot.subplots(figsize=(1.5 + self.num_classes, 1 + self.num_classes))
+            names = getattr(self.datamodule, "labels", None)
+            figure = Figure(figsize=(1.5 + self.num_classes, 1 + self.num_classes))
+            axes = figure.subplots()
             matrix.plot(counts, ax=axes, labels=names)
             axes.set_title(f"{split}, epoch {self.current_epoch}")
             board.add_figure(f"{split}/confusion", figure, self.global_step)

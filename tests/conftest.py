@@ -1,0 +1,101 @@
+"""What the tests share: no network, a tiny pretrained GPT-2, small files, and the command line in this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cli
+from datamodules.toy import toy_reviews
+from gpt2_pl.model import GPT2, GPT2Config
+from gpt2_pl.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The optional folder of real data."""
+    folder = Path(os.environ.get("GPT2_PL_SHARED", ROOT.parent / "shared"))
+    if not (folder / "base" / "gpt2-tiny").is_dir():
+        pytest.skip("GPT2_PL_SHARED names no folder with real data: data/ and base/gpt2-tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained GPT-2 in Hugging Face's format, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    train_tokenizer((row["sentence"] for row in toy_reviews(400, 1)), 400).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tab-separated reviews in two classes; the sizes do not divide by 2."""
+    folder = tmp_path_factory.mktemp("rows")
+    paths = {}
+    for seed, (split, n) in enumerate({"train": 97, "val": 33, "test": 35}.items()):
+        rows = [f"{row['sentence']}\t{row['sentiment'] % 2}" for row in toy_reviews(n, seed)]
+        paths[split] = folder / f"{split}.csv"
+        paths[split].write_text("\n".join(["sentence\tsentiment", *rows]) + "\n", encoding="utf-8")
+    return paths
+
+
+@pytest.fixture
+def data_flags(files: dict[str, Path]) -> list[str]:
+    return [f"--data.{split}_file={path}" for split, path in files.items()]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run ``gpt2-pl`` in this process in a folder of its own; gives the latest run's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> Path:
+        quiet = [] if args[0] not in ("fit", "test", "validate", "predict") else ["--trainer.enable_progress_bar=false"]
+        cli.main([*map(str, args), *quiet])
+        return latest(tmp_path)
+
+    return run
+
+
+def latest(folder: Path) -> Path:
+    return max((folder / "lightning_logs").glob("*/version_*"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def process(folder: Path, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``gpt2-pl`` in a process of its own."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, args)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]

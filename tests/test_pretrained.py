@@ -1,0 +1,112 @@
+"""Loading and refusing Hugging Face folders."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl import GPT2, GPT2Config, pretrained
+from gpt2_pl.errors import InputError
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    return shutil.copytree(base, tmp_path / "copy")
+
+
+def edit(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_sharded_folders_and_their_digest(base, tmp_path):
+    theirs = GPT2LMHeadModel.from_pretrained(base)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    one, many = GPT2.from_pretrained(base), GPT2.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), many.parameters(), strict=True))
+    assert pretrained.digest(one) == pretrained.digest(many)
+    with torch.no_grad():
+        many.ln_f.bias[0] += 1e-3
+    assert pretrained.digest(one) != pretrained.digest(many)
+
+
+def test_old_mask_buffers_and_tied_head_are_no_extra_tensors(folder):
+    def change(tensors):
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+
+    edit(folder, change)
+    GPT2.from_pretrained(folder)
+
+
+def test_names_without_prefix_load(folder):
+    edit(folder, lambda tensors: [tensors.__setitem__(k.removeprefix("transformer."), tensors.pop(k)) for k in list(tensors)])
+    GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), r"lacks tensors.*h\.1\.mlp\.c_fc\.weight"),
+        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}), r"leaves no place for: h\.2\.ln_1\.bias"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(63, 32)}), r"wpe\.weight has shape \(63, 32\).*\(64, 32\)"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(400, 32)}), "lm_head.weight differs from wte.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(InputError, match=message):
+        GPT2.from_pretrained(folder)
+
+
+def test_truncated_weights_are_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
+        GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_type", "llama"), ("activation_function", "relu"), ("n_inner", 7), ("n_head", 5)]
+)
+def test_other_architectures_are_refused(folder, key, value):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(InputError, match=f"{key}.*{value}"):
+        GPT2.from_pretrained(folder)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        GPT2.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="neither a folder here nor a model the Hugging Face hub gives"):
+        GPT2.from_pretrained("nobody/no-such-gpt2")
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_never_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read"):
+        GPT2.from_pretrained(folder)
+
+
+def test_training_from_scratch_differs_from_loading(base):
+    config = GPT2.from_pretrained(base).config
+    assert config == GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    assert pretrained.digest(GPT2(config)) != pretrained.digest(GPT2.from_pretrained(base))
+
+
+def test_real_base_equals_transformers(shared):
+    folder = shared / "base" / "gpt2-tiny"
+    ours, theirs = GPT2.from_pretrained(folder).eval(), GPT2LMHeadModel.from_pretrained(folder).eval()
+    ids = torch.randint(ours.config.vocab_size, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)

@@ -14,23 +14,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from tokenizers import Tokenizer
 
-_THINGS = [
-    "plot",
-    "cast",
-    "music",
-    "story",
-    "camera",
-    "script",
-    "pacing",
-    "dialogue",
-    "ending",
-    "humour",
-    "scenery",
-    "costume",
-]
-_GOOD = ["wonderful", "moving", "clever", "charming", "brilliant", "funny", "fresh", "warm", "gripping", "lovely"]
-_BAD = ["dreadful", "boring", "clumsy", "tedious", "awful", "stale", "cold", "lifeless", "messy", "painful"]
-_PLAIN = ["long", "short", "recent", "foreign", "quiet", "loud", "dark", "bright", "modern", "old"]
+_THINGS = "plot cast music story camera script pacing dialogue ending humour scenery costume".split()
+_GOOD = "wonderful moving clever charming brilliant funny fresh warm gripping lovely".split()
+_BAD = "dreadful boring clumsy tedious awful stale cold lifeless messy painful".split()
+_PLAIN = "long short recent foreign quiet loud dark bright modern old".split()
 _DEGREES = ["", "really ", "quite ", "utterly ", "rather "]
 _OPENINGS = ["", "I think ", "critics say ", "my friends agree that ", "for once ", "to be fair "]
 _CLOSINGS = ["", " this time", " from start to finish", " as the reviews said", " on a big screen"]

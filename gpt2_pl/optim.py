@@ -108,7 +108,7 @@ def parameter_groups(layers: Mapping[str, NamedParameters]) -> list[dict[str, An
         layers: name of a layer, from the input to the output -> its named parameters.
     """
     seen: set[int] = set()
-    groups = []
+    groups: list[dict[str, Any]] = []
     for layer, named in layers.items():
         split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in named:

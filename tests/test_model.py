@@ -93,7 +93,9 @@ def test_reading_at_positions_equals_reading_everything(model, masked):
     at = torch.tensor([[10, 4], [3, 3], [0, 9]]) if not masked else torch.tensor([[10, 4], [3, 3], [0, 9]])
     whole, part = model(ids, mask), model(ids, mask, at=at)
     torch.testing.assert_close(part, read_at(whole, at), atol=1e-5, rtol=0)
-    gradients = [torch.autograd.grad(x.square().sum(), model.h[0].attn.c_attn.weight)[0] for x in (read_at(whole, at), part)]
+    gradients = [
+        torch.autograd.grad(x.square().sum(), model.h[0].attn.c_attn.weight)[0] for x in (read_at(whole, at), part)
+    ]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 

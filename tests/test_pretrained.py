@@ -47,7 +47,10 @@ def test_old_mask_buffers_and_tied_head_are_no_extra_tensors(folder):
 
 
 def test_names_without_prefix_load(folder):
-    edit(folder, lambda tensors: [tensors.__setitem__(k.removeprefix("transformer."), tensors.pop(k)) for k in list(tensors)])
+    edit(
+        folder,
+        lambda tensors: [tensors.__setitem__(k.removeprefix("transformer."), tensors.pop(k)) for k in list(tensors)],
+    )
     GPT2.from_pretrained(folder)
 
 
@@ -56,7 +59,10 @@ def test_names_without_prefix_load(folder):
     [
         (lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), r"lacks tensors.*h\.1\.mlp\.c_fc\.weight"),
         (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}), r"leaves no place for: h\.2\.ln_1\.bias"),
-        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(63, 32)}), r"wpe\.weight has shape \(63, 32\).*\(64, 32\)"),
+        (
+            lambda t: t.update({"transformer.wpe.weight": torch.zeros(63, 32)}),
+            r"wpe\.weight has shape \(63, 32\).*\(64, 32\)",
+        ),
         (lambda t: t.update({"lm_head.weight": torch.zeros(400, 32)}), "lm_head.weight differs from wte.weight"),
     ],
 )

@@ -1,0 +1,194 @@
+"""The command line in this process: every configuration, its errors, what a run leaves."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, metrics, weights
+
+CONFIGS = ROOT / "configs"
+TASKS, STRATEGIES, TRAINERS = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "strategy", "trainer"))
+TINY = [
+    "--model.config={vocab_size: 300, n_positions: 64, n_embd: 16, n_layer: 2, n_head: 2, dropout: 0.1}",
+    "--data.vocab_size=300",
+    "--data.n_train=80",
+    "--trainer.max_epochs=1",
+]
+
+
+@pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
+def test_every_strategy_on_every_task(task, strategy, run, base, data_flags):
+    folder = run("fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
+                 "--model.base", base, "--data.max_length=64", *data_flags, "--trainer.limit_train_batches=1")  # fmt: skip
+    account = metrics(folder)
+    assert account["status"] == "finished"
+    assert account["steps"] == 1
+    assert 0 <= account["scores"]["test/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("file", TRAINERS, ids=lambda path: path.stem)
+def test_every_trainer_file_is_read(file, run, capsys):
+    run_config = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", file, "--print_config"]
+    with pytest.raises(SystemExit) as stopped:
+        run(*run_config)
+    assert stopped.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    stated = yaml.safe_load(file.read_text())["trainer"]
+    assert {key: shown[key] for key in stated if key != "strategy"} == {
+        k: v for k, v in stated.items() if k != "strategy"
+    }
+
+
+def test_the_quickstart_learns_and_leaves_its_account(run, capsys):
+    folder = run("fit", "--config", CONFIGS / "quickstart.yaml")
+    account = metrics(folder)
+    assert account["scores"]["test/accuracy"] >= 0.9
+    assert len(account["epochs"]) == 7
+    assert account["parameters"]["total"] == account["parameters"]["trainable"] > 600_000
+    assert account["seed"] == 1
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "checkpoints", "metrics.json", "predictions_val.csv", "predictions_test.csv"} <= names
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    shown = capsys.readouterr().out
+    assert "tensorboard --logdir" in shown
+    assert str(folder.relative_to(folder.parents[2])) in shown
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"val/accuracy", "val/macro_f1", "train/loss", "hp/test_accuracy"} <= set(board.Tags()["scalars"])
+    assert any(tag.startswith("lr-") and "block.2" in tag for tag in board.Tags()["scalars"])
+    assert {"val/confusion", "train/confusion", "test/confusion"} <= set(board.Tags()["images"])
+
+    again = run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt")
+    assert again != folder
+    assert metrics(again)["scores"]["test/accuracy"] == account["scores"]["test/accuracy"]
+    bare = run(
+        "validate",
+        "--data=datamodules.ToySentiment",
+        "--data.n_train=4000",
+        "--ckpt_path",
+        folder / "checkpoints/best.ckpt",
+    )
+    assert metrics(bare)["scores"]["val/accuracy"] == pytest.approx(account["scores"]["val/accuracy"])
+
+
+def test_the_base_is_not_needed_to_test_or_predict(run, base, files, data_flags, tmp_path):
+    import shutil
+
+    gone = shutil.copytree(base, tmp_path / "gone")
+    fit = ["fit", "--config", CONFIGS / "task/imdb.yaml", "--model.base", gone, "--data.max_length=64", *data_flags]
+    folder = run(*fit, "--trainer.max_epochs=1", "--trainer.accelerator=cpu")
+    checkpoint = folder / "checkpoints/best.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["base"]["digest"] == metrics(folder)["base"]["digest"]
+    (gone / "model.safetensors").unlink()
+    rows = tmp_path / "new.csv"
+    rows.write_text("sentence\na fine film\nnot a fine film\n")
+    predicted = run("predict", "--data=datamodules.IMDB", "--data.tokenizer", gone, "--data.predict_file", rows,
+                    "--ckpt_path", checkpoint)  # fmt: skip
+    lines = (predicted / "predictions_predict.csv").read_text().splitlines()
+    assert lines[0] == "row,text,prediction,p(negative),p(positive)"
+    assert len(lines) == 3
+
+
+def test_flag_over_file_over_checkpoint(run, tmp_path):
+    quick = ["--config", CONFIGS / "quickstart.yaml", *TINY]
+    first = run("fit", *quick, "--model.label_smoothing=0.1", "--model.mix=0.2")
+    checkpoint = first / "checkpoints/last.ckpt"
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {mix: 0.3, label_smoothing: 0.2}}")
+    second = run("validate", *quick[:-1], "--config", overlay, "--model.label_smoothing=0.3", "--ckpt_path", checkpoint)
+    used = yaml.safe_load((second / "config.yaml").read_text())["model"]["init_args"]
+    assert (used["label_smoothing"], used["mix"]) == (0.3, 0.3)
+    third = run("validate", *quick[:-1], "--ckpt_path", checkpoint)
+    used = yaml.safe_load((third / "config.yaml").read_text())["model"]["init_args"]
+    assert (used["label_smoothing"], used["mix"]) == (0.1, 0.2)
+
+
+def refused(run, capsys, *args):
+    with pytest.raises(SystemExit) as stopped:
+        run(*args)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.strip()]
+    assert "Traceback" not in "".join(lines)
+    assert len(lines) <= 3, lines
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model.base=/nowhere"], ["model.base", "/nowhere"]),
+        (["--model.base=nobody/no-such-model"], ["model.base", "nobody/no-such-model", "folder"]),
+        (["--model.bass=x"], ["bass"]),
+        (["--trainer.max_epochs=three"], ["max_epochs", "three"]),
+        (["--data.train_file=/nowhere.csv"], ["data.train_file", "/nowhere.csv"]),
+        (["--data.batch_size=0"], ["data.batch_size", "0"]),
+        (["--data.label_column=mood"], ["mood", "sentiment"]),
+        (["--data.labels=[only]"], ["labels", "only"]),
+        (["--data.template=plain"], ["template", "plain"]),
+        (["--data.max_length=65"], ["65", "64"]),
+        (["--config=/nowhere.yaml"], ["/nowhere.yaml"]),
+        (["--ckpt_path=/nowhere.ckpt"], ["ckpt_path", "/nowhere.ckpt"]),
+        (["--ckpt_path=https://example.com/x.ckpt"], ["ckpt_path", "https://example.com/x.ckpt"]),
+        (["--model.num_classes=7"], ["num_classes", "7", "2"]),
+        (["--trainer.precision=9"], ["precision"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_errors_are_one_line_and_write_nothing(args, words, run, capsys, base, data_flags, tmp_path):
+    good = ["fit", "--config", CONFIGS / "task/imdb.yaml", "--model.base", base, "--data.max_length=64", *data_flags]
+    line = refused(run, capsys, *good, *args)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("lightning_logs/*/*"))
+
+
+def test_strategy_before_task(run, capsys):
+    line = refused(
+        run, capsys, "fit", "--config", CONFIGS / "strategy/linear_probe.yaml", "--config", CONFIGS / "task/sst5.yaml"
+    )
+    assert "task" in line
+    assert "first" in line or "begin" in line
+
+
+def test_nothing_given(run, capsys):
+    assert "configs/task/sst5.yaml" in refused(run, capsys, "fit")
+    assert "unknown command 'train'" in refused(run, capsys, "train")
+
+
+def test_checkpoints_that_do_not_fit(run, capsys, tmp_path):
+    quick = ["--config", CONFIGS / "quickstart.yaml", *TINY]
+    checkpoint = run("fit", *quick) / "checkpoints/last.ckpt"
+    before = checkpoint.read_bytes()
+    other = "--model.config={vocab_size: 300, n_positions: 64, n_embd: 24, n_layer: 2, n_head: 2, dropout: 0.1}"
+    line = refused(run, capsys, "fit", *quick, other, "--ckpt_path", checkpoint)
+    assert "does not fit" in line
+    assert "(300, 16) there and (300, 24) here" in line or "16" in line
+    assert checkpoint.read_bytes() == before
+
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(before[: len(before) // 2])
+    assert "broken.ckpt is not a checkpoint" in refused(run, capsys, "test", *quick, "--ckpt_path", broken)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+
+    torch.save({"state_dict": weights(checkpoint), "hyper_parameters": Evil()}, broken)
+    assert "broken.ckpt is not a checkpoint" in refused(run, capsys, "test", *quick, "--ckpt_path", broken)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_runs_never_write_over_another(run):
+    first = run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY)
+    before = json.dumps(metrics(first))
+    assert run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY) != first
+    assert json.dumps(metrics(first)) == before
+
+
+def test_early_stopping(run):
+    folder = run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY, "--trainer.max_epochs=9",
+                 "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0")  # fmt: skip
+    assert len(metrics(folder)["epochs"]) == 2

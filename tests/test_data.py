@@ -1,0 +1,254 @@
+"""Templates, rows, batches and their order."""
+
+import csv
+import json
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from datamodules import IMDB, SST5, TextClassification, ToySentiment
+from datamodules.batching import (
+    EvaluationLoader,
+    TokenRows,
+    TrainingLoader,
+    evaluation_batches,
+    padding_share,
+    training_batches,
+)
+from datamodules.template import Template
+from gpt2_pl.errors import InputError
+from gpt2_pl.tokenizer import load_tokenizer
+
+# Templates
+
+
+def test_truncation_keeps_every_word_of_the_template(base):
+    tokenizer = load_tokenizer(base)
+    template = Template("Sentence1: {a}, Sentence2: {b} → Are they paraphrases?")
+    rng = random.Random(0)
+    for _ in range(200):
+        row = {
+            key: " ".join(rng.choice(["film", "naïve", "日本", "plot!", "the"]) for _ in range(rng.randrange(1, 60)))
+            for key in "ab"
+        }
+        limit = rng.randrange(45, 120)
+        (ids,) = template.encode([row], tokenizer, limit)
+        assert len(ids) <= limit
+        text = tokenizer.decode(ids)
+        head, middle, tail = text.partition(", Sentence2: ")
+        assert head.startswith("Sentence1: ")
+        assert middle
+        assert tail.endswith(" → Are they paraphrases?")
+        a, b = head.removeprefix("Sentence1: "), tail.removesuffix(" → Are they paraphrases?")
+        assert row["a"].startswith(a.rstrip("\ufffd"))
+        assert row["b"].startswith(b.rstrip("\ufffd"))
+        whole = tokenizer.encode(template.fill(row)).ids
+        if len(whole) <= limit:
+            assert ids == whole
+        else:
+            assert len(ids) >= limit - 8  # no more is lost than must be
+
+
+def test_the_longest_field_is_cut_first(base):
+    tokenizer = load_tokenizer(base)
+    row = {"a": "short one", "b": "the plot is really boring " * 20}
+    (ids,) = Template("{a} | {b} |").encode([row], tokenizer, 40)
+    assert tokenizer.decode(ids).startswith("short one | the plot")
+
+
+@pytest.mark.parametrize("text", ["no field", "{}", "{a!r}", "{a:>3}", "{a", "{a.b}"])
+def test_broken_templates(text):
+    with pytest.raises(InputError, match="template"):
+        Template(text)
+
+
+def test_a_template_without_room(base):
+    with pytest.raises(InputError, match="max_length is 3"):
+        Template("Review: {a} Sentiment:").encode([{"a": "x"}], load_tokenizer(base), 3)
+
+
+# Batches
+
+
+def token_rows(n, seed=0):
+    lengths = np.random.default_rng(seed).integers(1, 60, n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TokenRows(np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(n) % 5)
+
+
+def test_a_batch_is_its_rows_padded_on_the_right():
+    rows = token_rows(20)
+    batch = rows.batch(np.array([3, 17, 5]))
+    assert batch["attention_mask"].sum(1).tolist() == rows.lengths[[3, 17, 5]].tolist()
+    for i, n in enumerate((3, 17, 5)):
+        text = batch["input_ids"][i, : rows.lengths[n]].tolist()
+        assert text == list(range(rows.offsets[n], rows.offsets[n + 1]))
+    assert batch["labels"].tolist() == [3, 2, 0]
+
+
+@pytest.mark.parametrize(("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2)])
+def test_every_row_once_an_epoch_on_one_rank(n, size, world):
+    rows = token_rows(n)
+    loaders = [TrainingLoader(rows, size, 1, rank, world) for rank in range(world)]
+    seen = [[batch["row"].tolist() for batch in loader] for loader in loaders]
+    assert len({len(batches) for batches in seen}) == 1
+    assert all(len(batches) == len(loader) for batches, loader in zip(seen, loaders, strict=True))
+    flat = sorted(row for batches in seen for batch in batches for row in batch)
+    left_out = n % (size * world) if n % (size * world) < world else 0
+    assert len(flat) == len(set(flat)) == n - left_out
+    assert all(batches and all(batches) for batches in seen)
+    evaluated = [np.concatenate(evaluation_batches(rows.lengths, size, rank, world)) for rank in range(world)]
+    assert sorted(np.concatenate(evaluated).tolist()) == list(range(n))
+
+
+def test_one_process_and_two_see_the_same_global_batches():
+    lengths = token_rows(101).lengths
+    one, two = training_batches(lengths, 16, 3, 2, 1), training_batches(lengths, 8, 3, 2, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    lengths = token_rows(200).lengths
+    order = lambda seed, epoch: np.concatenate(training_batches(lengths, 8, seed, epoch)).tolist()  # noqa: E731
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_resuming_goes_on_behind_the_finished_batches():
+    rows, done = token_rows(90), 0
+    loader = TrainingLoader(rows, 8, 5, finished=lambda: done)
+    loader.set_epoch(2)
+    whole = [batch["row"].tolist() for batch in loader]
+    done = 4
+    state = loader.state_dict()
+    again = TrainingLoader(rows, 8, 5)
+    again.load_state_dict(state)
+    again.set_epoch(2)
+    assert [batch["row"].tolist() for batch in again] == whole[4:]
+    assert [batch["row"].tolist() for batch in again] == whole  # once only
+    again.load_state_dict(state)
+    again.set_epoch(3)
+    assert len(list(again)) == len(whole)
+
+
+def test_padding_on_sst5_is_at_most_five_percent(shared):
+    file = str(shared / "data" / "ids-sst-train.csv")
+    data = SST5(train_file=file, tokenizer=str(shared / "base" / "gpt2-tiny"), val_fraction=0.01)
+    data.setup()
+    assert padding_share([batch["attention_mask"] for batch in data.train_dataloader()]) <= 0.05
+
+
+def test_evaluation_loader_gives_every_row():
+    assert sorted(n for batch in EvaluationLoader(token_rows(13), 4) for n in batch["row"].tolist()) == list(range(13))
+
+
+# Rows
+
+ROWS = [
+    {"text": 'He said "no",\tthen left; NA', "label": 1},
+    {"text": "null", "label": 0},
+    {"text": "日本", "label": 1},
+]
+
+
+def write(folder, ending):
+    file = folder / f"rows{ending}"
+    if ending == ".jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    elif ending == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(file)
+    else:
+        with file.open("w", encoding="utf-8-sig", newline="") as lines:
+            writer = csv.DictWriter(lines, ["text", "label"], delimiter="," if ending == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    return str(file)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_rows(ending, base, tmp_path):
+    data = TextClassification(train_file=write(tmp_path, ending), template="{text}", tokenizer=str(base))
+    data.test_dataloader = data.val_dataloader
+    data.files["test"], data.files["train"] = data.files["train"], None
+    data.setup("test")
+    assert data.encoded["test"].labels.tolist() == [1, 0, 1]
+    decoded = [
+        data.tokenizer.decode(data.encoded["test"].values[a:b].tolist())
+        for a, b in zip(data.encoded["test"].offsets, data.encoded["test"].offsets[1:], strict=False)
+    ]
+    assert decoded == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "rows.csv is empty"),
+        ("sentence,sentiment\n", "rows.csv has no rows"),
+        ("text,sentiment\na,1\n", r"rows\.csv has no column 'sentence'; it has 'text', 'sentiment'"),
+        (
+            "sentence,sentiment\ngood,1\nbad,7\n",
+            r"rows\.csv, row 2: the label in 'sentiment' is '7'; it must be 0 to 1 or one of",
+        ),
+        ("sentence,sentiment\ngood,1\n  ,0\n", r"rows\.csv, row 2: 'sentence' is '  '; it must hold text"),
+        ("sentence,sentence\ngood,1\n", "names a column twice"),
+        (b"sentence,sentiment\ngr\xfcn,1\n", "UTF-8|utf-8"),
+        ("sentence,sentiment\ngood,1\nbad,0,0,0\n", r"rows\.csv cannot be read as csv"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_row(content, message, base, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        IMDB(train_file=str(file), val_file=str(file), tokenizer=str(base)).setup()
+
+
+def test_text_that_is_not_text_and_labels_by_name(base, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"sentence": "a", "sentiment": "positive"}\n{"sentence": "b", "sentiment": "negative"}\n')
+    data = IMDB(test_file=str(file), tokenizer=str(base))
+    data.setup()
+    assert data.encoded["test"].labels.tolist() == [1, 0]
+    file.write_text('{"sentence": 3, "sentiment": 1}\n')
+    with pytest.raises(InputError, match="row 1: 'sentence' is 3"):
+        IMDB(test_file=str(file), tokenizer=str(base)).setup()
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "rows.xlsx"])
+def test_files_that_cannot_be(name, base, tmp_path):
+    (tmp_path / "rows.xlsx").write_text("x")
+    with pytest.raises(InputError, match=f"data.train_file.*{name}"):
+        IMDB(train_file=str(tmp_path / name), tokenizer=str(base)).setup()
+
+
+def test_a_hub_dataset_without_network():
+    with pytest.raises(InputError, match="SetFit/sst5.*cannot be had.*data.train_file"):
+        SST5(tokenizer="x").setup("fit")
+
+
+def test_validation_rows_are_no_training_rows(files, base):
+    data = IMDB(train_file=str(files["train"]), tokenizer=str(base), val_fraction=0.2, train_fraction=0.5)
+    data.setup()
+    assert (len(data.encoded["val"]), len(data.encoded["train"])) == (19, 39)
+    split = lambda name: {tuple(row.values()) for row in data.rows[name]}  # noqa: E731
+    assert not split("train") & split("val") or len(split("train") & split("val")) < 3  # reviews may repeat
+    again = IMDB(train_file=str(files["train"]), tokenizer=str(base), val_fraction=0.2, train_fraction=0.5)
+    again.setup()
+    assert np.array_equal(again.encoded["train"].values, data.encoded["train"].values)
+
+
+def test_toy_reviews_need_more_than_a_word():
+    data = ToySentiment(n_train=400)
+    data.setup()
+    assert np.bincount(data.encoded["train"].labels).min() > 100
+    said = {}
+    for row in data.rows["train"]:
+        for word in row["sentence"].split():
+            said.setdefault(word, set()).add(row["sentiment"])
+    assert all(len(labels) > 1 for word, labels in said.items() if word in ("wonderful", "boring", "long"))
+
+
+def test_padding_share():
+    assert padding_share([torch.tensor([[1, 1], [1, 0]])]) == 0.25

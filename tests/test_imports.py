@@ -1,0 +1,54 @@
+"""Imports run one way: gpt2_pl <- datamodules, callbacks <- commands, cli; its core knows no Lightning."""
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+CORE = ("model", "pretrained", "heads", "optim", "metrics", "tokenizer", "errors")
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "banned"),
+    [
+        ("gpt2_pl", {"datamodules", "callbacks", "commands", "cli"}),
+        ("datamodules", {"callbacks", "commands", "cli"}),
+        ("callbacks", {"datamodules", "commands", "cli"}),
+    ],
+)
+def test_packages_import_one_way(package, banned):
+    for file in (ROOT / package).rglob("*.py"):
+        assert not banned & set(imported(file)), file
+
+
+def test_the_core_knows_no_lightning():
+    for name in CORE:
+        assert not {"lightning", "datamodules"} & set(imported(ROOT / "gpt2_pl" / f"{name}.py")), name
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], []])
+def test_help_needs_no_torch(args):
+    code = f"import sys, cli; cli.main({args!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, env=os.environ, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 4

@@ -1,0 +1,60 @@
+"""Runs in processes of their own: killed and resumed, and two beside one."""
+
+import pytest
+import torch
+from conftest import ROOT, latest, metrics, process, weights
+
+QUICK = [
+    "fit",
+    f"--config={ROOT}/configs/quickstart.yaml",
+    "--data.n_train=252",  # 63 rows each to validate and test on: an odd number
+    "--trainer.max_epochs=2",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def fit(folder, *args):
+    folder.mkdir(exist_ok=True)
+    done = process(folder, *QUICK, *args)
+    assert done.returncode == 0, done.stderr
+    return latest(folder)
+
+
+def same(a, b):
+    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_killed_in_mid_epoch_and_resumed(tmp_path):
+    sizes = ["--data.batch_size=16", "--checkpoint_every_n_steps=3"]  # 16 steps an epoch
+    whole = fit(tmp_path / "whole", *sizes)
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    killer = "--trainer.callbacks=[{class_path: killer.KillAt, init_args: {step: 23}}]"
+    assert process(stopped, *QUICK, *sizes, killer).returncode == -9
+    checkpoint = latest(stopped) / "checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 21
+    assert metrics(latest(stopped))["status"] == "running"
+    resumed = fit(stopped, *sizes, f"--ckpt_path={checkpoint}")
+    assert same(whole, resumed)
+    one, two = metrics(whole), metrics(resumed)
+    for key in ("scores", "epochs", "steps"):
+        assert one[key] == two[key]
+
+
+def test_two_processes_equal_one(tmp_path):
+    settings = ["--model.dropout=0.0", "--model.optimizer.init_args.lr=1e-4"]
+    one = fit(tmp_path / "one", *settings, "--data.batch_size=16")
+    ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    two = fit(tmp_path / "two", *ddp, *settings, "--data.batch_size=8", "--data.eval_batch_size=7")
+    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, two))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    scores = [metrics(folder)["scores"] for folder in (one, two)]
+    for name in ("val/accuracy", "val/macro_f1", "test/accuracy", "test/macro_f1"):
+        assert scores[0][name] == scores[1][name], name
+    assert scores[0]["test/loss"] == pytest.approx(scores[1]["test/loss"], abs=1e-6)
+    for split in ("val", "test"):
+        rows = [(folder / f"predictions_{split}.csv").read_text().splitlines() for folder in (one, two)]
+        assert len(rows[0]) == len(rows[1]) == 64
+        assert [line.split(",")[0] for line in rows[0]] == [line.split(",")[0] for line in rows[1]]

@@ -1,0 +1,181 @@
+"""SentimentClassifier: its learning against transformers, its metrics against loops, its options."""
+
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, metrics
+from lightning.pytorch import Callback, Trainer, seed_everything
+from transformers import GPT2ForSequenceClassification
+
+from callbacks import Reproducibility
+from datamodules import IMDB, SST5, ToySentiment
+from gpt2_pl import GPT2Config
+from gpt2_pl.errors import InputError
+from gpt2_pl.optim import Linear
+from gpt2_pl.tasks import SentimentClassifier
+
+CONFIG = ROOT / "configs"
+SHAPE = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, dropout=0.1)
+
+
+def trainer(**settings):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(
+        **{"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0, **quiet, **settings}
+    )
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+def compare_with_transformers(base, data, steps, lr):
+    """Both learn from the same weights, rows and order, without dropout; the largest difference of their losses."""
+    seed_everything(4, verbose=False)
+    task = SentimentClassifier(
+        base=str(base),
+        num_classes=data.num_classes,
+        dropout=0.0,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
+        schedule=Linear(),
+    )
+    task.configure_model()
+    theirs = GPT2ForSequenceClassification.from_pretrained(
+        base, num_labels=data.num_classes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=0
+    )
+    with torch.no_grad():
+        task.head.linear.weight.copy_(theirs.score.weight)
+    task.head.linear.bias.requires_grad_(False)  # theirs has none
+    losses = Losses()
+    trainer(max_steps=steps, callbacks=[Reproducibility(), losses], limit_val_batches=0).fit(task, data)
+
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    loader, expected = data.train_dataloader(), []
+    while len(expected) < steps:
+        for batch in loader:
+            logits = theirs(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = F.cross_entropy(logits, batch["labels"])
+            loss.backward()
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            expected.append(loss.item())
+            if len(expected) == steps:
+                break
+        loader.set_epoch(loader.epoch + 1)
+    assert len(losses.losses) == steps
+    return max(abs(a - b) for a, b in zip(losses.losses, expected, strict=True)), expected
+
+
+def test_the_loss_curve_is_that_of_transformers(base, files):
+    data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
+    difference, losses = compare_with_transformers(base, data, 50, 1e-3)
+    assert difference < 1e-3
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_loss_curve_on_sst5_is_that_of_transformers(shared):
+    base, file = str(shared / "base" / "gpt2-tiny"), str(shared / "data" / "ids-sst-train.csv")
+    difference, _ = compare_with_transformers(base, SST5(train_file=file, tokenizer=base, batch_size=16), 50, 1e-4)
+    assert difference < 1e-3
+
+
+def test_scores_and_predictions_equal_loops(run, base, data_flags):
+    folder = run("fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=64", *data_flags,
+                 "--trainer.max_epochs=2", "--trainer.accelerator=cpu")  # fmt: skip
+    account = metrics(folder)
+    for split in ("val", "test"):
+        with (folder / f"predictions_{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["row"]) for row in rows] == list(range(1, {"val": 33, "test": 35}[split] + 1))
+        right = sum(row["label"] == row["prediction"] for row in rows)
+        assert account["scores"][f"{split}/accuracy"] == pytest.approx(right / len(rows), abs=1e-6)
+        f1 = []
+        for name in ("negative", "positive"):
+            hits = sum(row["label"] == row["prediction"] == name for row in rows)
+            asked = sum(row["label"] == name for row in rows) + sum(row["prediction"] == name for row in rows)
+            f1.append(2 * hits / asked if asked else 0.0)
+        assert account["scores"][f"{split}/macro_f1"] == pytest.approx(sum(f1) / 2, abs=1e-6)
+
+
+def test_a_linear_probe_computes_its_features_once(base, files):
+    data = IMDB(train_file=str(files["train"]), val_file=str(files["val"]), tokenizer=str(base), batch_size=16)
+    task = SentimentClassifier(
+        base=str(base), num_classes=2, train_base=False, head_dropout=0.0,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    )  # fmt: skip
+    calls = []
+    encode = task.encode
+    task.encode = lambda batch: calls.append(len(batch["row"])) or encode(batch)
+    losses = Losses()
+    trainer(max_epochs=3, callbacks=[losses]).fit(task, data)
+    assert sum(calls) == 97 + 33
+    assert len(losses.losses) == 3 * 7
+    again = SentimentClassifier(
+        base=str(base), num_classes=2, train_base=False, head_dropout=0.0,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    )  # fmt: skip
+    again.configure_model()
+    again.eval()
+    batch = next(iter(data.evaluation_dataloader("val")))
+    with torch.no_grad():
+        torch.testing.assert_close(again.encode(batch), task.encode(batch))  # the base has not changed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "mean"},
+        {"pooling": "concat", "head_dropout": 0.3, "n_masks": 3, "average": "logits"},
+        {"pooling": "mix", "mix": 0.5, "label_smoothing": 0.1},
+        {"head": "verbaliser", "words": ["b", "l", "w"]},
+        {"activation_checkpointing": True},
+        {"compile": True},
+    ],
+)
+def test_options_train(options):
+    task = SentimentClassifier(
+        config=SHAPE, num_classes=3, optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3), **options
+    )
+    losses = Losses()
+    trainer(max_epochs=1, callbacks=[losses, Reproducibility()]).fit(task, ToySentiment(n_train=256, vocab_size=400))
+    assert losses.losses[-1] < losses.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_dropout": 1.0}, "model.head_dropout is 1.0"),
+        ({"num_classes": 1}, "model.num_classes is 1"),
+        ({"head": "verbaliser"}, "go together"),
+        ({"head": "verbaliser", "words": ["a"]}, "has 1 words"),
+        ({"base": "x"}, "got both"),
+        ({"config": None}, "got neither"),
+        ({"dropout": 1.5}, "model.dropout is 1.5"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(InputError, match=message):
+        SentimentClassifier(**{"config": SHAPE, "num_classes": 3, **options})
+
+
+def test_words_of_several_tokens_are_refused():
+    task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbaliser", words=["a", "b", "quixotic"])
+    with pytest.raises(InputError, match="'quixotic' is . tokens"):
+        trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
+
+
+def test_a_tokenizer_that_is_not_the_bases(base):
+    task = SentimentClassifier(base=str(base), num_classes=3)
+    with pytest.raises(InputError, match=r"vocab_size 400"):
+        trainer(max_epochs=1).fit(task, ToySentiment(n_train=400, vocab_size=450))

@@ -40,12 +40,37 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if args[0] not in _COMMANDS:
         _fail(f"unknown command {args[0]!r}; it must be one of {', '.join(_COMMANDS)}")
+    from jsonargparse import ArgumentError
+
     from gpt2_pl.errors import InputError
 
     try:
         _run(args)
     except InputError as error:
         _fail(str(error))
+    except ArgumentError as error:
+        _fail(_condensed(str(error)))
+
+
+def _condensed(message: str) -> str:
+    """One line of a parser's many: the key, what is wrong, the value."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    noise = (
+        "Does not validate against",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+        "tip:",
+    )
+    told = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+    given = [line.partition(":")[2].strip() for line in lines if line.startswith("Given value:")]
+    text = " ".join(told).replace('Parser key "', "").replace('":', ":", 1)
+    if given and len(given[-1]) < 100 and given[-1] not in text:
+        text += f"; the value is {given[-1]}"
+    if "gpt2_pl.tasks.Task'" in text or "arguments are required" in text:
+        text += " (the task's file comes first: --config configs/task/sst5.yaml --config configs/strategy/full.yaml)"
+    return text
 
 
 def _fail(message: str) -> None:

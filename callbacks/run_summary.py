@@ -37,6 +37,11 @@ class RunSummary(Callback):
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
         self._since = 0.0
+        self._fitting = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note whether this is training: checkpoints are also loaded to be tested."""
+        self._fitting = stage == "fit"
 
     # What a resumed run takes over
 
@@ -52,7 +57,9 @@ class RunSummary(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the account of the run that was stopped."""
+        """Go on with the account of the run that was stopped; testing a checkpoint takes nothing over."""
+        if not self._fitting:
+            return
         for key, value in state_dict.items():
             setattr(self, key, value)
 

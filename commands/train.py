@@ -45,6 +45,7 @@ class GPT2CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
+            parser_kwargs={"exit_on_error": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -100,6 +101,28 @@ class GPT2CLI(LightningCLI):
             trainer.use_distributed_sampler = False  # our loaders share the rows out themselves
         if trainer.logger is None:
             trainer.logger = True
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a number of classes that is not the data's is refused."""
+        super().instantiate_classes()
+        stated, actual = self._stated_num_classes(), getattr(self.datamodule, "num_classes", None)
+        if stated is not None and actual is not None and str(stated) != str(actual):
+            raise InputError(
+                f"model.num_classes is {stated}, and the data have {actual} classes (data.labels); leave it out"
+            )
+
+    def _stated_num_classes(self) -> Any:
+        """What flags or files say of model.num_classes, which the data's own number silently replaces."""
+        stated = None
+        for file in self.config[self.subcommand].get("config") or []:
+            model = (yaml.safe_load(file.get_content()) or {}).get("model") or {}
+            if isinstance(model, dict):
+                stated = (model.get("init_args") or {}).get("num_classes", stated)
+        for arg, following in zip(self.given, [*self.given[1:], ""], strict=True):
+            key, _, value = arg.partition("=")
+            if key in ("--model.num_classes", "--model.init_args.num_classes"):
+                stated = value or following
+        return stated
 
     # Building
 
@@ -161,6 +184,7 @@ class GPT2CLI(LightningCLI):
     after_test = after_predict = after_validate
 
     def _report(self) -> None:
+        folder = self.trainer.log_dir  # asks all processes
         if not self.trainer.is_global_zero:
             return
         from rich.console import Console
@@ -171,7 +195,7 @@ class GPT2CLI(LightningCLI):
         for name, value in self.summary.scores.items():
             if "/" in name:
                 console.print(f"{name:16} {value:.4f}")
-        if (folder := self.trainer.log_dir) is not None:
+        if folder is not None:
             files = ", ".join(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
             console.print(f"\n{self.subcommand} is done: {folder}\n  {files}", soft_wrap=True, highlight=False)
             if Path(folder, "checkpoints", "best.ckpt").is_file():

@@ -57,8 +57,11 @@ def _csv_options(path: Path, key: str) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             header = lines.readline()
+            has_rows = any(line.strip() for line in lines)
     except UnicodeDecodeError as error:
         raise InputError(f"{key}: {path} is not UTF-8 text: {error}") from None
+    if not has_rows:
+        raise InputError(f"{key}: {path} has no rows below its header")
     delimiter = max(_DELIMITERS, key=header.count)
     columns = next(csv.reader([header], delimiter=delimiter), [])
     # pandas, which `datasets` reads with, gives this name to a column without one

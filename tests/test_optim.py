@@ -1,6 +1,7 @@
 """AdamW against torch's, schedules against their closed forms, groups against the model's parameters."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -39,11 +40,11 @@ def test_state_goes_both_ways(direction):
     ours, theirs = AdamW(a, lr=1e-2), torch.optim.AdamW(b, lr=1e-2)
     train(ours, theirs, 20, a, b)
     if direction == "ours to torch":
-        state = ours.state_dict()
+        state = deepcopy(ours.state_dict())
         theirs = torch.optim.AdamW(b, lr=1e-2)
         theirs.load_state_dict({**state, "param_groups": theirs.state_dict()["param_groups"]})
     else:
-        state = theirs.state_dict()
+        state = deepcopy(theirs.state_dict())
         ours = AdamW(a, lr=1e-2)
         ours.load_state_dict(state)
     train(ours, theirs, 20, a, b)

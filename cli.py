@@ -46,10 +46,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
     try:
         _run(args)
-    except InputError as error:
-        _fail(str(error))
     except ArgumentError as error:
         _fail(_condensed(str(error)))
+    except Exception as error:
+        cause: BaseException | None = error  # the parser wraps what a class raises in errors of its own
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        _fail(str(cause))
 
 
 def _condensed(message: str) -> str:

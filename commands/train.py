@@ -114,7 +114,7 @@ class GPT2CLI(LightningCLI):
     def _stated_num_classes(self) -> Any:
         """What flags or files say of model.num_classes, which the data's own number silently replaces."""
         stated = None
-        for file in self.config[self.subcommand].get("config") or []:
+        for file in filter(None, self.config[self.subcommand].get("config") or []):
             model = (yaml.safe_load(file.get_content()) or {}).get("model") or {}
             if isinstance(model, dict):
                 stated = (model.get("init_args") or {}).get("num_classes", stated)

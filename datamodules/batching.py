@@ -150,7 +150,7 @@ class TrainingLoader:
         return {"epoch": self.epoch, "batches": self.finished()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the batches that were done."""
+        """In that epoch, go on behind the batches that were done."""
         self._resume = {"epoch": int(state["epoch"]), "batches": int(state["batches"])}
 
     def __len__(self) -> int:
@@ -162,7 +162,6 @@ class TrainingLoader:
         # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
         batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world)
         done = self._resume["batches"] if self._resume["epoch"] == self.epoch else 0
-        self._resume["epoch"] = -1
         for rows in batches[done:]:
             yield {**self.rows.batch(rows[self.rank :: self.world]), "global_rows": len(rows)}
 

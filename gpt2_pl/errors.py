@@ -1,10 +1,9 @@
 """The one exception for input the user can correct."""
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """A value, file or folder the user gave cannot be used.
 
     The message names the key or file, the row where there is one, the value found, and what would be right.
-    The command line prints it as one line without a traceback. It is no ValueError: a parser of configurations takes
-    those for a value of the wrong type and tries the next type.
+    The command line prints it as one line without a traceback.
     """

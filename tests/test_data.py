@@ -128,8 +128,6 @@ def test_resuming_goes_on_behind_the_finished_batches():
     again.load_state_dict(state)
     again.set_epoch(2)
     assert [batch["row"].tolist() for batch in again] == whole[4:]
-    assert [batch["row"].tolist() for batch in again] == whole  # once only
-    again.load_state_dict(state)
     again.set_epoch(3)
     assert len(list(again)) == len(whole)
 

@@ -245,17 +245,19 @@ class TextClassification(LightningDataModule):
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def _finished_batches(self) -> int:
-        assert self.trainer is not None
+    def _next_batch(self) -> int:
+        """The number of the batch that the trainer asks for next; it knows it from the checkpoint when it resumes."""
+        if self.trainer is None:
+            return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.processed
+        return progress.ready
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled batches, a function of the seed (``seed_everything``) and the epoch."""
         rank, world = self._process()
         self._check_enough("train", world)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, self._finished_batches)
+        return TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, self._next_batch)
 
     def evaluation_dataloader(self, split: str) -> EvaluationLoader:
         """Every row of a split once, on exactly one process."""

@@ -110,8 +110,7 @@ class EvaluationLoader:
 class TrainingLoader:
     """One epoch after the other of :func:`training_batches`, resumable within an epoch.
 
-    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins and keeps ``state_dict`` in checkpoints. Each
-    batch also says how many rows the global batch has, as ``global_rows``.
+    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also says how many rows the global batch has, as ``global_rows``.
 
     Args:
         rows: the tokenised rows.
@@ -119,7 +118,7 @@ class TrainingLoader:
         seed: decides the order, together with the epoch.
         rank: this process.
         world: number of processes.
-        finished: how many batches of this epoch training has finished, for ``state_dict``.
+        next_batch: the number of the batch that an iteration begins with, from 0: above 0 where training resumes.
     """
 
     def __init__(
@@ -129,12 +128,11 @@ class TrainingLoader:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        finished: Callable[[], int] = lambda: 0,
+        next_batch: Callable[[], int] = lambda: 0,
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world, self.finished = rank, world, finished
+        self.rank, self.world, self.next_batch = rank, world, next_batch
         self.epoch = 0
-        self._resume = {"epoch": -1, "batches": 0}
 
     @property
     def sampler(self) -> TrainingLoader:
@@ -145,14 +143,6 @@ class TrainingLoader:
         """The epoch that the next iteration will be."""
         self.epoch = epoch
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and how many of its batches are done."""
-        return {"epoch": self.epoch, "batches": self.finished()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """In that epoch, go on behind the batches that were done."""
-        self._resume = {"epoch": int(state["epoch"]), "batches": int(state["batches"])}
-
     def __len__(self) -> int:
         size = self.batch_size * self.world
         whole, rest = divmod(len(self.rows), size)
@@ -161,8 +151,7 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
         batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world)
-        done = self._resume["batches"] if self._resume["epoch"] == self.epoch else 0
-        for rows in batches[done:]:
+        for rows in batches[self.next_batch() :]:
             yield {**self.rows.batch(rows[self.rank :: self.world]), "global_rows": len(rows)}
 
 

@@ -30,9 +30,8 @@ def test_every_strategy_on_every_task(task, strategy, run, base, data_flags):
 
 @pytest.mark.parametrize("file", TRAINERS, ids=lambda path: path.stem)
 def test_every_trainer_file_is_read(file, run, capsys):
-    run_config = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", file, "--print_config"]
     with pytest.raises(SystemExit) as stopped:
-        run(*run_config)
+        run("fit", "--config", CONFIGS / "quickstart.yaml", "--config", file, "--print_config")
     assert stopped.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
     stated = yaml.safe_load(file.read_text())["trainer"]
@@ -192,3 +191,13 @@ def test_early_stopping(run):
     folder = run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY, "--trainer.max_epochs=9",
                  "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0")  # fmt: skip
     assert len(metrics(folder)["epochs"]) == 2
+
+
+def test_resuming_at_the_end_of_an_epoch(run):
+    quick = ["--config", CONFIGS / "quickstart.yaml", *TINY, "--model.schedule=gpt2_pl.optim.Constant"]
+    whole = run("fit", *quick, "--trainer.max_epochs=2")
+    half = run("fit", *quick)
+    resumed = run("fit", *quick, "--trainer.max_epochs=2", "--ckpt_path", half / "checkpoints/last.ckpt")
+    assert metrics(whole)["epochs"] == metrics(resumed)["epochs"]
+    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)

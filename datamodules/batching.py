@@ -118,7 +118,7 @@ class TrainingLoader:
         seed: decides the order, together with the epoch.
         rank: this process.
         world: number of processes.
-        next_batch: the number of the batch that an iteration begins with, from 0: above 0 where training resumes.
+        next_batch: the number, from 0, of the batch that an iteration begins with; above 0 where training resumes.
     """
 
     def __init__(

@@ -178,5 +178,5 @@ def test_words_of_several_tokens_are_refused():
 
 def test_a_tokenizer_that_is_not_the_bases(base):
     task = SentimentClassifier(base=str(base), num_classes=3)
-    with pytest.raises(InputError, match=r"vocab_size 400"):
+    with pytest.raises(InputError, match="vocab_size 400"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=400, vocab_size=450))

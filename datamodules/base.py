@@ -247,7 +247,7 @@ class TextClassification(LightningDataModule):
 
     def _next_batch(self) -> int:
         """The number of the batch that the trainer asks for next; it knows it from the checkpoint when it resumes."""
-        if self.trainer is None:
+        if self.trainer is None or not self.trainer.training:
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return progress.ready

@@ -110,7 +110,8 @@ class EvaluationLoader:
 class TrainingLoader:
     """One epoch after the other of :func:`training_batches`, resumable within an epoch.
 
-    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also says how many rows the global batch has, as ``global_rows``.
+    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also says how many rows the global
+    batch has, as ``global_rows``.
 
     Args:
         rows: the tokenised rows.

@@ -172,7 +172,7 @@ def test_options_out_of_range(options, message):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gradients_are_clipped_at_any_precision(precision):
-    """Lightning refuses to clip for a fused optimizer under mixed precision, which matters to a gradient scaler only."""
+    # Lightning itself refuses to clip for a fused optimizer under any mixed precision.
     norms = []
 
     class Norm(Callback):

@@ -82,15 +82,17 @@ def ours(args: argparse.Namespace, folder: str) -> float:
 def theirs(args: argparse.Namespace, folder: str, grouped: bool) -> float:
     """Seconds of the training epoch."""
     from transformers import (
-        AutoTokenizer,
         DataCollatorWithPadding,
         GPT2Config,
         GPT2ForSequenceClassification,
+        PreTrainedTokenizerFast,
         Trainer,
         TrainerCallback,
         TrainingArguments,
         set_seed,
     )
+
+    from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
 
     class Clock(TrainerCallback):
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:
@@ -100,8 +102,7 @@ def theirs(args: argparse.Namespace, folder: str, grouped: bool) -> float:
             self.seconds = time.perf_counter() - self.start
 
     set_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(args.tokenizer), pad_token=END_OF_TEXT)
     rows = [
         {**tokenizer(f"Review: {row['sentence'].strip()} Sentiment:"), "labels": int(row["sentiment"])}
         for row in subset(args.train_file, args.steps * args.batch_size)

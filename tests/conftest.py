@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The optional folder of real data."""
-    folder = Path(os.environ.get("GPT2_PL_SHARED", ROOT.parent / "shared"))
+    folder = Path(os.environ.get("GPT2_PL_SHARED", "."))
     if not (folder / "base" / "gpt2-tiny").is_dir():
         pytest.skip("GPT2_PL_SHARED names no folder with real data: data/ and base/gpt2-tiny")
     return folder

@@ -88,7 +88,14 @@ def _run(args: list[str]) -> None:
     import logging
     import warnings
 
-    for message in ("LightningCLI's args parameter", ".*does not have many workers", ".*LeafSpec"):
+    noise = (
+        "LightningCLI's args parameter",
+        ".*does not have many workers",
+        ".*LeafSpec",
+        ".*is not supported by the model summary",
+        ".*in eval mode at the start of training",  # a frozen GPT-2 is meant to be
+    )
+    for message in noise:
         warnings.filterwarnings("ignore", message=message)
     trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     trainer_log.addFilter(lambda record: "litlogger" not in record.getMessage())

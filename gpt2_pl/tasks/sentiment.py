@@ -217,10 +217,10 @@ class SentimentClassifier(Task):
             from matplotlib.figure import Figure
 
             names = getattr(self.datamodule, "labels", None)
-            figure = Figure(figsize=(1.5 + self.num_classes, 1 + self.num_classes))
+            figure = Figure(figsize=(2.0 + self.num_classes, 1.5 + self.num_classes), layout="constrained")
             axes = figure.subplots()
             matrix.plot(counts, ax=axes, labels=names)
-            axes.set_title(f"{split}, epoch {self.current_epoch}")
+            axes.set_title(split if split == "test" else f"{split}, epoch {self.current_epoch + 1}")
             board.add_figure(f"{split}/confusion", figure, self.global_step)
         matrix.reset()
 

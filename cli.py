@@ -71,7 +71,7 @@ def _condensed(message: str) -> str:
     told = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
     given = [line.partition(":")[2].strip() for line in lines if line.startswith("Given value:")]
     text = " ".join(told).replace('Parser key "', "").replace('":', ":", 1)
-    if given and len(given[-1]) < 100 and given[-1] not in text:
+    if given and len(given[-1]) < 100 and "(" not in given[-1] and given[-1] not in text:
         text += f"; the value is {given[-1]}"
     if "gpt2_pl.tasks.Task'" in text or "arguments are required" in text:
         text += " (the task's file comes first: --config configs/task/sst5.yaml --config configs/strategy/full.yaml)"

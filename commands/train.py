@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import PredictionWriter, Reproducibility, RunSummary
 from gpt2_pl.errors import InputError
+from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 
 RUNS = "lightning_logs"
@@ -235,8 +236,7 @@ def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        stored = dict(content["hyper_parameters"])
-        task = stored.pop("task")
+        stored, task = dict(content["hyper_parameters"]), content["task"]
     except Exception as error:  # unpickling, zip and key errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"ckpt_path: {checkpoint} is not a checkpoint of this library: {reason[:200]}") from None
@@ -251,5 +251,16 @@ def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
         for arg in args
     ):
         stored.pop("base"), stored.pop("config")  # which of the two it is, the files say
+    if any("surgery" in text for text in (*args, *_config_texts(args))):
+        stored.pop("surgery")  # files would add theirs to it
+    else:
+        stored["surgery"] = [build(settings).settings() for settings in stored["surgery"]]  # this library's alone
     layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
+
+
+def _config_texts(args: list[str]) -> list[str]:
+    """The content of the configuration files among the arguments."""
+    values = [following for arg, following in zip(args, args[1:], strict=False) if arg in ("-c", "--config")]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return [Path(value).read_text(encoding="utf-8") for value in values if Path(value).is_file()]

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from os import PathLike
 
+    from gpt2_pl.generation import KeyValueCache, LayerCache
+
 
 @dataclass(frozen=True)
 class GPT2Config:
@@ -67,17 +69,34 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)  # q, k and v, in this order
         self.c_proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        at: Tensor | None = None,
+        prefix: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (B, R, C) when only the positions ``at`` (B, R) ask.
 
-        ``mask`` (B, 1, T or R, T) is True where a query may look; without it attention is causal.
+        ``prefix`` (2, H, P, hd) holds keys and values that stand in front of the tokens' own; ``cache`` those of the
+        tokens read before. Of all N keys, ``mask`` (B or 1, 1, T or R, N) is True where a query may look; without it,
+        attention is causal, or from one last token to everything.
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
         if at is not None:
             q = read_at(q, at)  # (B, R, C)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
+        if prefix is not None:
+            k, v = (
+                torch.cat((front.to(t.dtype).expand(len(t), -1, -1, -1), t), dim=2)
+                for front, t in zip(prefix, (k, v), strict=True)
+            )  # (B, H, P + T, hd)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = mask is None and q.size(2) == k.size(2)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -106,9 +125,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config.n_embd, config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        at: Tensor | None = None,
+        prefix: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (B, R, C) when only the positions ``at`` (B, R) are wanted."""
-        attended = self.attn(self.ln_1(x), mask, at)
+        attended = self.attn(self.ln_1(x), mask, at, prefix, cache)
         x = (x if at is None else read_at(x, at)) + attended
         return x + self.mlp(self.ln_2(x))
 
@@ -122,7 +148,14 @@ class GPT2(nn.Module):
 
     Attributes:
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        prompt: gives P embeddings (P, C) that stand in front of every row's token embeddings (a soft prompt).
+        prefix: gives keys and values (L, 2, H, P, hd) that stand in front of every row's own in each block.
+        base_names: the published parameters' names; whatever else there is, surgery added.
+        source: the folder that the weights were loaded from.
     """
+
+    prompt: nn.Module | None
+    prefix: nn.Module | None
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -132,7 +165,15 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.prompt = self.prefix = None
+        self.base_names = frozenset(name for name, _ in self.named_parameters())
+        self.source: str | None = None
         self._init_weights()
+
+    @property
+    def n_virtual(self) -> int:
+        """How many positions the prefix and the soft prompt take in front of every row's text."""
+        return sum(module.length for module in (self.prefix, self.prompt) if module is not None)
 
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
@@ -143,7 +184,13 @@ class GPT2(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        at: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Hidden states after the last layer norm.
 
         Args:
@@ -152,53 +199,67 @@ class GPT2(nn.Module):
                 padding is never attended to, so that a row's text gives what it gives alone. Batches padded on the
                 right can leave it out: a causal model's text never sees what follows it.
             at: (B, R) the positions whose hidden state is wanted. The last block is computed there only.
+            cache: what the blocks keep of the tokens read before; ``input_ids`` are then those that follow, and
+                ``attention_mask`` covers all of them, (B, read before + T).
 
         Returns:
-            (B, T, C), or (B, R, C) with ``at``. What stands at padding has no meaning.
+            (B, T, C), or (B, R, C) with ``at``: one state for every token of the text, none for a prefix or a soft
+            prompt. What stands at padding has no meaning.
 
         Raises:
-            ValueError: more tokens than ``n_positions``.
+            ValueError: more tokens than ``n_positions``, virtual ones and those read before included.
         """
-        T = input_ids.size(1)
-        if self.config.n_positions < T:
-            raise ValueError(f"the input has {T} tokens; this GPT-2 has n_positions = {self.config.n_positions}")
-        position_ids, mask = self._positions_and_mask(input_ids, attention_mask)
-        x = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        *blocks, last = self.h
-        for block in blocks:
-            x = self._run(block, x, mask)
+        x = self.wte(input_ids)  # (B, T, C)
+        first = cache is None or cache.length == 0
+        if self.prompt is not None and first:
+            x = torch.cat((self.prompt().to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        prefix = self.prefix() if self.prefix is not None and first else None  # (L, 2, H, P, hd)
+        new = x.size(1)
+        before = cache.length if cache is not None and not first else self.n_virtual - (new - input_ids.size(1))
+        N = before + new  # keys: virtual tokens, then text
+        if self.config.n_positions < N:
+            virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
+            raise ValueError(f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}")
+        keys = torch.arange(N, device=x.device)
+        text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
+        position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)
+        x = F.dropout(x + self.wpe(position_ids[..., before:]), self.config.dropout, self.training)
+        mask = None if text is None and new in (N, 1) else self._mask(keys[before:].unsqueeze(0), keys, text)
+        *blocks, last = range(len(self.h))
+        for i in blocks:
+            x = self._run(i, x, mask, None, prefix, cache)
+        skipped = new - input_ids.size(1)  # the soft prompt's places
         if at is not None:
-            mask = self._mask_at(T, mask, at)
-        return self.ln_f(self._run(last, x, mask, at))
+            mask = self._mask(at + before + skipped, keys, text)
+            return self.ln_f(self._run(last, x, mask, at + skipped, prefix, cache))
+        return self.ln_f(self._run(last, x, mask, None, prefix, cache)[:, skipped:])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token scores (..., V) of hidden states (..., C), through the tied token embedding."""
         return F.linear(hidden, self.wte.weight)
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        i: int,
+        x: Tensor,
+        mask: Tensor | None,
+        at: Tensor | None,
+        prefix: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        inputs = (x, mask, at, None if prefix is None else prefix[i], None if cache is None else cache.layers[i])
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return checkpoint(self.h[i], *inputs, use_reentrant=False)
+        return self.h[i](*inputs)
 
     @staticmethod
-    def _positions_and_mask(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Position ids (T,) or (B, T), and who may look at whom, (B, 1, T, T), or None for plain causal attention."""
-        T, device = input_ids.size(1), input_ids.device
-        if attention_mask is None:
-            return torch.arange(T, device=device), None
-        text = attention_mask.bool()
-        position_ids = (text.cumsum(-1) - 1).clamp(min=0)
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        itself = torch.eye(T, dtype=torch.bool, device=device)  # a softmax over nothing would be NaN
-        return position_ids, (causal & text[:, None, None, :]) | itself
-
-    @staticmethod
-    def _mask_at(T: int, mask: Tensor | None, at: Tensor) -> Tensor:
-        """The rows ``at`` (B, R) of the attention mask: (B, 1, R, T)."""
-        if mask is None:
-            return (torch.arange(T, device=at.device) <= at.unsqueeze(-1)).unsqueeze(1)
-        return mask.gather(2, at[:, None, :, None].expand(-1, 1, -1, T))
+    def _mask(queries: Tensor, keys: Tensor, text: Tensor | None) -> Tensor:
+        """Who may look at whom: queries (B or 1, Q), keys (N,), text (B, N) -> (B or 1, 1, Q, N)."""
+        mask = keys <= queries.unsqueeze(-1)
+        if text is not None:
+            itself = keys == queries.unsqueeze(-1)  # a softmax over nothing would be NaN
+            mask = (mask & text.unsqueeze(1)) | itself
+        return mask.unsqueeze(1)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | PathLike[str], dropout: float | None = None) -> GPT2:

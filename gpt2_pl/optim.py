@@ -98,28 +98,32 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and not name.endswith("wpe.weight")
 
 
-def parameter_groups(layers: Mapping[str, NamedParameters]) -> list[dict[str, Any]]:
-    """One optimizer group per layer and decay rule, named ``layer`` and ``layer/no_decay``.
+def parameter_groups(
+    layers: Mapping[str, NamedParameters], lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One optimizer group per layer, decay rule and rate, named such as ``head``, ``head/no_decay``, ``head/lr_x16``.
 
     Only trainable parameters enter, each exactly once: one that several layers share (tied weights) belongs to the
-    first. Groups without decay carry ``weight_decay = 0``; the others take the optimizer's.
+    first. Groups without decay carry ``weight_decay = 0``; the others take the optimizer's. ``lr_scale`` says by what
+    the group's rate is multiplied.
 
     Args:
         layers: name of a layer, from the input to the output -> its named parameters.
+        lr_scales: name of a parameter -> its rate in units of the optimizer's; 1 where it is not named.
     """
     seen: set[int] = set()
-    groups: list[dict[str, Any]] = []
+    groups: dict[str, dict[str, Any]] = {}
     for layer, named in layers.items():
-        split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in named:
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                split[decays(name, parameter)].append(parameter)
-        if split[True]:
-            groups.append({"name": layer, "layer": layer, "params": split[True]})
-        if split[False]:
-            groups.append({"name": f"{layer}/no_decay", "layer": layer, "params": split[False], "weight_decay": 0.0})
-    return groups
+        for name, parameter in sorted(named, key=lambda pair: not decays(*pair)):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            scale = (lr_scales or {}).get(name, 1.0)
+            undecayed = {} if decays(name, parameter) else {"weight_decay": 0.0}
+            key = layer + ("/no_decay" if undecayed else "") + (f"/lr_x{scale:g}" if scale != 1.0 else "")
+            group = {"name": key, "layer": layer, "params": [], "lr_scale": scale, **undecayed}
+            groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
 
 
 class Schedule:

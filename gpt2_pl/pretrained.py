@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _core_name(stored: str) -> str | None:
     return name
 
 
-def _listing(names: set[str]) -> str:
+def _listing(names: AbstractSet[str]) -> str:
     shown = sorted(names)[:4]
     return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -196,6 +197,7 @@ def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GP
     if head is not None and not torch.equal(head, state["wte.weight"]):
         raise InputError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2's head is tied to its embedding")
     model.load_state_dict(state, strict=True, assign=True)
+    model.source = str(folder)
     return model.requires_grad_(True)
 
 
@@ -227,7 +229,15 @@ def save(model: GPT2, folder: str | os.PathLike[str]) -> None:
     """Write ``model`` as a folder that ``transformers`` loads: config.json and model.safetensors, float32.
 
     Each file is written beside its place and then renamed, so that a folder never holds half a file.
+
+    Raises:
+        InputError: the model has parameters that the format has no place for.
     """
+    if added := model.state_dict().keys() - model.base_names:
+        raise InputError(
+            f"a pretrained folder has no place for {_listing(added)}: merge LoRA into the weights first "
+            "(LoRA.merge(model)); prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft)"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {

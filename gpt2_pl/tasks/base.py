@@ -18,6 +18,7 @@ from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
+from gpt2_pl.surgery import LoRALinear, Surgery, build
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -29,25 +30,29 @@ class Task(LightningModule):
         base: pretrained GPT-2, a Hugging Face folder or hub id.
         config: shape of a GPT-2 to train from a random start, instead of ``base``.
         dropout: of the GPT-2; by default the base's or the config's own.
-        train_base: whether the GPT-2's own weights train.
+        surgery: changes made to the GPT-2 before it trains, in this order, such as ``[LoRA(rank=8)]``.
+        train_base: whether the GPT-2's own weights train; by default they do unless there is surgery.
         optimizer: makes the optimizer from parameter groups.
         schedule: the learning rate over training.
         compile: compile each block with ``torch.compile``.
         activation_checkpointing: recompute activations in the backward pass: less memory, more time.
 
     Raises:
-        InputError: both or neither of ``base`` and ``config``, or a base that cannot be used.
+        InputError: both or neither of ``base`` and ``config``, a base that cannot be used, surgery that does not fit
+            it, or settings that contradict each other.
     """
 
     monitor: ClassVar[str]  # the score that decides which checkpoint is best
     mode: ClassVar[Literal["min", "max"]] = "max"
+    table_scores: ClassVar[tuple[str, ...]] = ("loss",)  # what the end-of-run table shows of every epoch
 
     def __init__(
         self,
         base: str | None = None,
         config: GPT2Config | None = None,
         dropout: float | None = None,
-        train_base: bool = True,
+        surgery: list[Surgery] | None = None,
+        train_base: bool | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5, fused=True),
         schedule: Schedule | None = None,
         compile: bool = False,
@@ -70,17 +75,40 @@ class Task(LightningModule):
             self.config = GPT2Config(**shape) if dropout is None else GPT2Config(**{**shape, "dropout": dropout})
         self.base = base
         self.base_digest: str | None = None
-        self.train_base = train_base
+        self.surgery = [build(settings) for settings in surgery or []]
+        self.train_base = not self.surgery if train_base is None else train_base
+        self._check_surgery()
         self.make_optimizer, self.schedule = optimizer, schedule or Linear()
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
-        self.save_hyperparameters(ignore=["optimizer", "schedule"], logger=False)
+        self.save_hyperparameters(ignore=["optimizer", "schedule", "surgery"], logger=False)
         self.hparams["config"] = None if config is None else asdict(self.config)
+        self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
         self.gpt2: GPT2 | None = None
+
+    def _check_surgery(self) -> None:
+        """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
+        with torch.device("meta"):
+            skeleton = GPT2(self.config)
+        skeleton.source = None if self.base is None else str(pretrained.resolve(self.base, "model.base"))
+        if self.base is None and not self.train_base:
+            raise InputError(
+                "model.config starts at random, and with surgery or train_base: false it would stay so; "
+                "give model.base, or train_base: true"
+            )
+        for surgery in self.surgery:
+            surgery.apply(skeleton)
+        adapted = [name for name, module in skeleton.named_modules() if isinstance(module, LoRALinear)]
+        if self.train_base and adapted:
+            raise InputError(
+                f"train_base: true (full fine-tuning) and LoRA both write {adapted[0]}.weight; leave one of them out"
+            )
+        self.trains_blocks = self.train_base or bool(adapted)
+        self.n_virtual = skeleton.n_virtual
 
     @property
     def max_length(self) -> int:
-        """The longest text, in tokens."""
-        return self.config.n_positions
+        """The longest text, in tokens: what virtual ones leave of the context."""
+        return self.config.n_positions - self.n_virtual
 
     @property
     def core(self) -> GPT2:
@@ -97,7 +125,7 @@ class Task(LightningModule):
     # Building
 
     def configure_model(self) -> None:
-        """Build the GPT-2, load the base, freeze what does not train. Lightning calls this before every stage."""
+        """Build the GPT-2: load the base, operate, freeze what does not train. Lightning calls this for every stage."""
         if self.gpt2 is not None:
             return
         if self.base is not None:
@@ -106,7 +134,11 @@ class Task(LightningModule):
         else:
             self.gpt2 = GPT2(self.config)
         self.gpt2.activation_checkpointing = self.activation_checkpointing
-        self.gpt2.requires_grad_(self.train_base)
+        for surgery in self.surgery:
+            surgery.apply(self.gpt2)
+        for name, parameter in self.gpt2.named_parameters():
+            if name in self.gpt2.base_names:
+                parameter.requires_grad_(self.train_base)
         if self.compile_blocks:
             for block in self.gpt2.h:
                 block.compile(dynamic=True)
@@ -123,11 +155,16 @@ class Task(LightningModule):
                 )
 
     def train(self, mode: bool = True) -> Task:
-        """Training mode; a frozen GPT-2 stays in evaluation mode, without dropout."""
+        """Training mode; a GPT-2 in which nothing trains stays in evaluation mode, without dropout."""
         super().train(mode)
-        if self.gpt2 is not None and not self.train_base:
+        if self.gpt2 is not None and self.is_probe:
             self.gpt2.eval()
         return self
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the GPT-2 stays as it is, so that its features can be computed once."""
+        return not self.train_base and not self.surgery
 
     # Parameters
 
@@ -136,25 +173,34 @@ class Task(LightningModule):
         return [(name, p) for name, p in self.named_parameters() if not name.startswith("gpt2.")]
 
     def layer_groups(self) -> dict[str, NamedParameters]:
-        """The layers from input to output: ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``head``."""
+        """The layers from input to output, and their named parameters.
+
+        ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` where there is one, ``head``.
+        """
         core = self.core
 
-        def named(prefix: str, module: nn.Module) -> NamedParameters:
-            return [(f"gpt2.{prefix}.{name}", p) for name, p in module.named_parameters()]
+        def named(prefix: str, module: nn.Module | None) -> NamedParameters:
+            return [] if module is None else [(f"gpt2.{prefix}.{name}", p) for name, p in module.named_parameters()]
+
+        added = {name: named(name, getattr(core, name)) for name in ("prefix", "prompt")}
 
         return {
             "embeddings": named("wte", core.wte) + named("wpe", core.wpe),
             **{f"block.{i}": named(f"h.{i}", block) for i, block in enumerate(core.h)},
             "ln_f": named("ln_f", core.ln_f),
+            **{name: parameters for name, parameters in added.items() if parameters},
             "head": self.head_parameters(),
         }
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer over one group per layer and decay rule, and the schedule over all steps of the run."""
-        groups = parameter_groups(self.layer_groups())
+        """The optimizer over groups per layer, decay rule and rate, and the schedule over all steps of the run."""
+        adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, LoRALinear)]
+        groups = parameter_groups(self.layer_groups(), {f"{name}.lora_B": m.b_lr_ratio for name, m in adapters})
         if not groups:
             raise InputError("nothing would train: train_base is false and this head has no parameters")
         optimizer = self.make_optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= group["lr_scale"]
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, max(total, 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -179,20 +225,40 @@ class Task(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint whole by itself: it holds every weight, so loading it needs the shape, not the base."""
-        checkpoint["base"] = {"path": self.base, "digest": self.base_digest}
-        checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config), task=type(self).__name__)
+        """Keep what trained: with a frozen base only what was added to it, else every weight.
+
+        A checkpoint with every weight needs no base to be loaded, only its shape.
+        """
+        checkpoint["task"] = type(self).__name__
+        checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": self.train_base}
+        if self.train_base:
+            checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config))
+        else:
+            for name in self.core.base_names:
+                del checkpoint["state_dict"][f"gpt2.{name}"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare names and shapes before anything is copied.
+        """Compare base, names and shapes before anything is copied; put back the weights of a frozen base.
 
         Raises:
-            InputError: a checkpoint of another task, or of a model of another shape.
+            InputError: a checkpoint of another task, on another base, or of a model of another shape.
         """
-        task = checkpoint.get("hyper_parameters", {}).get("task")
+        task, base = checkpoint.get("task"), checkpoint.get("base") or {}
         if task != type(self).__name__:
             raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {type(self).__name__}")
         wanted, found = self.state_dict(), checkpoint["state_dict"]
+        if not base.get("complete"):
+            if self.train_base:
+                raise InputError(
+                    f"the checkpoint holds only what was added to the frozen base {base.get('path')}, "
+                    "and here the base trains (train_base)"
+                )
+            if base.get("digest") != self.base_digest:
+                raise InputError(
+                    f"the checkpoint was trained on the base {base.get('path')} (digest {str(base.get('digest'))[:12]}); "
+                    f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
+                )
+            found.update({f"gpt2.{name}": wanted[f"gpt2.{name}"] for name in self.core.base_names})
         for name in sorted(wanted.keys() | found.keys()):
             theirs, ours = (tuple(state[name].shape) if name in state else None for state in (found, wanted))
             if theirs != ours:

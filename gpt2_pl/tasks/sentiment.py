@@ -30,6 +30,7 @@ class SentimentClassifier(Task):
         mix: weight of the mean in ``mix``.
         head: ``linear`` layer, or ``verbaliser``: the language-model scores of one word per class.
         words: the verbaliser's words in the order of the classes, each one token, such as " bad", " good".
+        word_ids: their tokens; by default the datamodule's tokenizer says.
         head_dropout: dropout in front of the linear layer; by default as in the GPT-2.
         n_masks: dropout masks per row (multi-sample dropout).
         average: what multi-sample dropout averages, ``loss`` or ``logits``.
@@ -41,6 +42,7 @@ class SentimentClassifier(Task):
     """
 
     monitor = "val/accuracy"
+    table_scores = ("loss", "accuracy", "macro_f1")
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class SentimentClassifier(Task):
         mix: float = 0.7,
         head: Literal["linear", "verbaliser"] = "linear",
         words: list[str] | None = None,
+        word_ids: list[int] | None = None,
         head_dropout: float | None = None,
         n_masks: int = 1,
         average: Literal["loss", "logits"] = "loss",
@@ -89,11 +92,13 @@ class SentimentClassifier(Task):
         if self.head_name == "linear":
             width = self.config.n_embd * (3 if self.pooling == "concat" else 1)
             self.head = ClassificationHead(width, self.num_classes, self.head_dropout, self.n_masks)
+            for surgery in self.surgery:
+                surgery.load_head(self.head)
         else:
             self.head = Verbaliser(self._word_ids())
 
     def _word_ids(self) -> list[int]:
-        if "word_ids" in self.hparams:
+        if self.hparams["word_ids"] is not None:
             return self.hparams["word_ids"]
         if self.datamodule is None:
             raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
@@ -169,7 +174,7 @@ class SentimentClassifier(Task):
 
     def on_fit_start(self) -> None:
         """With a frozen GPT-2, compute the features of all rows, for all epochs."""
-        if self.train_base or not hasattr(self.datamodule, "evaluation_dataloader"):
+        if not self.is_probe or not hasattr(self.datamodule, "evaluation_dataloader"):
             return
         self.core.eval()
         for split in ("train", "val"):

@@ -1,0 +1,9 @@
+"""Changes made to a GPT-2 before it trains: LoRA, prefix-tuning, prompt tuning, adapters saved by peft."""
+
+from gpt2_pl.surgery.base import Surgery, build
+from gpt2_pl.surgery.lora import LoRA, LoRALinear
+from gpt2_pl.surgery.virtual import PrefixTuning, PromptTuning
+
+SURGERIES = ("LoRA", "PrefixTuning", "PromptTuning")
+
+__all__ = ["SURGERIES", "LoRA", "LoRALinear", "PrefixTuning", "PromptTuning", "Surgery", "build"]

@@ -1,0 +1,216 @@
+"""Low-rank adaptation (Hu et al. 2022), with rsLoRA, DoRA and LoRA+."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.surgery.base import Surgery, freeze_base
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from gpt2_pl.model import GPT2, Block
+
+# Target -> the layer of a block, and which third of its output (None: all of it). c_attn holds q, k and v.
+TARGETS: dict[str, tuple[str, int | None]] = {
+    "q": ("attn.c_attn", 0),
+    "k": ("attn.c_attn", 1),
+    "v": ("attn.c_attn", 2),
+    "c_attn": ("attn.c_attn", None),
+    "c_proj": ("attn.c_proj", None),
+    "c_fc": ("mlp.c_fc", None),
+    "mlp.c_proj": ("mlp.c_proj", None),
+}
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer W with a low-rank addition: y = W x + b + s B A drop(x).
+
+    ``weight`` and ``bias`` are those of the layer it replaces, under the same names. A is (n r, in) and B (out', r)
+    for n adapted thirds of the output, or n = 1 and all of it; B starts at zero, so that nothing changes at first.
+
+    With DoRA (Liu et al. 2024, eqs. 5 and 11) the rows of W + s B A give only the direction, and ``lora_magnitude``
+    (out,), which starts at the row norms of W, the length; the norm counts as a constant in the backward pass.
+
+    Args:
+        linear: the layer to adapt; its parameters are taken over.
+        rank: r.
+        scaling: s.
+        dropout: probability for the adapter's input, in training.
+        thirds: which thirds of the output are adapted, each with its own A and B; None for all of it together.
+        dora: weight-decomposed adaptation.
+        b_lr_ratio: learning rate of B in units of A's (LoRA+).
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        thirds: list[int] | None = None,
+        dora: bool = False,
+        b_lr_ratio: float = 1.0,
+    ) -> None:
+        nn.Module.__init__(self)  # not Linear's: the parameters are there already
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.scaling, self.dropout, self.b_lr_ratio = rank, scaling, dropout, b_lr_ratio
+        self.thirds = thirds
+        n, rows = (1, self.out_features) if thirds is None else (len(thirds), len(thirds) * self.out_features // 3)
+        self.lora_A = nn.Parameter(self.weight.new_empty(n * rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        magnitude = nn.Parameter(torch.linalg.vector_norm(self.weight.detach(), dim=1)) if dora else None
+        self.register_parameter("lora_magnitude", magnitude)
+
+    def spread_B(self) -> Tensor:
+        """B as a matrix (out, n r) that acts on A's whole output."""
+        if self.thirds is None:
+            return self.lora_B
+        height = self.out_features // 3
+        spread = self.lora_B.new_zeros(self.out_features, len(self.thirds) * self.rank)
+        for i, third in enumerate(self.thirds):
+            block = self.lora_B[i * height : (i + 1) * height]
+            spread[third * height : (third + 1) * height, i * self.rank : (i + 1) * self.rank] = block
+        return spread
+
+    def delta(self) -> Tensor:
+        """s B A, (out, in)."""
+        return self.scaling * self.spread_B() @ self.lora_A
+
+    def merged_weight(self) -> Tensor:
+        """The weight (out, in) of the plain layer that computes the same."""
+        weight = self.weight + self.delta()
+        if self.lora_magnitude is not None:
+            weight = weight * (self.lora_magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        low = F.linear(F.dropout(input, self.dropout, self.training), self.lora_A) * self.scaling  # (..., n r)
+        addition = F.linear(low, self.spread_B())
+        if self.lora_magnitude is None:
+            return F.linear(input, self.weight, self.bias) + addition
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
+        return (F.linear(input, self.weight) + addition) * (self.lora_magnitude / norm) + self.bias
+
+
+@dataclass
+class LoRA(Surgery):
+    """Low-rank adapters beside some of the linear layers of every block.
+
+    Args:
+        rank: r, the rank of an adapter.
+        alpha: the addition is scaled by alpha / r.
+        dropout: probability for an adapter's input, in training.
+        targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (the
+            attention's), ``c_fc``, ``mlp.c_proj``.
+        rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
+        dora: weight-decomposed adaptation (Liu et al. 2024).
+        layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"6-11"`` or ``"0-2,9-11"``; by default all.
+        b_lr_ratio: learning rate of B in units of A's (LoRA+, Hayou et al. 2024).
+
+    Raises:
+        InputError: a value out of range; at ``apply``, targets or blocks that the model does not have, or a layer
+            that has an adapter already.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["c_attn"])
+    rslora: bool = False
+    dora: bool = False
+    layers: list[int] | int | str | None = None
+    b_lr_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key, value, good in (
+            ("rank", self.rank, self.rank >= 1),
+            ("alpha", self.alpha, self.alpha > 0),
+            ("dropout", self.dropout, 0.0 <= self.dropout < 1.0),
+            ("b_lr_ratio", self.b_lr_ratio, self.b_lr_ratio > 0),
+        ):
+            if not good:
+                raise InputError(f"LoRA: {key} is {value}, which is out of range")
+
+    def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
+        """Put adapters beside the target layers and freeze the published parameters; see :class:`Surgery`."""
+        scaling = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        chosen = self._chosen_layers()
+        for i in self._chosen_blocks(len(model.h)):
+            block: Block = model.h[i]  # type: ignore[assignment]
+            for name, thirds in chosen.items():
+                linear = block.get_submodule(name)
+                if isinstance(linear, LoRALinear):
+                    raise InputError(f"LoRA: h.{i}.{name} has an adapter already: two LoRA surgeries target it")
+                assert isinstance(linear, nn.Linear)
+                adapted = LoRALinear(linear, self.rank, scaling, self.dropout, thirds, self.dora, self.b_lr_ratio)
+                block.set_submodule(name, adapted.train(linear.training))
+        freeze_base(model)
+        return model
+
+    def _chosen_layers(self) -> dict[str, list[int] | None]:
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            what = f"the target {unknown[0]!r} matches nothing" if unknown else "targets is empty"
+            raise InputError(f"LoRA: {what}; the targets that exist are {', '.join(TARGETS)}")
+        layers: dict[str, list[int] | None] = {}
+        for target in self.targets:
+            name, third = TARGETS[target]
+            thirds = layers.get(name, [])
+            if (third is None and name in layers) or thirds is None or third in thirds:
+                raise InputError(f"LoRA: the targets {self.targets} name {name} twice")
+            layers[name] = None if third is None else sorted([*thirds, third])
+        return layers
+
+    def _chosen_blocks(self, n: int) -> list[int]:
+        if self.layers is None:
+            return list(range(n))
+        if isinstance(self.layers, str):
+            if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", self.layers):
+                raise InputError(f"LoRA: layers is {self.layers!r}; write numbers and ranges, such as '0-2,9-11'")
+            ranges = [[int(end) for end in part.split("-")] for part in self.layers.split(",")]
+            blocks = [i for ends in ranges for i in range(ends[0], ends[-1] + 1)]
+        else:
+            blocks = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+        if not blocks or not all(0 <= i < n for i in blocks):
+            raise InputError(f"LoRA: layers is {self.layers!r}; the blocks that exist are 0 to {n - 1}")
+        return sorted(set(blocks))
+
+    @staticmethod
+    def merge(model: GPT2) -> GPT2:
+        """Fold every adapter into its layer, which is then a plain one: nothing of an adapter is computed any more.
+
+        The layers as they were are kept aside for :meth:`unmerge`, outside ``parameters()`` and ``state_dict()``.
+        """
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LoRALinear):
+                with torch.device("meta"):
+                    plain = nn.Linear(module.in_features, module.out_features)
+                trains = module.weight.requires_grad
+                plain.weight = nn.Parameter(module.merged_weight().detach(), requires_grad=trains)
+                plain.bias = module.bias
+                plain.train(module.training)
+                plain.__dict__["_unmerged"] = module
+                model.set_submodule(name, plain)
+        return model
+
+    @staticmethod
+    def unmerge(model: GPT2) -> GPT2:
+        """Undo :meth:`merge`: the adapters, and bitwise the weights, from before."""
+        for name, module in list(model.named_modules()):
+            if "_unmerged" in module.__dict__:
+                adapted = module.__dict__["_unmerged"].to(module.weight.device)
+                model.set_submodule(name, adapted.train(module.training))
+        return model

@@ -1,0 +1,161 @@
+"""Virtual tokens in front of the text: prefix-tuning and prompt tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.generation import KeyValueCache
+from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, token_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from gpt2_pl.model import GPT2, GPT2Config
+
+
+class Prefix(nn.Module):
+    """Keys and values of P virtual tokens in every block.
+
+    Args:
+        config: the GPT-2's shape.
+        length: P.
+        hidden: width of the network that gives the keys and values in training (Li & Liang 2021, section 4.3:
+            Embedding (P, C), Linear, tanh, Linear); None for a table of them.
+    """
+
+    def __init__(self, config: GPT2Config, length: int, hidden: int | None = None) -> None:
+        super().__init__()
+        self.length, self.n_layer, self.n_head = length, config.n_layer, config.n_head
+        width = 2 * config.n_layer * config.n_embd
+        if hidden is None:
+            self.table = nn.Parameter(torch.empty(length, width))
+            nn.init.normal_(self.table, std=0.02)
+        else:
+            self.embedding = nn.Parameter(torch.empty(length, config.n_embd))
+            nn.init.normal_(self.embedding)
+            self.network = nn.Sequential(nn.Linear(config.n_embd, hidden), nn.Tanh(), nn.Linear(hidden, width))
+
+    def plain(self) -> Tensor:
+        """The table (P, 2 L C): of every virtual token, key and value of block 0, key and value of block 1, ..."""
+        return self.table if hasattr(self, "table") else self.network(self.embedding)
+
+    def forward(self) -> Tensor:
+        """Keys and values (L, 2, H, P, hd)."""
+        table = self.plain().view(self.length, self.n_layer, 2, self.n_head, -1)
+        return table.permute(1, 2, 3, 0, 4)
+
+
+class Prompt(nn.Module):
+    """Embeddings (P, C) of P virtual tokens."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(embedding)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return len(self.embedding)
+
+    def forward(self) -> Tensor:
+        """The embeddings, (P, C)."""
+        return self.embedding
+
+
+def _vocabulary_sample(length: int, model: GPT2) -> Tensor:
+    return torch.randint(model.config.vocab_size, (length,), device="cpu")
+
+
+@dataclass
+class PrefixTuning(Surgery):
+    """Trainable keys and values in front of the text's, in every block: P-tuning v2, or Li & Liang's prefix-tuning.
+
+    Text begins at position P. A table begins as the keys and values of real tokens: of ``init_text``, or of tokens
+    drawn from the vocabulary (Li & Liang 2021, section 7.4: random vectors do worse).
+
+    Args:
+        length: number of virtual tokens P.
+        hidden: width of the network that gives the keys and values in training (Li & Liang); None trains them
+            directly (P-tuning v2, Liu et al. 2022).
+        init_text: a text whose keys and values the table begins with, cut or repeated to ``length`` tokens.
+
+    Raises:
+        InputError: a value out of range; at ``apply``, more than the context has room for, or a second prefix.
+    """
+
+    length: int = 10
+    hidden: int | None = None
+    init_text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden is not None and self.hidden < 1:
+            raise InputError(f"PrefixTuning: hidden is {self.hidden}; it must be at least 1")
+        if self.hidden is not None and self.init_text is not None:
+            raise InputError("PrefixTuning: init_text begins a table, and hidden asks for a network; give one of them")
+
+    def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
+        """Put a prefix in front of every row and freeze the published parameters; see :class:`Surgery`."""
+        if model.prefix is not None:
+            raise InputError("PrefixTuning: the model has a prefix already: two PrefixTuning surgeries")
+        check_length("PrefixTuning", self.length, model)
+        device = model.wte.weight.device
+        prefix = Prefix(model.config, self.length, self.hidden).to(device).train(model.training)
+        if self.hidden is None:
+            if self.init_text is None:
+                ids = _vocabulary_sample(self.length, model)
+            else:
+                ids = token_ids(self.init_text, self.length, model, tokenizer)
+            with torch.no_grad():
+                prefix.table.copy_(_keys_and_values(model, ids.to(device)))
+        model.prefix = prefix
+        freeze_base(model)
+        return model
+
+
+def _keys_and_values(model: GPT2, ids: Tensor) -> Tensor:
+    """What every block keeps of the tokens (P,), as a prefix's table (P, 2 L C)."""
+    prompt, model.prompt = model.prompt, None
+    training = model.training
+    cache = KeyValueCache(model.config.n_layer, len(ids))
+    model.eval()(ids.unsqueeze(0), cache=cache)
+    model.train(training).prompt = prompt
+    layers = [torch.stack(layer.keys_and_values()) for layer in cache.layers]  # (2, 1, H, P, hd) each
+    return torch.stack(layers)[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1)
+
+
+@dataclass
+class PromptTuning(Surgery):
+    """A soft prompt (Lester et al. 2021): trainable embeddings in front of the text's, at positions 0 to P - 1.
+
+    It begins as the embeddings of ``init_text``, so as exactly that text as a prompt in words when ``length`` is the
+    text's number of tokens; or of tokens drawn from the vocabulary.
+
+    Args:
+        length: number of virtual tokens P.
+        init_text: a text, cut or repeated to ``length`` tokens.
+
+    Raises:
+        InputError: at ``apply``, more than the context has room for, or a second soft prompt.
+    """
+
+    length: int = 20
+    init_text: str | None = None
+
+    def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
+        """Put a soft prompt in front of every row and freeze the published parameters; see :class:`Surgery`."""
+        if model.prompt is not None:
+            raise InputError("PromptTuning: the model has a soft prompt already: two PromptTuning surgeries")
+        check_length("PromptTuning", self.length, model)
+        if self.init_text is None:
+            ids = _vocabulary_sample(self.length, model)
+        else:
+            ids = token_ids(self.init_text, self.length, model, tokenizer)
+        weight = model.wte.weight.detach()
+        model.prompt = Prompt(weight[ids.to(weight.device)].clone()).train(model.training)
+        freeze_base(model)
+        return model

@@ -51,6 +51,8 @@ class PredictionWriter(Callback):
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        if not hasattr(pl_module, "outcomes"):
+            return
         outcomes = cast(Outcomes, pl_module.outcomes).compute()
         folder = trainer.log_dir
         if not trainer.is_global_zero or folder is None:

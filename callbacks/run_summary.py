@@ -36,6 +36,7 @@ class RunSummary(Callback):
         self.seconds = 0.0  # spent training, validation included
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
+        self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
         self._since = 0.0
         self._fitting = False
 
@@ -74,7 +75,7 @@ class RunSummary(Callback):
             from torch.utils.tensorboard.summary import hparams
 
             flat = {key: value for key, value in _flat(self.settings) if value is not None}
-            names = [f"hp/{split}_{name}" for split in ("val", "test") for name in ("accuracy", "macro_f1", "loss")]
+            names = [f"hp/{split}_{name}" for split in ("val", "test") for name in table_scores(pl_module)]
             for summary in hparams(flat, dict.fromkeys(names, 0.0)):
                 trainer.logger.experiment._get_file_writer().add_summary(summary)
 
@@ -95,7 +96,19 @@ class RunSummary(Callback):
         scores = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
         scores.pop("train/step_loss", None)
         self.epochs.append({"epoch": trainer.current_epoch + 1, **scores})
+        self._log_layers(trainer, pl_module)
         self._write(trainer, pl_module, "running")
+
+    def _log_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what of every layer trained in this epoch, and at what rate; tell TensorBoard when it has changed."""
+        before, self.layers = self.layers, layer_account(trainer, pl_module)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            count = sum(layer["trainable"] for layer in self.layers)
+            trainer.logger.log_metrics({"trainable_parameters": count}, step=trainer.global_step)
+            if self.layers != before and trainer.is_global_zero:
+                rows = [["layer", "parameters", "trainable", "peak rate"], ["---"] * 4, *_layer_rows(self.layers)]
+                text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+                trainer.logger.experiment.add_text("layers", text, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the scores of the best epoch."""
@@ -158,7 +171,9 @@ class RunSummary(Callback):
             "parameters": {
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
                 "total": sum(p.numel() for p in parameters),
+                "layers": self.layers,
             },
+            "checkpoint_bytes": _checkpoint_bytes(trainer.log_dir),
             "seconds": self.seconds + since,
             "examples_per_second": self.examples / self.training_seconds if self.training_seconds else None,
             "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else None,
@@ -177,8 +192,8 @@ class RunSummary(Callback):
         """Training and validation scores by epoch, as a rich table; the best epoch is marked."""
         from rich.table import Table
 
-        table = Table(title="Accuracy and macro F1 by epoch")
-        columns = [f"{split}/{name}" for name in ("loss", "accuracy", "macro_f1") for split in ("train", "val")]
+        table = Table(title="Scores by epoch")
+        columns = [f"{split}/{name}" for name in table_scores(pl_module) for split in ("train", "val")]
         table.add_column("epoch", justify="right")
         for column in columns:
             table.add_column(column.replace("/", " ").replace("macro_f1", "macro F1"), justify="right")
@@ -188,6 +203,62 @@ class RunSummary(Callback):
             mark = "*" if scores["epoch"] == best else ""
             table.add_row(f"{int(scores['epoch'])}{mark}", *shown, style="bold" if mark else None)
         return table
+
+    def layer_table(self) -> Any:
+        """What of every layer trained in the last epoch, and at what rate, as a rich table; equal blocks share a row."""
+        from rich.table import Table
+
+        table = Table(title="What trained, at the end")
+        table.add_column("layer")
+        for column in ("parameters", "trainable", "peak rate"):
+            table.add_column(column, justify="right")
+        for row in _layer_rows(self.layers):
+            table.add_row(*row)
+        return table
+
+
+def table_scores(pl_module: Any) -> tuple[str, ...]:
+    """The scores of an epoch that are shown."""
+    return getattr(pl_module, "table_scores", ("loss",))
+
+
+def layer_account(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+    """Of every layer: its parameters, how many of them train now, and the peak rates of its optimizer groups."""
+    named: Any = getattr(pl_module, "layer_groups", dict)
+    rates: dict[int, float] = {}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            rates.update({id(p): float(group.get("initial_lr", group["lr"])) for p in group["params"]})
+    return [
+        {
+            "layer": layer,
+            "parameters": sum(p.numel() for _, p in parameters),
+            "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
+            "peak_rates": sorted({rates[id(p)] for _, p in parameters if p.requires_grad and id(p) in rates}),
+        }
+        for layer, parameters in named().items()
+    ]
+
+
+def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of text; neighbouring blocks with the same figures share one."""
+    rows: list[list[str]] = []
+    for layer in layers:
+        figures = [f"{layer['parameters']:,}", f"{layer['trainable']:,}"]
+        figures.append(", ".join(f"{rate:.3g}" for rate in layer["peak_rates"]) or "frozen")
+        if rows and rows[-1][1:] == figures and layer["layer"].startswith("block.") and "block." in rows[-1][0]:
+            rows[-1][0] = f"{rows[-1][0].partition(' to ')[0]} to {layer['layer'].removeprefix('block.')}"
+        else:
+            rows.append([layer["layer"], *figures])
+    total, trainable = (sum(layer[key] for layer in layers) for key in ("parameters", "trainable"))
+    rows.append(["all", f"{total:,}", f"{trainable:,}", f"{trainable / max(total, 1):.2%} train"])
+    return rows
+
+
+def _checkpoint_bytes(folder: str | None) -> int | None:
+    """Size of the best checkpoint."""
+    file = Path(folder or ".", "checkpoints", "best.ckpt")
+    return file.stat().st_size if folder is not None and file.is_file() else None
 
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "tokenizers", "safetensors")

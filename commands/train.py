@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ class GPT2CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
         super().instantiate_classes()
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if hasattr(callback, "check"):
+                callback.check(callbacks, self.model)
         stated, actual = self._stated_num_classes(), getattr(self.datamodule, "num_classes", None)
         if stated is not None and actual is not None and str(stated) != str(actual):
             raise InputError(
@@ -193,13 +198,15 @@ class GPT2CLI(LightningCLI):
         console = Console()
         if self.summary.epochs:
             console.print(self.summary.table(self.model))
+            console.print(self.summary.layer_table())
         for name, value in self.summary.scores.items():
             if "/" in name:
                 console.print(f"{name:16} {value:.4f}")
         if folder is not None:
             files = ", ".join(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
             console.print(f"\n{self.subcommand} is done: {folder}\n  {files}", soft_wrap=True, highlight=False)
-            if Path(folder, "checkpoints", "best.ckpt").is_file():
+            if (best := Path(folder, "checkpoints", "best.ckpt")).is_file():
+                console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
                 console.print(
                     f"Score it again:  gpt2-pl test --config {folder}/config.yaml "
                     f"--ckpt_path {folder}/checkpoints/best.ckpt",
@@ -261,6 +268,6 @@ def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
 
 def _config_texts(args: list[str]) -> list[str]:
     """The content of the configuration files among the arguments."""
-    values = [following for arg, following in zip(args, args[1:], strict=False) if arg in ("-c", "--config")]
+    values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
     values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     return [Path(value).read_text(encoding="utf-8") for value in values if Path(value).is_file()]

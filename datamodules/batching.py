@@ -85,6 +85,27 @@ def evaluation_batches(lengths: NDArray[Any], batch_size: int, rank: int = 0, wo
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+class PackedRows(TokenRows):
+    """A stream of tokens cut into contexts of T, each token predicting the next; the last context may be shorter.
+
+    Args:
+        tokens: (N,) the stream, in memory or mapped from disk.
+        context: T.
+    """
+
+    def __init__(self, tokens: NDArray[Any], context: int) -> None:
+        super().__init__(tokens, np.append(np.arange(0, len(tokens) - 1, context), len(tokens) - 1))
+
+    def batch(self, rows: Rows) -> Batch:
+        """Contexts as tensors; beside those of :class:`TokenRows`, ``targets`` (B, T), -100 at padding."""
+        batch = super().batch(rows)
+        targets = np.full(batch["input_ids"].shape, -100, dtype=np.int64)
+        for i, n in enumerate(rows):
+            following = self.values[self.offsets[n] + 1 : self.offsets[n + 1] + 1]
+            targets[i, : len(following)] = following
+        return {**batch, "targets": torch.from_numpy(targets)}
+
+
 class EvaluationLoader:
     """Every row once, the longest first.
 
@@ -111,7 +132,7 @@ class TrainingLoader:
     """One epoch after the other of :func:`training_batches`, resumable within an epoch.
 
     Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also says how many rows the global
-    batch has, as ``global_rows``.
+    batch has, as ``global_rows``, and of how many tokens, ``global_tokens``.
 
     Args:
         rows: the tokenised rows.
@@ -153,7 +174,8 @@ class TrainingLoader:
         # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
         batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world)
         for rows in batches[self.next_batch() :]:
-            yield {**self.rows.batch(rows[self.rank :: self.world]), "global_rows": len(rows)}
+            counts = {"global_rows": len(rows), "global_tokens": int(self.rows.lengths[rows].sum())}
+            yield {**self.rows.batch(rows[self.rank :: self.world]), **counts}
 
 
 def padding_share(batches: list[Tensor]) -> float:

@@ -94,12 +94,14 @@ def read_hub(hub_id: str, split: str, key: str) -> Dataset:
         ) from error
 
 
-def require_columns(rows: Dataset, columns: Sequence[str], source: str) -> None:
-    """Raise an InputError that names the source and its columns unless it has all of ``columns``."""
+def require_columns(
+    rows: Dataset, columns: Sequence[str], source: str, keys: str = "data.columns and data.label_column"
+) -> None:
+    """Raise an InputError that names the source and its columns unless it has ``columns``, which ``keys`` chose."""
     if missing := [column for column in columns if column not in rows.column_names]:
         raise InputError(
             f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, rows.column_names))} "
-            "(data.columns and data.label_column say which to read)"
+            f"({keys} say which to read)"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.base import TextClassification
+from datamodules.classification import TextClassification
 
 TEMPLATE = "Review: {sentence} Sentiment:"
 SST5_LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
@@ -14,7 +14,7 @@ class SST5(TextClassification):
     """Sentences in five classes (Socher et al. 2013).
 
     Files are CS224N's by default: tab-separated, with the columns ``sentence`` and ``sentiment`` (0 to 4). All
-    arguments of :class:`~datamodules.base.TextClassification` apply.
+    arguments of :class:`~datamodules.classification.TextClassification` apply.
     """
 
     HUB_COLUMNS = {"sentence": "text", "sentiment": "label"}
@@ -35,7 +35,8 @@ class IMDB(TextClassification):
     """Movie reviews in two classes (Maas et al. 2011), and CFIMDB (Kaushik et al. 2020) in CS224N's file format.
 
     Files have the columns ``sentence`` and ``sentiment`` (0 negative, 1 positive) by default; the hub's dataset is
-    IMDB, whose test split is the test set. All arguments of :class:`~datamodules.base.TextClassification` apply.
+    IMDB, whose test split is the test set. All arguments of
+    :class:`~datamodules.classification.TextClassification` apply.
     """
 
     HUB_SPLITS = {"train": "train", "test": "test"}

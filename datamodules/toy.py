@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from datamodules.base import TextClassification
+from datamodules.classification import TextClassification
 from datamodules.sentiment import TEMPLATE
 from gpt2_pl.errors import InputError
 from gpt2_pl.tokenizer import train_tokenizer

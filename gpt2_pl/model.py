@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +173,8 @@ class GPT2(nn.Module):
     @property
     def n_virtual(self) -> int:
         """How many positions the prefix and the soft prompt take in front of every row's text."""
-        return sum(module.length for module in (self.prefix, self.prompt) if module is not None)
+        added: list[Any] = [self.prefix, self.prompt]
+        return sum(module.length for module in added if module is not None)
 
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
@@ -219,7 +220,9 @@ class GPT2(nn.Module):
         N = before + new  # keys: virtual tokens, then text
         if self.config.n_positions < N:
             virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
-            raise ValueError(f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}")
+            raise ValueError(
+                f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}"
+            )
         keys = torch.arange(N, device=x.device)
         text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
         position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)

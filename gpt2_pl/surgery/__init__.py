@@ -2,8 +2,9 @@
 
 from gpt2_pl.surgery.base import Surgery, build
 from gpt2_pl.surgery.lora import LoRA, LoRALinear
+from gpt2_pl.surgery.peft import PeftAdapter
 from gpt2_pl.surgery.virtual import PrefixTuning, PromptTuning
 
-SURGERIES = ("LoRA", "PrefixTuning", "PromptTuning")
+SURGERIES = ("LoRA", "PeftAdapter", "PrefixTuning", "PromptTuning")
 
-__all__ = ["SURGERIES", "LoRA", "LoRALinear", "PrefixTuning", "PromptTuning", "Surgery", "build"]
+__all__ = ["SURGERIES", "LoRA", "LoRALinear", "PeftAdapter", "PrefixTuning", "PromptTuning", "Surgery", "build"]

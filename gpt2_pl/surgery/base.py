@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Surgery(ABC):
-    """Adds trainable parameters to a GPT-2 and freezes its own. Subclasses are dataclasses: their fields are settings."""
+    """Adds trainable parameters to a GPT-2 and freezes its own. Subclasses are dataclasses of their settings."""
 
     @abstractmethod
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
@@ -34,7 +34,8 @@ class Surgery(ABC):
         """
 
     def load_head(self, head: nn.Module) -> None:
-        """Copy the classification head that an adapter was saved with, where it was."""
+        """Copy the classification head that an adapter was saved with; without one, nothing."""
+        return
 
     def settings(self) -> dict[str, Any]:
         """Its class and settings as plain values; :func:`build` reads them."""

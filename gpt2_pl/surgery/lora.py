@@ -50,6 +50,8 @@ class LoRALinear(nn.Linear):
         b_lr_ratio: learning rate of B in units of A's (LoRA+).
     """
 
+    lora_magnitude: nn.Parameter | None
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -117,7 +119,7 @@ class LoRA(Surgery):
             attention's), ``c_fc``, ``mlp.c_proj``.
         rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         dora: weight-decomposed adaptation (Liu et al. 2024).
-        layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"6-11"`` or ``"0-2,9-11"``; by default all.
+        layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
         b_lr_ratio: learning rate of B in units of A's (LoRA+, Hayou et al. 2024).
 
     Raises:

@@ -1,6 +1,7 @@
 """LightningModules: one for each task."""
 
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.language_model import LanguageModel
 from gpt2_pl.tasks.sentiment import SentimentClassifier
 
-__all__ = ["SentimentClassifier", "Task"]
+__all__ = ["LanguageModel", "SentimentClassifier", "Task"]

@@ -175,7 +175,8 @@ class Task(LightningModule):
     def layer_groups(self) -> dict[str, NamedParameters]:
         """The layers from input to output, and their named parameters.
 
-        ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` where there is one, ``head``.
+        They are ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` where there is
+        one, and ``head``.
         """
         core = self.core
 
@@ -254,9 +255,10 @@ class Task(LightningModule):
                     "and here the base trains (train_base)"
                 )
             if base.get("digest") != self.base_digest:
+                theirs, ours = (str(digest)[:12] for digest in (base.get("digest"), self.base_digest))
                 raise InputError(
-                    f"the checkpoint was trained on the base {base.get('path')} (digest {str(base.get('digest'))[:12]}); "
-                    f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
+                    f"the checkpoint was trained on the base {base.get('path')} (digest {theirs}); "
+                    f"model.base {self.base} holds other weights (digest {ours})"
                 )
             found.update({f"gpt2.{name}": wanted[f"gpt2.{name}"] for name in self.core.base_names})
         for name in sorted(wanted.keys() | found.keys()):

@@ -98,8 +98,8 @@ class SentimentClassifier(Task):
             self.head = Verbaliser(self._word_ids())
 
     def _word_ids(self) -> list[int]:
-        if self.hparams["word_ids"] is not None:
-            return self.hparams["word_ids"]
+        if (given := self.hparams["word_ids"]) is not None:
+            return list(given)
         if self.datamodule is None:
             raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
         ids = [self.datamodule.tokenizer.encode(word).ids for word in self.words or []]
@@ -108,8 +108,9 @@ class SentimentClassifier(Task):
                 raise InputError(
                     f"model.words: {word!r} is {len(tokens)} tokens; a class is one token, such as ' good'"
                 )
-        self.hparams["word_ids"] = [tokens[0] for tokens in ids]
-        return self.hparams["word_ids"]
+        found = [tokens[0] for tokens in ids]
+        self.hparams["word_ids"] = found
+        return found
 
     # Computing
 

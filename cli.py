@@ -13,8 +13,10 @@ _COMMANDS = {
     "validate": "score a checkpoint on the validation set",
     "test": "score a checkpoint on the test set",
     "predict": "write the class probabilities of unlabelled rows",
+    "export": "write a run's model as a folder for transformers or peft",
 }
 _HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+       gpt2-pl export RUN --format hf|peft --out FOLDER
 
 {commands}
 
@@ -45,7 +47,12 @@ def main(args: Sequence[str] | None = None) -> None:
     from gpt2_pl.errors import InputError
 
     try:
-        _run(args)
+        if args[0] == "export":
+            from commands import export
+
+            export.main(args[1:])
+        else:
+            _run(args)
     except ArgumentError as error:
         _fail(_condensed(str(error)))
     except Exception as error:

@@ -205,7 +205,7 @@ class RunSummary(Callback):
         return table
 
     def layer_table(self) -> Any:
-        """What of every layer trained in the last epoch, and at what rate, as a rich table; equal blocks share a row."""
+        """What of every layer trained in the last epoch, and at what rate; equal blocks share a row."""
         from rich.table import Table
 
         table = Table(title="What trained, at the end")

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import PredictionWriter, Reproducibility, RunSummary
+from callbacks.files import whole_file
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
@@ -31,6 +32,17 @@ class Parser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""
+
+
+class RunFiles(SaveConfigCallback):
+    """Writes config.yaml and tokenizer.json into the run's folder."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the tokenizer, so that the run's model can be used without its data."""
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if trainer.log_dir is not None and tokenizer is not None:
+            with whole_file(Path(trainer.log_dir) / "tokenizer.json") as file:
+                file.write(tokenizer.to_str())
 
 
 class GPT2CLI(LightningCLI):
@@ -47,6 +59,7 @@ class GPT2CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
+            save_config_callback=RunFiles,
             parser_kwargs={"exit_on_error": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,

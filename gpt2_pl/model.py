@@ -80,8 +80,8 @@ class CausalSelfAttention(nn.Module):
         """x (B, T, C) -> (B, T, C), or (B, R, C) when only the positions ``at`` (B, R) ask.
 
         ``prefix`` (2, H, P, hd) holds keys and values that stand in front of the tokens' own; ``cache`` those of the
-        tokens read before. Of all N keys, ``mask`` (B or 1, 1, T or R, N) is True where a query may look; without it,
-        attention is causal, or from one last token to everything.
+        tokens read before. Of all N keys, ``mask`` (B or 1, 1, T or R, N) is True where a query may look; without it
+        attention is causal, and there are no keys but the tokens' own.
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
         if at is not None:
@@ -94,9 +94,8 @@ class CausalSelfAttention(nn.Module):
             )  # (B, H, P + T, hd)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = mask is None and q.size(2) == k.size(2)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -227,7 +226,7 @@ class GPT2(nn.Module):
         text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
         position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)
         x = F.dropout(x + self.wpe(position_ids[..., before:]), self.config.dropout, self.training)
-        mask = None if text is None and new in (N, 1) else self._mask(keys[before:].unsqueeze(0), keys, text)
+        mask = None if text is None and new == N else self._mask(keys[before:].unsqueeze(0), keys, text)
         *blocks, last = range(len(self.h))
         for i in blocks:
             x = self._run(i, x, mask, None, prefix, cache)

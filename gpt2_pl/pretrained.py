@@ -225,10 +225,22 @@ def hf_config(config: GPT2Config) -> dict[str, Any]:
     }
 
 
-def save(model: GPT2, folder: str | os.PathLike[str]) -> None:
+def save(
+    model: GPT2,
+    folder: str | os.PathLike[str],
+    score: Tensor | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Write ``model`` as a folder that ``transformers`` loads: config.json and model.safetensors, float32.
 
     Each file is written beside its place and then renamed, so that a folder never holds half a file.
+
+    Args:
+        model: a GPT-2 with its published parameters and no others.
+        folder: where to write.
+        score: the weight (K, C) of a linear head on the last token; the folder is then one of
+            ``GPT2ForSequenceClassification``, else of ``GPT2LMHeadModel``.
+        settings: what config.json says beside the shape, such as ``id2label``.
 
     Raises:
         InputError: the model has parameters that the format has no place for.
@@ -244,11 +256,15 @@ def save(model: GPT2, folder: str | os.PathLike[str]) -> None:
         f"transformer.{name}": (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
+    config = {**hf_config(model.config), **(settings or {})}
+    if score is not None:
+        state["score.weight"] = score.detach().float().cpu().contiguous()
+        config["architectures"] = ["GPT2ForSequenceClassification"]
     part = folder / f".{_WEIGHTS}.part"
     save_file(state, part, metadata={"format": "pt"})
     part.replace(folder / _WEIGHTS)
     part = folder / ".config.json.part"
-    part.write_text(json.dumps(hf_config(model.config), indent=2) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     part.replace(folder / "config.json")
 
 

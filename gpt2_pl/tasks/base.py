@@ -255,10 +255,10 @@ class Task(LightningModule):
                     "and here the base trains (train_base)"
                 )
             if base.get("digest") != self.base_digest:
-                theirs, ours = (str(digest)[:12] for digest in (base.get("digest"), self.base_digest))
+                there, here = (str(digest)[:12] for digest in (base.get("digest"), self.base_digest))
                 raise InputError(
-                    f"the checkpoint was trained on the base {base.get('path')} (digest {theirs}); "
-                    f"model.base {self.base} holds other weights (digest {ours})"
+                    f"the checkpoint was trained on the base {base.get('path')} (digest {there}); "
+                    f"model.base {self.base} holds other weights (digest {here})"
                 )
             found.update({f"gpt2.{name}": wanted[f"gpt2.{name}"] for name in self.core.base_names})
         for name in sorted(wanted.keys() | found.keys()):

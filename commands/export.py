@@ -1,0 +1,148 @@
+"""export: a run's model as a folder that transformers or peft loads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.tokenizer import END_OF_TEXT
+
+if TYPE_CHECKING:
+    from gpt2_pl.heads import ClassificationHead
+    from gpt2_pl.tasks import Task
+
+
+def main(args: list[str]) -> None:
+    """Write RUN's best checkpoint in another program's format."""
+    parser = argparse.ArgumentParser(prog="gpt2-pl export", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "peft"),
+        required=True,
+        help="hf: the whole model with adapters merged, for transformers; peft: what was added to the base, for peft",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
+    parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
+    parser.add_argument("--backbone", action="store_true", help="hf: leave the classification head out")
+    given = parser.parse_args(args)
+    if given.out.exists():
+        raise InputError(f"out: {given.out} exists already; give a folder that does not")
+    task = load(given.ckpt_path or given.run / "checkpoints" / "best.ckpt", given.base)
+    with whole_folder(given.out) as folder:
+        if given.format == "hf":
+            export_hf(task, folder, given.run, given.backbone)
+        else:
+            export_peft(task, folder)
+    print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+
+
+def load(checkpoint: Path, base: str | None = None) -> Task:
+    """The trained task of a checkpoint, whatever task it is, for evaluation on the CPU."""
+    import torch
+
+    import gpt2_pl.tasks
+
+    if not checkpoint.is_file():
+        raise InputError(f"there is no checkpoint {checkpoint}")
+    try:
+        name = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["task"]
+    except Exception as error:  # unpickling, zip and key errors
+        raise InputError(f"{checkpoint} is not a checkpoint of this library: {str(error)[:200]}") from None
+    if name not in gpt2_pl.tasks.__all__:
+        raise InputError(f"{checkpoint} was written by {name!r}, which is no task of this library")
+    moved = {} if base is None else {"base": base}
+    return getattr(gpt2_pl.tasks, name).load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **moved)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place when all is written, and vanishes when that fails."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> None:
+    """Write the whole model for transformers, with its tokenizer, adapters merged.
+
+    A classifier on the last token becomes ``GPT2ForSequenceClassification``; everything else a language model.
+    """
+    import torch
+
+    from gpt2_pl import pretrained
+    from gpt2_pl.surgery import LoRA
+    from gpt2_pl.surgery.peft import bias_as_shift
+
+    core = task.core
+    if core.n_virtual:
+        raise InputError("a prefix or soft prompt cannot be merged into the weights; use --format peft")
+    LoRA.merge(core)
+    head = None if backbone else _head(task, "; --backbone leaves the head out")
+    end = _save_tokenizer(run, folder, core.config.n_positions)
+    settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    if head is None:
+        pretrained.save(core, folder, settings=settings)
+        return
+    labels = _labels(run, head.linear.out_features)
+    settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    settings["label2id"] = {label: i for i, label in enumerate(labels)}
+    with torch.no_grad():
+        core.ln_f.bias.add_(bias_as_shift(head.linear.weight, head.linear.bias))  # transformers' head has no bias
+    pretrained.save(core, folder, score=head.linear.weight, settings=settings)
+
+
+def export_peft(task: Task, folder: Path) -> None:
+    """Write what was added to the base for peft."""
+    from gpt2_pl.surgery import peft
+
+    if task.train_base:
+        raise InputError("the base itself was trained (train_base); an adapter would not hold that: use --format hf")
+    peft.save(task.core, folder, task.base, _head(task))
+
+
+def _head(task: Task, otherwise: str = "") -> ClassificationHead | None:
+    """The task's linear head, which must be one that transformers has."""
+    from gpt2_pl.heads import ClassificationHead
+
+    head: Any = getattr(task, "head", None)
+    if not isinstance(head, ClassificationHead):
+        return None
+    if (pooling := getattr(task, "pooling", None)) != "last":
+        raise InputError(f"transformers' classifier reads the last token; this one has pooling {pooling!r}{otherwise}")
+    return head
+
+
+def _labels(run: Path, n: int) -> list[str]:
+    try:
+        labels = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["data"]["labels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        labels = None
+    return labels if isinstance(labels, list) and len(labels) == n else [str(i) for i in range(n)]
+
+
+def _save_tokenizer(run: Path, folder: Path, n_positions: int) -> int | None:
+    """Copy the run's tokenizer; returns the id of its end of text, which also serves for padding."""
+    from gpt2_pl.tokenizer import load_tokenizer
+
+    if not (run / "tokenizer.json").is_file():
+        raise InputError(f"{run} has no tokenizer.json; runs of this library have one")
+    tokenizer = load_tokenizer(run, "RUN")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": n_positions, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return end

@@ -1,0 +1,213 @@
+"""LoRA, rsLoRA, DoRA and LoRA+ against peft, and against what must not change."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.model import GPT2, GPT2Config
+from gpt2_pl.surgery import LoRA, LoRALinear, PrefixTuning
+from gpt2_pl.surgery.lora import TARGETS
+
+SHAPE = GPT2Config(vocab_size=50, n_positions=24, n_embd=24, n_layer=3, n_head=3, dropout=0.0)
+IDS = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+def gpt2(shape=SHAPE, seed=0):
+    torch.manual_seed(seed)
+    return GPT2(shape).eval()
+
+
+def stirred(model, seed=1):
+    """As after some training: no adapter is zero any more."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.lora_B.normal_(std=0.2, generator=generator)
+                if module.lora_magnitude is not None:
+                    module.lora_magnitude.mul_(1 + 0.2 * torch.rand(module.out_features, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_nothing_changes_at_the_start(target, dora):
+    model = gpt2()
+    before = model(IDS)
+    LoRA(targets=[target], dora=dora).apply(model)
+    torch.testing.assert_close(model(IDS), before, atol=1e-6 if dora else 0, rtol=0)
+
+
+OPTIONS = [
+    {"targets": ["c_attn"]},
+    {"targets": ["c_attn", "c_fc"], "rslora": True, "rank": 4},
+    {"targets": ["c_proj", "mlp.c_proj", "c_fc"], "alpha": 3, "layers": "1-2"},
+    {"targets": ["c_attn", "mlp.c_proj"], "dora": True},
+    {"targets": ["c_fc"], "dora": True, "rslora": True, "layers": [0, 2]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equal_to_peft_forward_and_gradient(options, tmp_path):
+    """Both have the same base and the same adapters: the same logits, and the same gradients of A, B and magnitude."""
+    gpt2().save_pretrained(tmp_path)
+    ours = stirred(LoRA(**options).apply(GPT2.from_pretrained(tmp_path, dropout=0.0)))
+    names = {"c_proj": "attn.c_proj"}
+    layers = {"1-2": [1, 2]}.get(str(options.get("layers")), options.get("layers"))
+    config = peft.LoraConfig(
+        r=options.get("rank", 8),
+        lora_alpha=options.get("alpha", 16),
+        target_modules=[names.get(target, target) for target in options["targets"]],
+        layers_to_transform=layers,
+        layers_pattern="h" if layers else None,
+        fan_in_fan_out=True,
+        use_rslora=options.get("rslora", False),
+        use_dora=options.get("dora", False),
+    )
+    theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path), config).eval()
+    adapters = {name: module for name, module in ours.named_modules() if isinstance(module, LoRALinear)}
+    pairs = []
+    for name, module in theirs.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            mine = adapters.pop(name.removeprefix("base_model.model.transformer."))
+            pairs += [(mine.lora_A, module.lora_A["default"].weight), (mine.lora_B, module.lora_B["default"].weight)]
+            if mine.lora_magnitude is not None:
+                pairs.append((mine.lora_magnitude, module.lora_magnitude_vector["default"].weight))
+    assert pairs and not adapters
+    with torch.no_grad():
+        for mine, other in pairs:
+            other.copy_(mine)
+    a, b = ours.logits(ours(IDS)), theirs(IDS).logits
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for logits in (a, b):
+        logits.logsumexp(-1).mean().backward()
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-4)
+    assert all(parameter.grad is None for name, parameter in ours.named_parameters() if name in ours.base_names)
+
+
+def test_the_thirds_of_c_attn_are_adapted_apart():
+    model = stirred(LoRA(rank=2, targets=["v", "q"]).apply(gpt2()))
+    module = model.h[1].attn.c_attn
+    (A_q, A_v), (B_q, B_v) = module.lora_A.chunk(2), module.lora_B.chunk(2)
+    expected = 8 * torch.cat((B_q @ A_q, torch.zeros(24, 24), B_v @ A_v))
+    torch.testing.assert_close(module.delta(), expected)
+    x = torch.randn(5, 24)
+    plain = torch.nn.functional.linear(x, module.weight + expected, module.bias)
+    torch.testing.assert_close(module(x), plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"), [(["q", "v"], 294_912), (["c_fc", "mlp.c_proj"], 737_280), (["c_attn"], 294_912)]
+)
+def test_trainable_parameters_of_gpt2_small(targets, count):
+    with torch.device("meta"):
+        model = LoRA(rank=8, targets=targets).apply(GPT2(GPT2Config()))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_gradients_and_frozen_weights():
+    """B learns from the first step, A from the second; the base never."""
+    model = LoRA(rank=4, targets=list(set(TARGETS) - {"q", "k", "v"})).apply(gpt2()).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in model.base_names}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        model.logits(model(IDS)).logsumexp(-1).mean().backward()
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                assert module.lora_B.grad.abs().max() > 0
+                assert (module.lora_A.grad.abs().max() > 0) == (step > 0)
+        optimizer.step()
+    assert before.keys() == model.base_names
+    assert all(torch.equal(before[name], dict(model.named_parameters())[name]) for name in before)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
+    model = stirred(LoRA(targets=["q", "v", "c_fc"], dora=dora).apply(gpt2()))
+    unmerged = model(IDS)
+    assert (unmerged - gpt2()(IDS)).abs().max() > 0.1
+    adapted = copy.deepcopy(model.state_dict())
+    LoRA.merge(model)
+    merged = model(IDS)
+    torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(GPT2.from_pretrained(tmp_path).eval()(IDS), merged, atol=0, rtol=0)
+    LoRA.unmerge(model)
+    assert torch.equal(model(IDS), unmerged)
+    assert all(torch.equal(value, adapted[name]) for name, value in model.state_dict().items())
+    other = LoRA(targets=["q", "v", "c_fc"], dora=dora).apply(gpt2(seed=9))
+    other.load_state_dict(adapted)
+    assert torch.equal(other(IDS), unmerged)
+
+
+def test_a_merged_model_holds_and_computes_nothing_of_its_adapters():
+    model = LoRA.merge(stirred(LoRA(dropout=0.5).apply(gpt2())))
+    assert model.state_dict().keys() == model.base_names
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+    untouched = gpt2()
+    with torch.profiler.profile() as merged:
+        model(IDS)
+    with torch.profiler.profile() as plain:
+        untouched(IDS)
+    calls = [{e.key: e.count for e in p.key_averages() if e.key.startswith("aten::")} for p in (merged, plain)]
+    assert calls[0] == calls[1]
+
+
+def test_merging_keeps_the_prefixed_logits():
+    model = gpt2()
+    PrefixTuning(3).apply(model)
+    stirred(LoRA(targets=["c_attn"]).apply(model))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"prefix.table"} | {f"h.{i}.attn.c_attn.lora_{x}" for i in range(3) for x in "AB"}
+    before = model(IDS)
+    LoRA.merge(model)
+    torch.testing.assert_close(model(IDS), before, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_for_the_adapter_in_training_alone():
+    model = stirred(LoRA(dropout=0.5).apply(gpt2()))
+    torch.testing.assert_close(model(IDS), model(IDS), atol=0, rtol=0)
+    model.train()
+    assert (model(IDS) - model(IDS)).abs().max() > 1e-3
+    unadapted = LoRA(dropout=0.5).apply(gpt2()).train()
+    torch.testing.assert_close(unadapted(IDS), gpt2()(IDS), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["query"]}, "'query' matches nothing; the targets that exist are q, k, v, c_attn"),
+        ({"targets": []}, "targets is empty"),
+        ({"targets": ["q", "c_attn"]}, "name attn.c_attn twice"),
+        ({"targets": ["q", "q"]}, "name attn.c_attn twice"),
+        ({"layers": "1-3"}, "the blocks that exist are 0 to 2"),
+        ({"layers": "top"}, "layers is 'top'"),
+        ({"layers": []}, "the blocks that exist"),
+        ({"rank": 0}, "rank is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"b_lr_ratio": -1}, "b_lr_ratio is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        LoRA(**options).apply(gpt2())
+
+
+def test_two_adapters_on_one_matrix_are_refused():
+    model = LoRA(targets=["q"], layers=2).apply(gpt2())
+    LoRA(targets=["v"], layers="0-1").apply(model)  # other blocks
+    with pytest.raises(InputError, match=r"h.0.attn.c_attn has an adapter already: two LoRA"):
+        LoRA(targets=["v"]).apply(model)
+
+
+def test_a_model_with_adapters_is_not_saved_as_a_base(tmp_path):
+    with pytest.raises(InputError, match="merge LoRA"):
+        LoRA().apply(gpt2()).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,208 @@
+"""Prefixes and soft prompts against real tokens, against peft, under padding and with the cache."""
+
+import peft
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.generation import KeyValueCache
+from gpt2_pl.heads import last_text_position, pool
+from gpt2_pl.model import GPT2, GPT2Config, read_at
+from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
+from gpt2_pl.tokenizer import load_tokenizer
+
+SHAPE = GPT2Config(vocab_size=50, n_positions=24, n_embd=24, n_layer=3, n_head=3, dropout=0.0)
+IDS = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(5))
+MASK = torch.ones_like(IDS)
+MASK[0, 7:] = 0  # padding on the right
+MASK[1, :4] = 0  # and on the left
+CASES = {
+    "none": (),
+    "prefix": (PrefixTuning(4),),
+    "network": (PrefixTuning(4, hidden=7),),
+    "prompt": (PromptTuning(5),),
+    "both": (PrefixTuning(3), PromptTuning(2)),
+    "prompt and LoRA": (PromptTuning(5), LoRA(targets=["c_attn", "c_fc"])),
+}
+
+
+def gpt2(*surgery):
+    torch.manual_seed(0)
+    model = GPT2(SHAPE).eval()
+    for operation in surgery:
+        operation.apply(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture(params=CASES)
+def model(request):
+    return gpt2(*CASES[request.param])
+
+
+def test_a_padded_row_gives_what_it_gives_alone(model):
+    hidden = model(IDS, MASK)
+    assert hidden.shape == (3, 11, 24)
+    torch.testing.assert_close(hidden[0, :7], model(IDS[:1, :7])[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden[1, 4:], model(IDS[1:2, 4:])[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden[2], model(IDS[2:])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_right_padding_needs_no_mask(model):
+    torch.testing.assert_close(model(IDS)[0, :7], model(IDS, MASK)[0, :7], atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_skips_virtual_tokens(model):
+    for pooling in ("last", "mean", "max", "concat"):
+        whole = pool(model(IDS, MASK), MASK, pooling)
+        rows = [(0, slice(0, 7)), (1, slice(4, 11)), (2, slice(0, 11))]
+        for n, text in rows:
+            alone = pool(model(IDS[n : n + 1, text]), MASK[n : n + 1, text], pooling)
+            torch.testing.assert_close(whole[n : n + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_asked_for(model):
+    at = torch.tensor([[6, 0], [10, 4], [3, 3]])
+    torch.testing.assert_close(model(IDS, MASK, at=at), read_at(model(IDS, MASK), at), atol=1e-5, rtol=1e-5)
+    at = last_text_position(MASK)
+    torch.testing.assert_close(model(IDS, at=at)[::2], read_at(model(IDS), at)[::2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_read_in_pieces_through_the_cache(model, mask):
+    cache = KeyValueCache(3, 24)
+    pieces, start = [], 0
+    for end in (5, 6, 7, 11):
+        pieces.append(model(IDS[:, start:end], None if mask is None else mask[:, :end], cache=cache))
+        start = end
+    text = torch.ones_like(IDS) if mask is None else mask
+    difference = (torch.cat(pieces, 1) - model(IDS, mask)) * text.unsqueeze(-1)
+    assert difference.abs().max() < 1e-5
+    assert cache.length == 11 + model.n_virtual
+
+
+def test_a_full_cache_is_refused(model):
+    cache = KeyValueCache(3, 8 + model.n_virtual)
+    model(IDS[:, :8], cache=cache)
+    with pytest.raises(ValueError, match="the cache has room for"):
+        model(IDS[:, 8:9], cache=cache)
+
+
+def test_virtual_tokens_count_against_the_context(model):
+    room = 24 - model.n_virtual
+    ids = torch.zeros(1, room, dtype=torch.long)
+    assert model(ids).shape == (1, room, 24)
+    with pytest.raises(ValueError, match="25 tokens"):
+        model(torch.zeros(1, room + 1, dtype=torch.long))
+
+
+TEXT = "not a funny story"
+
+
+def test_a_prompt_from_a_text_is_that_text(base):
+    tokens = torch.tensor([load_tokenizer(base).encode(TEXT).ids])
+    n = tokens.size(1)
+    words, soft = GPT2.from_pretrained(base).eval(), GPT2.from_pretrained(base).eval()
+    PromptTuning(length=n, init_text=TEXT).apply(soft)
+    torch.testing.assert_close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefix_from_a_text_is_that_text(base):
+    tokens = torch.tensor([load_tokenizer(base).encode(TEXT).ids])
+    n = tokens.size(1)
+    words, soft = GPT2.from_pretrained(base).eval(), GPT2.from_pretrained(base).eval()
+    PrefixTuning(length=n, init_text=TEXT).apply(soft)
+    torch.testing.assert_close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:], atol=1e-5, rtol=1e-5)
+
+
+def test_zero_keys_and_values_are_not_nothing():
+    model = gpt2(PrefixTuning(4))
+    with torch.no_grad():
+        model.prefix.table.zero_()
+    assert (model(IDS) - gpt2()(IDS)).abs().max() > 1e-3
+
+
+def adapted_by_peft(folder, config):
+    return peft.get_peft_model(GPT2LMHeadModel.from_pretrained(folder), config).eval()
+
+
+@pytest.mark.parametrize("hidden", [None, 7])
+def test_equal_to_pefts_prefix_forward_and_gradient(hidden, tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    ours = PrefixTuning(4, hidden=hidden).apply(GPT2.from_pretrained(tmp_path, dropout=0.0).eval())
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=4, task_type="CAUSAL_LM", prefix_projection=hidden is not None, encoder_hidden_size=hidden
+    )
+    theirs = adapted_by_peft(tmp_path, config)
+    encoder = theirs.prompt_encoder["default"]
+    if hidden is None:
+        pairs = [(ours.prefix.table, encoder.embedding.weight)]
+    else:
+        pairs = [(ours.prefix.embedding, encoder.embedding.weight)]
+        pairs += list(zip(ours.prefix.network.parameters(), encoder.transform.parameters(), strict=True))
+    compare_with_peft(ours, theirs, pairs)
+
+
+def test_equal_to_pefts_prompt_forward_and_gradient(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    ours = PromptTuning(5).apply(GPT2.from_pretrained(tmp_path, dropout=0.0).eval())
+    theirs = adapted_by_peft(tmp_path, peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    compare_with_peft(ours, theirs, [(ours.prompt.embedding, theirs.prompt_encoder["default"].embedding.weight)])
+
+
+def compare_with_peft(ours, theirs, pairs):
+    with torch.no_grad():
+        for mine, other in pairs:
+            other.copy_(mine)
+    a, b = ours.logits(ours(IDS)), theirs(IDS).logits[:, -IDS.size(1) :]
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    for logits in (a, b):
+        logits.logsumexp(-1).mean().backward()
+    for mine, other in pairs:
+        assert mine.grad.abs().max() > 0
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for name, p in ours.named_parameters() if name in ours.base_names)
+
+
+def test_prompt_tokens_pass_through_lora():
+    """With B = 0 LoRA and a prompt are the prompt alone; otherwise the prompt's places are adapted too."""
+    alone = gpt2(PromptTuning(5))
+    both = gpt2(PromptTuning(5), LoRA(targets=["c_fc"]))
+    with torch.no_grad():
+        for module in both.modules():
+            if hasattr(module, "lora_B"):
+                module.lora_B.zero_()
+    torch.testing.assert_close(both(IDS), alone(IDS), atol=0, rtol=0)
+
+
+def test_trainable_parameters_of_gpt2_small():
+    with torch.device("meta"):
+        model = PrefixTuning(10).apply(GPT2(GPT2Config()))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 184_320
+
+
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        ([PrefixTuning(24)], "PrefixTuning: length is 24; the model has n_positions = 24: at most 23"),
+        ([PromptTuning(0)], "length is 0"),
+        ([PromptTuning(20), PrefixTuning(4)], "20 of which are virtual tokens already: at most 3"),
+        ([PromptTuning(2), PromptTuning(2)], "two PromptTuning"),
+        ([PrefixTuning(2), PrefixTuning(2)], "two PrefixTuning"),
+        ([PromptTuning(2, init_text="words")], "needs a tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_refused(surgery, message):
+    with pytest.raises(InputError, match=message):
+        gpt2(*surgery)
+
+
+def test_settings_that_contradict_each_other():
+    with pytest.raises(InputError, match="give one of them"):
+        PrefixTuning(hidden=8, init_text="words")
+    with pytest.raises(InputError, match="hidden is 0"):
+        PrefixTuning(hidden=0)

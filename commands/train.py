@@ -271,16 +271,25 @@ def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
         for arg in args
     ):
         stored.pop("base"), stored.pop("config")  # which of the two it is, the files say
-    if any("surgery" in text for text in (*args, *_config_texts(args))):
-        stored.pop("surgery")  # files would add theirs to it
+    if _states_surgery(args):
+        stored.pop("surgery")  # theirs would be added to it
     else:
         stored["surgery"] = [build(settings).settings() for settings in stored["surgery"]]  # this library's alone
     layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
 
 
-def _config_texts(args: list[str]) -> list[str]:
-    """The content of the configuration files among the arguments."""
+def _states_surgery(args: list[str]) -> bool:
+    """Whether flags or configuration files say what surgery there is."""
+    if any(arg.startswith(("--model.surgery", "--model.init_args.surgery")) for arg in args):
+        return True
     values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
     values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    return [Path(value).read_text(encoding="utf-8") for value in values if Path(value).is_file()]
+    for file in filter(Path.is_file, map(Path, values)):
+        try:
+            settings = (yaml.safe_load(file.read_text(encoding="utf-8")) or {})["model"]["init_args"]
+        except (KeyError, TypeError, ValueError, yaml.YAMLError):
+            continue  # says nothing of it, or is refused when it is read in earnest
+        if {"surgery", "surgery+"} & set(settings or {}):
+            return True
+    return False

@@ -1,9 +1,10 @@
-"""A callback for the tests of resuming: the power goes off."""
+"""Callbacks for the tests of processes: the power goes off; what every process holds in the end."""
 
 import os
 import signal
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 
@@ -14,3 +15,10 @@ class KillAt(Callback):
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Keep(Callback):
+    """Writes the weights of every process to ``rank_R.pt``."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        torch.save(pl_module.state_dict(), f"rank_{trainer.global_rank}.pt")

@@ -18,15 +18,28 @@ TINY = [
 ]
 
 
+# What a strategy asks for and a task does not have: one line says so.
+MEANINGLESS = {
+    ("text", "linear_probe"): "head_dropout",
+    ("text", "ulmfit"): "pooling",
+}
+
+
 @pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
-def test_every_strategy_on_every_task(task, strategy, run, base, data_flags):
-    folder = run("fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
-                 "--model.base", base, "--data.max_length=64", *data_flags,
-                 "--trainer.limit_train_batches=1", "--trainer.gradient_clip_val=1.0")  # fmt: skip
+def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, capsys):
+    column = ["--data.column=sentence"] if task.stem == "text" else []
+    command = ["fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
+               "--model.base", base, "--data.max_length=32", *column, *data_flags,
+               "--trainer.limit_train_batches=1", "--trainer.gradient_clip_val=1.0"]  # fmt: skip
+    if (task.stem, strategy.stem) in MEANINGLESS:
+        assert MEANINGLESS[task.stem, strategy.stem] in refused(run, capsys, *command)
+        return
+    folder = run(*command)
     account = metrics(folder)
     assert account["status"] == "finished"
     assert account["steps"] == 1
-    assert 0 <= account["scores"]["test/accuracy"] <= 1
+    assert account["scores"]["test/loss"] > 0
+    assert 0 < account["parameters"]["trainable"] <= account["parameters"]["total"]
 
 
 @pytest.mark.parametrize("file", TRAINERS, ids=lambda path: path.stem)

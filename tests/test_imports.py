@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-CORE = ("model", "pretrained", "heads", "optim", "metrics", "tokenizer", "errors")
+CORE = ("model", "pretrained", "generation", "heads", "losses", "optim", "metrics", "tokenizer", "errors")
 
 
 def imported(file):

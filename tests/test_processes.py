@@ -61,3 +61,52 @@ def test_two_processes_equal_one(tmp_path):
         rows = [(folder / f"predictions_{split}.csv").read_text().splitlines() for folder in (one, two)]
         assert len(rows[0]) == len(rows[1]) == 64
         assert [line.split(",")[0] for line in rows[0]] == [line.split(",")[0] for line in rows[1]]
+
+
+# Five stages in two epochs of 16 steps: they begin at steps 0, 8, 15, 22 and 29.
+STAGES = """
+model: {init_args: {pooling: concat, dropout: %s, schedule: {class_path: gpt2_pl.optim.SlantedTriangular}}}
+trainer:
+  callbacks:
+    - {class_path: callbacks.GradualUnfreezing, init_args: {blocks_per_stage: 1, epochs_per_stage: 0.45}}
+    - {class_path: callbacks.DiscriminativeLR, init_args: {decay: 0.7}}
+    - {class_path: killer.Keep}
+"""
+
+
+def staged(tmp_path, dropout):
+    file = tmp_path / "stages.yaml"
+    file.write_text(STAGES % dropout)
+    return [f"--config={file}", "--model.optimizer.init_args.lr=1e-3", "--model.optimizer.init_args.weight_decay=0.1"]
+
+
+def test_unfreezing_in_two_processes_equals_one(tmp_path):
+    settings = staged(tmp_path, 0.0)
+    one = fit(tmp_path / "one", *settings, "--data.batch_size=16")
+    ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    two = fit(tmp_path / "two", *ddp, *settings, "--data.batch_size=8")
+    first, second = (torch.load(tmp_path / f"two/rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, two))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    moved = torch.load(tmp_path / "one/rank_0.pt", weights_only=True)
+    assert metrics(one)["parameters"]["layers"] == metrics(two)["parameters"]["layers"]
+    assert all(layer["trainable"] for layer in metrics(one)["parameters"]["layers"])
+    assert moved.keys() == first.keys()
+
+
+def test_killed_within_a_stage_and_resumed(tmp_path):
+    settings = [*staged(tmp_path, 0.1), "--data.batch_size=16", "--checkpoint_every_n_steps=3"]
+    whole = fit(tmp_path / "whole", *settings)
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    killer = "--trainer.callbacks+={class_path: killer.KillAt, init_args: {step: 20}}"
+    assert process(stopped, *QUICK, *settings, killer).returncode == -9
+    checkpoint = latest(stopped) / "checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 18
+    resumed = fit(stopped, *settings, f"--ckpt_path={checkpoint}")
+    assert metrics(whole)["scores"] == metrics(resumed)["scores"]
+    assert metrics(whole)["parameters"] == metrics(resumed)["parameters"]
+    assert same(whole, resumed)

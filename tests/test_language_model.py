@@ -1,0 +1,158 @@
+"""LanguageModel and TextCorpus: the chunked loss against torch's, packing against a loop, perplexity against transformers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, metrics
+from transformers import GPT2LMHeadModel
+
+import datamodules.corpus
+from datamodules import TextCorpus
+from datamodules.batching import PackedRows
+from gpt2_pl.errors import InputError
+from gpt2_pl.losses import cross_entropy
+from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_the_chunked_loss_is_torchs(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 7, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(30, (3, 7))
+    targets[0, 4:] = targets[2, 1] = -100
+    total, count = cross_entropy(hidden, weight, targets, chunk)
+    (total * 0.3).backward()
+    ours = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    (expected * 0.3).backward()
+    assert count == 17
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(ours, (hidden.grad, weight.grad))
+
+
+def test_the_chunked_loss_under_autocast():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = cross_entropy(hidden, weight, targets, 4)
+    total.backward()
+    ours = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.item(), rel=1e-3)
+    for mine, other in zip(ours, (hidden.grad, weight.grad), strict=True):
+        assert (mine - other).norm() < 0.02 * other.norm()
+
+
+def test_no_targets_are_no_loss():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    total, count = cross_entropy(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
+    total.backward()
+    assert (total.item(), count.item(), hidden.grad.abs().sum().item()) == (0.0, 0, 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 8, 9, 10, 31])
+def test_packing(n):
+    tokens = np.arange(n, dtype=np.uint16)
+    rows = PackedRows(tokens, 8)
+    batch = rows.batch(np.arange(len(rows)))
+    inputs, targets = [], []
+    for ids, mask, target in zip(batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True):
+        inputs += ids[mask.bool()].tolist()
+        targets += target[target != -100].tolist()
+        assert (target != -100).sum() == mask.sum()
+    assert inputs == list(range(n - 1))
+    assert targets == list(range(1, n))
+    assert all(length == 8 for length in rows.lengths[:-1])
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    lines = [
+        f"The film number {i} is fine.\n\n\n  And {i * i} people saw it,\nall of them twice.\n" for i in range(300)
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_a_file_read_in_pieces_is_the_whole_file(story, base, monkeypatch):
+    tokenizer = load_tokenizer(base)
+    whole = tokenizer.encode(story.read_text()).ids
+    for size in (50, 997):
+        monkeypatch.setattr(datamodules.corpus, "_PIECE", size)
+        data = TextCorpus(train_file=str(story), val_file=str(story), tokenizer=str(base), max_length=64)
+        source = data._source("train", str(story))
+        pieces = list(data._token_pieces(source))
+        assert len(pieces) > 10
+        assert [i for piece in pieces for i in piece] == [*whole, tokenizer.token_to_id(END_OF_TEXT)]
+
+
+def test_rows_of_a_file_are_texts(files, base):
+    data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
+    data.setup()
+    tokenizer = load_tokenizer(base)
+    rows = [line.split("\t")[0].strip() for line in files["train"].read_text().splitlines()[1:]]
+    expected = [i for row in rows for i in [*tokenizer.encode(row).ids, tokenizer.token_to_id(END_OF_TEXT)]]
+    n_train = round(len(expected) * 0.95)
+    assert data.encoded["train"].values.tolist() == expected[:n_train]
+    assert data.encoded["val"].values.tolist() == expected[n_train:]
+    again = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
+    again.setup()
+    assert isinstance(again.encoded["train"].values, np.memmap)
+
+
+def test_a_run_and_its_perplexity(run, base, files, capsys):
+    folder = run(
+        "fit", "--config", ROOT / "configs/task/text.yaml", "--model.base", base, "--data.column=sentence",
+        *(f"--data.{split}_file={path}" for split, path in files.items()), "--data.max_length=32",
+        "--trainer.max_epochs=2", "--model.optimizer.init_args.lr=3e-3", "--trainer.precision=32-true",
+    )  # fmt: skip
+    account = metrics(folder)
+    losses = [epoch["val/loss"] for epoch in account["epochs"]]
+    assert losses[1] < losses[0] < math.log(400)
+    assert account["scores"]["test/perplexity"] == pytest.approx(math.exp(account["scores"]["test/loss"]), rel=1e-5)
+    assert account["monitor"] == "val/loss"
+    assert "val perplexity" in capsys.readouterr().out.replace("\n", " ")
+
+    run("export", folder, "--format=hf", "--out", folder / "hf")
+    theirs = GPT2LMHeadModel.from_pretrained(folder / "hf").eval()
+    data = TextCorpus(test_file=str(files["test"]), column="sentence", tokenizer=str(base), max_length=32)
+    data.setup("test")
+    total = count = 0
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            logits = theirs(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            total += F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum").item()
+            count += int((batch["targets"] != -100).sum())
+    assert account["scores"]["test/loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_file": "/nowhere.txt"}, "data.train_file: there is no file /nowhere.txt"),
+        ({"train_file": "{rows}"}, "has no column 'text'"),
+        ({"train_file": "{short}"}, "needs two or more"),
+        ({"train_file": "{latin}"}, "is not UTF-8"),
+        ({}, "data.train_file is not given"),
+    ],
+)
+def test_text_that_cannot_be_used(options, message, files, base, tmp_path):
+    short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
+    short.write_text("a")
+    latin.write_bytes(b"caf\xe9\n")
+    names = {"rows": files["train"], "short": short, "latin": latin}
+    options = {key: value.format(**names) for key, value in options.items()}
+    with pytest.raises(InputError, match=message):
+        TextCorpus(**options, tokenizer=str(base), max_length=16).setup("fit")

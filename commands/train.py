@@ -40,8 +40,9 @@ class RunFiles(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the tokenizer, so that the run's model can be used without its data."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if trainer.log_dir is not None and tokenizer is not None:
-            with whole_file(Path(trainer.log_dir) / "tokenizer.json") as file:
+        folder = getattr(trainer.logger, "log_dir", None)  # trainer.log_dir asks all processes; this is one
+        if folder is not None and tokenizer is not None:
+            with whole_file(Path(folder) / "tokenizer.json") as file:
                 file.write(tokenizer.to_str())
 
 

@@ -77,7 +77,8 @@ def test_equal_to_peft_forward_and_gradient(options, tmp_path):
             pairs += [(mine.lora_A, module.lora_A["default"].weight), (mine.lora_B, module.lora_B["default"].weight)]
             if mine.lora_magnitude is not None:
                 pairs.append((mine.lora_magnitude, module.lora_magnitude_vector["default"].weight))
-    assert pairs and not adapters
+    assert pairs
+    assert not adapters
     with torch.no_grad():
         for mine, other in pairs:
             other.copy_(mine)

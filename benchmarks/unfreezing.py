@@ -1,6 +1,6 @@
 """Seconds per training step by what trains: head alone, top 3, top 6, all blocks. GPT-2 small's shape, in turn.
 
-    python benchmarks/unfreezing.py [--rounds 3] [--tokens 32] [--batch 16]
+python benchmarks/unfreezing.py [--rounds 3] [--tokens 32] [--batch 16]
 """
 
 from __future__ import annotations

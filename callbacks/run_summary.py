@@ -154,12 +154,14 @@ class RunSummary(Callback):
         folder = trainer.log_dir
         if not trainer.is_global_zero or folder is None:
             return
-        account = {"status": status, **self.account(trainer, pl_module)}
+        best = Path(folder, "checkpoints", "best.ckpt")
+        size = best.stat().st_size if best.is_file() else None
+        account = {"status": status, **self.account(trainer, pl_module), "checkpoint_bytes": size}
         with whole_file(Path(folder) / "metrics.json") as file:
             json.dump(account, file, indent=2)
 
     def account(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Everything that ``metrics.json`` holds. Seconds are wall-clock, memory is in bytes, of process 0."""
+        """What ``metrics.json`` holds. Seconds are wall-clock, memory is in bytes, of process 0, which alone asks."""
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
         since = time.perf_counter() - self._since if self._since else 0.0
@@ -173,7 +175,6 @@ class RunSummary(Callback):
                 "total": sum(p.numel() for p in parameters),
                 "layers": self.layers,
             },
-            "checkpoint_bytes": _checkpoint_bytes(trainer.log_dir),
             "seconds": self.seconds + since,
             "examples_per_second": self.examples / self.training_seconds if self.training_seconds else None,
             "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else None,
@@ -253,12 +254,6 @@ def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
     total, trainable = (sum(layer[key] for layer in layers) for key in ("parameters", "trainable"))
     rows.append(["all", f"{total:,}", f"{trainable:,}", f"{trainable / max(total, 1):.2%} train"])
     return rows
-
-
-def _checkpoint_bytes(folder: str | None) -> int | None:
-    """Size of the best checkpoint."""
-    file = Path(folder or ".", "checkpoints", "best.ckpt")
-    return file.stat().st_size if folder is not None and file.is_file() else None
 
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "tokenizers", "safetensors")

@@ -1,4 +1,4 @@
-"""LanguageModel and TextCorpus: the chunked loss against torch's, packing against a loop, scores against transformers."""
+"""LanguageModel and TextCorpus against torch, a loop and transformers."""
 
 import math
 

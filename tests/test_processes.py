@@ -77,7 +77,7 @@ trainer:
 def staged(tmp_path, dropout):
     file = tmp_path / "stages.yaml"
     file.write_text(STAGES % dropout)
-    return [f"--config={file}", "--model.optimizer.init_args.lr=1e-3", "--model.optimizer.init_args.weight_decay=0.1"]
+    return [f"--config={file}", "--model.optimizer.init_args.lr=1e-4", "--model.optimizer.init_args.weight_decay=0.1"]
 
 
 def test_unfreezing_in_two_processes_equals_one(tmp_path):

@@ -252,6 +252,6 @@ class DiscriminativeLR(Callback):
                 for key in {"lr", "initial_lr"} & group.keys():
                     group[key] *= factors[i]
             for config in trainer.lr_scheduler_configs:
-                if getattr(config.scheduler, "optimizer", None) is optimizer:
-                    rates = config.scheduler.base_lrs
-                    config.scheduler.base_lrs = [rate * f for rate, f in zip(rates, factors, strict=True)]
+                scheduler: Any = config.scheduler
+                if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
+                    scheduler.base_lrs = [rate * f for rate, f in zip(scheduler.base_lrs, factors, strict=True)]

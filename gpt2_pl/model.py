@@ -238,7 +238,13 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token scores (..., V) of hidden states (..., C), through the tied token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The token embedding (V, C) as the language-model head: with its adapter, where it has one."""
+        wte: Any = self.wte
+        return wte.merged_weight() if hasattr(wte, "merged_weight") else wte.weight
 
     def _run(
         self,

@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.surgery import LoRA, LoRALinear, PrefixTuning
+from gpt2_pl.surgery import LoRA, LoRAEmbedding, LoRALinear, PrefixTuning
 from gpt2_pl.surgery.lora import TARGETS
 
 SHAPE = GPT2Config(vocab_size=50, n_positions=24, n_embd=24, n_layer=3, n_head=3, dropout=0.0)
@@ -26,6 +26,8 @@ def stirred(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
+            if isinstance(module, LoRAEmbedding):
+                module.lora_A.normal_(std=0.1, generator=generator)
             if isinstance(module, LoRALinear):
                 module.lora_B.normal_(std=0.2, generator=generator)
                 if module.lora_magnitude is not None:
@@ -33,7 +35,7 @@ def stirred(model, seed=1):
     return model
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, "wte"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_nothing_changes_at_the_start(target, dora):
     model = gpt2()
@@ -130,19 +132,21 @@ def test_gradients_and_frozen_weights():
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
-    model = stirred(LoRA(targets=["q", "v", "c_fc"], dora=dora).apply(gpt2()))
-    unmerged = model(IDS)
+    targets = ["q", "v", "c_fc", "wte"]
+    model = stirred(LoRA(targets=targets, dora=dora).apply(gpt2()))
+    unmerged, logits = model(IDS), model.logits(model(IDS))
     assert (unmerged - gpt2()(IDS)).abs().max() > 0.1
     adapted = copy.deepcopy(model.state_dict())
     LoRA.merge(model)
     merged = model(IDS)
     torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.logits(merged), logits, atol=1e-5, rtol=1e-5)  # the head is tied
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(GPT2.from_pretrained(tmp_path).eval()(IDS), merged, atol=0, rtol=0)
     LoRA.unmerge(model)
     assert torch.equal(model(IDS), unmerged)
     assert all(torch.equal(value, adapted[name]) for name, value in model.state_dict().items())
-    other = LoRA(targets=["q", "v", "c_fc"], dora=dora).apply(gpt2(seed=9))
+    other = LoRA(targets=targets, dora=dora).apply(gpt2(seed=9))
     other.load_state_dict(adapted)
     assert torch.equal(other(IDS), unmerged)
 
@@ -206,6 +210,9 @@ def test_two_adapters_on_one_matrix_are_refused():
     LoRA(targets=["v"], layers="0-1").apply(model)  # other blocks
     with pytest.raises(InputError, match=r"h.0.attn.c_attn has an adapter already: two LoRA"):
         LoRA(targets=["v"]).apply(model)
+    LoRA(targets=["wte"]).apply(model)
+    with pytest.raises(InputError, match=r"wte has an adapter already: two LoRA"):
+        LoRA(targets=["wte"]).apply(model)
 
 
 def test_a_model_with_adapters_is_not_saved_as_a_base(tmp_path):

@@ -1,10 +1,21 @@
 """Changes made to a GPT-2 before it trains: LoRA, prefix-tuning, prompt tuning, adapters saved by peft."""
 
 from gpt2_pl.surgery.base import Surgery, build
-from gpt2_pl.surgery.lora import LoRA, LoRALinear
+from gpt2_pl.surgery.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.peft import PeftAdapter
 from gpt2_pl.surgery.virtual import PrefixTuning, PromptTuning
 
 SURGERIES = ("LoRA", "PeftAdapter", "PrefixTuning", "PromptTuning")
 
-__all__ = ["SURGERIES", "LoRA", "LoRALinear", "PeftAdapter", "PrefixTuning", "PromptTuning", "Surgery", "build"]
+__all__ = [
+    "SURGERIES",
+    "Adapter",
+    "LoRA",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "PeftAdapter",
+    "PrefixTuning",
+    "PromptTuning",
+    "Surgery",
+    "build",
+]

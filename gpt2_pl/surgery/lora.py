@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from gpt2_pl.model import GPT2, Block
 
-# Target -> the layer of a block, and which third of its output (None: all of it). c_attn holds q, k and v.
+# Target -> the layer of a block, and which third of its output (None: all of it). c_attn holds q, k and v. Beside
+# these there is `wte`, the token embedding.
 TARGETS: dict[str, tuple[str, int | None]] = {
     "q": ("attn.c_attn", 0),
     "k": ("attn.c_attn", 1),
@@ -107,6 +108,42 @@ class LoRALinear(nn.Linear):
         return (F.linear(input, self.weight) + addition) * (self.lora_magnitude / norm) + self.bias
 
 
+class LoRAEmbedding(nn.Embedding):
+    """The token embedding W (V, C) with a low-rank addition s (B A)^T, in the lookup and in the head tied to it.
+
+    ``weight`` is that of the embedding it replaces, under the same name. A (r, V) starts at zero and B (C, r) at
+    N(0, 1), as in peft, so that nothing changes at first.
+
+    Args:
+        embedding: the embedding to adapt; its weight is taken over.
+        rank: r.
+        scaling: s.
+        b_lr_ratio: learning rate of B in units of A's (LoRA+).
+    """
+
+    def __init__(self, embedding: nn.Embedding, rank: int, scaling: float, b_lr_ratio: float = 1.0) -> None:
+        nn.Module.__init__(self)  # not Embedding's: the weight is there already
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = None
+        self.weight = embedding.weight
+        self.rank, self.scaling, self.b_lr_ratio = rank, scaling, b_lr_ratio
+        self.lora_A = nn.Parameter(self.weight.new_zeros(rank, self.num_embeddings))
+        self.lora_B = nn.Parameter(self.weight.new_empty(self.embedding_dim, rank))
+        nn.init.normal_(self.lora_B)
+
+    def merged_weight(self) -> Tensor:
+        """W + s (B A)^T, (V, C): the plain embedding, and the head, that compute the same."""
+        return self.weight + self.scaling * (self.lora_B @ self.lora_A).T
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids (...) -> (..., C)."""
+        low = F.embedding(input, self.lora_A.T)  # (..., r)
+        return F.embedding(input, self.weight) + F.linear(low * self.scaling, self.lora_B)
+
+
+Adapter = LoRALinear | LoRAEmbedding
+
+
 @dataclass
 class LoRA(Surgery):
     """Low-rank adapters beside some of the linear layers of every block.
@@ -116,7 +153,8 @@ class LoRA(Surgery):
         alpha: the addition is scaled by alpha / r.
         dropout: probability for an adapter's input, in training.
         targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (the
-            attention's), ``c_fc``, ``mlp.c_proj``.
+            attention's), ``c_fc``, ``mlp.c_proj``; and ``wte``, the token embedding, whatever ``layers`` says and
+            without dropout or magnitudes.
         rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         dora: weight-decomposed adaptation (Liu et al. 2024).
         layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
@@ -159,16 +197,20 @@ class LoRA(Surgery):
                 assert isinstance(linear, nn.Linear)
                 adapted = LoRALinear(linear, self.rank, scaling, self.dropout, thirds, self.dora, self.b_lr_ratio)
                 block.set_submodule(name, adapted.train(linear.training))
+        if "wte" in self.targets:
+            if isinstance(model.wte, LoRAEmbedding):
+                raise InputError("LoRA: wte has an adapter already: two LoRA surgeries target it")
+            model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.b_lr_ratio).train(model.wte.training)
         freeze_base(model)
         return model
 
     def _chosen_layers(self) -> dict[str, list[int] | None]:
-        unknown = [target for target in self.targets if target not in TARGETS]
+        unknown = [target for target in self.targets if target not in TARGETS and target != "wte"]
         if unknown or not self.targets:
             what = f"the target {unknown[0]!r} matches nothing" if unknown else "targets is empty"
-            raise InputError(f"LoRA: {what}; the targets that exist are {', '.join(TARGETS)}")
+            raise InputError(f"LoRA: {what}; the targets that exist are {', '.join(TARGETS)}, wte")
         layers: dict[str, list[int] | None] = {}
-        for target in self.targets:
+        for target in filter(TARGETS.__contains__, self.targets):
             name, third = TARGETS[target]
             thirds = layers.get(name, [])
             if (third is None and name in layers) or thirds is None or third in thirds:
@@ -197,12 +239,16 @@ class LoRA(Surgery):
         The layers as they were are kept aside for :meth:`unmerge`, outside ``parameters()`` and ``state_dict()``.
         """
         for name, module in list(model.named_modules()):
-            if isinstance(module, LoRALinear):
+            if isinstance(module, Adapter):
+                plain: nn.Linear | nn.Embedding
                 with torch.device("meta"):
-                    plain = nn.Linear(module.in_features, module.out_features)
+                    if isinstance(module, LoRALinear):
+                        plain = nn.Linear(module.in_features, module.out_features)
+                        plain.bias = module.bias
+                    else:
+                        plain = nn.Embedding(module.num_embeddings, module.embedding_dim)
                 trains = module.weight.requires_grad
                 plain.weight = nn.Parameter(module.merged_weight().detach(), requires_grad=trains)
-                plain.bias = module.bias
                 plain.train(module.training)
                 plain.__dict__["_unmerged"] = module
                 model.set_submodule(name, plain)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
-from gpt2_pl.surgery.lora import LoRALinear
+from gpt2_pl.surgery.lora import Adapter, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.virtual import Prefix, Prompt
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         head: a classification head on the last token; without one the adapter is for language modelling.
 
     Raises:
-        InputError: nothing was added, or things that peft keeps in different adapters.
+        InputError: nothing was added, things that peft keeps in different adapters, or an adapted embedding without a
+            head: peft does not adapt the language-model head that is tied to it.
     """
-    adapters = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
     parts = {"LoRA": adapters, "a prefix": model.prefix, "a soft prompt": model.prompt}
     present = [name for name, part in parts.items() if part]
     if len(present) != 1:
@@ -77,6 +78,8 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
         "inference_mode": True,
     }
+    if "wte" in adapters and head is None:
+        raise InputError("peft adapts no language-model head, which is tied to the adapted wte: use --format hf")
     if adapters:
         tensors, specific = _lora(adapters)
         prefix = "base_model.model."
@@ -100,17 +103,24 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
     part.replace(folder / _CONFIG)
 
 
-def _lora(adapters: dict[str, LoRALinear]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     for name, module in adapters.items():
-        path, B = f"transformer.{name}", module.spread_B()
+        path = f"transformer.{name}"
+        if isinstance(module, LoRAEmbedding):
+            ranks[path], alphas[path] = module.rank, module.scaling * module.rank
+            tensors[f"base_model.model.{path}.lora_embedding_A"] = module.lora_A
+            tensors[f"base_model.model.{path}.lora_embedding_B"] = module.lora_B
+            continue
+        B = module.spread_B()
         ranks[path], alphas[path] = B.size(1), module.scaling * B.size(1)
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B
         if module.lora_magnitude is not None:
             tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.lora_magnitude
-    decomposed = {module.lora_magnitude is not None for module in adapters.values()}
+    linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
+    decomposed = {module.lora_magnitude is not None for module in linear} or {False}
     if len(decomposed) > 1:
         raise InputError("the model has LoRA and DoRA adapters; a peft adapter holds one of them")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -120,7 +130,7 @@ def _lora(adapters: dict[str, LoRALinear]) -> tuple[dict[str, Tensor], dict[str,
         "lora_alpha": alpha,
         "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
-        "lora_dropout": next(iter(adapters.values())).dropout,
+        "lora_dropout": linear[0].dropout if linear else 0.0,
         "target_modules": sorted(ranks),
         "fan_in_fan_out": True,
         "use_dora": decomposed.pop(),
@@ -208,9 +218,13 @@ class PeftAdapter(Surgery):
 
     def _apply_lora(self, model: GPT2, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         adapted = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
-        if not adapted:
+        embedding = [tensors.get(f"transformer.wte.lora_embedding_{x}") for x in "AB"]
+        if not adapted and embedding == [None, None]:
             raise InputError(f"{self.folder}: {_WEIGHTS} holds no lora_A")
         used = {"score.weight"} | self._layer_norm(model, tensors)
+        if embedding[0] is not None and embedding[1] is not None:
+            used |= {f"transformer.wte.lora_embedding_{x}" for x in "AB"}
+            self._apply_embedding(model, config, embedding[0], embedding[1])
         for path in adapted:
             name = path.removeprefix("transformer.")
             linear = dict(model.named_modules()).get(name)
@@ -225,8 +239,7 @@ class PeftAdapter(Surgery):
             fits = A.shape == (rank, linear.in_features) and B.shape == (linear.out_features, rank)
             if not fits or (magnitude is None) == bool(config.get("use_dora")):
                 raise InputError(f"{self.folder}: the adapter of {path} does not fit a layer of {linear}")
-            alpha = _pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-            scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            scaling = _scaling(config, path, rank)
             module = LoRALinear(linear, rank, scaling, config.get("lora_dropout") or 0.0, dora=magnitude is not None)
             with torch.no_grad():
                 module.lora_A.copy_(A), module.lora_B.copy_(B)
@@ -236,6 +249,21 @@ class PeftAdapter(Surgery):
             used |= {f"{path}.{key}" for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
         if unused := sorted(tensors.keys() - used):
             raise InputError(f"{self.folder}: {_WEIGHTS} also holds {unused[0]}, which has no place here")
+
+    def _apply_embedding(self, model: GPT2, config: dict[str, Any], A: Tensor, B: Tensor) -> None:
+        rank = A.size(0)
+        if isinstance(model.wte, LoRAEmbedding):
+            raise InputError(f"{self.folder}: wte has an adapter already")
+        if (
+            A.shape != (rank, model.config.vocab_size)
+            or B.shape != (model.config.n_embd, rank)
+            or config.get("use_dora")
+        ):
+            raise InputError(f"{self.folder}: the adapter of transformer.wte does not fit {model.wte}")
+        module = LoRAEmbedding(model.wte, rank, _scaling(config, "transformer.wte", rank)).train(model.wte.training)
+        with torch.no_grad():
+            module.lora_A.copy_(A), module.lora_B.copy_(B)
+        model.wte = module
 
     def _apply_virtual(self, model: GPT2, kind: str, tensors: dict[str, Tensor]) -> None:
         name = "prefix" if kind == "PREFIX_TUNING" else "prompt"
@@ -269,9 +297,11 @@ class PeftAdapter(Surgery):
         return names
 
 
-def _pattern(patterns: dict[str, Any] | None, path: str, default: float) -> float:
-    """The value of the pattern that names a module's path or its end, as in peft."""
-    for pattern, value in (patterns or {}).items():
+def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
+    """s of a module: an alpha pattern names its path or the end of it, as in peft."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
         if path == pattern or path.endswith(f".{pattern}"):
-            return value
-    return default
+            alpha = value
+            break
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

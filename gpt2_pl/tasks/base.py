@@ -18,7 +18,7 @@ from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
-from gpt2_pl.surgery import LoRALinear, Surgery, build
+from gpt2_pl.surgery import Adapter, Surgery, build
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -97,7 +97,7 @@ class Task(LightningModule):
             )
         for surgery in self.surgery:
             surgery.apply(skeleton)
-        adapted = [name for name, module in skeleton.named_modules() if isinstance(module, LoRALinear)]
+        adapted = [name for name, module in skeleton.named_modules() if isinstance(module, Adapter)]
         if self.train_base and adapted:
             raise InputError(
                 f"train_base: true (full fine-tuning) and LoRA both write {adapted[0]}.weight; leave one of them out"
@@ -195,7 +195,7 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over groups per layer, decay rule and rate, and the schedule over all steps of the run."""
-        adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, LoRALinear)]
+        adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, Adapter)]
         groups = parameter_groups(self.layer_groups(), {f"{name}.lora_B": m.b_lr_ratio for name, m in adapters})
         if not groups:
             raise InputError("nothing would train: train_base is false and this head has no parameters")

@@ -47,7 +47,7 @@ class LanguageModel(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of a batch's losses and its number of targets."""
-        return cross_entropy(self.core(batch["input_ids"]), self.core.wte.weight, batch["targets"])
+        return cross_entropy(self.core(batch["input_ids"]), self.core.head_weight, batch["targets"])
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
         total, n_targets = self(batch)

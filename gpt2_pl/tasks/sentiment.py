@@ -124,7 +124,7 @@ class SentimentClassifier(Task):
         """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
         features = self.features[split][batch["row"]] if split in self.features else self.encode(batch)
         if isinstance(self.head, Verbaliser):
-            return self.head(features, self.core.wte.weight)
+            return self.head(features, self.core.head_weight)
         assert self.head is not None
         return self.head(features)
 

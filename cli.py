@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,9 +14,11 @@ _COMMANDS = {
     "validate": "score a checkpoint on the validation set",
     "test": "score a checkpoint on the test set",
     "predict": "write the class probabilities of unlabelled rows",
+    "classify": "say of every row of a file what a run's model takes it for",
     "export": "write a run's model as a folder for transformers or peft",
 }
 _HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+       gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl export RUN --format hf|peft --out FOLDER
 
 {commands}
@@ -47,10 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
     from gpt2_pl.errors import InputError
 
     try:
-        if args[0] == "export":
-            from commands import export
-
-            export.main(args[1:])
+        if args[0] in ("classify", "export"):
+            import_module(f"commands.{args[0]}").main(args[1:])
         else:
             _run(args)
     except ArgumentError as error:

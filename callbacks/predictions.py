@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.files import whole_file
-from gpt2_pl.metrics import Outcomes
+from gpt2_pl.tasks.classification import Classifier
 
 
 class PredictionWriter(Callback):
@@ -51,9 +51,9 @@ class PredictionWriter(Callback):
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if not hasattr(pl_module, "outcomes"):
+        if not isinstance(pl_module, Classifier):
             return
-        outcomes = cast(Outcomes, pl_module.outcomes).compute()
+        outcomes = pl_module.outcomes.compute()
         folder = trainer.log_dir
         if not trainer.is_global_zero or folder is None:
             return
@@ -63,10 +63,10 @@ class PredictionWriter(Callback):
             writer = csv.writer(file)
             labelled = ["label"] if split != "predict" else []
             writer.writerow(["row", "text", *labelled, "prediction", *(f"p({name})" for name in names)])
-            for row, label, probability in zip(
-                *(outcomes[k].tolist() for k in ("row", "label", "probability")), strict=True
+            said = pl_module.decide(outcomes["probability"], split).tolist()
+            for row, label, probability, decision in zip(
+                *(outcomes[k].tolist() for k in ("row", "label", "probability")), said, strict=True
             ):
-                said = names[max(range(len(names)), key=probability.__getitem__)]
                 truth = [names[label]] if labelled else []
                 shown = (f"{p:.6f}" for p in probability)
-                writer.writerow([row + 1, datamodule.text(split, row), *truth, said, *shown])
+                writer.writerow([row + 1, datamodule.text(split, row), *truth, names[decision], *shown])

@@ -2,7 +2,8 @@
 
 from datamodules.classification import TextClassification
 from datamodules.corpus import TextCorpus
+from datamodules.paraphrase import QuoraPairs
 from datamodules.sentiment import IMDB, SST5
-from datamodules.toy import ToySentiment
+from datamodules.toy import ToyPairs, ToySentiment
 
-__all__ = ["IMDB", "SST5", "TextClassification", "TextCorpus", "ToySentiment"]
+__all__ = ["IMDB", "SST5", "QuoraPairs", "TextClassification", "TextCorpus", "ToyPairs", "ToySentiment"]

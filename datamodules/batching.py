@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 Batch = dict[str, Any]
 Rows = NDArray[np.int64]
 
-POOL = 50  # batches whose rows are sorted by length together; larger pads less and mixes less
+POOL = 100  # batches whose rows are sorted by length together; larger pads less and mixes less
 
 
 class TokenRows:
@@ -31,6 +31,23 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def select(self, rows: Rows) -> TokenRows:
+        """Some of the rows, in the order given, each as often as it is given."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], lengths.cumsum()])
+        index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return TokenRows(self.values[index], offsets, None if self.labels is None else self.labels[rows])
+
+    @staticmethod
+    def joined(parts: Sequence[TokenRows]) -> TokenRows:
+        """All rows of several, which have labels all or none."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = np.concatenate([part.lengths for part in parts])
+        values = np.concatenate([part.values[part.offsets[0] : part.offsets[-1]] for part in parts])
+        labels = [part.labels for part in parts if part.labels is not None]
+        return TokenRows(values, np.concatenate([[0], lengths.cumsum()]), np.concatenate(labels) if labels else None)
 
     def batch(self, rows: Rows) -> Batch:
         """Rows as tensors, padded on the right to the longest of them.

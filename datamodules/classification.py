@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.base import TextData
 from datamodules.batching import TokenRows
-from datamodules.rows import label_of, read_file, read_hub, require_columns, text_of
+from datamodules.rows import Source, label_of, read_file, read_hub, require_columns, text_of
 from datamodules.template import Template
 from gpt2_pl.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_CACHE_FORMAT = 1  # part of every cache key; raised when what is cached changes
+_CACHE_FORMAT = 2  # part of every cache key; raised when what is cached changes
 
 
 class TextClassification(TextData):
@@ -26,11 +29,12 @@ class TextClassification(TextData):
     Batches hold ``input_ids`` and ``attention_mask`` (B, T), ``labels`` and ``row`` (B,), padded on the right.
 
     Args:
-        train_file: CSV, TSV, JSON lines or Parquet file to train on.
+        train_file: CSV, TSV, JSON lines or Parquet file to train on, or several.
         val_file: file to validate on; without one, a share of the training rows is set aside.
         test_file: file to test on.
         predict_file: file to predict; it needs no labels.
         hub_id: dataset on the Hugging Face hub, read when none of train, val and test file is given.
+        hub_config: its configuration, where it has several.
         columns: template field -> column, where the two names differ.
         label_column: column of the labels, which are class indices or names.
         labels: the class names, in order.
@@ -42,21 +46,27 @@ class TextClassification(TextData):
         eval_batch_size: rows per process in validation, test and prediction.
         val_fraction: share of the training rows to validate on where there is no validation set.
         train_fraction: share of the remaining training rows to use, drawn once with ``split_seed``.
-        split_seed: decides which rows these are.
+        balance: make the training classes equally frequent: ``undersample`` leaves rows of the larger ones out,
+            ``oversample`` repeats rows of the smaller ones.
+        split_seed: decides which rows all these are.
+        quoting: whether double quotes enclose values in delimited files; by default in all but MRPC's.
+        bad_rows: ``error``, or ``skip`` rows without text, with a label that is none, and in delimited files those
+            with too many or too few values or that are not UTF-8. The run's account says how many.
 
     Raises:
         InputError: at ``prepare_data``, a file, column, label or text that cannot be used, by file and row.
     """
 
-    HUB_COLUMNS: ClassVar[dict[str, str]] = {}  # template field or label_column -> column in the hub's dataset
+    ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {}  # template field or label column -> its names in published sets
 
     def __init__(
         self,
-        train_file: str | None = None,
+        train_file: str | list[str] | None = None,
         val_file: str | None = None,
         test_file: str | None = None,
         predict_file: str | None = None,
         hub_id: str | None = None,
+        hub_config: str | None = None,
         columns: dict[str, str] | None = None,
         label_column: str = "label",
         labels: list[str] | None = None,
@@ -67,8 +77,13 @@ class TextClassification(TextData):
         eval_batch_size: int = 64,
         val_fraction: float = 0.1,
         train_fraction: float = 1.0,
+        balance: Literal["oversample", "undersample"] | None = None,
         split_seed: int = 0,
+        quoting: bool | None = None,
+        bad_rows: Literal["error", "skip"] = "error",
     ) -> None:
+        if isinstance(train_file, list) and not train_file:
+            raise InputError("data.train_file is an empty list; give a file, or several")
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         super().__init__(files, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction)
         if not 0.0 < train_fraction <= 1.0:
@@ -79,8 +94,10 @@ class TextClassification(TextData):
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise InputError(f"data.labels is {self.labels}; there must be two or more different names")
         self.template = Template(template)
-        self.train_fraction, self.split_seed = train_fraction, split_seed
-        self.rows: dict[str, Dataset] = {}
+        self.hub_config, self.quoting, self.bad_rows = hub_config, quoting, bad_rows
+        self.train_fraction, self.balance, self.split_seed = train_fraction, balance, split_seed
+        self.rows: dict[str, Dataset] = {}  # the texts of each split, by field
+        self.skipped: dict[str, int] = {}  # how many rows of each source cannot be used
 
     @property
     def num_classes(self) -> int:
@@ -89,47 +106,76 @@ class TextClassification(TextData):
 
     # Reading and encoding
 
-    def _read(self, split: str) -> tuple[Dataset, str]:
-        """All rows of a split that has data of its own, and their source's name for messages."""
-        if (file := self.files[split]) is not None:
-            return read_file(file, f"data.{split}_file"), file
+    def _sources(self, split: str) -> list[Source]:
+        """All rows of a split that has data of its own."""
+        if (files := self.files[split]) is not None:
+            files = [files] if isinstance(files, str) else files
+            return [read_file(file, f"data.{split}_file", self.quoting, self.bad_rows == "skip") for file in files]
         assert self.hub_id is not None
-        name = self.HUB_SPLITS[split]
-        return read_hub(self.hub_id, name, "data.hub_id"), f"{self.hub_id} ({name})"
+        return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id", self.hub_config)]
 
-    def _columns(self, split: str) -> dict[str, str]:
-        from_hub = self.hub_id is not None and split != "predict"
-        return {**(self.HUB_COLUMNS if from_hub else {}), **self.columns}
+    def column(self, name: str, columns: Sequence[str]) -> str:
+        """Which of the columns holds a template field or the label: the one that ``data.columns`` says, the one of
+        that name, or the one that a published set calls otherwise."""
+        if name in self.columns or name in columns:
+            return self.columns.get(name, name)
+        return next((alias for alias in self.ALIASES.get(name, ()) if alias in columns), name)
 
-    def _field_columns(self, split: str) -> dict[str, str]:
-        columns = self._columns(split)
-        return {field: columns.get(field, field) for field in self.template.fields}
+    def _variants(self, split: str) -> list[dict[str, str]]:
+        """Which of a row's fields stand in each field of the template: once as they are, and other ways to train on."""
+        return [{field: field for field in self.template.fields}]
 
     def _encode(self, split: str) -> TokenRows:
-        rows, source = self._read("train" if split == "val" and not self._has_own_val() else split)
-        fields = self._field_columns(split)
-        label_column = self._columns(split).get(self.label_column, self.label_column)
-        labelled = split != "predict"
-        require_columns(rows, [*fields.values(), *([label_column] if labelled else [])], source)
-        max_length = self._max_length()
+        sources = self._sources("train" if split == "val" and not self._has_own_val() else split)
+        parts, rows = [], []
+        for variant in self._variants(split):
+            pairs = [self._encode_source(source, variant, split != "predict") for source in sources]
+            encoded, texts = TokenRows.joined([part for part, _ in pairs]), _concatenated([kept for _, kept in pairs])
+            if (chosen := self._chosen(split, len(encoded))) is not None:
+                encoded, texts = encoded.select(chosen), texts.select(chosen)
+            parts.append(encoded)
+            rows.append(texts)
+        encoded, texts = TokenRows.joined(parts), _concatenated(rows)
+        if split == "train" and self.balance is not None:
+            assert encoded.labels is not None
+            order = balanced(encoded.labels, self.balance, self.split_seed)
+            encoded, texts = encoded.select(order), texts.select(order)
+        self.rows[split] = texts
+        return encoded
+
+    def _encode_source(self, source: Source, variant: dict[str, str], labelled: bool) -> tuple[TokenRows, Dataset]:
+        """The usable rows of a source: encoded, and their texts by field."""
+        rows = source.rows
+        fields = {field: self.column(name, rows.column_names) for field, name in variant.items()}
+        label_column = self.column(self.label_column, rows.column_names) if labelled else None
+        require_columns(rows.column_names, [*fields.values(), *([label_column] if label_column else [])], source.name)
+        if len(set(fields.values())) < len(fields):
+            raise InputError(f"data.columns: two fields of the template read one column: {fields}")
+        max_length, numbers = self._max_length(), list(islice(source.numbers(), len(rows)))
+
+        def checked(row: Mapping[str, Any], index: int) -> tuple[dict[str, str], int | None]:
+            number = numbers[index]
+            texts = {field: text_of(row, column, source.name, number) for field, column in fields.items()}
+            return texts, label_of(row, label_column, self.labels, source.name, number) if label_column else None
+
+        def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            kept = []
+            for i, index in enumerate(indices):
+                try:
+                    kept.append((index, *checked({name: batch[name][i] for name in needed}, index)))
+                except InputError:
+                    if self.bad_rows == "error":
+                        raise
+            ids = self.template.encode([row for _, row, _ in kept], self.tokenizer, max_length)
+            encoded: dict[str, list[Any]] = {"index": [index for index, _, _ in kept], "input_ids": ids}
+            return {**encoded, "label": [label for _, _, label in kept]} if labelled else encoded
+
         import datasets
 
-        def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-            records = [
-                {field: text_of({column: batch[column][i]}, column, source, n + 1) for field, column in fields.items()}
-                for i, n in enumerate(numbers)
-            ]
-            encoded: dict[str, list[Any]] = {"input_ids": self.template.encode(records, self.tokenizer, max_length)}
-            if labelled:
-                encoded["label"] = [
-                    label_of({label_column: value}, label_column, self.labels, source, n + 1)
-                    for n, value in zip(numbers, batch[label_column], strict=True)
-                ]
-            return encoded
-
-        key = [_CACHE_FORMAT, rows._fingerprint, self.template.text, fields, max_length, self.tokenizer.to_str()]
-        key += [label_column, self.labels] if labelled else []
         datasets.disable_progress_bars()
+        needed = dict.fromkeys([*fields.values(), *([label_column] if label_column else [])])
+        key = [_CACHE_FORMAT, rows._fingerprint, self.template.text, fields, max_length, self.tokenizer.to_str()]
+        key += [self.bad_rows, label_column, self.labels if labelled else None]
         encoded = rows.map(
             encode,
             batched=True,
@@ -139,12 +185,24 @@ class TextClassification(TextData):
             features=_features(labelled),
             new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
         )
-        chosen = self._chosen(split, len(rows))
-        if chosen is not None:
-            rows, encoded = rows.select(chosen), encoded.select(chosen)
-            encoded = encoded.flatten_indices(new_fingerprint=None) if len(encoded) else encoded
-        self.rows[split] = rows
-        return _token_rows(encoded)
+        index = np.asarray(encoded.data.column("index"))
+        if len(encoded) < len(rows) or source.skipped:
+            skipped = {number: f"row {number} cannot be read: {reason}" for number, reason in source.skipped.items()}
+            for i in np.setdiff1d(np.arange(len(rows)), index).tolist():
+                try:
+                    checked(rows[i], i)
+                except InputError as error:
+                    skipped[numbers[i]] = str(error).removeprefix(f"{source.name}, ")
+            if source.name not in self.skipped:
+                told = "; ".join(skipped[number] for number in sorted(skipped)[:3])
+                total = len(rows) + len(source.skipped)
+                rank_zero_warn(f"{source.name}: {len(skipped)} of {total} rows are skipped: {told}")
+            self.skipped[source.name] = len(skipped)
+            if not len(encoded):
+                raise InputError(f"{source.name} has no rows that can be used")
+            rows = rows.select(index)
+        texts = rows.select_columns(list(dict.fromkeys(fields.values())))
+        return _token_rows(encoded), texts.rename_columns({column: field for field, column in fields.items()})
 
     def _chosen(self, split: str, n: int) -> np.ndarray | None:
         """Which of the n rows read belong to the split; None for all of them."""
@@ -159,7 +217,21 @@ class TextClassification(TextData):
 
     def text(self, split: str, row: int) -> str:
         """The text of a row's template fields, as the source holds it."""
-        return " | ".join(self.rows[split][row][column].strip() for column in self._field_columns(split).values())
+        return " | ".join(self.rows[split][row][field].strip() for field in self.template.fields)
+
+    def wording(self) -> dict[str, Any]:
+        """How a model is asked, and what it can answer: the template, the names that its fields' columns may have, the
+        class names, and how many tokens a text may have."""
+        columns = {
+            field: list(dict.fromkeys([self.columns.get(field, field), field, *self.ALIASES.get(field, ())]))
+            for field in self.template.fields
+        }
+        return {
+            "template": self.template.text,
+            "columns": columns,
+            "labels": self.labels,
+            "max_length": self._max_length(),
+        }
 
     def description(self) -> dict[str, Any]:
         """What a run says of its data: sources, template, classes, rows in each split read."""
@@ -167,17 +239,39 @@ class TextClassification(TextData):
             "class": type(self).__name__,
             "files": {split: file for split, file in self.files.items() if file is not None},
             "hub_id": self.hub_id,
-            "template": self.template.text,
-            "labels": self.labels,
+            **self.wording(),
             "rows": {split: len(rows) for split, rows in self.encoded.items()},
+            "skipped": self.skipped,
             "batch_size": self.batch_size,
         }
+
+
+def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed: int) -> np.ndarray:
+    """Row numbers (N,), ascending, in which every class that occurs is equally frequent.
+
+    ``undersample`` draws from the larger classes as many rows as the smallest has; ``oversample`` repeats rows of the
+    smaller ones, each as often as the others but for one.
+    """
+    generator = np.random.default_rng(seed)
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    n = (max if how == "oversample" else min)(map(len, classes))
+    drawn = [np.resize(generator.permutation(rows), n) for rows in classes]
+    return np.sort(np.concatenate(drawn))
+
+
+def _concatenated(parts: list[Dataset]) -> Dataset:
+    """All rows of several, whose texts may be stored in types that differ."""
+    import datasets
+
+    types = parts[0].features
+    return datasets.concatenate_datasets([part if part.features == types else part.cast(types) for part in parts])
 
 
 def _features(labelled: bool) -> Any:
     from datasets import Features, List, Value
 
-    return Features({"input_ids": List(Value("int32")), **({"label": Value("int64")} if labelled else {})})
+    label = {"label": Value("int64")} if labelled else {}
+    return Features({"index": Value("int64"), "input_ids": List(Value("int32")), **label})
 
 
 def _token_rows(encoded: Dataset) -> TokenRows:

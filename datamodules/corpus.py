@@ -105,15 +105,15 @@ class TextCorpus(TextData):
     def _source(self, split: str, file: str | None) -> Path | Dataset:
         if file is None:
             assert self.hub_id is not None
-            rows, name = read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id"), self.hub_id
+            source = read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id")
         elif (path := Path(file).expanduser()).suffix.lower() == ".txt":
             if not path.is_file():
                 raise InputError(f"data.{split}_file: there is no file {file}")
             return path
         else:
-            rows, name = read_file(file, f"data.{split}_file"), file
-        require_columns(rows, [self.column], name, "data.column")
-        return rows.select_columns([self.column])
+            source = read_file(file, f"data.{split}_file")
+        require_columns(source.rows.column_names, [self.column], source.name, "data.column")
+        return source.rows.select_columns([self.column])
 
     def _token_pieces(self, source: Path | Dataset) -> Iterator[list[int]]:
         end = self.tokenizer.token_to_id(END_OF_TEXT)

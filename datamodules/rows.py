@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +16,33 @@ from gpt2_pl.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_MRPC_COLUMN = "#1 String"
 _DELIMITERS = ("\t", ",", ";")
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def read_file(file: str, key: str) -> Dataset:
+@dataclass
+class Source:
+    """Rows to read and what they are called.
+
+    Args:
+        rows: in the order of their source, without those that could not be read.
+        name: for messages.
+        skipped: the numbers, from 1, of the rows that could not be read, and why.
+    """
+
+    rows: Dataset
+    name: str
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def numbers(self) -> Iterator[int]:
+        """The number in the source, from 1, of each row and so on."""
+        return (number for number in itertools.count(1) if number not in self.skipped)
+
+
+def read_file(
+    file: str, key: str, quoting: bool | None = None, skip_bad: bool = False, streaming: bool = False
+) -> Source:
     """The rows of a local file, in its order.
 
     Delimited text is UTF-8 with a header; the header tells whether tabs, commas or semicolons separate, and every
@@ -25,9 +51,12 @@ def read_file(file: str, key: str) -> Dataset:
     Args:
         file: its path; the ending says the format.
         key: the option that held it, for error messages.
+        quoting: whether double quotes in delimited text enclose values; by default in every file but MRPC's.
+        skip_bad: leave rows of delimited text out that are not UTF-8 or have more or fewer values than the header.
+        streaming: read while going through the rows: ``rows`` is then an ``IterableDataset``.
 
     Raises:
-        InputError: no such file, another format, no rows, or bytes that cannot be read.
+        InputError: no such file, another format, no rows, or a row that cannot be read.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -37,47 +66,80 @@ def read_file(file: str, key: str) -> Dataset:
         raise InputError(f"{key}: {file} does not end in one of {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{key}: {file} is empty")
-    options = _csv_options(path, key) if builder == "csv" else {}
+    options, bad = _csv_options(path, key, quoting, skip_bad) if builder == "csv" else ({}, {})
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(builder, data_files=str(path.resolve()), split="train", **options)
+        data_files = str(path.resolve())
+        rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
+        empty = next(iter(rows), None) is None
     except Exception as error:  # pandas', pyarrow's and the library's own classes
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{key}: {file} cannot be read as {path.suffix[1:]}: {reason}") from error
-    if len(rows) == 0:
+        where = _broken_json(path) if builder == "json" else ""
+        raise InputError(f"{key}: {file}{where} cannot be read as {path.suffix[1:]}: {reason}") from error
+    if empty:
         raise InputError(f"{key}: {file} has no rows")
-    return rows
+    return Source(rows, file, bad)
 
 
-def _csv_options(path: Path, key: str) -> dict[str, Any]:
+def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> tuple[dict[str, Any], dict[int, str]]:
+    """How ``datasets`` is to read delimited text, and the rows it cannot read."""
     from datasets import Features, Value
 
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            header = lines.readline()
-            has_rows = any(line.strip() for line in lines)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key}: {path} is not UTF-8 text: {error}") from None
-    if not has_rows:
-        raise InputError(f"{key}: {path} has no rows below its header")
-    delimiter = max(_DELIMITERS, key=header.count)
-    columns = next(csv.reader([header], delimiter=delimiter), [])
-    # pandas, which `datasets` reads with, gives this name to a column without one
-    names = [name or f"Unnamed: {i}" for i, name in enumerate(columns)]
-    if len(set(names)) < len(names):
-        raise InputError(f"{key}: {path} names a column twice in its header: {columns}")
-    return {
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        header = lines.readline()
+        delimiter = max(_DELIMITERS, key=header.count)
+        columns = next(csv.reader([header], delimiter=delimiter), [])
+        if quoting is None:
+            quoting = _MRPC_COLUMN not in columns
+        # pandas, which `datasets` reads with, gives this name to a column without one
+        names = [name or f"Unnamed: {i}" for i, name in enumerate(columns)]
+        if len(set(names)) < len(names):
+            raise InputError(f"{key}: {path} names a column twice in its header: {columns}")
+        csv.field_size_limit(sys.maxsize)
+        n_rows, bad, records = 0, {}, [0]  # a record is what pandas counts: the header, rows and blank lines
+        settings: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE}
+        for record, cells in enumerate(csv.reader(lines, delimiter=delimiter, **settings), start=1):
+            if len(cells) <= 1 and not "".join(cells).strip():
+                continue
+            n_rows += 1
+            reason = "" if len(cells) == len(names) else f"it has {len(cells)} values, and the header {len(names)}"
+            if not (text := "".join(cells)).isascii() and any("\udc80" <= character <= "\udcff" for character in text):
+                reason = "it is not UTF-8 text"
+            if reason and not skip_bad:
+                raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {reason} (delimiter {delimiter!r})")
+            if reason:
+                bad[n_rows] = reason
+                records.append(record)
+    if n_rows == len(bad):
+        raise InputError(f"{key}: {path} has no rows{' that can be read' if bad else ''} below its header")
+    options = {
+        **settings,
         "sep": delimiter,
         "encoding": "utf-8-sig",
         "keep_default_na": False,  # "null" and "NA" are words
         "features": Features({name: Value("string") for name in names}),
     }
+    if bad:
+        options.update(skiprows=records[1:], encoding_errors="replace")
+    return options, bad
 
 
-def read_hub(hub_id: str, split: str, key: str) -> Dataset:
-    """One split of a hub dataset.
+def _broken_json(path: Path) -> str:
+    """Which row of a file of JSON lines is none."""
+    with path.open("rb") as lines:
+        for number, line in enumerate((line for line in lines if line.strip()), start=1):
+            try:
+                if not isinstance(json.loads(line), dict):
+                    raise ValueError
+            except ValueError:
+                return f", row {number}"
+    return ""
+
+
+def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Source:
+    """One split of a hub dataset, in one of its configurations where it has several.
 
     Raises:
         InputError: the dataset cannot be had.
@@ -85,7 +147,7 @@ def read_hub(hub_id: str, split: str, key: str) -> Dataset:
     import datasets
 
     try:
-        return datasets.load_dataset(hub_id, split=split)
+        return Source(datasets.load_dataset(hub_id, config, split=split), f"{hub_id} ({split})")
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -95,13 +157,12 @@ def read_hub(hub_id: str, split: str, key: str) -> Dataset:
 
 
 def require_columns(
-    rows: Dataset, columns: Sequence[str], source: str, keys: str = "data.columns and data.label_column"
+    names: Sequence[str], columns: Sequence[str], source: str, keys: str = "data.columns and data.label_column"
 ) -> None:
-    """Raise an InputError that names the source and its columns unless it has ``columns``, which ``keys`` chose."""
-    if missing := [column for column in columns if column not in rows.column_names]:
+    """Raise an InputError that names the source and its columns unless those that ``keys`` chose are among them."""
+    if missing := [column for column in columns if column not in names]:
         raise InputError(
-            f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, rows.column_names))} "
-            f"({keys} say which to read)"
+            f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, names))} ({keys} say which to read)"
         )
 
 

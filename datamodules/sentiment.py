@@ -17,7 +17,7 @@ class SST5(TextClassification):
     arguments of :class:`~datamodules.classification.TextClassification` apply.
     """
 
-    HUB_COLUMNS = {"sentence": "text", "sentiment": "label"}
+    ALIASES = {"sentence": ("text",), "sentiment": ("label",)}
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class IMDB(TextClassification):
     """
 
     HUB_SPLITS = {"train": "train", "test": "test"}
-    HUB_COLUMNS = {"sentence": "text", "sentiment": "label"}
+    ALIASES = {"sentence": ("text",), "sentiment": ("label",)}
 
     def __init__(
         self,

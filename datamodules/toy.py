@@ -1,17 +1,18 @@
-"""A sentiment set that the library writes itself, for a first run and for tests: no file, no network."""
+"""Sets that the library writes itself, for a first run and for tests: no file, no network."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from datamodules import paraphrase, sentiment
 from datamodules.classification import TextClassification
-from datamodules.sentiment import TEMPLATE
+from datamodules.rows import Source
 from gpt2_pl.errors import InputError
 from gpt2_pl.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from tokenizers import Tokenizer
 
 _THINGS = "plot cast music story camera script pacing dialogue ending humour scenery costume".split()
@@ -21,6 +22,23 @@ _PLAIN = "long short recent foreign quiet loud dark bright modern old".split()
 _DEGREES = ["", "really ", "quite ", "utterly ", "rather "]
 _OPENINGS = ["", "I think ", "critics say ", "my friends agree that ", "for once ", "to be fair "]
 _CLOSINGS = ["", " this time", " from start to finish", " as the reviews said", " on a big screen"]
+
+_ASKS = [
+    "how do I {} {}?",
+    "what is the best way to {} {}?",
+    "how can one {} {}?",
+    "is it hard to {} {}?",
+    "can anybody {} {}?",
+]
+_VERBS = [
+    ("fix", "repair"),
+    ("buy", "purchase"),
+    ("build", "make"),
+    ("choose", "pick"),
+    ("hide", "conceal"),
+    ("clean", "wash"),
+]
+_OBJECTS = ["a bicycle", "a boat", "a clock", "old shoes", "a window", "a camera", "a piano", "garden chairs"]
 
 
 def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
@@ -46,43 +64,44 @@ def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-class ToySentiment(TextClassification):
-    """Three-class reviews of :func:`toy_reviews` with a byte-level BPE trained on them on the spot.
+def toy_pairs(n: int, seed: int) -> list[dict[str, Any]]:
+    """``n`` pairs of questions, half of them the same question (1) in other words.
 
-    Args:
-        n_train: training rows; a quarter as many each for validation and test.
-        vocab_size: entries of the tokenizer.
-        data_seed: decides which reviews are written.
-        template: the text the model reads.
-        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
-        max_length: tokens in a review's text; by default what the model has room for.
-        batch_size: rows per process and step.
-        eval_batch_size: rows per process in validation, test and prediction.
+    Those that are not (0) differ either in what is asked about or in what is to be done with it; the form of the
+    question says nothing, so that the two sentences must be compared.
     """
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        same = rng.randrange(2)
+        verbs, objects = rng.sample(_VERBS, 2), rng.sample(_OBJECTS, 2)
+        differs = None if same else rng.randrange(2)
+        asks = rng.sample(_ASKS, 2)
+        rows.append(
+            {
+                "sentence1": asks[0].format(rng.choice(verbs[0]), objects[0]),
+                "sentence2": asks[1].format(rng.choice(verbs[differs == 0]), objects[differs == 1]),
+                "is_duplicate": same,
+            }
+        )
+    return rows
+
+
+class _Toy(TextClassification):
+    """Rows written by a function of how many and a seed, with a byte-level BPE trained on them on the spot."""
 
     def __init__(
         self,
-        n_train: int = 2000,
-        vocab_size: int = 512,
-        data_seed: int = 0,
-        template: str = TEMPLATE,
-        tokenizer: str | None = None,
-        max_length: int | None = None,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
+        write: Callable[[int, int], list[dict[str, Any]]],
+        n_train: int,
+        vocab_size: int,
+        data_seed: int,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            label_column="sentiment",
-            labels=["negative", "neutral", "positive"],
-            template=template,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-        )
+        super().__init__(**kwargs)
         if n_train < 8:
             raise InputError(f"data.n_train is {n_train}; it must be at least 8")
-        self.n_train, self.vocab_size, self.data_seed = n_train, vocab_size, data_seed
+        self._write, self.n_train, self.vocab_size, self.data_seed = write, n_train, vocab_size, data_seed
 
     def has(self, split: str) -> bool:
         """Every split is there; prediction reads the test rows."""
@@ -93,16 +112,96 @@ class ToySentiment(TextClassification):
 
     def _texts(self, split: str) -> list[dict[str, Any]]:
         n, sizes = self.n_train, {"train": slice(0, self.n_train), "val": slice(self.n_train, self.n_train * 5 // 4)}
-        rows = toy_reviews(n + 2 * (n // 4), self.data_seed)
+        rows = self._write(n + 2 * (n // 4), self.data_seed)
         return rows[sizes.get(split, slice(n * 5 // 4, None))]
 
-    def _read(self, split: str) -> tuple[Dataset, str]:
+    def _sources(self, split: str) -> list[Source]:
         from datasets import Dataset
 
-        return Dataset.from_list(self._texts(split)), f"toy reviews ({split})"
+        return [Source(Dataset.from_list(self._texts(split)), f"toy rows ({split})")]
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.tokenizer_source is not None:
             return super()._make_tokenizer()
         texts = (self.template.fill(row) for row in self._texts("train"))
         return train_tokenizer(texts, self.vocab_size)
+
+
+class ToySentiment(_Toy):
+    """Three-class reviews of :func:`toy_reviews` with a byte-level BPE trained on them on the spot.
+
+    Args:
+        n_train: training rows; a quarter as many each for validation and test.
+        vocab_size: entries of the tokenizer.
+        data_seed: decides what is written.
+        template: the text the model reads.
+        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
+        max_length: tokens in a row's text; by default what the model has room for.
+        batch_size: rows per process and step.
+        eval_batch_size: rows per process in validation, test and prediction.
+    """
+
+    def __init__(
+        self,
+        n_train: int = 2000,
+        vocab_size: int = 512,
+        data_seed: int = 0,
+        template: str = sentiment.TEMPLATE,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+    ) -> None:
+        super().__init__(
+            toy_reviews,
+            n_train,
+            vocab_size,
+            data_seed,
+            label_column="sentiment",
+            labels=["negative", "neutral", "positive"],
+            template=template,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+        )
+
+
+class ToyPairs(_Toy):
+    """Pairs of questions of :func:`toy_pairs` with a byte-level BPE trained on them on the spot.
+
+    Args:
+        n_train: training rows; a quarter as many each for validation and test.
+        vocab_size: entries of the tokenizer.
+        data_seed: decides what is written.
+        template: the text the model reads.
+        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
+        max_length: tokens in a row's text; by default what the model has room for.
+        batch_size: rows per process and step.
+        eval_batch_size: rows per process in validation, test and prediction.
+    """
+
+    def __init__(
+        self,
+        n_train: int = 4000,
+        vocab_size: int = 512,
+        data_seed: int = 0,
+        template: str = paraphrase.TEMPLATE,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+    ) -> None:
+        super().__init__(
+            toy_pairs,
+            n_train,
+            vocab_size,
+            data_seed,
+            label_column="is_duplicate",
+            labels=list(paraphrase.PAIR_LABELS),
+            template=template,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+        )

@@ -2,6 +2,7 @@
 
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.language_model import LanguageModel
+from gpt2_pl.tasks.paraphrase import ParaphraseDetector
 from gpt2_pl.tasks.sentiment import SentimentClassifier
 
-__all__ = ["LanguageModel", "SentimentClassifier", "Task"]
+__all__ = ["LanguageModel", "ParaphraseDetector", "SentimentClassifier", "Task"]

@@ -1,0 +1,187 @@
+"""classify: say of every row of a file what a run's model takes it for, reading and writing as it goes."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from callbacks.files import whole_file
+from gpt2_pl.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from datamodules.rows import Source
+    from datamodules.template import Template
+    from gpt2_pl.tasks.classification import Classifier
+
+_CHUNK = 64  # batches that are read, sorted by length and written together
+_ENDINGS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
+
+
+class Text(NamedTuple):
+    """A row to classify: its number in the file, from 1, and its texts by template field."""
+
+    number: int
+    fields: dict[str, str]
+
+
+def main(args: list[str]) -> None:
+    """Classify the rows of a file, which need no labels and may be more than fit in memory."""
+    parser = argparse.ArgumentParser(prog="gpt2-pl classify", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--input", required=True, help="CSV, TSV, JSON lines or Parquet file with the template's columns"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"file to write: {', '.join(_ENDINGS)}; it must not exist"
+    )
+    parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
+    parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--bad_rows", choices=("error", "skip"), default="error", help="what to do about rows without text"
+    )
+    parser.add_argument(
+        "--precision", choices=("bf16-mixed", "32-true"), help="by default what the hardware is good at"
+    )
+    given = parser.parse_args(args)
+    if given.out.exists():
+        raise InputError(f"out: {given.out} exists already; give a file that does not")
+    if given.out.suffix.lower() not in _ENDINGS:
+        raise InputError(f"out: {given.out} does not end in one of {', '.join(_ENDINGS)}")
+    if given.batch_size < 1:
+        raise InputError(f"batch_size is {given.batch_size}; it must be at least 1")
+
+    import torch
+    from rich.progress import track
+
+    from commands.export import load
+    from commands.train import best_precision
+    from datamodules.rows import read_file
+    from datamodules.template import Template
+    from gpt2_pl.tasks.classification import Classifier
+    from gpt2_pl.tokenizer import load_tokenizer
+
+    checkpoint = given.ckpt_path or given.run / "checkpoints" / "best.ckpt"
+    task = load(checkpoint, given.base)
+    if not isinstance(task, Classifier):
+        raise InputError(f"{checkpoint} is a {type(task).__name__}, which classifies nothing")
+    if not task.wording:
+        raise InputError(
+            f"{checkpoint} does not say which template it learned with; train it with data of this library"
+        )
+    tokenizer, template = load_tokenizer(given.run, "RUN"), Template(task.wording["template"])
+    skip = given.bad_rows == "skip"
+    source = read_file(given.input, "input", skip_bad=skip, streaming=True)
+    texts = reader(source, task.wording["columns"], skip)
+    n_rows = sum(1 for _ in texts())  # every row is looked at before any is classified
+    if not n_rows:
+        raise InputError(f"input: {given.input} has no rows that can be used")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = (given.precision or best_precision("auto")) == "bf16-mixed"
+    task.to(device).eval()
+    with (
+        writer(given.out, list(template.fields), task.wording["labels"]) as write,
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
+        rows, n = texts(), _CHUNK * given.batch_size
+        hidden = not sys.stdout.isatty()
+        for _ in track(range(0, n_rows, n), "Classifying", transient=True, disable=hidden):
+            chunk = list(islice(rows, n))
+            outcomes = classify(task, chunk, tokenizer, template, given.batch_size)
+            for text, (decision, probability) in zip(chunk, outcomes, strict=True):
+                write(text, decision, probability)
+    skipped = len(source.skipped)
+    told = f"; {skipped} rows that cannot be used are left out" if skipped else ""
+    print(f"{given.out}: {n_rows} rows{told}")
+
+
+def reader(source: Source, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[Text]]:
+    """Gives an iterator over the rows of a source, and another one each time it is called.
+
+    Args:
+        source: streamed rows.
+        columns: template field -> the names that its column may have, the first of them that exists counts.
+        skip: note rows without text in ``source.skipped``, in place of an error.
+
+    Raises:
+        InputError: no such column; and when it comes to it, a row without text or a file that is broken.
+    """
+    from datamodules.rows import require_columns, text_of
+
+    names = source.rows.column_names or list(next(iter(source.rows)))
+    chosen = {field: next((name for name in among if name in names), among[0]) for field, among in columns.items()}
+    require_columns(names, list(chosen.values()), source.name, "the run's data.columns")
+    unread = dict(source.skipped)  # these the source leaves out by itself
+
+    def texts() -> Iterator[Text]:
+        numbers = (number for number in count(1) if number not in unread)
+        rows = iter(source.rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # pyarrow's and the library's own classes
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                raise InputError(f"input: {source.name} cannot be read: {reason}") from error
+            number = next(numbers)
+            try:
+                fields = {field: text_of(row, column, source.name, number) for field, column in chosen.items()}
+            except InputError as error:
+                if not skip:
+                    raise
+                source.skipped[number] = str(error)
+                continue
+            yield Text(number, fields)
+
+    return texts
+
+
+def classify(
+    task: Classifier, texts: list[Text], tokenizer: Tokenizer, template: Template, batch_size: int
+) -> list[tuple[int, list[float]]]:
+    """The class of every text and the probabilities of all, in the order of the texts."""
+    import numpy as np
+    import torch
+
+    from datamodules.batching import TokenRows, evaluation_batches
+
+    assert task.wording is not None
+    ids = template.encode([text.fields for text in texts], tokenizer, task.wording["max_length"])
+    offsets = np.cumsum([0, *map(len, ids)])
+    rows = TokenRows(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
+    probability = torch.empty(len(texts), task.num_classes)
+    for numbers in evaluation_batches(rows.lengths, batch_size):
+        batch = {key: tensor.to(task.device) for key, tensor in rows.batch(numbers).items()}
+        probability[torch.from_numpy(numbers)] = task.probability(batch).cpu()
+    return list(zip(task.decide(probability).tolist(), probability.tolist(), strict=True))
+
+
+@contextmanager
+def writer(out: Path, fields: list[str], labels: list[str]) -> Iterator[Callable[[Text, int, list[float]], None]]:
+    """A function that writes one row: its number, its texts, the class and every class's probability."""
+    names = ["row", *fields, "prediction", *(f"p({label})" for label in labels)]
+    with whole_file(out) as file:
+        put = _line_writer(file, names, _ENDINGS[out.suffix.lower()])
+        yield lambda text, decision, probability: put(
+            [text.number, *text.fields.values(), labels[decision], *(round(p, 6) for p in probability)]
+        )
+
+
+def _line_writer(file: IO[str], names: list[str], delimiter: str | None) -> Callable[[list[Any]], Any]:
+    if delimiter is None:
+        return lambda values: file.write(json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n")
+    table = csv.writer(file, delimiter=delimiter)
+    table.writerow(names)
+    return table.writerow

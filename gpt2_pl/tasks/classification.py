@@ -1,0 +1,280 @@
+"""What every task shares that puts a text in a class."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
+from gpt2_pl.metrics import Outcomes
+from gpt2_pl.tasks.base import Task
+
+Batch = dict[str, Any]
+
+
+class Classifier(Task):
+    """Puts a text in one of K classes, from the hidden states of its tokens.
+
+    Batches hold ``input_ids`` and ``attention_mask`` (B, T) and ``labels`` (B,). Those of our datamodules also hold
+    ``row`` (B,), their rows' numbers, and are padded on the right; others may be padded on either side. With a frozen
+    GPT-2 and a datamodule of ours the pooled features of every row are computed once, before the first epoch, and
+    training only reads them (a linear probe).
+
+    A checkpoint remembers the template and the class names it learned with, and is refused beside others.
+
+    Args:
+        num_classes: number of classes K; on the command line the datamodule's.
+        pooling: ``last`` token, ``mean``, ``max``, ``mix`` of mean and last, or ``concat`` of last, max and mean.
+        mix: weight of the mean in ``mix``.
+        head: ``linear`` layer, or ``verbaliser``: the language-model scores of one word per class.
+        words: the verbaliser's words in the order of the classes, each one token, such as " bad", " good".
+        word_ids: their tokens; by default the datamodule's tokenizer says.
+        head_dropout: dropout in front of the linear layer; by default as in the GPT-2.
+        n_masks: dropout masks per row (multi-sample dropout).
+        average: what multi-sample dropout averages, ``loss`` or ``logits``.
+        label_smoothing: share of the label's weight that is spread over all classes.
+        **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
+
+    Raises:
+        InputError: a value out of range, or words that do not fit the classes.
+    """
+
+    monitor = "val/accuracy"
+    table_scores: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+
+    def __init__(
+        self,
+        num_classes: int,
+        pooling: Pooling = "last",
+        mix: float = 0.7,
+        head: Literal["linear", "verbaliser"] = "linear",
+        words: list[str] | None = None,
+        word_ids: list[int] | None = None,
+        head_dropout: float | None = None,
+        n_masks: int = 1,
+        average: Literal["loss", "logits"] = "loss",
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for key, value, good in (
+            ("num_classes", num_classes, num_classes >= 2),
+            ("mix", mix, 0.0 <= mix <= 1.0),
+            ("head_dropout", head_dropout, head_dropout is None or 0.0 <= head_dropout < 1.0),
+            ("n_masks", n_masks, n_masks >= 1),
+            ("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0),
+        ):
+            if not good:
+                raise InputError(f"model.{key} is {value}, which is out of range")
+        if (head == "verbaliser") != (words is not None):
+            raise InputError("model.head verbaliser and model.words go together; give both or neither")
+        if words is not None and (len(words) != num_classes or pooling != "last"):
+            raise InputError(
+                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for "
+                f"each of the {num_classes} classes and pooling 'last'"
+            )
+        self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
+        self.head_name, self.words = head, words
+        self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
+        self.n_masks, self.average, self.label_smoothing = n_masks, average, label_smoothing
+        self.head: nn.Module | None = None
+        self.metrics = nn.ModuleDict({f"{split}_metrics": self._make_metrics() for split in ("train", "val", "test")})
+        self.outcomes = Outcomes()
+        self.wording: dict[str, Any] | None = (
+            None  # template, labels and max_length that a loaded checkpoint learned with
+        )
+        self.features: dict[str, Tensor] = {}
+
+    def configure_model(self) -> None:
+        """Build the GPT-2 and the head."""
+        super().configure_model()
+        if self.head is not None:
+            return
+        if self.head_name == "linear":
+            width = self.config.n_embd * (3 if self.pooling == "concat" else 1)
+            self.head = ClassificationHead(width, self.num_classes, self.head_dropout, self.n_masks)
+            for surgery in self.surgery:
+                surgery.load_head(self.head)
+        else:
+            self.head = Verbaliser(self._word_ids())
+
+    def _word_ids(self) -> list[int]:
+        if (given := self.hparams["word_ids"]) is not None:
+            return list(given)
+        if self.datamodule is None:
+            raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
+        ids = [self.datamodule.tokenizer.encode(word).ids for word in self.words or []]
+        for word, tokens in zip(self.words or [], ids, strict=True):
+            if len(tokens) != 1:
+                raise InputError(
+                    f"model.words: {word!r} is {len(tokens)} tokens; a class is one token, such as ' good'"
+                )
+        found = [tokens[0] for tokens in ids]
+        self.hparams["word_ids"] = found
+        return found
+
+    # Computing
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Pooled hidden states (B, C), or (B, 3 C) for ``concat``. Only positions that pooling reads are computed."""
+        mask = batch["attention_mask"]
+        needed = None if "row" in batch else mask  # right padding needs none, and our datamodules pad there
+        if self.pooling == "last":
+            return self.core(batch["input_ids"], needed, at=last_text_position(mask)).squeeze(1)
+        return pool(self.core(batch["input_ids"], needed), mask, self.pooling, self.mix)
+
+    def forward(self, batch: Batch, split: str | None = None) -> Tensor:
+        """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
+        features = self.features[split][batch["row"]] if split in self.features else self.encode(batch)
+        if isinstance(self.head, Verbaliser):
+            return self.head(features, self.core.head_weight)
+        assert self.head is not None
+        return self.head(features)
+
+    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """The loss of every row (B,) and the probabilities (B, K), entered in the split's metrics."""
+        logits = self(batch, split).float()
+        losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
+        probability = logits.detach().mean(0).softmax(-1)
+        said = self.decide(probability, split)
+        for name, metric in self._metrics(split).items():
+            cast(Metric, metric).update(*((losses.detach(),) if name == "loss" else (said, batch["labels"])))
+            if name != "confusion":
+                self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=len(losses))
+        return losses, probability
+
+    def decide(self, probability: Tensor, split: str | None = None) -> Tensor:
+        """The class (B,) that probabilities (B, K) amount to; ``split`` is None for rows of no split."""
+        return probability.argmax(-1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss over the global batch."""
+        losses, _ = self._step(batch, "train")
+        loss = self.global_mean(losses, batch)
+        self.log("train/step_loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def _make_metrics(self) -> nn.ModuleDict:
+        """The metrics of one split; ``loss`` takes losses, the others decisions and labels."""
+        K = self.num_classes
+        return nn.ModuleDict(
+            {
+                "loss": MeanMetric(),
+                "accuracy": MulticlassAccuracy(K, average="micro"),
+                "macro_f1": MulticlassF1Score(K, average="macro"),
+                "confusion": MulticlassConfusionMatrix(K),
+            }
+        )
+
+    def _metrics(self, split: str) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self.metrics[f"{split}_metrics"])
+
+    def _evaluation_step(self, batch: Batch, split: str) -> None:
+        _, probability = self._step(batch, split)
+        self.outcomes.update(batch["row"], batch["labels"], probability)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Enter a batch in the validation metrics."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Enter a batch in the test metrics."""
+        self._evaluation_step(batch, "test")
+
+    def probability(self, batch: Batch) -> Tensor:
+        """Class probabilities (B, K)."""
+        return self(batch).float().mean(0).softmax(-1)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Class probabilities (B, K)."""
+        probability = self.probability(batch)
+        self.outcomes.update(batch["row"], torch.full_like(batch["row"], -1), probability)
+        return probability
+
+    # Features computed once
+
+    def on_fit_start(self) -> None:
+        """With a frozen GPT-2, compute the features of all rows, for all epochs."""
+        if not self.is_probe or not hasattr(self.datamodule, "evaluation_dataloader"):
+            return
+        self.core.eval()
+        for split in ("train", "val"):
+            loader = self.datamodule.evaluation_dataloader(split)
+            table: Tensor | None = None
+            for batch in loader:
+                batch = self.trainer.strategy.batch_to_device(batch)
+                with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                    features = self.encode(batch).float()
+                if table is None:
+                    table = features.new_zeros(len(loader.rows), features.size(-1))
+                table[batch["row"]] = features
+            assert table is not None
+            self.features[split] = self.trainer.strategy.reduce(table, reduce_op="sum")
+
+    def on_fit_end(self) -> None:
+        """Let go of the features."""
+        self.features = {}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the words in which the model is asked."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["wording"] = self.datamodule.wording() if hasattr(self.datamodule, "wording") else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As for every task.
+
+        Raises:
+            InputError: also where the data would ask in other words than the model learned, or name other classes.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self.wording = checkpoint.get("wording")
+        if not self.wording or not hasattr(self.datamodule, "wording"):
+            return
+        here = self.datamodule.wording()
+        for key in ("template", "labels"):
+            if self.wording[key] != here[key]:
+                raise InputError(
+                    f"data.{key} is {here[key]!r}, and the checkpoint learned with {self.wording[key]!r}; give it that"
+                )
+
+    # Metrics
+
+    def on_train_epoch_end(self) -> None:
+        """The training confusion matrix."""
+        self._log_confusion("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        self.outcomes.reset()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """The validation confusion matrix."""
+        self._log_confusion("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The test confusion matrix."""
+        self._log_confusion("test")
+
+    def _log_confusion(self, split: str) -> None:
+        matrix = cast(Metric, self._metrics(split)["confusion"])
+        counts = matrix.compute()
+        board: Any = getattr(self.logger, "experiment", None)
+        if self.trainer.is_global_zero and hasattr(board, "add_figure") and not self.trainer.sanity_checking:
+            from matplotlib.figure import Figure
+
+            names = getattr(self.datamodule, "labels", None)
+            figure = Figure(figsize=(2.0 + self.num_classes, 1.5 + self.num_classes), layout="constrained")
+            axes = figure.subplots()
+            matrix.plot(counts, ax=axes, labels=names)
+            axes.set_title(split if split == "test" else f"{split}, epoch {self.current_epoch + 1}")
+            board.add_figure(f"{split}/confusion", figure, self.global_step)
+        matrix.reset()

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import pytest
 import torch
 
 import cli
-from datamodules.toy import toy_reviews
+from datamodules.toy import toy_pairs, toy_reviews
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
 torch.set_num_threads(1)
 
 
@@ -41,7 +43,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
-    train_tokenizer((row["sentence"] for row in toy_reviews(400, 1)), 400).save(str(folder / "tokenizer.json"))
+    pairs = (f"{WORDS.format(**row)}{('' if row['is_duplicate'] else ' no')} yes no" for row in toy_pairs(200, 1))
+    texts = chain((row["sentence"] for row in toy_reviews(400, 1)), pairs)
+    train_tokenizer(texts, 400).save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -57,8 +61,29 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def pair_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tab-separated pairs of questions."""
+    folder = tmp_path_factory.mktemp("pairs")
+    paths = {}
+    for seed, (split, n) in enumerate({"train": 97, "val": 33, "test": 35}.items()):
+        lines = ["\t".join(map(str, row.values())) for row in toy_pairs(n, seed)]
+        paths[split] = folder / f"{split}.csv"
+        paths[split].write_text("\n".join(["sentence1\tsentence2\tis_duplicate", *lines]) + "\n", encoding="utf-8")
+    return paths
+
+
 @pytest.fixture
 def data_flags(files: dict[str, Path]) -> list[str]:
+    return flags(files)
+
+
+@pytest.fixture
+def pair_flags(pair_files: dict[str, Path]) -> list[str]:
+    return flags(pair_files)
+
+
+def flags(files: dict[str, Path]) -> list[str]:
     return [f"--data.{split}_file={path}" for split, path in files.items()]
 
 

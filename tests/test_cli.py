@@ -22,14 +22,21 @@ TINY = [
 MEANINGLESS = {
     ("text", "linear_probe"): "head_dropout",
     ("text", "ulmfit"): "pooling",
+    ("text", "mean_masks"): "pooling",
+    ("text", "mix_masks"): "pooling",
+    **{(task, words): "sentence1" for task in ("sst5", "imdb") for words in ("prompt_words", "verbaliser")},
+    ("sst5", "verbaliser"): "2 words",
+    ("text", "prompt_words"): "template",
+    ("text", "verbaliser"): "head",
 }
 
 
 @pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
-def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, capsys):
+def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pair_flags, capsys):
     column = ["--data.column=sentence"] if task.stem == "text" else []
+    files = pair_flags if task.stem == "quora" else data_flags
     command = ["fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
-               "--model.base", base, "--data.max_length=32", *column, *data_flags,
+               "--model.base", base, "--data.max_length=32", *column, *files,
                "--trainer.limit_train_batches=1", "--trainer.gradient_clip_val=1.0"]  # fmt: skip
     if (task.stem, strategy.stem) in MEANINGLESS:
         assert MEANINGLESS[task.stem, strategy.stem] in refused(run, capsys, *command)

@@ -1,0 +1,304 @@
+"""QuoraPairs and ParaphraseDetector: formats, augmentation, bad rows, scores and thresholds; loops and transformers."""
+
+import csv
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, WORDS, metrics, weights
+from torch.nn.functional import pad
+from transformers import GPT2LMHeadModel
+
+from datamodules import QuoraPairs, ToyPairs
+from datamodules.batching import padding_share
+from datamodules.classification import balanced
+from datamodules.template import Template
+from gpt2_pl import GPT2Config
+from gpt2_pl.errors import InputError
+from gpt2_pl.metrics import best_threshold
+from gpt2_pl.tasks import ParaphraseDetector
+from gpt2_pl.tokenizer import load_tokenizer
+
+CONFIG = ROOT / "configs"
+SHAPE = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, dropout=0.1)
+
+
+def texts(data, split):
+    encoded = data.encoded[split]
+    return [data.tokenizer.decode(encoded.batch(np.array([n]))["input_ids"][0].tolist()) for n in range(len(encoded))]
+
+
+# Data
+
+
+def test_every_published_format_gives_the_same_rows(base, tmp_path):
+    formats = {
+        "cs224n.csv": 'id\tsentence1\tsentence2\tis_duplicate\n7\tA fine "film\t"He said ""no"""\t1\n8\tb\tc\t0\n',
+        "qqp.tsv": 'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n7\t1\t2\tA fine "film\t"He said ""no"""\t1\n'
+        "8\t3\t4\tb\tc\t0\n",
+        "glue.jsonl": '{"question1": "A fine \\"film", "question2": "He said \\"no\\"", "label": 1, "idx": 0}\n'
+        '{"question1": "b", "question2": "c", "label": 0, "idx": 1}\n',
+        "mrpc.txt": '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tA fine "film\tHe said "no"\r\n'
+        "0\t8\t9\tb\tc\r\n",
+    }
+    for name, content in formats.items():
+        file = tmp_path / name
+        file.write_bytes(content.encode())
+        data = QuoraPairs(test_file=str(file), tokenizer=str(base))
+        data.setup()
+        assert texts(data, "test") == ['A fine "film\nHe said "no"\n', "b\nc\n"], name
+        assert data.encoded["test"].labels.tolist() == [1, 0]
+        assert data.text("test", 0) == 'A fine "film | He said "no"'
+
+
+def test_several_files_are_one_set_even_in_several_formats(base, pair_files, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question1": "one", "question2": "two", "label": 1}\n')
+    data = QuoraPairs(train_file=[str(pair_files["train"]), str(other)], tokenizer=str(base), val_fraction=0.25)
+    data.setup()
+    assert len(data.encoded["train"]) + len(data.encoded["val"]) == 98
+    alone = QuoraPairs(test_file=str(other), tokenizer=str(base))
+    alone.setup()
+    assert sum(text == "one\ntwo\n" for split in ("train", "val") for text in texts(data, split)) == 1
+    assert all(data.text("val", n) == texts(data, "val")[n].strip().replace("\n", " | ") for n in range(24))
+
+
+def test_symmetric_pairs_are_trained_on_and_never_validated_on(base, pair_files):
+    settings = {"train_file": str(pair_files["train"]), "tokenizer": str(base), "val_fraction": 0.2}
+    plain, both = QuoraPairs(**settings), QuoraPairs(**settings, symmetric=True)
+    plain.setup(), both.setup()
+    turned = ["\n".join(reversed(text.strip().split("\n"))) + "\n" for text in texts(plain, "train")]
+    assert texts(both, "train") == texts(plain, "train") + turned
+    assert both.encoded["train"].labels.tolist() == 2 * plain.encoded["train"].labels.tolist()
+    assert texts(both, "val") == texts(plain, "val")
+
+
+@pytest.mark.parametrize("how", ["oversample", "undersample"])
+def test_balanced_classes(how, base, pair_files):
+    labels = np.array([0] * 7 + [1] * 3 + [2] * 5)
+    rows = balanced(labels, how, 0)
+    assert np.bincount(labels[rows]).tolist() == [7 if how == "oversample" else 3] * 3
+    times = np.bincount(rows, minlength=15)
+    assert all(np.ptp(times[labels == label]) <= 1 for label in range(3))
+    assert (times.min() >= 1) == (how == "oversample")
+    data = QuoraPairs(train_file=str(pair_files["train"]), tokenizer=str(base), balance=how)
+    data.setup()
+    assert data.encoded["train"].labels.mean() == 0.5
+    whole = QuoraPairs(test_file=str(pair_files["train"]), tokenizer=str(base))
+    whole.setup()
+    assert set(texts(data, "train")) <= set(texts(whole, "test"))
+
+
+BAD = [
+    ("only one", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\t \t1\n", r"row 2: 'sentence2' is ' '"),
+    ("no label", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t\n", r"row 2: the label in 'is_duplicate' is ''"),
+    ("not binary", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t2\n", r"row 2: the label .* is '2'"),
+    ("stray tab", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\tc\t0\n", "row 2 .* 4 values, and the header 3"),
+    ("too few", "sentence1\tsentence2\tis_duplicate\na\tb\t1\n\na\tb\n", "row 2 .* 2 values, and the header 3"),
+    ("Latin-1", b"sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tgr\xfcn\t0\n", "row 2 .* not UTF-8"),
+    ("two lines", 'sentence1\tsentence2\tis_duplicate\na\t"b\nc"\t1\na\tb\n', "row 2 .* 2 values, and the header 3"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_rows_are_named_or_skipped_and_counted(content, message, base, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_bytes((content if isinstance(content, bytes) else content.encode()) + b"d\te\t0\n")
+    with pytest.raises(InputError, match=rf"pairs\.csv, {message}"):
+        QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
+    data = QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip")
+    with pytest.warns(match=rf"pairs\.csv: 1 of 3 rows are skipped: {message}"):
+        data.setup()
+    assert len(data.encoded["test"]) == 2
+    assert texts(data, "test")[1] == data.text("test", 1).replace(" | ", "\n") + "\n" == "d\ne\n"
+    assert data.encoded["test"].labels.tolist() == [1, 0]
+    assert data.description()["skipped"] == {str(file): 1}
+    again = QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip")  # from the cache
+    with pytest.warns(match="1 of 3"):
+        again.setup()
+    assert again.skipped == data.skipped
+
+
+def test_nothing_but_bad_rows(base, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("sentence1\tsentence2\tis_duplicate\na\tb\t7\n")
+    with pytest.warns(match="1 of 1"), pytest.raises(InputError, match="no rows that can be used"):
+        QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip").setup()
+
+
+def test_broken_json_lines_are_named(base, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"sentence1": "a", "sentence2": "b", "is_duplicate": 1}\n{"sentence1": \n')
+    with pytest.raises(InputError, match=r"pairs\.jsonl, row 2 cannot be read"):
+        QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
+
+
+def test_truncation_keeps_the_template_for_any_lengths(base):
+    tokenizer, template, rng = load_tokenizer(base), Template(WORDS), random.Random(5)
+    parts = WORDS.replace("{sentence2}", "{sentence1}").split("{sentence1}")
+    for _ in range(300):
+        row = {
+            field: "".join(rng.choice("aé日 →?{},:x ") for _ in range(rng.choice([0, 1, 3, 30, 300])))
+            for field in ("sentence1", "sentence2")
+        }
+        shortest = len(template.encode([dict.fromkeys(row, "")], tokenizer, 1000)[0])
+        limit = rng.randrange(shortest, shortest + 60)
+        (ids,) = template.encode([row], tokenizer, limit)
+        text, at = tokenizer.decode(ids), 0
+        assert len(ids) <= limit
+        for part in parts:
+            found = text.find(part.strip(), at)
+            assert found >= 0, text
+            at = found + len(part.strip())
+        assert text.startswith(parts[0].rstrip())
+        assert text.endswith(parts[-1])
+
+
+def test_real_pairs(shared):
+    folder, tokenizer = shared / "data", str(shared / "base" / "gpt2-tiny")
+    train = [str(folder / f"quora-train-{n}.csv") for n in (1, 2)]
+    data = QuoraPairs(train_file=train, val_file=str(folder / "quora-dev.csv"), tokenizer=tokenizer)
+    data.setup()
+    assert (len(data.encoded["train"]), len(data.encoded["val"])) == (66283, 5000)
+    assert data.encoded["train"].labels.sum() == 13296 + 13212
+    assert data.encoded["val"].labels.sum() == 1819
+    assert padding_share([batch["attention_mask"] for batch in data.train_dataloader()]) <= 0.05
+    mrpc = QuoraPairs(test_file=str(folder / "msr_paraphrase_train.txt"), tokenizer=tokenizer)
+    mrpc.setup()
+    assert mrpc.encoded["test"].labels.sum() == 2753
+    assert len(mrpc.encoded["test"]) == 4076
+    first = 'Amrozi accused his brother, whom he called "the witness", of deliberately distorting his evidence.'
+    assert mrpc.text("test", 0).startswith(first)
+
+
+# The task
+
+
+@pytest.mark.parametrize("score", ["accuracy", "f1"])
+def test_the_best_threshold_is_that_of_a_loop(score):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(1, 30))
+        p, y = rng.integers(0, 11, n) / 10, rng.integers(0, 2, n)
+
+        def value(threshold, p=p, y=y):
+            said = p >= threshold
+            hits = (said & (y == 1)).sum()
+            return (said == y).mean() if score == "accuracy" else 2 * hits / max(said.sum() + y.sum(), 1)
+
+        threshold, reached = best_threshold(torch.tensor(p), torch.tensor(y), score)
+        best = max(value(t) for t in np.linspace(0.001, 0.9999, 999))
+        assert 0.0 < threshold <= 1.0
+        assert reached == pytest.approx(value(threshold)) == pytest.approx(best)
+
+
+def test_scores_are_those_of_loops_and_the_tuned_threshold_decides(run, base, pair_flags, tmp_path):
+    quora = ["--config", CONFIG / "task/quora.yaml", f"--model.base={base}", "--data.max_length=64", *pair_flags,
+             "--trainer.accelerator=cpu", "--trainer.precision=32-true"]  # fmt: skip
+    folder = run("fit", *quora, "--trainer.max_epochs=2", "--model.threshold=f1", "--model.optimizer.init_args.lr=1e-3")
+    account, tuned = metrics(folder), weights(folder / "checkpoints/best.ckpt")["decision_threshold"].item()
+    assert tuned != 0.5
+    epoch = account["epochs"][int(account["scores"]["best_epoch"]) - 1]
+    assert tuned == pytest.approx(epoch["val/threshold"])
+    for split, threshold in (("val", 0.5), ("test", tuned)):
+        with (folder / f"predictions_{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        said = [float(row["p(duplicate)"]) >= threshold for row in rows]
+        truth = [row["label"] == "duplicate" for row in rows]
+        assert [row["prediction"] for row in rows] == ["duplicate" if yes else "not_duplicate" for yes in said]
+        hits = sum(a and b for a, b in zip(said, truth, strict=True))
+        expected = {
+            "accuracy": sum(a == b for a, b in zip(said, truth, strict=True)) / len(rows),
+            "precision": hits / sum(said) if sum(said) else 0.0,
+            "recall": hits / sum(truth),
+            "f1": 2 * hits / (sum(said) + sum(truth)),
+        }
+        for name, value in expected.items():
+            assert account["scores"][f"{split}/{name}"] == pytest.approx(value, abs=1e-6), (split, name)
+    fixed = run("test", *quora, "--model.threshold=0.9", "--ckpt_path", folder / "checkpoints/best.ckpt")
+    with (fixed / "predictions_test.csv").open(encoding="utf-8", newline="") as file:
+        assert all((float(r["p(duplicate)"]) >= 0.9) == (r["prediction"] == "duplicate") for r in csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_classes": 3}, "num_classes is 3"), ({"threshold": 1.0}, "threshold is 1.0")],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(InputError, match=message):
+        ParaphraseDetector(config=SHAPE, **options)
+
+
+def test_the_verbaliser_gives_the_logits_of_transformers_without_training(run, base, pair_flags):
+    folder = run("validate", "--config", CONFIG / "task/quora.yaml", "--config", CONFIG / "strategy/verbaliser.yaml",
+                 f"--model.base={base}", *pair_flags, "--trainer.accelerator=cpu",
+                 "--trainer.precision=32-true")  # fmt: skip
+    tokenizer, theirs = load_tokenizer(base), GPT2LMHeadModel.from_pretrained(base).eval()
+    no, yes = (tokenizer.encode(word).ids for word in (" no", " yes"))
+    with (folder / "predictions_val.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 33
+    for row in rows:
+        first, second = row["text"].split(" | ")
+        ids = tokenizer.encode(WORDS.format(sentence1=first, sentence2=second)).ids
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0, -1, [*no, *yes]]
+        assert float(row["p(duplicate)"]) == pytest.approx(logits.softmax(0)[1].item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max", "mix", "concat"])
+@pytest.mark.parametrize("surgery", [[], [{"class_path": "gpt2_pl.surgery.PromptTuning", "init_args": {"length": 3}}]])
+def test_padding_side_and_batch_composition_change_no_prediction(pooling, surgery, base, pair_files):
+    torch.manual_seed(0)
+    data = QuoraPairs(test_file=str(pair_files["test"]), tokenizer=str(base), max_length=60)
+    data.setup()
+    task = ParaphraseDetector(base=str(base), pooling=pooling, surgery=surgery)
+    task.configure_model()
+    torch.nn.init.normal_(task.head.linear.weight, std=0.2)
+    task.eval()
+    rows = data.encoded["test"]
+    with torch.no_grad():
+        alone = torch.cat([task.probability(rows.batch(np.array([n]))) for n in range(len(rows))])
+        together = task.probability(rows.batch(np.arange(len(rows))[::-1].copy())).flip(0)
+        batch = rows.batch(np.arange(len(rows)))
+        length = batch["attention_mask"].sum(1)
+        left = {
+            key: torch.stack([pad(row[:n], (len(row) - n, 0)) for row, n in zip(batch[key], length, strict=True)])
+            for key in ("input_ids", "attention_mask")
+        }
+        on_the_left = task.probability(left)
+    assert alone[:, 1].std() > 0.001
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(on_the_left, alone, rtol=0, atol=1e-5)
+
+
+def test_toy_pairs_need_both_sentences():
+    data = ToyPairs(n_train=400)
+    data.setup()
+    labels = data.encoded["train"].labels
+    assert 150 < labels.sum() < 250
+    said = {}
+    for row, label in zip(data.rows["train"], labels, strict=True):
+        for word in row["sentence1"].split() + row["sentence2"].split():
+            said.setdefault(word, set()).add(int(label))
+    assert all(len(seen) == 2 for seen in said.values())
+
+
+# One wording
+
+
+def test_a_model_is_never_asked_in_other_words(run, capsys, base, pair_flags):
+    quora = ["--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *pair_flags]
+    folder = run("fit", *quora, "--config", CONFIG / "trainer/debug.yaml")
+    checkpoint = shutil.copy(folder / "checkpoints/best.ckpt", folder / "kept.ckpt")
+    for args, words in (
+        (["--data.template={sentence1} and {sentence2}"], ["data.template", "{sentence1} and {sentence2}", r"\n"]),
+        (["--data.labels=[duplicate, not_duplicate]"], ["data.labels", "['not_duplicate', 'duplicate']"]),
+    ):
+        with pytest.raises(SystemExit):
+            run("test", *quora, *args, "--ckpt_path", checkpoint)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert all(word in error for word in words), error
+    run("test", *quora, "--ckpt_path", checkpoint)

@@ -17,8 +17,9 @@ CONFIG = ROOT / "configs"
 @pytest.fixture
 def trained(run, base, pair_flags):
     """A run of a paraphrase detector whose threshold is tuned."""
-    settings = ["--data.max_length=48", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--model.threshold=accuracy",
-                "--trainer.precision=32-true", "--model.optimizer.init_args.lr=1e-3"]  # fmt: skip
+    settings = ["--data.max_length=48", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+                "--model.threshold=accuracy", "--trainer.precision=32-true",
+                "--model.optimizer.init_args.lr=1e-3"]  # fmt: skip
     return run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *pair_flags, *settings)
 
 

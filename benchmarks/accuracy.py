@@ -1,6 +1,6 @@
-"""SST-5 full fine-tuning: this library's run and transformers' Trainer, same base, template, rate, batch and epochs.
+"""Full fine-tuning in this library and under transformers' Trainer: same base, rows, template, rate, batch and epochs.
 
-    python benchmarks/sst5_accuracy.py --base FOLDER --train_file F --val_file F --out results.json
+    python benchmarks/accuracy.py --task sst5|quora --base FOLDER --train_file F [F] --val_file F --out results.json
 
 Runs the two in turn for every seed and writes dev accuracy and macro F1 of the best epoch and of the last one.
 """
@@ -17,7 +17,19 @@ from typing import Any
 
 import torch
 
-TEMPLATE = "Review: {sentence} Sentiment:"
+from datamodules import SST5, QuoraPairs, TextClassification
+
+
+def data(args: argparse.Namespace) -> TextClassification:
+    """The task's data, which say template, label column and which rows are trained on."""
+    make = SST5 if args.task == "sst5" else QuoraPairs
+    return make(
+        train_file=args.train_file,
+        val_file=args.val_file,
+        tokenizer=args.base,
+        batch_size=args.batch_size,
+        train_fraction=args.train_fraction,
+    )
 
 
 def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
@@ -25,15 +37,14 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
     from lightning.pytorch import Trainer, seed_everything
 
     from callbacks import Reproducibility, RunSummary
-    from datamodules import SST5
     from gpt2_pl.optim import Linear
-    from gpt2_pl.tasks import SentimentClassifier
+    from gpt2_pl.tasks import ParaphraseDetector, SentimentClassifier
 
     seed_everything(seed)
-    data = SST5(train_file=args.train_file, val_file=args.val_file, tokenizer=args.base, batch_size=args.batch_size)
-    model = SentimentClassifier(
+    rows = data(args)
+    model = (SentimentClassifier if args.task == "sst5" else ParaphraseDetector)(
         base=args.base,
-        num_classes=data.num_classes,
+        num_classes=rows.num_classes,
         dropout=args.dropout,
         head_dropout=0.0,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01, fused=True),
@@ -53,7 +64,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
         default_root_dir=tempfile.mkdtemp(),
         callbacks=[Reproducibility(), summary],
     )
-    trainer.fit(model, data)
+    trainer.fit(model, rows)
     return [{"accuracy": e["val/accuracy"], "macro_f1": e["val/macro_f1"]} for e in summary.epochs]
 
 
@@ -73,24 +84,34 @@ def theirs(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     tokenizer.pad_token = tokenizer.eos_token
-    p = args.dropout
+    p, settings = args.dropout, data(args)
     model = GPT2ForSequenceClassification.from_pretrained(
-        args.base, num_labels=5, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, pad_token_id=tokenizer.pad_token_id
+        args.base,
+        num_labels=settings.num_classes,
+        resid_pdrop=p,
+        embd_pdrop=p,
+        attn_pdrop=p,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
-    def rows(file: str) -> list[dict[str, Any]]:
-        with open(file, encoding="utf-8", newline="") as lines:
-            return [
-                {**tokenizer(TEMPLATE.format(sentence=row["sentence"].strip())), "labels": int(row["sentiment"])}
-                for row in csv.DictReader(lines, delimiter="\t")
-            ]
+    def rows(files: list[str]) -> list[dict[str, Any]]:
+        found = []
+        for file in files:
+            with open(file, encoding="utf-8", newline="") as lines:
+                found += list(csv.DictReader(lines, delimiter="\t"))
+        chosen = settings._chosen("train", len(found)) if files == args.train_file else None
+        texts = [{field: text.strip() for field, text in row.items() if field} for row in found]
+        return [
+            {**tokenizer(settings.template.text.format(**texts[i])), "labels": int(texts[i][settings.label_column])}
+            for i in (range(len(found)) if chosen is None else chosen.tolist())
+        ]
 
     def scores(prediction: Any) -> dict[str, float]:
         said = torch.from_numpy(np.argmax(prediction.predictions, -1))
         truth = torch.from_numpy(prediction.label_ids)
         return {
-            "accuracy": multiclass_accuracy(said, truth, 5, average="micro").item(),
-            "macro_f1": multiclass_f1_score(said, truth, 5, average="macro").item(),
+            "accuracy": multiclass_accuracy(said, truth, settings.num_classes, average="micro").item(),
+            "macro_f1": multiclass_f1_score(said, truth, settings.num_classes, average="macro").item(),
         }
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +134,7 @@ def theirs(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
                 use_cpu=True,
             ),
             train_dataset=rows(args.train_file),
-            eval_dataset=rows(args.val_file),
+            eval_dataset=rows([args.val_file]),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=scores,
         )
@@ -125,8 +146,10 @@ def theirs(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
 def main() -> None:
     """Run both for every seed, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["sst5", "quora"], default="sst5")
     parser.add_argument("--base", required=True)
-    parser.add_argument("--train_file", required=True)
+    parser.add_argument("--train_file", nargs="+", required=True)
+    parser.add_argument("--train_fraction", type=float, default=1.0)
     parser.add_argument("--val_file", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=3)
@@ -134,7 +157,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=40, help="steps")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--dropout", type=float, default=0.3)
-    parser.add_argument("--out", default="sst5_accuracy.json")
+    parser.add_argument("--out", default="accuracy.json")
     args = parser.parse_args()
     results: dict[str, list[Any]] = {"ours": [], "transformers": []}
     for seed in args.seeds:

@@ -2,7 +2,7 @@
 
     python benchmarks/significance.py RUN_A RUN_B [RUN_B ...] [--split val]
 
-Prints for each B the difference B - A in accuracy, its 95 % interval, the bootstrap's two-sided p, and McNemar's exact p.
+Prints for each B the difference B - A in accuracy with its 95 % interval, the bootstrap's p, and McNemar's exact p.
 """
 
 from __future__ import annotations

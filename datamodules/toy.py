@@ -23,22 +23,9 @@ _DEGREES = ["", "really ", "quite ", "utterly ", "rather "]
 _OPENINGS = ["", "I think ", "critics say ", "my friends agree that ", "for once ", "to be fair "]
 _CLOSINGS = ["", " this time", " from start to finish", " as the reviews said", " on a big screen"]
 
-_ASKS = [
-    "how do I {} {}?",
-    "what is the best way to {} {}?",
-    "how can one {} {}?",
-    "is it hard to {} {}?",
-    "can anybody {} {}?",
-]
-_VERBS = [
-    ("fix", "repair"),
-    ("buy", "purchase"),
-    ("build", "make"),
-    ("choose", "pick"),
-    ("hide", "conceal"),
-    ("clean", "wash"),
-]
-_OBJECTS = ["a bicycle", "a boat", "a clock", "old shoes", "a window", "a camera", "a piano", "garden chairs"]
+_ASKS = ["how do I {} {}?", "who can {} {}?", "is it hard to {} {}?"]
+_VERBS = [("fix", "repair"), ("buy", "purchase"), ("hide", "conceal")]
+_OBJECTS = ["a bicycle", "a boat", "a clock", "a camera"]
 
 
 def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
@@ -67,20 +54,19 @@ def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
 def toy_pairs(n: int, seed: int) -> list[dict[str, Any]]:
     """``n`` pairs of questions, half of them the same question (1) in other words.
 
-    Those that are not (0) differ either in what is asked about or in what is to be done with it; the form of the
-    question says nothing, so that the two sentences must be compared.
+    Those that are not (0) differ in what is asked about and in what is to be done with it. Every question is as frequent
+    in one class as in the other, so that the two sentences must be compared.
     """
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
         same = rng.randrange(2)
         verbs, objects = rng.sample(_VERBS, 2), rng.sample(_OBJECTS, 2)
-        differs = None if same else rng.randrange(2)
         asks = rng.sample(_ASKS, 2)
         rows.append(
             {
                 "sentence1": asks[0].format(rng.choice(verbs[0]), objects[0]),
-                "sentence2": asks[1].format(rng.choice(verbs[differs == 0]), objects[differs == 1]),
+                "sentence2": asks[1].format(rng.choice(verbs[1 - same]), objects[1 - same]),
                 "is_duplicate": same,
             }
         )

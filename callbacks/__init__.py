@@ -1,8 +1,9 @@
 """Lightning callbacks: how training goes, and the account it leaves."""
 
 from callbacks.layers import DiscriminativeLR, GradualUnfreezing
+from callbacks.poems import PoemWriter
 from callbacks.predictions import PredictionWriter
 from callbacks.reproducibility import Reproducibility
 from callbacks.run_summary import RunSummary
 
-__all__ = ["DiscriminativeLR", "GradualUnfreezing", "PredictionWriter", "Reproducibility", "RunSummary"]
+__all__ = ["DiscriminativeLR", "GradualUnfreezing", "PoemWriter", "PredictionWriter", "Reproducibility", "RunSummary"]

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import PredictionWriter, Reproducibility, RunSummary
+from callbacks import PoemWriter, PredictionWriter, Reproducibility, RunSummary
 from callbacks.files import whole_file
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import build
@@ -155,7 +155,7 @@ class GPT2CLI(LightningCLI):
             root = Path(trainer["default_root_dir"] or ".") / RUNS
             trainer["logger"] = TensorBoardLogger(root, name=config["name"], default_hp_metric=False)
         self.summary = RunSummary(self.config_settings())
-        callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter()]
+        callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         if trainer["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
         if trainer["logger"]:

@@ -4,6 +4,7 @@ from datamodules.classification import TextClassification
 from datamodules.corpus import TextCorpus
 from datamodules.paraphrase import QuoraPairs
 from datamodules.sentiment import IMDB, SST5
+from datamodules.sonnets import Sonnets
 from datamodules.toy import ToyPairs, ToySentiment
 
-__all__ = ["IMDB", "SST5", "QuoraPairs", "TextClassification", "TextCorpus", "ToyPairs", "ToySentiment"]
+__all__ = ["IMDB", "SST5", "QuoraPairs", "Sonnets", "TextClassification", "TextCorpus", "ToyPairs", "ToySentiment"]

@@ -54,8 +54,8 @@ def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
 def toy_pairs(n: int, seed: int) -> list[dict[str, Any]]:
     """``n`` pairs of questions, half of them the same question (1) in other words.
 
-    Those that are not (0) differ in what is asked about and in what is to be done with it. Every question is as frequent
-    in one class as in the other, so that the two sentences must be compared.
+    Those that are not (0) differ in what is asked about and in what is to be done with it. Every question is as
+    frequent in one class as in the other, so that the two sentences must be compared.
     """
     rng = random.Random(seed)
     rows = []

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 from gpt2_pl.version import __version__
 
 if TYPE_CHECKING:
+    from gpt2_pl.generation import generate
     from gpt2_pl.model import GPT2, GPT2Config
     from gpt2_pl.optim import AdamW
 
 
-__all__ = ["GPT2", "AdamW", "GPT2Config", "__version__"]
+__all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "generate"]
 
-_HOMES = {"GPT2": "gpt2_pl.model", "GPT2Config": "gpt2_pl.model", "AdamW": "gpt2_pl.optim"}
+_HOMES = {
+    "GPT2": "gpt2_pl.model",
+    "GPT2Config": "gpt2_pl.model",
+    "AdamW": "gpt2_pl.optim",
+    "generate": "gpt2_pl.generation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,15 @@
-"""What a GPT-2 keeps of the tokens it has read, so that the next one costs one token's work."""
+"""Generation: continuing text, at one token's work for every token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gpt2_pl.model import GPT2
 
 
 class LayerCache:
@@ -55,3 +62,188 @@ class KeyValueCache:
     def length(self) -> int:
         """Tokens read so far, virtual ones included."""
         return self.layers[0].length
+
+
+Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits (B, V), token ids so far (B, N) and which of them are text (B, N) -> logits (B, V)."""
+
+
+@torch.no_grad()
+def generate(
+    model: GPT2,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    seed: int | Sequence[int] | None = None,
+    processors: Sequence[Processor] = (),
+    stop: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Continue a batch of prompts, one token at a time, every block keeping the keys and values it has computed.
+
+    Args:
+        model: a GPT-2, with or without LoRA, prefix or soft prompt; it is put in evaluation mode meanwhile.
+        input_ids: (B, T) prompts.
+        attention_mask: (B, T), 1 for text and 0 for padding, on either side.
+        max_new_tokens: the longest continuation.
+        temperature: divides the logits; 0 is greedy.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the likeliest tokens that together have at least this probability (Holtzman et al. 2020).
+        repetition_penalty: divides positive logits of tokens already there and multiplies negative ones (Keskar et al.
+            2019).
+        no_repeat_ngram: no n-gram of this length occurs twice; 0 for any.
+        eos_token_id: ends a row; it is part of the row.
+        pad_token_id: what stands behind a row that has ended.
+        seed: of the random draws, the same for every row or one for each. A row's text depends on its prompt and its
+            seed alone, not on the other rows. None draws from torch's own generator.
+        processors: change the logits before temperature, top-k and top-p.
+        stop: (ids (B, N), mask (B, N)) -> (B,), whether each row has come to its end.
+
+    Returns:
+        (B, T + new): the prompts, padded on the left, and what was generated.
+
+    Raises:
+        ValueError: a value out of range, an empty prompt, or more tokens than ``n_positions``.
+    """
+    check_settings(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram, max_new_tokens)
+    B, T = input_ids.shape
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if not bool((mask.sum(1) > 0).all()):
+        raise ValueError("a prompt is empty; give at least one token, such as the end of text")
+    N = model.n_virtual + T + max_new_tokens
+    if model.config.n_positions < N:
+        raise ValueError(
+            f"prompt and continuation take {N} tokens, virtual ones included; this GPT-2 has n_positions = "
+            f"{model.config.n_positions}"
+        )
+    if attention_mask is not None:  # text to the right, so that all rows go on at the same place
+        order = mask.argsort(dim=1, stable=True)
+        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+    uniform = _uniform(seed, B, max_new_tokens, input_ids.device) if temperature > 0 else None
+    padded = not bool(mask.all())
+    ids = input_ids.new_full((B, T + max_new_tokens), pad_token_id)
+    ids[:, :T] = input_ids
+    mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
+    done = torch.zeros(B, dtype=torch.bool, device=ids.device)
+    cache = KeyValueCache(len(model.h), N)
+    was_training = model.training
+    model.eval()
+    try:
+        fresh = ids[:, :T]
+        at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
+        for n in range(T, T + max_new_tokens):
+            hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
+            logits = model.logits(hidden[:, -1]).float()
+            sofar, text = ids[:, :n], mask[:, :n]
+            if repetition_penalty != 1.0:
+                logits = _penalised(logits, sofar, text, repetition_penalty)
+            if no_repeat_ngram:
+                logits = _without_repeats(logits, sofar, text, no_repeat_ngram)
+            for process in processors:
+                logits = process(logits, sofar, text)
+            chosen = (
+                logits.argmax(-1) if uniform is None else _drawn(logits / temperature, uniform[:, n - T], top_k, top_p)
+            )
+            ids[:, n] = torch.where(done, pad_token_id, chosen)
+            mask[:, n] = (~done).long()
+            if eos_token_id is not None:
+                done |= chosen == eos_token_id
+            if stop is not None:
+                done |= stop(ids[:, : n + 1], mask[:, : n + 1])
+            if bool(done.all()):
+                return ids[:, : n + 1]
+            fresh, at = ids[:, n : n + 1], None
+    finally:
+        model.train(was_training)
+    return ids
+
+
+def check_settings(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    no_repeat_ngram: int,
+    max_new_tokens: int,
+) -> None:
+    """Raise a ValueError that names the first setting of :func:`generate` that is out of range."""
+    for name, value, good in (
+        ("temperature", temperature, temperature >= 0),
+        ("top_k", top_k, top_k is None or top_k >= 1),
+        ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
+        ("no_repeat_ngram", no_repeat_ngram, no_repeat_ngram >= 0),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {value}, which is out of range")
+
+
+def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: torch.device) -> Tensor:
+    """The random number that decides each token of each row (B, new), the same on every device."""
+    if seed is None:
+        return torch.rand(rows, steps).to(device)
+    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts; give one, or one for each")
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+
+
+_FIRST = 256  # tokens that are sorted at first; almost always enough for top-p
+
+
+def kept(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor]:
+    """What may be drawn: probabilities (B, M), descending and 0 from the first that is not kept, and tokens (B, M).
+
+    Of the ``top_k`` likeliest tokens top-p keeps as many as it takes to reach ``top_p``, including the one that crosses
+    it.
+    """
+    if top_p == 1.0:
+        top_p = None
+    among: Tensor | None = None
+    if top_k is not None and top_k < logits.size(-1):
+        logits, among = logits.topk(top_k, dim=-1)
+    total, M = logits.logsumexp(-1, keepdim=True), logits.size(-1)
+    for m in (min(_FIRST, M), M) if top_p is not None else (M,):
+        best, tokens = logits.topk(m, dim=-1)
+        probability = (best - total).exp()
+        if top_p is not None:
+            before = probability.cumsum(-1) - probability
+            if m < M and not bool((before[:, -1] >= top_p).all()):
+                continue
+            probability = probability.masked_fill(before >= top_p, 0.0)
+        break
+    return probability, tokens if among is None else among.gather(-1, tokens)
+
+
+def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """One token a row (B,), by the inverse of the cumulative distribution at ``uniform`` (B,)."""
+    probability, tokens = kept(logits, top_k, top_p)
+    cumulative = probability.cumsum(-1)
+    at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    last = (probability > 0).sum(-1, keepdim=True) - 1
+    return tokens.gather(-1, torch.minimum(at, last)).squeeze(-1)
+
+
+def _penalised(logits: Tensor, ids: Tensor, text: Tensor, penalty: float) -> Tensor:
+    # A count decides: the padding's token may be one of the text's too.
+    there = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, ids, text) > 0
+    return torch.where(there, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _without_repeats(logits: Tensor, ids: Tensor, text: Tensor, n: int) -> Tensor:
+    """Logits of -inf for every token that would end an n-gram which the row has already."""
+    if ids.size(1) < n:
+        return logits
+    windows = ids.unfold(1, n, 1)  # (B, N - n + 1, n)
+    last = ids[:, ids.size(1) - n + 1 :]  # (B, n - 1): what the next token would follow
+    same = (windows[..., :-1] == last.unsqueeze(1)).all(-1) & text.unfold(1, n, 1).bool().all(-1)
+    banned = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, windows[..., -1], same.long()) > 0
+    return logits.masked_fill(banned, -torch.inf)

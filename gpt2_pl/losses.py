@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # a target that counts for nothing, as in torch
+CLAMP = 1e-5  # the least 1 - p that unlikelihood takes the logarithm of
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies, with both gradients computed in the forward pass, chunk by chunk."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of cross-entropies and unlikelihoods, with both gradients computed in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        likelihood: bool,
+        alpha: float,
+        candidates: Tensor | None,
+        is_candidate: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         # Under autocast a matrix product is made in its dtype; the softmax always in float32 or above.
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         table = weight.to(dtype)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        unlikelihood = torch.zeros_like(total)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         with torch.autocast(device, enabled=False):
@@ -31,24 +45,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = (states @ table.T).to(total.dtype)  # (n, V)
                 normaliser = logits.logsumexp(-1, keepdim=True)
                 at = target.unsqueeze(-1)
-                total += (normaliser - logits.gather(-1, at)).sum()
+                if likelihood:
+                    total += (normaliser - logits.gather(-1, at)).sum()
+                odds = None
+                if candidates is not None and is_candidate is not None:
+                    p = (logits.gather(-1, candidates[part]) - normaliser).exp()  # (n, M)
+                    counted = is_candidate[part]
+                    unlikelihood -= (1.0 - p).clamp(min=CLAMP).log().masked_fill(~counted, 0.0).sum()
+                    odds = (alpha * p / (1.0 - p)).masked_fill(~counted | (1.0 - p < CLAMP), 0.0)
                 if not (need_hidden or need_weight):
                     continue
                 gradient = logits.sub_(normaliser).exp_()  # softmax
-                gradient.scatter_add_(-1, at, gradient.new_full((1, 1), -1.0).expand_as(at))
+                if odds is not None:  # of -log(1 - p_c) by logit k: p_c / (1 - p_c) ([k = c] - p_k)
+                    gradient.mul_((1.0 if likelihood else 0.0) - odds.sum(-1, keepdim=True))
+                    gradient.scatter_add_(-1, candidates[part], odds)  # type: ignore[index]
+                if likelihood:
+                    gradient.scatter_add_(-1, at, gradient.new_full((1, 1), -1.0).expand_as(at))
                 gradient = gradient.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = gradient @ table
                 if grad_weight is not None:
                     grad_weight += gradient.T @ states
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        ctx.mark_non_differentiable(unlikelihood)
+        return total + alpha * unlikelihood, unlikelihood
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
+        return (*grads, *(None,) * 6)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -67,5 +93,139 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 
         The sum of the losses, in nats, and the number of targets.
     """
     counted = targets != IGNORED
-    total = _ChunkedCrossEntropy.apply(hidden[counted], weight, targets[counted], chunk)
+    total, _ = _ChunkedLoss.apply(hidden[counted], weight, targets[counted], chunk, True, 0.0, None, None)
     return total, counted.sum()
+
+
+def negative_candidates(
+    targets: Tensor, ignore_token_ids: Collection[int] = (), window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which earlier targets are held against each position: the set {x_1 .. x_(t-1)} without x_t (Welleck et al. 2020).
+
+    Args:
+        targets: (B, T) token ids, or -100, which is never a candidate.
+        ignore_token_ids: never candidates either, such as line ends and punctuation in verse.
+        window: only the last so many targets; by default all.
+
+    Returns:
+        Token ids (B, 1, T), the same for every position, and (B, T, T) whether target j counts at position t, each
+        token at its last occurrence before t, so that it counts once.
+    """
+    T = targets.size(1)
+    position = torch.arange(T, device=targets.device)
+    equal = targets.unsqueeze(2) == targets.unsqueeze(1)  # (B, T, T)
+    later = equal & (position.unsqueeze(1) < position)
+    following = torch.where(later.any(2), later.int().argmax(2), T)  # (B, T): where each token occurs next
+    t, j = position.unsqueeze(1), position  # (T, 1), (T,)
+    usable = targets != IGNORED
+    for token in ignore_token_ids:
+        usable = usable & (targets != token)
+    counts = (j < t) & (following.unsqueeze(1) >= t) & usable.unsqueeze(1) & ~equal
+    if window is not None:
+        counts &= j >= t - window
+    return targets.clamp(min=0).unsqueeze(1), counts
+
+
+def language_model_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    alpha: float,
+    ignore_token_ids: Collection[int] = (),
+    window: int | None = None,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Likelihood and token-level unlikelihood from hidden states, never holding all logits (B, T, V).
+
+    Args:
+        hidden: (B, T, C).
+        weight: the tied token embedding (V, C).
+        targets: (B, T) token ids, or -100 where nothing is predicted.
+        alpha: weight of the unlikelihood.
+        ignore_token_ids: as in :func:`unlikelihood_loss`.
+        window: as in :func:`unlikelihood_loss`.
+        chunk: positions whose logits are held at a time.
+
+    Returns:
+        The sum of the losses, the number of targets, and the sum of the unlikelihoods by itself, without ``alpha``.
+    """
+    counted = targets != IGNORED
+    tokens, counts = negative_candidates(targets, ignore_token_ids, window)
+    candidates = tokens.expand(-1, targets.size(1), -1)[counted]
+    total, unlikelihood = _ChunkedLoss.apply(
+        hidden[counted], weight, targets[counted], chunk, True, alpha, candidates, counts[counted]
+    )
+    return total, counted.sum(), unlikelihood
+
+
+def repetition_loss(hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int = 1024) -> Tensor:
+    """Sequence-level unlikelihood of generated text (Welleck et al. 2020, eq. 6).
+
+    It is -log(1 - p) of every token of an n-gram that the text has already had, over all its tokens.
+
+    Args:
+        hidden: (B, T, C) of one pass over the generated text.
+        weight: the tied token embedding (V, C).
+        targets: (B, T) generated tokens, or -100.
+        n: length of the n-grams.
+        chunk: positions whose logits are held at a time.
+
+    Returns:
+        The mean over the tokens.
+    """
+    counted = targets != IGNORED
+    own = targets[counted]
+    repeated = repeated_ngrams(targets, n)[counted]
+    total, _ = _ChunkedLoss.apply(
+        hidden[counted], weight, own, chunk, False, 1.0, own.unsqueeze(-1), repeated.unsqueeze(-1)
+    )
+    return total / counted.sum().clamp(min=1)
+
+
+def repeated_ngrams(ids: Tensor, n: int) -> Tensor:
+    """Which tokens (B, T) belong to an n-gram that the row has had before; those with -100 never do."""
+    T = ids.size(1)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    if n > T:
+        return repeated
+    windows = ids.unfold(1, n, 1)  # (B, W, n)
+    same = (windows.unsqueeze(1) == windows.unsqueeze(2)).all(-1)  # (B, W, W)
+    again = same.tril(-1).any(-1) & (windows != IGNORED).all(-1)  # (B, W): one like it begins earlier
+    for i in range(n):
+        repeated[:, i : T - n + 1 + i] |= again
+    return repeated
+
+
+def unlikelihood_loss(
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float = 1.0,
+    ignore_token_ids: Collection[int] = (),
+    window: int | None = None,
+    ignore_index: int = IGNORED,
+) -> Tensor:
+    """Likelihood and token-level unlikelihood (Welleck et al. 2020, eq. 4): of every target,
+
+    L_t = -log p(x_t) - alpha * sum over c in C_t of log(1 - p(c)), C_t = {x_1 .. x_(t-1)} without x_t.
+
+    Training goes through :func:`language_model_loss`, which gives the same from hidden states in little memory.
+
+    Args:
+        logits: (B, T, V), those at t predict ``targets`` at t.
+        targets: (B, T) token ids.
+        alpha: weight of the unlikelihood; 0 is cross-entropy.
+        ignore_token_ids: tokens that may be repeated.
+        window: candidates are only the last so many targets.
+        ignore_index: target at which nothing is predicted.
+
+    Returns:
+        The mean over the targets, a scalar; 1 - p is at least 1e-5.
+    """
+    targets = targets.masked_fill(targets == ignore_index, IGNORED)
+    counted = targets != IGNORED
+    likelihood = F.cross_entropy(logits[counted], targets[counted], reduction="sum")
+    tokens, counts = negative_candidates(targets, ignore_token_ids, window)
+    p = logits.log_softmax(-1).gather(-1, tokens.expand(-1, targets.size(1), -1)).exp()  # (B, T, T)
+    counts = counts & counted.unsqueeze(-1)
+    unlikelihood = -(1.0 - p).clamp(min=CLAMP).log().masked_fill(~counts, 0.0).sum()
+    return (likelihood + alpha * unlikelihood) / counted.sum()

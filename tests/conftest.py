@@ -73,6 +73,27 @@ def pair_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def poem_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Numbered poems of 14 lines with a notice before them, and CRLF line ends in one of the files."""
+    folder = tmp_path_factory.mktemp("poems")
+    paths, number = {}, 0
+    for seed, (split, n) in enumerate({"train": 9, "val": 3, "test": 3}.items()):
+        lines = ["Poems", "by nobody, 1999", ""]
+        rows = iter(toy_reviews(14 * n, seed))
+        for _ in range(n):
+            number += 1
+            lines += [str(number), "", *(next(rows)["sentence"][:24].strip() for _ in range(14)), ""]
+        paths[split] = folder / f"{split}.txt"
+        paths[split].write_text("\n".join(lines), encoding="utf-8", newline="\r\n" if split == "train" else "\n")
+    return paths
+
+
+@pytest.fixture
+def poem_flags(poem_files: dict[str, Path]) -> list[str]:
+    return flags(poem_files)
+
+
 @pytest.fixture
 def data_flags(files: dict[str, Path]) -> list[str]:
     return flags(files)

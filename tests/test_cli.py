@@ -19,22 +19,26 @@ TINY = [
 
 
 # What a strategy asks for and a task does not have: one line says so.
+WORDS = ("prompt_words", "verbaliser")
 MEANINGLESS = {
-    ("text", "linear_probe"): "head_dropout",
-    ("text", "ulmfit"): "pooling",
-    ("text", "mean_masks"): "pooling",
-    ("text", "mix_masks"): "pooling",
-    **{(task, words): "sentence1" for task in ("sst5", "imdb") for words in ("prompt_words", "verbaliser")},
+    **{(task, "linear_probe"): "head_dropout" for task in ("text", "sonnets")},
+    **{(task, name): "pooling" for task in ("text", "sonnets") for name in ("ulmfit", "mean_masks", "mix_masks")},
+    **{(task, "prompt_words"): "template" for task in ("text", "sonnets")},
+    **{(task, "verbaliser"): "head" for task in ("text", "sonnets")},
+    **{
+        (task, name): "unlikelihood"
+        for task in ("sst5", "imdb", "quora")
+        for name in ("unlikelihood", "sequence_unlikelihood")
+    },
+    **{(task, words): "sentence1" for task in ("sst5", "imdb") for words in WORDS},
     ("sst5", "verbaliser"): "2 words",
-    ("text", "prompt_words"): "template",
-    ("text", "verbaliser"): "head",
 }
 
 
 @pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
-def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pair_flags, capsys):
+def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pair_flags, poem_flags, capsys):
     column = ["--data.column=sentence"] if task.stem == "text" else []
-    files = pair_flags if task.stem == "quora" else data_flags
+    files = {"quora": pair_flags, "sonnets": poem_flags}.get(task.stem, data_flags)
     command = ["fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
                "--model.base", base, "--data.max_length=32", *column, *files,
                "--trainer.limit_train_batches=1", "--trainer.gradient_clip_val=1.0"]  # fmt: skip

@@ -3,6 +3,7 @@
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.language_model import LanguageModel
 from gpt2_pl.tasks.paraphrase import ParaphraseDetector
+from gpt2_pl.tasks.poem import PoemGenerator
 from gpt2_pl.tasks.sentiment import SentimentClassifier
 
-__all__ = ["LanguageModel", "ParaphraseDetector", "SentimentClassifier", "Task"]
+__all__ = ["LanguageModel", "ParaphraseDetector", "PoemGenerator", "SentimentClassifier", "Task"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import os
+import random
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from gpt2_pl.losses import cross_entropy
+from gpt2_pl.errors import InputError
+from gpt2_pl.generation import generate
+from gpt2_pl.losses import IGNORED, cross_entropy, language_model_loss, repetition_loss
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.verse import token_texts
 
 Batch = dict[str, Any]
 
@@ -28,16 +33,58 @@ class LanguageModel(Task):
     where nothing is predicted. Losses are means per target token; perplexity is exp of that. With several processes a
     batch also holds ``global_tokens``, the number of targets on all of them.
 
+    Unlikelihood (Welleck et al. 2020) is trained on beside likelihood; ``loss`` and ``perplexity`` are always those of
+    likelihood alone.
+
     Args:
+        unlikelihood: weight of token-level unlikelihood: of tokens that the text has had already.
+        unlikelihood_window: only the last so many tokens count as had; by default all.
+        unlikelihood_ignores: texts that may be repeated, such as line ends and punctuation: no token that is one of
+            them, spaces around it aside, counts.
+        sequence_unlikelihood: share of the steps that are made on sequence-level unlikelihood instead: a continuation
+            is decoded greedily, and the tokens of its repeated 4-grams are trained against.
+        sequence_prefix: tokens of a text that such a step continues.
+        sequence_length: tokens that it decodes.
         **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
+
+    Raises:
+        InputError: a value out of range, or a sequence that is longer than the model has room for.
     """
 
     monitor = "val/loss"
     mode = "min"
-    table_scores = ("loss", "perplexity")
+    table_scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        unlikelihood: float = 0.0,
+        unlikelihood_window: int | None = None,
+        unlikelihood_ignores: list[str] | None = None,
+        sequence_unlikelihood: float = 0.0,
+        sequence_prefix: int = 50,
+        sequence_length: int = 100,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        for key, value, good in (
+            ("unlikelihood", unlikelihood, unlikelihood >= 0.0),
+            ("unlikelihood_window", unlikelihood_window, unlikelihood_window is None or unlikelihood_window >= 1),
+            ("sequence_unlikelihood", sequence_unlikelihood, 0.0 <= sequence_unlikelihood <= 1.0),
+            ("sequence_prefix", sequence_prefix, sequence_prefix >= 1),
+            ("sequence_length", sequence_length, sequence_length >= 1),
+        ):
+            if not good:
+                raise InputError(f"model.{key} is {value}, which is out of range")
+        if sequence_unlikelihood and sequence_prefix + sequence_length > self.max_length:
+            raise InputError(
+                f"model.sequence_prefix and sequence_length make {sequence_prefix + sequence_length} tokens; the model "
+                f"has room for {self.max_length}"
+            )
+        self.unlikelihood, self.unlikelihood_window = unlikelihood, unlikelihood_window
+        self.unlikelihood_ignores = list(unlikelihood_ignores or [])
+        self.sequence_unlikelihood = sequence_unlikelihood
+        self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
+        self._ignored_ids: list[int] | None = None
         self.metrics = nn.ModuleDict(
             {
                 f"{split}_metrics": nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()})
@@ -51,18 +98,65 @@ class LanguageModel(Task):
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
         total, n_targets = self(batch)
-        mean = total.detach() / n_targets
+        self._enter(split, total.detach(), n_targets)
+        return total, n_targets
+
+    def _enter(self, split: str, total: Tensor, n_targets: Tensor) -> None:
+        mean = total / n_targets
         for name, metric in cast(nn.ModuleDict, self.metrics[f"{split}_metrics"]).items():
             cast(Metric, metric).update(mean, n_targets)
             self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=int(n_targets))
-        return total, n_targets
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the targets of the global batch, as this process's share of it."""
-        total, n_targets = self._step(batch, "train")
+        if self._decodes_this_step():
+            return self._sequence_step(batch)
+        if self.unlikelihood:
+            total, n_targets, unlikelihood = language_model_loss(
+                self.core(batch["input_ids"]),
+                self.core.head_weight,
+                batch["targets"],
+                self.unlikelihood,
+                self._ignored(),
+                self.unlikelihood_window,
+            )
+            self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
+            mean = unlikelihood / n_targets
+            self.log("train/unlikelihood", mean, on_step=False, on_epoch=True, batch_size=int(n_targets))
+        else:
+            total, n_targets = self._step(batch, "train")
         loss = total * (self.trainer.world_size / batch.get("global_tokens", n_targets))
         self.log("train/step_loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         return loss
+
+    def _decodes_this_step(self) -> bool:
+        """Whether this step is one of sequence-level unlikelihood: a function of the seed and the step."""
+        if self.sequence_unlikelihood == 0.0:
+            return False
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return random.Random(f"{seed} {self.global_step}").random() < self.sequence_unlikelihood
+
+    def _sequence_step(self, batch: Batch) -> Tensor:
+        """Sequence-level unlikelihood of greedy continuations: decoded without gradient, then read in one pass."""
+        shortest = int(batch["attention_mask"].sum(1).min())
+        prefix = batch["input_ids"][:, : min(self.sequence_prefix, shortest)]
+        P = prefix.size(1)
+        text = generate(self.core, prefix, max_new_tokens=self.sequence_length, temperature=0.0)
+        targets = text[:, 1:].clone()
+        targets[:, : P - 1] = IGNORED
+        loss = repetition_loss(self.core(text[:, :-1]), self.core.head_weight, targets)
+        self.log("train/sequence_unlikelihood", loss.detach(), on_step=False, on_epoch=True, batch_size=len(text))
+        return loss
+
+    def _ignored(self) -> list[int]:
+        """The tokens that may be repeated."""
+        if self._ignored_ids is None:
+            self._ignored_ids = []
+            if self.unlikelihood_ignores:
+                wanted = {text.strip(" ") for text in self.unlikelihood_ignores}
+                texts = token_texts(self.datamodule.tokenizer)
+                self._ignored_ids = [i for i, text in enumerate(texts) if text.strip(" ") in wanted]
+        return self._ignored_ids
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Enter a batch in the validation metrics."""

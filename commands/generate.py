@@ -1,0 +1,139 @@
+"""generate: continue prompts with a run's language model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from callbacks.files import whole_file
+from gpt2_pl.errors import InputError
+
+_SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
+
+
+def main(args: list[str]) -> None:
+    """Write what a run's model makes of every prompt of a file."""
+    parser = argparse.ArgumentParser(prog="gpt2-pl generate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--prompt_file",
+        required=True,
+        help="UTF-8 text with a prompt on every line, JSON lines with a key `prompt`, or numbered poems' first lines",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .txt or .jsonl; it must not exist")
+    parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
+    parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
+    parser.add_argument("--max_new_tokens", type=int, default=220)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--no_repeat_ngram", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--no_guide", action="store_true", help="poems: do not favour line ends in long lines")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="compile each block first, which takes a while")
+    given = parser.parse_args(args)
+    if given.out.exists():
+        raise InputError(f"out: {given.out} exists already; give a file that does not")
+    if given.out.suffix.lower() not in (".txt", ".jsonl"):
+        raise InputError(f"out: {given.out} does not end in .txt or .jsonl")
+    if given.batch_size < 1:
+        raise InputError(f"batch_size is {given.batch_size}; it must be at least 1")
+
+    import torch
+    from rich.progress import track
+
+    from commands.export import load
+    from gpt2_pl.generation import check_settings
+    from gpt2_pl.tasks import LanguageModel
+    from gpt2_pl.tasks.poem import write_lines
+    from gpt2_pl.tokenizer import load_tokenizer
+    from gpt2_pl.verse import N_LINES, Poem, lines_of
+
+    settings = {
+        key: getattr(given, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")
+    }
+    try:
+        check_settings(**settings, max_new_tokens=given.max_new_tokens)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    prompts, numbers = read_prompts(given.prompt_file)
+    checkpoint = given.ckpt_path or given.run / "checkpoints" / "best.ckpt"
+    task = load(checkpoint, given.base)
+    if not isinstance(task, LanguageModel):
+        raise InputError(f"{checkpoint} is a {type(task).__name__}, which continues no text")
+    tokenizer = load_tokenizer(given.run, "RUN")
+    task.to(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16 if given.precision == "bf16" else torch.float32,
+    )
+    if given.compile:
+        for block in task.core.h:
+            block.compile(dynamic=True)
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    if numbers is None and not all(ids):
+        raise InputError(f"prompt_file: {given.prompt_file} has a prompt without any token")
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of similar length together
+    texts = [""] * len(ids)
+    for start in track(range(0, len(order), given.batch_size), "Generating", transient=True):
+        batch = order[start : start + given.batch_size]
+        written = write_lines(
+            task,
+            tokenizer,
+            [ids[i] for i in batch],
+            seeds=[given.seed * _SEEDS + i for i in batch],
+            guide=numbers is not None and not given.no_guide,
+            max_new_tokens=given.max_new_tokens,
+            n_lines=None if numbers is None else N_LINES,
+            **settings,
+        )
+        for i, text in zip(batch, written, strict=True):
+            texts[i] = text
+    with whole_file(given.out) as file:
+        if given.out.suffix.lower() == ".jsonl":
+            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        elif numbers is not None:
+            poems = [Poem(number, lines_of(text)) for number, text in zip(numbers, texts, strict=True)]
+            file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
+        else:
+            file.writelines(f"{text}\n\n" for text in texts)
+    print(f"{given.out}: {len(texts)} texts")
+
+
+def read_prompts(file: str) -> tuple[list[str], list[int] | None]:
+    """The prompts of a file, and their numbers where they are poems' first lines.
+
+    Raises:
+        InputError: no such file, no prompt, or a line that is not what it should be.
+    """
+    from datamodules.sonnets import read_poems
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"prompt_file: there is no file {file}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt_file: {file} is not UTF-8 text: {error}") from None
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"prompt_file: {file} has no prompt")
+    if path.suffix.lower() == ".jsonl":
+        prompts = []
+        for number, line in lines:
+            try:
+                prompts.append(json.loads(line)["prompt"])
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f'prompt_file: {file}, line {number} is not an object with "prompt"') from None
+            if not isinstance(prompts[-1], str) or not prompts[-1]:
+                raise InputError(f"prompt_file: {file}, line {number}: the prompt is {prompts[-1]!r}; it must be text")
+        return prompts, None
+    if any(re.fullmatch(r"\s*[0-9]{1,6}\s*", line) for _, line in lines):
+        poems = read_poems(file, "prompt_file")
+        return [poem.text for poem in poems], [poem.number for poem in poems]
+    return [line for _, line in lines], None

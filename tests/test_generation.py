@@ -1,0 +1,219 @@
+"""Generation: against transformers, against itself without a cache, alone and in batches, numpy for top-p."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl import GPT2, GPT2Config, generate
+from gpt2_pl.generation import kept
+from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
+from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.verse import LineLimit, VerseGuide, lines_of
+
+SHAPE = GPT2Config(vocab_size=60, n_positions=96, n_embd=32, n_layer=3, n_head=4, dropout=0.1)
+NEW = 24
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT2(SHAPE)
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)  # far from uniform
+    return model
+
+
+def prompts(lengths, seed=1):
+    """Prompts padded on the left: ids and mask."""
+    generator, T = torch.Generator().manual_seed(seed), max(lengths)
+    ids, mask = torch.zeros(len(lengths), T, dtype=torch.long), torch.zeros(len(lengths), T, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        ids[i, T - n :] = torch.randint(1, 60, (n,), generator=generator)
+        mask[i, T - n :] = 1
+    return ids, mask
+
+
+def without_cache(model, ids, mask):
+    model.eval()
+    for _ in range(NEW):
+        with torch.no_grad():
+            logits = model.logits(model(ids, mask)[:, -1])
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
+    return ids
+
+
+SURGERY = {
+    "plain": [],
+    "prefix": [PrefixTuning(length=5)],
+    "prompt": [PromptTuning(length=4)],
+    "lora": [LoRA(rank=4, targets=["c_attn", "mlp.c_proj"])],
+    "all": [LoRA(rank=2, targets=["q", "v"]), PrefixTuning(length=3), PromptTuning(length=2)],
+}
+
+
+@pytest.mark.parametrize("surgery", SURGERY)
+@pytest.mark.parametrize("lengths", [[7, 7], [3, 9, 1, 6]])
+def test_greedy_with_a_cache_is_greedy_without(surgery, lengths, model):
+    for change in SURGERY[surgery]:
+        change.apply(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "table" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids, mask = prompts(lengths)
+    given = mask if len(set(lengths)) > 1 else None
+    model.train()
+    found = generate(model, ids, given, max_new_tokens=NEW, temperature=0.0)
+    assert model.training
+    assert torch.equal(found, without_cache(model, ids, mask))
+    assert len(set(found[:, -NEW:].flatten().tolist())) > 5
+    if surgery == "lora":
+        LoRA.merge(model)
+        assert torch.equal(generate(model, ids, given, max_new_tokens=NEW, temperature=0.0), found)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
+        ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+        ({"eos_token_id": 7, "pad_token_id": 0}, {"eos_token_id": 7}),
+    ],
+)
+def test_greedy_is_that_of_transformers(ours, theirs, model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    ids, mask = prompts([8, 8, 8] if ours else [3, 8, 5])
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **theirs}
+    expected = reference.generate(ids, attention_mask=mask, **settings)
+    found = generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0, **ours)
+    assert torch.equal(found, expected)
+
+
+def test_padding_on_the_right_is_moved_to_the_left(model):
+    ids, mask = prompts([3, 9, 1, 6])
+    right = torch.zeros_like(ids)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        right[i, :n] = ids[i, -n:]
+    expected = generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0)
+    assert torch.equal(generate(model, right, mask.flip(1), max_new_tokens=NEW, temperature=0.0), expected)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize(("V", "scale"), [(40, 2.0), (3000, 0.1), (3000, 3.0)])
+@pytest.mark.parametrize("top_k", [None, 30, 700])
+def test_the_kept_set_is_that_of_a_sort(top_p, V, scale, top_k):
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(V)) * scale
+    probability, tokens = kept(logits, top_k, top_p)
+    for row, p, token in zip(logits.double().numpy(), probability, tokens, strict=True):
+        order = np.argsort(-row, kind="stable")[:top_k]
+        expected = np.exp(row[order] - row[order].max())
+        expected /= expected.sum()
+        n = int(np.searchsorted(np.cumsum(expected), top_p - 1e-6)) + 1 if top_p < 1.0 else len(order)
+        found = token[p > 0].tolist()
+        assert abs(len(found) - n) <= (0 if top_p < 0.99 else len(order) // 50 + 1)  # float32 sums at the far end
+        assert set(found[: min(n, len(found))]) == set(order[: min(n, len(found))].tolist())
+        np.testing.assert_allclose(p[p > 0][:n], expected[: len(found)][:n], rtol=1e-4)
+
+
+def test_at_least_one_token_is_kept():
+    probability, tokens = kept(torch.tensor([[0.0, 9.0, 1.0]]), top_p=1e-9)
+    assert tokens[probability > 0].tolist() == [1]
+
+
+def test_draws_follow_the_probabilities(model):
+    ids, _ = prompts([5])
+    n = 4000
+    found = generate(model, ids.expand(n, -1), max_new_tokens=1, temperature=1.3, seed=range(n))[:, -1]
+    with torch.no_grad():
+        expected = (model.logits(model.eval()(ids)[0, -1]) / 1.3).softmax(-1)
+    share = torch.bincount(found, minlength=60) / n
+    assert (share - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+    assert (expected > 0.02).sum() > 2
+
+
+def test_the_same_seed_gives_the_same_text_whatever_the_batch(model):
+    lengths = [3, 9, 1, 6]
+    ids, mask = prompts(lengths)
+    seeds = [5, 6, 7, 8]
+    settings = {"max_new_tokens": NEW, "top_p": 0.9}
+    together = generate(model, ids, mask, seed=seeds, **settings)
+    for i, n in enumerate(lengths):
+        alone = generate(model, ids[i : i + 1, -n:], seed=seeds[i], **settings)
+        assert torch.equal(alone[0, -NEW:], together[i, -NEW:])
+    assert torch.equal(generate(model, ids, mask, seed=seeds, **settings), together)
+    assert not torch.equal(generate(model, ids, mask, seed=4, **settings), together)
+
+
+def test_rows_stop_by_themselves(model):
+    ids, _ = prompts([4, 4, 4, 4])
+    free = generate(model, ids, max_new_tokens=NEW, temperature=0.0)
+    end = int(free[0, 4 + 6])
+    found = generate(model, ids, max_new_tokens=NEW, temperature=0.0, eos_token_id=end, pad_token_id=59)
+    for whole, row in zip(free.tolist(), found.tolist(), strict=True):
+        new = whole[4:]
+        expected = new[: new.index(end) + 1] if end in new else new
+        assert row[4 : 4 + len(expected)] == expected
+        assert set(row[4 + len(expected) :]) <= {59}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 90}, "n_positions = 96"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 2 prompts"),
+        ({"attention_mask": torch.tensor([[0] * 7, [1] * 7])}, "prompt is empty"),
+    ],
+)
+def test_what_cannot_be(settings, message, model):
+    ids, _ = prompts([7, 7])
+    with pytest.raises(ValueError, match=message):
+        generate(model, ids, **{"max_new_tokens": 4, **settings})
+
+
+# Verse
+
+
+def test_the_guide_ends_long_lines_and_poems_end_at_fourteen(base):
+    tokenizer = load_tokenizer(base)
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=400, n_positions=700, n_embd=16, n_layer=1, n_head=2))
+    prompt = tokenizer.encode("a fine film\nnot so fine a film\nthe camera is cold\n").ids
+    settings = {"max_new_tokens": 650, "temperature": 0.7, "seed": 3, "stop": LineLimit(tokenizer)}
+    guide = VerseGuide(tokenizer, line_length=30, strength=20.0)
+    guided = generate(model, torch.tensor([prompt]), processors=[guide], **settings)[0].tolist()
+    text = tokenizer.decode(guided, skip_special_tokens=False)
+    assert text.count("\n") == 14
+    assert len(text.split("\n")) == 15
+    assert all(12 <= len(line) <= 60 for line in text.split("\n")[3:-1])
+    free = tokenizer.decode(generate(model, torch.tensor([prompt]), **settings)[0].tolist(), skip_special_tokens=False)
+    assert max(map(len, free.split("\n")[3:])) > 60 or free.count("\n") < 14
+
+
+def test_the_guide_counts_characters_since_the_last_line_end(base):
+    tokenizer = load_tokenizer(base)
+    guide = VerseGuide(tokenizer, line_length=10, strength=1.0, shortest=5)
+    end = tokenizer.encode("\n").ids[0]
+    rows = [tokenizer.encode(text).ids for text in ("ab\nabc", "ab\n0123456789" + "x" * 20, "0123456\n01234567")]
+    T = max(map(len, rows))
+    ids = torch.tensor([[0] * (T - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+    bonus = guide(torch.zeros(3, 400), ids, mask)
+    assert bonus[0, end] == -torch.inf  # three characters
+    assert bonus[1, end] == pytest.approx(2.0)  # thirty
+    assert bonus[2, end] == 0.0  # eight
+    comma, letter = tokenizer.encode(",").ids[0], tokenizer.encode("a").ids[0]
+    assert bonus[1, comma] == pytest.approx(1.0)
+    assert bonus[1, letter] == 0.0
+
+
+def test_lines_of_a_text():
+    assert lines_of("one\n\n  two \r\nthree<|endoftext|>four\n") == ["one", "two", "three"]
+    assert len(lines_of("a\n" * 20)) == 14

@@ -1,0 +1,246 @@
+"""Sonnets and PoemGenerator: the file format, what is scored, against transformers; poems, their scores, generate."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags, metrics
+from transformers import GPT2LMHeadModel
+
+from datamodules import Sonnets
+from datamodules.sonnets import read_poems
+from gpt2_pl import text_metrics as scores
+from gpt2_pl.errors import InputError
+from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2_pl.verse import RHYMES, Poem, rhyme, rhyme_share
+
+CONFIG = ROOT / "configs"
+LONG = "--data.max_length=600"
+
+
+@pytest.fixture(scope="module")
+def long_base(base, tmp_path_factory):
+    """The pretrained GPT-2 of the tests, with room for a whole poem."""
+    from gpt2_pl import GPT2, GPT2Config
+
+    folder = tmp_path_factory.mktemp("long")
+    torch.manual_seed(0)
+    GPT2(GPT2Config(vocab_size=400, n_positions=640, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    return folder
+
+
+# Data
+
+
+def test_poems_are_read_with_any_line_ends_and_numbers_of_lines(poem_files, tmp_path):
+    poems = read_poems(str(poem_files["train"]), "data.train_file")
+    assert [poem.number for poem in poems] == list(range(1, 10))
+    assert all(len(poem.lines) == 14 and not any("\r" in line for line in poem.lines) for poem in poems)
+    file = tmp_path / "odd.txt"
+    file.write_bytes(
+        b"\xef\xbb\xbfA notice\r\n\r\n99\r\n\r\n" + b"line\r\n" * 15 + b"\r\n126\r\n\r\n" + b"  line\r\n" * 12
+    )
+    assert [(poem.number, len(poem.lines), set(poem.lines)) for poem in read_poems(str(file), "f")] == [
+        (99, 15, {"line"}),
+        (126, 12, {"line"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no number\n", "has no poem"),
+        ("1\n\na\n\n1\n\nb\n", "line 5: poem 1 occurs twice"),
+        ("1\n\n2\n\nb\n", "poem 1 has no lines"),
+        (b"1\n\ngr\xfcn\n", "not UTF-8"),
+    ],
+)
+def test_files_that_hold_no_poems(content, message, tmp_path):
+    file = tmp_path / "poems.txt"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"data\.train_file.*poems\.txt.*{message}"):
+        read_poems(str(file), "data.train_file")
+
+
+def test_no_poem_is_both_trained_on_and_validated_on(poem_files, long_base):
+    data = Sonnets(train_file=str(poem_files["train"]), tokenizer=str(long_base), val_fraction=0.3)
+    data.setup()
+    train, val = ({poem.number for poem in data.poems[split]} for split in ("train", "val"))
+    assert (len(train), len(val)) == (6, 3)
+    assert not train & val
+    assert data.description()["validated_on"] == sorted(val)
+
+
+def test_what_is_scored_are_the_lines_after_those_given(poem_files, long_base):
+    data = Sonnets(
+        train_file=str(poem_files["train"]), test_file=str(poem_files["test"]), tokenizer=str(long_base), prompt_lines=3
+    )
+    data.setup()
+    tokenizer = load_tokenizer(long_base)
+    for split in ("train", "test"):
+        batch = data.encoded[split].batch(np.arange(len(data.poems[split])))
+        for poem, ids, mask, targets in zip(
+            data.poems[split], batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True
+        ):
+            wanted = targets[targets != -100].tolist()
+            n = int(mask.sum())
+            assert (targets[n:] == -100).all()
+            scored = poem.text[len("\n".join(poem.lines[:3])) + 1 :] if split == "test" else poem.text
+            text = tokenizer.decode(wanted, skip_special_tokens=False)
+            assert text.endswith("\n" + END_OF_TEXT)
+            assert scored.endswith(text.removesuffix(END_OF_TEXT))
+            assert len(wanted) == (n if split == "train" else n - len(tokenizer.encode(poem.opening(3)).ids) + 1)
+            assert (ids[1:n] == targets[: n - 1])[targets[: n - 1] != -100].all()
+
+
+def test_openings_alone_cannot_be_scored(poem_files, long_base, tmp_path):
+    file = tmp_path / "openings.txt"
+    file.write_text("132\n\na\nb\nc\n")
+    with pytest.raises(InputError, match=r"openings\.txt: poem 132 has 3 lines"):
+        Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
+
+
+# The task
+
+
+def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_path):
+    folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
+                 "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
+                 "--model.max_new_tokens=60", "--model.optimizer.init_args.lr=1e-3")  # fmt: skip
+    account = metrics(folder)["scores"]
+    written = read_poems(str(folder / "poems_test.txt"), "f")
+    true = read_poems(str(poem_files["test"]), "f")
+    assert [poem.number for poem in written] == [poem.number for poem in true]
+    assert all(a.lines[:3] == b.lines[:3] for a, b in zip(written, true, strict=True))
+    words = [scores.words("\n".join(poem.lines[3:])) for poem in written]
+    assert account["test/distinct_2"] == pytest.approx(scores.distinct(words, 2))
+    assert account["test/seed_rhyme"] == pytest.approx(sum(scores.seed_rhyme(p.lines) for p in written) / 3)
+    assert account["test/rhyme"] == pytest.approx(sum(rhyme_share(p.lines) for p in written) / 3)
+    assert {"test/chrf", "test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
+
+    # perplexity is that of transformers on the same lines
+    run("export", folder, "--format", "hf", "--out", tmp_path / "hf")
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    tokenizer, total, n = load_tokenizer(long_base), 0.0, 0
+    for poem in true:
+        given = tokenizer.encode(poem.opening(3)).ids
+        ids = torch.tensor([[*given, *tokenizer.encode(poem.text[len(poem.opening(3)) :] + END_OF_TEXT).ids]])
+        labels = ids.clone()
+        labels[:, : len(given)] = -100
+        with torch.no_grad():
+            total += reference(ids, labels=labels).loss.item() * (ids.size(1) - len(given))
+        n += ids.size(1) - len(given)
+    assert account["test/perplexity"] == pytest.approx(math.exp(total / n), rel=1e-4)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert sum(tag.startswith("val/poem_") for tag in board.Tags()["tensors"]) == 2
+
+    # generate, from openings and from lines
+    openings = tmp_path / "openings.txt"
+    openings.write_text("".join(f"{p.number}\n\n{p.opening(3)}\n" for p in true))
+    command = ["generate", folder, "--prompt_file", openings, "--max_new_tokens", "40", "--seed", "5"]
+    run(*command, "--out", tmp_path / "a.txt", "--batch_size", "1")
+    run(*command, "--out", tmp_path / "b.txt")
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()
+    assert [p.lines[:3] for p in read_poems(str(tmp_path / "a.txt"), "f")] == [p.lines[:3] for p in true]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the plot is\nthe camera\n")
+    run("generate", folder, "--prompt_file", lines, "--out", tmp_path / "c.jsonl", "--temperature", "0",
+        "--max_new_tokens", "5")  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the plot is", "the camera"]
+    ids = reference.generate(torch.tensor([tokenizer.encode("the plot is").ids]), max_new_tokens=5, do_sample=False)
+    assert rows[0]["text"] == tokenizer.decode(ids[0].tolist())
+
+    capsys.readouterr()
+    for args, words_of in (
+        ([folder, "--prompt_file", "nowhere.txt", "--out", "x.txt"], ["prompt_file", "nowhere.txt"]),
+        ([folder, "--prompt_file", lines, "--out", "x.csv"], ["out", "x.csv"]),
+        ([folder, "--prompt_file", lines, "--out", lines], ["out", "exists"]),
+        ([folder, "--prompt_file", lines, "--out", "x.txt", "--top_p", "7"], ["top_p", "7"]),
+        ([folder, "--prompt_file", tmp_path / "c.jsonl", "--out", "x.txt", "--ckpt_path", "no.ckpt"], ["no.ckpt"]),
+    ):
+        with pytest.raises(SystemExit):
+            run("generate", *args)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        assert all(word in error[0] for word in words_of), error
+
+
+def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
+    sonnets = ["fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
+               "--trainer.max_epochs=3", "--model.n_shown=0", "--model.optimizer.init_args.lr=1e-3",
+               "--model.max_new_tokens=8", "--trainer.accelerator=cpu"]  # fmt: skip
+    strategy = ["--config", CONFIG / "strategy/unlikelihood.yaml"]
+    little, much = (
+        metrics(run(*sonnets, *strategy, f"--model.unlikelihood={alpha}"))["epochs"] for alpha in (1e-4, 5.0)
+    )
+    assert much[-1]["train/unlikelihood"] < 0.9 * little[-1]["train/unlikelihood"]
+    assert little[-1]["train/loss"] < little[0]["train/loss"]
+    both = metrics(run(*sonnets, "--config", CONFIG / "strategy/sequence_unlikelihood.yaml",
+                       "--config", CONFIG / "strategy/prefix.yaml"))["epochs"]  # fmt: skip
+    assert any("train/sequence_unlikelihood" in epoch for epoch in both)
+    assert any("train/unlikelihood" in epoch for epoch in both)
+
+
+# Scores
+
+
+def test_diversity_and_repetition_by_hand():
+    a, b = "the cat the cat the".split(), "a cat sat".split()
+    assert scores.distinct([a, b], 1) == 4 / 8
+    assert scores.distinct([a, b], 2) == len({("the", "cat"), ("cat", "the"), ("a", "cat"), ("cat", "sat")}) / 6
+    assert scores.seq_rep(a, 2) == 1 - 2 / 4
+    assert scores.seq_rep(b, 4) == 0.0
+    assert scores.words("Feed'st thy LIGHT'S flame--with 'self'") == [
+        "feed'st",
+        "thy",
+        "light's",
+        "flame",
+        "with",
+        "self",
+    ]
+
+
+def test_the_reports_own_scores():
+    assert scores.seed_perplexity("a b a b") == pytest.approx(2.0)
+    assert scores.seed_perplexity("a a a") == pytest.approx(1.0)
+    assert scores.seed_distinct("a b a b") == 0.5
+    assert scores.seed_rhyme(["the day", "a way"] * 7) == pytest.approx((7 + 6) / 13)
+    assert scores.seed_rhyme(["stone", "gone", "hat", "mat"]) == pytest.approx(2 / 13)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("make my love groan", "or stand alone", True),
+        ("my true love", "the stars above", True),
+        ("one increase", "it shall cease", True),
+        ("for the day", "every day", False),  # the same word
+        ("I love", "I move", False),  # for the eye only
+        ("a fine xyzzyq", "a fine xyzzyq", False),
+        ("", "day", False),
+    ],
+)
+def test_real_rhymes(first, second, expected):
+    assert rhyme(first, second) is expected
+
+
+def test_a_real_sonnet_rhymes(shared):
+    (poem, *_), *_ = [read_poems(str(shared / "data" / "sonnets.txt"), "f")]
+    assert poem.number == 1
+    assert len(poem.lines) == 14
+    assert 4 / 7 <= rhyme_share(poem.lines) <= 1.0
+    poems = read_poems(str(shared / "data" / "sonnets.txt"), "f")
+    assert len(poems) == 131
+    assert {len(p.lines) for p in poems} == {12, 14, 15}
+    whole = [p for p in poems if len(p.lines) == 14]
+    assert sum(rhyme_share(p.lines) for p in whole) / len(whole) > 0.7
+    shuffled = [Poem(p.number, p.lines[::-1][1:] + p.lines[-1:]) for p in whole]
+    assert sum(rhyme_share(p.lines) for p in shuffled) / len(whole) < 0.2
+    assert len(RHYMES) == 7

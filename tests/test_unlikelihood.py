@@ -1,0 +1,122 @@
+"""Unlikelihood: against a triple loop, finite differences and cross-entropy, in one piece and in chunks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2_pl.losses import (
+    IGNORED,
+    cross_entropy,
+    language_model_loss,
+    repeated_ngrams,
+    repetition_loss,
+    unlikelihood_loss,
+)
+
+V = 9
+
+
+def brute_force(logits, targets, alpha, ignored=(), window=None):
+    total, n = 0.0, 0
+    for row, text in zip(logits, targets.tolist(), strict=True):
+        for t, target in enumerate(text):
+            if target == IGNORED:
+                continue
+            p = row[t].softmax(-1).tolist()
+            total -= math.log(p[target])
+            past = text[:t] if window is None else text[max(0, t - window) : t]
+            for c in set(past) - {target, IGNORED, *ignored}:
+                total -= alpha * math.log(max(1.0 - p[c], 1e-5))
+            n += 1
+    return total / n
+
+
+def random_text(seed, B=3, T=11):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, V, (B, T), generator=generator)
+    targets[0, -3:], targets[1, :2], targets[2, 5] = IGNORED, IGNORED, IGNORED
+    return targets, generator
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}, {"alpha": 0.3, "window": 1}])
+def test_it_equals_a_triple_loop(seed, settings):
+    targets, generator = random_text(seed)
+    hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    alpha = settings.get("alpha", 1.0)
+    logits = hidden @ weight.T
+    expected = brute_force(logits, targets, alpha, settings.get("ignore_token_ids", ()), settings.get("window"))
+    plain = unlikelihood_loss(logits, targets, **settings)
+    assert plain.item() == pytest.approx(expected, rel=1e-10)
+    gradients = torch.autograd.grad(plain, (hidden, weight))
+    for chunk in (1, 4, 100):
+        rest = {key: value for key, value in settings.items() if key != "alpha"}
+        total, n, unlikelihood = language_model_loss(hidden, weight, targets, alpha, chunk=chunk, **rest)
+        assert (total / n).item() == pytest.approx(expected, rel=1e-10)
+        likelihood, _ = cross_entropy(hidden, weight, targets)
+        assert (likelihood + alpha * unlikelihood).item() == pytest.approx(total.item(), rel=1e-10)
+        torch.testing.assert_close(torch.autograd.grad(total / n, (hidden, weight)), gradients)
+
+
+def test_gradients_are_finite_differences():
+    targets, generator = random_text(7, T=6)
+    hidden = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h, w: unlikelihood_loss(h @ w.T, targets, 0.7), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: language_model_loss(h, w, targets, 0.7, chunk=5)[0], (hidden, weight))
+    text = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]] * 2)
+    states = torch.randn(2, 10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h, w: repetition_loss(h, w, text, n=3, chunk=7), (states, weight))
+
+
+def test_without_weight_it_is_cross_entropy():
+    targets, generator = random_text(1)
+    logits = torch.randn(*targets.shape, V, generator=generator)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(unlikelihood_loss(logits, targets, alpha=0.0), expected)
+    torch.testing.assert_close(
+        unlikelihood_loss(logits, targets.masked_fill(targets == IGNORED, -1), alpha=0.0, ignore_index=-1), expected
+    )
+
+
+def test_a_certain_repetition_costs_what_the_clamp_allows():
+    logits = torch.full((1, 2, V), -50.0, dtype=torch.float64, requires_grad=True)
+    certain = logits.clone()
+    certain[0, :, 3] = 50.0
+    targets = torch.tensor([[3, 2]])
+    loss = unlikelihood_loss(certain, targets)
+    assert loss.item() == pytest.approx((100.0 - math.log(1e-5)) / 2, rel=1e-6)
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+    hidden = certain.detach().requires_grad_()
+    total, n, _ = language_model_loss(hidden, torch.eye(V, dtype=torch.float64), targets, 1.0)
+    assert (total / n).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.autograd.grad(total, hidden)[0].isfinite().all()
+
+
+def test_tokens_of_repeated_ngrams_are_marked():
+    text = [1, 2, 3, 4, 9, 1, 2, 3, 4, 1, 2, 3, 4]
+    marked = repeated_ngrams(torch.tensor([text, [IGNORED] * 13, list(range(13))]), 4).tolist()
+    seen, expected = set(), [False] * len(text)
+    for i in range(len(text) - 3):
+        gram = tuple(text[i : i + 4])
+        if gram in seen:
+            expected[i : i + 4] = [True] * 4
+        seen.add(gram)
+    assert marked[0] == expected == [False] * 5 + [True] * 8
+    assert not any(marked[1] + marked[2])
+    assert not repeated_ngrams(torch.tensor([[1, 1]]), 4).any()
+
+
+def test_repetition_loss_is_over_all_tokens():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 8, 4), torch.randn(V, 4)
+    targets = torch.tensor([[5, 6, 5, 6, 5, 6, 1, 2], [IGNORED, IGNORED, 1, 1, 1, 1, 1, 3]])
+    marks, p = repeated_ngrams(targets, 2), (hidden @ weight.T).softmax(-1)
+    expected = sum(
+        -math.log(1 - p[b, t, targets[b, t]].item()) for b in range(2) for t in range(8) if marks[b, t]
+    ) / int((targets != IGNORED).sum())
+    assert marks.sum() > 4
+    assert repetition_loss(hidden, weight, targets, n=2, chunk=3).item() == pytest.approx(expected, rel=1e-5)

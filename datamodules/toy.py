@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from datamodules import paraphrase, sentiment
 from datamodules.classification import TextClassification
@@ -73,21 +73,48 @@ def toy_pairs(n: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-class _Toy(TextClassification):
-    """Rows written by a function of how many and a seed, with a byte-level BPE trained on them on the spot."""
+class ToyRows(TextClassification):
+    """Rows that a function writes, with a byte-level BPE trained on them on the spot. Subclasses say which.
+
+    Args:
+        n_train: training rows; a quarter as many each for validation and test.
+        vocab_size: entries of the tokenizer.
+        data_seed: decides what is written.
+        template: the text the model reads; by default that of the real task.
+        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
+        max_length: tokens in a row's text; by default what the model has room for.
+        batch_size: rows per process and step.
+        eval_batch_size: rows per process in validation, test and prediction.
+    """
+
+    WRITE: ClassVar[Callable[[int, int], list[dict[str, Any]]]]
+    TEMPLATE: ClassVar[str]
+    LABEL_COLUMN: ClassVar[str]
+    LABELS: ClassVar[Sequence[str]]
 
     def __init__(
         self,
-        write: Callable[[int, int], list[dict[str, Any]]],
-        n_train: int,
-        vocab_size: int,
-        data_seed: int,
-        **kwargs: Any,
+        n_train: int = 2000,
+        vocab_size: int = 512,
+        data_seed: int = 0,
+        template: str | None = None,
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(
+            label_column=self.LABEL_COLUMN,
+            labels=list(self.LABELS),
+            template=self.TEMPLATE if template is None else template,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+        )
         if n_train < 8:
             raise InputError(f"data.n_train is {n_train}; it must be at least 8")
-        self._write, self.n_train, self.vocab_size, self.data_seed = write, n_train, vocab_size, data_seed
+        self.n_train, self.vocab_size, self.data_seed = n_train, vocab_size, data_seed
 
     def has(self, split: str) -> bool:
         """Every split is there; prediction reads the test rows."""
@@ -98,7 +125,7 @@ class _Toy(TextClassification):
 
     def _texts(self, split: str) -> list[dict[str, Any]]:
         n, sizes = self.n_train, {"train": slice(0, self.n_train), "val": slice(self.n_train, self.n_train * 5 // 4)}
-        rows = self._write(n + 2 * (n // 4), self.data_seed)
+        rows = type(self).WRITE(n + 2 * (n // 4), self.data_seed)
         return rows[sizes.get(split, slice(n * 5 // 4, None))]
 
     def _sources(self, split: str) -> list[Source]:
@@ -113,81 +140,19 @@ class _Toy(TextClassification):
         return train_tokenizer(texts, self.vocab_size)
 
 
-class ToySentiment(_Toy):
-    """Three-class reviews of :func:`toy_reviews` with a byte-level BPE trained on them on the spot.
+class ToySentiment(ToyRows):
+    """Three-class reviews of :func:`toy_reviews`; arguments are those of :class:`ToyRows`."""
 
-    Args:
-        n_train: training rows; a quarter as many each for validation and test.
-        vocab_size: entries of the tokenizer.
-        data_seed: decides what is written.
-        template: the text the model reads.
-        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
-        max_length: tokens in a row's text; by default what the model has room for.
-        batch_size: rows per process and step.
-        eval_batch_size: rows per process in validation, test and prediction.
-    """
-
-    def __init__(
-        self,
-        n_train: int = 2000,
-        vocab_size: int = 512,
-        data_seed: int = 0,
-        template: str = sentiment.TEMPLATE,
-        tokenizer: str | None = None,
-        max_length: int | None = None,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-    ) -> None:
-        super().__init__(
-            toy_reviews,
-            n_train,
-            vocab_size,
-            data_seed,
-            label_column="sentiment",
-            labels=["negative", "neutral", "positive"],
-            template=template,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-        )
+    WRITE = toy_reviews
+    TEMPLATE = sentiment.TEMPLATE
+    LABEL_COLUMN = "sentiment"
+    LABELS = ("negative", "neutral", "positive")
 
 
-class ToyPairs(_Toy):
-    """Pairs of questions of :func:`toy_pairs` with a byte-level BPE trained on them on the spot.
+class ToyPairs(ToyRows):
+    """Pairs of questions of :func:`toy_pairs`; arguments are those of :class:`ToyRows`."""
 
-    Args:
-        n_train: training rows; a quarter as many each for validation and test.
-        vocab_size: entries of the tokenizer.
-        data_seed: decides what is written.
-        template: the text the model reads.
-        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
-        max_length: tokens in a row's text; by default what the model has room for.
-        batch_size: rows per process and step.
-        eval_batch_size: rows per process in validation, test and prediction.
-    """
-
-    def __init__(
-        self,
-        n_train: int = 4000,
-        vocab_size: int = 512,
-        data_seed: int = 0,
-        template: str = paraphrase.TEMPLATE,
-        tokenizer: str | None = None,
-        max_length: int | None = None,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-    ) -> None:
-        super().__init__(
-            toy_pairs,
-            n_train,
-            vocab_size,
-            data_seed,
-            label_column="is_duplicate",
-            labels=list(paraphrase.PAIR_LABELS),
-            template=template,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-        )
+    WRITE = toy_pairs
+    TEMPLATE = paraphrase.TEMPLATE
+    LABEL_COLUMN = "is_duplicate"
+    LABELS = paraphrase.PAIR_LABELS

@@ -18,6 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.files import whole_file
+from gpt2_pl.flops import peak_flops, training_flops
+from gpt2_pl.tasks.language_model import LanguageModel
 
 Scores = dict[str, float]
 
@@ -38,6 +40,7 @@ class RunSummary(Callback):
         self.training_seconds = 0.0  # of them, spent in training batches
         self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
         self._since = 0.0
+        self._logged = (0, 0.0)  # tokens and seconds when the speed was logged last
         self._fitting = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,6 +66,7 @@ class RunSummary(Callback):
             return
         for key, value in state_dict.items():
             setattr(self, key, value)
+        self._logged = (self.tokens, self.training_seconds)
 
     # Training
 
@@ -89,7 +93,23 @@ class RunSummary(Callback):
         """Count the batch."""
         self.training_seconds += time.perf_counter() - self._batch_since
         self.examples += int(batch.get("global_rows", len(batch["input_ids"])))
-        self.tokens += int(batch["attention_mask"].sum()) * trainer.world_size
+        self.tokens += int(batch.get("global_tokens") or int(batch["attention_mask"].sum()) * trainer.world_size)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (batch_idx + 1) % every == 0 and trainer.logger is not None:
+            tokens, seconds = self.tokens - self._logged[0], self.training_seconds - self._logged[1]
+            self._logged = (self.tokens, self.training_seconds)
+            speed = {"train/tokens_per_second": tokens / seconds}
+            if (flops := self._flops(trainer, pl_module)) is not None:
+                speed["train/mfu"] = flops * tokens / seconds
+            trainer.logger.log_metrics(speed, step=trainer.global_step)
+
+    def _flops(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """The share of the machine that a token per second takes; None but where a whole GPT-2 trains on text."""
+        if not isinstance(pl_module, LanguageModel) or not pl_module.train_base or not self.examples:
+            return None
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        peak = peak_flops(pl_module.device, dtype) * trainer.world_size
+        return training_flops(pl_module.config, self.tokens / self.examples) / peak
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the epoch."""
@@ -178,6 +198,7 @@ class RunSummary(Callback):
             "seconds": self.seconds + since,
             "examples_per_second": self.examples / self.training_seconds if self.training_seconds else None,
             "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else None,
+            "mfu": self._mfu(trainer, pl_module),
             "peak_memory_bytes": peak_memory(),
             "steps": trainer.global_step,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
@@ -188,6 +209,10 @@ class RunSummary(Callback):
             "data": datamodule.description() if hasattr(datamodule, "description") else None,
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
         }
+
+    def _mfu(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        flops = self._flops(trainer, pl_module) if self.training_seconds else None
+        return None if flops is None else flops * self.tokens / self.training_seconds
 
     def table(self, pl_module: LightningModule) -> Any:
         """Training and validation scores by epoch, as a rich table; the best epoch is marked."""

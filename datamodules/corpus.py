@@ -15,7 +15,7 @@ from datamodules.base import TextData
 from datamodules.batching import PackedRows
 from datamodules.rows import read_file, read_hub, require_columns
 from gpt2_pl.errors import InputError
-from gpt2_pl.tokenizer import END_OF_TEXT
+from gpt2_pl.tokenizer import END_OF_TEXT, train_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,6 +39,7 @@ class TextCorpus(TextData):
         hub_id: dataset on the Hugging Face hub, read when no file is given.
         column: where a row's text is.
         tokenizer: folder or hub id; on the command line the base's own by default.
+        vocab_size: train a byte-level BPE with so many entries on the training text, in place of ``tokenizer``.
         max_length: tokens in a context; by default what the model has room for.
         batch_size: contexts per process and step.
         eval_batch_size: contexts per process in validation and test.
@@ -57,6 +58,7 @@ class TextCorpus(TextData):
         hub_id: str | None = None,
         column: str = "text",
         tokenizer: str | None = None,
+        vocab_size: int | None = None,
         max_length: int | None = None,
         batch_size: int = 8,
         eval_batch_size: int = 8,
@@ -67,7 +69,12 @@ class TextCorpus(TextData):
         super().__init__(
             {**files, "predict": []}, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction
         )
-        self.column = column
+        if vocab_size is not None and tokenizer is not None:
+            raise InputError(
+                f"data.vocab_size is {vocab_size} and data.tokenizer {tokenizer}: train a tokenizer or give one, "
+                "not both (a base brings its own)"
+            )
+        self.column, self.vocab_size = column, vocab_size
 
     def has(self, split: str) -> bool:
         """Whether there is text for the split: train, val or test."""
@@ -77,6 +84,23 @@ class TextCorpus(TextData):
 
     def _has_own_val(self) -> bool:
         return self.hub_id is not None or bool(self.files["val"])
+
+    def _make_tokenizer(self) -> Tokenizer:
+        if self.vocab_size is None:
+            return super()._make_tokenizer()
+        if self.hub_id is None and not self.files["train"]:
+            raise InputError("data.vocab_size trains a tokenizer on data.train_file, which is not given")
+        return train_tokenizer(self._texts("train"), self.vocab_size)
+
+    def _texts(self, split: str) -> Iterator[str]:
+        """The texts of a split's own files, long ones in pieces."""
+        for file in self.files[split] or [None]:
+            source = self._source(split, file)
+            if isinstance(source, Path):
+                yield from _pieces(source)
+            else:
+                for batch in source.iter(1000):
+                    yield from (text or "" for text in batch[self.column])
 
     def _encode(self, split: str) -> PackedRows:
         source = "train" if split == "val" and not self._has_own_val() else split

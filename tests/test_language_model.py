@@ -12,7 +12,9 @@ from transformers import GPT2LMHeadModel
 import datamodules.corpus
 from datamodules import TextCorpus
 from datamodules.batching import PackedRows
+from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.errors import InputError
+from gpt2_pl.flops import training_flops
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -156,3 +158,40 @@ def test_text_that_cannot_be_used(options, message, files, base, tmp_path):
     options = {key: value.format(**names) for key, value in options.items()}
     with pytest.raises(InputError, match=message):
         TextCorpus(**options, tokenizer=str(base), max_length=16).setup("fit")
+
+
+def test_from_scratch_with_a_tokenizer_of_its_own(run, files, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("\n".join(line.split("\t")[0] for line in files["train"].read_text().splitlines()[1:]) * 3)
+    shape = "{vocab_size: 300, n_positions: 32, n_embd: 32, n_layer: 2, n_head: 2, dropout: 0.0}"
+    folder = run("fit", "--config", ROOT / "configs/task/text.yaml", "--model.base=null", "--model.config", shape,
+                 f"--data.train_file={text}", "--data.vocab_size=300", "--data.max_length=32", "--trainer.max_epochs=2",
+                 "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=2",
+                 "--model.optimizer.init_args.lr=3e-3")  # fmt: skip
+    account = metrics(folder)
+    assert account["scores"]["val/perplexity"] < 150 < 300
+    assert 0 < account["mfu"] < 1
+    assert load_tokenizer(folder).get_vocab_size() == 300
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"train/mfu", "train/tokens_per_second"} <= set(board.Tags()["scalars"])
+
+
+def test_a_tokenizer_is_trained_or_given(base, files):
+    with pytest.raises(InputError, match=r"data\.vocab_size is 300 and data\.tokenizer"):
+        TextCorpus(train_file=str(files["train"]), tokenizer=str(base), vocab_size=300)
+
+
+def test_training_flops_are_those_of_a_count(base):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=3, n_head=2, dropout=0.0)
+    model = GPT2(config)
+    ids = torch.randint(0, 512, (4, 64))
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        logits = model.logits(model(ids))
+        logits.sum().backward()
+    assert training_flops(config, 64) == pytest.approx(counted.get_total_flops() / ids.numel(), rel=0.01)

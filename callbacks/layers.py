@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from gpt2_pl.errors import InputError
@@ -89,6 +90,8 @@ class GradualUnfreezing(Callback):
     def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
         """Refuse what contradicts this callback, before anything is built."""
         check_alone(self, callbacks, module)
+        if (names := getattr(module, "layer_names", None)) is not None:
+            self.stage_layers(list(names))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have DDP accept parameters without a gradient."""
@@ -109,7 +112,14 @@ class GradualUnfreezing(Callback):
         """Note what trains, and when."""
         layers = layers_of(pl_module, self)
         joined = dict.fromkeys(layers, -1)
+        trains = {name for name, parameters in layers.items() if any(p.requires_grad for _, p in parameters)}
         stages = self.stage_layers(list(layers))
+        if self.stages is None:
+            stages = [stage for stage in stages if trains & set(stage)]
+        for stage in stages:
+            if not trains & set(stage):
+                raise InputError(f"GradualUnfreezing: nothing of the stage [{', '.join(stage)}] would train")
+        self._warn_of_late_stages(stages, trainer.max_epochs)
         for i, names in enumerate(stages):
             for name in names:
                 joined[name] = i
@@ -117,6 +127,16 @@ class GradualUnfreezing(Callback):
         for name, parameters in layers.items():
             self._joins[joined[name]] += [p for _, p in parameters if p.requires_grad]
         self.stage = None
+
+    def _warn_of_late_stages(self, stages: list[list[str]], max_epochs: int | None) -> None:
+        if max_epochs is None or max_epochs <= 0:
+            return
+        late = [name for i, stage in enumerate(stages) if i * self.epochs_per_stage >= max_epochs for name in stage]
+        if late:
+            rank_zero_warn(
+                f"GradualUnfreezing: training ends after {max_epochs} epochs, so that {', '.join(late)} never train: "
+                f"there are {len(stages)} stages of {self.epochs_per_stage:g} epochs"
+            )
 
     def stage_layers(self, layers: list[str]) -> list[list[str]]:
         """The layers, of ``layers`` from input to output, that join at each stage.
@@ -151,6 +171,10 @@ class GradualUnfreezing(Callback):
                 parameter.requires_grad_(i <= stage)
                 if i > stage:
                     parameter.grad = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave everything trainable that was so before."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave everything trainable that was so before."""
@@ -210,6 +234,8 @@ class DiscriminativeLR(Callback):
     def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
         """Refuse what contradicts this callback, before anything is built."""
         check_alone(self, callbacks, module)
+        if (names := getattr(module, "layer_names", None)) is not None:
+            self.scales(list(names))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what contradicts this callback."""
@@ -249,9 +275,18 @@ class DiscriminativeLR(Callback):
                     )
                 factors.append(scales[found[0]])
                 group["lr_scale"] = group.get("lr_scale", 1.0) * factors[i]
-                for key in {"lr", "initial_lr"} & group.keys():
+                for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():  # the last two are OneCycleLR's
                     group[key] *= factors[i]
             for config in trainer.lr_scheduler_configs:
-                scheduler: Any = config.scheduler
-                if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
-                    scheduler.base_lrs = [rate * f for rate, f in zip(scheduler.base_lrs, factors, strict=True)]
+                _scale(config.scheduler, optimizer, factors)
+
+
+def _scale(scheduler: Any, optimizer: Any, factors: list[float]) -> None:
+    """Multiply the rates that a scheduler, or one within it, keeps for the groups of an optimizer."""
+    for inner in getattr(scheduler, "_schedulers", []):  # SequentialLR, ChainedScheduler
+        _scale(inner, optimizer, factors)
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        return
+    for key in ("base_lrs", "max_lrs", "min_lrs"):
+        if isinstance(rates := getattr(scheduler, key, None), list):
+            setattr(scheduler, key, [rate * factor for rate, factor in zip(rates, factors, strict=True)])

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ class RunSummary(Callback):
 
     Args:
         settings: the run's configuration, shown on TensorBoard's HPARAMS page together with the final scores.
+        files: the configuration files that it was laid together from.
     """
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        self.settings = dict(settings or {})
+    def __init__(self, settings: Mapping[str, Any] | None = None, files: Sequence[str] = ()) -> None:
+        self.settings, self.files = dict(settings or {}), list(files)
         self.epochs: list[Scores] = []
         self.scores: Scores = {}  # of the best epoch, and of the test set
         self.seconds = 0.0  # spent training, validation included
@@ -187,11 +188,13 @@ class RunSummary(Callback):
         since = time.perf_counter() - self._since if self._since else 0.0
         return {
             "task": type(pl_module).__name__,
+            "configs": self.files,
             "monitor": pl_module.monitor,
             "scores": self.scores,
             "epochs": self.epochs,
             "parameters": {
-                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "trainable": sum(layer["trainable"] for layer in self.layers)  # at the end of training
+                or sum(p.numel() for p in parameters if p.requires_grad),
                 "total": sum(p.numel() for p in parameters),
                 "layers": self.layers,
             },

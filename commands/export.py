@@ -53,11 +53,14 @@ def load(checkpoint: Path, base: str | None = None) -> Task:
     if not checkpoint.is_file():
         raise InputError(f"there is no checkpoint {checkpoint}")
     try:
-        name = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["task"]
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        name = content["task"]
     except Exception as error:  # unpickling, zip and key errors
         raise InputError(f"{checkpoint} is not a checkpoint of this library: {str(error)[:200]}") from None
     if name not in gpt2_pl.tasks.__all__:
         raise InputError(f"{checkpoint} was written by {name!r}, which is no task of this library")
+    if base is not None and content["base"]["complete"]:
+        raise InputError(f"base: {checkpoint} holds every weight; leave --base out")
     moved = {} if base is None else {"base": base}
     return getattr(gpt2_pl.tasks, name).load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **moved)
 

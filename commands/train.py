@@ -104,6 +104,7 @@ class GPT2CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what one key takes from another, so that config.yaml says what the run used."""
         config = self.config[self.subcommand]
+        _refuse_contradictions(config.get("config") or [])
         for key in ("model", "data"):
             if config.get(key) is None:
                 raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
@@ -154,7 +155,10 @@ class GPT2CLI(LightningCLI):
         if logged:
             root = Path(trainer["default_root_dir"] or ".") / RUNS
             trainer["logger"] = TensorBoardLogger(root, name=config["name"], default_hp_metric=False)
-        self.summary = RunSummary(self.config_settings())
+        files = [
+            str(file) for file in config.get("config") or [] if "\n" not in str(file)
+        ]  # not a checkpoint's settings
+        self.summary = RunSummary(self.config_settings(), files)
         callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         if trainer["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
@@ -228,6 +232,27 @@ class GPT2CLI(LightningCLI):
                     highlight=False,
                 )
             console.print(f"Look at it:      tensorboard --logdir {Path(folder).parents[1]}", soft_wrap=True)
+
+
+def _refuse_contradictions(files: list[Any]) -> None:
+    """Refuse two files of which one trains the base, or operates on it, and the other leaves it as it is."""
+    trains: dict[bool, str] = {}
+    surgery = None
+    for file in filter(None, files):
+        model = (yaml.safe_load(file.get_content()) or {}).get("model") or {}
+        stated = (model.get("init_args") if isinstance(model, dict) else None) or {}
+        if (value := stated.get("train_base")) is not None:
+            trains[bool(value)] = str(file)
+        if stated.get("surgery") or stated.get("surgery+"):
+            surgery = str(file)
+    if len(trains) == 2:
+        raise InputError(
+            f"{trains[True]} trains the base and {trains[False]} does not (train_base); leave one of them out"
+        )
+    if surgery is not None and trains.get(False, surgery) != surgery:
+        raise InputError(
+            f"{surgery} operates on the base and {trains[False]} leaves it as it is (a linear probe); leave one out"
+        )
 
 
 def best_precision(accelerator: Any) -> str:

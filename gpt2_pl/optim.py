@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt2_pl.errors import InputError
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -146,7 +148,7 @@ class Constant(Schedule):
 
     def __init__(self, warmup: float = 0.0) -> None:
         if warmup < 0:
-            raise ValueError(f"warmup is {warmup}; it must be a number of steps or a share of all steps in [0, 1)")
+            raise InputError(f"warmup is {warmup}; it must be a number of steps or a share of all steps in [0, 1)")
         self.warmup = warmup
 
     def _after_warmup(self, step: int, total: int) -> float:
@@ -178,7 +180,7 @@ class Cosine(Constant):
     def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
         super().__init__(warmup)
         if not 0.0 <= floor <= 1.0:
-            raise ValueError(f"floor is {floor}; it must be in [0, 1]")
+            raise InputError(f"floor is {floor}; it must be in [0, 1]")
         self.floor = floor
 
     def _after_warmup(self, step: int, total: int) -> float:
@@ -199,9 +201,9 @@ class SlantedTriangular(Schedule):
 
     def __init__(self, cut_frac: float = 0.1, ratio: float = 32.0) -> None:
         if not 0.0 <= cut_frac < 1.0:
-            raise ValueError(f"cut_frac is {cut_frac}; it must be in [0, 1)")
+            raise InputError(f"cut_frac is {cut_frac}; it must be in [0, 1)")
         if ratio < 1.0:
-            raise ValueError(f"ratio is {ratio}; it must be at least 1")
+            raise InputError(f"ratio is {ratio}; it must be at least 1")
         self.cut_frac, self.ratio = cut_frac, ratio
 
     def factor(self, step: int, total: int) -> float:

@@ -312,3 +312,113 @@ def test_a_step_costs_what_it_trains():
     assert steps[:3] == [steps[0]] * 3  # one block more each time
     assert steps[0] >= 8
     assert products[5:] == [products[4]] * 3
+
+
+class TwoLayers(LightningModule):
+    """A module of no task, with a scheduler of torch's own."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.body, self.head = make, nn.Linear(4, 4), nn.Linear(4, 2)
+        self.seen = []
+
+    def layer_groups(self):
+        return {"body": list(self.body.named_parameters()), "head": list(self.head.named_parameters())}
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+        return self.head(self.body(batch)).square().sum()
+
+    def train_dataloader(self):
+        return torch.ones(12, 1, 4)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([{"params": self.body.parameters()}, {"params": self.head.parameters()}], lr=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make(optimizer), "interval": "step"}}
+
+
+SCHEDULES = torch.optim.lr_scheduler
+MAKE = {
+    "lambda": lambda o: SCHEDULES.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "one cycle": lambda o: SCHEDULES.OneCycleLR(o, max_lr=0.3, total_steps=20),
+    "cyclic": lambda o: SCHEDULES.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "two in sequence": lambda o: SCHEDULES.SequentialLR(
+        o, [SCHEDULES.LinearLR(o, 0.5, total_iters=3), SCHEDULES.CosineAnnealingLR(o, 9)], milestones=[3]
+    ),
+    "chained": lambda o: SCHEDULES.ChainedScheduler([SCHEDULES.LambdaLR(o, lambda step: 1 / (step + 1))]),
+    "steps": lambda o: SCHEDULES.StepLR(o, 3),
+}
+
+
+@pytest.mark.parametrize("make", MAKE)
+def test_rates_stay_apart_under_any_scheduler(make):
+    module = TwoLayers(MAKE[make])
+    trainer(max_epochs=1, callbacks=[DiscriminativeLR(decay=0.5, head_scale=2.0)]).fit(module)
+    assert len({round(head, 6) for _, head in module.seen}) > 2
+    for body, head in module.seen:
+        assert head == pytest.approx(2 * body)
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, *_):
+        raise RuntimeError("stop here")
+
+
+def test_a_run_that_broke_off_leaves_nothing_frozen():
+    module = TwoLayers(MAKE["lambda"])
+    freezing = {"stages": [["head"], ["body"]], "epochs_per_stage": 1.0}
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer(max_epochs=2, callbacks=[GradualUnfreezing(**freezing), Stop()]).fit(module)
+    assert all(p.requires_grad for p in module.parameters())
+    before = module.body.weight.detach().clone()
+    trainer(max_epochs=2, callbacks=[GradualUnfreezing(**freezing)]).fit(module)
+    assert not torch.equal(module.body.weight, before)
+
+
+def test_stages_in_which_nothing_would_train(toy_base):
+    surgery = [LoRA(rank=2, targets=["c_attn"])]
+    watch = Watch()
+    task = classifier(base=toy_base, surgery=surgery, head="verbaliser", words=["a", "b", "c"])
+    trainer(max_epochs=2, callbacks=[GradualUnfreezing(blocks_per_stage=2), watch]).fit(task, data())
+    assert {int(name.split(".")[2]) for name in watch.trains[0]} == {2, 3}  # the first stage had neither head nor ln_f
+    assert {int(name.split(".")[2]) for name in watch.trains[-1]} == {0, 1, 2, 3}
+    task = classifier(base=toy_base, surgery=surgery)
+    with pytest.raises(InputError, match=r"nothing of the stage \[embeddings\] would train"):
+        trainer(max_epochs=2, callbacks=[GradualUnfreezing(stages=[["head"], ["embeddings"]])]).fit(task, data())
+
+
+def test_stages_that_training_never_reaches_are_told():
+    with pytest.warns(
+        match=r"ends after 2 epochs, so that embeddings, block.0, block.1 never train: there are 3 stages"
+    ):
+        trainer(max_epochs=2, callbacks=[GradualUnfreezing(blocks_per_stage=2)]).fit(classifier(), data())
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            GradualUnfreezing(stages=[["top"]]),
+            "no layer 'top'; there are embeddings, block.0, block.1, block.2, block.3",
+        ),
+        (DiscriminativeLR(top=["tail"]), "no layer 'tail'"),
+    ],
+)
+def test_layers_that_do_not_exist_are_refused_before_the_model_is_built(callback, message):
+    task = classifier()
+    with pytest.raises(InputError, match=message):
+        callback.check([callback], task)
+    assert task.gpt2 is None
+
+
+def test_llrd_and_unfreezing_keep_every_rate_at_every_stage():
+    task, watch = classifier(), Watch()
+    callbacks = [DiscriminativeLR(decay=0.5), GradualUnfreezing(blocks_per_stage=2), watch]
+    fit = trainer(max_epochs=3, callbacks=callbacks)
+    fit.fit(task, data())
+    rates = {id(p): group["lr"] for group in fit.optimizers[0].param_groups for p in group["params"]}
+    for name, parameter in task.named_parameters():
+        block = int(name.split(".")[2]) if ".h." in name else -1 if ".wte." in name or ".wpe." in name else 3
+        assert rates[id(parameter)] == pytest.approx(1e-2 * 0.5 ** (3 - block)), name
+    stages = [watch.trains[i] for i in (0, 8, 16)]
+    assert stages[0] < stages[1] < stages[2] == {name for name, _ in task.named_parameters()}

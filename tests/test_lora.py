@@ -1,6 +1,7 @@
 """LoRA, rsLoRA, DoRA and LoRA+ against peft, and against what must not change."""
 
 import copy
+import itertools
 
 import peft
 import pytest
@@ -31,12 +32,11 @@ def stirred(model, seed=1):
             if isinstance(module, LoRALinear):
                 module.lora_B.normal_(std=0.2, generator=generator)
                 if module.lora_magnitude is not None:
-                    module.lora_magnitude.mul_(1 + 0.2 * torch.rand(module.out_features, generator=generator))
+                    module.lora_magnitude.mul_(1 + 0.2 * torch.rand(len(module.lora_magnitude), generator=generator))
     return model
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "wte"])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("target", "dora"), [*itertools.product(TARGETS, [False, True]), ("wte", False)])
 def test_nothing_changes_at_the_start(target, dora):
     model = gpt2()
     before = model(IDS)
@@ -132,7 +132,7 @@ def test_gradients_and_frozen_weights():
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
-    targets = ["q", "v", "c_fc", "wte"]
+    targets = ["q", "v", "c_fc", *([] if dora else ["wte"])]
     model = stirred(LoRA(targets=targets, dora=dora).apply(gpt2()))
     unmerged, logits = model(IDS), model.logits(model(IDS))
     assert (unmerged - gpt2()(IDS)).abs().max() > 0.1
@@ -219,3 +219,43 @@ def test_a_model_with_adapters_is_not_saved_as_a_base(tmp_path):
     with pytest.raises(InputError, match="merge LoRA"):
         LoRA().apply(gpt2()).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("thirds", [["q", "v"], ["k"], ["v", "q"]])
+def test_dora_on_thirds_leaves_the_others_as_they_are(thirds):
+    model = gpt2()
+    LoRA(targets=thirds, dora=True).apply(model)
+    before = {i: block.attn.c_attn.merged_weight().detach().clone() for i, block in enumerate(model.h)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        model.logits(model(IDS)).logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for i, block in enumerate(model.h):
+        after = block.attn.c_attn.merged_weight().detach().chunk(3)
+        for name, was, now in zip("qkv", before[i].chunk(3), after, strict=True):
+            assert torch.equal(was, now) == (name not in thirds), (i, name)
+        assert block.attn.c_attn.lora_magnitude.numel() == len(thirds) * SHAPE.n_embd
+    merged = model(IDS)
+    torch.testing.assert_close(LoRA.merge(model)(IDS), merged, atol=1e-5, rtol=0)
+
+
+def test_a_refused_surgery_changes_nothing():
+    model = LoRA(layers=[2]).apply(gpt2())
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(InputError, match=r"h\.2\.attn\.c_attn has an adapter already"):
+        LoRA(targets=["c_fc", "c_attn", "wte"]).apply(model)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "c_attn"}, r"targets is 'c_attn'; write a list, such as \[c_attn\]"),
+        ({"rank": 8.5}, "rank is 8.5"),
+        ({"targets": ["wte"], "dora": True}, "dora has no form for wte"),
+    ],
+)
+def test_settings_of_the_wrong_kind(options, message):
+    with pytest.raises(InputError, match=message):
+        LoRA(**options)

@@ -24,6 +24,7 @@ CONFIGS = ROOT / "configs"
 SURGERIES = {
     "lora": [LoRA(rank=3, targets=["q", "v", "c_fc"])],
     "dora": [LoRA(rank=2, targets=["c_attn", "mlp.c_proj"], dora=True)],
+    "dora of thirds": [LoRA(rank=2, targets=["q", "v"], dora=True)],
     "rslora": [LoRA(rank=4, rslora=True, targets=["c_proj"], layers=0), LoRA(rank=2, targets=["c_fc"])],
     "embedding": [LoRA(rank=3, targets=["wte", "c_fc"], alpha=2)],
     "prefix": [PrefixTuning(4)],

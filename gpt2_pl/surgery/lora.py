@@ -17,7 +17,7 @@ from gpt2_pl.surgery.base import Surgery, freeze_base
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from gpt2_pl.model import GPT2, Block
+    from gpt2_pl.model import GPT2
 
 # Target -> the layer of a block, and which third of its output (None: all of it). c_attn holds q, k and v. Beside
 # these there is `wte`, the token embedding.
@@ -38,8 +38,9 @@ class LoRALinear(nn.Linear):
     ``weight`` and ``bias`` are those of the layer it replaces, under the same names. A is (n r, in) and B (out', r)
     for n adapted thirds of the output, or n = 1 and all of it; B starts at zero, so that nothing changes at first.
 
-    With DoRA (Liu et al. 2024, eqs. 5 and 11) the rows of W + s B A give only the direction, and ``lora_magnitude``
-    (out,), which starts at the row norms of W, the length; the norm counts as a constant in the backward pass.
+    With DoRA (Liu et al. 2024, eqs. 5 and 11) the adapted rows of W + s B A give only the direction, and
+    ``lora_magnitude`` (out',), which starts at their norms in W, the length; the norm counts as a constant in the
+    backward pass.
 
     Args:
         linear: the layer to adapt; its parameters are taken over.
@@ -72,8 +73,10 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(self.weight.new_empty(n * rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        magnitude = nn.Parameter(torch.linalg.vector_norm(self.weight.detach(), dim=1)) if dora else None
-        self.register_parameter("lora_magnitude", magnitude)
+        self.register_parameter("lora_magnitude", None)
+        if dora:
+            norms = torch.linalg.vector_norm(self.weight.detach(), dim=1).chunk(1 if thirds is None else 3)
+            self.lora_magnitude = nn.Parameter(torch.cat([norms[i] for i in thirds or [0]]))
 
     def spread_B(self) -> Tensor:
         """B as a matrix (out, n r) that acts on A's whole output."""
@@ -94,8 +97,19 @@ class LoRALinear(nn.Linear):
         """The weight (out, in) of the plain layer that computes the same."""
         weight = self.weight + self.delta()
         if self.lora_magnitude is not None:
-            weight = weight * (self.lora_magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
+            weight = weight * self.row_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
         return weight
+
+    def row_scale(self, norm: Tensor) -> Tensor:
+        """DoRA's factor of every row (out,), for the norms (out,) of W + s B A; 1 where nothing is adapted."""
+        assert self.lora_magnitude is not None
+        if self.thirds is None:
+            return self.lora_magnitude / norm
+        factors = list(torch.ones_like(norm).chunk(3))
+        magnitudes, norms = self.lora_magnitude.chunk(len(self.thirds)), norm.chunk(3)
+        for third, magnitude in zip(self.thirds, magnitudes, strict=True):
+            factors[third] = magnitude / norms[third]
+        return torch.cat(factors)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -105,7 +119,7 @@ class LoRALinear(nn.Linear):
             return F.linear(input, self.weight, self.bias) + addition
         with torch.no_grad():
             norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
-        return (F.linear(input, self.weight) + addition) * (self.lora_magnitude / norm) + self.bias
+        return (F.linear(input, self.weight) + addition) * self.row_scale(norm) + self.bias
 
 
 class LoRAEmbedding(nn.Embedding):
@@ -154,7 +168,7 @@ class LoRA(Surgery):
         dropout: probability for an adapter's input, in training.
         targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (the
             attention's), ``c_fc``, ``mlp.c_proj``; and ``wte``, the token embedding, whatever ``layers`` says and
-            without dropout or magnitudes.
+            without dropout; it has no DoRA.
         rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         dora: weight-decomposed adaptation (Liu et al. 2024).
         layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
@@ -175,31 +189,33 @@ class LoRA(Surgery):
     b_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise InputError(f"LoRA: targets is {self.targets!r}; write a list, such as [{self.targets}]")
         for key, value, good in (
-            ("rank", self.rank, self.rank >= 1),
+            ("rank", self.rank, isinstance(self.rank, int) and self.rank >= 1),
             ("alpha", self.alpha, self.alpha > 0),
             ("dropout", self.dropout, 0.0 <= self.dropout < 1.0),
             ("b_lr_ratio", self.b_lr_ratio, self.b_lr_ratio > 0),
         ):
             if not good:
                 raise InputError(f"LoRA: {key} is {value}, which is out of range")
+        if self.dora and "wte" in self.targets:
+            raise InputError("LoRA: dora has no form for wte; adapt wte by a LoRA of its own, without dora")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Put adapters beside the target layers and freeze the published parameters; see :class:`Surgery`."""
         scaling = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         chosen = self._chosen_layers()
-        for i in self._chosen_blocks(len(model.h)):
-            block: Block = model.h[i]  # type: ignore[assignment]
-            for name, thirds in chosen.items():
-                linear = block.get_submodule(name)
-                if isinstance(linear, LoRALinear):
-                    raise InputError(f"LoRA: h.{i}.{name} has an adapter already: two LoRA surgeries target it")
-                assert isinstance(linear, nn.Linear)
-                adapted = LoRALinear(linear, self.rank, scaling, self.dropout, thirds, self.dora, self.b_lr_ratio)
-                block.set_submodule(name, adapted.train(linear.training))
+        paths = [(f"h.{i}.{name}", t) for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()]
+        for path in [path for path, _ in paths] + (["wte"] if "wte" in self.targets else []):
+            if isinstance(model.get_submodule(path), Adapter):
+                raise InputError(f"LoRA: {path} has an adapter already: two LoRA surgeries target it")
+        for path, thirds in paths:
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            adapted = LoRALinear(linear, self.rank, scaling, self.dropout, thirds, self.dora, self.b_lr_ratio)
+            model.set_submodule(path, adapted.train(linear.training))
         if "wte" in self.targets:
-            if isinstance(model.wte, LoRAEmbedding):
-                raise InputError("LoRA: wte has an adapter already: two LoRA surgeries target it")
             model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.b_lr_ratio).train(model.wte.training)
         freeze_base(model)
         return model

@@ -7,7 +7,9 @@ d = pinv(W) c.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "num_transformer_submodules": (1, None),
+    # the others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base's own weights
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -118,10 +122,11 @@ def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, An
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B
         if module.lora_magnitude is not None:
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.lora_magnitude
+            norm = torch.linalg.vector_norm(module.weight + module.delta(), dim=1)
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.row_scale(norm) * norm
     linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
     decomposed = {module.lora_magnitude is not None for module in linear} or {False}
-    if len(decomposed) > 1:
+    if len(decomposed) > 1 or (True in decomposed and len(linear) < len(adapters)):
         raise InputError("the model has LoRA and DoRA adapters; a peft adapter holds one of them")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return tensors, {
@@ -161,13 +166,15 @@ class PeftAdapter(Surgery):
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
+        digest: of the two files, by which a checkpoint knows them again; by default theirs.
 
     Raises:
-        InputError: at ``apply``, no such adapter, one of another kind or with options that are not computed here, or
-            one that does not fit the model.
+        InputError: at ``apply``, no such adapter, a changed one, one of another kind or with options that are not
+            computed here, or one that does not fit the model.
     """
 
     folder: str
+    digest: str | None = None
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Put the saved adapter into ``model`` and freeze the published parameters; see :class:`Surgery`."""
@@ -213,6 +220,10 @@ class PeftAdapter(Surgery):
         for key, allowed in _FIXED.items():
             if config.get(key, allowed[0]) not in allowed:
                 raise InputError(f"{folder / _CONFIG}: {key} is {config[key]!r}, which is not computed here")
+        digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (_CONFIG, _WEIGHTS))).hexdigest()
+        if self.digest not in (None, digest):
+            raise InputError(f"{folder}: the adapter is not the one that was trained on; it has changed since")
+        self.digest = digest
         names = (name.removeprefix("base_model.").removeprefix("model.") for name in stored)
         return config, dict(zip(names, stored.values(), strict=True))
 
@@ -222,9 +233,10 @@ class PeftAdapter(Surgery):
         if not adapted and embedding == [None, None]:
             raise InputError(f"{self.folder}: {_WEIGHTS} holds no lora_A")
         used = {"score.weight"} | self._layer_norm(model, tensors)
+        modules: dict[str, nn.Module] = {}
         if embedding[0] is not None and embedding[1] is not None:
             used |= {f"transformer.wte.lora_embedding_{x}" for x in "AB"}
-            self._apply_embedding(model, config, embedding[0], embedding[1])
+            modules["wte"] = self._embedding(model, config, embedding[0], embedding[1])
         for path in adapted:
             name = path.removeprefix("transformer.")
             linear = dict(model.named_modules()).get(name)
@@ -245,12 +257,14 @@ class PeftAdapter(Surgery):
                 module.lora_A.copy_(A), module.lora_B.copy_(B)
                 if magnitude is not None and module.lora_magnitude is not None:
                     module.lora_magnitude.copy_(magnitude)
-            model.set_submodule(name, module.train(linear.training))
+            modules[name] = module.train(linear.training)
             used |= {f"{path}.{key}" for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
         if unused := sorted(tensors.keys() - used):
             raise InputError(f"{self.folder}: {_WEIGHTS} also holds {unused[0]}, which has no place here")
+        for name, adapter in modules.items():
+            model.set_submodule(name, adapter)
 
-    def _apply_embedding(self, model: GPT2, config: dict[str, Any], A: Tensor, B: Tensor) -> None:
+    def _embedding(self, model: GPT2, config: dict[str, Any], A: Tensor, B: Tensor) -> LoRAEmbedding:
         rank = A.size(0)
         if isinstance(model.wte, LoRAEmbedding):
             raise InputError(f"{self.folder}: wte has an adapter already")
@@ -263,7 +277,7 @@ class PeftAdapter(Surgery):
         module = LoRAEmbedding(model.wte, rank, _scaling(config, "transformer.wte", rank)).train(model.wte.training)
         with torch.no_grad():
             module.lora_A.copy_(A), module.lora_B.copy_(B)
-        model.wte = module
+        return module
 
     def _apply_virtual(self, model: GPT2, kind: str, tensors: dict[str, Tensor]) -> None:
         name = "prefix" if kind == "PREFIX_TUNING" else "prompt"
@@ -298,10 +312,14 @@ class PeftAdapter(Surgery):
 
 
 def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
-    """s of a module: an alpha pattern names its path or the end of it, as in peft."""
+    """s of a module: an alpha pattern is a regular expression for the end of its path, as in peft."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if path == pattern or path.endswith(f".{pattern}"):
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", path)
+        except re.error as error:
+            raise InputError(f"{_CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
+        if found:
             alpha = value
             break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -23,6 +23,14 @@ from gpt2_pl.surgery import Adapter, Surgery, build
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
+_OF_TRAINING = ("dropout", "b_lr_ratio", "init_text", "folder")  # settings of surgery that change no trained model
+
+
+def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Settings of a surgery without some of its arguments."""
+    return {**settings, "init_args": {k: v for k, v in settings["init_args"].items() if k not in names}}
+
+
 class Task(LightningModule):
     """A GPT-2 under Lightning. Subclasses add a head, a loss and metrics.
 
@@ -104,6 +112,9 @@ class Task(LightningModule):
             )
         self.trains_blocks = self.train_base or bool(adapted)
         self.n_virtual = skeleton.n_virtual
+        added = [name for name in ("prefix", "prompt") if getattr(skeleton, name) is not None]
+        blocks = [f"block.{i}" for i in range(self.config.n_layer)]
+        self.layer_names = ["embeddings", *blocks, "ln_f", *added, "head"]  # of layer_groups(), before it is built
 
     @property
     def max_length(self) -> int:
@@ -231,9 +242,11 @@ class Task(LightningModule):
         A checkpoint with every weight needs no base to be loaded, only its shape.
         """
         checkpoint["task"] = type(self).__name__
+        checkpoint["surgery"] = self.hparams["surgery"]
         checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": self.train_base}
         if self.train_base:
-            checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config))
+            surgery = [_without(settings, ("init_text",)) for settings in self.hparams["surgery"]]  # it is done
+            checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config), surgery=surgery)
         else:
             for name in self.core.base_names:
                 del checkpoint["state_dict"][f"gpt2.{name}"]
@@ -261,6 +274,10 @@ class Task(LightningModule):
                     f"model.base {self.base} holds other weights (digest {here})"
                 )
             found.update({f"gpt2.{name}": wanted[f"gpt2.{name}"] for name in self.core.base_names})
+        stored = checkpoint.get("surgery") or []  # in the hyperparameters those given now have taken their place
+        then, now = ([_without(s, _OF_TRAINING) for s in surgery] for surgery in (stored, self.hparams["surgery"]))
+        if then != now:
+            raise InputError(f"the checkpoint was trained with model.surgery {then}; here it is {now}")
         for name in sorted(wanted.keys() | found.keys()):
             theirs, ours = (tuple(state[name].shape) if name in state else None for state in (found, wanted))
             if theirs != ours:

@@ -78,6 +78,8 @@ class Classifier(Task):
                 f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for "
                 f"each of the {num_classes} classes and pooling 'last'"
             )
+        if head == "verbaliser" and self.is_probe:
+            raise InputError("model.head verbaliser has no parameters: with train_base: false nothing would train")
         self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
         self.head_name, self.words = head, words
         self.head_dropout = self.config.dropout if head_dropout is None else head_dropout

@@ -1,0 +1,274 @@
+"""Runs side by side: which belong together, what they scored, what they cost, and how sure the differences are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.statistics import Difference, paired_bootstrap
+
+_TRAINER = ("max_epochs", "max_steps", "precision", "callbacks", "gradient_clip_val", "accumulate_grad_batches")
+_APART = re.compile(r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$")  # where things lie, not what they are
+
+
+@dataclass
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: it.
+        account: its ``metrics.json``.
+        settings: its ``config.yaml``.
+    """
+
+    folder: Path
+    account: dict[str, Any]
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run's account and settings.
+
+        Raises:
+            InputError: the folder has none, or they are broken.
+        """
+        for name in ("metrics.json", "config.yaml"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} has no {name}; a run's folder is lightning_logs/NAME/version_N")
+        try:
+            account = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            settings = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
+            return cls(folder, dict(account), dict(settings))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise InputError(f"{folder}: metrics.json or config.yaml is broken: {str(error)[:200]}") from None
+
+    @property
+    def strategy(self) -> str:
+        """The strategy files that it was laid together from, or its name without a seed's number."""
+        files = [Path(file) for file in self.account.get("configs") or []]
+        stems = [file.stem for file in files if file.parent.name == "strategy"]
+        return "+".join(stems) or re.sub(r"[-_]?(seed)?[0-9]*$", "", str(self.settings.get("name"))) or "run"
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """What was set, by dotted name, but where things lie, names and seeds."""
+        found: dict[str, Any] = {}
+
+        def walk(name: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{name}.{key}".replace(".init_args", "").replace(".class_path", ""), inner)
+            elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+                for i, inner in enumerate(value):
+                    walk(f"{name}.{i}", inner)
+            elif not _APART.search(name):
+                found[name] = value
+
+        for key in ("model", "data"):
+            walk(key, self.settings.get(key) or {})
+        trainer = self.settings.get("trainer") or {}
+        for key in _TRAINER:
+            walk(f"trainer.{key}", trainer.get(key))
+        walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
+        return found
+
+    @property
+    def measure(self) -> dict[str, Any]:
+        """What it must share with others to be compared with them."""
+        data = self.account.get("data") or {}
+        files = {split: _names(file) for split, file in (data.get("files") or {}).items()}
+        return {
+            "task": self.account.get("task"),
+            "files": files or data.get("hub_id") or data.get("class"),
+            "rows": data.get("rows"),
+            "labels": data.get("labels"),
+            "base": (self.account.get("base") or {}).get("digest"),
+        }
+
+    def outcomes(self, split: str) -> NDArray[Any] | None:
+        """Whether each row of a split was classified rightly (N,); None where no predictions were kept."""
+        file = self.folder / f"predictions_{split}.csv"
+        if not file.is_file():
+            return None
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = csv.reader(lines)
+            header = next(rows, [])
+            if "label" not in header or "prediction" not in header:
+                return None
+            label, said = header.index("label"), header.index("prediction")
+            return np.array([row[label] == row[said] for row in rows], dtype=float)
+
+
+def _names(files: Any) -> list[str]:
+    return sorted(Path(str(file)).name for file in (files if isinstance(files, list) else [files]))
+
+
+@dataclass
+class Group:
+    """Runs of one configuration that differ in the seed.
+
+    Args:
+        label: what it is called.
+        runs: one for each seed.
+        difference: to the baseline in the outcomes of rows; None for the baseline, and where rows have none.
+    """
+
+    label: str
+    runs: list[Run]
+    difference: Difference | None = None
+
+    def values(self, score: str) -> list[float]:
+        """A score of every run that has it."""
+        return [float(run.account["scores"][score]) for run in self.runs if score in run.account["scores"]]
+
+    def mean(self, score: str) -> float | None:
+        """The mean over seeds."""
+        return statistics.mean(values) if (values := self.values(score)) else None
+
+    def spread(self, score: str) -> float | None:
+        """The standard deviation over seeds; None of one."""
+        return statistics.stdev(values) if len(values := self.values(score)) > 1 else None
+
+    def cost(self, name: str) -> float | None:
+        """The median over runs of ``trainable``, ``total``, ``seconds_to_best`` or a figure of ``metrics.json``."""
+        found = [value for run in self.runs if (value := _cost(run, name)) is not None]
+        return statistics.median(found) if found else None
+
+    def outcomes(self, split: str) -> NDArray[Any] | None:
+        """The share of seeds that were right, of every row (N,)."""
+        found = [outcomes for run in self.runs if (outcomes := run.outcomes(split)) is not None]
+        return np.mean(found, axis=0) if found and len({len(rows) for rows in found}) == 1 else None
+
+
+def _cost(run: Run, name: str) -> float | None:
+    if name in ("trainable", "total"):
+        return run.account["parameters"][name]
+    if name == "seconds_to_best":
+        epochs, best = len(run.account["epochs"]), run.account["scores"].get("best_epoch")
+        return run.account["seconds"] * best / epochs if epochs and best else None
+    return run.account.get(name)
+
+
+@dataclass
+class Comparison:
+    """The groups of one task, the baseline first.
+
+    Args:
+        task: its class.
+        monitor: the score that chose each run's best epoch.
+        measure: what all runs share.
+        groups: the groups.
+        notes: runs left out, and repeated ones.
+    """
+
+    task: str
+    monitor: str
+    measure: dict[str, Any]
+    groups: list[Group]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the monitored score."""
+        return not self.monitor.endswith(("loss", "perplexity"))
+
+    def scores(self) -> list[str]:
+        """The names of all scores, the monitored one first."""
+        names = dict.fromkeys([self.monitor])
+        for group in self.groups:
+            for run in group.runs:
+                names.update(dict.fromkeys(name for name in run.account["scores"] if "/" in name))
+        return list(names)
+
+
+def compare(runs: Iterable[Run], baseline: str = "full") -> list[Comparison]:
+    """Group runs by task, strategy and settings, and hold every group against the baseline.
+
+    Of each task the runs on the data and base that most of them share are compared; the others, and unfinished ones,
+    are left out, and a note says why.
+
+    Args:
+        runs: in any order.
+        baseline: the label of the group that differences are to; where there is none, the first group.
+    """
+    tasks: dict[str, list[Run]] = defaultdict(list)
+    notes: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        task = str(run.account.get("task"))
+        if run.account.get("status") != "finished" or not run.account.get("epochs"):
+            what = "trained nothing" if run.account.get("status") == "finished" else str(run.account.get("status"))
+            notes[task].append(f"{run.folder} is left out: it is not a finished training run ({what})")
+            tasks[task] += []
+        else:
+            tasks[task].append(run)
+    return [_compare_task(task, found, notes[task], baseline) for task, found in tasks.items() if found or notes[task]]
+
+
+def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str) -> Comparison:
+    if not runs:
+        return Comparison(task, "", {}, [], notes)
+    key = {id(run): json.dumps(run.measure, sort_keys=True) for run in runs}
+    (most, _), *_ = Counter(key.values()).most_common(1)
+    shared = json.loads(most)
+    kept = []
+    for run in runs:
+        if key[id(run)] == most:
+            kept.append(run)
+        else:
+            other = [name for name, value in json.loads(key[id(run)]).items() if value != shared[name]]
+            notes.append(f"{run.folder} is left out: other {', '.join(other)} than most ({run.measure[other[0]]})")
+    settings: dict[str, list[Run]] = defaultdict(list)
+    for run in kept:
+        settings[json.dumps([run.strategy, run.flat], sort_keys=True, default=str)].append(run)
+    groups = [Group(found[0].strategy, _one_for_each_seed(found, notes)) for found in settings.values()]
+    _tell_apart(groups)
+    groups.sort(key=lambda group: (group.label != baseline, group.label))
+    monitor = str(kept[0].account["monitor"])
+    split = monitor.partition("/")[0]
+    first = groups[0].outcomes(split)
+    for group in groups[1:]:
+        rows = group.outcomes(split)
+        if first is not None and rows is not None and len(first) == len(rows):
+            group.difference = paired_bootstrap(first, rows)
+    return Comparison(task, monitor, shared, groups, notes)
+
+
+def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:
+    """The first run of every seed; a note says whether repeated ones scored the same."""
+    by_seed: dict[Any, Run] = {}
+    for run in sorted(runs, key=lambda run: (run.account.get("seed", 0), str(run.folder))):
+        first = by_seed.setdefault(run.account.get("seed"), run)
+        if first is not run:
+            same = first.account["scores"] == run.account["scores"]
+            verdict = "the same scores to the last digit" if same else "OTHER SCORES"
+            notes.append(f"{run.folder} repeats {first.folder}, seed {run.account.get('seed')}: {verdict}")
+    return list(by_seed.values())
+
+
+def _tell_apart(groups: list[Group]) -> None:
+    """Add to labels that several groups have the settings in which these differ."""
+    for label, n in Counter(group.label for group in groups).items():
+        if n == 1:
+            continue
+        same = [group for group in groups if group.label == label]
+        names = dict.fromkeys(name for group in same for name in group.runs[0].flat)
+        differing = [
+            name for name in names if len({json.dumps(g.runs[0].flat.get(name), default=str) for g in same}) > 1
+        ]
+        for group in same:
+            told = (f"{name.rpartition('.')[2]} {group.runs[0].flat.get(name)}" for name in differing)
+            group.label = f"{label} ({', '.join(told)})"

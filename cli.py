@@ -16,11 +16,13 @@ _COMMANDS = {
     "predict": "write the class probabilities of unlabelled rows",
     "classify": "say of every row of a file what a run's model takes it for",
     "generate": "continue prompts with a run's language model",
+    "compare": "set runs side by side: scores over seeds, differences and how sure they are, cost",
     "export": "write a run's model as a folder for transformers or peft",
 }
 _HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl generate RUN --prompt_file FILE --out FILE
+       gpt2-pl compare RUN RUN ... --out FOLDER
        gpt2-pl export RUN --format hf|peft --out FOLDER
 
 {commands}
@@ -52,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from gpt2_pl.errors import InputError
 
     try:
-        if args[0] in ("classify", "export", "generate"):
+        if args[0] in ("classify", "compare", "export", "generate"):
             import_module(f"commands.{args[0]}").main(args[1:])
         else:
             _run(args)

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.files import whole_file
+from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.poem import PoemGenerator
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.files import whole_file
+from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.classification import Classifier
 
 

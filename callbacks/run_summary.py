@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.files import whole_file
+from gpt2_pl.files import whole_file
 from gpt2_pl.flops import peak_flops, training_flops
 from gpt2_pl.tasks.language_model import LanguageModel
 

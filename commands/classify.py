@@ -12,8 +12,8 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from callbacks.files import whole_file
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from callbacks.files import whole_file
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
 

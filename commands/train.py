@@ -19,8 +19,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import PoemWriter, PredictionWriter, Reproducibility, RunSummary
-from callbacks.files import whole_file
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 

@@ -1,0 +1,258 @@
+"""compare: runs side by side, as tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2_pl.comparison import Comparison, Group, Run, compare
+from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COSTS = {  # name -> heading, divisor, digits
+    "trainable": ("trainable", 1, 0),
+    "checkpoint_bytes": ("checkpoint, MB", 1e6, 1),
+    "examples_per_second": ("examples/s", 1, 1),
+    "peak_memory_bytes": ("peak memory, GB", 1e9, 2),
+    "seconds": ("minutes", 60, 1),
+    "seconds_to_best": ("minutes to best", 60, 1),
+}
+_PERCENT = ("accuracy", "f1", "precision", "recall")
+
+
+def main(args: list[str]) -> None:
+    """Compare runs and write report.md, report.html, report.csv, report.json and the plots into a folder."""
+    parser = argparse.ArgumentParser(prog="gpt2-pl compare", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs' folders, or folders above them")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--baseline", default="full", help="the strategy that differences are to (full)")
+    given = parser.parse_args(args)
+    folders = [folder for path in given.runs for folder in run_folders(path)]
+    comparisons = compare([Run.read(folder) for folder in folders], given.baseline)
+    given.out.mkdir(parents=True, exist_ok=True)
+    text, pages = [], []
+    for comparison in comparisons:
+        text.append(markdown(comparison))
+        figures = plots(comparison)
+        for name, figure in figures.items():
+            figure.savefig(given.out / f"{comparison.task}_{name}.png", dpi=120)
+        pages.append(page(comparison, figures))
+    for name, content in (
+        ("report.md", "\n".join(text)),
+        ("report.html", _HTML.format(body="\n".join(pages))),
+        ("report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
+    ):
+        with whole_file(given.out / name) as file:
+            file.write(content)
+    with whole_file(given.out / "report.csv") as file:
+        write_csv(comparisons, csv.writer(file))
+    print("\n".join(text))
+    print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run that a folder is, or all runs below it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (path / "metrics.json").is_file():
+        return [path]
+    found = sorted(file.parent for file in path.glob("**/metrics.json"))
+    if not found:
+        raise InputError(f"{path} is no run's folder and has none below it (one has metrics.json)")
+    return found
+
+
+# Tables
+
+
+def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The headings and the cells of a comparison's table."""
+    names = comparison.scores()
+    headings = ["strategy", "seeds", *(name.replace("val/", "").replace("_", " ") for name in names)]
+    has_best = len({len(group.runs) for group in comparison.groups} | {1}) > 1
+    headings += [*(["best seed"] if has_best else []), "difference to the first"]
+    headings += [heading for heading, _, _ in _COSTS.values()]
+    cells = []
+    for group in comparison.groups:
+        cells.append(
+            [
+                group.label,
+                str(len(group.runs)),
+                *(_score(group, name) for name in names),
+                *([_best(comparison, group)] if has_best else []),
+                _difference(group),
+                *(_number(group.cost(name), divisor, digits) for name, (_, divisor, digits) in _COSTS.items()),
+            ]
+        )
+    return headings, cells
+
+
+def _scaled(name: str, value: float) -> str:
+    percent = any(part in name for part in _PERCENT)
+    return f"{100 * value:.1f}" if percent else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _score(group: Group, name: str) -> str:
+    mean, spread = group.mean(name), group.spread(name)
+    if mean is None:
+        return ""
+    return _scaled(name, mean) + (f" ± {_scaled(name, spread)}" if spread is not None else "")
+
+
+def _best(comparison: Comparison, group: Group) -> str:
+    values = group.values(comparison.monitor)
+    return _scaled(comparison.monitor, (max if comparison.higher_is_better else min)(values))
+
+
+def _difference(group: Group) -> str:
+    if (found := group.difference) is None:
+        return ""
+    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}], p {found.p:.3f}"
+
+
+def _number(value: float | None, divisor: float, digits: int) -> str:
+    return "" if value is None else f"{value / divisor:,.{digits}f}"
+
+
+_CAPTION = (
+    "Scores are those of the epoch best by {monitor}: means over seeds ± standard deviation, shares in percent. "
+    "The difference is in the share of rows that are right, with its 95 % interval and p from a paired bootstrap over "
+    "rows, each with its mean over seeds: how sure it is of these models on other texts, not over seeds."
+)
+
+
+def markdown(comparison: Comparison) -> str:
+    """A comparison as a section of Markdown."""
+    lines = [f"## {comparison.task}", "", _about(comparison), ""]
+    if comparison.groups:
+        headings, cells = rows(comparison)
+        lines += [_CAPTION.format(monitor=comparison.monitor), ""]
+        lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *cells)]
+    lines += ["", *(f"- {note}" for note in comparison.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(comparison: Comparison) -> str:
+    measure = comparison.measure
+    if not measure:
+        return "No run of this task can be compared."
+    files = measure["files"]
+    shown = (
+        "; ".join(f"{split}: {', '.join(names)}" for split, names in files.items())
+        if isinstance(files, dict)
+        else files
+    )
+    counts = ", ".join(f"{n:,} {split}" for split, n in (measure["rows"] or {}).items())
+    return f"Data: {shown} ({counts} rows). Base: digest {str(measure['base'])[:12]}."
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain values."""
+    return {
+        "task": comparison.task,
+        "monitor": comparison.monitor,
+        "measure": comparison.measure,
+        "notes": comparison.notes,
+        "groups": [
+            {
+                "strategy": group.label,
+                "runs": [str(run.folder) for run in group.runs],
+                "scores": {name: group.values(name) for name in comparison.scores()},
+                "difference": None if group.difference is None else group.difference._asdict(),
+                "cost": {name: group.cost(name) for name in _COSTS},
+            }
+            for group in comparison.groups
+        ],
+    }
+
+
+def write_csv(comparisons: list[Comparison], table: Any) -> None:
+    """One row for every run."""
+    scores = list(dict.fromkeys(name for comparison in comparisons for name in comparison.scores()))
+    table.writerow(["task", "strategy", "seed", "run", *scores, *_COSTS])
+    for comparison in comparisons:
+        for group in comparison.groups:
+            for run in group.runs:
+                alone = Group(group.label, [run])
+                figures = [run.account["scores"].get(name, "") for name in scores]
+                costs = [alone.cost(name) for name in _COSTS]
+                table.writerow([comparison.task, group.label, run.account.get("seed"), run.folder, *figures, *costs])
+
+
+# Plots and the page
+
+
+def plots(comparison: Comparison) -> dict[str, Figure]:
+    """Learning curves, and scores against what they cost."""
+    from matplotlib.figure import Figure
+
+    if not comparison.groups:
+        return {}
+    name = comparison.monitor
+    curves = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = curves.subplots()
+    for i, group in enumerate(comparison.groups):
+        for n, run in enumerate(group.runs):
+            points = [(epoch["epoch"], epoch[name]) for epoch in run.account["epochs"] if name in epoch]
+            axes.plot(*zip(*points, strict=True), color=f"C{i % 10}", marker="o", markersize=3, alpha=0.8,
+                      linestyle="-" if i < 10 else "--", label=group.label if n == 0 else None)  # fmt: skip
+    axes.set(xlabel="epoch", ylabel=name, title=f"{comparison.task}: learning curves")
+    axes.legend(fontsize=8)
+    costs = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = costs.subplots(1, 2, sharey=True)
+    for axis, cost in zip(panels, ("trainable", "seconds"), strict=True):
+        heading, divisor, _ = _COSTS[cost]
+        for i, group in enumerate(comparison.groups):
+            mean, value = group.mean(name), group.cost(cost)
+            if mean is not None and value:
+                axis.errorbar(value / divisor, mean, group.spread(name) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3)
+                axis.annotate(
+                    group.label, (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
+                )
+        axis.set(xlabel=f"{heading} parameters" if cost == "trainable" else heading, xscale="log")
+        axis.margins(x=0.25)
+    panels[0].set_ylabel(name)
+    costs.suptitle(f"{comparison.task}: score against cost")
+    return {"curves": curves, "costs": costs}
+
+
+_HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>gpt2_pl: comparison</title>
+<style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 110em; padding: 0 1em }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; text-align: right;
+border-bottom: 1px solid #ddd; white-space: nowrap }} td:first-child, th:first-child {{ text-align: left }}
+img {{ max-width: 100% }} p {{ max-width: 60em }}</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def page(comparison: Comparison, figures: dict[str, Figure]) -> str:
+    """A comparison as a section of a page that needs no other file."""
+    parts = [f"<h2>{html.escape(comparison.task)}</h2>", f"<p>{html.escape(_about(comparison))}</p>"]
+    if comparison.groups:
+        headings, cells = rows(comparison)
+        table = [[f"<th>{html.escape(heading)}</th>" for heading in headings]]
+        table += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in cells]
+        lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in table)
+        parts.append(f"<p>{_CAPTION.format(monitor=comparison.monitor)}</p>")
+        parts.append(f'<div class="wide"><table>\n{lines}\n</table></div>')
+    for name, figure in figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        data = base64.b64encode(picture.getvalue()).decode()
+        parts.append(f'<img alt="{comparison.task}: {name}" src="data:image/png;base64,{data}">')
+    if comparison.notes:
+        parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in comparison.notes)}</ul>")
+    return "\n".join(parts)

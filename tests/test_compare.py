@@ -1,0 +1,170 @@
+"""gpt2-pl compare: groups, figures against loops, what is left out and why, what it writes."""
+
+import csv
+import json
+import re
+import statistics
+import time
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from conftest import process as start
+
+from gpt2_pl.comparison import Run, compare
+
+CONFIG = ROOT / "configs"
+
+
+def fake_run(folder, strategy, seed, right, lr=1e-3, status="finished", base="abc", rows=None, configs=True):
+    """A run's folder as training leaves it, with these outcomes."""
+    folder.mkdir(parents=True)
+    score = float(np.mean(right))
+    account = {
+        "status": status, "task": "ParaphraseDetector", "monitor": "val/accuracy", "seed": seed,
+        "configs": ["configs/task/quora.yaml", f"configs/strategy/{strategy}.yaml"] if configs else [],
+        "scores": {"val/accuracy": score, "val/loss": 1 - score, "best_epoch": 2},
+        "epochs": [{"epoch": n, "val/accuracy": score - 0.1 * (2 - n), "val/loss": 1 - score} for n in (1, 2, 3)],
+        "parameters": {"trainable": 1000, "total": 2000}, "seconds": 90.0, "examples_per_second": 50.0 + seed,
+        "peak_memory_bytes": 10**9, "checkpoint_bytes": 4 * 10**6, "base": {"path": "x", "digest": base},
+        "data": {"files": {"train": ["/a/b/train.csv"], "val": f"/{seed}/dev.csv"}, "labels": ["no", "yes"],
+                 "rows": rows or {"train": 100, "val": len(right)}},
+    }  # fmt: skip
+    settings = {
+        "seed_everything": seed,
+        "name": f"{strategy}-{seed}",
+        "model": {"class_path": "T", "init_args": {"optimizer": {"init_args": {"lr": lr}}, "base": f"/{seed}/base"}},
+        "data": {"init_args": {"val_file": f"/{seed}/dev.csv", "batch_size": 8}},
+        "trainer": {"max_epochs": 3, "logger": seed == 1},
+    }
+    (folder / "metrics.json").write_text(json.dumps(account))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    with (folder / "predictions_val.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "text", "label", "prediction", "p(no)", "p(yes)"])
+        table.writerows([i, "a, b\nc", "yes", "yes" if good else "no", 0.5, 0.5] for i, good in enumerate(right))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    generator = np.random.default_rng(0)
+    both = generator.random(400) < 0.6
+    folders = []
+    for strategy, share in (("lora", 0.45), ("full", 0.15)):
+        for seed in (1, 2, 3):
+            right = both | (generator.random(400) < share)
+            folders.append(fake_run(tmp_path / f"runs/{strategy}/version_{seed}", strategy, seed, right))
+    return folders
+
+
+def test_groups_and_figures(runs):
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    full, lora = comparison.groups
+    assert (full.label, lora.label) == ("full", "lora")
+    scores = [json.loads((folder / "metrics.json").read_text())["scores"]["val/accuracy"] for folder in runs[:3]]
+    assert lora.mean("val/accuracy") == pytest.approx(statistics.mean(scores))
+    assert lora.spread("val/accuracy") == pytest.approx(statistics.stdev(scores))
+    assert lora.cost("examples_per_second") == 52.0
+    assert lora.cost("seconds_to_best") == 60.0
+    assert full.difference is None
+    difference = lora.mean("val/accuracy") - full.mean("val/accuracy")
+    assert lora.difference.mean == pytest.approx(difference)
+    assert 0 < lora.difference.low < difference < lora.difference.high
+    assert lora.difference.p < 0.01
+    assert not comparison.notes
+
+
+def test_what_is_left_out_and_what_is_repeated(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    extra = [
+        fake_run(tmp_path / "a", "dora", 1, right, status="running"),
+        fake_run(tmp_path / "b", "dora", 1, right, base="other"),
+        fake_run(tmp_path / "c", "dora", 1, right, rows={"train": 7, "val": 400}),
+        fake_run(tmp_path / "d", "dora", 1, right),
+        fake_run(tmp_path / "e", "dora", 1, right),
+        fake_run(tmp_path / "f", "dora", 2, right),
+        fake_run(tmp_path / "g", "dora", 2, ~right),
+    ]
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, *extra]])
+    assert [group.label for group in comparison.groups] == ["full", "dora", "lora"]
+    assert [run.folder.name for run in comparison.groups[1].runs] == ["d", "f"]
+    notes = {re.search(r"/(\w) ", note)[1]: note for note in comparison.notes}
+    assert "not a finished training run (running)" in notes["a"]
+    assert "other base than most (other)" in notes["b"]
+    assert "other rows than most" in notes["c"]
+    assert notes["e"].endswith("seed 1: the same scores to the last digit")
+    assert notes["g"].endswith("seed 2: OTHER SCORES")
+
+
+def test_settings_tell_groups_of_one_strategy_apart(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    fake_run(tmp_path / "x", "lora", 1, right, lr=0.5)
+    named = fake_run(tmp_path / "y", "own", 1, right, configs=False)
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "x", named]])
+    assert [group.label for group in comparison.groups] == ["full", "lora (lr 0.001)", "lora (lr 0.5)", "own"]
+
+
+def test_what_the_command_writes(runs, run, tmp_path, capsys):
+    cli = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
+    from cli import main
+
+    main([str(part) for part in cli])
+    shown = capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == {"report.md", "report.html", "report.csv", "report.json", "ParaphraseDetector_curves.png",
+                     "ParaphraseDetector_costs.png"}  # fmt: skip
+    text = (tmp_path / "report/report.md").read_text()
+    assert text in shown
+    assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
+    assert "| full | 3 |" in text
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert 'src="http' not in page
+    with (tmp_path / "report/report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    found = json.loads((tmp_path / "report/report.json").read_text())
+    assert [group["strategy"] for group in found[0]["groups"]] == ["full", "lora"]
+    assert {float(row["val/accuracy"]) for row in rows if row["strategy"] == "lora"} == set(
+        found[0]["groups"][1]["scores"]["val/accuracy"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json or config.yaml is broken"),
+        (lambda folder: (folder / "config.yaml").unlink(), "has no config.yaml"),
+        (lambda folder: (folder / "metrics.json").unlink(), "is no run's folder"),
+    ],
+)
+def test_folders_that_are_no_runs(break_it, words, runs, tmp_path, capsys):
+    from cli import main
+
+    break_it(runs[0])
+    with pytest.raises(SystemExit):
+        main(["compare", str(runs[0]), "--out", str(tmp_path / "report")])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_it_starts_without_torch(tmp_path):
+    since = time.perf_counter()
+    done = start(tmp_path, "compare", "--help")
+    assert done.returncode == 0
+    assert time.perf_counter() - since < 3.0  # under one when nothing else runs
+    done = start(tmp_path, "compare", "nowhere", "--out", "x", PYTHONPROFILEIMPORTTIME="1")
+    assert "gpt2_pl.comparison" in done.stderr
+    assert not re.search(r"\| +(torch|lightning|transformers|datasets)$", done.stderr, flags=re.M)
+
+
+def test_real_runs(run, base, pair_flags, tmp_path):
+    for name in ("full", "lora"):
+        run("fit", "--config", CONFIG / "task/quora.yaml", "--config", CONFIG / f"strategy/{name}.yaml", *pair_flags,
+            f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1", "--seed_everything=3")  # fmt: skip
+    (comparison,) = compare([Run.read(folder) for folder in tmp_path.glob("lightning_logs/quora/version_*")])
+    assert [group.label for group in comparison.groups] == ["full", "lora"]
+    assert comparison.groups[1].difference is not None
+    assert comparison.groups[0].cost("trainable") > comparison.groups[1].cost("trainable")

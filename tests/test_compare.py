@@ -162,8 +162,8 @@ def test_it_starts_without_torch(tmp_path):
 
 def test_real_runs(run, base, pair_flags, tmp_path):
     for name in ("full", "lora"):
-        run("fit", "--config", CONFIG / "task/quora.yaml", "--config", CONFIG / f"strategy/{name}.yaml", *pair_flags,
-            f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1", "--seed_everything=3")  # fmt: skip
+        files = ["--config", CONFIG / "task/quora.yaml", "--config", CONFIG / f"strategy/{name}.yaml"]
+        run("fit", *files, *pair_flags, f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1")
     (comparison,) = compare([Run.read(folder) for folder in tmp_path.glob("lightning_logs/quora/version_*")])
     assert [group.label for group in comparison.groups] == ["full", "lora"]
     assert comparison.groups[1].difference is not None

@@ -193,16 +193,19 @@ class TextClassification(TextData):
                     checked(rows[i], i)
                 except InputError as error:
                     skipped[numbers[i]] = str(error).removeprefix(f"{source.name}, ")
-            if source.name not in self.skipped:
-                told = "; ".join(skipped[number] for number in sorted(skipped)[:3])
-                total = len(rows) + len(source.skipped)
-                rank_zero_warn(f"{source.name}: {len(skipped)} of {total} rows are skipped: {told}")
-            self.skipped[source.name] = len(skipped)
-            if not len(encoded):
-                raise InputError(f"{source.name} has no rows that can be used")
+            self._tell_skipped(source.name, skipped, len(rows) + len(source.skipped))
             rows = rows.select(index)
         texts = rows.select_columns(list(dict.fromkeys(fields.values())))
         return _token_rows(encoded), texts.rename_columns({column: field for field, column in fields.items()})
+
+    def _tell_skipped(self, source: str, skipped: dict[int, str], total: int) -> None:
+        """Say once of a source which rows, by number, are skipped and why."""
+        if source not in self.skipped:
+            told = "; ".join(skipped[number] for number in sorted(skipped)[:3])
+            rank_zero_warn(f"{source}: {len(skipped)} of {total} rows are skipped: {told}")
+        self.skipped[source] = len(skipped)
+        if len(skipped) == total:
+            raise InputError(f"{source} has no rows that can be used")
 
     def _chosen(self, split: str, n: int) -> np.ndarray | None:
         """Which of the n rows read belong to the split; None for all of them."""

@@ -12,26 +12,26 @@ from gpt2_pl.tasks.poem import PoemGenerator
 
 
 class PoemWriter(Callback):
-    """Shows a :class:`~gpt2_pl.tasks.PoemGenerator`'s poems as TensorBoard text after every epoch; writes
-    ``poems_test.txt`` into the run folder, in the format that poems are read from."""
+    """Shows a :class:`~gpt2_pl.tasks.PoemGenerator`'s poems as TensorBoard text after every evaluation, and writes
+    ``poems_val.txt`` or ``poems_test.txt`` into the run folder, in the format that poems are read from."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the validation poems."""
+        """Show and write the validation poems of the last epoch."""
         if not trainer.sanity_checking:
             self._show(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the test poems and write them to a file."""
+        """Show and write the test poems."""
         self._show(trainer, pl_module, "test")
-        folder = trainer.log_dir
-        if isinstance(pl_module, PoemGenerator) and trainer.is_global_zero and folder is not None:
-            with whole_file(Path(folder) / "poems_test.txt") as file:
-                file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in pl_module.written))
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if not isinstance(pl_module, PoemGenerator) or not isinstance(trainer.logger, TensorBoardLogger):
+        folder = trainer.log_dir  # asks all processes
+        if not isinstance(pl_module, PoemGenerator) or not trainer.is_global_zero or not pl_module.written:
             return
-        if trainer.is_global_zero:
+        if folder is not None:
+            with whole_file(Path(folder) / f"poems_{split}.txt") as file:
+                file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in pl_module.written))
+        if isinstance(trainer.logger, TensorBoardLogger):
             for poem in pl_module.written:
                 text = "  \n".join(poem.lines)  # two spaces keep a line end in Markdown
                 trainer.logger.experiment.add_text(f"{split}/poem_{poem.number}", text, trainer.global_step)

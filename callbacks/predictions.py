@@ -13,8 +13,8 @@ from gpt2_pl.tasks.classification import Classifier
 
 
 class PredictionWriter(Callback):
-    """Writes ``predictions_<split>.csv`` into the run folder: row number (from 1), text, label, prediction and the
-    probability of each class.
+    """Writes ``predictions_<split>.csv`` into the run folder: each row's number in its file (from 1), text, label,
+    prediction and the probability of each class.
 
     For validation during training these are the rows of the best epoch by the task's ``monitor``.
     """
@@ -69,4 +69,5 @@ class PredictionWriter(Callback):
             ):
                 truth = [names[label]] if labelled else []
                 shown = (f"{p:.6f}" for p in probability)
-                writer.writerow([row + 1, datamodule.text(split, row), *truth, names[decision], *shown])
+                number, text = datamodule.number(split, row), datamodule.text(split, row)
+                writer.writerow([number, text, *truth, names[decision], *shown])

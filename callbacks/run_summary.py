@@ -92,6 +92,8 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch."""
+        if getattr(pl_module, "decoded_last_step", False):
+            return  # such a step reads other tokens than the batch's
         self.training_seconds += time.perf_counter() - self._batch_since
         self.examples += int(batch.get("global_rows", len(batch["input_ids"])))
         self.tokens += int(batch.get("global_tokens") or int(batch["attention_mask"].sum()) * trainer.world_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import check_new, whole_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,14 +47,16 @@ def main(args: list[str]) -> None:
     parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument(
+        "--quoting", choices=("true", "false"), help="whether double quotes enclose values; by default as in training"
+    )
+    parser.add_argument(
         "--bad_rows", choices=("error", "skip"), default="error", help="what to do about rows without text"
     )
     parser.add_argument(
         "--precision", choices=("bf16-mixed", "32-true"), help="by default what the hardware is good at"
     )
     given = parser.parse_args(args)
-    if given.out.exists():
-        raise InputError(f"out: {given.out} exists already; give a file that does not")
+    check_new(given.out)
     if given.out.suffix.lower() not in _ENDINGS:
         raise InputError(f"out: {given.out} does not end in one of {', '.join(_ENDINGS)}")
     if given.batch_size < 1:
@@ -80,7 +82,8 @@ def main(args: list[str]) -> None:
         )
     tokenizer, template = load_tokenizer(given.run, "RUN"), Template(task.wording["template"])
     skip = given.bad_rows == "skip"
-    source = read_file(given.input, "input", skip_bad=skip, streaming=True)
+    quoting = task.wording.get("quoting") if given.quoting is None else given.quoting == "true"
+    source = read_file(given.input, "input", quoting, skip_bad=skip, streaming=True)
     texts = reader(source, task.wording["columns"], skip)
     n_rows = sum(1 for _ in texts())  # every row is looked at before any is classified
     if not n_rows:

@@ -34,8 +34,10 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs' folders, or folders above them")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--baseline", default="full", help="the strategy that differences are to (full)")
+    parser.add_argument("--baseline", help="the strategy that differences are to; by default full, or else the first")
     given = parser.parse_args(args)
+    if given.out.exists() and not given.out.is_dir():
+        raise InputError(f"out: {given.out} is not a folder")
     folders = [folder for path in given.runs for folder in run_folders(path)]
     comparisons = compare([Run.read(folder) for folder in folders], given.baseline)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,8 @@ def _best(comparison: Comparison, group: Group) -> str:
 def _difference(group: Group) -> str:
     if (found := group.difference) is None:
         return ""
-    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}], p {found.p:.3f}"
+    p = f"p {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
+    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}], {p}"
 
 
 def _number(value: float | None, divisor: float, digits: int) -> str:
@@ -138,7 +141,9 @@ def markdown(comparison: Comparison) -> str:
     if comparison.groups:
         headings, cells = rows(comparison)
         lines += [_CAPTION.format(monitor=comparison.monitor), ""]
-        lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *cells)]
+        for row in (headings, ["---"] * len(headings), *cells):
+            escaped = [cell.replace("|", "\\|") for cell in row]
+            lines.append(f"| {' | '.join(escaped)} |")
     lines += ["", *(f"- {note}" for note in comparison.notes)]
     return "\n".join(lines) + "\n"
 
@@ -147,14 +152,8 @@ def _about(comparison: Comparison) -> str:
     measure = comparison.measure
     if not measure:
         return "No run of this task can be compared."
-    files = measure["files"]
-    shown = (
-        "; ".join(f"{split}: {', '.join(names)}" for split, names in files.items())
-        if isinstance(files, dict)
-        else files
-    )
-    counts = ", ".join(f"{n:,} {split}" for split, n in (measure["rows"] or {}).items())
-    return f"Data: {shown} ({counts} rows). Base: digest {str(measure['base'])[:12]}."
+    rows = "" if measure["rows"] is None else f" ({measure['rows']:,} rows)"
+    return f"Scored on {measure['data']}{rows}. Base: digest {str(measure['base'])[:12]}."
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

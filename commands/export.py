@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import check_new
 from gpt2_pl.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
     parser.add_argument("--backbone", action="store_true", help="hf: leave the classification head out")
     given = parser.parse_args(args)
-    if given.out.exists():
-        raise InputError(f"out: {given.out} exists already; give a folder that does not")
+    check_new(given.out)
     task = load(given.ckpt_path or given.run / "checkpoints" / "best.ckpt", given.base)
     with whole_folder(given.out) as folder:
         if given.format == "hf":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import check_new, whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
 
@@ -20,7 +20,7 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--prompt_file",
         required=True,
-        help="UTF-8 text with a prompt on every line, JSON lines with a key `prompt`, or numbered poems' first lines",
+        help="UTF-8 text with a prompt on every line, JSON lines with a key `prompt`, or (--poems) poems' first lines",
     )
     parser.add_argument("--out", type=Path, required=True, help="file to write, .txt or .jsonl; it must not exist")
     parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
@@ -33,12 +33,12 @@ def main(args: list[str]) -> None:
     parser.add_argument("--no_repeat_ngram", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--poems", action="store_true", help="the prompts are poems, each with its number before it")
     parser.add_argument("--no_guide", action="store_true", help="poems: do not favour line ends in long lines")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile each block first, which takes a while")
     given = parser.parse_args(args)
-    if given.out.exists():
-        raise InputError(f"out: {given.out} exists already; give a file that does not")
+    check_new(given.out)
     if given.out.suffix.lower() not in (".txt", ".jsonl"):
         raise InputError(f"out: {given.out} does not end in .txt or .jsonl")
     if given.batch_size < 1:
@@ -50,7 +50,7 @@ def main(args: list[str]) -> None:
     from commands.export import load
     from gpt2_pl.generation import check_settings
     from gpt2_pl.tasks import LanguageModel
-    from gpt2_pl.tasks.poem import write_lines
+    from gpt2_pl.tasks.poem import continue_prompts
     from gpt2_pl.tokenizer import load_tokenizer
     from gpt2_pl.verse import N_LINES, Poem, lines_of
 
@@ -61,7 +61,7 @@ def main(args: list[str]) -> None:
         check_settings(**settings, max_new_tokens=given.max_new_tokens)
     except ValueError as error:
         raise InputError(str(error)) from None
-    prompts, numbers = read_prompts(given.prompt_file)
+    prompts, numbers = read_prompts(given.prompt_file, given.poems)
     checkpoint = given.ckpt_path or given.run / "checkpoints" / "best.ckpt"
     task = load(checkpoint, given.base)
     if not isinstance(task, LanguageModel):
@@ -81,32 +81,36 @@ def main(args: list[str]) -> None:
     texts = [""] * len(ids)
     for start in track(range(0, len(order), given.batch_size), "Generating", transient=True):
         batch = order[start : start + given.batch_size]
-        written = write_lines(
+        written = continue_prompts(
             task,
             tokenizer,
             [ids[i] for i in batch],
-            seeds=[given.seed * _SEEDS + i for i in batch],
+            seeds=[(given.seed * _SEEDS + i) % 2**63 for i in batch],
             guide=numbers is not None and not given.no_guide,
             max_new_tokens=given.max_new_tokens,
             n_lines=None if numbers is None else N_LINES,
             **settings,
         )
-        for i, text in zip(batch, written, strict=True):
-            texts[i] = text
+        for i, new in zip(batch, written, strict=True):
+            texts[i] = tokenizer.decode([*ids[i], *new], skip_special_tokens=False)
+    if numbers is not None:
+        poems = [Poem(number, lines_of(text)) for number, text in zip(numbers, texts, strict=True)]
+        texts = [poem.text for poem in poems]
     with whole_file(given.out) as file:
         if given.out.suffix.lower() == ".jsonl":
-            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+            rows: list[dict[str, Any]] = [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
+            for row, number in zip(rows, numbers or [], strict=False):
+                row["number"] = number
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif numbers is not None:
-            poems = [Poem(number, lines_of(text)) for number, text in zip(numbers, texts, strict=True)]
             file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
         else:
             file.writelines(f"{text}\n\n" for text in texts)
     print(f"{given.out}: {len(texts)} texts")
 
 
-def read_prompts(file: str) -> tuple[list[str], list[int] | None]:
-    """The prompts of a file, and their numbers where they are poems' first lines.
+def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
+    """The prompts of a file, and their numbers where they are poems.
 
     Raises:
         InputError: no such file, no prompt, or a line that is not what it should be.
@@ -120,7 +124,10 @@ def read_prompts(file: str) -> tuple[list[str], list[int] | None]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"prompt_file: {file} is not UTF-8 text: {error}") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if poems:
+        found = read_poems(file, "prompt_file")
+        return [poem.text for poem in found], [poem.number for poem in found]
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise InputError(f"prompt_file: {file} has no prompt")
     if path.suffix.lower() == ".jsonl":
@@ -133,7 +140,4 @@ def read_prompts(file: str) -> tuple[list[str], list[int] | None]:
             if not isinstance(prompts[-1], str) or not prompts[-1]:
                 raise InputError(f"prompt_file: {file}, line {number}: the prompt is {prompts[-1]!r}; it must be text")
         return prompts, None
-    if any(re.fullmatch(r"\s*[0-9]{1,6}\s*", line) for _, line in lines):
-        poems = read_poems(file, "prompt_file")
-        return [poem.text for poem in poems], [poem.number for poem in poems]
     return [line for _, line in lines], None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from gpt2_pl.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_NUMBER = "row number"  # a column beside the fields, whose names are identifiers
 _CACHE_FORMAT = 2  # part of every cache key; raised when what is cached changes
 
 
@@ -44,7 +45,8 @@ class TextClassification(TextData):
             never.
         batch_size: rows per process and step.
         eval_batch_size: rows per process in validation, test and prediction.
-        val_fraction: share of the training rows to validate on where there is no validation set.
+        val_fraction: share of the training rows to validate on where there is no validation set. Other training rows
+            with the same texts are left out.
         train_fraction: share of the remaining training rows to use, drawn once with ``split_seed``.
         balance: make the training classes equally frequent: ``undersample`` leaves rows of the larger ones out,
             ``oversample`` repeats rows of the smaller ones.
@@ -136,12 +138,27 @@ class TextClassification(TextData):
             parts.append(encoded)
             rows.append(texts)
         encoded, texts = TokenRows.joined(parts), _concatenated(rows)
+        if split == "train" and not self._has_own_val():
+            held_out = {self._content(row) for row in self._rows_of("val").select_columns(self.template.fields)}
+            contents = map(self._content, texts.select_columns(self.template.fields))
+            apart = np.flatnonzero([content not in held_out for content in contents])
+            encoded, texts = encoded.select(apart), texts.select(apart)
         if split == "train" and self.balance is not None:
             assert encoded.labels is not None
             order = balanced(encoded.labels, self.balance, self.split_seed)
             encoded, texts = encoded.select(order), texts.select(order)
         self.rows[split] = texts
         return encoded
+
+    def _rows_of(self, split: str) -> Dataset:
+        """The texts of a split, encoded now where it has not been."""
+        if split not in self.rows:
+            self.encoded[split] = self._encode(split)
+        return self.rows[split]
+
+    def _content(self, row: Mapping[str, str]) -> Hashable:
+        """What makes a row the same as another."""
+        return tuple(row[field].strip() for field in self.template.fields)
 
     def _encode_source(self, source: Source, variant: dict[str, str], labelled: bool) -> tuple[TokenRows, Dataset]:
         """The usable rows of a source: encoded, and their texts by field."""
@@ -195,8 +212,9 @@ class TextClassification(TextData):
                     skipped[numbers[i]] = str(error).removeprefix(f"{source.name}, ")
             self._tell_skipped(source.name, skipped, len(rows) + len(source.skipped))
             rows = rows.select(index)
-        texts = rows.select_columns(list(dict.fromkeys(fields.values())))
-        return _token_rows(encoded), texts.rename_columns({column: field for field, column in fields.items()})
+        texts = rows.select_columns(list(fields.values()))
+        texts = texts.rename_columns({column: field for field, column in fields.items()})
+        return _token_rows(encoded), texts.add_column(_NUMBER, np.asarray(numbers)[index])
 
     def _tell_skipped(self, source: str, skipped: dict[int, str], total: int) -> None:
         """Say once of a source which rows, by number, are skipped and why."""
@@ -218,13 +236,17 @@ class TextClassification(TextData):
         n_train = max(1, round((n - n_val) * self.train_fraction))
         return None if n_train == n else np.sort(order[n_val : n_val + n_train])
 
+    def number(self, split: str, row: int) -> int:
+        """The number of a row, from 1, in its file."""
+        return self.rows[split][row][_NUMBER]
+
     def text(self, split: str, row: int) -> str:
         """The text of a row's template fields, as the source holds it."""
         return " | ".join(self.rows[split][row][field].strip() for field in self.template.fields)
 
     def wording(self) -> dict[str, Any]:
         """How a model is asked, and what it can answer: the template, the names that its fields' columns may have, the
-        class names, and how many tokens a text may have."""
+        class names, how many tokens a text may have, and whether quotes enclose values."""
         columns = {
             field: list(dict.fromkeys([self.columns.get(field, field), field, *self.ALIASES.get(field, ())]))
             for field in self.template.fields
@@ -234,6 +256,7 @@ class TextClassification(TextData):
             "columns": columns,
             "labels": self.labels,
             "max_length": self._max_length(),
+            "quoting": self.quoting,
         }
 
     def description(self) -> dict[str, Any]:

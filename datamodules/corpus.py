@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +174,10 @@ def _identity(path: Path) -> list[Any]:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces that tokenise as the whole does: cut at a single line end between two words."""
+    """A text file in pieces that tokenise as the whole does.
+
+    GPT-2 splits a run of white space before its last character; pieces are cut there, where that is a line end.
+    """
     held = ""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -180,9 +185,9 @@ def _pieces(path: Path) -> Iterator[str]:
                 held += read
                 cut = len(held) - 1
                 while (cut := held.rfind("\n", 1, cut)) > 0:
-                    if not held[cut - 1].isspace() and not held[cut + 1].isspace():
-                        yield held[: cut + 1]
-                        held = held[cut + 1 :]
+                    if not held[cut + 1].isspace():
+                        yield held[:cut]
+                        held = held[cut:]
                         break
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from None
@@ -193,10 +198,11 @@ def _pieces(path: Path) -> Iterator[str]:
 def _write_tokens(file: Path, pieces: Iterator[list[int]], tokenizer: Tokenizer) -> None:
     """Write all ids one after the other as a .npy file: beside its place, then renamed."""
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32)
-    part = file.with_name(f".{file.name}.part")
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)  # other processes write theirs
+    part = Path(name)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     length = 0
-    with part.open("wb") as out:
+    with os.fdopen(handle, "wb") as out:
         np.lib.format.write_array_header_1_0(out, {**header, "shape": (10**15,)})  # as wide as the final one will be
         start = out.tell()
         for ids in pieces:
@@ -206,4 +212,5 @@ def _write_tokens(file: Path, pieces: Iterator[list[int]], tokenizer: Tokenizer)
         np.lib.format.write_array_header_1_0(out, {**header, "shape": (length,)})
         if out.tell() != start:
             raise RuntimeError("the header of the token cache changed its size")
+    part.chmod(0o644)
     part.replace(file)

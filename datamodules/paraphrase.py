@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from datamodules.classification import TextClassification
+from gpt2_pl.errors import InputError
 
 TEMPLATE = "{sentence1}\n{sentence2}\n"
 PAIR_LABELS = ("not_duplicate", "duplicate")  # as GLUE names them
@@ -21,6 +23,9 @@ class QuoraPairs(TextClassification):
     Args:
         symmetric: train on every pair the other way round too.
         **kwargs: as in :class:`~datamodules.classification.TextClassification`.
+
+    Raises:
+        InputError: as there; also ``symmetric`` with a template that has not two fields.
     """
 
     HUB_SPLITS = {"train": "train", "val": "validation"}
@@ -48,11 +53,16 @@ class QuoraPairs(TextClassification):
             template=template,
             **kwargs,
         )
+        if symmetric and len(self.template.fields) != 2:
+            raise InputError(f"data.symmetric swaps the two fields of the template; it is {template!r}")
         self.symmetric = symmetric
 
     def _variants(self, split: str) -> list[dict[str, str]]:
         variants = super()._variants(split)
         if self.symmetric and split == "train":
-            swap = {"sentence1": "sentence2", "sentence2": "sentence1"}
-            variants.append({field: swap.get(field, field) for field in self.template.fields})
+            first, second = self.template.fields
+            variants.append({first: second, second: first})
         return variants
+
+    def _content(self, row: Mapping[str, str]) -> Hashable:
+        return frozenset(row[field].strip() for field in self.template.fields)  # whichever comes first

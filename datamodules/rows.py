@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,18 +67,25 @@ def read_file(
         raise InputError(f"{key}: {file} does not end in one of {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{key}: {file} is empty")
-    options, bad = _csv_options(path, key, quoting, skip_bad) if builder == "csv" else ({}, {})
+    options: dict[str, Any] = {}
+    bad: dict[int, str] = {}
+    data_files = str(path.resolve())
+    if builder == "csv":
+        options, bad = _csv_options(path, key, quoting, skip_bad)
+    elif builder == "json":
+        bad = _bad_json(path, key, skip_bad)
+        data_files = str(_without_lines(path, bad)) if bad else data_files
+    elif streaming:
+        options["batch_size"] = 10_000  # a whole row group otherwise
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        data_files = str(path.resolve())
         rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
         empty = next(iter(rows), None) is None
     except Exception as error:  # pandas', pyarrow's and the library's own classes
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        where = _broken_json(path) if builder == "json" else ""
-        raise InputError(f"{key}: {file}{where} cannot be read as {path.suffix[1:]}: {reason}") from error
+        raise InputError(f"{key}: {file} cannot be read as {path.suffix[1:]}: {reason}") from error
     if empty:
         raise InputError(f"{key}: {file} has no rows")
     return Source(rows, file, bad)
@@ -100,8 +108,18 @@ def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> 
         csv.field_size_limit(sys.maxsize)
         n_rows, bad, records = 0, {}, [0]  # a record is what pandas counts: the header, rows and blank lines
         settings: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE}
-        for record, cells in enumerate(csv.reader(lines, delimiter=delimiter, **settings), start=1):
-            if len(cells) <= 1 and not "".join(cells).strip():
+        reader = enumerate(csv.reader(lines, delimiter=delimiter, strict=True, **settings), start=1)
+        while True:
+            try:
+                record, cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:  # where it ends is anybody's guess, so that it cannot be skipped
+                raise InputError(
+                    f"{key}: {path}, row {n_rows + 1}: a double quote opens a value and does not close it ({error}); "
+                    "where quotes are part of the text, give data.quoting false"
+                ) from None
+            if not cells or (len(cells) == 1 and cells[0] and not cells[0].strip(" \t")):
                 continue
             n_rows += 1
             reason = "" if len(cells) == len(names) else f"it has {len(cells)} values, and the header {len(names)}"
@@ -126,16 +144,44 @@ def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> 
     return options, bad
 
 
-def _broken_json(path: Path) -> str:
-    """Which row of a file of JSON lines is none."""
+def _bad_json(path: Path, key: str, skip_bad: bool) -> dict[int, str]:
+    """Which rows of a file of JSON lines are none."""
+    bad: dict[int, str] = {}
+    n_rows = 0
     with path.open("rb") as lines:
-        for number, line in enumerate((line for line in lines if line.strip()), start=1):
+        for line in lines:
+            if not line.strip():
+                continue
+            if n_rows == 0 and line.lstrip().startswith(b"["):
+                return {}  # one array: pyarrow reads that too
+            n_rows += 1
             try:
-                if not isinstance(json.loads(line), dict):
-                    raise ValueError
-            except ValueError:
-                return f", row {number}"
-    return ""
+                if not isinstance(json.loads(line.decode("utf-8-sig" if n_rows == 1 else "utf-8")), dict):
+                    raise ValueError("it is no JSON object")
+            except ValueError as error:
+                reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+                if not skip_bad:
+                    raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {reason}") from None
+                bad[n_rows] = reason
+    if n_rows == len(bad):
+        raise InputError(f"{key}: {path} has no rows that can be read")
+    return bad
+
+
+def _without_lines(path: Path, bad: Collection[int]) -> Path:
+    """A copy of a file of JSON lines without some of its rows, in the cache of ``datasets``."""
+    import datasets
+
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
+    copy = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{key}.jsonl"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_name(f".{copy.name}.part")
+    with path.open("rb") as lines, part.open("wb") as out:
+        rows = (line for line in lines if line.strip())
+        out.writelines(line.rstrip(b"\r\n") + b"\n" for n, line in enumerate(rows, start=1) if n not in bad)
+    part.replace(copy)
+    return copy
 
 
 def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Source:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ _TRAINER = ("max_epochs", "max_steps", "precision", "callbacks", "gradient_clip_
 _APART = re.compile(r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$")  # where things lie, not what they are
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A run's folder.
 
@@ -83,6 +85,7 @@ class Run:
         trainer = self.settings.get("trainer") or {}
         for key in _TRAINER:
             walk(f"trainer.{key}", trainer.get(key))
+        walk("data.training_rows", ((self.account.get("data") or {}).get("rows") or {}).get("train"))
         walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
         return found
 
@@ -90,31 +93,41 @@ class Run:
     def measure(self) -> dict[str, Any]:
         """What it must share with others to be compared with them."""
         data = self.account.get("data") or {}
-        files = {split: _names(file) for split, file in (data.get("files") or {}).items()}
+        files = data.get("files") or {}
         return {
             "task": self.account.get("task"),
-            "files": files or data.get("hub_id") or data.get("class"),
-            "rows": data.get("rows"),
+            "data": _name(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
+            "rows": (data.get("rows") or {}).get(self.split),
+            "texts": None if self.judged is None else self.judged[0],
             "labels": data.get("labels"),
             "base": (self.account.get("base") or {}).get("digest"),
         }
 
-    def outcomes(self, split: str) -> NDArray[Any] | None:
-        """Whether each row of a split was classified rightly (N,); None where no predictions were kept."""
-        file = self.folder / f"predictions_{split}.csv"
+    @property
+    def split(self) -> str:
+        """The split whose score chose the best epoch."""
+        return str(self.account.get("monitor")).partition("/")[0]
+
+    @cached_property
+    def judged(self) -> tuple[str, NDArray[Any]] | None:
+        """A digest of the split's texts and labels, and whether each row was classified rightly (N,); None where no
+        predictions were kept."""
+        file = self.folder / f"predictions_{self.split}.csv"
         if not file.is_file():
             return None
+        csv.field_size_limit(sys.maxsize)
+        digest, right = hashlib.sha256(), []
         with file.open(encoding="utf-8", newline="") as lines:
-            rows = csv.reader(lines)
-            header = next(rows, [])
-            if "label" not in header or "prediction" not in header:
-                return None
-            label, said = header.index("label"), header.index("prediction")
-            return np.array([row[label] == row[said] for row in rows], dtype=float)
+            for row in csv.DictReader(lines):
+                if not {"text", "label", "prediction"} <= row.keys():
+                    return None
+                digest.update(f"{row['text']}\0{row['label']}\0".encode())
+                right.append(row["label"] == row["prediction"])
+        return digest.hexdigest()[:12], np.array(right, dtype=float)
 
 
-def _names(files: Any) -> list[str]:
-    return sorted(Path(str(file)).name for file in (files if isinstance(files, list) else [files]))
+def _name(files: Any) -> str:
+    return ", ".join(sorted(Path(str(file)).name for file in (files if isinstance(files, list) else [files])))
 
 
 @dataclass
@@ -124,11 +137,13 @@ class Group:
     Args:
         label: what it is called.
         runs: one for each seed.
+        strategy: the part of the label that its files give.
         difference: to the baseline in the outcomes of rows; None for the baseline, and where rows have none.
     """
 
     label: str
     runs: list[Run]
+    strategy: str = ""
     difference: Difference | None = None
 
     def values(self, score: str) -> list[float]:
@@ -148,10 +163,10 @@ class Group:
         found = [value for run in self.runs if (value := _cost(run, name)) is not None]
         return statistics.median(found) if found else None
 
-    def outcomes(self, split: str) -> NDArray[Any] | None:
+    def outcomes(self) -> NDArray[Any] | None:
         """The share of seeds that were right, of every row (N,)."""
-        found = [outcomes for run in self.runs if (outcomes := run.outcomes(split)) is not None]
-        return np.mean(found, axis=0) if found and len({len(rows) for rows in found}) == 1 else None
+        found = [run.judged[1] for run in self.runs if run.judged is not None]
+        return np.mean(found, axis=0) if len(found) == len(self.runs) else None
 
 
 def _cost(run: Run, name: str) -> float | None:
@@ -195,7 +210,7 @@ class Comparison:
         return list(names)
 
 
-def compare(runs: Iterable[Run], baseline: str = "full") -> list[Comparison]:
+def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison]:
     """Group runs by task, strategy and settings, and hold every group against the baseline.
 
     Of each task the runs on the data and base that most of them share are compared; the others, and unfinished ones,
@@ -203,22 +218,34 @@ def compare(runs: Iterable[Run], baseline: str = "full") -> list[Comparison]:
 
     Args:
         runs: in any order.
-        baseline: the label of the group that differences are to; where there is none, the first group.
+        baseline: the strategy, or the label, that differences are to; by default ``full``, or else the first.
+
+    Raises:
+        InputError: no group of any task is the baseline.
     """
     tasks: dict[str, list[Run]] = defaultdict(list)
     notes: dict[str, list[str]] = defaultdict(list)
-    for run in runs:
+    once = {run.folder.resolve(): run for run in runs}
+    for run in once.values():
         task = str(run.account.get("task"))
-        if run.account.get("status") != "finished" or not run.account.get("epochs"):
+        if run.account.get("status") == "finished" and run.account.get("monitor") not in run.account.get("scores", {}):
+            notes[task].append(f"{run.folder} is left out: it has no {run.account.get('monitor')}")
+            tasks[task] += []
+        elif run.account.get("status") != "finished" or not run.account.get("epochs"):
             what = "trained nothing" if run.account.get("status") == "finished" else str(run.account.get("status"))
             notes[task].append(f"{run.folder} is left out: it is not a finished training run ({what})")
             tasks[task] += []
         else:
             tasks[task].append(run)
-    return [_compare_task(task, found, notes[task], baseline) for task, found in tasks.items() if found or notes[task]]
+    found = [_compare_task(task, group, notes[task], baseline) for task, group in tasks.items()]
+    groups = [group for comparison in found for group in comparison.groups]
+    if baseline is not None and not any(baseline in (group.strategy, group.label) for group in groups):
+        known = ", ".join(dict.fromkeys(group.strategy for group in groups))
+        raise InputError(f"baseline: no run is {baseline!r}; there are {known or 'none to compare'}")
+    return found
 
 
-def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str) -> Comparison:
+def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str | None) -> Comparison:
     if not runs:
         return Comparison(task, "", {}, [], notes)
     key = {id(run): json.dumps(run.measure, sort_keys=True) for run in runs}
@@ -234,15 +261,19 @@ def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str) -
     settings: dict[str, list[Run]] = defaultdict(list)
     for run in kept:
         settings[json.dumps([run.strategy, run.flat], sort_keys=True, default=str)].append(run)
-    groups = [Group(found[0].strategy, _one_for_each_seed(found, notes)) for found in settings.values()]
+    groups = []
+    for found in settings.values():
+        groups.append(Group(found[0].strategy, _one_for_each_seed(found, notes), found[0].strategy))
     _tell_apart(groups)
-    groups.sort(key=lambda group: (group.label != baseline, group.label))
+    wanted = baseline or "full"
+    groups.sort(key=lambda group: (group.label != wanted, group.strategy != wanted, group.label))
+    if wanted not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
+        notes.append(f"no run is the baseline {wanted!r}; differences are to {groups[0].label}")
     monitor = str(kept[0].account["monitor"])
-    split = monitor.partition("/")[0]
-    first = groups[0].outcomes(split)
+    first = groups[0].outcomes()
     for group in groups[1:]:
-        rows = group.outcomes(split)
-        if first is not None and rows is not None and len(first) == len(rows):
+        rows = group.outcomes()
+        if first is not None and rows is not None:  # of the same texts: what is measured says so
             group.difference = paired_bootstrap(first, rows)
     return Comparison(task, monitor, shared, groups, notes)
 
@@ -259,6 +290,10 @@ def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     return list(by_seed.values())
 
 
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not value.isprintable() else str(value)
+
+
 def _tell_apart(groups: list[Group]) -> None:
     """Add to labels that several groups have the settings in which these differ."""
     for label, n in Counter(group.label for group in groups).items():
@@ -270,5 +305,5 @@ def _tell_apart(groups: list[Group]) -> None:
             name for name in names if len({json.dumps(g.runs[0].flat.get(name), default=str) for g in same}) > 1
         ]
         for group in same:
-            told = (f"{name.rpartition('.')[2]} {group.runs[0].flat.get(name)}" for name in differing)
+            told = (f"{name.rpartition('.')[2]} {_shown(group.runs[0].flat.get(name))}" for name in differing)
             group.label = f"{label} ({', '.join(told)})"

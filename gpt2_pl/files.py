@@ -7,6 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from gpt2_pl.errors import InputError
+
+
+def check_new(path: Path, key: str = "out") -> None:
+    """Refuse, before anything is computed, a file or folder that exists or that could not be made.
+
+    Raises:
+        InputError: naming ``key``, the option that held the path.
+    """
+    if path.exists():
+        raise InputError(f"{key}: {path} exists already; give one that does not")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{key}: {path} cannot be made: {above} is not a folder")
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:

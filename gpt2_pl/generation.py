@@ -205,31 +205,43 @@ def kept(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -
     Of the ``top_k`` likeliest tokens top-p keeps as many as it takes to reach ``top_p``, including the one that crosses
     it.
     """
-    if top_p == 1.0:
-        top_p = None
     among: Tensor | None = None
     if top_k is not None and top_k < logits.size(-1):
-        logits, among = logits.topk(top_k, dim=-1)
+        logits, among = _best(logits, top_k)
     total, M = logits.logsumexp(-1, keepdim=True), logits.size(-1)
-    for m in (min(_FIRST, M), M) if top_p is not None else (M,):
-        best, tokens = logits.topk(m, dim=-1)
+    all_of_them = top_p is None or top_p >= 1.0
+    limit = 1.0 if top_p is None else top_p
+    for m in (M,) if all_of_them else (min(_FIRST, M), M):
+        best, tokens = _best(logits, m)
         probability = (best - total).exp()
-        if top_p is not None:
-            before = probability.cumsum(-1) - probability
-            if m < M and not bool((before[:, -1] >= top_p).all()):
-                continue
-            probability = probability.masked_fill(before >= top_p, 0.0)
-        break
+        # Enough where all that is kept is above the least of them, which others that were not sorted may equal.
+        if m == M or bool(((probability * (best > best[:, -1:])).sum(-1) >= limit).all()):
+            break
+    if not all_of_them:
+        probability = probability.masked_fill(probability.cumsum(-1) - probability >= limit, 0.0)
     return probability, tokens if among is None else among.gather(-1, tokens)
+
+
+def _best(logits: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The m largest logits (B, m), descending, and their tokens.
+
+    Of equals the smaller token is first, so that a row's order does not depend on m, which is the same for all rows.
+    """
+    tokens = logits.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
+    best, order = logits.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    return best, tokens.gather(-1, order)
 
 
 def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """One token a row (B,), by the inverse of the cumulative distribution at ``uniform`` (B,)."""
-    probability, tokens = kept(logits, top_k, top_p)
+    if top_k is None and top_p is None:
+        probability, tokens = logits.softmax(-1), None
+    else:
+        probability, tokens = kept(logits, top_k, top_p)
     cumulative = probability.cumsum(-1)
     at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
-    last = (probability > 0).sum(-1, keepdim=True) - 1
-    return tokens.gather(-1, torch.minimum(at, last)).squeeze(-1)
+    at = torch.minimum(at, (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True))  # the last that has any probability
+    return at.squeeze(-1) if tokens is None else tokens.gather(-1, at).squeeze(-1)
 
 
 def _penalised(logits: Tensor, ids: Tensor, text: Tensor, penalty: float) -> Tensor:

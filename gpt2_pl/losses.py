@@ -223,9 +223,10 @@ def unlikelihood_loss(
     """
     targets = targets.masked_fill(targets == ignore_index, IGNORED)
     counted = targets != IGNORED
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     likelihood = F.cross_entropy(logits[counted], targets[counted], reduction="sum")
     tokens, counts = negative_candidates(targets, ignore_token_ids, window)
     p = logits.log_softmax(-1).gather(-1, tokens.expand(-1, targets.size(1), -1)).exp()  # (B, T, T)
     counts = counts & counted.unsqueeze(-1)
     unlikelihood = -(1.0 - p).clamp(min=CLAMP).log().masked_fill(~counts, 0.0).sum()
-    return (likelihood + alpha * unlikelihood) / counted.sum()
+    return (likelihood + alpha * unlikelihood) / counted.sum().clamp(min=1)

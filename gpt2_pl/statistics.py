@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,11 +51,3 @@ def paired_bootstrap(
     low, high = np.quantile(means, [tail, 1.0 - tail])
     p = min(1.0, 2 * min(np.mean(means <= 0), np.mean(means >= 0)))
     return Difference(float((b - a).mean()), float(low), float(high), float(p))
-
-
-def mcnemar(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """The exact two-sided p of McNemar's test: of the rows (N,) on which only one of two models is right."""
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)

@@ -46,57 +46,74 @@ class VerseGuide:
     """A processor of logits that favours line ends and punctuation in lines that have grown long.
 
     Line ends gain ``strength`` for every 10 characters that the line has beyond ``line_length``, marks of punctuation
-    half of that; lines shorter than ``shortest`` do not end.
+    half of that; lines shorter than ``shortest`` do not end, and there are no blank ones.
 
     Args:
         tokenizer: the model's.
+        vocab_size: entries of the model's vocabulary, where it has more than the tokenizer.
         line_length: characters of a line that is long enough.
         strength: in logits, for every 10 characters.
         shortest: characters.
     """
 
-    def __init__(self, tokenizer: Tokenizer, line_length: int = 36, strength: float = 4.0, shortest: int = 12) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int | None = None,
+        line_length: int = 36,
+        strength: float = 4.0,
+        shortest: int = 12,
+    ) -> None:
         self.line_length, self.strength, self.shortest = line_length, strength, shortest
-        texts = token_texts(tokenizer)
+        texts = token_texts(tokenizer, vocab_size)
+        self.is_blank = torch.tensor([text.count("\n") > 1 for text in texts])
         self.is_end = torch.tensor(["\n" in text for text in texts])
         self.is_mark = torch.tensor([text.strip() != "" and set(text.strip()) <= _MARKS for text in texts])
         self.n_characters = torch.tensor([len(text) for text in texts])
 
     def __call__(self, logits: Tensor, ids: Tensor, text: Tensor) -> Tensor:
         """Logits (B, V), token ids so far (B, N) and which of them are text (B, N) -> logits (B, V)."""
-        is_end, is_mark, n_characters = (t.to(ids.device) for t in (self.is_end, self.is_mark, self.n_characters))
-        V = len(is_end)  # a padded vocabulary may have more
+        tables = (self.is_end, self.is_blank, self.is_mark, self.n_characters)
+        is_end, is_blank, is_mark, n_characters = (table.to(ids.device) for table in tables)
         position = torch.arange(1, ids.size(1) + 1, device=ids.device)
         begun = (position * (is_end[ids] & text.bool())).amax(1, keepdim=True)  # how many tokens stand before the line
         length = (n_characters[ids] * text * (position > begun)).sum(1, keepdim=True)  # (B, 1)
         bonus = (length - self.line_length).clamp(min=0) * (self.strength / 10)
-        guided = logits.clone()
-        guided[:, :V] += bonus * (is_end + 0.5 * (is_mark & ~is_end))
-        guided[:, :V] = guided[:, :V].masked_fill(is_end & (length < self.shortest), -torch.inf)
-        return guided
+        guided = logits + bonus * (is_end + 0.5 * (is_mark & ~is_end))
+        return guided.masked_fill(is_blank | (is_end & (length < self.shortest)), -torch.inf)
 
 
 class LineLimit:
-    """Ends a row when it has so many lines, those of the prompt included.
+    """Ends a row when it has so many lines that are not blank, those of the prompt included.
 
     Args:
         tokenizer: the model's.
+        vocab_size: entries of the model's vocabulary, where it has more than the tokenizer.
         n_lines: lines of a poem.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_lines: int = N_LINES) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, n_lines: int = N_LINES) -> None:
         self.n_lines = n_lines
-        self.ends = torch.tensor([text.count("\n") for text in token_texts(tokenizer)])
+        texts = token_texts(tokenizer, vocab_size)
+        self.ends = torch.tensor(["\n" in text for text in texts])
+        self.says = torch.tensor([text.strip() != "" for text in texts])
 
     def __call__(self, ids: Tensor, text: Tensor) -> Tensor:
         """Token ids (B, N) and which of them are text (B, N) -> (B,)."""
-        return (self.ends.to(ids.device)[ids] * text).sum(1) >= self.n_lines
+        text = text.bool()
+        ends, says = self.ends.to(ids.device)[ids] & text, self.says.to(ids.device)[ids] & text
+        # A line end counts where something has been said since the one before it.
+        said = says.cumsum(1)
+        before = torch.where(ends, said, 0).cummax(1).values.roll(1, 1)
+        before[:, 0] = 0
+        return (ends & (said > before)).sum(1) >= self.n_lines
 
 
-def token_texts(tokenizer: Tokenizer) -> list[str]:
-    """What each token says by itself, by id."""
+def token_texts(tokenizer: Tokenizer, vocab_size: int | None = None) -> list[str]:
+    """What each token says by itself, by id; nothing for those that only the model has."""
     n = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return tokenizer.decode_batch([[i] for i in range(n)], skip_special_tokens=False)
+    texts = tokenizer.decode_batch([[i] for i in range(n)], skip_special_tokens=False)
+    return texts + [""] * ((vocab_size or n) - n)
 
 
 @cache

@@ -132,3 +132,22 @@ def test_memory_does_not_grow_with_the_file(trained, tmp_path):
         peaks.append(int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
         assert sum(1 for _ in (tmp_path / f"{n}_out.csv").open()) == n + 1
     assert peaks[1] < peaks[0] + 60e6, peaks
+
+
+def test_quotes_mean_what_they_meant_in_training(run, base, pair_files, tmp_path):
+    rows = tmp_path / "quotes.csv"
+    rows.write_text('sentence1\tsentence2\na\tb\n"a3" x\tb3\n"a5\tb5\na6\tb6\n"a7" z\tb7\n')
+    folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", "--data.max_length=48",
+                 f"--data.train_file={pair_files['train']}", f"--data.val_file={pair_files['val']}",
+                 "--data.quoting=false", "--trainer.max_epochs=1")  # fmt: skip
+    run("classify", folder, "--input", rows, "--out", tmp_path / "out.csv")
+    found = [(row["row"], row["sentence1"]) for row in table(tmp_path / "out.csv")]
+    assert found == [("1", "a"), ("2", '"a3" x'), ("3", '"a5'), ("4", "a6"), ("5", '"a7" z')]
+    with pytest.raises(SystemExit):
+        run("classify", folder, "--input", rows, "--out", tmp_path / "other.csv", "--quoting", "true")
+
+
+def test_an_out_that_cannot_be_made_is_refused_first(trained, run, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(run, capsys, trained, "--input", "nowhere.csv", "--out", tmp_path / "file" / "out.csv")
+    assert "is not a folder" in line

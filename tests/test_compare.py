@@ -13,11 +13,14 @@ from conftest import ROOT
 from conftest import process as start
 
 from gpt2_pl.comparison import Run, compare
+from gpt2_pl.errors import InputError
 
 CONFIG = ROOT / "configs"
 
 
-def fake_run(folder, strategy, seed, right, lr=1e-3, status="finished", base="abc", rows=None, configs=True):
+def fake_run(
+    folder, strategy, seed, right, lr=1e-3, status="finished", base="abc", rows=None, configs=True, text="a, b"
+):
     """A run's folder as training leaves it, with these outcomes."""
     folder.mkdir(parents=True)
     score = float(np.mean(right))
@@ -43,7 +46,7 @@ def fake_run(folder, strategy, seed, right, lr=1e-3, status="finished", base="ab
     with (folder / "predictions_val.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["row", "text", "label", "prediction", "p(no)", "p(yes)"])
-        table.writerows([i, "a, b\nc", "yes", "yes" if good else "no", 0.5, 0.5] for i, good in enumerate(right))
+        table.writerows([i, f"{text}\n{i}", "yes", "yes" if good else "no", 0.5, 0.5] for i, good in enumerate(right))
     return folder
 
 
@@ -81,7 +84,7 @@ def test_what_is_left_out_and_what_is_repeated(runs, tmp_path):
     extra = [
         fake_run(tmp_path / "a", "dora", 1, right, status="running"),
         fake_run(tmp_path / "b", "dora", 1, right, base="other"),
-        fake_run(tmp_path / "c", "dora", 1, right, rows={"train": 7, "val": 400}),
+        fake_run(tmp_path / "c", "dora", 1, right, text="other texts"),
         fake_run(tmp_path / "d", "dora", 1, right),
         fake_run(tmp_path / "e", "dora", 1, right),
         fake_run(tmp_path / "f", "dora", 2, right),
@@ -93,7 +96,7 @@ def test_what_is_left_out_and_what_is_repeated(runs, tmp_path):
     notes = {re.search(r"/(\w) ", note)[1]: note for note in comparison.notes}
     assert "not a finished training run (running)" in notes["a"]
     assert "other base than most (other)" in notes["b"]
-    assert "other rows than most" in notes["c"]
+    assert "other texts than most" in notes["c"]
     assert notes["e"].endswith("seed 1: the same scores to the last digit")
     assert notes["g"].endswith("seed 2: OTHER SCORES")
 
@@ -168,3 +171,33 @@ def test_real_runs(run, base, pair_flags, tmp_path):
     assert [group.label for group in comparison.groups] == ["full", "lora"]
     assert comparison.groups[1].difference is not None
     assert comparison.groups[0].cost("trainable") > comparison.groups[1].cost("trainable")
+
+
+def test_training_on_more_rows_is_another_group_and_the_baseline_stays(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    fake_run(tmp_path / "more", "full", 1, right, rows={"train": 900, "val": 400})
+    fake_run(tmp_path / "dora", "dora", 1, right)
+    everything = [Run.read(folder) for folder in [*runs, tmp_path / "more", tmp_path / "dora"]]
+    (comparison,) = compare(everything)
+    labels = [group.label for group in comparison.groups]
+    assert labels == ["full (training_rows 100)", "full (training_rows 900)", "dora", "lora"]
+    assert not comparison.notes
+    (comparison,) = compare(everything, "full (training_rows 900)")
+    assert comparison.groups[0].label == "full (training_rows 900)"
+    with pytest.raises(InputError, match="baseline: no run is 'nonsense'; there are dora, full, lora"):
+        compare(everything, "nonsense")
+    (comparison,) = compare(everything[:3] + everything[-1:])  # lora and dora
+    assert comparison.notes == ["no run is the baseline 'full'; differences are to dora"]
+
+
+def test_a_run_given_twice_is_one_run(runs):
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, runs[0], runs[0].parent / "." / runs[0].name]])
+    assert not comparison.notes
+
+
+def test_runs_without_the_score_are_left_out(runs):
+    account = json.loads((runs[0] / "metrics.json").read_text())
+    del account["scores"]["val/accuracy"]
+    (runs[0] / "metrics.json").write_text(json.dumps(account))
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    assert comparison.notes == [f"{runs[0]} is left out: it has no val/accuracy"]

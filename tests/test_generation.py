@@ -1,12 +1,14 @@
 """Generation: against transformers, against itself without a cache, alone and in batches, numpy for top-p."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate
-from gpt2_pl.generation import kept
+from gpt2_pl.generation import _drawn, kept
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tokenizer import load_tokenizer
 from gpt2_pl.verse import LineLimit, VerseGuide, lines_of
@@ -71,6 +73,26 @@ def test_greedy_with_a_cache_is_greedy_without(surgery, lengths, model):
     if surgery == "lora":
         LoRA.merge(model)
         assert torch.equal(generate(model, ids, given, max_new_tokens=NEW, temperature=0.0), found)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+def test_greedy_with_adapters_is_that_of_peft(kind, model, tmp_path):
+    import peft
+
+    from gpt2_pl.surgery.peft import save
+
+    model.save_pretrained(tmp_path / "base")
+    for change in SURGERY[kind]:
+        change.apply(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "table" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save(model, tmp_path / "adapter", str(tmp_path / "base"))
+    reference = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    ids, mask = prompts([6, 6])
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = reference.eval().generate(input_ids=ids, attention_mask=mask, **settings)
+    assert torch.equal(generate(model, ids, max_new_tokens=NEW, temperature=0.0), expected)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +209,7 @@ def test_the_guide_ends_long_lines_and_poems_end_at_fourteen(base):
     model = GPT2(GPT2Config(vocab_size=400, n_positions=700, n_embd=16, n_layer=1, n_head=2))
     prompt = tokenizer.encode("a fine film\nnot so fine a film\nthe camera is cold\n").ids
     settings = {"max_new_tokens": 650, "temperature": 0.7, "seed": 3, "stop": LineLimit(tokenizer)}
-    guide = VerseGuide(tokenizer, line_length=30, strength=20.0)
+    guide = VerseGuide(tokenizer, 400, line_length=30, strength=20.0)
     guided = generate(model, torch.tensor([prompt]), processors=[guide], **settings)[0].tolist()
     text = tokenizer.decode(guided, skip_special_tokens=False)
     assert text.count("\n") == 14
@@ -217,3 +239,67 @@ def test_the_guide_counts_characters_since_the_last_line_end(base):
 def test_lines_of_a_text():
     assert lines_of("one\n\n  two \r\nthree<|endoftext|>four\n") == ["one", "two", "three"]
     assert len(lines_of("a\n" * 20)) == 14
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 300, "top_p": 0.95}, {}])
+def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
+    generator = torch.Generator().manual_seed(0)
+    row = (torch.randn(1, 5000, generator=generator) * 6).bfloat16().float()  # many equal logits
+    uniform = torch.rand(200, generator=generator)
+    for u in uniform:
+        alone = _drawn(row, u.view(1), settings.get("top_k"), settings.get("top_p"))
+        flat = _drawn(
+            torch.cat([row, torch.zeros_like(row)]), u.expand(2), settings.get("top_k"), settings.get("top_p")
+        )
+        assert alone[0] == flat[0]
+
+
+def test_a_rows_text_does_not_depend_on_the_room_of_others(base):
+    from gpt2_pl.tasks import LanguageModel
+    from gpt2_pl.tasks.poem import continue_prompts
+
+    task = LanguageModel(base=str(base))
+    task.configure_model()
+    tokenizer = load_tokenizer(base)
+    prompts = [tokenizer.encode("a film").ids, tokenizer.encode("the plot is boring and " * 9).ids[:58], [5, 6, 7]]
+    write = lambda p, s: continue_prompts(task, tokenizer, p, s, False, 40, n_lines=None, top_p=0.9)  # noqa: E731
+    together = write(prompts, [1, 2, 3])
+    assert together == [write([prompt], [seed])[0] for seed, prompt in enumerate(prompts, start=1)]
+    assert len(together[1]) <= 6 < len(together[0])
+
+
+def test_a_vocabulary_that_is_larger_than_the_tokenizers(base):
+    tokenizer = load_tokenizer(base)
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=450, n_positions=200, n_embd=16, n_layer=1, n_head=2))
+    prompt = torch.tensor([tokenizer.encode("a fine film\n").ids])
+    settings = {"processors": [VerseGuide(tokenizer, 450)], "stop": LineLimit(tokenizer, 450)}
+    found = generate(model, prompt, max_new_tokens=120, seed=1, **settings)
+    assert found.size(1) > prompt.size(1)
+
+
+def test_blank_lines_are_no_lines(base):
+    tokenizer = load_tokenizer(base)
+    limit = LineLimit(tokenizer, n_lines=3)
+    for text, ended in (
+        ("a\nb\n\n\n", False),
+        ("a\n \nb\n", False),
+        ("a\nb\nc", False),
+        ("a\nb\nc\n", True),
+        ("\n\n\n\n", False),
+        ("\na\n\nb\n\nc\n", True),
+    ):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
+        mask = torch.tensor([[0, 0] + [1] * ids.size(1)])
+        assert bool(limit(padded, mask)) == ended == (len(lines_of(text)) == 3 and text.endswith("\n")), text
+
+
+def test_generation_compiled_and_in_bfloat16(model):
+    ids, mask = prompts([3, 9, 1, 6])
+    expected = generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0)
+    low = generate(copy.deepcopy(model).bfloat16(), ids, mask, max_new_tokens=NEW, top_p=0.9, seed=1)
+    assert low.shape == expected.shape
+    for block in model.h:
+        block.compile(dynamic=True, backend="eager")
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0), expected)

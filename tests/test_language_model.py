@@ -16,6 +16,7 @@ from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.errors import InputError
 from gpt2_pl.flops import training_flops
 from gpt2_pl.losses import cross_entropy
+from gpt2_pl.tasks import LanguageModel
 from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
 
 
@@ -195,3 +196,25 @@ def test_training_flops_are_those_of_a_count(base):
         logits = model.logits(model(ids))
         logits.sum().backward()
     assert training_flops(config, 64) == pytest.approx(counted.get_total_flops() / ids.numel(), rel=0.01)
+
+
+@pytest.mark.parametrize("line", ["word word word.\n\n", "one two\r\n\r\n", "a  \n \n\tb\n", "x\n\n\n  y z\n"])
+def test_paragraphs_are_read_in_pieces_that_tokenise_as_the_whole(line, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(datamodules.corpus, "_PIECE", 50)
+    file = tmp_path / "text.txt"
+    file.write_text(line * 60, newline="")
+    pieces = list(datamodules.corpus._pieces(file))
+    assert len(pieces) > 5
+    tokenizer, whole = load_tokenizer(base), (line * 60).replace("\r\n", "\n")
+    assert "".join(pieces) == whole
+    assert [i for piece in pieces for i in tokenizer.encode(piece).ids] == tokenizer.encode(whole).ids
+
+
+def test_texts_to_ignore_must_be_tokens(base, files):
+    from lightning.pytorch import Trainer
+
+    task = LanguageModel(base=str(base), unlikelihood=1.0, unlikelihood_ignores=["no such token"])
+    data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_checkpointing": False}
+    with pytest.raises(InputError, match="'no such token' is no token"):
+        Trainer(max_steps=1, use_distributed_sampler=False, **quiet).fit(task, data)

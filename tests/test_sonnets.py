@@ -143,7 +143,7 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     # generate, from openings and from lines
     openings = tmp_path / "openings.txt"
     openings.write_text("".join(f"{p.number}\n\n{p.opening(3)}\n" for p in true))
-    command = ["generate", folder, "--prompt_file", openings, "--max_new_tokens", "40", "--seed", "5"]
+    command = ["generate", folder, "--poems", "--prompt_file", openings, "--max_new_tokens", "40", "--seed", "5"]
     run(*command, "--out", tmp_path / "a.txt", "--batch_size", "1")
     run(*command, "--out", tmp_path / "b.txt")
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()

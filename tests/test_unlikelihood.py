@@ -120,3 +120,16 @@ def test_repetition_loss_is_over_all_tokens():
     ) / int((targets != IGNORED).sum())
     assert marks.sum() > 4
     assert repetition_loss(hidden, weight, targets, n=2, chunk=3).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision_is_not_lost(autocast):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 300, (4, 64), generator=generator)
+    logits = torch.randn(4, 64, 300, generator=generator).bfloat16()
+    part = lambda z: unlikelihood_loss(z, targets) - unlikelihood_loss(z, targets, alpha=0.0)  # noqa: E731
+    expected = part(logits.float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(part(logits), expected, rtol=1e-3, atol=1e-4)
+    assert expected > 0.05
+    assert unlikelihood_loss(logits, torch.full((4, 64), IGNORED)) == 0.0

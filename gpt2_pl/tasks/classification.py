@@ -78,6 +78,8 @@ class Classifier(Task):
                 f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for "
                 f"each of the {num_classes} classes and pooling 'last'"
             )
+        if head == "verbaliser" and (n_masks != 1 or head_dropout):
+            raise InputError("model.n_masks and head_dropout are of the linear head; the verbaliser has no dropout")
         if head == "verbaliser" and self.is_probe:
             raise InputError("model.head verbaliser has no parameters: with train_base: false nothing would train")
         self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
@@ -178,7 +180,7 @@ class Classifier(Task):
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         _, probability = self._step(batch, split)
-        self.outcomes.update(batch["row"], batch["labels"], probability)
+        self.outcomes.update(self._row_numbers(batch), batch["labels"], probability)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Enter a batch in the validation metrics."""
@@ -195,8 +197,16 @@ class Classifier(Task):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities (B, K)."""
         probability = self.probability(batch)
-        self.outcomes.update(batch["row"], torch.full_like(batch["row"], -1), probability)
+        row = self._row_numbers(batch)
+        self.outcomes.update(row, torch.full_like(row, -1), probability)
         return probability
+
+    def _row_numbers(self, batch: Batch) -> Tensor:
+        """Which rows of the split a batch holds: those that follow, where it does not say."""
+        if "row" in batch:
+            return batch["row"]
+        start = sum(map(len, self.outcomes.row))
+        return torch.arange(start, start + len(batch["input_ids"]), device=self.device)
 
     # Features computed once
 

@@ -85,6 +85,7 @@ class LanguageModel(Task):
         self.sequence_unlikelihood = sequence_unlikelihood
         self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
         self._ignored_ids: list[int] | None = None
+        self.decoded_last_step = False
         self.metrics = nn.ModuleDict(
             {
                 f"{split}_metrics": nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()})
@@ -109,7 +110,8 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the targets of the global batch, as this process's share of it."""
-        if self._decodes_this_step():
+        self.decoded_last_step = self._decodes_this_step()
+        if self.decoded_last_step:
             return self._sequence_step(batch)
         if self.unlikelihood:
             total, n_targets, unlikelihood = language_model_loss(
@@ -122,7 +124,8 @@ class LanguageModel(Task):
             )
             self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
             mean = unlikelihood / n_targets
-            self.log("train/unlikelihood", mean, on_step=False, on_epoch=True, batch_size=int(n_targets))
+            settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+            self.log("train/unlikelihood", mean, batch_size=int(n_targets), **settings)
         else:
             total, n_targets = self._step(batch, "train")
         loss = total * (self.trainer.world_size / batch.get("global_tokens", n_targets))
@@ -145,17 +148,23 @@ class LanguageModel(Task):
         targets = text[:, 1:].clone()
         targets[:, : P - 1] = IGNORED
         loss = repetition_loss(self.core(text[:, :-1]), self.core.head_weight, targets)
-        self.log("train/sequence_unlikelihood", loss.detach(), on_step=False, on_epoch=True, batch_size=len(text))
-        return loss
+        settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train/sequence_unlikelihood", loss.detach(), batch_size=len(text), **settings)
+        return loss * len(text) * (self.trainer.world_size / batch.get("global_rows", len(text)))
 
     def _ignored(self) -> list[int]:
         """The tokens that may be repeated."""
         if self._ignored_ids is None:
             self._ignored_ids = []
             if self.unlikelihood_ignores:
-                wanted = {text.strip(" ") for text in self.unlikelihood_ignores}
-                texts = token_texts(self.datamodule.tokenizer)
-                self._ignored_ids = [i for i, text in enumerate(texts) if text.strip(" ") in wanted]
+                if not hasattr(self.datamodule, "tokenizer"):
+                    raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
+                texts = [text.strip(" ") for text in token_texts(self.datamodule.tokenizer)]
+                for wanted in self.unlikelihood_ignores:
+                    if wanted.strip(" ") not in texts:
+                        raise InputError(f"model.unlikelihood_ignores: {wanted!r} is no token of the tokenizer")
+                wanted_texts = {text.strip(" ") for text in self.unlikelihood_ignores}
+                self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted_texts]
         return self._ignored_ids
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

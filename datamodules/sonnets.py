@@ -137,6 +137,11 @@ class Sonnets(TextData):
             wanted = np.array(ids[1:])
             if split != "train":
                 wanted[: len(given) - 1] = -100
+                if (wanted == -100).all():
+                    raise InputError(
+                        f"data.{source}_file: {self.files[source]}: the {self.prompt_lines} lines given of poem "
+                        f"{poem.number} take {len(given)} tokens, and there is room for {room} (data.max_length)"
+                    )
             values += ids[:-1]
             targets.append(wanted)
             lengths.append(len(ids) - 1)

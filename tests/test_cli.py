@@ -37,7 +37,9 @@ MEANINGLESS = {
 
 @pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
 def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pair_flags, poem_flags, capsys):
-    column = ["--data.column=sentence"] if task.stem == "text" else []
+    column = {"text": ["--data.column=sentence"], "sonnets": ["--data.prompt_lines=1"]}.get(task.stem, [])
+    if strategy.stem == "sequence_unlikelihood" and task.stem in ("text", "sonnets"):
+        column += ["--model.sequence_prefix=8", "--model.sequence_length=8"]
     files = {"quora": pair_flags, "sonnets": poem_flags}.get(task.stem, data_flags)
     command = ["fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
                "--model.base", base, "--data.max_length=32", *column, *files,

@@ -103,6 +103,11 @@ def test_openings_alone_cannot_be_scored(poem_files, long_base, tmp_path):
         Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
 
 
+def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
+    with pytest.raises(InputError, match=r"the 3 lines given of poem \d+ take \d+ tokens, and there is room for 20"):
+        Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=20).setup()
+
+
 # The task
 
 

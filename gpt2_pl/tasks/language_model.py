@@ -103,7 +103,7 @@ class LanguageModel(Task):
         return total, n_targets
 
     def _enter(self, split: str, total: Tensor, n_targets: Tensor) -> None:
-        mean = total / n_targets
+        mean = total / n_targets.clamp(min=1)
         for name, metric in cast(nn.ModuleDict, self.metrics[f"{split}_metrics"]).items():
             cast(Metric, metric).update(mean, n_targets)
             self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=int(n_targets))

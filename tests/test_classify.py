@@ -116,7 +116,7 @@ def test_bad_input_is_refused_before_anything_is_written(trained, run, capsys, b
 
 def test_memory_does_not_grow_with_the_file(trained, tmp_path):
     peaks = []
-    for n in (1_000, 40_000):
+    for n in (5_000, 40_000):  # more than is read at a time
         file = tmp_path / f"{n}.csv"
         with file.open("w") as lines:
             lines.write("sentence1,sentence2\n")
@@ -131,7 +131,7 @@ def test_memory_does_not_grow_with_the_file(trained, tmp_path):
         done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
         assert sum(1 for _ in (tmp_path / f"{n}_out.csv").open()) == n + 1
-    assert peaks[1] < peaks[0] + 60e6, peaks
+    assert peaks[1] < peaks[0] + 80e6, peaks
 
 
 def test_quotes_mean_what_they_meant_in_training(run, base, pair_files, tmp_path):

@@ -4,6 +4,9 @@ import pytest
 import torch
 from conftest import ROOT, latest, metrics, process, weights
 
+from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl.tokenizer import train_tokenizer
+
 QUICK = [
     "fit",
     f"--config={ROOT}/configs/quickstart.yaml",
@@ -110,3 +113,36 @@ def test_killed_within_a_stage_and_resumed(tmp_path):
     assert metrics(whole)["scores"] == metrics(resumed)["scores"]
     assert metrics(whole)["parameters"] == metrics(resumed)["parameters"]
     assert same(whole, resumed)
+
+
+def test_poems_and_unlikelihood_in_two_processes_equal_one(tmp_path, poem_flags):
+    torch.manual_seed(0)
+    GPT2(GPT2Config(vocab_size=300, n_positions=640, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "base")
+    train_tokenizer(["the plot is wonderful and not at all boring\n"] * 50, 300).save(
+        str(tmp_path / "base/tokenizer.json")
+    )
+    command = [
+        "fit", f"--config={ROOT}/configs/task/sonnets.yaml", f"--config={ROOT}/configs/strategy/unlikelihood.yaml",
+        f"--model.base={tmp_path / 'base'}", *poem_flags, "--data.train_fraction=0.889", "--model.dropout=0.0",
+        "--model.sequence_unlikelihood=0.5", "--model.sequence_prefix=20", "--model.sequence_length=20",
+        "--model.n_shown=1", "--model.max_new_tokens=30", "--trainer.max_epochs=2", "--trainer.precision=32-true",
+        "--trainer.enable_progress_bar=false", "--model.optimizer.init_args.lr=1e-4",
+    ]  # fmt: skip
+    ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    folders = []
+    for name, extra in (
+        ("one", ["--data.batch_size=4", "--trainer.accelerator=cpu"]),
+        ("two", [*ddp, "--data.batch_size=2"]),
+    ):
+        (tmp_path / name).mkdir()
+        done = process(tmp_path / name, *command, *extra)
+        assert done.returncode == 0, done.stderr
+        folders.append(latest(tmp_path / name))
+    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in folders)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    one, two = (metrics(folder) for folder in folders)
+    assert any("train/sequence_unlikelihood" in epoch for epoch in one["epochs"])
+    for key, value in one["epochs"][-1].items():
+        assert two["epochs"][-1][key] == pytest.approx(value, rel=1e-3), key
+    assert two["scores"]["test/perplexity"] == pytest.approx(one["scores"]["test/perplexity"], rel=1e-4)

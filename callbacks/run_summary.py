@@ -192,6 +192,7 @@ class RunSummary(Callback):
             "task": type(pl_module).__name__,
             "configs": self.files,
             "monitor": pl_module.monitor,
+            "mode": pl_module.mode,
             "scores": self.scores,
             "epochs": self.epochs,
             "parameters": {

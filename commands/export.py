@@ -99,7 +99,7 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     if head is None:
         pretrained.save(core, folder, settings=settings)
         return
-    labels = _labels(run, head.linear.out_features)
+    labels = _labels(task, head.linear.out_features)
     settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
     settings["label2id"] = {label: i for i, label in enumerate(labels)}
     with torch.no_grad():
@@ -128,12 +128,10 @@ def _head(task: Task, otherwise: str = "") -> ClassificationHead | None:
     return head
 
 
-def _labels(run: Path, n: int) -> list[str]:
-    try:
-        labels = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["data"]["labels"]
-    except (OSError, ValueError, KeyError, TypeError):
-        labels = None
-    return labels if isinstance(labels, list) and len(labels) == n else [str(i) for i in range(n)]
+def _labels(task: Task, n: int) -> list[str]:
+    """The class names that the model learned with, or numbers."""
+    labels = (getattr(task, "wording", None) or {}).get("labels") or []
+    return labels if len(labels) == n else [str(i) for i in range(n)]
 
 
 def _save_tokenizer(run: Path, folder: Path, n_positions: int) -> int | None:

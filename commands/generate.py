@@ -52,9 +52,9 @@ def main(args: list[str]) -> None:
     from gpt2_pl.tasks import LanguageModel
     from gpt2_pl.tasks.poem import continue_prompts
     from gpt2_pl.tokenizer import load_tokenizer
-    from gpt2_pl.verse import N_LINES, Poem, lines_of
+    from gpt2_pl.verse import LineLimit, Poem, VerseGuide, lines_of
 
-    settings = {
+    settings: dict[str, Any] = {
         key: getattr(given, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")
     }
     try:
@@ -74,6 +74,10 @@ def main(args: list[str]) -> None:
     if given.compile:
         for block in task.core.h:
             block.compile(dynamic=True)
+    if numbers is not None:
+        V = task.config.vocab_size
+        settings["stop"] = LineLimit(tokenizer, V)
+        settings["processors"] = [] if given.no_guide else [VerseGuide(tokenizer, V)]
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     if numbers is None and not all(ids):
         raise InputError(f"prompt_file: {given.prompt_file} has a prompt without any token")
@@ -86,9 +90,7 @@ def main(args: list[str]) -> None:
             tokenizer,
             [ids[i] for i in batch],
             seeds=[(given.seed * _SEEDS + i) % 2**63 for i in batch],
-            guide=numbers is not None and not given.no_guide,
             max_new_tokens=given.max_new_tokens,
-            n_lines=None if numbers is None else N_LINES,
             **settings,
         )
         for i, new in zip(batch, written, strict=True):

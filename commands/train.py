@@ -155,9 +155,8 @@ class GPT2CLI(LightningCLI):
         if logged:
             root = Path(trainer["default_root_dir"] or ".") / RUNS
             trainer["logger"] = TensorBoardLogger(root, name=config["name"], default_hp_metric=False)
-        files = [
-            str(file) for file in config.get("config") or [] if "\n" not in str(file)
-        ]  # not a checkpoint's settings
+        # a checkpoint's settings come as a text of several lines
+        files = [str(file) for file in config.get("config") or [] if "\n" not in str(file)]
         self.summary = RunSummary(self.config_settings(), files)
         callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         if trainer["enable_progress_bar"] is not False:

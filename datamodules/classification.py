@@ -52,8 +52,8 @@ class TextClassification(TextData):
             ``oversample`` repeats rows of the smaller ones.
         split_seed: decides which rows all these are.
         quoting: whether double quotes enclose values in delimited files; by default in all but MRPC's.
-        bad_rows: ``error``, or ``skip`` rows without text, with a label that is none, and in delimited files those
-            with too many or too few values or that are not UTF-8. The run's account says how many.
+        bad_rows: ``error``, or ``skip`` rows without text, with a label that is none, that are not UTF-8, have too many
+            or too few values, or are no JSON object. The run's account says how many.
 
     Raises:
         InputError: at ``prepare_data``, a file, column, label or text that cannot be used, by file and row.

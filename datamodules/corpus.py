@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from datamodules.base import TextData
 from datamodules.batching import PackedRows
 from datamodules.rows import read_file, read_hub, require_columns
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT, train_tokenizer
 
 if TYPE_CHECKING:
@@ -124,7 +123,6 @@ class TextCorpus(TextData):
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl"
         file = folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
             _write_tokens(file, (ids for source in sources for ids in self._token_pieces(source)), self.tokenizer)
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
@@ -198,11 +196,9 @@ def _pieces(path: Path) -> Iterator[str]:
 def _write_tokens(file: Path, pieces: Iterator[list[int]], tokenizer: Tokenizer) -> None:
     """Write all ids one after the other as a .npy file: beside its place, then renamed."""
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)  # other processes write theirs
-    part = Path(name)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     length = 0
-    with os.fdopen(handle, "wb") as out:
+    with whole_file(file, "wb") as out:
         np.lib.format.write_array_header_1_0(out, {**header, "shape": (10**15,)})  # as wide as the final one will be
         start = out.tell()
         for ids in pieces:
@@ -212,5 +208,3 @@ def _write_tokens(file: Path, pieces: Iterator[list[int]], tokenizer: Tokenizer)
         np.lib.format.write_array_header_1_0(out, {**header, "shape": (length,)})
         if out.tell() != start:
             raise RuntimeError("the header of the token cache changed its size")
-    part.chmod(0o644)
-    part.replace(file)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +54,7 @@ def read_file(
         file: its path; the ending says the format.
         key: the option that held it, for error messages.
         quoting: whether double quotes in delimited text enclose values; by default in every file but MRPC's.
-        skip_bad: leave rows of delimited text out that are not UTF-8 or have more or fewer values than the header.
+        skip_bad: leave rows out that are not UTF-8, have more or fewer values than the header, or are no JSON object.
         streaming: read while going through the rows: ``rows`` is then an ``IterableDataset``.
 
     Raises:
@@ -175,12 +176,9 @@ def _without_lines(path: Path, bad: Collection[int]) -> Path:
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
     copy = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{key}.jsonl"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    part = copy.with_name(f".{copy.name}.part")
-    with path.open("rb") as lines, part.open("wb") as out:
+    with path.open("rb") as lines, whole_file(copy, "wb") as out:
         rows = (line for line in lines if line.strip())
         out.writelines(line.rstrip(b"\r\n") + b"\n" for n, line in enumerate(rows, start=1) if n not in bad)
-    part.replace(copy)
     return copy
 
 

@@ -199,7 +199,7 @@ class Comparison:
     @property
     def higher_is_better(self) -> bool:
         """Of the monitored score."""
-        return not self.monitor.endswith(("loss", "perplexity"))
+        return self.groups[0].runs[0].account.get("mode") != "min"
 
     def scores(self) -> list[str]:
         """The names of all scores, the monitored one first."""

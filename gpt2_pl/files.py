@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any
+from uuid import uuid4
 
 from gpt2_pl.errors import InputError
 
@@ -24,10 +25,21 @@ def check_new(path: Path, key: str = "out") -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Write a text file beside its place and rename it when all is written: nobody ever reads half of it."""
+def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
+    """Write a file beside its place and rename it when all is written: nobody ever reads half of it.
+
+    Several processes may write the same file; what one of them leaves unfinished is deleted.
+
+    Args:
+        path: its place; folders that are missing are made.
+        mode: ``w`` for UTF-8 text, ``wb`` for bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        yield file
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with part.open(mode, **text) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -56,9 +56,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 if not (need_hidden or need_weight):
                     continue
                 gradient = logits.sub_(normaliser).exp_()  # softmax
-                if odds is not None:  # of -log(1 - p_c) by logit k: p_c / (1 - p_c) ([k = c] - p_k)
+                if (
+                    candidates is not None and odds is not None
+                ):  # of -log(1 - p_c) by logit k: p_c / (1 - p_c) ([k = c] - p_k)
                     gradient.mul_((1.0 if likelihood else 0.0) - odds.sum(-1, keepdim=True))
-                    gradient.scatter_add_(-1, candidates[part], odds)  # type: ignore[index]
+                    gradient.scatter_add_(-1, candidates[part], odds)
                 if likelihood:
                     gradient.scatter_add_(-1, at, gradient.new_full((1, 1), -1.0).expand_as(at))
                 gradient = gradient.to(dtype)

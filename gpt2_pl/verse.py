@@ -144,6 +144,12 @@ def rhyme(first: str, second: str) -> bool:
     return bool(a and b and a[-1] != b[-1] and rhyme_parts(a[-1]) & rhyme_parts(b[-1]))
 
 
-def rhyme_share(lines: Sequence[str]) -> float:
-    """The share of a sonnet's seven pairs of lines that rhyme; lines that are missing do not."""
-    return sum(j < len(lines) and rhyme(lines[i], lines[j]) for i, j in RHYMES) / len(RHYMES)
+def rhyme_share(lines: Sequence[str], given: int = 0) -> float:
+    """The share of a sonnet's seven pairs of lines that rhyme; lines that are missing do not.
+
+    Args:
+        lines: of a poem.
+        given: first lines that are not the poet's own; pairs of these alone are left out.
+    """
+    pairs = [(i, j) for i, j in RHYMES if j >= given]
+    return sum(j < len(lines) and rhyme(lines[i], lines[j]) for i, j in pairs) / len(pairs)

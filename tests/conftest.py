@@ -52,25 +52,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tab-separated reviews in two classes; the sizes do not divide by 2."""
-    folder = tmp_path_factory.mktemp("rows")
+    reviews = lambda n, seed: [{**row, "sentiment": row["sentiment"] % 2} for row in toy_reviews(n, seed)]  # noqa: E731
+    return write_splits(tmp_path_factory.mktemp("rows"), reviews)
+
+
+def write_splits(folder: Path, rows: Callable[[int, int], list[dict[str, Any]]]) -> dict[str, Path]:
+    """Tab-separated files of train, val and test rows."""
     paths = {}
     for seed, (split, n) in enumerate({"train": 97, "val": 33, "test": 35}.items()):
-        rows = [f"{row['sentence']}\t{row['sentiment'] % 2}" for row in toy_reviews(n, seed)]
+        written = rows(n, seed)
+        lines = ["\t".join(map(str, row)) for row in [written[0], *(row.values() for row in written)]]
         paths[split] = folder / f"{split}.csv"
-        paths[split].write_text("\n".join(["sentence\tsentiment", *rows]) + "\n", encoding="utf-8")
+        paths[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths
 
 
 @pytest.fixture(scope="session")
 def pair_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tab-separated pairs of questions."""
-    folder = tmp_path_factory.mktemp("pairs")
-    paths = {}
-    for seed, (split, n) in enumerate({"train": 97, "val": 33, "test": 35}.items()):
-        lines = ["\t".join(map(str, row.values())) for row in toy_pairs(n, seed)]
-        paths[split] = folder / f"{split}.csv"
-        paths[split].write_text("\n".join(["sentence1\tsentence2\tis_duplicate", *lines]) + "\n", encoding="utf-8")
-    return paths
+    return write_splits(tmp_path_factory.mktemp("pairs"), toy_pairs)
 
 
 @pytest.fixture(scope="session")

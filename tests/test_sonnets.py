@@ -123,7 +123,7 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     words = [scores.words("\n".join(poem.lines[3:])) for poem in written]
     assert account["test/distinct_2"] == pytest.approx(scores.distinct(words, 2))
     assert account["test/seed_rhyme"] == pytest.approx(sum(scores.seed_rhyme(p.lines) for p in written) / 3)
-    assert account["test/rhyme"] == pytest.approx(sum(rhyme_share(p.lines) for p in written) / 3)
+    assert account["test/rhyme"] == pytest.approx(sum(rhyme_share(p.lines, 3) for p in written) / 3)
     assert {"test/chrf", "test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
 
     # perplexity is that of transformers on the same lines
@@ -234,6 +234,13 @@ def test_the_reports_own_scores():
 )
 def test_real_rhymes(first, second, expected):
     assert rhyme(first, second) is expected
+
+
+def test_rhymes_of_lines_that_were_given_do_not_count():
+    lines = ["one increase", "a day", "it shall cease", "the way"] + ["nothing here"] * 10
+    assert rhyme_share(lines) == pytest.approx(2 / 7)
+    assert rhyme_share(lines, given=3) == pytest.approx(1 / 6)
+    assert rhyme_share(lines, given=4) == 0.0
 
 
 def test_a_real_sonnet_rhymes(shared):

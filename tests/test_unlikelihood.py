@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.losses import (
     IGNORED,
     cross_entropy,
@@ -14,6 +15,7 @@ from gpt2_pl.losses import (
     repetition_loss,
     unlikelihood_loss,
 )
+from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 
 V = 9
 
@@ -59,6 +61,19 @@ def test_it_equals_a_triple_loop(seed, settings):
         likelihood, _ = cross_entropy(hidden, weight, targets)
         assert (likelihood + alpha * unlikelihood).item() == pytest.approx(total.item(), rel=1e-10)
         torch.testing.assert_close(torch.autograd.grad(total / n, (hidden, weight)), gradients)
+
+
+@pytest.mark.parametrize("surgery", [[PrefixTuning(length=3)], [PromptTuning(length=2)], [LoRA(rank=2)]])
+def test_virtual_tokens_are_never_seen_by_the_loss(surgery):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=V, n_positions=24, n_embd=8, n_layer=2, n_head=2, dropout=0.0))
+    for change in surgery:
+        change.apply(model)
+    targets, _ = random_text(3)
+    hidden = model(targets.clamp(min=0))
+    total, n, _ = language_model_loss(hidden, model.head_weight, targets, 1.0)
+    assert hidden.shape[:2] == targets.shape
+    assert (total / n).item() == pytest.approx(brute_force(model.logits(hidden).double(), targets, 1.0), rel=1e-5)
 
 
 def test_gradients_are_finite_differences():

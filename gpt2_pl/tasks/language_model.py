@@ -123,9 +123,7 @@ class LanguageModel(Task):
                 self.unlikelihood_window,
             )
             self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
-            mean = unlikelihood / n_targets
-            settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
-            self.log("train/unlikelihood", mean, batch_size=int(n_targets), **settings)
+            self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))
         else:
             total, n_targets = self._step(batch, "train")
         loss = total * (self.trainer.world_size / batch.get("global_tokens", n_targets))
@@ -148,23 +146,25 @@ class LanguageModel(Task):
         targets = text[:, 1:].clone()
         targets[:, : P - 1] = IGNORED
         loss = repetition_loss(self.core(text[:, :-1]), self.core.head_weight, targets)
-        settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log("train/sequence_unlikelihood", loss.detach(), batch_size=len(text), **settings)
+        self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
         return loss * len(text) * (self.trainer.world_size / batch.get("global_rows", len(text)))
+
+    def _log_mean(self, name: str, value: Tensor, n: int) -> None:
+        """Log an epoch's mean over ``n`` things a step, of all processes."""
+        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=n)
 
     def _ignored(self) -> list[int]:
         """The tokens that may be repeated."""
-        if self._ignored_ids is None:
-            self._ignored_ids = []
-            if self.unlikelihood_ignores:
-                if not hasattr(self.datamodule, "tokenizer"):
-                    raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
-                texts = [text.strip(" ") for text in token_texts(self.datamodule.tokenizer)]
-                for wanted in self.unlikelihood_ignores:
-                    if wanted.strip(" ") not in texts:
-                        raise InputError(f"model.unlikelihood_ignores: {wanted!r} is no token of the tokenizer")
-                wanted_texts = {text.strip(" ") for text in self.unlikelihood_ignores}
-                self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted_texts]
+        if self._ignored_ids is not None or not self.unlikelihood_ignores:
+            return self._ignored_ids or []
+        if not hasattr(self.datamodule, "tokenizer"):
+            raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
+        texts = [text.strip(" ") for text in token_texts(self.datamodule.tokenizer)]
+        wanted = [text.strip(" ") for text in self.unlikelihood_ignores]
+        for text in wanted:
+            if text not in texts:
+                raise InputError(f"model.unlikelihood_ignores: {text!r} is no token of the tokenizer")
+        self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted]
         return self._ignored_ids
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

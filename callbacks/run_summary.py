@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gpt2_pl.files import whole_file
 from gpt2_pl.flops import peak_flops, training_flops
+from gpt2_pl.pretrained import provenance
 from gpt2_pl.tasks.language_model import LanguageModel
 
 Scores = dict[str, float]
@@ -35,12 +37,14 @@ class RunSummary(Callback):
     def __init__(self, settings: Mapping[str, Any] | None = None, files: Sequence[str] = ()) -> None:
         self.settings, self.files = dict(settings or {}), list(files)
         self.epochs: list[Scores] = []
-        self.scores: Scores = {}  # of the best epoch, and of the test set
+        self.scores: Scores = {}  # of evaluations after training
         self.seconds = 0.0  # spent training, validation included
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
         self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
-        self._since = 0.0
+        self.cpu_seconds = 0.0  # of all of this process's threads, in those seconds
+        self.test_follows = False  # the run is finished only when its best checkpoint has been tested
+        self._since = self._cpu_since = 0.0
         self._logged = (0, 0.0)  # tokens and seconds when the speed was logged last
         self._fitting = False
 
@@ -52,14 +56,25 @@ class RunSummary(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The account so far."""
-        spent = time.perf_counter() - self._since if self._since else 0.0
+        seconds, cpu_seconds = self._spent()
         return {
             "epochs": self.epochs,
-            "seconds": self.seconds + spent,
+            "layers": self.layers,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "examples": self.examples,
             "tokens": self.tokens,
             "training_seconds": self.training_seconds,
         }
+
+    def _spent(self) -> tuple[float, float]:
+        """Seconds of training so far, by the wall's clock and the processor's."""
+        if not self._since:
+            return self.seconds, self.cpu_seconds
+        return (
+            self.seconds + time.perf_counter() - self._since,
+            self.cpu_seconds + time.process_time() - self._cpu_since,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the account of the run that was stopped; testing a checkpoint takes nothing over."""
@@ -73,7 +88,7 @@ class RunSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; tell TensorBoard the settings and which scores will be final."""
-        self._since = time.perf_counter()
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero and self.settings:
@@ -135,13 +150,25 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the scores of the best epoch."""
-        self.seconds += time.perf_counter() - self._since
+        self.seconds, self.cpu_seconds = self._spent()
         self._since = 0.0
-        if self.epochs:
-            best = self.best_epoch(pl_module)
-            self.scores.update({k: v for k, v in best.items() if k.startswith("val/")}, best_epoch=best["epoch"])
-        self._write(trainer, pl_module, "finished" if not trainer.interrupted else "interrupted")
-        self._log_final(trainer)
+        done = "trained" if self.test_follows else "finished"
+        self._write(trainer, pl_module, "interrupted" if trainer.interrupted else done)
+        self._log_final(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write down that training broke off; what was reached stays."""
+        if self._fitting and trainer.training:
+            stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+            self._write(trainer, pl_module, "interrupted" if stopped else "failed")
+
+    def final_scores(self, pl_module: LightningModule) -> Scores:
+        """The validation scores of the best epoch, and whatever was evaluated since."""
+        if not self.epochs:
+            return self.scores
+        best = self.best_epoch(pl_module)
+        of_best = {k: v for k, v in best.items() if k.startswith("val/")}
+        return {**of_best, "best_epoch": best["epoch"], **self.scores}
 
     def best_epoch(self, pl_module: LightningModule) -> Scores:
         """The scores of the epoch that is best by the task's ``monitor``; the first of equals."""
@@ -163,18 +190,19 @@ class RunSummary(Callback):
         split = "val/" if trainer.state.fn == "validate" else "test/"
         self.scores.update({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)})
         self._write(trainer, pl_module, "finished")
-        self._log_final(trainer)
+        self._log_final(trainer, pl_module)
 
     # Where it goes
 
-    def _log_final(self, trainer: Trainer) -> None:
+    def _log_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.logger is not None:
-            final = {f"hp/{k.replace('/', '_')}": v for k, v in self.scores.items() if "/" in k}
+            scores = self.final_scores(pl_module)
+            final = {f"hp/{k.replace('/', '_')}": v for k, v in scores.items() if "/" in k}
             trainer.logger.log_metrics(final, step=trainer.global_step)
             trainer.logger.save()
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
-        folder = trainer.log_dir
+        folder = getattr(trainer.logger, "log_dir", None)  # trainer.log_dir would ask all processes
         if not trainer.is_global_zero or folder is None:
             return
         best = Path(folder, "checkpoints", "best.ckpt")
@@ -184,16 +212,17 @@ class RunSummary(Callback):
             json.dump(account, file, indent=2)
 
     def account(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What ``metrics.json`` holds. Seconds are wall-clock, memory is in bytes, of process 0, which alone asks."""
+        """What ``metrics.json`` holds. Seconds are wall-clock, CPU seconds of all threads, memory is in bytes; all are
+        of process 0, which alone asks."""
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
-        since = time.perf_counter() - self._since if self._since else 0.0
+        seconds, cpu_seconds = self._spent()
         return {
             "task": type(pl_module).__name__,
             "configs": self.files,
             "monitor": pl_module.monitor,
             "mode": pl_module.mode,
-            "scores": self.scores,
+            "scores": self.final_scores(pl_module),
             "epochs": self.epochs,
             "parameters": {
                 "trainable": sum(layer["trainable"] for layer in self.layers)  # at the end of training
@@ -201,7 +230,8 @@ class RunSummary(Callback):
                 "total": sum(p.numel() for p in parameters),
                 "layers": self.layers,
             },
-            "seconds": self.seconds + since,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "examples_per_second": self.examples / self.training_seconds if self.training_seconds else None,
             "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else None,
             "mfu": self._mfu(trainer, pl_module),
@@ -211,7 +241,7 @@ class RunSummary(Callback):
             "processes": trainer.world_size,
             "precision": str(trainer.precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "base": {"path": pl_module.base, "digest": pl_module.base_digest},
+            "base": {"path": pl_module.base, "digest": pl_module.base_digest, **provenance(str(pl_module.base))},
             "data": datamodule.description() if hasattr(datamodule, "description") else None,
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in _PACKAGES}},
         }

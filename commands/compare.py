@@ -24,6 +24,7 @@ _COSTS = {  # name -> heading, divisor, digits
     "examples_per_second": ("examples/s", 1, 1),
     "peak_memory_bytes": ("peak memory, GB", 1e9, 2),
     "seconds": ("minutes", 60, 1),
+    "cpu_seconds": ("CPU minutes", 60, 1),
     "seconds_to_best": ("minutes to best", 60, 1),
 }
 _PERCENT = ("accuracy", "f1", "precision", "recall")

@@ -96,6 +96,7 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     head = None if backbone else _head(task, "; --backbone leaves the head out")
     end = _save_tokenizer(run, folder, core.config.n_positions)
     settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    settings |= _provenance(run)
     if head is None:
         pretrained.save(core, folder, settings=settings)
         return
@@ -105,6 +106,20 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     with torch.no_grad():
         core.ln_f.bias.add_(bias_as_shift(head.linear.weight, head.linear.bias))  # transformers' head has no bias
     pretrained.save(core, folder, score=head.linear.weight, settings=settings)
+
+
+def _provenance(run: Path) -> dict[str, Any]:
+    """What the folder says of the model's past: the base that its training began from, and what it took since."""
+    from gpt2_pl.pretrained import PROVENANCE
+
+    try:
+        account = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        base = account["base"]
+        spent = {key: account[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
+        origin = base.get("origin", base["digest"])
+        return {} if origin is None else {PROVENANCE: {"origin": origin, **spent}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def export_peft(task: Task, folder: Path) -> None:

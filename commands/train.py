@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    RichProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import PoemWriter, PredictionWriter, Reproducibility, RunSummary
+from callbacks import (
+    Patience,
+    PoemWriter,
+    PredictionWriter,
+    Reproducibility,
+    RunCheckpoint,
+    RunSummary,
+    WholeCheckpoints,
+)
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
 from gpt2_pl.surgery import build
@@ -61,6 +65,7 @@ class GPT2CLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=Parser,
             save_config_callback=RunFiles,
+            save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -84,6 +89,13 @@ class GPT2CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys of the run itself."""
         parser.add_argument("--name", type=str, default="run", help=f"the run's folder: {RUNS}/NAME/version_N")
+        parser.add_argument(
+            "--version",
+            type=str | None,
+            default=None,
+            help=f"the run's folder is {RUNS}/NAME/VERSION; by default version_N with the next free N, and that of the "
+            "run that goes on where ckpt_path is a last.ckpt",
+        )
         parser.add_argument(
             "--early_stopping_patience",
             type=int | None,
@@ -118,6 +130,13 @@ class GPT2CLI(LightningCLI):
             trainer.use_distributed_sampler = False  # our loaders share the rows out themselves
         if trainer.logger is None:
             trainer.logger = True
+        root = Path(trainer.default_root_dir or ".") / RUNS
+        stopped = None if self.checkpoint is None else _run_of(Path(self.checkpoint), root)
+        if self.subcommand == "fit" and stopped is not None and not _states(self.given, "name", "version"):
+            config.name, config.version = str(stopped.parent), stopped.name
+        folder = root / config.name / str(config.version)
+        if config.version is not None and (folder / "config.yaml").exists() and stopped != folder.relative_to(root):
+            raise InputError(f"version: {folder} holds a run already; give another, or go on with its last.ckpt")
 
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
@@ -154,7 +173,9 @@ class GPT2CLI(LightningCLI):
         logged = trainer["logger"] is True and not trainer["fast_dev_run"]
         if logged:
             root = Path(trainer["default_root_dir"] or ".") / RUNS
-            trainer["logger"] = TensorBoardLogger(root, name=config["name"], default_hp_metric=False)
+            trainer["logger"] = TensorBoardLogger(
+                root, name=config["name"], version=config["version"], default_hp_metric=False
+            )
         # a checkpoint's settings come as a text of several lines
         files = [str(file) for file in config.get("config") or [] if "\n" not in str(file)]
         self.summary = RunSummary(self.config_settings(), files)
@@ -166,17 +187,20 @@ class GPT2CLI(LightningCLI):
         if self.subcommand == "fit":
             monitor, mode = self.model.monitor, self.model.mode
             if config["early_stopping_patience"] is not None:
-                callbacks.append(EarlyStopping(monitor, patience=config["early_stopping_patience"], mode=mode))
+                callbacks.append(Patience(monitor, patience=config["early_stopping_patience"], mode=mode))
             if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
                 callbacks += self._checkpoints(monitor, mode, config["checkpoint_every_n_steps"])
+                self.summary.test_follows = self.datamodule.has("test")
+                plugins = trainer["plugins"] or []
+                plugins = plugins if isinstance(plugins, list) else [plugins]
+                if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                    trainer["plugins"] = [*plugins, WholeCheckpoints()]
         return self._instantiate_trainer(trainer, callbacks)
 
-    def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[ModelCheckpoint]:
+    def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[Callback]:
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-        self.best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
-        last = ModelCheckpoint(
-            filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, **shared
-        )
+        self.best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
+        last = RunCheckpoint(filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, **shared)
         return [self.best, last]
 
     def config_settings(self) -> dict[str, Any]:
@@ -216,7 +240,7 @@ class GPT2CLI(LightningCLI):
         if self.summary.epochs:
             console.print(self.summary.table(self.model))
             console.print(self.summary.layer_table())
-        for name, value in self.summary.scores.items():
+        for name, value in self.summary.final_scores(self.model).items():
             if "/" in name:
                 console.print(f"{name:16} {value:.4f}")
         if folder is not None:
@@ -275,6 +299,19 @@ def _checkpoint_path(args: list[str]) -> str | None:
     if path is not None and not Path(path).is_file():
         raise InputError(f"ckpt_path: there is no file {path}")
     return path
+
+
+def _states(args: list[str], *keys: str) -> bool:
+    """Whether flags say what any of these keys is."""
+    return any(arg.partition("=")[0] in {f"--{key}" for key in keys} for arg in args)
+
+
+def _run_of(checkpoint: Path, root: Path) -> Path | None:
+    """The folder, below ``root``, of the run that a last checkpoint is to go on; None of any other checkpoint."""
+    run = checkpoint.resolve().parents[1]
+    if checkpoint.name != "last.ckpt" or not (run / "config.yaml").is_file() or not run.is_relative_to(root.resolve()):
+        return None
+    return run.relative_to(root.resolve())
 
 
 def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:

@@ -94,13 +94,14 @@ class Run:
         """What it must share with others to be compared with them."""
         data = self.account.get("data") or {}
         files = data.get("files") or {}
+        base = self.account.get("base") or {}
         return {
             "task": self.account.get("task"),
             "data": _name(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
             "rows": (data.get("rows") or {}).get(self.split),
             "texts": None if self.judged is None else self.judged[0],
             "labels": data.get("labels"),
-            "base": (self.account.get("base") or {}).get("digest"),
+            "base": base.get("origin", base.get("digest")),
         }
 
     @property
@@ -172,10 +173,12 @@ class Group:
 def _cost(run: Run, name: str) -> float | None:
     if name in ("trainable", "total"):
         return run.account["parameters"][name]
+    before = (run.account.get("base") or {}).get("cpu_seconds" if name == "cpu_seconds" else "seconds", 0.0)
     if name == "seconds_to_best":
         epochs, best = len(run.account["epochs"]), run.account["scores"].get("best_epoch")
-        return run.account["seconds"] * best / epochs if epochs and best else None
-    return run.account.get(name)
+        return before + run.account["seconds"] * best / epochs if epochs and best else None
+    value = run.account.get(name)
+    return before + value if value is not None and name in ("seconds", "cpu_seconds") else value
 
 
 @dataclass

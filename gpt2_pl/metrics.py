@@ -9,28 +9,29 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class Outcomes(Metric):
-    """What the model said of every row: row numbers, labels and class probabilities, gathered over processes."""
+class Gathered(Metric):
+    """Values of every row of a split, such as what the model said of it, gathered over processes.
+
+    Args:
+        names: of the values; ``row``, the rows' numbers, is one of them.
+    """
 
     full_state_update = False
-    row: list[Tensor]
-    label: list[Tensor]
-    probability: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
         super().__init__()
-        for name in ("row", "label", "probability"):
+        self.names = names
+        for name in names:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, row: Tensor, label: Tensor, probability: Tensor) -> None:
-        """Add a batch: ``row`` (B,), ``label`` (B,; -1 where unknown), ``probability`` (B, K)."""
-        self.row.append(row)
-        self.label.append(label)
-        self.probability.append(probability.float())
+    def update(self, **values: Tensor) -> None:
+        """Add a batch: of every name a tensor whose first dimension is the rows'."""
+        for name in self.names:
+            getattr(self, name).append(values[name])
 
     def compute(self) -> dict[str, Tensor]:
-        """All rows, sorted by number: ``row`` (N,), ``label`` (N,), ``probability`` (N, K)."""
-        parts = {name: getattr(self, name) for name in ("row", "label", "probability")}
+        """The values (N, ...) of all rows by name, sorted by the rows' numbers, on the CPU."""
+        parts = {name: getattr(self, name) for name in self.names}
         whole = {name: torch.cat(part) if isinstance(part, list) else part for name, part in parts.items()}
         order = whole["row"].argsort()
         return {name: tensor[order].cpu() for name, tensor in whole.items()}

@@ -37,6 +37,24 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
+PROVENANCE = "gpt2_pl"  # what config.json of a model trained here says of its past
+
+
+def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder that this library exported says of the model's past.
+
+    Returns:
+        ``origin``, the digest of the base that training began from, and ``seconds`` and ``cpu_seconds`` that it took;
+        nothing for other folders.
+    """
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[PROVENANCE]
+        seconds = {key: float(said[key]) for key in ("seconds", "cpu_seconds")}
+        return {"origin": str(said["origin"]), **seconds}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def resolve(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
     """The local folder of a pretrained GPT-2: ``path_or_id`` itself, or the hub's download of that id.
 

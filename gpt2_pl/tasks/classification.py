@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
-from gpt2_pl.metrics import Outcomes
+from gpt2_pl.metrics import Gathered
 from gpt2_pl.tasks.base import Task
 
 Batch = dict[str, Any]
@@ -88,7 +88,7 @@ class Classifier(Task):
         self.n_masks, self.average, self.label_smoothing = n_masks, average, label_smoothing
         self.head: nn.Module | None = None
         self.metrics = nn.ModuleDict({f"{split}_metrics": self._make_metrics() for split in ("train", "val", "test")})
-        self.outcomes = Outcomes()
+        self.outcomes = Gathered("row", "label", "probability")
         self.wording: dict[str, Any] | None = (
             None  # template, labels and max_length that a loaded checkpoint learned with
         )
@@ -180,7 +180,7 @@ class Classifier(Task):
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         _, probability = self._step(batch, split)
-        self.outcomes.update(self._row_numbers(batch), batch["labels"], probability)
+        self.outcomes.update(row=self._row_numbers(batch), label=batch["labels"], probability=probability)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Enter a batch in the validation metrics."""
@@ -198,14 +198,15 @@ class Classifier(Task):
         """Class probabilities (B, K)."""
         probability = self.probability(batch)
         row = self._row_numbers(batch)
-        self.outcomes.update(row, torch.full_like(row, -1), probability)
+        self.outcomes.update(row=row, label=torch.full_like(row, -1), probability=probability)
         return probability
 
     def _row_numbers(self, batch: Batch) -> Tensor:
         """Which rows of the split a batch holds: those that follow, where it does not say."""
         if "row" in batch:
             return batch["row"]
-        start = sum(map(len, self.outcomes.row))
+        gathered: Any = self.outcomes.row
+        start = sum(map(len, gathered))
         return torch.arange(start, start + len(batch["input_ids"]), device=self.device)
 
     # Features computed once

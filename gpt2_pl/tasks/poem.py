@@ -11,6 +11,8 @@ from torchmetrics.text import CHRFScore
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
+from gpt2_pl.losses import cross_entropy
+from gpt2_pl.metrics import Gathered
 from gpt2_pl.tasks.language_model import LanguageModel
 from gpt2_pl.text_metrics import distinct, seed_distinct, seed_perplexity, seed_rhyme, seq_rep, words
 from gpt2_pl.tokenizer import END_OF_TEXT
@@ -59,6 +61,29 @@ class PoemGenerator(LanguageModel):
         self.temperature, self.top_p, self.guide = temperature, top_p, guide
         self.max_new_tokens, self.n_shown = max_new_tokens, n_shown
         self.written: list[Poem] = []
+        self.outcomes = Gathered("row", "n_tokens", "loss")  # of every poem evaluated
+
+    def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
+        """Enter every poem by itself: its number of targets and the sum of their losses."""
+        hidden, weight = self.core(batch["input_ids"]), self.core.head_weight
+        for i, row in enumerate(batch["row"]):
+            total, n_targets = cross_entropy(hidden[i : i + 1], weight, batch["targets"][i : i + 1])
+            self._enter(split, total, n_targets)
+            self.outcomes.update(row=row.view(1), n_tokens=n_targets.view(1), loss=total.view(1))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Enter a batch in the validation metrics."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Enter a batch in the test metrics."""
+        self._evaluation_step(batch, "test")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        self.outcomes.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def write(self, poems: list[Poem]) -> list[Poem]:
         """Continue the openings of poems, each from a seed of its own, its number.

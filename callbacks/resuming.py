@@ -1,0 +1,67 @@
+"""What makes a run that was stopped end like one that was not: whole checkpoints, the best of them, and patience."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from gpt2_pl.files import whole_file
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them, without a second copy in memory.
+
+    Lightning's own go through a temporary folder, which may lie on another disk: a process that ends while they are
+    moved leaves half of one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; the file that was there stays until the new one is whole."""
+        with whole_file(Path(path), "wb") as file:
+            torch.save(checkpoint, file)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that remembers its best when the run goes on, also from another working directory or folder.
+
+    Lightning forgets the best score as soon as the folder is called otherwise.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best checkpoint of the run that was stopped, and copy its file where the folder is another."""
+        here, there = Path(str(self.dirpath)), Path(state_dict["dirpath"])
+        state = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = _moved(state[key], here)
+        state["best_k_models"] = {_moved(path, here): score for path, score in state["best_k_models"].items()}
+        if state["best_model_path"] and not Path(state["best_model_path"]).exists():
+            found = there / Path(state["best_model_path"]).name
+            if found.is_file():
+                here.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found, state["best_model_path"])
+            else:
+                state.update(best_model_path="", best_k_models={}, best_model_score=None, kth_value=None)
+                state["kth_best_model_path"] = ""
+        super().load_state_dict(state)
+        if self.kth_value is None:
+            self.kth_value = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+
+
+def _moved(path: str, folder: Path) -> str:
+    return str(folder / Path(path).name) if path else path
+
+
+class Patience(EarlyStopping):
+    """Early stopping that has also stopped when a run goes on from a checkpoint of its last epoch."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train no further where patience had ended."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True

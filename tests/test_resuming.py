@@ -1,0 +1,100 @@
+"""Runs that go on: in their own folder, with the best checkpoint and the patience that they had."""
+
+import pytest
+import torch
+from conftest import ROOT, metrics, weights
+
+QUICK = [
+    "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--trainer.precision=32-true",
+    "--model.optimizer.init_args.lr=1e-3",
+]  # fmt: skip
+
+
+def same_checkpoint(a, b):
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def outcome(folder):
+    """What of an account two equal runs share."""
+    account = metrics(folder)
+    return {key: account[key] for key in ("status", "scores", "epochs", "parameters", "steps", "seed")}
+
+
+def test_it_goes_on_in_its_own_folder(run):
+    whole = run(*QUICK, "--trainer.max_epochs=3", "--name=whole")
+    half = run(
+        *QUICK, "--trainer.max_epochs=3", "--name=half", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1"
+    )
+    half_account = metrics(half)
+    assert len(half_account["epochs"]) == 1
+    resumed = run(*QUICK, "--trainer.max_epochs=3", f"--ckpt_path={half}/checkpoints/last.ckpt")
+    assert resumed == half
+    assert outcome(resumed) == outcome(whole)
+    for name in ("best.ckpt", "last.ckpt"):
+        assert same_checkpoint(whole / "checkpoints" / name, half / "checkpoints" / name)
+    assert [path.name for path in half.parent.iterdir()] == ["version_0"]
+
+
+def test_the_best_epoch_may_lie_before_the_stop(run):
+    """The rate that follows the first epoch ruins the model: the best checkpoint is the first epoch's."""
+    ruin = ["--model.schedule=gpt2_pl.optim.Constant", "--trainer.max_epochs=3", "--model.optimizer.init_args.lr=0.3"]
+    whole = run(*QUICK, *ruin, "--name=whole")
+    half = run(*QUICK, *ruin, "--name=half", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=2")
+    assert len(metrics(half)["epochs"]) == 2
+    elsewhere = run(*QUICK, *ruin, "--name=elsewhere", f"--ckpt_path={half}/checkpoints/last.ckpt")
+    assert elsewhere.parent.name == "elsewhere"
+    resumed = run(*QUICK, *ruin, f"--ckpt_path={half}/checkpoints/last.ckpt")
+    for folder in (elsewhere, resumed):
+        assert outcome(folder) == outcome(whole)
+        assert same_checkpoint(whole / "checkpoints/best.ckpt", folder / "checkpoints/best.ckpt")
+
+
+def test_a_run_stopped_between_training_and_its_test(run):
+    folder = run(*QUICK, "--trainer.max_epochs=2")
+    expected = outcome(folder)
+    assert "test/accuracy" in expected["scores"]
+    (folder / "metrics.json").unlink()
+    (folder / "predictions_test.csv").unlink()
+    resumed = run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert resumed == folder
+    assert outcome(resumed) == expected
+    assert (folder / "predictions_test.csv").is_file()
+
+
+def test_patience_that_has_ended_has_ended(run):
+    stop = ["--trainer.max_epochs=6", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0"]
+    folder = run(*QUICK, *stop)
+    expected = outcome(folder)
+    assert len(expected["epochs"]) == 2
+    resumed = run(*QUICK, *stop, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert outcome(resumed) == expected
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path, capsys):
+    run(*QUICK, "--trainer.max_epochs=1")
+    named = [*QUICK, "--trainer.max_epochs=1", "--version=mine"]
+    run(*named)
+    before = (tmp_path / "lightning_logs/quickstart/mine/metrics.json").read_text()
+    with pytest.raises(SystemExit):
+        run(*named)
+    assert (tmp_path / "lightning_logs/quickstart/mine/metrics.json").read_text() == before
+    assert "quickstart/mine holds a run already" in capsys.readouterr().err
+
+
+def test_checkpoints_are_whole_or_not_there(run, monkeypatch):
+    """A disk that fills up while a checkpoint is written leaves the one before it."""
+    folder = run(*QUICK, "--trainer.max_epochs=1")
+    checkpoint = folder / "checkpoints/last.ckpt"
+    before = checkpoint.read_bytes()
+    save = torch.save
+
+    def fill(content, file, *args, **kwargs):
+        save(content, file, *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OSError, match="No space left"):
+        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    assert checkpoint.read_bytes() == before
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}

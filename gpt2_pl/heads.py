@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_pl.dropout import dropout
+
 Pooling = Literal["last", "mean", "max", "mix", "concat"]
 
 
@@ -68,7 +70,7 @@ class ClassificationHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, n_features) -> logits (n, B, K), n = ``n_masks`` in training and 1 otherwise."""
         n = self.n_masks if self.training and self.dropout else 1
-        features = F.dropout(features.expand(n, *features.shape), self.dropout, self.training)
+        features = dropout(features.expand(n, *features.shape), self.dropout, self.training)
         return self.linear(features)
 
 

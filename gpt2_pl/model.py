@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_pl.attention import attention
+from gpt2_pl.dropout import add_dropout, dropout
+
 if TYPE_CHECKING:
     from os import PathLike
 
@@ -94,24 +97,22 @@ class CausalSelfAttention(nn.Module):
             )  # (B, H, P + T, hd)
         if cache is not None:
             k, v = cache.append(k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        y = attention(q, k, v, mask, self.dropout, self.training)  # (B, H, T, hd)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """Two layers with GPT-2's tanh form of the GELU between them."""
 
-    def __init__(self, n_embd: int, dropout: float) -> None:
+    def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.c_fc = nn.Linear(n_embd, 4 * n_embd)
         self.c_proj = nn.Linear(4 * n_embd, n_embd)
-        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
@@ -122,7 +123,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config.n_embd, config.n_head, config.dropout)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config.n_embd, config.dropout)
+        self.mlp = MLP(config.n_embd)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -134,8 +136,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (B, R, C) when only the positions ``at`` (B, R) are wanted."""
         attended = self.attn(self.ln_1(x), mask, at, prefix, cache)
-        x = (x if at is None else read_at(x, at)) + attended
-        return x + self.mlp(self.ln_2(x))
+        x = add_dropout(x if at is None else read_at(x, at), attended, self.dropout, self.training)
+        return add_dropout(x, self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
 class GPT2(nn.Module):
@@ -225,7 +227,7 @@ class GPT2(nn.Module):
         keys = torch.arange(N, device=x.device)
         text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
         position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)
-        x = F.dropout(x + self.wpe(position_ids[..., before:]), self.config.dropout, self.training)
+        x = dropout(x + self.wpe(position_ids[..., before:]), self.config.dropout, self.training)
         mask = None if text is None and new == N else self._mask(keys[before:].unsqueeze(0), keys, text)
         *blocks, last = range(len(self.h))
         for i in blocks:

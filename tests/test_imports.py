@@ -10,7 +10,22 @@ import time
 import pytest
 from conftest import ROOT
 
-CORE = ("model", "pretrained", "generation", "heads", "losses", "optim", "metrics", "tokenizer", "errors")
+CORE = (
+    *("model", "attention", "dropout", "pretrained", "generation", "heads", "losses", "optim", "metrics", "tokenizer"),
+    "errors",
+)
+    "model",
+    "pretrained",
+    "generation",
+    "heads",
+    "losses",
+    "optim",
+    "metrics",
+    "tokenizer",
+    "errors",
+    "dropout",
+    "attention",
+)
 
 
 def imported(file):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_pl.dropout import dropout
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery.base import Surgery, freeze_base
 
@@ -113,7 +114,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = F.linear(F.dropout(input, self.dropout, self.training), self.lora_A) * self.scaling  # (..., n r)
+        low = F.linear(dropout(input, self.dropout, self.training), self.lora_A) * self.scaling  # (..., n r)
         addition = F.linear(low, self.spread_B())
         if self.lora_magnitude is None:
             return F.linear(input, self.weight, self.bias) + addition

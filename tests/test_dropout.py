@@ -1,0 +1,196 @@
+"""Dropout against its definition, and attention against the formula and PyTorch's own."""
+
+import math
+
+import pytest
+import torch
+
+from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl.attention import attention
+from gpt2_pl.dropout import LEVELS, add_dropout, dropout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+N = 1_000_003
+
+
+def scale_of(p):
+    return LEVELS / round((1 - p) * LEVELS)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_many_are_kept_as_p_says_and_scaled_exactly(p, dtype):
+    torch.manual_seed(1)
+    x = torch.randn(N, dtype=dtype).abs() + 0.5
+    y = dropout(x, p, training=True)
+    kept = y != 0
+    assert y.dtype == dtype
+    assert torch.equal(y[kept], (x * scale_of(p))[kept])
+    assert abs(scale_of(p) * (1 - p) - 1) < 2**-12
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / N) + 1 / LEVELS
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e-5, 1 - 1e-5, 1 - 1e-7])
+def test_the_ends_of_the_range(p):
+    torch.manual_seed(0)
+    y = dropout(torch.ones(N), p, training=True)
+    assert y.isfinite().all()
+    assert 0 < y.count_nonzero() < N
+    assert (p < 0.5) == (y.count_nonzero() > N // 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_those_of_the_mask(dtype, transposed):
+    torch.manual_seed(0)
+    x, residual, grad = torch.randn(3, 5, 7, 11, dtype=dtype)
+    if transposed:
+        x, residual, grad = (t.transpose(0, 1) for t in (x, residual, grad))
+    x, residual = x.requires_grad_(), residual.requires_grad_()
+    y = dropout(x, 0.4, training=True)
+    mask = y.detach() != 0
+    (ours,) = torch.autograd.grad(y, x, grad)
+    (theirs,) = torch.autograd.grad(x * mask * scale_of(0.4), x, grad)
+    torch.testing.assert_close(ours, theirs)
+    torch.manual_seed(3)
+    mask = dropout(torch.ones_like(x), 0.4, training=True) != 0
+    torch.manual_seed(3)
+    y = add_dropout(residual, x, 0.4, training=True)
+    expected = residual + x * mask * scale_of(0.4)
+    torch.testing.assert_close(y, (residual.double() + x.double() * mask * scale_of(0.4)).to(dtype))
+    for ours, theirs in zip(
+        torch.autograd.grad(y, (residual, x), grad), torch.autograd.grad(expected, (residual, x), grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_stream_in_float32_takes_a_branch_in_bfloat16():
+    torch.manual_seed(0)
+    residual, x = torch.randn(40, 50), torch.randn(40, 50).bfloat16().requires_grad_()
+    y = add_dropout(residual, x, 0.25, training=True)
+    assert y.dtype == torch.float32
+    mask = y.detach() != residual
+    torch.testing.assert_close(y, residual + x.float() * mask * scale_of(0.25))
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad, (mask * scale_of(0.25)).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_dropout_nothing_changes_and_nothing_is_drawn(dtype):
+    x, residual = torch.randn(2, 6, 7, dtype=dtype)
+    state = torch.get_rng_state()
+    for p, training in ((0.0, True), (0.5, False)):
+        assert dropout(x, p, training) is x
+        assert torch.equal(add_dropout(residual, x, p, training), residual + x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seed_decides():
+    x = torch.ones(1001)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(dropout(x, 0.5, True), first)
+    torch.set_rng_state(state)
+    assert torch.equal(dropout(x, 0.5, True), first)
+    torch.manual_seed(6)
+    assert not torch.equal(dropout(x, 0.5, True), first)
+
+
+def test_neighbours_rows_and_calls_are_uncorrelated():
+    torch.manual_seed(2)
+    p = 0.3
+    first, second = ((dropout(torch.ones(1000, 1000), p, True) != 0).double() - (1 - p) for _ in range(2))
+    flat = first.flatten()
+    bound = 5 * p * (1 - p) / 1000  # five standard errors of a mean of 10^6 products
+    for lag in (1, 2, 3, 4, 8, 64, 1000):
+        assert abs((flat[lag:] * flat[:-lag]).mean().item()) < bound, lag
+    assert abs((first * second).mean().item()) < bound
+    for part in (first.mean(0), first.mean(1)):  # no place is special
+        assert part.abs().max().item() < 5.5 * math.sqrt(p * (1 - p) / 1000)
+    assert first.view(-1, 4).mean(0).abs().max().item() < 5 * math.sqrt(p * (1 - p) / 250_000)  # of one draw of 64 bits
+
+
+def plain_attention(q, k, v, mask):
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.size(-1))
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1), v
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 17, 300])
+def test_attention_with_dropout_is_the_formula(masked, T):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, T, 8, requires_grad=True)
+    grad = torch.randn(2, 3, T, 8)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    mask = (causal & (torch.rand(2, 1, 1, T) < 0.7)) | torch.eye(T, dtype=torch.bool) if masked else None
+    torch.manual_seed(4)
+    ours = attention(q, k, v, mask, 0.25, training=True)
+    torch.manual_seed(4)
+    weights, _ = plain_attention(q, k, v, causal if mask is None else mask)
+    theirs = dropout(weights, 0.25, training=True) @ v
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_without_dropout_equals_pytorch(dtype, masked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 33, 16).to(dtype).requires_grad_()
+    grad = torch.randn(2, 3, 33, 16)
+    mask = torch.ones(33, 33, dtype=torch.bool).tril() if masked else None
+    ours = attention(q, k, v, mask, training=True)
+    q2, k2, v2 = (t.detach().float().requires_grad_() for t in (q, k, v))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q2, k2, v2, is_causal=True)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours.float(), theirs, **tolerance)
+    a, b = torch.autograd.grad(ours, (q, k, v), grad.to(dtype)), torch.autograd.grad(theirs, (q2, k2, v2), grad)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.float(), y, **tolerance)
+
+
+def trained(dropout=0.3, **options):
+    """A GPT-2 and its gradients after one pass, under autocast, from seed 7."""
+    torch.manual_seed(7)
+    model = GPT2(GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=2, dropout=dropout)).train()
+    if options.get("compiled"):
+        for block in model.h:
+            block.compile(dynamic=True, backend=options["compiled"])
+    model.activation_checkpointing = options.get("checkpointing", False)
+    ids = torch.randint(61, (3, 20))
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", True)):
+        hidden = model(ids)
+    hidden.pow(2).mean().backward()
+    return model, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activation_checkpointing_draws_the_same_masks_again(autocast):
+    _, kept = trained(autocast=autocast)
+    _, recomputed = trained(autocast=autocast, checkpointing=True)
+    for name, gradient in kept.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def test_compiled_blocks_train():
+    _, plain = trained(dropout=0.0, autocast=False)
+    _, compiled = trained(dropout=0.0, autocast=False, compiled="aot_eager")
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient)
+    _, dropped = trained(autocast=False, compiled="aot_eager")
+    assert any(not torch.allclose(dropped[name], gradient) for name, gradient in plain.items())
+    assert all(gradient.isfinite().all() for gradient in dropped.values())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_with_the_real_compiler():
+    model, gradients = trained(compiled="inductor")
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert (model.eval()(torch.randint(61, (2, 9)))).isfinite().all()

@@ -8,12 +8,16 @@ import csv
 import html
 import io
 import json
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.comparison import Comparison, Group, Run, compare
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
+from gpt2_pl.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,30 +40,63 @@ def main(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs' folders, or folders above them")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--baseline", help="the strategy that differences are to; by default full, or else the first")
+    parser.add_argument("--markdown", type=Path, help="the Markdown report's own place, instead of OUT/report.md")
+    parser.add_argument("--preface", type=Path, help="a Markdown file that the report begins with")
+    parser.add_argument(
+        "--elsewhere", type=Path, help="a YAML file of others' figures: by task, a list of {what, figures, source}"
+    )
     given = parser.parse_args(args)
     if given.out.exists() and not given.out.is_dir():
         raise InputError(f"out: {given.out} is not a folder")
+    preface = _read(given.preface, "preface")
+    elsewhere = _elsewhere(given.elsewhere)
     folders = [folder for path in given.runs for folder in run_folders(path)]
     comparisons = compare([Run.read(folder) for folder in folders], given.baseline)
     given.out.mkdir(parents=True, exist_ok=True)
-    text, pages = [], []
+    report = given.markdown or given.out / "report.md"
+    pictures = Path(os.path.relpath(given.out, report.parent))
+    text = [preface, in_short(comparisons)] if any(comparison.groups for comparison in comparisons) else [preface]
+    pages = []
     for comparison in comparisons:
-        text.append(markdown(comparison))
         figures = plots(comparison)
+        named = {name: f"{comparison.task}_{name}.png" for name in figures}
         for name, figure in figures.items():
-            figure.savefig(given.out / f"{comparison.task}_{name}.png", dpi=120)
-        pages.append(page(comparison, figures))
-    for name, content in (
-        ("report.md", "\n".join(text)),
-        ("report.html", _HTML.format(body="\n".join(pages))),
-        ("report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
+            figure.savefig(given.out / named[name], dpi=100)
+        others = elsewhere.get(comparison.task, [])
+        text.append(markdown(comparison, {name: (pictures / file).as_posix() for name, file in named.items()}, others))
+        pages.append(page(comparison, figures, others))
+    for place, content in (
+        (report, "\n".join(filter(None, text))),
+        (given.out / "report.html", _HTML.format(body="\n".join(pages))),
+        (given.out / "report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
     ):
-        with whole_file(given.out / name) as file:
+        with whole_file(place) as file:
             file.write(content)
     with whole_file(given.out / "report.csv") as file:
         write_csv(comparisons, csv.writer(file))
-    print("\n".join(text))
+    print("\n".join(filter(None, text)))
     print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+
+
+def _read(path: Path | None, key: str) -> str:
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: {path} cannot be read: {error}") from None
+
+
+def _elsewhere(path: Path | None) -> dict[str, list[dict[str, str]]]:
+    """Figures from elsewhere, by task."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(_read(path, "elsewhere")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"elsewhere: {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    rows = [row for rows in content.values() for row in rows] if isinstance(content, dict) else [None]
+    if not all(isinstance(row, dict) and row.keys() == {"what", "figures", "source"} for row in rows):
+        raise InputError(f"elsewhere: {path} must give every task a list of {{what, figures, source}}")
+    return content
 
 
 def run_folders(path: Path) -> list[Path]:
@@ -80,12 +117,11 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The headings and the cells of a comparison's table."""
+    """The headings and the cells of a comparison's table of scores and costs."""
     names = comparison.scores()
-    headings = ["strategy", "seeds", *(name.replace("val/", "").replace("_", " ") for name in names)]
+    headings = ["strategy", "seeds", *(_heading(name) for name in names)]
     has_best = len({len(group.runs) for group in comparison.groups} | {1}) > 1
-    headings += [*(["best seed"] if has_best else []), "difference to the first"]
-    headings += [heading for heading, _, _ in _COSTS.values()]
+    headings += [*(["best seed"] if has_best else []), *(heading for heading, _, _ in _COSTS.values())]
     cells = []
     for group in comparison.groups:
         cells.append(
@@ -94,11 +130,28 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 str(len(group.runs)),
                 *(_score(group, name) for name in names),
                 *([_best(comparison, group)] if has_best else []),
-                _difference(group),
                 *(_number(group.cost(name), divisor, digits) for name, (_, divisor, digits) in _COSTS.items()),
             ]
         )
     return headings, cells
+
+
+def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The headings and the cells of a comparison's table of differences; none where rows have no outcomes."""
+    names = list(dict.fromkeys(name for group in comparison.groups for name in group.over_texts))
+    headings = ["strategy"]
+    for name in names:
+        headings += [f"{_heading(name)}: difference over texts", "over texts and seeds"]
+    cells = []
+    for group in comparison.groups[1:]:
+        found = [(group.over_texts[name], group.over_seeds[name], name) for name in names]
+        cells.append([group.label, *(cell for texts, seeds, name in found for cell in
+                                     (_difference(texts, name, True), _difference(seeds, name, False)))])  # fmt: skip
+    return headings, cells if names else []
+
+
+def _heading(name: str) -> str:
+    return name.replace("val/", "").replace("_", " ")
 
 
 def _scaled(name: str, value: float) -> str:
@@ -114,15 +167,16 @@ def _score(group: Group, name: str) -> str:
 
 
 def _best(comparison: Comparison, group: Group) -> str:
-    values = group.values(comparison.monitor)
-    return _scaled(comparison.monitor, (max if comparison.higher_is_better else min)(values))
+    name = comparison.decisive
+    values = group.values(name)
+    return _scaled(name, (max if comparison.higher_is_better(name) else min)(values)) if values else ""
 
 
-def _difference(group: Group) -> str:
-    if (found := group.difference) is None:
-        return ""
+def _difference(found: Difference, name: str, with_mean: bool) -> str:
+    mean, low, high = (_scaled(name, value) for value in found[:3])
+    signed = ["+" * (not text.startswith("-")) + text for text in (mean, low, high)]
     p = f"p {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
-    return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}], {p}"
+    return f"{signed[0] + ' ' if with_mean else ''}[{signed[1]}, {signed[2]}], {p}"
 
 
 def _number(value: float | None, divisor: float, digits: int) -> str:
@@ -130,23 +184,77 @@ def _number(value: float | None, divisor: float, digits: int) -> str:
 
 
 _CAPTION = (
-    "Scores are those of the epoch best by {monitor}: means over seeds ± standard deviation, shares in percent. "
-    "The difference is in the share of rows that are right, with its 95 % interval and p from a paired bootstrap over "
-    "rows, each with its mean over seeds: how sure it is of these models on other texts, not over seeds."
+    "Scores are those of the epoch best by {monitor}: means over seeds ± standard deviation, shares in percent. Costs "
+    "are medians over seeds."
+)
+_DIFFERENCES = (
+    "Differences to {baseline}, each with its 95 % interval and two-sided p from a paired bootstrap: over texts, how "
+    "sure the difference of these very models is on other texts; over texts and seeds, how sure that of strategies is."
+)
+_IN_SHORT = (
+    "Cheapest is the strategy that trains the fewest parameters of those that are not shown to be worse than the "
+    "baseline (95 %, over texts and seeds). Differences are to the baseline."
 )
 
 
-def markdown(comparison: Comparison) -> str:
-    """A comparison as a section of Markdown."""
+def in_short(comparisons: list[Comparison]) -> str:
+    """What to use for which task, as a Markdown table of a row a task."""
+    headings = ["task", "by", "baseline", "best", "cheapest not shown to be worse"]
+    cells = []
+    for comparison in comparisons:
+        if comparison.groups:
+            found = (comparison.groups[0], comparison.best(), comparison.cheapest())
+            told = [_told(comparison, group) for group in found]
+            cells.append([comparison.task, _heading(comparison.decisive), *told])
+    return "\n".join(["## In short", "", *_table(headings, cells), "", _IN_SHORT, ""])
+
+
+def _told(comparison: Comparison, group: Group) -> str:
+    """A group in a few words: score, difference, cost."""
+    name, first = comparison.decisive, comparison.groups[0]
+    text = f"{group.label}: {_score(group, name)}"
+    if name in group.over_seeds:
+        text += f", {_difference(group.over_seeds[name], name, True)}"
+    share = (group.cost("trainable") or 0.0) / (first.cost("total") or math.inf)
+    minutes = group.cost("cpu_seconds")
+    return f"{text}; {share:.1%} of the parameters" + ("" if minutes is None else f", {minutes / 60:.1f} CPU minutes")
+
+
+def _table(headings: list[str], cells: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *cells)]
+    escaped.insert(1, ["---"] * len(headings))
+    return [f"| {' | '.join(row)} |" for row in escaped]
+
+
+def markdown(
+    comparison: Comparison, pictures: Mapping[str, str] | None = None, elsewhere: Sequence[Mapping[str, str]] = ()
+) -> str:
+    """A comparison as a section of Markdown.
+
+    Args:
+        comparison: it.
+        pictures: the plots' names and files.
+        elsewhere: figures from elsewhere: ``what``, ``figures``, ``source``.
+    """
     lines = [f"## {comparison.task}", "", _about(comparison), ""]
     if comparison.groups:
-        headings, cells = rows(comparison)
-        lines += [_CAPTION.format(monitor=comparison.monitor), ""]
-        for row in (headings, ["---"] * len(headings), *cells):
-            escaped = [cell.replace("|", "\\|") for cell in row]
-            lines.append(f"| {' | '.join(escaped)} |")
+        lines += [_CAPTION.format(monitor=comparison.monitor), "", *_table(*rows(comparison)), ""]
+        headings, cells = difference_rows(comparison)
+        if cells:
+            caption = _DIFFERENCES.format(baseline=comparison.groups[0].label)
+            lines += [caption, "", *_table(headings, cells), ""]
+    lines += [f"![{comparison.task}: {name}]({file})" for name, file in (pictures or {}).items()]
+    if elsewhere:
+        lines += ["", "Elsewhere, on other models:", ""]
+        lines += _table(*_elsewhere_rows(elsewhere))
     lines += ["", *(f"- {note}" for note in comparison.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _elsewhere_rows(elsewhere: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
+    headings = ["what", "figures", "source"]
+    return headings, [[str(row[key]) for key in headings] for row in elsewhere]
 
 
 def _about(comparison: Comparison) -> str:
@@ -169,7 +277,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "strategy": group.label,
                 "runs": [str(run.folder) for run in group.runs],
                 "scores": {name: group.values(name) for name in comparison.scores()},
-                "difference": None if group.difference is None else group.difference._asdict(),
+                "over_texts": {name: found._asdict() for name, found in group.over_texts.items()},
+                "over_seeds": {name: found._asdict() for name, found in group.over_seeds.items()},
                 "cost": {name: group.cost(name) for name in _COSTS},
             }
             for group in comparison.groups
@@ -200,6 +309,7 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
     if not comparison.groups:
         return {}
     name = comparison.monitor
+    decisive = comparison.decisive
     curves = Figure(figsize=(7, 4.5), layout="constrained")
     axes = curves.subplots()
     for i, group in enumerate(comparison.groups):
@@ -211,18 +321,20 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
     axes.legend(fontsize=8)
     costs = Figure(figsize=(9, 4.2), layout="constrained")
     panels = costs.subplots(1, 2, sharey=True)
-    for axis, cost in zip(panels, ("trainable", "seconds"), strict=True):
+    for axis, cost in zip(panels, ("trainable", "cpu_seconds"), strict=True):
         heading, divisor, _ = _COSTS[cost]
         for i, group in enumerate(comparison.groups):
-            mean, value = group.mean(name), group.cost(cost)
+            mean, value = group.mean(decisive), group.cost(cost)
             if mean is not None and value:
-                axis.errorbar(value / divisor, mean, group.spread(name) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3)
+                axis.errorbar(
+                    value / divisor, mean, group.spread(decisive) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3
+                )
                 axis.annotate(
                     group.label, (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
                 )
         axis.set(xlabel=f"{heading} parameters" if cost == "trainable" else heading, xscale="log")
         axis.margins(x=0.25)
-    panels[0].set_ylabel(name)
+    panels[0].set_ylabel(decisive)
     costs.suptitle(f"{comparison.task}: score against cost")
     return {"curves": curves, "costs": costs}
 
@@ -238,21 +350,29 @@ img {{ max-width: 100% }} p {{ max-width: 60em }}</style></head><body>
 """
 
 
-def page(comparison: Comparison, figures: dict[str, Figure]) -> str:
+def page(comparison: Comparison, figures: dict[str, Figure], elsewhere: Sequence[Mapping[str, str]] = ()) -> str:
     """A comparison as a section of a page that needs no other file."""
     parts = [f"<h2>{html.escape(comparison.task)}</h2>", f"<p>{html.escape(_about(comparison))}</p>"]
     if comparison.groups:
-        headings, cells = rows(comparison)
-        table = [[f"<th>{html.escape(heading)}</th>" for heading in headings]]
-        table += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in cells]
-        lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in table)
-        parts.append(f"<p>{_CAPTION.format(monitor=comparison.monitor)}</p>")
-        parts.append(f'<div class="wide"><table>\n{lines}\n</table></div>')
+        parts += [f"<p>{_CAPTION.format(monitor=comparison.monitor)}</p>", _html_table(*rows(comparison))]
+        headings, cells = difference_rows(comparison)
+        if cells:
+            caption = _DIFFERENCES.format(baseline=html.escape(comparison.groups[0].label))
+            parts += [f"<p>{caption}</p>", _html_table(headings, cells)]
     for name, figure in figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         data = base64.b64encode(picture.getvalue()).decode()
-        parts.append(f'<img alt="{comparison.task}: {name}" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="{html.escape(comparison.task)}: {name}" src="data:image/png;base64,{data}">')
+    if elsewhere:
+        parts += ["<p>Elsewhere, on other models:</p>", _html_table(*_elsewhere_rows(elsewhere))]
     if comparison.notes:
         parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in comparison.notes)}</ul>")
     return "\n".join(parts)
+
+
+def _html_table(headings: list[str], cells: list[list[str]]) -> str:
+    table = [[f"<th>{html.escape(heading)}</th>" for heading in headings]]
+    table += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in cells]
+    lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in table)
+    return f'<div class="wide"><table>\n{lines}\n</table></div>'

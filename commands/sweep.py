@@ -206,12 +206,13 @@ def _gpus() -> list[int]:
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM stops the sweep as Ctrl-C does, which a shell may have told us, and so our jobs, to ignore."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # The search

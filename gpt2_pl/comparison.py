@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 import statistics
 import sys
@@ -13,14 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.statistics import Difference, paired_bootstrap
+from gpt2_pl.statistics import Difference, Score, confusion_scores, interval, loss_scores, resampled
 
 _TRAINER = ("max_epochs", "max_steps", "precision", "callbacks", "gradient_clip_val", "accumulate_grad_batches")
 _APART = re.compile(r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$")  # where things lie, not what they are
@@ -99,7 +100,7 @@ class Run:
             "task": self.account.get("task"),
             "data": _name(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
             "rows": (data.get("rows") or {}).get(self.split),
-            "texts": None if self.judged is None else self.judged[0],
+            "texts": self.judged[self.split].digest if self.split in self.judged else None,
             "labels": data.get("labels"),
             "base": base.get("origin", base.get("digest")),
         }
@@ -110,21 +111,52 @@ class Run:
         return str(self.account.get("monitor")).partition("/")[0]
 
     @cached_property
-    def judged(self) -> tuple[str, NDArray[Any]] | None:
-        """A digest of the split's texts and labels, and whether each row was classified rightly (N,); None where no
-        predictions were kept."""
-        file = self.folder / f"predictions_{self.split}.csv"
-        if not file.is_file():
-            return None
-        csv.field_size_limit(sys.maxsize)
-        digest, right = hashlib.sha256(), []
+    def judged(self) -> dict[str, Judged]:
+        """What is known of the rows of each split, ``val`` and ``test``, that was evaluated row by row."""
+        found = {split: _judged(self.folder, split) for split in ("val", "test")}
+        return {split: judged for split, judged in found.items() if judged is not None}
+
+
+class Judged(NamedTuple):
+    """The outcome of every row of a split.
+
+    Args:
+        digest: of the rows' texts and labels.
+        features: (N, F) what each row adds to the sums that the scores are made of.
+        names: of the scores, S.
+        score: from sums over rows (..., F) to scores (..., S).
+    """
+
+    digest: str
+    features: NDArray[Any]
+    names: tuple[str, ...]
+    score: Score
+
+
+def _judged(folder: Path, split: str) -> Judged | None:
+    """Read a run's file of rows; None where it has none, or one without labels."""
+    csv.field_size_limit(sys.maxsize)
+    digest = hashlib.sha256()
+    if (file := folder / f"losses_{split}.csv").is_file():
         with file.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                if not {"text", "label", "prediction"} <= row.keys():
-                    return None
-                digest.update(f"{row['text']}\0{row['label']}\0".encode())
-                right.append(row["label"] == row["prediction"])
-        return digest.hexdigest()[:12], np.array(right, dtype=float)
+            poems = list(csv.DictReader(lines))
+        digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
+        losses = np.array([(float(poem["loss"]), int(poem["n_tokens"])) for poem in poems])
+        return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
+    if not (file := folder / f"predictions_{split}.csv").is_file():
+        return None
+    cells = []
+    with file.open(encoding="utf-8", newline="") as lines:
+        table = csv.DictReader(lines)
+        if not {"text", "label", "prediction"} <= set(table.fieldnames or ()):
+            return None
+        classes = [name[2:-1] for name in table.fieldnames or () if name.startswith("p(")]
+        for row in table:
+            digest.update(f"{row['text']}\0{row['label']}\0".encode())
+            cells.append(classes.index(row["label"]) * len(classes) + classes.index(row["prediction"]))
+    confusion = np.eye(len(classes) ** 2, dtype=np.float32)[cells]
+    names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if len(classes) == 2 else []))
+    return Judged(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
 
 
 def _name(files: Any) -> str:
@@ -139,13 +171,16 @@ class Group:
         label: what it is called.
         runs: one for each seed.
         strategy: the part of the label that its files give.
-        difference: to the baseline in the outcomes of rows; None for the baseline, and where rows have none.
+        over_texts: by score, its difference to the baseline, and how sure that is of these models on other texts.
+            Empty for the baseline, and where rows have no outcomes.
+        over_seeds: the same, and how sure it is with other seeds too.
     """
 
     label: str
     runs: list[Run]
     strategy: str = ""
-    difference: Difference | None = None
+    over_texts: dict[str, Difference] = field(default_factory=dict)
+    over_seeds: dict[str, Difference] = field(default_factory=dict)
 
     def values(self, score: str) -> list[float]:
         """A score of every run that has it."""
@@ -163,11 +198,6 @@ class Group:
         """The median over runs of ``trainable``, ``total``, ``seconds_to_best`` or a figure of ``metrics.json``."""
         found = [value for run in self.runs if (value := _cost(run, name)) is not None]
         return statistics.median(found) if found else None
-
-    def outcomes(self) -> NDArray[Any] | None:
-        """The share of seeds that were right, of every row (N,)."""
-        found = [run.judged[1] for run in self.runs if run.judged is not None]
-        return np.mean(found, axis=0) if len(found) == len(self.runs) else None
 
 
 def _cost(run: Run, name: str) -> float | None:
@@ -199,10 +229,33 @@ class Comparison:
     groups: list[Group]
     notes: list[str] = field(default_factory=list)
 
+    def higher_is_better(self, name: str) -> bool:
+        """Whether more of a score is better."""
+        return not name.endswith(("loss", "perplexity", "seq_rep_4", "seed_perplexity"))
+
     @property
-    def higher_is_better(self) -> bool:
-        """Of the monitored score."""
-        return self.groups[0].runs[0].account.get("mode") != "min"
+    def decisive(self) -> str:
+        """The score that strategies are judged by: the monitored one, or of poems their perplexity in the test."""
+        return "test/perplexity" if self.monitor == "val/loss" and "test/perplexity" in self.scores() else self.monitor
+
+    def best(self) -> Group:
+        """The group that is best on average."""
+        name, sign = self.decisive, 1 if self.higher_is_better(self.decisive) else -1
+        scored = [group for group in self.groups if group.values(name)]
+        return max(scored, key=lambda group: sign * statistics.mean(group.values(name)))
+
+    def cheapest(self) -> Group:
+        """Of the groups that are not shown to be worse than the baseline, over texts and seeds, the one that trains the
+        fewest parameters."""
+        name = self.decisive
+        sign = 1 if self.higher_is_better(name) else -1
+
+        def worse(group: Group) -> bool:
+            found = group.over_seeds.get(name)
+            return found is not None and max(sign * found.low, sign * found.high) < 0
+
+        good = [group for group in self.groups if not worse(group) and group.values(name)]
+        return min(good or self.groups, key=lambda g: (g.cost("trainable") or math.inf, -sign * (g.mean(name) or 0.0)))
 
     def scores(self) -> list[str]:
         """The names of all scores, the monitored one first."""
@@ -272,13 +325,25 @@ def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str | 
     groups.sort(key=lambda group: (group.label != wanted, group.strategy != wanted, group.label))
     if wanted not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"no run is the baseline {wanted!r}; differences are to {groups[0].label}")
-    monitor = str(kept[0].account["monitor"])
-    first = groups[0].outcomes()
-    for group in groups[1:]:
-        rows = group.outcomes()
-        if first is not None and rows is not None:  # of the same texts: what is measured says so
-            group.difference = paired_bootstrap(first, rows)
-    return Comparison(task, monitor, shared, groups, notes)
+    for split in ("val", "test"):
+        _differ(groups, split)
+    return Comparison(task, str(kept[0].account["monitor"]), shared, groups, notes)
+
+
+def _differ(groups: list[Group], split: str) -> None:
+    """Hold every group's outcomes of a split against the first group's, where all are of the same rows."""
+    judged = [[run.judged[split] for run in group.runs if split in run.judged] for group in groups]
+    rows = {(one.digest, one.features.shape, one.names) for group in judged for one in group}
+    if len(rows) != 1 or any(len(found) != len(group.runs) for found, group in zip(judged, groups, strict=True)):
+        return
+    names, score = judged[0][0].names, judged[0][0].score
+    texts, seeds = resampled([[one.features for one in group] for group in judged], score)
+    scores = np.array([np.mean([score(one.features.sum(0)) for one in group], axis=0) for group in judged])
+    for g, group in enumerate(groups[1:], start=1):
+        for s, name in enumerate(names):
+            mean = scores[g, s] - scores[0, s]
+            group.over_texts[name] = interval(mean, texts[:, g, s] - texts[:, 0, s])
+            group.over_seeds[name] = interval(mean, seeds[:, g, s] - seeds[:, 0, s])
 
 
 def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:

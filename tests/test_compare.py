@@ -71,11 +71,11 @@ def test_groups_and_figures(runs):
     assert lora.spread("val/accuracy") == pytest.approx(statistics.stdev(scores))
     assert lora.cost("examples_per_second") == 52.0
     assert lora.cost("seconds_to_best") == 60.0
-    assert full.difference is None
+    assert full.over_texts == {}
     difference = lora.mean("val/accuracy") - full.mean("val/accuracy")
-    assert lora.difference.mean == pytest.approx(difference)
-    assert 0 < lora.difference.low < difference < lora.difference.high
-    assert lora.difference.p < 0.01
+    assert lora.over_texts["val/accuracy"].mean == pytest.approx(difference)
+    assert 0 < lora.over_texts["val/accuracy"].low < difference < lora.over_texts["val/accuracy"].high
+    assert lora.over_texts["val/accuracy"].p < 0.01
     assert not comparison.notes
 
 
@@ -169,7 +169,9 @@ def test_real_runs(run, base, pair_flags, tmp_path):
         run("fit", *files, *pair_flags, f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1")
     (comparison,) = compare([Run.read(folder) for folder in tmp_path.glob("lightning_logs/quora/version_*")])
     assert [group.label for group in comparison.groups] == ["full", "lora"]
-    assert comparison.groups[1].difference is not None
+    assert set(comparison.groups[1].over_texts) == {
+        f"{split}/{name}" for split in ("val", "test") for name in ("accuracy", "macro_f1", "f1")
+    }
     assert comparison.groups[0].cost("trainable") > comparison.groups[1].cost("trainable")
 
 
@@ -201,3 +203,99 @@ def test_runs_without_the_score_are_left_out(runs):
     (runs[0] / "metrics.json").write_text(json.dumps(account))
     (comparison,) = compare([Run.read(folder) for folder in runs])
     assert comparison.notes == [f"{runs[0]} is left out: it has no val/accuracy"]
+
+
+def test_a_base_that_was_trained_first_is_the_same_base_and_costs_what_it_took(runs, tmp_path):
+    folder = fake_run(tmp_path / "ulmfit", "ulmfit", 1, np.arange(400) % 3 > 0, base="adapted")
+    account = json.loads((folder / "metrics.json").read_text())
+    account["base"] |= {"origin": "abc", "seconds": 30.0, "cpu_seconds": 45.0}
+    (folder / "metrics.json").write_text(json.dumps({**account, "cpu_seconds": 100.0}))
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, folder]])
+    assert not comparison.notes
+    (group,) = (group for group in comparison.groups if group.label == "ulmfit")
+    assert group.cost("seconds") == 120.0
+    assert group.cost("seconds_to_best") == 90.0
+    assert group.cost("cpu_seconds") == 145.0
+
+
+def poem_run(folder, strategy, seed, losses):
+    """A run of poems whose losses per token are these."""
+    fake_run(folder, strategy, seed, [True])
+    account = json.loads((folder / "metrics.json").read_text())
+    scores = {"val/loss": float(np.mean(losses)), "test/perplexity": float(np.exp(np.mean(losses)))}
+    account |= {"task": "PoemGenerator", "monitor": "val/loss", "mode": "min", "scores": scores,
+                "epochs": [{"epoch": 1, "val/loss": scores["val/loss"]}]}  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(account))
+    (folder / "predictions_val.csv").unlink()
+    for split in ("val", "test"):
+        rows = "".join(f"{i},100,{100 * loss}\n" for i, loss in enumerate(losses))
+        (folder / f"losses_{split}.csv").write_text(f"poem,n_tokens,loss\n{rows}")
+
+
+def test_poems_differ_in_perplexity(tmp_path):
+    generator = np.random.default_rng(0)
+    of_poem = generator.normal(4.5, 0.3, 12)
+    for seed in (1, 2):
+        for strategy, more in (("full", 0.0), ("prefix", 0.05), ("lora", 0.001)):
+            poem_run(tmp_path / f"{strategy}{seed}", strategy, seed, of_poem + more + generator.normal(0, 0.005, 12))
+    (comparison,) = compare([Run.read(folder) for folder in sorted(tmp_path.iterdir())])
+    full, lora, prefix = comparison.groups
+    assert comparison.decisive == "test/perplexity"
+    found = prefix.over_texts["test/perplexity"]
+    assert found.mean == pytest.approx(prefix.mean("test/perplexity") - full.mean("test/perplexity"), rel=1e-6)
+    assert 0 < found.low < found.mean < found.high
+    assert found.p < 0.01
+    assert prefix.over_seeds["val/loss"].mean == pytest.approx(0.05, abs=0.01)
+    assert comparison.best() is full
+    assert lora.over_seeds["test/perplexity"].p > 0.05
+
+
+def test_what_to_use(runs, tmp_path):
+    """The best, and the cheapest that is not shown to be worse."""
+    text = (np.arange(400) % 8 > 5).astype(bool)
+    fake_run(tmp_path / "bad", "prompt", 1, text)
+    for folder, count in ((runs[3], 10**6), (runs[4], 10**6), (runs[5], 10**6), (tmp_path / "bad", 10)):
+        account = json.loads((folder / "metrics.json").read_text())
+        account["parameters"] = {"trainable": count, "total": 10**6}
+        (folder / "metrics.json").write_text(json.dumps(account))
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "bad"]])
+    assert comparison.best().label == comparison.cheapest().label == "lora"
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "bad"]], "lora")
+    assert comparison.cheapest().label == "lora"
+
+
+def test_a_report_with_a_preface_and_figures_from_elsewhere(runs, tmp_path, capsys):
+    from cli import main
+
+    (tmp_path / "preface.md").write_text("# Results\n\nWhat was learned.\n")
+    other = {
+        "ParaphraseDetector": [{"what": "full", "figures": "accuracy 89.9", "source": "a report, <other> weights"}]
+    }
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(other))
+    command = ["compare", tmp_path / "runs", "--out", tmp_path / "plots", "--markdown", tmp_path / "RESULTS.md",
+               "--preface", tmp_path / "preface.md", "--elsewhere", tmp_path / "elsewhere.yaml"]  # fmt: skip
+    main([str(part) for part in command])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("# Results")
+    assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
+    assert "![ParaphraseDetector: curves](plots/ParaphraseDetector_curves.png)" in text
+    assert "| full | accuracy 89.9 | a report, <other> weights |" in text
+    assert "a report, &lt;other&gt; weights" in (tmp_path / "plots/report.html").read_text()
+    assert not (tmp_path / "plots/report.md").exists()
+    first = text
+    main([str(part) for part in command])
+    assert (tmp_path / "RESULTS.md").read_text() == first
+    (tmp_path / "elsewhere.yaml").write_text("ParaphraseDetector: [{what: full}]")
+    with pytest.raises(SystemExit):
+        main([str(part) for part in command])
+    assert "must give every task a list of {what, figures, source}" in capsys.readouterr().err
+
+
+def test_two_hundred_runs_in_seconds(tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(200):
+        fake_run(tmp_path / f"{i}", f"s{i // 4}", i % 4, generator.random(1101) < 0.5)
+    since = time.perf_counter()
+    (comparison,) = compare([Run.read(tmp_path / f"{i}") for i in range(200)])
+    assert len(comparison.groups) == 50
+    assert time.perf_counter() - since < 60.0  # under ten when nothing else runs

@@ -14,18 +14,6 @@ CORE = (
     *("model", "attention", "dropout", "pretrained", "generation", "heads", "losses", "optim", "metrics", "tokenizer"),
     "errors",
 )
-    "model",
-    "pretrained",
-    "generation",
-    "heads",
-    "losses",
-    "optim",
-    "metrics",
-    "tokenizer",
-    "errors",
-    "dropout",
-    "attention",
-)
 
 
 def imported(file):

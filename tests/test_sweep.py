@@ -1,0 +1,295 @@
+"""gpt2-pl sweep: what a file asks for, and that it is run once, whatever happens meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, metrics
+
+from cli import main
+from commands.plan import Plan
+from gpt2_pl.errors import InputError
+
+QUICK = "{data.n_train: 60, trainer.enable_progress_bar: false, trainer.precision: 32-true, trainer.max_epochs: 2}"
+FILE = f"""
+name: s
+set: {QUICK}
+seeds: [1, 2]
+tasks:
+  toy:
+    configs: [{ROOT}/configs/quickstart.yaml]
+    strategies:
+      full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        (tmp_path / "s.yaml").write_text(text)
+        return tmp_path / "s.yaml"
+
+    return write
+
+
+def start(folder, *args):
+    """The sweep in a process of its own, whose jobs end with it."""
+    command = [sys.executable, str(ROOT / "cli.py"), "sweep", "s.yaml", *args]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+# What a file asks for
+
+
+def test_the_grid(file):
+    plan = Plan.read(
+        file(
+            f"""
+set: {{trainer.max_epochs: 3}}
+seeds: [1, 2]
+strategies: [full]
+tasks:
+  one:
+    configs: [{ROOT}/configs/task/sst5.yaml]
+    set: {{data.train_file: '${{HOME}}/a.csv'}}
+    strategies:
+      llrd+lora:
+        configs: [{ROOT}/configs/strategy/llrd.yaml, {ROOT}/configs/strategy/lora.yaml]
+        set: {{trainer.max_epochs: 4}}
+        seeds: [7]
+        grid: {{model.optimizer.init_args.lr: [1.0e-3, 2.0e-3], data.batch_size: [8]}}
+""".replace("strategies: [full]", f"strategies: {{full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}}}")
+        )
+    )
+    assert plan.name == "s"
+    runs = [run for arm in plan.arms for run in arm.runs()]
+    assert [(run.strategy, run.version) for run in runs] == [
+        ("full", "seed_1"), ("full", "seed_2"),
+        ("llrd+lora,lr=0.001,batch_size=8", "seed_7"), ("llrd+lora,lr=0.002,batch_size=8", "seed_7"),
+    ]  # fmt: skip
+    command = runs[3].command()
+    assert [part.rpartition("/")[2] for part in command if part.startswith("--config")] == [
+        "sst5.yaml", "llrd.yaml", "lora.yaml"
+    ]  # fmt: skip
+    flags = [part for part in command[1:] if not part.startswith("--config")]
+    assert flags == [
+        "--trainer.max_epochs=3", f"--data.train_file={os.environ['HOME']}/a.csv", "--trainer.max_epochs=4",
+        "--model.optimizer.init_args.lr=0.002", "--data.batch_size=8", "--seed_everything=7",
+        "--name=s/one/llrd+lora,lr=0.002,batch_size=8", "--version=seed_7",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "the file is a list; it must be a mapping"),
+        ("tasks: {toy: {config: []}}", "tasks.toy.config is no key; there are configs, set"),
+        (
+            "tasks: {toy: {configs: [nowhere.yaml], strategies: [full]}}",
+            "tasks.toy.configs: there is no file nowhere.yaml",
+        ),
+        ("tasks: {sst9: {strategies: [full]}}", "tasks.sst9.configs: there is no file configs/task/sst9.yaml"),
+        (FILE.replace("[1, 2]", "[1, 1]"), "seeds is [1, 1]; it must be a list of different whole numbers"),
+        (FILE.replace("name: s", "name: ../s"), "name is '../s'; it must be a name of letters"),
+        (FILE.replace("full:", "../full:"), "tasks.toy.strategies: '../full' is no name"),
+        (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment has no NOWHERE_TO_BE_FOUND"),
+        (FILE + "        base: x\n", "cannot be read"),
+        (
+            FILE.replace("full: {", "full: {base: x, "),
+            "tasks.toy.strategies.full.base is 'x'; the task's bases are none",
+        ),
+        (FILE.replace("full: {", "full: {grid: {a: 3}, "), "grid is {'a': 3}; it must give every key a list"),
+        (FILE.replace("full: {", "full: {set: {name: x}, "), "full.set.name is the sweep's own to say"),
+        (FILE.replace("full: {", "full: {search: {space: {a: 3}}, "), "full.search.space.a is 3; it must be a list"),
+        (FILE.replace("full: {", "full: {search: {space: {a: {low: 0, high: 1, log: true}}}, "), "space.a is"),
+        (FILE + "at_once: 0", "at_once is 0; it must be a whole number of at least 1"),
+        (FILE + "slurm: yes", "slurm is True; it must be a mapping"),
+    ],
+)
+def test_what_cannot_be_run(text, message, file):
+    path = file(text)
+    with pytest.raises(InputError) as error:
+        Plan.read(path)
+    assert str(error.value).startswith(f"{path}")
+    assert message in str(error.value)
+
+
+def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
+    search = "full: {search: {trials: 3, space: {data.batch_size: [8, 16]}}, "
+    path = file(FILE + f"      other: {{configs: [{ROOT}/configs/strategy/llrd.yaml]}}\n".replace("full: {", search))
+    main(["sweep", str(path), "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("to do    gpt2-pl fit --config=") for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}
+
+
+# Running
+
+
+def test_it_runs_what_is_missing_and_then_nothing(file, tmp_path):
+    file(FILE)
+    done = start(tmp_path, "--at_once=2")
+    out, error = done.communicate(timeout=200)
+    assert done.returncode == 0, error
+    assert out.count(": begins") == 2
+    folders = [tmp_path / f"lightning_logs/s/toy/full/seed_{seed}" for seed in (1, 2)]
+    assert [metrics(folder)["seed"] for folder in folders] == [1, 2]
+    assert all(metrics(folder)["status"] == "finished" for folder in folders)
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+    out, _ = start(tmp_path).communicate(timeout=60)
+    assert "begins" not in out
+    assert "all runs are finished" in out
+    assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+
+    file(FILE.replace("max_epochs: 2", "max_epochs: 3"))
+    changed = start(tmp_path)
+    _, error = changed.communicate(timeout=60)
+    assert changed.returncode == 2
+    assert "was run with other settings (--trainer.max_epochs=3 is new; --trainer.max_epochs=2 was)" in error
+
+
+def test_killed_at_any_moment_it_is_completed_and_nothing_runs_twice(file, tmp_path):
+    """Every epoch of every run is trained from its beginning to its end just once in the run's account."""
+    file(FILE.replace("[1, 2]", "[1, 2, 3]").replace("max_epochs: 2", "max_epochs: 8"))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/s.yaml").write_text((tmp_path / "s.yaml").read_text())
+    whole = start(tmp_path / "whole", "--at_once=2")
+    assert whole.wait(timeout=300) == 0
+    for seconds in (2.0, 9.0, 12.0):
+        process = start(tmp_path, "--at_once=2")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+        kill(process)
+        time.sleep(0.5)
+    last = start(tmp_path, "--at_once=2")
+    out, error = last.communicate(timeout=300)
+    assert last.returncode == 0, error
+    assert "all runs are finished" in out
+    for seed in (1, 2, 3):
+        folder = f"lightning_logs/s/toy/full/seed_{seed}"
+        one, two = metrics(tmp_path / "whole" / folder), metrics(tmp_path / folder)
+        for key in ("status", "scores", "steps"):
+            assert one[key] == two[key]
+        assert [epoch["epoch"] for epoch in two["epochs"]] == list(range(1, 9))
+    versions = list((tmp_path / "lightning_logs/s/toy/full").iterdir())
+    assert len(versions) == 3
+
+
+def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
+    file(FILE.replace("[1, 2]", "[1]"))
+    code = (
+        "from pathlib import Path; from commands.plan import Plan; from commands.sweep import RunJob\n"
+        "RunJob()(Plan.read(Path('s.yaml')).arms[0].runs()[0])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]  # fmt: skip
+    outs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("gpt2-pl fit" in out for out in outs) == [False, True]
+
+
+def test_a_run_that_fails_is_told_and_tried_again(file, tmp_path):
+    bad = "      bad: {configs: [], set: {data.nonsense: 1}, seeds: [1]}\n"
+    file(FILE.replace("[1, 2]", "[1]") + bad)
+    process = start(tmp_path, "--at_once=2")
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "toy bad seed 1: failed" in out
+    assert "toy full seed 1: finished, val/accuracy" in out
+    assert "lightning_logs/s/toy/bad/seed_1 failed: " in error
+    assert "nonsense" in error
+    out, _ = start(tmp_path).communicate(timeout=200)
+    assert out.count("begins") == 1
+
+
+def test_bases_are_made_first_and_once_a_seed(file, tmp_path, base):
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("sentence\tsentiment\n" + "".join(f"a fine film number {i}\t{i % 2}\n" for i in range(40)))
+    files = f"data.train_file: {reviews}, data.val_file: {reviews}, trainer.max_epochs: 1, trainer.accelerator: cpu"
+    config = ROOT / "configs"
+    file(f"""
+name: s
+set: {{model.base: {base}, {files}, trainer.enable_progress_bar: false, data.max_length: 24}}
+seeds: [1]
+tasks:
+  imdb:
+    configs: [{config}/task/imdb.yaml]
+    bases:
+      adapted: {{configs: [{config}/task/text.yaml], set: {{data.column: sentence}}}}
+    strategies:
+      full: {{configs: [{config}/strategy/full.yaml]}}
+      ulmfit: {{configs: [{config}/strategy/ulmfit.yaml], base: adapted}}
+      llrd: {{configs: [{config}/strategy/llrd.yaml], base: adapted}}
+""")
+    process = start(tmp_path, "--at_once=2")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    logs = tmp_path / "lightning_logs"
+    made = metrics(logs / "s.bases/imdb/adapted/seed_1")
+    full, ulmfit, llrd = (metrics(logs / f"s/imdb/{name}/seed_1") for name in ("full", "ulmfit", "llrd"))
+    assert ulmfit["base"]["digest"] == llrd["base"]["digest"] != full["base"]["digest"]
+    assert ulmfit["base"]["origin"] == full["base"]["digest"] == made["base"]["digest"]
+    assert ulmfit["base"]["seconds"] == made["seconds"]
+    logs_of_jobs = [path.read_text() for path in (logs / "s.sweep/jobs").glob("*_log.out")]
+    assert sum(text.count("--name=s.bases/imdb/adapted") for text in logs_of_jobs) == 1
+
+
+def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
+    pytest.importorskip("optuna")
+    search = "full: {search: {trials: 4, space: {model.optimizer.init_args.lr: [0.0, 3.0e-3]}}, "
+    file(FILE.replace("full: {", search).replace("[1, 2]", "[5]").replace("60,", "400,"))
+    first = start(tmp_path, "--at_once=1")
+    journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
+    deadline = time.monotonic() + 100
+    while not list(journal.parent.glob("full/trial_1/metrics.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kill(first)
+    process = start(tmp_path, "--at_once=2")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    trials = sorted((tmp_path / "lightning_logs/s.search/toy/full").iterdir())
+    assert [path.name for path in trials] == [f"trial_{n}" for n in range(4)]
+    scores = {path.name: metrics(path)["scores"]["val/accuracy"] for path in trials}
+    rates = {
+        path.name: float(json.loads((path / "sweep.json").read_text())["flags"][-2].partition("=")[2])
+        for path in trials
+    }
+    best = max(scores, key=scores.get)
+    run = json.loads((tmp_path / "lightning_logs/s/toy/full/seed_5/sweep.json").read_text())
+    assert f"--model.optimizer.init_args.lr={rates[best]}" in run["flags"]
+    assert scores[best] > min(scores.values()) or len(set(rates.values())) == 1
+    again = start(tmp_path)
+    out, _ = again.communicate(timeout=60)
+    assert "begins" not in out
+
+
+def test_ctrl_c_stops_the_runs_too(file, tmp_path):
+    file(FILE.replace("max_epochs: 2", "max_epochs: 2000"))
+    process = start(tmp_path, "--at_once=1")
+    folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
+    deadline = time.monotonic() + 100
+    while not (folder / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)  # the sweep alone
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; the same command goes on" in error
+    reached = len(metrics(folder)["epochs"])
+    time.sleep(2.0)
+    assert len(metrics(folder)["epochs"]) == reached
+    assert metrics(folder)["status"] == "interrupted"

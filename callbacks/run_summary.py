@@ -91,13 +91,7 @@ class RunSummary(Callback):
         self._since, self._cpu_since = time.perf_counter(), time.process_time()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero and self.settings:
-            from torch.utils.tensorboard.summary import hparams
-
-            flat = {key: value for key, value in _flat(self.settings) if value is not None}
-            names = [f"hp/{split}_{name}" for split in ("val", "test") for name in table_scores(pl_module)]
-            for summary in hparams(flat, dict.fromkeys(names, 0.0)):
-                trainer.logger.experiment._get_file_writer().add_summary(summary)
+        self._show_settings(trainer, {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of the batch."""
@@ -195,11 +189,31 @@ class RunSummary(Callback):
     # Where it goes
 
     def _log_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scores = {f"hp/{k.replace('/', '_')}": v for k, v in self.final_scores(pl_module).items() if "/" in k}
+        self._show_settings(trainer, scores)
         if trainer.logger is not None:
-            scores = self.final_scores(pl_module)
-            final = {f"hp/{k.replace('/', '_')}": v for k, v in scores.items() if "/" in k}
-            trainer.logger.log_metrics(final, step=trainer.global_step)
             trainer.logger.save()
+
+    def _show_settings(self, trainer: Trainer, scores: Scores) -> None:
+        """Tell TensorBoard's HPARAMS page the settings and the final scores, as a run of its own below this one.
+
+        The page takes what it shows from all such runs, as long as none of them says what an experiment consists of,
+        as torch's ``add_hparams`` does: then it shows the keys and scores of that run's task alone.
+        """
+        if not (isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero and self.settings):
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = {key: value for key, value in _flat(self.settings) if value is not None}
+        strategy = "+".join(Path(file).stem for file in self.files if Path(file).parent.name == "strategy")
+        _, start, end = hparams({"strategy": strategy, **settings}, {})
+        with SummaryWriter(str(Path(trainer.logger.log_dir) / "final")) as writer:
+            writer._get_file_writer().add_summary(start)
+            for name, value in scores.items():
+                writer.add_scalar(name, value, trainer.global_step)
+            if scores:
+                writer._get_file_writer().add_summary(end)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
         folder = getattr(trainer.logger, "log_dir", None)  # trainer.log_dir would ask all processes

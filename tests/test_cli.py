@@ -84,7 +84,7 @@ def test_the_quickstart_learns_and_leaves_its_account(run, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(folder)).Reload()
-    assert {"val/accuracy", "val/macro_f1", "train/loss", "hp/test_accuracy"} <= set(board.Tags()["scalars"])
+    assert {"val/accuracy", "val/macro_f1", "train/loss"} <= set(board.Tags()["scalars"])
     assert any(tag.startswith("lr-") and "block.2" in tag for tag in board.Tags()["scalars"])
     assert {"val/confusion", "train/confusion", "test/confusion"} <= set(board.Tags()["images"])
 
@@ -228,3 +228,32 @@ def test_resuming_at_the_end_of_an_epoch(run):
     assert metrics(whole)["epochs"] == metrics(resumed)["epochs"]
     a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_hparams_page_shows_every_task_with_its_final_scores(run, tmp_path):
+    """What TensorBoard's own plugin makes of runs of two tasks."""
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    small = ["--data.n_train=64", "--trainer.max_epochs=1"]
+    one = run("fit", "--config", CONFIGS / "quickstart.yaml", *small)
+    two = run("fit", "--config", CONFIGS / "quickstart_pairs.yaml", *small, "--seed_everything=5")
+    events = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "lightning_logs"))
+    events.Reload()
+    board = Context(TBContext(data_provider=data_provider.MultiplexerDataProvider(events, str(tmp_path))))
+    contents = board.hparams_metadata(RequestContext(), "")
+    page = board.experiment_from_metadata(RequestContext(), "", True, contents, [])
+    scores = {metric.name.tag for metric in page.metric_infos}
+    assert {"hp/test_accuracy", "hp/val_macro_f1", "hp/test_f1"} <= scores
+    assert not {"val/accuracy", "train/loss"} & scores
+    differing = {info.name for info in page.hparam_infos if info.differs}
+    assert {"model", "data", "seed_everything"} <= differing
+    assert len(contents) == 2
+    for folder in (one, two):
+        final = EventAccumulator(str(folder / "final")).Reload()
+        for name, value in metrics(folder)["scores"].items():
+            if "/" in name:
+                assert final.Scalars(f"hp/{name.replace('/', '_')}")[-1].value == pytest.approx(value)

@@ -11,20 +11,8 @@ import pytest
 from conftest import ROOT
 
 CORE = (
-    *("model", "attention", "dropout", "pretrained", "generation", "heads", "losses", "optim", "metrics", "tokenizer"),
-    "errors",
-)
-    "model",
-    "pretrained",
-    "generation",
-    "heads",
-    "losses",
-    "optim",
-    "metrics",
-    "tokenizer",
-    "errors",
-    "dropout",
-    "attention",
+    *("model", "attention", "dropout", "pretrained", "generation", "heads", "losses", "optim", "metrics"),
+    *("tokenizer", "errors"),
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 CORE = (
-    *("model", "attention", "dropout", "pretrained", "generation", "heads", "losses", "optim", "metrics"),
+    *("model", "attention", "dropout", "gelu", "pretrained", "generation", "heads", "losses", "optim", "metrics"),
     *("tokenizer", "errors"),
 )
 

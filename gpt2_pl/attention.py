@@ -24,14 +24,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
         v: values (B, H, N, hd).
         mask: (B or 1, 1, Q, N), True where a query may look; None for causal attention, with Q = N.
         p: probability, in [0, 1).
-        training: whether anything is dropped.
+        training: whether weights are dropped, and a backward pass is to come.
 
     Returns:
         (B, H, Q, hd).
     """
     p = p if training else 0.0
     N = k.size(2)
-    slow = p > 0.0 or (q.element_size() == 2 and q.requires_grad and N <= SHORT)
+    slow = p > 0.0 or (training and q.requires_grad and q.element_size() == 2 and N <= SHORT)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not slow:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
     if mask is None:

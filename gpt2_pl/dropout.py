@@ -65,6 +65,8 @@ class _AddDropout(torch.autograd.Function):
         mask = _draw(x, kept)
         ctx.scale, ctx.dtypes = LEVELS / kept, (residual.dtype, x.dtype)
         ctx.save_for_backward(mask.to(torch.int8))
+        if residual.element_size() == 2:  # the addition would round the scale to 16 bits
+            return residual + _apply(x * ctx.scale, mask)
         return torch.add(residual, _apply(x, mask), alpha=ctx.scale)
 
     @staticmethod

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_pl.attention import attention
 from gpt2_pl.dropout import add_dropout, dropout
+from gpt2_pl.gelu import gelu
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -111,7 +112,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = gelu(self.c_fc(x), self.training)  # (B, T, 4C)
         return self.c_proj(x)
 
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 CORE = (
-    *("model", "attention", "dropout", "pretrained", "generation", "heads", "losses", "optim", "metrics", "tokenizer"),
-    "errors",
+    *("model", "attention", "dropout", "gelu", "pretrained", "generation", "heads", "losses", "optim", "metrics"),
+    *("tokenizer", "errors"),
 )
 
 

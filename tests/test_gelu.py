@@ -1,0 +1,34 @@
+"""The GELU of training in 16 bits against PyTorch's in 64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2_pl.gelu import CHUNK, gelu
+
+
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, CHUNK // 2 + 1), (CHUNK,)])
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_values_and_gradients_are_the_definition_rounded(shape, dtype, step):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(2, *shape, dtype=torch.float32) * 3).to(dtype).unbind()
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    ours, theirs = gelu(x, training=True), F.gelu(exact, approximate="tanh")
+    torch.testing.assert_close(ours.double(), theirs, rtol=1.01 * step, atol=2e-6)
+    (ours,), (theirs,) = torch.autograd.grad(ours, x, grad), torch.autograd.grad(theirs, exact, grad.double())
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), theirs, rtol=2.1 * step, atol=1e-4 * step * 2**8)  # rounded twice
+
+
+def test_far_from_zero_and_transposed():
+    x = torch.tensor([[-1e4, -50.0, -8.0, -1.0], [-1e-3, 0.0, 1e-3, 1.0], [8.0, 50.0, 1e4, 1e9]]).bfloat16().T
+    y = gelu(x.detach().requires_grad_(), training=True)
+    torch.testing.assert_close(y, F.gelu(x, approximate="tanh"), atol=1e-6, rtol=2**-7)
+
+
+@pytest.mark.parametrize(("dtype", "training"), [(torch.bfloat16, False), *((torch.float32, t) for t in (False, True))])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_outside_training_and_in_float32_it_is_pytorch_s(dtype, training, requires_grad):
+    x = torch.randn(5, 7).to(dtype).requires_grad_(requires_grad)
+    assert torch.equal(gelu(x, training), F.gelu(x, approximate="tanh"))

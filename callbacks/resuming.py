@@ -29,10 +29,34 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that remembers its best when the run goes on, also from another working directory or folder.
+    """A ModelCheckpoint from which a run ends as if it had not been stopped.
 
-    Lightning forgets the best score as soon as the folder is called otherwise.
+    It remembers its best when the run goes on, also from another working directory or folder: Lightning forgets the
+    best score as soon as the folder is called otherwise. Among steps it saves only such as no validation follows:
+    Lightning would leave that validation out when the run goes on. With ``on_sigterm`` it also saves before the process
+    ends at a SIGTERM that reaches it in training.
     """
+
+    def __init__(self, on_sigterm: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.on_sigterm = on_sigterm
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save as often as is wanted, or because the process is asked to end."""
+        every = trainer.val_check_batch  # None where validation goes by the clock, infinite where there is none
+        if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if (
+            self.on_sigterm
+            and trainer.received_sigterm
+            and whole_step
+            and self._last_global_step_saved < trainer.global_step
+        ):
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best checkpoint of the run that was stopped, and copy its file where the folder is another."""

@@ -134,6 +134,8 @@ class GPT2CLI(LightningCLI):
         stopped = None if self.checkpoint is None else _run_of(Path(self.checkpoint), root)
         if self.subcommand == "fit" and stopped is not None and not _states(self.given, "name", "version"):
             config.name, config.version = str(stopped.parent), stopped.name
+            for part in (root / stopped).rglob(".*.part"):
+                part.unlink(missing_ok=True)  # of a file that was being written when the run was killed
         folder = root / config.name / str(config.version)
         if config.version is not None and (folder / "config.yaml").exists() and stopped != folder.relative_to(root):
             raise InputError(f"version: {folder} holds a run already; give another, or go on with its last.ckpt")
@@ -200,7 +202,9 @@ class GPT2CLI(LightningCLI):
     def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[Callback]:
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
         self.best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
-        last = RunCheckpoint(filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, **shared)
+        last = RunCheckpoint(
+            filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
+        )
         return [self.best, last]
 
     def config_settings(self) -> dict[str, Any]:

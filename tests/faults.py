@@ -1,9 +1,10 @@
-"""A program that ends runs by SIGKILL at chosen moments, lets them go on, and says whether they ended like the undisturbed one.
+"""A program that ends runs by SIGKILL at chosen moments and lets them go on: do they end like one that was left alone?
 
     python faults.py FOLDER N [SEED] -- ARGUMENTS OF gpt2-pl fit
 
 Moments are counted in a first, undisturbed run: training, validation and test steps, every piece of every file that is
-written, and what lies right before and after its renaming. N of them are drawn, of all kinds. Prints a line of JSON a case.
+written, and what lies right before and after its renaming. N of them are drawn, of all kinds. It prints a line of JSON
+for each.
 """
 
 import json
@@ -121,7 +122,9 @@ def outcome(folder: Path):
         for name in [name for name in epoch if name.startswith("train/")]:
             del epoch[name]
     kept = {name: account[name] for name in ("status", "scores", "epochs", "parameters", "steps")}
-    states = {name: torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"] for name in ("best", "last")}
+    states = {
+        name: torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"] for name in ("best", "last")
+    }
     files = {path.name: path.read_text() for path in run.glob("predictions_*.csv")}
     parts = [str(path) for path in run.rglob("*.part")]
     return kept, states, files, parts
@@ -129,7 +132,7 @@ def outcome(folder: Path):
 
 def differences(one, two) -> list[str]:
     """In what two outcomes differ."""
-    found = [f"{name}: {one[0][name]} / {two[0][name]}" for name in one[0] if one[0][name] != two[0][name]]
+    found = [name for name in one[0] if one[0][name] != two[0][name]]
     for checkpoint in one[1]:
         a, b = one[1][checkpoint], two[1][checkpoint]
         if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):

@@ -41,7 +41,8 @@ lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists all keys.
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; input that cannot be used ends it with one line and exit status 2."""
+    """Run the command line; input that cannot be used ends it with one line and exit status 2, a run that cannot go on
+    with one line and 1."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help", "--version"):
         from gpt2_pl import __version__
@@ -53,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(f"unknown command {args[0]!r}; it must be one of {', '.join(_COMMANDS)}")
     from jsonargparse import ArgumentError
 
-    from gpt2_pl.errors import InputError
+    from gpt2_pl.errors import InputError, RunError
 
     try:
         if args[0] in ("classify", "compare", "export", "generate", "sweep"):
@@ -64,11 +65,11 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(_condensed(str(error)))
     except Exception as error:
         cause: BaseException | None = error  # the parser wraps what a class raises in errors of its own
-        while cause is not None and not isinstance(cause, InputError):
+        while cause is not None and not isinstance(cause, InputError | RunError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        _fail(str(cause))
+        _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
 
 
 def _condensed(message: str) -> str:
@@ -92,10 +93,10 @@ def _condensed(message: str) -> str:
     return text
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 2) -> None:
     print(f"gpt2-pl: error: {message}", file=sys.stderr)
     sys.stderr.flush()
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def _run(args: list[str]) -> None:

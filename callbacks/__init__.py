@@ -1,5 +1,6 @@
 """Lightning callbacks: how training goes, and the account it leaves."""
 
+from callbacks.finite import FiniteLoss
 from callbacks.layers import DiscriminativeLR, GradualUnfreezing
 from callbacks.poems import PoemWriter
 from callbacks.predictions import PredictionWriter
@@ -9,6 +10,7 @@ from callbacks.run_summary import RunSummary
 
 __all__ = [
     "DiscriminativeLR",
+    "FiniteLoss",
     "GradualUnfreezing",
     "Patience",
     "PoemWriter",

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.finite import FiniteLoss
+from gpt2_pl.errors import RunError
 from gpt2_pl.files import whole_file
 from gpt2_pl.flops import peak_flops, training_flops
 from gpt2_pl.pretrained import provenance
@@ -154,7 +157,8 @@ class RunSummary(Callback):
         """Write down that training broke off; what was reached stays."""
         if self._fitting and trainer.training:
             stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-            self._write(trainer, pl_module, "interrupted" if stopped else "failed")
+            with suppress(RunError):  # a full disk, of which the exception tells
+                self._write(trainer, pl_module, "interrupted" if stopped else "failed")
 
     def final_scores(self, pl_module: LightningModule) -> Scores:
         """The validation scores of the best epoch, and whatever was evaluated since."""
@@ -251,6 +255,7 @@ class RunSummary(Callback):
             "mfu": self._mfu(trainer, pl_module),
             "peak_memory_bytes": peak_memory(),
             "steps": trainer.global_step,
+            "skipped_steps": _skipped(trainer),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "processes": trainer.world_size,
             "precision": str(trainer.precision),
@@ -332,6 +337,12 @@ def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
 
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "tokenizers", "safetensors")
+
+
+def _skipped(trainer: Trainer) -> int:
+    """Steps that were left out because their loss was no number."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return sum(callback.skipped for callback in callbacks if isinstance(callback, FiniteLoss))
 
 
 def peak_memory() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -13,8 +15,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import (
+    FiniteLoss,
     Patience,
     PoemWriter,
     PredictionWriter,
@@ -108,6 +112,12 @@ class GPT2CLI(LightningCLI):
             default=None,
             help="also write checkpoints/last.ckpt every N optimizer steps; by default after every epoch only",
         )
+        parser.add_argument(
+            "--bad_batches",
+            type=Literal["error", "skip"],
+            default="error",
+            help="what to do at a loss that is NaN or infinite: stop, or leave the step out and count it",
+        )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -187,6 +197,7 @@ class GPT2CLI(LightningCLI):
         if trainer["logger"]:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit":
+            callbacks.append(FiniteLoss(config["bad_batches"]))
             monitor, mode = self.model.monitor, self.model.mode
             if config["early_stopping_patience"] is not None:
                 callbacks.append(Patience(monitor, patience=config["early_stopping_patience"], mode=mode))
@@ -212,6 +223,18 @@ class GPT2CLI(LightningCLI):
         return yaml.safe_load(self.parser.dump(self.config, skip_none=True))[self.subcommand]
 
     # Running
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; asked to end by SIGTERM, say how to go on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            folder = getattr(self.trainer.logger, "log_dir", None)
+            last = Path(str(folder), "checkpoints", "last.ckpt")
+            if last.is_file():
+                command = f"gpt2-pl fit --config {folder}/config.yaml --ckpt_path {last}"
+                print(f"gpt2-pl: stopped by SIGTERM; go on with {command}", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM) from None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, RunError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_new(path: Path, key: str = "out") -> None:
@@ -33,6 +37,9 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
     Args:
         path: its place; folders that are missing are made.
         mode: ``w`` for UTF-8 text, ``wb`` for bytes.
+
+    Raises:
+        RunError: there is no room for it; what stood in its place is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
@@ -40,6 +47,15 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
     try:
         with part.open(mode, **text) as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch's writer replaces the error of a full disk by one of its own
+        causes = (error, error.__cause__, error.__context__)
+        if any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes):
+            before = "; what was there before is as it was" if path.exists() else ""
+            raise RunError(f"there is no room to write {path}{before}; free some space and go on") from None
+        raise
     finally:
         part.unlink(missing_ok=True)

@@ -2,11 +2,18 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, metrics, weights
+from lightning.pytorch import Callback
+from torch import nn
+
+from commands.train import GPT2CLI
 
 QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=120", "--data.batch_size=10",
          "--trainer.max_epochs=3", "--trainer.precision=32-true"]  # fmt: skip
@@ -22,11 +29,127 @@ QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=120", "--da
 )
 def test_killed_at_any_moment_and_gone_on(seed, arguments, tmp_path):
     """Fifteen moments each: in steps, validation and test, and while every kind of file is written and renamed."""
-    command = [sys.executable, str(ROOT / "tests/faults.py"), str(tmp_path / "runs"), "15", str(seed), "--", *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=900, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(cases) == 15
+    cases = faults(tmp_path, 15, seed, arguments)
     assert {case["killed"] for case in cases} == {-9}
     assert not [case for case in cases if case["went_on"] or case["wrong"]]
+
+
+def faults(folder, n, seed, arguments, **environment):
+    command = [sys.executable, str(ROOT / "tests/faults.py"), str(folder / "runs"), str(n), str(seed), "--", *arguments]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
+                          text=True, timeout=900, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(cases) == n
+    return cases
+
+
+def test_asked_to_end_it_saves_and_goes_on(tmp_path):
+    """SIGTERM in a training step and in validation."""
+    cases = faults(tmp_path, 4, 3, QUICK, FAULT_SIGNAL="SIGTERM", FAULT_KINDS="training_step,validation_step")
+    assert {case["killed"] for case in cases} == {143}
+    assert not [case for case in cases if case["went_on"] or case["wrong"]]
+
+
+def test_what_sigterm_leaves(tmp_path):
+    """The step that it reached is in the checkpoint, though checkpoints are written once an epoch."""
+    code = (
+        "import os, signal, sys; from gpt2_pl.tasks.classification import Classifier; from cli import main\n"
+        "step, n = Classifier.training_step, iter(range(1000))\n"
+        "def end(task, batch, i):\n"
+        "    if next(n) == 15: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(task, batch, i)\n"
+        "Classifier.training_step = end; main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "fit", *QUICK], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=200, check=False)  # fmt: skip
+    assert done.returncode == 143
+    run = tmp_path / "lightning_logs/quickstart/version_0"
+    last = f"{run.relative_to(tmp_path)}/checkpoints/last.ckpt"
+    assert (
+        f"go on with gpt2-pl fit --config lightning_logs/quickstart/version_0/config.yaml --ckpt_path {last}"
+        in done.stderr
+    )
+    assert torch.load(tmp_path / last, weights_only=True)["global_step"] == 16  # 12 steps an epoch
+    assert metrics(run)["status"] == "interrupted"
+
+
+def test_a_disk_that_fills_up(run, capsys, monkeypatch):
+    """Files may not grow to the size of a checkpoint: the first epoch's stays, and is gone on from."""
+    folder = run("fit", *QUICK, "--trainer.max_epochs=1")
+    checkpoint = folder / "checkpoints/last.ckpt"
+    before = checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("fit", *QUICK, f"--ckpt_path={checkpoint}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: there is no room to write lightning_logs/quickstart/version_0/checkpoints/")
+    assert line.endswith("what was there before is as it was; free some space and go on")
+    assert checkpoint.read_bytes() == before
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+    run("fit", *QUICK, f"--ckpt_path={checkpoint}")
+    assert len(metrics(folder)["epochs"]) == 3
+
+
+class Poison(Callback):
+    """Makes the loss of one step a NaN or infinite."""
+
+    def __init__(self, step, value):
+        self.step, self.value = step, value
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        at = trainer.global_step == self.step
+        if at and not isinstance(pl_module.head.linear.bias, nn.Parameter):
+            raise AssertionError
+        self.kept = pl_module.head.linear.bias.detach().clone() if at else None
+        if at:
+            pl_module.head.linear.bias.data[0] = self.value
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.kept is not None:
+            pl_module.head.linear.bias.data.copy_(self.kept)
+            self.before = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.kept is not None:
+            self.unchanged = all(torch.equal(a, b) for a, b in zip(self.before, pl_module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monkeypatch):
+    poison(monkeypatch, Poison(14, value))
+    with pytest.raises(SystemExit) as stop:
+        run("fit", *QUICK)
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: the loss is ")
+    assert "at epoch 2, step 15, rows " in line
+    assert len(line.partition("rows ")[2].partition(";")[0].split(", ")) == 10
+    assert "the last good checkpoint is lightning_logs/quickstart/version_0/checkpoints/last.ckpt" in line
+    assert "--bad_batches skip" in line
+    folder = Path("lightning_logs/quickstart/version_0")
+    assert metrics(folder)["status"] == "failed"
+    assert all(t.isfinite().all() for t in weights(folder / "checkpoints/last.ckpt").values() if t.is_floating_point())
+
+
+def test_steps_of_such_losses_are_left_out_and_counted(run, monkeypatch):
+    callback = Poison(14, torch.nan)
+    poison(monkeypatch, callback)
+    folder = run("fit", *QUICK, "--bad_batches=skip")
+    assert callback.unchanged
+    account = metrics(folder)
+    assert account["skipped_steps"] == 1
+    assert account["status"] == "finished"
+    assert all(torch.tensor(value).isfinite() for epoch in account["epochs"] for value in epoch.values())
+
+
+def poison(monkeypatch, callback):
+    """Add a callback to the trainer of the command line."""
+    instantiate = GPT2CLI._instantiate_trainer
+    monkeypatch.setattr(GPT2CLI, "_instantiate_trainer", lambda cli, config, callbacks: instantiate(
+        cli, config, [callback, *callbacks]))  # fmt: skip

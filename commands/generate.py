@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import check_new, whole_file
+from gpt2_pl.files import check_new, existing_file, whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
 
@@ -119,9 +119,7 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     """
     from datamodules.sonnets import read_poems
 
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"prompt_file: there is no file {file}")
+    path = existing_file(file, "prompt_file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

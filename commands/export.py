@@ -46,23 +46,22 @@ def main(args: list[str]) -> None:
 
 def load(checkpoint: Path, base: str | None = None) -> Task:
     """The trained task of a checkpoint, whatever task it is, for evaluation on the CPU."""
-    import torch
-
     import gpt2_pl.tasks
+    from gpt2_pl.checkpoint import read
 
     if not checkpoint.is_file():
         raise InputError(f"there is no checkpoint {checkpoint}")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        name = content["task"]
-    except Exception as error:  # unpickling, zip and key errors
-        raise InputError(f"{checkpoint} is not a checkpoint of this library: {str(error)[:200]}") from None
-    if name not in gpt2_pl.tasks.__all__:
-        raise InputError(f"{checkpoint} was written by {name!r}, which is no task of this library")
-    if base is not None and content["base"]["complete"]:
+    content = read(checkpoint, "checkpoint")
+    if base is not None and content["base"].get("complete"):
         raise InputError(f"base: {checkpoint} holds every weight; leave --base out")
     moved = {} if base is None else {"base": base}
-    return getattr(gpt2_pl.tasks, name).load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **moved)
+    try:
+        return getattr(gpt2_pl.tasks, content["task"]).load_from_checkpoint(checkpoint, map_location="cpu", **moved)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of other kinds than ours
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{checkpoint} does not hold what its task needs: {reason[:200]}") from error
 
 
 @contextmanager

@@ -150,9 +150,9 @@ def _header(path: Path, key: str, quoting: bool | None) -> tuple[list[str], str]
     found: list[tuple[list[str], str]] = []
     for delimiter in _DELIMITERS:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            how = csv.QUOTE_NONE if quoting is False else csv.QUOTE_MINIMAL
+            how: dict[str, Any] = {"quoting": csv.QUOTE_NONE if quoting is False else csv.QUOTE_MINIMAL}
             try:
-                found.append((next(csv.reader(lines, delimiter=delimiter, strict=True, quoting=how)), delimiter))
+                found.append((next(csv.reader(lines, delimiter=delimiter, strict=True, **how)), delimiter))
             except csv.Error:
                 continue  # a delimiter that stands within quotes
     if not found:
@@ -181,7 +181,7 @@ def _read_json(path: Path, key: str, skip_bad: bool, streaming: bool) -> Source:
     bad: dict[int, str] = {}
     kinds: dict[str, set[type]] = {}
     n_rows = 0
-    for n_rows, row in enumerate(_json_rows(path, key), start=1):  # noqa: B007
+    for n_rows, row in enumerate(_json_rows(path, key), start=1):
         if isinstance(row, str):
             if not skip_bad:
                 raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {row}")

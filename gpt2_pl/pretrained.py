@@ -170,7 +170,7 @@ def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
                     tensor = tensors.get_slice(stored)
                     if tensor.get_dtype() not in _DTYPES:
                         raise InputError(
-                            f"{folder}: {name} has the type {tensor.get_dtype()}; it must be one of {', '.join(_DTYPES)}"
+                            f"{folder}: {name} is of type {tensor.get_dtype()}; it must be one of {', '.join(_DTYPES)}"
                         )
                     shape = tuple(tensor.get_shape())
                     found[name] = shape[::-1] if name.endswith(_TRANSPOSED) else shape

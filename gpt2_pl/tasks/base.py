@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
@@ -235,6 +238,27 @@ class Task(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """As Lightning's, from a file on this machine and without executing pickles.
+
+        Raises:
+            InputError: no such file, ``weights_only`` false, or hyperparameters that are not this class's.
+        """
+        if not weights_only:
+            raise InputError("weights_only is false; a checkpoint of this library holds no code, and none is executed")
+        checkpoints.read(checkpoint_path, "checkpoint_path", cls)
+        file = Path(checkpoint_path).expanduser()
+        return super().load_from_checkpoint(file, map_location, hparams_file, strict, True, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trained: with a frozen base only what was added to it, else every weight.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands import Arguments
 from gpt2_pl.comparison import Comparison, Group, Run, compare
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
@@ -31,7 +32,7 @@ _PERCENT = ("accuracy", "f1", "precision", "recall")
 
 def main(args: list[str]) -> None:
     """Compare runs and write report.md, report.html, report.csv, report.json and the plots into a folder."""
-    parser = argparse.ArgumentParser(prog="gpt2-pl compare", description=__doc__)
+    parser = Arguments(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs' folders, or folders above them")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--baseline", help="the strategy that differences are to; by default full, or else the first")
@@ -46,7 +47,7 @@ def main(args: list[str]) -> None:
         text.append(markdown(comparison))
         figures = plots(comparison)
         for name, figure in figures.items():
-            figure.savefig(given.out / f"{comparison.task}_{name}.png", dpi=120)
+            figure.savefig(given.out / f"{_file_name(comparison.task)}_{name}.png", dpi=120)
         pages.append(page(comparison, figures))
     for name, content in (
         ("report.md", "\n".join(text)),
@@ -73,6 +74,25 @@ def run_folders(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{path} is no run's folder and has none below it (one has metrics.json)")
     return found
+
+
+# What runs say of themselves is text, whatever they say
+
+
+def _file_name(text: str) -> str:
+    """A text as part of a file's name in one folder."""
+    return re.sub(r"[^\w-]+", "_", text)[:100] or "_"
+
+
+def _plain(text: str) -> str:
+    """A text in Markdown, as itself: no HTML, no link or image, no further cell or line."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text).replace("](", "]\\(").replace("|", "\\|")
+    return " ".join(text.split())
+
+
+def _shown(text: str) -> str:
+    """A text in a plot, as itself: no formula."""
+    return text.replace("$", r"\$")
 
 
 # Tables
@@ -137,14 +157,13 @@ _CAPTION = (
 
 def markdown(comparison: Comparison) -> str:
     """A comparison as a section of Markdown."""
-    lines = [f"## {comparison.task}", "", _about(comparison), ""]
+    lines = [f"## {_plain(comparison.task)}", "", _plain(_about(comparison)), ""]
     if comparison.groups:
         headings, cells = rows(comparison)
-        lines += [_CAPTION.format(monitor=comparison.monitor), ""]
+        lines += [_CAPTION.format(monitor=_plain(comparison.monitor)), ""]
         for row in (headings, ["---"] * len(headings), *cells):
-            escaped = [cell.replace("|", "\\|") for cell in row]
-            lines.append(f"| {' | '.join(escaped)} |")
-    lines += ["", *(f"- {note}" for note in comparison.notes)]
+            lines.append(f"| {' | '.join(map(_plain, row))} |")
+    lines += ["", *(f"- {_plain(note)}" for note in comparison.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -205,8 +224,8 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
         for n, run in enumerate(group.runs):
             points = [(epoch["epoch"], epoch[name]) for epoch in run.account["epochs"] if name in epoch]
             axes.plot(*zip(*points, strict=True), color=f"C{i % 10}", marker="o", markersize=3, alpha=0.8,
-                      linestyle="-" if i < 10 else "--", label=group.label if n == 0 else None)  # fmt: skip
-    axes.set(xlabel="epoch", ylabel=name, title=f"{comparison.task}: learning curves")
+                      linestyle="-" if i < 10 else "--", label=_shown(group.label) if n == 0 else None)  # fmt: skip
+    axes.set(xlabel="epoch", ylabel=_shown(name), title=f"{_shown(comparison.task)}: learning curves")
     axes.legend(fontsize=8)
     costs = Figure(figsize=(9, 4.2), layout="constrained")
     panels = costs.subplots(1, 2, sharey=True)
@@ -217,12 +236,12 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
             if mean is not None and value:
                 axis.errorbar(value / divisor, mean, group.spread(name) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3)
                 axis.annotate(
-                    group.label, (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
+                    _shown(group.label), (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
                 )
         axis.set(xlabel=f"{heading} parameters" if cost == "trainable" else heading, xscale="log")
         axis.margins(x=0.25)
-    panels[0].set_ylabel(name)
-    costs.suptitle(f"{comparison.task}: score against cost")
+    panels[0].set_ylabel(_shown(name))
+    costs.suptitle(f"{_shown(comparison.task)}: score against cost")
     return {"curves": curves, "costs": costs}
 
 
@@ -245,13 +264,13 @@ def page(comparison: Comparison, figures: dict[str, Figure]) -> str:
         table = [[f"<th>{html.escape(heading)}</th>" for heading in headings]]
         table += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in cells]
         lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in table)
-        parts.append(f"<p>{_CAPTION.format(monitor=comparison.monitor)}</p>")
+        parts.append(f"<p>{html.escape(_CAPTION.format(monitor=comparison.monitor))}</p>")
         parts.append(f'<div class="wide"><table>\n{lines}\n</table></div>')
     for name, figure in figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         data = base64.b64encode(picture.getvalue()).decode()
-        parts.append(f'<img alt="{comparison.task}: {name}" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="{html.escape(comparison.task)}: {name}" src="data:image/png;base64,{data}">')
     if comparison.notes:
         parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in comparison.notes)}</ul>")
     return "\n".join(parts)

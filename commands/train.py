@@ -23,6 +23,7 @@ from callbacks import PoemWriter, PredictionWriter, Reproducibility, RunSummary
 from gpt2_pl.checkpoint import read
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file, whole_file
+from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 
@@ -115,6 +116,11 @@ class GPT2CLI(LightningCLI):
             if config.get(key) is None:
                 raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
         model, data = config.model.init_args, config.data.init_args
+        if model.get("config") is not None:
+            try:
+                GPT2Config(**vars(model.config))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"model.config: {error}") from None
         if data.get("tokenizer", "given") is None and model.get("base") is not None:
             data.tokenizer = model.base
         trainer = config.trainer
@@ -128,6 +134,10 @@ class GPT2CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
         super().instantiate_classes()
+        try:
+            self.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"model.optimizer: {str(error).splitlines()[0]}") from None
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if hasattr(callback, "check"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from os import PathLike
 from pathlib import PurePath
 from typing import Any
@@ -33,6 +34,7 @@ def read(path: str | PathLike[str], key: str = "ckpt_path", task: type | None = 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         name = content["task"]
+        version = content["pytorch-lightning_version"]
         kinds = {part: type(content[part]) for part in ("hyper_parameters", "state_dict", "base")}
     except Exception as error:  # unpickling, zip and key errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -41,6 +43,10 @@ def read(path: str | PathLike[str], key: str = "ckpt_path", task: type | None = 
         if name not in gpt2_pl.tasks.__all__ or name == "Task":
             raise InputError(f"{key}: {path} was written by {name!r}, which is no task of this library")
         task = getattr(gpt2_pl.tasks, name)
+    elif name != task.__name__:
+        raise InputError(f"{key}: {path} was written by {name!r}, not by {task.__name__}")
+    if not isinstance(version, str) or not re.match(r"[0-9]+\.[0-9]+", version):
+        raise InputError(f"{key}: {path} is not a checkpoint of this library: its Lightning is {version!r}")
     for part, kind in kinds.items():
         if not issubclass(kind, dict):
             raise InputError(f"{key}: {path} is not a checkpoint of this library: {part} is a {kind.__name__}")

@@ -118,3 +118,18 @@ def test_a_value_of_another_kind_is_refused_or_used(file, path, built, base, dat
     line = refused(built, capsys, *before, "--config", changed, *after)
     assert key.rstrip("+") in line
     assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.config={n_embd: 128, n_head: 5}", "model.config: n_embd is 128, which n_head = 5 does not divide"),
+        ("--model.config={n_layer: 0}", "model.config: n_layer is 0"),
+        ("--model.config={dropout: 2}", "model.config: dropout is 2"),
+        ("--model.optimizer.init_args.lr=-1", "model.optimizer: Invalid learning rate"),
+        ("--model.optimizer.init_args.betas=[2, 2]", "model.optimizer: Invalid beta"),
+    ],
+)
+def test_values_out_of_range_are_found_before_anything_is_written(flag, words, built, capsys, tmp_path):
+    assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    assert not (tmp_path / "lightning_logs").exists()

@@ -22,6 +22,7 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
+from gpt2_pl.tokenizer import check_fits
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -160,13 +161,12 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's."""
         if hasattr(self.datamodule, "tokenizer"):
-            needed = max(self.datamodule.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-            if needed > self.config.vocab_size:
-                where = f"model.base {self.base}" if self.base else "model.config"
-                raise InputError(
-                    f"the tokenizer has {needed} tokens and {where} has vocab_size {self.config.vocab_size}: "
-                    "data.tokenizer must be the one that the base was trained with"
-                )
+            self.check_tokenizer(self.datamodule.tokenizer)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer with tokens that the GPT-2 does not have."""
+        where = f"model.base {self.base}" if self.base else "model.config"
+        check_fits(tokenizer, self.config.vocab_size, where, "data.tokenizer")
 
     def train(self, mode: bool = True) -> Task:
         """Training mode; a GPT-2 in which nothing trains stays in evaluation mode, without dropout."""

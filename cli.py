@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; input that cannot be used ends it with one line and exit status 2, a run that cannot go on
     with one line and 1."""
     args = list(sys.argv[1:] if args is None else args)
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # has torch execute pickles where nobody forbids it
     if not args or args[0] in ("-h", "--help", "--version"):
         from gpt2_pl import __version__
 

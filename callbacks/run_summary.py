@@ -83,8 +83,8 @@ class RunSummary(Callback):
         """Go on with the account of the run that was stopped; testing a checkpoint takes nothing over."""
         if not self._fitting:
             return
-        for key, value in state_dict.items():
-            setattr(self, key, value)
+        for key in self.state_dict().keys() & state_dict.keys():
+            setattr(self, key, state_dict[key])
         self._logged = (self.tokens, self.training_seconds)
 
     # Training

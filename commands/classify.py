@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -12,6 +11,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from commands import Arguments
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import check_new, whole_file
 
@@ -35,7 +35,7 @@ class Text(NamedTuple):
 
 def main(args: list[str]) -> None:
     """Classify the rows of a file, which need no labels and may be more than fit in memory."""
-    parser = argparse.ArgumentParser(prog="gpt2-pl classify", description=__doc__)
+    parser = Arguments(prog="gpt2-pl classify", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--input", required=True, help="CSV, TSV, JSON lines or Parquet file with the template's columns"
@@ -70,7 +70,7 @@ def main(args: list[str]) -> None:
     from datamodules.rows import read_file
     from datamodules.template import Template
     from gpt2_pl.tasks.classification import Classifier
-    from gpt2_pl.tokenizer import load_tokenizer
+    from gpt2_pl.tokenizer import check_fits, load_tokenizer
 
     checkpoint = given.ckpt_path or given.run / "checkpoints" / "best.ckpt"
     task = load(checkpoint, given.base)
@@ -80,7 +80,9 @@ def main(args: list[str]) -> None:
         raise InputError(
             f"{checkpoint} does not say which template it learned with; train it with data of this library"
         )
+    check_wording(task, checkpoint)
     tokenizer, template = load_tokenizer(given.run, "RUN"), Template(task.wording["template"])
+    check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     skip = given.bad_rows == "skip"
     quoting = task.wording.get("quoting") if given.quoting is None else given.quoting == "true"
     source = read_file(given.input, "input", quoting, skip_bad=skip, streaming=True)
@@ -107,6 +109,29 @@ def main(args: list[str]) -> None:
     skipped = len(source.skipped)
     told = f"; {skipped} rows that cannot be used are left out" if skipped else ""
     print(f"{given.out}: {n_rows} rows{told}")
+
+
+def check_wording(task: Classifier, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose wording is none, or is of another model.
+
+    Raises:
+        InputError: naming the checkpoint and what is wrong.
+    """
+    from datamodules.template import Template
+
+    wording: Any = task.wording
+    kinds = {"template": str, "columns": dict, "labels": list, "max_length": int}
+    for key, kind in kinds.items():
+        if not isinstance(wording, dict) or not isinstance(wording.get(key), kind):
+            raise InputError(f"{checkpoint} does not say its {key}; it is broken")
+    fields, names = Template(wording["template"]).fields, wording["columns"]
+    if set(fields) != names.keys() or not all(isinstance(among, list) and among for among in names.values()):
+        raise InputError(f"{checkpoint} does not say which columns its template's fields are; it is broken")
+    if len(wording["labels"]) != task.num_classes or not 1 <= wording["max_length"] <= task.max_length:
+        raise InputError(
+            f"{checkpoint} says {len(wording['labels'])} labels and max_length {wording['max_length']}; its model has "
+            f"{task.num_classes} classes and room for {task.max_length} tokens"
+        )
 
 
 def reader(source: Source, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[Text]]:

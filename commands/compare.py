@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import html
@@ -10,10 +9,12 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands import Arguments
 from gpt2_pl.comparison import Comparison, Group, Run, compare
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
@@ -36,7 +37,7 @@ _PERCENT = ("accuracy", "f1", "precision", "recall")
 
 def main(args: list[str]) -> None:
     """Compare runs and write report.md, report.html, report.csv, report.json and the plots into a folder."""
-    parser = argparse.ArgumentParser(prog="gpt2-pl compare", description=__doc__)
+    parser = Arguments(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs' folders, or folders above them")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--baseline", help="the strategy that differences are to; by default full, or else the first")
@@ -59,7 +60,7 @@ def main(args: list[str]) -> None:
     pages = []
     for comparison in comparisons:
         figures = plots(comparison)
-        named = {name: f"{comparison.task}_{name}.png" for name in figures}
+        named = {name: f"{_file_name(comparison.task)}_{name}.png" for name in figures}
         for name, figure in figures.items():
             figure.savefig(given.out / named[name], dpi=100)
         others = elsewhere.get(comparison.task, [])
@@ -111,6 +112,25 @@ def run_folders(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{path} is no run's folder and has none below it (one has metrics.json)")
     return found
+
+
+# What runs say of themselves is text, whatever they say
+
+
+def _file_name(text: str) -> str:
+    """A text as part of a file's name in one folder."""
+    return re.sub(r"[^\w-]+", "_", text)[:100] or "_"
+
+
+def _plain(text: str) -> str:
+    """A text in Markdown, as itself: no HTML, no link or image, no further cell or line."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text).replace("](", "]\\(").replace("|", "\\|")
+    return " ".join(text.split())
+
+
+def _shown(text: str) -> str:
+    """A text in a plot, as itself: no formula."""
+    return text.replace("$", r"\$")
 
 
 # Tables
@@ -222,7 +242,7 @@ def _told(comparison: Comparison, group: Group) -> str:
 
 def _table(headings: list[str], cells: list[list[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *cells)]
+    escaped = [[_plain(cell) for cell in row] for row in (headings, *cells)]
     escaped.insert(1, ["---"] * len(headings))
     return [f"| {' | '.join(row)} |" for row in escaped]
 
@@ -237,18 +257,18 @@ def markdown(
         pictures: the plots' names and files.
         elsewhere: figures from elsewhere: ``what``, ``figures``, ``source``.
     """
-    lines = [f"## {comparison.task}", "", _about(comparison), ""]
+    lines = [f"## {_plain(comparison.task)}", "", _plain(_about(comparison)), ""]
     if comparison.groups:
-        lines += [_CAPTION.format(monitor=comparison.monitor), "", *_table(*rows(comparison)), ""]
+        lines += [_CAPTION.format(monitor=_plain(comparison.monitor)), "", *_table(*rows(comparison)), ""]
         headings, cells = difference_rows(comparison)
         if cells:
-            caption = _DIFFERENCES.format(baseline=comparison.groups[0].label)
+            caption = _DIFFERENCES.format(baseline=_plain(comparison.groups[0].label))
             lines += [caption, "", *_table(headings, cells), ""]
-    lines += [f"![{comparison.task}: {name}]({file})" for name, file in (pictures or {}).items()]
+    lines += [f"![{_plain(comparison.task)}: {name}]({file})" for name, file in (pictures or {}).items()]
     if elsewhere:
         lines += ["", "Elsewhere, on other models:", ""]
         lines += _table(*_elsewhere_rows(elsewhere))
-    lines += ["", *(f"- {note}" for note in comparison.notes)]
+    lines += ["", *(f"- {_plain(note)}" for note in comparison.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -316,8 +336,8 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
         for n, run in enumerate(group.runs):
             points = [(epoch["epoch"], epoch[name]) for epoch in run.account["epochs"] if name in epoch]
             axes.plot(*zip(*points, strict=True), color=f"C{i % 10}", marker="o", markersize=3, alpha=0.8,
-                      linestyle="-" if i < 10 else "--", label=group.label if n == 0 else None)  # fmt: skip
-    axes.set(xlabel="epoch", ylabel=name, title=f"{comparison.task}: learning curves")
+                      linestyle="-" if i < 10 else "--", label=_shown(group.label) if n == 0 else None)  # fmt: skip
+    axes.set(xlabel="epoch", ylabel=_shown(name), title=f"{_shown(comparison.task)}: learning curves")
     axes.legend(fontsize=8)
     costs = Figure(figsize=(9, 4.2), layout="constrained")
     panels = costs.subplots(1, 2, sharey=True)
@@ -330,12 +350,12 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
                     value / divisor, mean, group.spread(decisive) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3
                 )
                 axis.annotate(
-                    group.label, (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
+                    _shown(group.label), (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
                 )
         axis.set(xlabel=f"{heading} parameters" if cost == "trainable" else heading, xscale="log")
         axis.margins(x=0.25)
-    panels[0].set_ylabel(decisive)
-    costs.suptitle(f"{comparison.task}: score against cost")
+    panels[0].set_ylabel(_shown(decisive))
+    costs.suptitle(f"{_shown(comparison.task)}: score against cost")
     return {"curves": curves, "costs": costs}
 
 
@@ -354,7 +374,7 @@ def page(comparison: Comparison, figures: dict[str, Figure], elsewhere: Sequence
     """A comparison as a section of a page that needs no other file."""
     parts = [f"<h2>{html.escape(comparison.task)}</h2>", f"<p>{html.escape(_about(comparison))}</p>"]
     if comparison.groups:
-        parts += [f"<p>{_CAPTION.format(monitor=comparison.monitor)}</p>", _html_table(*rows(comparison))]
+        parts += [f"<p>{html.escape(_CAPTION.format(monitor=comparison.monitor))}</p>", _html_table(*rows(comparison))]
         headings, cells = difference_rows(comparison)
         if cells:
             caption = _DIFFERENCES.format(baseline=html.escape(comparison.groups[0].label))

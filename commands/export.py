@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commands import Arguments
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import check_new
 from gpt2_pl.tokenizer import END_OF_TEXT
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(args: list[str]) -> None:
     """Write RUN's best checkpoint in another program's format."""
-    parser = argparse.ArgumentParser(prog="gpt2-pl export", description=__doc__)
+    parser = Arguments(prog="gpt2-pl export", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--format",
@@ -46,23 +46,22 @@ def main(args: list[str]) -> None:
 
 def load(checkpoint: Path, base: str | None = None) -> Task:
     """The trained task of a checkpoint, whatever task it is, for evaluation on the CPU."""
-    import torch
-
     import gpt2_pl.tasks
+    from gpt2_pl.checkpoint import read
 
     if not checkpoint.is_file():
         raise InputError(f"there is no checkpoint {checkpoint}")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        name = content["task"]
-    except Exception as error:  # unpickling, zip and key errors
-        raise InputError(f"{checkpoint} is not a checkpoint of this library: {str(error)[:200]}") from None
-    if name not in gpt2_pl.tasks.__all__:
-        raise InputError(f"{checkpoint} was written by {name!r}, which is no task of this library")
-    if base is not None and content["base"]["complete"]:
+    content = read(checkpoint, "checkpoint")
+    if base is not None and content["base"].get("complete"):
         raise InputError(f"base: {checkpoint} holds every weight; leave --base out")
     moved = {} if base is None else {"base": base}
-    return getattr(gpt2_pl.tasks, name).load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **moved)
+    try:
+        return getattr(gpt2_pl.tasks, content["task"]).load_from_checkpoint(checkpoint, map_location="cpu", **moved)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of other kinds than ours
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{checkpoint} does not hold what its task needs: {reason[:200]}") from error
 
 
 @contextmanager
@@ -94,7 +93,7 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
         raise InputError("a prefix or soft prompt cannot be merged into the weights; use --format peft")
     LoRA.merge(core)
     head = None if backbone else _head(task, "; --backbone leaves the head out")
-    end = _save_tokenizer(run, folder, core.config.n_positions)
+    end = _save_tokenizer(run, folder, core.config.n_positions, core.config.vocab_size)
     settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     settings |= _provenance(run)
     if head is None:
@@ -149,13 +148,14 @@ def _labels(task: Task, n: int) -> list[str]:
     return labels if len(labels) == n else [str(i) for i in range(n)]
 
 
-def _save_tokenizer(run: Path, folder: Path, n_positions: int) -> int | None:
+def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) -> int | None:
     """Copy the run's tokenizer; returns the id of its end of text, which also serves for padding."""
-    from gpt2_pl.tokenizer import load_tokenizer
+    from gpt2_pl.tokenizer import check_fits, load_tokenizer
 
     if not (run / "tokenizer.json").is_file():
         raise InputError(f"{run} has no tokenizer.json; runs of this library have one")
     tokenizer = load_tokenizer(run, "RUN")
+    check_fits(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
     tokenizer.save(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id(END_OF_TEXT)
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)

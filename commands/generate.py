@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from commands import Arguments
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import check_new, whole_file
+from gpt2_pl.files import check_new, existing_file, whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
 
 
 def main(args: list[str]) -> None:
     """Write what a run's model makes of every prompt of a file."""
-    parser = argparse.ArgumentParser(prog="gpt2-pl generate", description=__doc__)
+    parser = Arguments(prog="gpt2-pl generate", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--prompt_file",
@@ -51,7 +51,7 @@ def main(args: list[str]) -> None:
     from gpt2_pl.generation import check_settings
     from gpt2_pl.tasks import LanguageModel
     from gpt2_pl.tasks.poem import continue_prompts
-    from gpt2_pl.tokenizer import load_tokenizer
+    from gpt2_pl.tokenizer import check_fits, load_tokenizer
     from gpt2_pl.verse import LineLimit, Poem, VerseGuide, lines_of
 
     settings: dict[str, Any] = {
@@ -67,6 +67,7 @@ def main(args: list[str]) -> None:
     if not isinstance(task, LanguageModel):
         raise InputError(f"{checkpoint} is a {type(task).__name__}, which continues no text")
     tokenizer = load_tokenizer(given.run, "RUN")
+    check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     task.to(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=torch.bfloat16 if given.precision == "bf16" else torch.float32,
@@ -81,6 +82,12 @@ def main(args: list[str]) -> None:
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     if numbers is None and not all(ids):
         raise InputError(f"prompt_file: {given.prompt_file} has a prompt without any token")
+    for prompt, found in enumerate(ids, start=1):
+        if len(found) >= task.max_length:
+            raise InputError(
+                f"prompt_file: {given.prompt_file}, prompt {prompt} has {len(found)} tokens; the model has room for "
+                f"{task.max_length}, so that a prompt has at most {task.max_length - 1}"
+            )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of similar length together
     texts = [""] * len(ids)
     for start in track(range(0, len(order), given.batch_size), "Generating", transient=True):
@@ -119,9 +126,7 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     """
     from datamodules.sonnets import read_poems
 
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"prompt_file: there is no file {file}")
+    path = existing_file(file, "prompt_file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -137,7 +142,8 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
         for number, line in lines:
             try:
                 prompts.append(json.loads(line)["prompt"])
-            except (ValueError, TypeError, KeyError):
+                str(prompts[-1]).encode()  # halves of surrogate pairs are no text
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise InputError(f'prompt_file: {file}, line {number} is not an object with "prompt"') from None
             if not isinstance(prompts[-1], str) or not prompts[-1]:
                 raise InputError(f"prompt_file: {file}, line {number}: the prompt is {prompts[-1]!r}; it must be text")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
@@ -27,8 +28,10 @@ from callbacks import (
     RunSummary,
     WholeCheckpoints,
 )
+from gpt2_pl.checkpoint import read
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import existing_file, whole_file
+from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 
@@ -58,6 +61,9 @@ class GPT2CLI(LightningCLI):
     """LightningCLI with this library's run folder, checkpoints, early stopping and account of the run."""
 
     def __init__(self, args: list[str]) -> None:
+        args = _ordered(args)
+        for file, settings in _settings(args):
+            _check_shape(file, settings)
         self.checkpoint = _checkpoint_path(args)
         if self.checkpoint is not None:
             args = _with_hyperparameters(args, self.checkpoint)
@@ -126,11 +132,19 @@ class GPT2CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what one key takes from another, so that config.yaml says what the run used."""
         config = self.config[self.subcommand]
+        _check_name(config.name)
+        if config.version is not None:
+            _check_name(config.version, "version")
         _refuse_contradictions(config.get("config") or [])
         for key in ("model", "data"):
             if config.get(key) is None:
                 raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
         model, data = config.model.init_args, config.data.init_args
+        if model.get("config") is not None:
+            try:
+                GPT2Config(**vars(model.config))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"model.config: {error}") from None
         if data.get("tokenizer", "given") is None and model.get("base") is not None:
             data.tokenizer = model.base
         trainer = config.trainer
@@ -153,6 +167,10 @@ class GPT2CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
         super().instantiate_classes()
+        try:
+            self.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"model.optimizer: {str(error).splitlines()[0]}") from None
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if hasattr(callback, "check"):
@@ -305,6 +323,15 @@ def _refuse_contradictions(files: list[Any]) -> None:
         )
 
 
+def _check_name(name: str, key: str = "name") -> None:
+    """Refuse a run's name or version that would lead out of the folder of runs, or is none."""
+    parts = PurePath(name).parts
+    if not parts or {"/", "\\", "..", "~"} & {*parts, parts[0][:1]} or not name.isprintable() or "\\" in name:
+        raise InputError(f"{key} is {name!r}; it must be a folder's name, such as my_run, below {RUNS}")
+    if any(len(part.encode()) > 200 for part in parts):
+        raise InputError(f"{key} is {name[:50]!r} and longer; a folder's name has at most 200 bytes")
+
+
 def best_precision(accelerator: Any) -> str:
     """``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -315,16 +342,73 @@ def best_precision(accelerator: Any) -> str:
     return "32-true"
 
 
+def _ordered(args: list[str]) -> list[str]:
+    """The command, its configuration files, then its flags: these lie over files wherever they stand."""
+    files: list[str] = []
+    flags: list[str] = []
+    for before, arg in pairwise(args):
+        is_file = before in ("-c", "--config") or arg in ("-c", "--config") or arg.startswith("--config=")
+        (files if is_file else flags).append(arg)
+    return [*args[:1], *files, *flags]
+
+
+def _settings(args: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configuration files on the command line, in order, by name; one that is no YAML is refused by the parser."""
+    values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    for value in values:
+        file = existing_file(value, "config")
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"config: {file} is not UTF-8 text: {error}") from None
+        except (ValueError, RecursionError, yaml.YAMLError):
+            continue
+        if isinstance(settings, dict):
+            yield value, settings
+
+
+def _check_shape(file: str, settings: Any, key: str = "") -> None:
+    """Refuse what the parser passes over, or names only by what is around it.
+
+    Raises:
+        InputError: a group of keys that is none, or a class with other keys than class_path and init_args.
+    """
+    if not key:
+        for group in ("model", "data", "trainer"):
+            if group in settings and not isinstance(settings[group], dict | str | None):
+                raise InputError(f"{file}: {group} is {settings[group]!r}; it must hold keys")
+        if isinstance(settings.get("trainer", {}), str | None):
+            raise InputError(f"{file}: trainer is {settings['trainer']!r}; it must hold keys")
+    if isinstance(settings, list):
+        for i, value in enumerate(settings):
+            _check_shape(file, value, f"{key}[{i}]")
+    if not isinstance(settings, dict):
+        return
+    if {"class_path", "init_args"} & settings.keys():
+        for name, kind in (("class_path", str), ("init_args", dict)):
+            if not isinstance(settings.get(name), kind | None):
+                what = "a class's name" if kind is str else "keys"
+                raise InputError(f"{file}: {key}.{name} is {settings[name]!r}; it must be {what}")
+        if wrong := [name for name in settings if name not in ("class_path", "init_args", "dict_kwargs")]:
+            raise InputError(f"{file}: {key}.{wrong[0]} is no key; a class has class_path and init_args")
+    for name, value in settings.items():
+        _check_shape(file, value, f"{key}.{name}".removeprefix("."))
+
+
 def _checkpoint_path(args: list[str]) -> str | None:
-    """The value of ``--ckpt_path``, which must be a file here."""
+    """The checkpoint that flags, or else files, name: a file here."""
     path = None
+    for _, settings in _settings(args):
+        path = settings.get("ckpt_path", path)
     for i, arg in enumerate(args):
         if arg == "--ckpt_path" and i + 1 < len(args):
             path = args[i + 1]
         elif arg.startswith("--ckpt_path="):
             path = arg.partition("=")[2]
-    if path is not None and not Path(path).is_file():
-        raise InputError(f"ckpt_path: there is no file {path}")
+    if path in (None, "null"):
+        return None
+    existing_file(path, "ckpt_path")
     return path
 
 
@@ -343,27 +427,19 @@ def _run_of(checkpoint: Path, root: Path) -> Path | None:
 
 def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        stored, task = dict(content["hyper_parameters"]), content["task"]
-    except Exception as error:  # unpickling, zip and key errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"ckpt_path: {checkpoint} is not a checkpoint of this library: {reason[:200]}") from None
-    import gpt2_pl.tasks
-
-    if task not in gpt2_pl.tasks.__all__:
-        raise InputError(f"ckpt_path: {checkpoint} was written by {task!r}, which is no task of this library")
+    content = read(checkpoint)
+    stored, task = dict(content["hyper_parameters"]), content["task"]
     stored.pop("num_classes", None)  # the data's to say
     stored.pop("word_ids", None)
     if any(
         arg in ("-c", "--config") or arg.startswith(("--config=", "--model.base", "--model.init_args.base"))
         for arg in args
     ):
-        stored.pop("base"), stored.pop("config")  # which of the two it is, the files say
+        stored.pop("base", None), stored.pop("config", None)  # which of the two it is, the files say
     if _states_surgery(args):
-        stored.pop("surgery")  # theirs would be added to it
+        stored.pop("surgery", None)  # theirs would be added to it
     else:
-        stored["surgery"] = [build(settings).settings() for settings in stored["surgery"]]  # this library's alone
+        stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []]
     layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
 
@@ -372,13 +448,9 @@ def _states_surgery(args: list[str]) -> bool:
     """Whether flags or configuration files say what surgery there is."""
     if any(arg.startswith(("--model.surgery", "--model.init_args.surgery")) for arg in args):
         return True
-    values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for file in filter(Path.is_file, map(Path, values)):
-        try:
-            settings = (yaml.safe_load(file.read_text(encoding="utf-8")) or {})["model"]["init_args"]
-        except (KeyError, TypeError, ValueError, yaml.YAMLError):
-            continue  # says nothing of it, or is refused when it is read in earnest
-        if {"surgery", "surgery+"} & set(settings or {}):
+    for _, settings in _settings(args):
+        model = settings.get("model")
+        stated = model.get("init_args") if isinstance(model, dict) else None
+        if isinstance(stated, dict) and {"surgery", "surgery+"} & stated.keys():
             return True
     return False

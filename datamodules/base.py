@@ -75,6 +75,9 @@ class TextData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Check and encode what the stage needs, in one process; the others then read the cache."""
+        model: Any = getattr(self.trainer, "lightning_module", None)
+        if hasattr(model, "check_tokenizer"):
+            model.check_tokenizer(self.tokenizer)  # before a run's folder is made
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:

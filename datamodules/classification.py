@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.base import TextData
 from datamodules.batching import TokenRows
-from datamodules.rows import Source, label_of, read_file, read_hub, require_columns, text_of
+from datamodules.rows import Source, label_of, read_file, read_hub, require_columns, text_of, value_of
 from datamodules.template import Template
 from gpt2_pl.errors import InputError
 
@@ -213,6 +213,9 @@ class TextClassification(TextData):
             self._tell_skipped(source.name, skipped, len(rows) + len(source.skipped))
             rows = rows.select(index)
         texts = rows.select_columns(list(fields.values()))
+        if any(isinstance(feature, dict) for feature in texts.features.values()):  # of values of several kinds
+            whole = datasets.Features({column: datasets.Value("string") for column in texts.column_names})
+            texts = texts.map(lambda row: {column: value_of(row, column) for column in whole}, features=whole)
         texts = texts.rename_columns({column: field for field, column in fields.items()})
         return _token_rows(encoded), texts.add_column(_NUMBER, np.asarray(numbers)[index])
 

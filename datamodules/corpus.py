@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from datamodules.base import TextData
 from datamodules.batching import PackedRows
-from datamodules.rows import read_file, read_hub, require_columns
+from datamodules.rows import read_file, read_hub, require_columns, value_of
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import existing_file, whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT, train_tokenizer
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class TextCorpus(TextData):
             if isinstance(source, Path):
                 yield from _pieces(source)
             else:
-                for batch in source.iter(1000):
-                    yield from (text or "" for text in batch[self.column])
+                yield from (text for texts in self._row_texts(source) for text in texts)
 
     def _encode(self, split: str) -> PackedRows:
         source = "train" if split == "val" and not self._has_own_val() else split
@@ -130,10 +129,8 @@ class TextCorpus(TextData):
         if file is None:
             assert self.hub_id is not None
             source = read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id")
-        elif (path := Path(file).expanduser()).suffix.lower() == ".txt":
-            if not path.is_file():
-                raise InputError(f"data.{split}_file: there is no file {file}")
-            return path
+        elif Path(file).suffix.lower() == ".txt":
+            return existing_file(file, f"data.{split}_file")
         else:
             source = read_file(file, f"data.{split}_file")
         require_columns(source.rows.column_names, [self.column], source.name, "data.column")
@@ -148,10 +145,18 @@ class TextCorpus(TextData):
                 yield self.tokenizer.encode(piece).ids
             yield [end]
             return
-        for batch in source.iter(1000):
-            texts = [(text or "").strip() for text in batch[self.column]]
+        for texts in self._row_texts(source):
+            texts = [text.strip() for text in texts]
             for encoding in self.tokenizer.encode_batch([text for text in texts if text]):
                 yield [*encoding.ids, end]
+
+    def _row_texts(self, source: Dataset) -> Iterator[list[str]]:
+        """The texts of rows, a thousand at a time; those without a value are empty."""
+        for batch in source.iter(1000):
+            texts = [value_of({self.column: value}, self.column) for value in batch[self.column]]
+            if wrong := [text for text in texts if not isinstance(text, str | None)]:
+                raise InputError(f"data.column: {self.column!r} holds {wrong[0]!r}; it must hold text")
+            yield [text or "" for text in texts]
 
     def description(self) -> dict[str, Any]:
         """What a run says of its data: sources, tokens and contexts in each split read."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import existing_file, whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _MRPC_COLUMN = "#1 String"
+_JSON = "as JSON"  # the one field of a value that is kept so
+_JSON_FORMAT = 1  # part of every cache key; raised when what is cached changes
 _DELIMITERS = ("\t", ",", ";")
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -48,7 +51,7 @@ def read_file(
     """The rows of a local file, in its order.
 
     Delimited text is UTF-8 with a header; the header tells whether tabs, commas or semicolons separate, and every
-    value stays the text it is. JSON lines hold one object a line.
+    value stays the text it is. JSON lines hold one object a line; one array of objects will do too.
 
     Args:
         file: its path; the ending says the format.
@@ -60,28 +63,26 @@ def read_file(
     Raises:
         InputError: no such file, another format, no rows, or a row that cannot be read.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"{key}: {'a folder, not a file' if path.is_dir() else 'there is no file'}: {file}")
+    path = existing_file(file, key)
     builder = _BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise InputError(f"{key}: {file} does not end in one of {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise InputError(f"{key}: {file} is empty")
-    options: dict[str, Any] = {}
-    bad: dict[int, str] = {}
-    data_files = str(path.resolve())
-    if builder == "csv":
-        options, bad = _csv_options(path, key, quoting, skip_bad)
-    elif builder == "json":
-        bad = _bad_json(path, key, skip_bad)
-        data_files = str(_without_lines(path, bad)) if bad else data_files
-    elif streaming:
-        options["batch_size"] = 10_000  # a whole row group otherwise
     import datasets
 
     datasets.disable_progress_bars()
+    if builder == "json":
+        return _read_json(path, key, skip_bad, streaming)
+    options: dict[str, Any] = {}
+    bad: dict[int, str] = {}
+    if builder == "csv":
+        options, bad = _csv_options(path, key, quoting, skip_bad)
+    elif streaming:
+        options["batch_size"] = 10_000  # a whole row group otherwise
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would tell errors beside ours
     try:
+        data_files = str(path.resolve())
         rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
         empty = next(iter(rows), None) is None
     except Exception as error:  # pandas', pyarrow's and the library's own classes
@@ -96,20 +97,19 @@ def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> 
     """How ``datasets`` is to read delimited text, and the rows it cannot read."""
     from datasets import Features, Value
 
+    csv.field_size_limit(sys.maxsize)
+    columns, delimiter = _header(path, key, quoting)
+    if quoting is None:
+        quoting = _MRPC_COLUMN not in columns
+    # pandas, which `datasets` reads with, gives this name to a column without one
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(columns)]
+    if len(set(names)) < len(names):
+        raise InputError(f"{key}: {path} names a column twice in its header: {columns}")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        header = lines.readline()
-        delimiter = max(_DELIMITERS, key=header.count)
-        columns = next(csv.reader([header], delimiter=delimiter), [])
-        if quoting is None:
-            quoting = _MRPC_COLUMN not in columns
-        # pandas, which `datasets` reads with, gives this name to a column without one
-        names = [name or f"Unnamed: {i}" for i, name in enumerate(columns)]
-        if len(set(names)) < len(names):
-            raise InputError(f"{key}: {path} names a column twice in its header: {columns}")
-        csv.field_size_limit(sys.maxsize)
         n_rows, bad, records = 0, {}, [0]  # a record is what pandas counts: the header, rows and blank lines
         settings: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE}
-        reader = enumerate(csv.reader(lines, delimiter=delimiter, strict=True, **settings), start=1)
+        reader = enumerate(csv.reader(lines, delimiter=delimiter, strict=True, **settings))
+        next(reader)  # the header
         while True:
             try:
                 record, cells = next(reader)
@@ -145,41 +145,142 @@ def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> 
     return options, bad
 
 
-def _bad_json(path: Path, key: str, skip_bad: bool) -> dict[int, str]:
-    """Which rows of a file of JSON lines are none."""
+def _header(path: Path, key: str, quoting: bool | None) -> tuple[list[str], str]:
+    """The names in the header of delimited text, and which delimiter gives the most of them."""
+    found: list[tuple[list[str], str]] = []
+    for delimiter in _DELIMITERS:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            how: dict[str, Any] = {"quoting": csv.QUOTE_NONE if quoting is False else csv.QUOTE_MINIMAL}
+            try:
+                found.append((next(csv.reader(lines, delimiter=delimiter, strict=True, **how)), delimiter))
+            except csv.Error:
+                continue  # a delimiter that stands within quotes
+    if not found:
+        raise InputError(f"{key}: {path}: a double quote opens a name in the header and does not close it")
+    columns, delimiter = max(found, key=lambda pair: len(pair[0]))
+    text = "".join(columns)
+    if not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text):
+        raise InputError(f"{key}: {path}: the header is not UTF-8 text; save the file as UTF-8")
+    if "\0" in text:
+        raise InputError(f"{key}: {path}: the header holds NUL; is it UTF-16? Save the file as UTF-8")
+    if not text.strip():
+        raise InputError(f"{key}: {path}: its first line is blank; it must name the columns")
+    return columns, delimiter
+
+
+def _read_json(path: Path, key: str, skip_bad: bool, streaming: bool) -> Source:
+    """The rows of a file of JSON lines, or of one JSON array: every value is what Python's ``json`` says it is.
+
+    The loader of ``datasets`` would turn texts that look like dates into dates, and "0" beside false into 0. A column
+    with values of several kinds, or nested ones, holds objects with the JSON of each; :func:`value_of` reads it.
+    """
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+    from pyarrow.lib import ArrowException
+
     bad: dict[int, str] = {}
+    kinds: dict[str, set[type]] = {}
     n_rows = 0
+    for n_rows, row in enumerate(_json_rows(path, key), start=1):
+        if isinstance(row, str):
+            if not skip_bad:
+                raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {row}")
+            bad[n_rows] = row
+            continue
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value))
+    if n_rows == len(bad) or not kinds:
+        raise InputError(f"{key}: {path} has no rows{' that can be read' if bad else ''}")
+    features = datasets.Features({name: _json_feature(found) for name, found in kinds.items()})
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(_json_rows(path, key), start=1):
+            if number not in bad and isinstance(row, dict):
+                yield {
+                    name: {_JSON: json.dumps(row.get(name))} if isinstance(features[name], dict) else row.get(name)
+                    for name in features
+                }
+
+    if streaming:
+        return Source(datasets.IterableDataset.from_generator(rows, features=features), str(path), bad)
+    status = path.stat()
+    identity = f"{_JSON_FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns} {sorted(bad)}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"rows-{digest}.arrow"
+    if not file.is_file():
+        try:
+            with whole_file(file, "wb") as out, ArrowWriter(stream=out, features=features) as writer:
+                for row in rows():
+                    writer.write(row)
+                writer.finalize()
+        except (ValueError, TypeError, OverflowError, ArrowException) as error:
+            raise InputError(f"{key}: {path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
+    return Source(datasets.Dataset.from_file(str(file)), str(path), bad)
+
+
+def _json_feature(found: set[type]) -> Any:
+    """How the values of a column are kept: as what they are, or else as their JSON."""
+    from datasets import Value
+
+    found = found - {type(None)}
+    plain = {str: "string", bool: "bool", int: "int64", float: "float64"}
+    return Value(plain[next(iter(found))]) if len(found) == 1 and found <= plain.keys() else {_JSON: Value("string")}
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """What a column of a row holds."""
+    value = row[column]
+    return json.loads(value[_JSON]) if isinstance(value, dict) and value.keys() == {_JSON} else value
+
+
+def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any] | str]:
+    """Every row of a file of JSON lines or of one JSON array; of one that is no object with names of its own, why."""
     with path.open("rb") as lines:
-        for line in lines:
+        first = next((line for line in lines if line.strip()), b"")
+        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            try:
+                yield from map(_object, _parsed(first + lines.read()))
+            except ValueError as error:
+                raise InputError(f"{key}: {path} cannot be read as a JSON array: {error}") from None
+            return
+        for line in itertools.chain([first], lines):
             if not line.strip():
                 continue
-            if n_rows == 0 and line.lstrip().startswith(b"["):
-                return {}  # one array: pyarrow reads that too
-            n_rows += 1
             try:
-                if not isinstance(json.loads(line.decode("utf-8-sig" if n_rows == 1 else "utf-8")), dict):
-                    raise ValueError("it is no JSON object")
+                yield _object(_parsed(line))
             except ValueError as error:
-                reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-                if not skip_bad:
-                    raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {reason}") from None
-                bad[n_rows] = reason
-    if n_rows == len(bad):
-        raise InputError(f"{key}: {path} has no rows that can be read")
-    return bad
+                yield str(error)
 
 
-def _without_lines(path: Path, bad: Collection[int]) -> Path:
-    """A copy of a file of JSON lines without some of its rows, in the cache of ``datasets``."""
-    import datasets
+def _parsed(text: bytes) -> Any:
+    """What JSON says. Raises ValueError: nothing, in one line."""
+    try:
+        value = json.loads(text.decode().removeprefix("\ufeff"), object_pairs_hook=_unique, parse_int=_whole_number)
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+    except UnicodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
 
-    status = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
-    copy = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{key}.jsonl"
-    with path.open("rb") as lines, whole_file(copy, "wb") as out:
-        rows = (line for line in lines if line.strip())
-        out.writelines(line.rstrip(b"\r\n") + b"\n" for n, line in enumerate(rows, start=1) if n not in bad)
-    return copy
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _whole_number(digits: str) -> int:
+    if not -(2**63) <= (value := int(digits)) < 2**63:
+        raise ValueError(f"it has a number beyond 64 bits: {digits[:30]}")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else "it is no JSON object"
 
 
 def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Source:
@@ -216,7 +317,7 @@ def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> st
     Raises:
         InputError: it is missing, not text, or blank.
     """
-    text = row[column]
+    text = value_of(row, column)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{source}, row {number}: {column!r} is {text!r}; it must hold text")
     return text
@@ -228,7 +329,7 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: 
     Raises:
         InputError: neither of them.
     """
-    value = row[column]
+    value = value_of(row, column)
     text = "" if value is None else str(value).strip()
     if text in names:
         return names.index(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from datamodules.base import TextData
 from datamodules.batching import Batch, Rows, TokenRows
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import existing_file
 from gpt2_pl.tokenizer import END_OF_TEXT
 from gpt2_pl.verse import Poem
 
@@ -26,9 +26,7 @@ def read_poems(file: str, key: str) -> list[Poem]:
     Raises:
         InputError: no such file, not UTF-8, no numbered poem, a number twice, or a poem without lines.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"{key}: there is no file {file}")
+    path = existing_file(file, key)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -55,9 +55,12 @@ class Run:
             account = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             settings = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-            return cls(folder, dict(account), dict(settings))
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise InputError(f"{folder}: metrics.json or config.yaml is broken: {str(error)[:200]}") from None
+            run = cls(folder, dict(account), dict(settings))
+        except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder}: metrics.json or config.yaml is broken: {reason}") from None
+        _check(run)
+        return run
 
     @property
     def strategy(self) -> str:
@@ -157,6 +160,51 @@ def _judged(folder: Path, split: str) -> Judged | None:
     confusion = np.eye(len(classes) ** 2, dtype=np.float32)[cells]
     names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if len(classes) == 2 else []))
     return Judged(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
+
+
+_KINDS: dict[str, Any] = {
+    "task": str,
+    "monitor": str,
+    "mode": str,
+    "seed": int,
+    "configs": list,
+    "scores": dict,
+    "epochs": list,
+    "parameters": dict,
+    "base": dict,
+    "data": dict,
+    **dict.fromkeys(("seconds", "examples_per_second", "peak_memory_bytes", "checkpoint_bytes"), int | float),
+}
+
+
+def _check(run: Run) -> None:
+    """Refuse an account with values of other kinds than training writes.
+
+    Raises:
+        InputError: naming the folder and the key.
+    """
+    account, where = run.account, f"{run.folder}: metrics.json is broken"
+    for key, kind in _KINDS.items():
+        if not isinstance(account.get(key), kind | None):
+            raise InputError(f"{where}: {key} is {str(account[key])[:100]!r}")
+    if account.get("status") == "finished" and account.get("epochs"):
+        for key in ("scores", "parameters", "seconds"):
+            if account.get(key) is None:
+                raise InputError(f"{where}: it has no {key}")
+        for key in ("trainable", "total"):
+            if not isinstance(account["parameters"].get(key), int):
+                raise InputError(f"{where}: parameters has no {key}")
+    for key, found in (("scores", [account.get("scores") or {}]), ("epochs", account.get("epochs") or [])):
+        for scores in found:
+            if not isinstance(scores, dict) or not all(isinstance(value, int | float) for value in scores.values()):
+                raise InputError(f"{where}: {key} holds {str(scores)[:100]!r}; it must hold numbers")
+    if not all("epoch" in epoch for epoch in account.get("epochs") or []):
+        raise InputError(f"{where}: one of its epochs has no number")
+    data = account.get("data") or {}
+    if not all(isinstance(data.get(key), dict | None) for key in ("files", "rows")):
+        raise InputError(f"{where}: data has no files and rows")
+    if not all(isinstance(run.settings.get(key), dict | None) for key in ("model", "data", "trainer")):
+        raise InputError(f"{run.folder}: config.yaml is broken: model, data and trainer hold keys")
 
 
 def _name(files: Any) -> str:

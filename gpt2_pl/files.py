@@ -15,6 +15,24 @@ from gpt2_pl.errors import InputError, RunError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def existing_file(path: str | Path, key: str) -> Path:
+    """The path of a file that is there, with ``~`` for the user's folder.
+
+    Raises:
+        InputError: naming ``key``, the option that held the path: it is a folder, or there is nothing.
+    """
+    try:
+        file = Path(path).expanduser()
+        is_file, is_folder = file.is_file(), file.is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, an unknown ~user
+        is_file = is_folder = False
+    if is_folder:
+        raise InputError(f"{key}: {path} is a folder, not a file")
+    if not is_file:
+        raise InputError(f"{key}: there is no file {str(path)[:500]}")
+    return file
+
+
 def check_new(path: Path, key: str = "out") -> None:
     """Refuse, before anything is computed, a file or folder that exists or that could not be made.
 

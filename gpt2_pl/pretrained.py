@@ -25,6 +25,8 @@ from gpt2_pl.model import GPT2, GPT2Config
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask that old checkpoints carry
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16", "F64")
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 # What config.json may say beside the sizes. GPT2 computes the first value of each; anything else is another model.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
@@ -65,10 +67,14 @@ def resolve(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
     Raises:
         InputError: no such folder, and no such id within reach.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path_or_id).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
+        raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]} ({error})") from None
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise InputError(f"{key}: {path_or_id} is a file; give the folder that holds config.json and {_WEIGHTS}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or str(path_or_id).startswith("."):
         raise InputError(f"{key}: there is no folder {path_or_id}")
@@ -100,25 +106,31 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
         stated = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json; a pretrained GPT-2 is a Hugging Face folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(stated, dict):
         raise InputError(f"{file} holds {type(stated).__name__}, not the settings of a GPT-2")
     for key, allowed in _FIXED.items():
         if stated.get(key, allowed[0]) not in allowed:
             raise InputError(f"{file}: {key} is {stated[key]!r}; GPT-2 has {allowed[0]!r}")
+    sizes = {key: stated.get(key, getattr(GPT2Config, key)) for key in _SIZES}
+    for key, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise InputError(f"{file}: {key} is {size!r}; it must be a whole number of at least 1")
     inner = stated.get("n_inner")
-    if inner not in (None, 4 * stated.get("n_embd", GPT2Config.n_embd)):
+    if inner not in (None, 4 * sizes["n_embd"]):
         raise InputError(f"{file}: n_inner is {inner!r}; GPT-2 has 4 * n_embd (or null)")
     rates = {key: stated.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    for key, rate in rates.items():
+        if type(rate) not in (int, float) or not 0.0 <= rate < 1.0:
+            raise InputError(f"{file}: {key} is {rate!r}; it must be a number in [0, 1)")
     if dropout is None:
         if len(set(rates.values())) > 1:
             raise InputError(f"{file} states three dropout rates, {rates}, and gpt2_pl has one: give `dropout`")
         dropout = rates["resid_pdrop"]
-    sizes = {key: stated.get(key, getattr(GPT2Config, key)) for key in GPT2Config.__dataclass_fields__}
     try:
-        return GPT2Config(**{**sizes, "dropout": dropout})
-    except (TypeError, ValueError) as error:
+        return GPT2Config(**sizes, dropout=dropout)
+    except ValueError as error:
         raise InputError(f"{file}: {error}") from None
 
 
@@ -159,11 +171,10 @@ def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
     """Compare the names and shapes of a folder's tensors with what ``config`` needs. Reads headers only.
 
     Raises:
-        InputError: an unreadable file, or a tensor that is missing, unexpected or of another shape, by name.
+        InputError: an unreadable file, or a tensor that is missing, unexpected, there twice, of another shape or not
+            of floating-point numbers, by name.
     """
     folder = Path(folder)
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in GPT2(config).state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for file in _weight_files(folder):
         try:
@@ -172,10 +183,31 @@ def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
                     name = _core_name(stored)
                     if name is None:
                         continue
-                    shape = tuple(tensors.get_slice(stored).get_shape())
+                    if name in found:
+                        raise InputError(f"{folder} holds {name} twice")
+                    tensor = tensors.get_slice(stored)
+                    if tensor.get_dtype() not in _DTYPES:
+                        raise InputError(
+                            f"{folder}: {name} is of type {tensor.get_dtype()}; it must be one of {', '.join(_DTYPES)}"
+                        )
+                    shape = tuple(tensor.get_shape())
                     found[name] = shape[::-1] if name.endswith(_TRANSPOSED) else shape
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a whole safetensors file: {error}") from None
+    n_layer = len({name.split(".")[1] for name in found if name.startswith("h.")})
+    if n_layer < config.n_layer:  # a skeleton of whatever size config.json states would be built in vain
+        raise InputError(
+            f"{folder} lacks tensors that its config.json asks for: n_layer is {config.n_layer}, and there are "
+            f"{n_layer} layers (the first without any: h.{n_layer})"
+        )
+    for name, expected in (
+        ("wte.weight", (config.vocab_size, config.n_embd)),
+        ("wpe.weight", (config.n_positions, config.n_embd)),
+    ):
+        if found.get(name, expected) != expected:
+            raise InputError(f"{folder}: {name} has shape {found[name]}; its config.json asks for {expected}")
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in GPT2(config).state_dict().items()}
     head = found.pop("lm_head.weight", wanted["wte.weight"])
     if missing := wanted.keys() - found.keys():
         raise InputError(f"{folder} lacks tensors that its config.json asks for: {_listing(missing)}")
@@ -196,7 +228,7 @@ def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GP
 
     Raises:
         InputError: the folder or id cannot be had, or does not hold every tensor of the model its config.json
-            describes, in the right shape, and nothing else. Nothing is ever left at random.
+            describes, in the right shape, finite, and nothing else. Nothing is ever left at random.
     """
     folder = resolve(path_or_id)
     config = read_config(folder, dropout)
@@ -210,6 +242,8 @@ def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GP
                 name = _core_name(stored)
                 if name is not None:
                     tensor = tensors.get_tensor(stored).float()
+                    if not tensor.isfinite().all():
+                        raise InputError(f"{folder}: {name} holds NaN or infinity; the weights are broken")
                     state[name] = tensor.t().contiguous() if name.endswith(_TRANSPOSED) else tensor
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state["wte.weight"]):

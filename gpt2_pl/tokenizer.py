@@ -32,7 +32,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -
         key: the option that held it, for the error message.
 
     Raises:
-        InputError: nothing there, an unreadable file, or an empty vocabulary.
+        InputError: nothing there, an unreadable file, an empty vocabulary, or ids far beyond the number of tokens.
     """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import BPE
@@ -57,7 +57,30 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -
         raise InputError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
     if tokenizer.get_vocab_size() == 0 or not tokenizer.encode("a").ids:
         raise InputError(f"{key}: the tokenizer in {folder} has an empty vocabulary")
+    entries = tokenizer.get_vocab(with_added_tokens=True)
+    if (greatest := max(entries.values())) > 2 * len(entries) + 1000:  # tables by id would be as long
+        raise InputError(f"{key}: the tokenizer in {folder} has {len(entries)} tokens and one with the id {greatest}")
     return tokenizer
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:
+    """Refuse a tokenizer with tokens that a model does not have.
+
+    Args:
+        tokenizer: of the option ``key``.
+        vocab_size: the model's, which ``where`` states.
+        where: for the error message.
+        key: the same.
+
+    Raises:
+        InputError: its greatest token id is beyond ``vocab_size``.
+    """
+    needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if needed > vocab_size:
+        raise InputError(
+            f"the tokenizer has {needed} tokens and {where} has vocab_size {vocab_size}: "
+            f"{key} must be the one that the base was trained with"
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

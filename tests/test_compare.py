@@ -279,7 +279,7 @@ def test_a_report_with_a_preface_and_figures_from_elsewhere(runs, tmp_path, caps
     assert text.startswith("# Results")
     assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
     assert "![ParaphraseDetector: curves](plots/ParaphraseDetector_curves.png)" in text
-    assert "| full | accuracy 89.9 | a report, <other> weights |" in text
+    assert "| full | accuracy 89.9 | a report, &lt;other> weights |" in text
     assert "a report, &lt;other&gt; weights" in (tmp_path / "plots/report.html").read_text()
     assert not (tmp_path / "plots/report.md").exists()
     first = text

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KINDS: dict[str, tuple[type, ...]] = {
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "alpha_pattern": (dict,),
+    "use_dora": (bool,),
+    "use_rslora": (bool,),
+}
 # What would change the result and is not computed here: key -> the values that change nothing.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -213,10 +220,18 @@ class PeftAdapter(Surgery):
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             stored = load_file(folder / _WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise InputError(
                 f"{folder} is not a peft adapter ({_CONFIG} and {_WEIGHTS}): {str(error).splitlines()[0]}"
             ) from None
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / _CONFIG} holds {type(config).__name__}, not the settings of an adapter")
+        for key, kinds in _KINDS.items():
+            if not isinstance(config.get(key), (*kinds, type(None))):
+                raise InputError(f"{folder / _CONFIG}: {key} is {config[key]!r}; it must be {kinds[-1].__name__}")
+        for name, tensor in stored.items():
+            if tensor.dim() == 0 or 0 in tensor.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise InputError(f"{folder / _WEIGHTS}: {name} is empty, or not of finite floating-point numbers")
         for key, allowed in _FIXED.items():
             if config.get(key, allowed[0]) not in allowed:
                 raise InputError(f"{folder / _CONFIG}: {key} is {config[key]!r}, which is not computed here")
@@ -320,6 +335,8 @@ def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
         except re.error as error:
             raise InputError(f"{_CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
         if found:
+            if not isinstance(value, int | float):
+                raise InputError(f"{_CONFIG}: alpha_pattern {pattern!r} is {value!r}; it must be a number")
             alpha = value
             break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,11 +16,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
+from gpt2_pl.tokenizer import check_fits
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -157,13 +161,12 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's."""
         if hasattr(self.datamodule, "tokenizer"):
-            needed = max(self.datamodule.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-            if needed > self.config.vocab_size:
-                where = f"model.base {self.base}" if self.base else "model.config"
-                raise InputError(
-                    f"the tokenizer has {needed} tokens and {where} has vocab_size {self.config.vocab_size}: "
-                    "data.tokenizer must be the one that the base was trained with"
-                )
+            self.check_tokenizer(self.datamodule.tokenizer)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer with tokens that the GPT-2 does not have."""
+        where = f"model.base {self.base}" if self.base else "model.config"
+        check_fits(tokenizer, self.config.vocab_size, where, "data.tokenizer")
 
     def train(self, mode: bool = True) -> Task:
         """Training mode; a GPT-2 in which nothing trains stays in evaluation mode, without dropout."""
@@ -235,6 +238,27 @@ class Task(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """As Lightning's, from a file on this machine and without executing pickles.
+
+        Raises:
+            InputError: no such file, ``weights_only`` false, or hyperparameters that are not this class's.
+        """
+        if not weights_only:
+            raise InputError("weights_only is false; a checkpoint of this library holds no code, and none is executed")
+        checkpoints.read(checkpoint_path, "checkpoint_path", cls)
+        file = Path(checkpoint_path).expanduser()
+        return super().load_from_checkpoint(file, map_location, hparams_file, strict, True, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trained: with a frozen base only what was added to it, else every weight.

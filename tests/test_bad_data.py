@@ -1,0 +1,362 @@
+"""Data files of any bytes: what is read is what Python's csv and json say, or one error names the file."""
+
+import csv
+import gzip
+import io
+import json
+import math
+from datetime import timedelta
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datamodules import IMDB, TextClassification, TextCorpus
+from datamodules.rows import label_of, read_file, value_of
+from datamodules.sonnets import read_poems
+from gpt2_pl.errors import InputError
+
+fuzz = settings(
+    max_examples=60,
+    deadline=timedelta(seconds=5),
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+HEADER = "sentence,sentiment\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """What is read is cached where it vanishes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def read(folder, name, content, **options):
+    """The rows of a file, read at once and as a stream alike; None where it is refused, which names the file."""
+    file = folder / name
+    file.write_bytes(content)
+    found = []
+    for streaming in (False, True):
+        try:
+            source = read_file(str(file), "data.train_file", streaming=streaming, **options)
+            found.append(([{name: value_of(row, name) for name in row} for row in source.rows], source.skipped))
+        except InputError as error:
+            assert name in str(error)
+            assert "data.train_file" in str(error)
+            assert len(str(error).splitlines()) == 1
+            found.append(None)
+    assert repr(found[0]) == repr(found[1])
+    return found[0]
+
+
+def by_csv(content, delimiter):
+    """The rows that Python's csv finds, without blank lines; None where it finds none or they are ragged."""
+    try:
+        text = content.decode("utf-8-sig")
+        header, *records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    except (ValueError, csv.Error):
+        return None
+    records = [
+        record for record in records if len(record) > 1 or (record and (not record[0] or record[0].strip(" \t")))
+    ]
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
+    if not all(len(record) == len(names) for record in records):
+        return None
+    return [dict(zip(names, record, strict=True)) for record in records]
+
+
+# Delimited text
+
+cells = st.text(st.sampled_from("ab é日\"\t,;\n\r\0\x1c\x85\u2028'#\\"), max_size=6)
+tables = st.lists(st.tuples(cells.map(lambda text: f"{text}x"), cells), min_size=1, max_size=5)
+
+
+@fuzz
+@given(tables, st.sampled_from(",;\t"), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
+def test_what_a_writer_of_csv_writes_is_read_back(tmp_path, rows, delimiter, end, marked):
+    out = io.StringIO(newline="")
+    table = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    table.writerows([("sentence", 'the "label",\n;'), *rows])
+    content = out.getvalue().encode("utf-8-sig" if marked else "utf-8")
+    found, skipped = read(tmp_path, "rows.csv", content)
+    assert found == by_csv(content, delimiter)
+    assert [tuple(row.values()) for row in found] == rows
+    assert not skipped
+
+
+@fuzz
+@given(tables, st.sampled_from(",;\t"), st.sampled_from(["utf-8", "utf-16", "latin-1", "cp1252"]), st.data())
+def test_damaged_csv_is_read_as_csv_says_or_refused(tmp_path, rows, delimiter, encoding, data):
+    lines = [delimiter.join(("sentence", "label")), *(delimiter.join(row) for row in rows)]
+    content = bytearray("\n".join(lines).encode(encoding, errors="replace"))
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place : place + data.draw(st.integers(0, 2))] = data.draw(
+            st.sampled_from([b'"', b"\0", b"\xff", b"\n\n", b"\r", delimiter.encode(), b" ", b'""', b"\xef\xbb\xbf"])
+        )
+    found = read(tmp_path, "rows.csv", bytes(content))
+    if found is not None:
+        assert found[0] in [by_csv(bytes(content), delimiter) for delimiter in ",;\t"]
+
+
+@fuzz
+@given(st.binary(max_size=60), st.sampled_from([".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet"]))
+def test_bytes_of_no_format(tmp_path, content, ending):
+    found = read(tmp_path, f"rows{ending}", content)
+    if found is not None:
+        assert ending != ".parquet"
+        if not ending.startswith(".json"):
+            assert found[0] in [by_csv(content, delimiter) for delimiter in ",;\t"]
+
+
+@fuzz
+@given(st.lists(st.sampled_from(["good,1", "bad", "a,b,c", "\xff,1", ' ,"', "", "fine,0"]), min_size=1, max_size=8))
+def test_bad_rows_are_left_out_and_the_others_keep_their_numbers(tmp_path, lines):
+    content = (HEADER + "\n".join(lines)).encode("latin-1")
+    found = read(tmp_path, "rows.csv", content, skip_bad=True, quoting=False)
+    numbered = dict(enumerate((line for line in lines if line), start=1))
+    good = {n: line.split(",") for n, line in numbered.items() if line.count(",") == 1 and "\xff" not in line}
+    if not good:
+        assert found is None
+        return
+    assert [list(row.values()) for row in found[0]] == list(good.values())
+    assert found[1].keys() == numbered.keys() - good.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ((HEADER + "good,1\n").encode("utf-16"), "the header is not UTF-8 text"),
+        ((HEADER + "good,1\n").encode("utf-16-be"), "NUL"),
+        ("sätze,wert\ngut,1\n".encode("latin-1"), "the header is not UTF-8 text"),
+        (gzip.compress(HEADER.encode()), "the header is not UTF-8 text"),
+        (b"\nsentence,sentiment\ngood,1\n", "its first line is blank"),
+        (b'"sentence,sentiment\ngood,1\n', "opens a name in the header"),
+        (HEADER.encode() + b"x" * 1_000_000 + b"\n", "row 1 cannot be read: it has 1 values"),
+        (b"sentence,sentence\na,b\n", "names a column twice"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(content, words, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_file(str(file), "data.train_file")
+
+
+def test_a_line_of_a_megabyte_is_a_row_like_others(tmp_path):
+    for name, content in (
+        ("rows.csv", HEADER + "x" * 1_000_000 + ",1\ny,0\n"),
+        ("rows.jsonl", json.dumps({"sentence": "x" * 1_000_000}) + '\n{"sentence": "y"}\n'),
+    ):
+        found, _ = read(tmp_path, name, content.encode())
+        assert [len(row["sentence"]) for row in found] == [1_000_000, 1]
+
+
+def test_parquet_that_breaks_off(tmp_path, capfd):
+    file = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{"sentence": "a" * 50, "sentiment": 1}] * 50).to_parquet(file)
+    whole = file.read_bytes()
+    capfd.readouterr()
+    for n in (4, 20, len(whole) // 2, len(whole) - 1):
+        assert read(tmp_path, "rows.parquet", whole[:n]) is None
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["folder.csv", "x" * 400 + ".csv", "~nobody/rows.csv", "a\0b.csv", "rows.csv.gz"])
+def test_paths_that_are_no_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(HEADER.encode()))
+    with pytest.raises(InputError, match=r"data\.train_file"):
+        read_file(name, "data.train_file")
+    if not name.endswith(".gz"):
+        with pytest.raises(InputError, match=r"data\.train_file"):
+            read_poems(name, "data.train_file")
+
+
+# JSON lines
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats()
+    | st.text(st.characters(codec="utf-8"), max_size=8)
+    | st.sampled_from(["2020-01-01", "2020-01-01 10:00:00", "007", "1e5", "NaN", "null", "true", ""])
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner)
+)
+objects = st.dictionaries(st.sampled_from(["sentence", "label", "type", "message", "date"]), values, max_size=4)
+
+
+def same(a, b):
+    """Equal in type and value, NaN too."""
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a):
+        return math.isnan(b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@fuzz
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["sentence", "label", "type", "date"]), scalars, min_size=1), min_size=1),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\n\n"]),
+    st.sampled_from(["lines", "array"]),
+)
+def test_json_is_read_as_python_reads_it(tmp_path, rows, ascii_only, end, how):
+    told = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    text = end.join(told) + end if how == "lines" else f"[{','.join(told)}]"
+    found, skipped = read(tmp_path, "rows.jsonl", text.encode())
+    names = dict.fromkeys(name for row in rows for name in row)
+    assert not skipped
+    assert all(map(same, found, [{name: row.get(name) for name in names} for row in rows]))
+    assert len(found) == len(rows)
+
+
+@fuzz
+@given(st.lists(objects, min_size=1, max_size=4), st.data())
+def test_damaged_json_is_read_as_json_says_or_refused(tmp_path, rows, data):
+    content = bytearray("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    for _ in range(data.draw(st.integers(0, 2))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place : place + data.draw(st.integers(0, 2))] = data.draw(
+            st.sampled_from([b'"', b"\0", b"\xff", b"\n", b"\r", b"{", b"]", b"9" * 30, b"\\ud800", b",", b" "])
+        )
+    found = read(tmp_path, "rows.jsonl", bytes(content))
+    if found is None:
+        return
+    expected = [json.loads(line) for line in bytes(content).split(b"\n") if line.strip()]
+    if len(expected) == 1 and isinstance(expected[0], list):
+        (expected,) = expected
+    names = dict.fromkeys(name for row in expected for name in row)
+    assert all(map(same, found[0], [{name: row.get(name) for name in names} for row in expected]))
+    assert len(found[0]) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"[1, 2]", "no JSON object"),
+        (b'"text"', "no JSON object"),
+        (b"3", "no JSON object"),
+        (b'{"sentence": "a", "sentence": "b"}', "has 'sentence' twice"),
+        (b'{"sentence": "a\\ud800"}', "not UTF-8"),
+        (b'{"sentence": "a\xff"}', "not UTF-8"),
+        (b'{"sentence": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+        (b'{"sentence": "a", "label": ' + b"9" * 25 + b"}", "beyond 64 bits"),
+        (b'{"sentence": "a", "label": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"sentence": "a"', "row 3 cannot be read"),
+    ],
+    ids=range(10),
+)
+def test_lines_that_are_no_objects_are_named(line, words, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"sentence": "fine"}\n\n{"sentence": "fine"}\n' + line + b"\n")
+    with pytest.raises(InputError, match=rf"rows\.jsonl, row 3 .*{words}|rows\.jsonl, {words}"):
+        read_file(str(file), "data.train_file")
+    source = read_file(str(file), "data.train_file", skip_bad=True)
+    assert len(source.rows) == 2
+    assert list(source.skipped) == [3]
+
+
+def test_texts_that_look_like_dates_or_numbers_stay_texts(base, tmp_path):
+    said = ["2020-01-01", "2021-02-03", "007", "1e5"]
+    for n in (2, 4):
+        file = tmp_path / f"{n}.jsonl"
+        file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": 1}) for text in said[:n]))
+        data = IMDB(test_file=str(file), tokenizer=str(base))
+        data.setup()
+        assert [row["sentence"] for row in data.rows["test"]] == said[:n]
+
+
+def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    said = ["fine", 3, "0", None, "bad", ["a"]]
+    file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": i % 2}) for i, text in enumerate(said)))
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 2: 'sentence' is 3; it must hold text"):
+        IMDB(test_file=str(file), tokenizer=str(base)).setup()
+    data = IMDB(test_file=str(file), tokenizer=str(base), bad_rows="skip")
+    data.setup()
+    assert [data.text("test", i) for i in range(3)] == ["fine", "0", "bad"]
+    assert [data.number("test", i) for i in range(3)] == [1, 3, 5]
+    assert data.encoded["test"].labels.tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match="'sentence' holds 3"):
+        TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
+
+
+# Labels and columns
+
+
+@fuzz
+@given(scalars | st.sampled_from(["0", "1", "1.0", " 1 ", "yes", "no", "-1", "2", "1.5", "inf", "True", "0x1"]))
+def test_a_label_is_a_class_or_refused_by_row(value):
+    text = "" if value is None else str(value).strip()
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    expected = {"no": 0, "yes": 1}.get(text, {0.0: 0, 1.0: 1}.get(number))
+    try:
+        assert label_of({"label": value}, "label", ["no", "yes"], "rows.csv", 7) == expected
+    except InputError as error:
+        assert expected is None
+        assert str(error).startswith("rows.csv, row 7: the label in 'label' is")
+
+
+@pytest.mark.parametrize("label", ["", "3", "-1", "1.5", "nan", "good", "1,", "0x1"])
+def test_a_bad_label_a_thousand_rows_in(label, base, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(HEADER + "good,1\n" * 1000 + f'bad,"{label}"\n' + "good,1\n" * 10)
+    with pytest.raises(InputError, match=r"rows\.csv, row 1001: the label in 'sentiment'"):
+        IMDB(train_file=str(file), val_file=str(file), tokenizer=str(base)).setup()
+
+
+def test_columns_that_are_not_there_or_serve_twice(base, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("a,b,label\nx,y,1\n")
+    for columns, words in (({"a": "c"}, "no column 'c'"), ({"b": "a"}, "two fields of the template read one column")):
+        data = TextClassification(
+            test_file=str(file), template="{a} {b}", columns=columns, tokenizer=str(base), bad_rows="skip"
+        )
+        with pytest.raises(InputError, match=words):
+            data.setup()
+
+
+# Poems
+
+
+@fuzz
+@given(st.lists(st.sampled_from(["1", "2", "3", "../4", "a line", "", "0", "1234567", "\u0663"]) | cells, max_size=9))
+def test_poems_are_read_or_refused(tmp_path, lines):
+    file = tmp_path / "poems.txt"
+    file.write_text("\n".join(lines), encoding="utf-8", newline="")
+    try:
+        poems = read_poems(str(file), "data.train_file")
+    except InputError as error:
+        assert "poems.txt" in str(error)
+        return
+    said = [line for line in (line.strip() for line in "\n".join(lines).splitlines()) if line]
+    kept = [line for poem in poems for line in (str(poem.number), *poem.lines)]
+    assert [line.lstrip("0") or "0" for line in said[len(said) - len(kept) :]] == [
+        line.lstrip("0") or "0" for line in kept
+    ]  # nothing between the first number and the end is lost
+
+
+@fuzz
+@given(st.binary(max_size=40))
+def test_poems_of_any_bytes(tmp_path, content):
+    file = tmp_path / "poems.txt"
+    file.write_bytes(content)
+    try:
+        read_poems(str(file), "data.train_file")
+    except InputError as error:
+        assert "poems.txt" in str(error)

@@ -1,0 +1,139 @@
+"""Every key of every shipped configuration, mistyped once and given a value of another kind once."""
+
+import contextlib
+
+import pytest
+import yaml
+from conftest import ROOT
+from lightning.pytorch.cli import LightningCLI
+
+from commands.train import GPT2CLI
+
+CONFIGS = ROOT / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+BENEATH = {  # what a strategy's file lies over
+    **dict.fromkeys(("prompt_words", "verbaliser"), "quora"),
+    **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "ulmfit_lm"), "text"),
+}
+
+
+def beneath(file, base, flags):
+    """The command line on which a file is one of several."""
+    task = (
+        [] if file.parent.name != "strategy" else ["--config", CONFIGS / f"task/{BENEATH.get(file.stem, 'sst5')}.yaml"]
+    )
+    if file.parent.name == "trainer":
+        task = ["--config", CONFIGS / "quickstart.yaml"]
+    quick = file.stem.startswith("quickstart") or file.parent.name == "trainer"
+    return task, [] if quick else [f"--model.base={base}", "--data.max_length=40", *flags[:1]]
+
+
+@pytest.fixture
+def built(monkeypatch, run):
+    """Read the command line and build everything, but run nothing; gives what was built."""
+    found = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: found.append(self))
+    fit = {"fit": GPT2CLI.subcommands()["fit"]}  # a parser for each of the others takes as long
+    monkeypatch.setattr(GPT2CLI, "subcommands", staticmethod(lambda: fit))
+
+    def built(*args):
+        with contextlib.suppress(ValueError):  # there is no run's folder
+            run("fit", *args)
+        return found[-1]
+
+    return built
+
+
+def places(value, path=()):
+    """Every key of nested settings as a path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        if isinstance(key, str):
+            yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def found_in(settings, path):
+    for key in path:
+        settings = settings[key]
+    return settings
+
+
+def cases():
+    """Every key once: one that several files have, in the first of them for each class or group that it belongs to."""
+    seen = set()
+    for file in FILES:
+        settings = yaml.safe_load(file.read_text())
+        for path in places(settings):
+            owner = found_in(settings, path[:-2]).get("class_path") if path[-2:-1] == ("init_args",) else None
+            if owner is None or path[0] == "data" or path[:2] == path[:-1]:  # tasks and data share their keys
+                owner = ".".join(key.rstrip("+") for key in path[:-1] if isinstance(key, str))
+            if (key := (owner, path[-1])) not in seen:
+                seen.add(key)
+                yield file, path
+
+
+CASES = [pytest.param(*case, id=f"{case[0].stem}:{'.'.join(map(str, case[1]))}") for case in cases()]
+
+
+def refused(built, capsys, *args):
+    with pytest.raises(SystemExit) as stopped:
+        built(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("gpt2-pl: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(("file", "path"), CASES)
+def test_a_mistyped_key_is_named(file, path, built, base, data_flags, capsys, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    above, key = found_in(settings, path[:-1]), path[-1]
+    wrong = f"{key.rstrip('+')}x{'+' if key.endswith('+') else ''}"
+    above[wrong] = above.pop(key)
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(settings))
+    before, after = beneath(file, base, data_flags)
+    line = refused(built, capsys, *before, "--config", changed, *after)
+    assert wrong.rstrip("+") in line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+OTHER = {
+    bool: "nonsense",
+    int: "nonsense",
+    float: "nonsense",
+    str: {"a": [1]},
+    list: 7,
+    dict: 7,
+    type(None): {"a": [1]},
+}
+
+
+@pytest.mark.parametrize(("file", "path"), CASES)
+def test_a_value_of_another_kind_is_refused_or_used(file, path, built, base, data_flags, capsys, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    above, key = found_in(settings, path[:-1]), path[-1]
+    above[key] = OTHER[type(above[key])]
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(settings))
+    before, after = beneath(file, base, data_flags)
+    line = refused(built, capsys, *before, "--config", changed, *after)
+    assert key.rstrip("+") in line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.config={n_embd: 128, n_head: 5}", "model.config: n_embd is 128, which n_head = 5 does not divide"),
+        ("--model.config={n_layer: 0}", "model.config: n_layer is 0"),
+        ("--model.config={dropout: 2}", "model.config: dropout is 2"),
+        ("--model.optimizer.init_args.lr=-1", "model.optimizer: Invalid learning rate"),
+        ("--model.optimizer.init_args.betas=[2, 2]", "model.optimizer: Invalid beta"),
+    ],
+)
+def test_values_out_of_range_are_found_before_anything_is_written(flag, words, built, capsys, tmp_path):
+    assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    assert not (tmp_path / "lightning_logs").exists()

@@ -1,0 +1,354 @@
+"""No file of others is executed, nothing is written outside a run's folder, and reports show text as text."""
+
+import ast
+import csv
+import itertools
+import json
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from test_cli import refused
+from test_compare import fake_run
+
+import cli
+from gpt2_pl import GPT2
+from gpt2_pl.errors import InputError
+from gpt2_pl.surgery import PeftAdapter
+from gpt2_pl.tasks import SentimentClassifier
+
+CONFIG = ROOT / "configs"
+STORED = {"base": None, "config": {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2,
+                                   "dropout": 0.1}, "surgery": [], "train_base": True}  # fmt: skip
+
+
+class Evil:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "executed"
+
+
+@pytest.fixture(params=[None, "1"], ids=["", "forced"])
+def environment(request, monkeypatch):
+    """Also where torch is told to execute pickles unless a caller forbids it."""
+    if request.param is not None:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", request.param)
+
+
+def content(**changes):
+    return {"task": "SentimentClassifier", "hyper_parameters": dict(STORED), "state_dict": {}, "callbacks": {},
+            "base": {"path": None, "digest": None, "complete": True}, "surgery": [],
+            "pytorch-lightning_version": "2.6.6", **changes}  # fmt: skip
+
+
+def commands(checkpoint, base, rows, out):
+    """Every command that reads a checkpoint."""
+    model = ["--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=32"]
+    data = [f"--data.{split}_file={rows}" for split in ("train", "val", "test", "predict")]
+    folder = checkpoint.parents[1]
+    for command in ("fit", "validate", "test", "predict"):
+        yield [command, *model, *data, "--ckpt_path", checkpoint]
+    yield ["test", "--data=datamodules.IMDB", *data, "--ckpt_path", checkpoint]
+    yield ["classify", folder, "--input", rows, "--out", out / "out.csv"]
+    yield ["generate", folder, "--prompt_file", rows, "--out", out / "out.txt"]
+    yield ["export", folder, "--format", "hf", "--out", out / "out"]
+
+
+def evil_checkpoints(marker, path):
+    """Checkpoints that execute something, each written by a function."""
+    yield lambda: torch.save(content(hyper_parameters=Evil(marker)), path)
+    yield lambda: torch.save(content(state_dict={"x": Evil(marker)}), path)
+    yield lambda: torch.save(content(callbacks={"x": Evil(marker)}), path)
+    yield lambda: torch.save(content(x=Evil(marker)), path, _use_new_zipfile_serialization=False)
+    yield lambda: path.write_bytes(pickle.dumps(Evil(marker)))
+
+
+@pytest.mark.usefixtures("environment")
+def test_pickles_in_checkpoints_are_never_executed(run, base, files, marker, capsys, tmp_path):
+    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for n, write in enumerate(evil_checkpoints(marker, checkpoint)):
+        write()
+        chosen = list(commands(checkpoint, base, files["val"], tmp_path))
+        for command in chosen if n == 0 else [chosen[n % 5], chosen[5 + n % 3]]:
+            assert "best.ckpt" in refused(run, capsys, *command)
+        with pytest.raises(InputError, match=r"best\.ckpt"):
+            SentimentClassifier.load_from_checkpoint(checkpoint)
+    assert not marker.exists()
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, checkpoint])
+    pickle.loads(checkpoint.read_bytes()).close()  # it would have
+    assert marker.exists()
+
+
+@pytest.mark.usefixtures("environment")
+def test_pickled_weights_are_never_read(base, marker, run, files, capsys, tmp_path):
+    folder, adapter = tmp_path / "model", tmp_path / "adapter"
+    folder.mkdir()
+    adapter.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for name in ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.safetensors", "tokenizer.json"):
+        torch.save({"transformer.wte.weight": Evil(marker)}, folder / name)
+        with pytest.raises(InputError):
+            GPT2.from_pretrained(folder)
+    for name in ("adapter_model.bin", "adapter_model.safetensors"):
+        torch.save({"x": Evil(marker)}, adapter / name)
+        with pytest.raises(InputError, match="is not a peft adapter"):
+            PeftAdapter(str(adapter)).apply(GPT2.from_pretrained(base))
+    for name in ("rows.npy", "rows.pkl", "rows.pt", "rows.csv", "rows.jsonl", "rows.parquet"):
+        file = tmp_path / name
+        np.save(file.with_suffix(".npy"), np.array([Evil(marker)], dtype=object), allow_pickle=True)
+        if name != "rows.npy":
+            file.with_suffix(".npy").replace(file)
+        line = refused(run, capsys, "fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}",
+                       f"--data.train_file={file}", "--data.max_length=32")  # fmt: skip
+        assert name in line
+    assert not marker.exists()
+
+
+def test_the_variable_that_has_torch_execute_pickles_is_dropped(monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    cli.main(["--version"])
+    assert subprocess.run(
+        [sys.executable, "-c", "import os; raise SystemExit('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' in os.environ)"],
+        check=False,
+    ).returncode == 0  # fmt: skip
+
+
+def test_weights_only_cannot_be_switched_off(run, base, data_flags, capsys, tmp_path):
+    file = tmp_path / "some.ckpt"
+    torch.save(content(), file)
+    with pytest.raises(InputError, match="weights_only"):
+        SentimentClassifier.load_from_checkpoint(file, weights_only=False)
+    line = refused(run, capsys, "test", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", *data_flags,
+                   "--ckpt_path", file, "--weights_only=false")  # fmt: skip
+    assert "weights_only" in line
+
+
+# What a checkpoint says is data
+
+
+EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "executed"]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hyper_parameters": {**STORED, "optimizer": "os.system"}}, "optimizer"),
+        ({"hyper_parameters": {**STORED, "optimizer": EVIL_CALL}}, "optimizer"),
+        ({"hyper_parameters": {**STORED, "schedule": EVIL_CALL}}, "schedule"),
+        ({"hyper_parameters": {**STORED, "surgery": [EVIL_CALL]}}, "subprocess.Popen"),
+        ({"hyper_parameters": {**STORED, "surgery": ["os.system"]}}, "os.system"),
+        ({"hyper_parameters": {**STORED, "surgery": [{"class_path": "gpt2_pl.surgery.build"}]}}, "surgery.build"),
+        ({"surgery": [EVIL_CALL]}, "subprocess.Popen"),
+        ({"hyper_parameters": {**STORED, "_instantiator": "os.system"}}, "_instantiator"),
+        ({"hyper_parameters": {**STORED, "_class_path": "subprocess.Popen"}}, "_class_path"),
+        ({"hyper_parameters": {**STORED, "class_path": "os.system"}}, "class_path"),
+        ({"hyper_parameters": {**STORED, "unknown": 1}}, "unknown"),
+        ({"hyper_parameters": [1]}, "hyper_parameters"),
+        ({"state_dict": 3}, "state_dict"),
+        ({"base": "x"}, "base"),
+        ({"task": "os.system"}, "os.system"),
+        ({"task": "Task"}, "Task"),
+        ({"task": ["x"]}, "best.ckpt"),
+        ({"callbacks": {"ModelCheckpoint": {"best_model_path": "s3://bucket/x.ckpt"}}}, "best_model_path"),
+        ({"callbacks": {"ModelCheckpoint": {"last_model_path": "/run/checkpoints/../../home"}}}, "last_model_path"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files, capsys, tmp_path):
+    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save(content(**changes), checkpoint)
+    chosen = list(commands(checkpoint, base, files["val"], tmp_path))
+    for command in (chosen[4], chosen[5]):
+        assert words in refused(run, capsys, *command)
+    with pytest.raises(InputError):
+        SentimentClassifier.load_from_checkpoint(checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"config": {"n_embd": "x"}}, {"config": {"n_head": 5}}, {"config": 3}, {"config": {"what": 1}}, {"dropout": "x"},
+     {"surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"rank": "x"}}]}, {"num_classes": "x"},
+     {"surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"what": 1}}]}, {"pooling": 3}, {"words": 3}],
+    ids=str,
+)  # fmt: skip
+def test_hyperparameters_of_another_kind(changes, run, base, files, capsys, tmp_path):
+    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save(content(hyper_parameters={**STORED, **changes}), checkpoint)
+    chosen = list(commands(checkpoint, base, files["val"], tmp_path))
+    for command in (chosen[4], chosen[5]):
+        assert refused(run, capsys, *command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("place", ["https://example.com/x", "http://example.com/x", "s3://bucket/x", "file:///etc/x"])
+def test_nothing_is_fetched_from_addresses(place, run, base, data_flags, capsys, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # would be called
+    good = ["--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=32", *data_flags]
+    adapter = {"class_path": "gpt2_pl.surgery.PeftAdapter", "init_args": {"folder": place}}
+    flags = [[f"--ckpt_path={place}.ckpt"], [f"--model.base={place}"], [f"--data.tokenizer={place}"],
+             [f"--data.train_file={place}.csv"], [f"--data.val_file={place}.parquet"],
+             [f"--model.surgery={json.dumps([adapter])}"]]  # fmt: skip
+    for extra in flags:
+        assert ("is not a peft adapter" if "surgery" in extra[0] else "://") in refused(
+            run, capsys, "fit", *good, *extra
+        )
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"ckpt_path": f"{place}.ckpt"}))
+    assert "ckpt_path" in refused(run, capsys, "test", *good, "--config", file)
+    out = tmp_path / "out.csv"
+    for command in (
+        ["classify", tmp_path, "--ckpt_path", place, "--input", "x.csv", "--out", out],
+        ["generate", tmp_path, "--ckpt_path", place, "--prompt_file", f"{place}.txt", "--out", tmp_path / "o.txt"],
+        ["export", place, "--format", "hf", "--out", tmp_path / "o"],
+        ["compare", place, "--out", tmp_path / "o"],
+    ):
+        assert refused(run, capsys, *command)
+    assert not out.exists()
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+# Where things are written
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/tmp/x", "..", ".", "", "a/../../x", "~/x", "a\\..\\x", "a\0b", "a\nb", "x" * 300]
+)
+def test_a_runs_name_stays_below_the_runs_folder(name, run, capsys, tmp_path):
+    file = tmp_path / "name.yaml"
+    file.write_text(yaml.safe_dump({"name": name}))
+    inside = sorted(tmp_path.iterdir())
+    line = refused(run, capsys, "fit", "--config", CONFIG / "quickstart.yaml", "--config", file)
+    assert "name is" in line
+    assert sorted(tmp_path.iterdir()) == inside
+
+
+EVIL_TEXT = [
+    "../../x",
+    "/tmp/x",
+    '<script>alert("x")</script>',
+    "a|b",
+    "[x](javascript:alert(1))",
+    "$\\frac{$",
+    "x\n# y",
+    "",
+]
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Runs that say of themselves what they should not."""
+    generator = np.random.default_rng(0)
+    for n, text in enumerate(EVIL_TEXT):
+        for strategy, seed in itertools.product((text, f"{text} more"), (1, 2)):
+            right = generator.random(30) < 0.6
+            folder = fake_run(tmp_path / f"runs/{n}/{len(strategy)}/version_{seed}", "x", seed, right)
+            account = json.loads((folder / "metrics.json").read_text())
+            account |= {"task": text, "configs": [f"configs/strategy/{strategy.replace('/', '_')}.yaml"]}
+            account["data"]["files"] = {"val": f"/data/{text.replace('/', '_')}.csv"}
+            account["scores"][f"val/{text}"] = 0.5
+            (folder / "metrics.json").write_text(json.dumps(account))
+    unfinished = fake_run(tmp_path / "runs/<img src=x>/version_1", "x", 1, [True], status="<b>running</b>")
+    assert unfinished.is_dir()
+    return tmp_path / "runs"
+
+
+def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
+    out = tmp_path / "place/report"
+    cli.main(["compare", str(hostile), "--out", str(out)])
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "place"}
+    assert [path.name for path in out.parent.iterdir()] == ["report"]
+    assert all(path.is_file() and path.suffix in (".md", ".html", ".json", ".csv", ".png") for path in out.iterdir())
+    assert sum(path.suffix == ".png" for path in out.iterdir()) == 2 * len(EVIL_TEXT)
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "<script" not in page + text
+    assert "&lt;script&gt;" in page
+    assert not re.search(r"<(img src=x|b>)", page + text)
+    assert "](" not in text
+    assert "\n# y" not in text
+    assert set(re.findall(r"<([a-z0-9]+)", page.partition("<body>")[2])) <= {
+        "h2", "p", "div", "table", "tr", "th", "td", "ul", "li", "img"
+    }  # fmt: skip
+    with (out / "report.csv").open(newline="") as file:
+        assert {row["task"] for row in csv.DictReader(file)} == set(EVIL_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scores", 3), ("scores", {"val/accuracy": "x"}), ("scores", None), ("epochs", {"a": 1}), ("epochs", [3]),
+     ("epochs", [{"val/accuracy": 0.5}]), ("parameters", {}), ("parameters", None), ("parameters", {"trainable": "x"}),
+     ("seconds", "x"), ("seconds", None), ("task", {}), ("monitor", [1]), ("seed", "x"), ("configs", "x"), ("data", 3),
+     ("data", {"rows": 3}), ("data", {"files": "x"}), ("base", "x"), ("peak_memory_bytes", "x")],
+    ids=str,
+)  # fmt: skip
+def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
+    folder = fake_run(tmp_path / "run", "full", 1, [True, False])
+    file = folder / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    line = refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+    assert "metrics.json is broken" in line
+    assert key in line
+    assert not (tmp_path / "report").exists()
+
+
+# The source
+
+
+FORBIDDEN = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "eval", "exec", "trust_remote_code",
+    "unsafe_load", "full_load", "UnsafeLoader", "FullLoader", "load_all", "os.system", "popen",
+}  # fmt: skip
+
+
+def test_the_source_executes_nothing_that_it_reads():
+    sources = [ROOT / "cli.py"]
+    for package in ("gpt2_pl", "datamodules", "callbacks", "commands"):
+        sources += (ROOT / package).rglob("*.py")
+    loads = 0
+    for file in sources:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            where = f"{file}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.split(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & FORBIDDEN, where
+            if not isinstance(node, ast.Call):
+                continue
+            called, given = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
+            assert called not in FORBIDDEN, where
+            assert called.rpartition(".")[2] not in FORBIDDEN - {"eval"}, where  # model.eval() is another
+            assert given.get("allow_pickle", "False") == "False", where
+            assert "trust_remote_code" not in given, where
+            assert given.get("weights_only", "True") == "True", where
+            if called in ("torch.load", "torch.jit.load") or called.endswith("load_from_checkpoint"):
+                loads += 1
+                assert called != "torch.jit.load", where
+                assert given.get("weights_only") == "True" or "load_from_checkpoint" in called, where
+            if called in ("np.load", "numpy.load"):
+                assert given.get("allow_pickle") == "False", where
+            if called == "yaml.load":
+                assert given.get("Loader") == "loader", where
+                assert "SafeLoader" in file.read_text(encoding="utf-8"), where
+            assert not called.startswith("subprocess.") or given.get("shell", "False") == "False", where
+    assert loads

@@ -69,6 +69,8 @@ class RunCheckpoint(ModelCheckpoint):
             found = there / Path(state["best_model_path"]).name
             if found.is_file():
                 here.mkdir(parents=True, exist_ok=True)
+                for rows in there.parent.glob("*_val.csv"):  # what the best model said of every row
+                    shutil.copyfile(rows, here.parent / rows.name)
                 shutil.copyfile(found, state["best_model_path"])
             else:
                 state.update(best_model_path="", best_k_models={}, best_model_score=None, kth_value=None)

@@ -44,6 +44,7 @@ class RunSummary(Callback):
         self.seconds = 0.0  # spent training, validation included
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
+        self.peak_memory_before = 0  # of the processes of a run that was stopped
         self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
         self.cpu_seconds = 0.0  # of all of this process's threads, in those seconds
         self.test_follows = False  # the run is finished only when its best checkpoint has been tested
@@ -68,6 +69,7 @@ class RunSummary(Callback):
             "examples": self.examples,
             "tokens": self.tokens,
             "training_seconds": self.training_seconds,
+            "peak_memory_before": max(self.peak_memory_before, peak_memory()),
         }
 
     def _spent(self) -> tuple[float, float]:
@@ -253,7 +255,8 @@ class RunSummary(Callback):
             "examples_per_second": self.examples / self.training_seconds if self.training_seconds else None,
             "tokens_per_second": self.tokens / self.training_seconds if self.training_seconds else None,
             "mfu": self._mfu(trainer, pl_module),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": max(self.peak_memory_before, peak_memory()),
+            "threads": torch.get_num_threads(),
             "steps": trainer.global_step,
             "skipped_steps": _skipped(trainer),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),

@@ -56,8 +56,10 @@ def main(args: list[str]) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     report = given.markdown or given.out / "report.md"
     pictures = Path(os.path.relpath(given.out, report.parent))
-    text = [preface, in_short(comparisons)] if any(comparison.groups for comparison in comparisons) else [preface]
-    pages = []
+    text, pages = [preface], []
+    if any(comparison.groups for comparison in comparisons):
+        text.append("\n".join(["## In short", "", *_table(*short_rows(comparisons)), "", _IN_SHORT, ""]))
+        pages.append(f"<h2>In short</h2>\n{_html_table(*short_rows(comparisons))}\n<p>{_IN_SHORT}</p>")
     for comparison in comparisons:
         figures = plots(comparison)
         named = {name: f"{_file_name(comparison.task)}_{name}.png" for name in figures}
@@ -94,7 +96,8 @@ def _elsewhere(path: Path | None) -> dict[str, list[dict[str, str]]]:
         content = yaml.safe_load(_read(path, "elsewhere")) or {}
     except yaml.YAMLError as error:
         raise InputError(f"elsewhere: {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
-    rows = [row for rows in content.values() for row in rows] if isinstance(content, dict) else [None]
+    good = isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values())
+    rows = [row for rows in content.values() for row in rows] if good else [None]
     if not all(isinstance(row, dict) and row.keys() == {"what", "figures", "source"} for row in rows):
         raise InputError(f"elsewhere: {path} must give every task a list of {{what, figures, source}}")
     return content
@@ -164,9 +167,11 @@ def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
         headings += [f"{_heading(name)}: difference over texts", "over texts and seeds"]
     cells = []
     for group in comparison.groups[1:]:
-        found = [(group.over_texts[name], group.over_seeds[name], name) for name in names]
-        cells.append([group.label, *(cell for texts, seeds, name in found for cell in
-                                     (_difference(texts, name, True), _difference(seeds, name, False)))])  # fmt: skip
+        row = [group.label]
+        for name in names:
+            row.append(_difference(group.over_texts.get(name), name, True))
+            row.append(_difference(group.over_seeds.get(name), name, False))
+        cells.append(row)
     return headings, cells if names else []
 
 
@@ -192,7 +197,9 @@ def _best(comparison: Comparison, group: Group) -> str:
     return _scaled(name, (max if comparison.higher_is_better(name) else min)(values)) if values else ""
 
 
-def _difference(found: Difference, name: str, with_mean: bool) -> str:
+def _difference(found: Difference | None, name: str, with_mean: bool) -> str:
+    if found is None:
+        return ""
     mean, low, high = (_scaled(name, value) for value in found[:3])
     signed = ["+" * (not text.startswith("-")) + text for text in (mean, low, high)]
     p = f"p {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
@@ -208,8 +215,9 @@ _CAPTION = (
     "are medians over seeds."
 )
 _DIFFERENCES = (
-    "Differences to {baseline}, each with its 95 % interval and two-sided p from a paired bootstrap: over texts, how "
-    "sure the difference of these very models is on other texts; over texts and seeds, how sure that of strategies is."
+    "Differences to {baseline}, each with its 95 % interval and two-sided p: over texts, from a paired bootstrap, how "
+    "sure the difference of these very models is on other texts; over texts and seeds, where there are several, how "
+    "sure that of the strategies is, with Student's t for so few of them."
 )
 _IN_SHORT = (
     "Cheapest is the strategy that trains the fewest parameters of those that are not shown to be worse than the "
@@ -217,24 +225,24 @@ _IN_SHORT = (
 )
 
 
-def in_short(comparisons: list[Comparison]) -> str:
-    """What to use for which task, as a Markdown table of a row a task."""
+def short_rows(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """What to use for which task: the headings and cells of a table of a row a task."""
     headings = ["task", "by", "baseline", "best", "cheapest not shown to be worse"]
     cells = []
     for comparison in comparisons:
         if comparison.groups:
             found = (comparison.groups[0], comparison.best(), comparison.cheapest())
-            told = [_told(comparison, group) for group in found]
+            told = ["not known" if group is None else _told(comparison, group) for group in found]
             cells.append([comparison.task, _heading(comparison.decisive), *told])
-    return "\n".join(["## In short", "", *_table(headings, cells), "", _IN_SHORT, ""])
+    return headings, cells
 
 
 def _told(comparison: Comparison, group: Group) -> str:
     """A group in a few words: score, difference, cost."""
     name, first = comparison.decisive, comparison.groups[0]
     text = f"{group.label}: {_score(group, name)}"
-    if name in group.over_seeds:
-        text += f", {_difference(group.over_seeds[name], name, True)}"
+    if (found := group.over_seeds.get(name, group.over_texts.get(name))) is not None:
+        text += f", {_difference(found, name, True)}" + ("" if name in group.over_seeds else " over texts")
     share = (group.cost("trainable") or 0.0) / (first.cost("total") or math.inf)
     minutes = group.cost("cpu_seconds")
     return f"{text}; {share:.1%} of the parameters" + ("" if minutes is None else f", {minutes / 60:.1f} CPU minutes")

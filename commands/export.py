@@ -116,7 +116,8 @@ def _provenance(run: Path) -> dict[str, Any]:
         base = account["base"]
         spent = {key: account[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
         origin = base.get("origin", base["digest"])
-        return {} if origin is None else {PROVENANCE: {"origin": origin, **spent}}
+        recipe = "+".join(Path(file).stem for file in account["configs"]) or str(run.parent.name)
+        return {} if origin is None else {PROVENANCE: {"origin": origin, "recipe": recipe, **spent}}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

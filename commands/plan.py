@@ -63,7 +63,7 @@ class PlannedRun:
         """What the run is made of: flags, and the content of configuration files. Runs of equal records are equal."""
         return {
             "files": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.files},
-            "flags": list(self.flags),
+            "flags": dict(_parts(flag) for flag in self.flags),  # of one given twice, the last counts
             "base": None if self.base is None else self.base.record(),
         }
 
@@ -75,36 +75,57 @@ class PlannedRun:
             return {}
 
     @property
+    def last(self) -> Path:
+        """The checkpoint that the run goes on from."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         exported = not self.exported or (self.folder / "exported").is_dir()
         return exported and self.account().get("status") == "finished"
 
     def check(self) -> None:
-        """Refuse a folder that holds a run with other settings.
+        """Refuse a folder that holds a run with other settings; what broke off before its first checkpoint is none.
 
         Raises:
             InputError: naming the folder and the setting.
         """
         if self.base is not None:
             self.base.check()
-        file = self.folder / "sweep.json"
-        if not self.folder.exists():
+        if not self.last.is_file() and self.account().get("status") != "finished":
             return
+        file = self.folder / "sweep.json"
         if not file.is_file():
             raise InputError(f"{self.folder} is not a run of this sweep; give the sweep another name")
         then, now = json.loads(file.read_text(encoding="utf-8")), self.record()
-        if then != now:
-            was, wanted = ({*record["flags"], *record["files"]} for record in (then, now))
-            what = [f"{flag} is new" for flag in sorted(wanted - was)] + [
-                f"{flag} was" for flag in sorted(was - wanted)
-            ]
-            both = then["files"].keys() & now["files"].keys()
-            what += [f"{path} has changed" for path in sorted(both) if then["files"][path] != now["files"][path]]
+        what = [
+            f"{name} was {before} and is {after}"
+            for part in ("flags", "files")
+            for name, before, after in _changes(then[part], now[part])
+        ]
+        if then["base"] != now["base"]:
+            what.append("its base has changed")
+        if what:
             raise InputError(
-                f"{self.folder} was run with other settings ({'; '.join(what) or 'another base'}); delete it, or give "
-                "the strategy or the sweep another name"
+                f"{self.folder} was run with other settings ({'; '.join(what)}); delete it, or give the strategy or "
+                "the sweep another name"
             )
+
+
+def _parts(flag: str) -> tuple[str, str]:
+    name, _, value = flag.removeprefix("--").partition("=")
+    return name, value
+
+
+def _changes(then: dict[str, str], now: dict[str, str]) -> list[tuple[str, str, str]]:
+    """What differs, as name, before and after; of files, whose values are digests, without these."""
+
+    def shown(value: str | None) -> str:
+        return "not there" if value is None else "other" if len(value) == 64 else repr(value)
+
+    names = sorted(then.keys() | now.keys())
+    return [(name, shown(then.get(name)), shown(now.get(name))) for name in names if then.get(name) != now.get(name)]
 
 
 @dataclass(frozen=True)
@@ -179,7 +200,7 @@ class Plan:
         name: the sweep's.
         at_once: how many runs go on at the same time; None for one a GPU.
         arms: strategies on tasks.
-        slurm: parameters of submitit's SLURM executor; None on this machine.
+        slurm: parameters of submitit's AutoExecutor on SLURM; None on this machine.
     """
 
     name: str
@@ -253,7 +274,12 @@ class Plan:
                     )
         slurm = top.content.get("slurm")
         if slurm is not None and not isinstance(slurm, dict):
-            raise InputError(f"slurm is {slurm!r}; it must be a mapping, such as {{partition: gpu, timeout_min: 60}}")
+            raise InputError(
+                f"slurm is {slurm!r}; it must be a mapping, such as {{slurm_partition: gpu, timeout_min: 60}}"
+            )
+        for key in ("nodes", "tasks_per_node"):
+            if slurm and slurm.get(key, 1) != 1:
+                raise InputError(f"slurm.{key} is {slurm[key]!r}; a run of a sweep is one task on one node")
         return cls(name, at_once, arms, slurm)
 
 
@@ -261,6 +287,8 @@ def as_flags(settings: dict[str, Any], path: str) -> tuple[str, ...]:
     """Settings as flags; ``${NAME}`` stands for a variable of the environment."""
     flags = []
     for key, value in settings.items():
+        if key in ("seed_everything", "name", "version", "config", "ckpt_path"):
+            raise InputError(f"{path}.{key} is the sweep's own to say")
         text = value if isinstance(value, str) else "null" if value is None else json.dumps(value)
         text = os.path.expandvars(text)
         if (missing := re.search(r"\$\{(\w+)\}", text)) is not None:
@@ -293,7 +321,7 @@ class _Node:
         found = self.content.get(key)
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             found = dict.fromkeys(found)
-        if (found is None and required) or (found is not None and not isinstance(found, dict)):
+        if (not found and required) or (found is not None and not isinstance(found, dict)):
             raise InputError(f"{self._key(key)} is {found!r}; it must name its parts, such as {{sst5: {{...}}}}")
         for name in found or {}:
             if not (isinstance(name, str) and _NAME.fullmatch(name)):
@@ -327,9 +355,6 @@ class _Node:
         found = self.content.get(key) or {}
         if not isinstance(found, dict):
             raise InputError(f"{self._key(key)} is {found!r}; it must be a mapping, such as {{trainer.max_epochs: 3}}")
-        for flag in found:
-            if flag in ("seed_everything", "name", "version", "config", "ckpt_path"):
-                raise InputError(f"{self._key(key)}.{flag} is the sweep's own to say")
         return as_flags(found, self._key(key))
 
     def configs(self, kind: str = "", *names: str) -> tuple[str, ...]:
@@ -362,11 +387,8 @@ class _Node:
         if not isinstance(space, dict) or not space:
             raise InputError(f"{node.path}.space is {space!r}; it must name keys and their values")
         for key, values in space.items():
-            bounds = isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}
-            if bounds:
-                numbers = all(isinstance(values[end], int | float) for end in ("low", "high"))
-                bounds = numbers and values["low"] < values["high"] and not (values.get("log") and values["low"] <= 0)
-            if not bounds and not (isinstance(values, list) and values):
+            as_flags({key: None}, f"{node.path}.space")
+            if not _bounds(values) and not (isinstance(values, list) and values):
                 raise InputError(
                     f"{node.path}.space.{key} is {values!r}; it must be a list of choices, or {{low: 1.0e-5, "
                     "high: 1.0e-2, log: true}"
@@ -374,3 +396,14 @@ class _Node:
         assert trials is not None
         assert seed is not None
         return Search(trials, space, seed, node.flags("set"))
+
+
+def _bounds(values: Any) -> bool:
+    """Whether this is a range of numbers to search."""
+    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
+        return False
+    low, high, log, step = values["low"], values["high"], values.get("log", False), values.get("step")
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
+    if not numbers or not isinstance(log, bool) or not low < high or (log and (low <= 0 or step is not None)):
+        return False
+    return step is None or (isinstance(step, int | float) and not isinstance(step, bool) and 0 < step <= high - low)

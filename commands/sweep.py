@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,28 +40,26 @@ def main(args: list[str]) -> None:
     if given.at_once is not None and given.at_once < 1:
         raise InputError(f"at_once is {given.at_once}; it must be at least 1")
     plan = Plan.read(given.file)
-    searched = [
-        arm for arm in plan.arms if arm.search is not None and not (given.dry_run and not _journal(arm).exists())
-    ]
-    searches = {id(arm): _Search(arm) for arm in searched}
     for arm in plan.arms:
-        if arm.search is None or (id(arm) in searches and searches[id(arm)].settle()):
+        if arm.search is None:
             for run in arm.runs():
                 run.check()
     if given.dry_run:
-        _tell(plan, searches)
+        _tell(plan)
         return
     with _locked(RUNS / f"{plan.name}.sweep" / "lock") as alone:
         if not alone:
             raise InputError(f"{given.file}: this sweep is being run by another process")
-        sweep = _Sweep(plan, searches, _launcher(plan, given.at_once))
+        launcher = _launcher(plan, given.at_once)
+        sweep = _Sweep(plan, {id(arm): _Search(arm) for arm in plan.arms if arm.search is not None}, launcher)
         with _stopping():
             try:
                 sweep.run()
             except KeyboardInterrupt:
-                sweep.stop()
                 print("stopped; the same command goes on", file=sys.stderr)
                 raise SystemExit(130) from None
+            finally:
+                sweep.stop()
     if sweep.failures:
         for run, reason in sweep.failures.items():
             print(f"{run.folder} failed: {reason}", file=sys.stderr)
@@ -67,17 +68,20 @@ def main(args: list[str]) -> None:
     print(f"all runs are finished; set them side by side: gpt2-pl compare {RUNS / plan.name} --out FOLDER")
 
 
-def _tell(plan: Plan, searches: dict[int, _Search]) -> None:
+def _tell(plan: Plan) -> None:
     """Say what would be run."""
+    told = set()
     for arm in plan.arms:
-        search = searches.get(id(arm))
-        if arm.search is not None and (search is None or not search.settled):
-            done = 0 if search is None else search.n_done
-            print(f"search   {arm.task} {arm.strategy}: {done} of {arm.search.trials} trials done")
+        if arm.search is not None:
+            done = len(list(_journal(arm).with_suffix("").glob("trial_*/metrics.json")))
+            print(f"search   {arm.task} {arm.strategy}: {done} of {arm.search.trials} trials begun; then {arm.seeds}")
             continue
         for run in arm.runs():
-            state = "finished" if run.finished else "goes on" if _last(run).is_file() else "to do"
-            print(f"{state:8} gpt2-pl {' '.join(run.command())}")
+            for one in filter(None, (run.base, run)):
+                if one not in told:
+                    state = "finished" if one.finished else "goes on" if one.last.is_file() else "to do"
+                    print(f"{state:8} gpt2-pl {shlex.join(one.command())}")
+                    told.add(one)
 
 
 # A run, in the process that makes it
@@ -89,16 +93,21 @@ class RunJob:
     Whoever asks for the same run at the same time waits until the first has made it, so that nothing is run twice.
     """
 
+    def __init__(self, gpu: str | None = None) -> None:
+        self.gpu = gpu  # the one that is the run's own
+
     def __call__(self, run: PlannedRun) -> None:
         """Make a run, the one that it starts from first."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore what Lightning saves a run at
+        if self.gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         if run.base is not None:
-            self(run.base)
-        with _locked(RUNS / f"{run.sweep}.sweep" / run.task / f"{run.strategy}_{run.version}.lock", wait=True):
-            if run.account().get("status") != "finished":
-                self._fit(run)
-            if run.exported and not (run.folder / "exported").is_dir():
-                _command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}"])
+            with _locked(_lock(run.base), wait=True):
+                if not run.base.finished:
+                    _make(run.base, _apart)  # so that its memory is not counted as the run's
+        with _locked(_lock(run), wait=True):
+            if not run.finished:
+                _make(run, _here)
 
     def checkpoint(self, run: PlannedRun) -> Any:
         """What submitit asks for when a job's time is up: the same again."""
@@ -106,32 +115,47 @@ class RunJob:
 
         return DelayedSubmission(self, run)
 
-    @staticmethod
-    def _fit(run: PlannedRun) -> None:
+
+def _lock(run: PlannedRun) -> Path:
+    return RUNS / f"{run.sweep}.sweep" / run.task / f"{run.strategy}_{run.version}.lock"
+
+
+def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
+    """Begin or go on with a run whose lock is held, and export its model where others start from it."""
+    if run.account().get("status") != "finished":
         run.check()
-        if _last(run).is_file():
-            _command([*run.command(), f"--ckpt_path={_last(run)}"])
-            return
-        shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
-        with whole_file(run.folder / "sweep.json") as file:
-            json.dump(run.record(), file, indent=2)
-        _command(run.command())
+        record = run.folder / "sweep.json"
+        if run.last.is_file():
+            threads = json.loads(record.read_text(encoding="utf-8"))["threads"]
+        else:
+            threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
+            with whole_file(record) as file:
+                json.dump({**run.record(), "threads": threads}, file, indent=2)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the same when it goes on: sums depend on it in their last digits
+        command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
+    if run.exported and not (run.folder / "exported").is_dir():
+        command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}"])
 
 
-def _last(run: PlannedRun) -> Path:
-    return run.folder / "checkpoints" / "last.ckpt"
-
-
-def _command(args: list[str]) -> None:
+def _here(args: list[str]) -> None:
     """Run a command of ours in this process."""
     from cli import main
 
-    print("gpt2-pl", " ".join(args), flush=True)
+    print("gpt2-pl", shlex.join(args), flush=True)
     try:
         main(args)
     except SystemExit as stop:
-        if stop.code not in (0, None):
+        if stop.code in (1, 2):  # our own; others are submitit's, of jobs whose time is up
             raise RuntimeError(f"gpt2-pl {args[0]} ended with status {stop.code}") from None
+        if stop.code:
+            raise
+
+
+def _apart(args: list[str]) -> None:
+    """Run a command of ours in a process of its own."""
+    print("gpt2-pl", shlex.join(args), flush=True)
+    subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "cli.py"), *args], check=True)
 
 
 @contextmanager
@@ -175,33 +199,29 @@ def _launcher(plan: Plan, at_once: int | None) -> _Launcher:
     wanted = at_once or plan.at_once
     executor: Any
     if plan.slurm is not None:
-        executor = submitit.SlurmExecutor(folder)
         try:
-            executor.update_parameters(job_name=plan.name, **plan.slurm)
-        except (ValueError, TypeError) as error:
+            executor = submitit.AutoExecutor(folder, cluster="slurm")
+            executor.update_parameters(name=plan.name, **plan.slurm)
+        except (ValueError, TypeError, NameError, RuntimeError) as error:
             raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
         return _Launcher(lambda run, place: executor.submit(RunJob(), run), wanted or 64)
     executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
     gpus = _gpus()
     places = wanted or max(1, len(gpus))
     if not gpus:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // places)))
-
-    def submit(run: PlannedRun, place: int) -> Any:
-        gpu = {"gpus_per_node": 1, "visible_gpus": [gpus[place % len(gpus)]]} if gpus else {}
-        executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True, **gpu)
-        return executor.submit(RunJob(), run)
-
-    return _Launcher(submit, places)
+    return _Launcher(lambda run, place: executor.submit(RunJob(gpus[place % len(gpus)] if gpus else None), run), places)
 
 
-def _gpus() -> list[int]:
+def _gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [int(part) for part in visible.split(",") if part.strip().isdigit()]
+        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
     import torch
 
-    return list(range(torch.cuda.device_count()))
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 @contextmanager
@@ -238,6 +258,10 @@ class _Search:
         self.arm, self.trials, seed = arm, arm.search.trials, arm.search.seed
         file = _journal(arm)
         file.parent.mkdir(parents=True, exist_ok=True)
+        self._check(file.with_suffix(".json"))
+        if file.is_file() and not (written := file.read_bytes()).endswith(b"\n"):  # a disk was full, or power went off
+            with whole_file(file, "wb") as whole:
+                whole.write(written[: written.rfind(b"\n") + 1])
         self._states = optuna.trial.TrialState
         self._sampler = lambda n: optuna.samplers.TPESampler(
             seed=seed + n, n_startup_trials=max(2, self.trials // 2), constant_liar=True
@@ -248,9 +272,33 @@ class _Search:
             direction="maximize",
             load_if_exists=True,
         )
-        self._waiting = [trial.number for trial in self.study.get_trials(states=(self._states.RUNNING,))]
+        self._waiting = []
+        for trial in self.study.get_trials(states=(self._states.RUNNING,)):
+            if trial.params.keys() == arm.search.space.keys():
+                self._waiting.append(trial.number)
+            else:  # the sweep was killed before it had all of its settings
+                self.study.tell(trial.number, state=self._states.FAIL)
         self._n_failed = 0  # which a sweep begun anew tries again
         self.settled = False
+        self.settle()
+
+    def _check(self, file: Path) -> None:
+        """Refuse to go on with a search of something else; more trials are welcome.
+
+        Raises:
+            InputError: naming the folder.
+        """
+        assert self.arm.search is not None
+        search, run = self.arm.search, self.arm.trial(0, {})
+        record = {"space": search.space, "seed": search.seed, **run.record()}
+        if not file.is_file():
+            with whole_file(file) as out:
+                json.dump(record, out, indent=2)
+        elif json.loads(file.read_text(encoding="utf-8")) != record:
+            raise InputError(
+                f"{file.with_suffix('')} was searched with another space or other settings; delete it and "
+                f"{file.with_suffix('.journal')} and {file.name}, or give the strategy or the sweep another name"
+            )
 
     @property
     def n_done(self) -> int:
@@ -289,18 +337,24 @@ class _Search:
     def ended(self, run: PlannedRun) -> None:
         """Enter a trial's score."""
         number, account = int(run.version.rpartition("_")[2]), run.account()
-        if not run.finished:
+        score = account["scores"][account["monitor"]] if run.finished else math.nan
+        if math.isfinite(score):
+            self.study.tell(number, score if account.get("mode") != "min" else -score)
+        else:
             self._n_failed += 1
             self.study.tell(number, state=self._states.FAIL)
-            return
-        score = account["scores"][account["monitor"]]
-        self.study.tell(number, score if account.get("mode") != "min" else -score)
         self.settle()
 
     def settle(self) -> bool:
-        """Give the arm the best settings, once all trials have a score."""
-        if self.n_done >= self.trials:
+        """Give the arm the best settings, once all trials have ended and one of them has a score.
+
+        Raises:
+            InputError: a run of the arm was made with other settings, when fewer trials had found others.
+        """
+        if not self.settled and self.n_done and self.n_done + self._n_failed >= self.trials:
             self.arm.found, self.settled = as_flags(self.study.best_params, "search"), True
+            for run in self.arm.runs():
+                run.check()
         return self.settled
 
 
@@ -347,7 +401,6 @@ class _Sweep:
                 continue
             if (run := self._next()) is None:
                 return
-            run.check()
             self.begun.add(run)
             self.running[place] = (run, self.launcher.submit(run, place))
             if not console.is_terminal:

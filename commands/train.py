@@ -207,7 +207,7 @@ class GPT2CLI(LightningCLI):
                 root, name=config["name"], version=config["version"], default_hp_metric=False
             )
         # a checkpoint's settings come as a text of several lines
-        files = [str(file) for file in config.get("config") or [] if "\n" not in str(file)]
+        files = [str(file) for file in config.get("config") or [] if file is not None and "\n" not in str(file)]
         self.summary = RunSummary(self.config_settings(), files)
         callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         if trainer["enable_progress_bar"] is not False:
@@ -439,7 +439,7 @@ def _with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     if _states_surgery(args):
         stored.pop("surgery", None)  # theirs would be added to it
     else:
-        stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []]
+        stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
     layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
 

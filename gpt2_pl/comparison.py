@@ -21,10 +21,13 @@ import yaml
 from numpy.typing import NDArray
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.statistics import Difference, Score, confusion_scores, interval, loss_scores, resampled
+from gpt2_pl.statistics import Difference, Score, confusion_scores, interval, loss_scores, resampled, seed_noise
 
-_TRAINER = ("max_epochs", "max_steps", "precision", "callbacks", "gradient_clip_val", "accumulate_grad_batches")
-_APART = re.compile(r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$")  # where things lie, not what they are
+# Where things lie and what is shown, not what was done.
+_APART = re.compile(
+    r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
+    r"enable_progress_bar|enable_model_summary|enable_checkpointing|enable_autolog_hparams|log_every_n_steps|barebones)$"
+)
 
 
 @dataclass(eq=False)
@@ -81,16 +84,19 @@ class Run:
             elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
                 for i, inner in enumerate(value):
                     walk(f"{name}.{i}", inner)
-            elif not _APART.search(name):
+            elif value is not None and value != [] and not _APART.search(name):
                 found[name] = value
 
-        for key in ("model", "data"):
+        for key in ("model", "data", "trainer"):
             walk(key, self.settings.get(key) or {})
-        trainer = self.settings.get("trainer") or {}
-        for key in _TRAINER:
-            walk(f"trainer.{key}", trainer.get(key))
-        walk("data.training_rows", ((self.account.get("data") or {}).get("rows") or {}).get("train"))
-        walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
+        data = self.account.get("data") or {}
+        walk("data.training_rows", (data.get("rows") or {}).get("train"))
+        walk("data.training_files", _name((data.get("files") or {}).get("train") or []))
+        walk("base.trained_with", (self.account.get("base") or {}).get("recipe"))
+        for key in ("device", "processes"):
+            walk(key, self.account.get(key))
+        for key in ("early_stopping_patience", "bad_batches"):
+            walk(key, self.settings.get(key))
         return found
 
     @property
@@ -137,18 +143,31 @@ class Judged(NamedTuple):
 
 
 def _judged(folder: Path, split: str) -> Judged | None:
-    """Read a run's file of rows; None where it has none, or one without labels."""
+    """What a run's file of rows says; None where there is none, or one without labels."""
     csv.field_size_limit(sys.maxsize)
+    for file, read in ((folder / f"losses_{split}.csv", _losses), (folder / f"predictions_{split}.csv", _predictions)):
+        if file.is_file():
+            try:
+                found = read(file, split)
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
+            if found is not None and not len(found.features):
+                raise InputError(f"{file} has no rows")
+            return found
+    return None
+
+
+def _losses(file: Path, split: str) -> Judged:
     digest = hashlib.sha256()
-    if (file := folder / f"losses_{split}.csv").is_file():
-        with file.open(encoding="utf-8", newline="") as lines:
-            poems = list(csv.DictReader(lines))
-        digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
-        losses = np.array([(float(poem["loss"]), int(poem["n_tokens"])) for poem in poems])
-        return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
-    if not (file := folder / f"predictions_{split}.csv").is_file():
-        return None
-    cells = []
+    with file.open(encoding="utf-8", newline="") as lines:
+        poems = list(csv.DictReader(lines))
+    digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
+    losses = np.array([(float(poem["loss"]), int(poem["n_tokens"])) for poem in poems])
+    return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
+
+
+def _predictions(file: Path, split: str) -> Judged | None:
+    digest, cells = hashlib.sha256(), []
     with file.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
         if not {"text", "label", "prediction"} <= set(table.fieldnames or ()):
@@ -279,7 +298,7 @@ class Comparison:
 
     def higher_is_better(self, name: str) -> bool:
         """Whether more of a score is better."""
-        return not name.endswith(("loss", "perplexity", "seq_rep_4", "seed_perplexity"))
+        return not name.endswith(("loss", "perplexity", "seq_rep_4"))
 
     @property
     def decisive(self) -> str:
@@ -292,19 +311,6 @@ class Comparison:
         scored = [group for group in self.groups if group.values(name)]
         return max(scored, key=lambda group: sign * statistics.mean(group.values(name)))
 
-    def cheapest(self) -> Group:
-        """Of the groups that are not shown to be worse than the baseline, over texts and seeds, the one that trains the
-        fewest parameters."""
-        name = self.decisive
-        sign = 1 if self.higher_is_better(name) else -1
-
-        def worse(group: Group) -> bool:
-            found = group.over_seeds.get(name)
-            return found is not None and max(sign * found.low, sign * found.high) < 0
-
-        good = [group for group in self.groups if not worse(group) and group.values(name)]
-        return min(good or self.groups, key=lambda g: (g.cost("trainable") or math.inf, -sign * (g.mean(name) or 0.0)))
-
     def scores(self) -> list[str]:
         """The names of all scores, the monitored one first."""
         names = dict.fromkeys([self.monitor])
@@ -312,6 +318,21 @@ class Comparison:
             for run in group.runs:
                 names.update(dict.fromkeys(name for name in run.account["scores"] if "/" in name))
         return list(names)
+
+    def cheapest(self) -> Group | None:
+        """Of the baseline and the groups that are not shown to be worse, the one that trains the fewest parameters.
+
+        A group whose difference is not known, over texts and seeds, is none of them; None where that is every other.
+        """
+        name = self.decisive
+        sign = 1 if self.higher_is_better(name) else -1
+        known = [group for group in self.groups if name in group.over_seeds]
+        good = [g for g in known if max(sign * g.over_seeds[name].low, sign * g.over_seeds[name].high) >= 0]
+        if not known:
+            return None
+        return min(
+            [self.groups[0], *good], key=lambda g: (g.cost("trainable") or math.inf, -sign * (g.mean(name) or 0.0))
+        )
 
 
 def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison]:
@@ -374,24 +395,44 @@ def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str | 
     if wanted not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"no run is the baseline {wanted!r}; differences are to {groups[0].label}")
     for split in ("val", "test"):
-        _differ(groups, split)
+        _differ(groups, split, notes)
     return Comparison(task, str(kept[0].account["monitor"]), shared, groups, notes)
 
 
-def _differ(groups: list[Group], split: str) -> None:
-    """Hold every group's outcomes of a split against the first group's, where all are of the same rows."""
-    judged = [[run.judged[split] for run in group.runs if split in run.judged] for group in groups]
-    rows = {(one.digest, one.features.shape, one.names) for group in judged for one in group}
-    if len(rows) != 1 or any(len(found) != len(group.runs) for found, group in zip(judged, groups, strict=True)):
+def _differ(groups: list[Group], split: str, notes: list[str]) -> None:
+    """Hold every group's outcomes of a split against the first group's."""
+    first = [run.judged.get(split) for run in groups[0].runs]
+    if any(one is None for one in first):
         return
-    names, score = judged[0][0].names, judged[0][0].score
-    texts, seeds = resampled([[one.features for one in group] for group in judged], score)
-    scores = np.array([np.mean([score(one.features.sum(0)) for one in group], axis=0) for group in judged])
-    for g, group in enumerate(groups[1:], start=1):
-        for s, name in enumerate(names):
-            mean = scores[g, s] - scores[0, s]
-            group.over_texts[name] = interval(mean, texts[:, g, s] - texts[:, 0, s])
-            group.over_seeds[name] = interval(mean, seeds[:, g, s] - seeds[:, 0, s])
+    reference = first[0]
+    assert reference is not None
+    held = []
+    for group in groups:
+        found = [run.judged.get(split) for run in group.runs]
+        judged = [
+            one for one in found if one is not None and one.digest == reference.digest and one.names == reference.names
+        ]
+        if len(judged) == len(found):
+            held.append((group, judged))
+        else:
+            notes.append(
+                f"{group.label} has no differences in {split}: not all of its runs have the outcomes of those rows"
+            )
+    score = reference.score
+    texts = resampled([[one.features for one in judged] for _, judged in held], score)  # (R, G, S)
+    of_seeds = [np.array([score(one.features.sum(0)) for one in judged]) for _, judged in held]  # (n, S) each
+    means = np.array([scores.mean(0) for scores in of_seeds])
+    for g, (group, _) in enumerate(held[1:], start=1):
+        both = texts[:, g] - texts[:, 0]
+        if min(len(of_seeds[g]), len(of_seeds[0])) > 1:
+            both_seeds = (
+                both + seed_noise(of_seeds[g], len(both), seed=2 * g) - seed_noise(of_seeds[0], len(both), seed=1)
+            )
+        for s, name in enumerate(reference.names):
+            mean = means[g, s] - means[0, s]
+            group.over_texts[name] = interval(mean, both[:, s])
+            if min(len(of_seeds[g]), len(of_seeds[0])) > 1:
+                group.over_seeds[name] = interval(mean, both_seeds[:, s])
 
 
 def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:

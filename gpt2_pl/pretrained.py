@@ -46,13 +46,13 @@ def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What a folder that this library exported says of the model's past.
 
     Returns:
-        ``origin``, the digest of the base that training began from, and ``seconds`` and ``cpu_seconds`` that it took;
-        nothing for other folders.
+        ``origin``, the digest of the base that training began from; ``recipe``, the names of the configuration files
+        that it was trained with; and ``seconds`` and ``cpu_seconds`` that this took. Nothing for other folders.
     """
     try:
         said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[PROVENANCE]
         seconds = {key: float(said[key]) for key in ("seconds", "cpu_seconds")}
-        return {"origin": str(said["origin"]), **seconds}
+        return {"origin": str(said["origin"]), "recipe": str(said["recipe"]), **seconds}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -20,43 +20,11 @@ class Difference(NamedTuple):
     p: float
 
 
-def paired_bootstrap(
-    a: NDArray[Any], b: NDArray[Any], n_resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> Difference:
-    """The difference mean(b) - mean(a) over rows drawn again with replacement (Efron & Tibshirani 1993, chapter 13).
-
-    Rows are what is drawn: the interval says how sure the difference of these very models is over other texts, not how
-    it would vary over seeds.
-
-    Args:
-        a: (N,) outcomes of the rows, such as whether each was right, or the mean of that over seeds.
-        b: (N,) outcomes of the same rows.
-        n_resamples: how often the rows are drawn.
-        confidence: of the percentile interval.
-        seed: of the draws.
-
-    Returns:
-        The difference, the interval, and the two-sided p of no difference.
-
-    Raises:
-        ValueError: outcomes of different or no rows.
-    """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ValueError(
-            f"the outcomes are of {a.shape} and {b.shape} rows; they must be of the same rows, one or more"
-        )
-    # Rows with equal differences are interchangeable: how many of each are drawn is multinomial.
-    values, counts = np.unique(b - a, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=n_resamples)
-    means = draws @ values / len(a)
-    return interval(float((b - a).mean()), means, confidence)
-
-
 def resampled(
     groups: Sequence[Sequence[NDArray[Any]]], score: Score, n_resamples: int = 5_000, seed: int = 0
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scores of groups of models over rows drawn again with replacement, the same draws for all.
+) -> NDArray[Any]:
+    """Scores of groups of models over rows drawn again with replacement, the same draws for all: a paired bootstrap
+    (Efron & Tibshirani 1993, chapter 13).
 
     Args:
         groups: of every group one array (N, F) for each of its models: what every row adds to the sums that scores are
@@ -66,8 +34,7 @@ def resampled(
         seed: of the draws.
 
     Returns:
-        Each group's mean over its models (R, G, S); and the same where its models are drawn again too, as other seeds
-        would be.
+        Each group's mean over its models (R, G, S).
 
     Raises:
         ValueError: arrays of different or no rows.
@@ -88,14 +55,27 @@ def resampled(
         times = np.bincount(drawn.ravel(), minlength=n * N).reshape(n, N)  # how often each row was drawn
         scores.append(score((times @ features).reshape(n, len(models), -1)))
     of_models = np.concatenate(scores)  # (R, models, S)
-    texts, seeds = [], []
     ends = np.cumsum([len(group) for group in groups])
-    for group, end in zip(groups, ends, strict=True):
-        of_group = of_models[:, end - len(group) : end]
-        which = generator.integers(0, len(group), (n_resamples, len(group), 1))
-        texts.append(of_group.mean(1))
-        seeds.append(np.take_along_axis(of_group, which, 1).mean(1))
-    return np.stack(texts, 1), np.stack(seeds, 1)
+    return np.stack([of_models[:, end - len(group) : end].mean(1) for group, end in zip(groups, ends, strict=True)], 1)
+
+
+def seed_noise(scores: NDArray[Any], n_draws: int, seed: int = 0) -> NDArray[Any]:
+    """How far the mean of a few seeds may lie from that of all seeds: draws of Student's t for so few of them.
+
+    Added to the draws of a bootstrap over rows, of each of two groups with a generator of its own, it makes an interval
+    over texts and seeds (the Behrens-Fisher distribution where there is no noise of texts).
+
+    Args:
+        scores: (n, S) of n seeds, two or more.
+        n_draws: R.
+        seed: of the draws.
+
+    Returns:
+        (R, S).
+    """
+    n = len(scores)
+    deviation = scores.std(0, ddof=1) / np.sqrt(n)  # (S,)
+    return deviation * np.random.default_rng([seed, n]).standard_t(n - 1, (n_draws, 1))
 
 
 def interval(mean: float, draws: NDArray[Any], confidence: float = 0.95) -> Difference:

@@ -208,7 +208,7 @@ def test_runs_without_the_score_are_left_out(runs):
 def test_a_base_that_was_trained_first_is_the_same_base_and_costs_what_it_took(runs, tmp_path):
     folder = fake_run(tmp_path / "ulmfit", "ulmfit", 1, np.arange(400) % 3 > 0, base="adapted")
     account = json.loads((folder / "metrics.json").read_text())
-    account["base"] |= {"origin": "abc", "seconds": 30.0, "cpu_seconds": 45.0}
+    account["base"] |= {"origin": "abc", "recipe": "text+ulmfit_lm", "seconds": 30.0, "cpu_seconds": 45.0}
     (folder / "metrics.json").write_text(json.dumps({**account, "cpu_seconds": 100.0}))
     (comparison,) = compare([Run.read(folder) for folder in [*runs, folder]])
     assert not comparison.notes
@@ -299,3 +299,64 @@ def test_two_hundred_runs_in_seconds(tmp_path):
     (comparison,) = compare([Run.read(tmp_path / f"{i}") for i in range(200)])
     assert len(comparison.groups) == 50
     assert time.perf_counter() - since < 60.0  # under ten when nothing else runs
+
+
+def test_runs_that_were_stopped_and_others_that_differ_unseen(runs, tmp_path):
+    """A resumed run is one of its group; other rows to train on, limits of training or bases are other groups."""
+    right = np.arange(400) % 3 > 0
+
+    def variant(name, settings=None, account=None):
+        folder = fake_run(tmp_path / name, "full", 4, right)
+        content = yaml.safe_load((folder / "config.yaml").read_text())
+        for key, value in (settings or {}).items():
+            content[key] = {**content[key], **value}
+        (folder / "config.yaml").write_text(yaml.safe_dump(content))
+        stored = json.loads((folder / "metrics.json").read_text())
+        for key, value in (account or {}).items():
+            stored[key] = {**stored[key], **value}
+        (folder / "metrics.json").write_text(json.dumps(stored))
+        return Run.read(folder)
+
+    whole = [Run.read(folder) for folder in runs[3:]]
+    model = {"model": {"class_path": "T", "init_args": {"optimizer": {"init_args": {"lr": 1e-3}}, "surgery": []}}}
+    (comparison,) = compare([*whole, variant("resumed", model)])
+    assert [len(group.runs) for group in comparison.groups] == [4]
+    for other in (
+        variant("limited", {"trainer": {"limit_train_batches": 0.1}}),
+        variant("elsewhere", account={"data": {"files": {"train": ["other.csv"], "val": "dev.csv"}}}),
+        variant("based", account={"base": {"digest": "other", "origin": "abc", "recipe": "text+ulmfit_lm"}}),
+    ):
+        (comparison,) = compare([*whole, other])
+        assert sorted(len(group.runs) for group in comparison.groups) == [1, 3]
+
+
+def test_nothing_is_recommended_that_was_not_compared(runs, tmp_path):
+    probe = fake_run(tmp_path / "probe", "linear_probe", 1, np.zeros(400, bool))
+    (comparison,) = compare([Run.read(folder) for folder in [*runs[3:], probe]])
+    assert comparison.groups[1].over_seeds == {}  # one seed says nothing of others
+    assert comparison.cheapest() is None
+    assert comparison.groups[1].over_texts["val/accuracy"].p < 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("row,text,label,prediction,p(a)\n1,x,b,a,1\n", "is broken"), ("row,text,label,prediction,p(a)\n", "has no rows")],
+)
+def test_files_of_rows_that_are_broken(text, message, runs, capsys, tmp_path):
+    from cli import main
+
+    (runs[0] / "predictions_val.csv").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["compare", *map(str, runs), "--out", str(tmp_path / "report")])
+    error = capsys.readouterr().err
+    assert f"{runs[0]}/predictions_val.csv {message}" in error
+
+
+def test_a_group_without_outcomes_does_not_take_those_of_others(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    bare = fake_run(tmp_path / "bare", "dora", 1, right)
+    for folder in runs:
+        (folder / "predictions_test.csv").write_text((folder / "predictions_val.csv").read_text())
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, bare]])
+    assert "test/accuracy" in comparison.groups[2].over_texts
+    assert "dora has no differences in test: not all of its runs have the outcomes of those rows" in comparison.notes

@@ -216,8 +216,8 @@ _CAPTION = (
 )
 _DIFFERENCES = (
     "Differences to {baseline}, each with its 95 % interval and two-sided p: over texts, from a paired bootstrap, how "
-    "sure the difference of these very models is on other texts; over texts and seeds, where there are several, how "
-    "sure that of the strategies is, with Student's t for so few of them."
+    "sure the difference of these very models is on other texts; over texts and seeds, how sure that of the "
+    "strategies is, by Student's t with the spread over seeds pooled over strategies."
 )
 _IN_SHORT = (
     "Cheapest is the strategy that trains the fewest parameters of those that are not shown to be worse than the "

@@ -421,18 +421,15 @@ def _differ(groups: list[Group], split: str, notes: list[str]) -> None:
     score = reference.score
     texts = resampled([[one.features for one in judged] for _, judged in held], score)  # (R, G, S)
     of_seeds = [np.array([score(one.features.sum(0)) for one in judged]) for _, judged in held]  # (n, S) each
-    means = np.array([scores.mean(0) for scores in of_seeds])
+    noise = seed_noise(of_seeds, len(texts))
     for g, (group, _) in enumerate(held[1:], start=1):
-        both = texts[:, g] - texts[:, 0]
-        if min(len(of_seeds[g]), len(of_seeds[0])) > 1:
-            both_seeds = (
-                both + seed_noise(of_seeds[g], len(both), seed=2 * g) - seed_noise(of_seeds[0], len(both), seed=1)
-            )
+        means = of_seeds[g].mean(0) - of_seeds[0].mean(0)
+        draws = texts[:, g] - texts[:, 0]
+        of_mean = math.sqrt(1 / len(of_seeds[g]) + 1 / len(of_seeds[0]))
         for s, name in enumerate(reference.names):
-            mean = means[g, s] - means[0, s]
-            group.over_texts[name] = interval(mean, both[:, s])
-            if min(len(of_seeds[g]), len(of_seeds[0])) > 1:
-                group.over_seeds[name] = interval(mean, both_seeds[:, s])
+            group.over_texts[name] = interval(means[s], draws[:, s])
+            if noise is not None:
+                group.over_seeds[name] = interval(means[s], draws[:, s] + of_mean * noise[:, s])
 
 
 def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:

@@ -59,23 +59,26 @@ def resampled(
     return np.stack([of_models[:, end - len(group) : end].mean(1) for group, end in zip(groups, ends, strict=True)], 1)
 
 
-def seed_noise(scores: NDArray[Any], n_draws: int, seed: int = 0) -> NDArray[Any]:
-    """How far the mean of a few seeds may lie from that of all seeds: draws of Student's t for so few of them.
+def seed_noise(groups: Sequence[NDArray[Any]], n_draws: int, seed: int = 0) -> NDArray[Any] | None:
+    """How far the mean of a few seeds may lie from that of all seeds, by Student's t.
 
-    Added to the draws of a bootstrap over rows, of each of two groups with a generator of its own, it makes an interval
-    over texts and seeds (the Behrens-Fisher distribution where there is no noise of texts).
+    The spread over seeds is pooled over groups, as in an analysis of variance: three seeds alone hardly say how large
+    it is. Added to the draws of a bootstrap over rows it makes an interval over texts and seeds.
 
     Args:
-        scores: (n, S) of n seeds, two or more.
+        groups: the scores (n, S) of each group's n seeds.
         n_draws: R.
         seed: of the draws.
 
     Returns:
-        (R, S).
+        (R, S) for the mean of one seed: divide by the root of how many there are; of a difference of two groups'
+        means, multiply by the root of 1/n + 1/m. None where no group has two seeds.
     """
-    n = len(scores)
-    deviation = scores.std(0, ddof=1) / np.sqrt(n)  # (S,)
-    return deviation * np.random.default_rng([seed, n]).standard_t(n - 1, (n_draws, 1))
+    freedom = sum(len(scores) - 1 for scores in groups)
+    if freedom == 0:
+        return None
+    squares = sum(((scores - scores.mean(0)) ** 2).sum(0) for scores in groups)
+    return np.sqrt(squares / freedom) * np.random.default_rng(seed).standard_t(freedom, (n_draws, 1))
 
 
 def interval(mean: float, draws: NDArray[Any], confidence: float = 0.95) -> Difference:

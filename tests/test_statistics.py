@@ -57,10 +57,18 @@ def test_intervals_over_texts_and_seeds_cover_too(deviation):
         rows = [[np.stack([model, np.ones(300)], 1) for model in group] for group in groups]
         of_texts = resampled(rows, accuracy, 300, seed=i)[..., 0]
         scores = [np.array([[model.mean()] for model in group]) for group in groups]
-        noise = seed_noise(scores[1], 300, seed=2 * i) - seed_noise(scores[0], 300, seed=2 * i + 1)
+        noise = np.sqrt(2 / 3) * seed_noise(scores, 300, seed=i)
         found = interval(0.0, of_texts[:, 1] - of_texts[:, 0] + noise[:, 0])
         covered += found.low <= 0.0 <= found.high
     assert covered / draws >= 0.93
+
+
+def test_the_spread_over_seeds_is_pooled():
+    groups = [np.array([[1.0], [3.0]]), np.array([[5.0], [6.0], [10.0]]), np.array([[7.0]])]
+    draws = seed_noise(groups, 200_000)[:, 0]
+    deviation = np.sqrt((2.0 + 14.0) / 3)
+    assert np.quantile(draws, 0.975) == pytest.approx(3.182 * deviation, rel=0.02)  # of Student's t, 3 degrees
+    assert seed_noise(groups[2:], 10) is None
 
 
 def test_equal_outcomes_do_not_differ():

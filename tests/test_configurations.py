@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from commands.train import GPT2CLI
 
 CONFIGS = ROOT / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")
 BENEATH = {  # what a strategy's file lies over
     **dict.fromkeys(("prompt_words", "verbaliser"), "quora"),
     **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "ulmfit_lm"), "text"),

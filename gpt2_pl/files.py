@@ -65,8 +65,9 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
     try:
         with part.open(mode, **text) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if not file.closed:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:
         # torch's writer replaces the error of a full disk by one of its own

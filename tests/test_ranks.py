@@ -32,7 +32,6 @@ CASES = [
     for task in TASKS
     if all(task in OF.get(part, TASKS) for part in name.split("+"))
 ]
-ONE_EACH = list({case.partition("/")[2]: case for case in CASES[::-1]}.values())  # every strategy on one task
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +79,14 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
     return differences
 
 
-def test_every_strategy_in_two_processes_equals_one(differences):
-    assert differences(ONE_EACH, 2) == {}
-
-
-def test_four_processes_equal_one(differences):
-    assert differences(["quora/lora_ffn", "sonnets/unlikelihood"], 4) == {}
+def test_two_processes_equal_one(differences):
+    cases = ["imdb/full", "imdb/ulmfit", "sonnets/full", "text/ulmfit_lm", "quora/prompt_words", "quora/linear_probe"]
+    assert differences(cases, 2) == {}
 
 
 @pytest.mark.slow
 def test_every_strategy_on_every_task_in_two_processes_equals_one(differences):
-    assert differences([case for case in CASES if case not in ONE_EACH], 2) == {}
+    assert differences(CASES, 2) == {}
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):

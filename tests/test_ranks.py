@@ -80,8 +80,13 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 
 
 def test_two_processes_equal_one(differences):
-    cases = ["imdb/full", "imdb/ulmfit", "sonnets/full", "text/ulmfit_lm", "quora/prompt_words", "quora/linear_probe"]
+    cases = ["imdb/full", "imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix", "sonnets/unlikelihood", "text/ulmfit_lm",
+             "quora/prompt_words", "quora/linear_probe"]  # fmt: skip
     assert differences(cases, 2) == {}
+
+
+def test_four_processes_equal_one(differences):
+    assert differences(["quora/lora_ffn", "imdb/full"], 4) == {}
 
 
 @pytest.mark.slow

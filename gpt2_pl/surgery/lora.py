@@ -139,7 +139,7 @@ class LoRAEmbedding(nn.Embedding):
     def __init__(self, embedding: nn.Embedding, rank: int, scaling: float, b_lr_ratio: float = 1.0) -> None:
         nn.Module.__init__(self)  # not Embedding's: the weight is there already
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx = None
+        self.padding_idx, self.sparse = None, False  # which DistributedDataParallel asks of an embedding
         self.weight = embedding.weight
         self.rank, self.scaling, self.b_lr_ratio = rank, scaling, b_lr_ratio
         self.lora_A = nn.Parameter(self.weight.new_zeros(rank, self.num_embeddings))

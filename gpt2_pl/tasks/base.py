@@ -107,8 +107,9 @@ class Task(LightningModule):
                 "model.config starts at random, and with surgery or train_base: false it would stay so; "
                 "give model.base, or train_base: true"
             )
-        for surgery in self.surgery:
-            surgery.apply(skeleton)
+        with torch.random.fork_rng(devices=[]):  # what it draws here would shift all that is drawn later
+            for surgery in self.surgery:
+                surgery.apply(skeleton)
         adapted = [name for name, module in skeleton.named_modules() if isinstance(module, Adapter)]
         if self.train_base and adapted:
             raise InputError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2_pl.errors import InputError
+
+RUNS = Path("lightning_logs")  # the folder of runs, below the working directory
 
 
 class Arguments(argparse.ArgumentParser):

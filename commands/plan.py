@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from commands import RUNS
 from gpt2_pl.errors import InputError
 
-RUNS = Path("lightning_logs")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]*")
 
 

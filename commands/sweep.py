@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import json
-import math
-import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands.plan import RUNS, Arm, Plan, PlannedRun, as_flags
+from commands import RUNS, Arguments
+from commands.jobs import Launcher, locked, make_launcher
+from commands.plan import Plan, PlannedRun
+from commands.search import Study, journal
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_FOREVER = 60 * 24 * 365  # minutes: a run on this machine may take as long as it does
 _POLL = 1.0  # seconds
 
 
 def main(args: list[str]) -> None:
     """Run what a sweep's file asks for and is not finished."""
-    parser = argparse.ArgumentParser(prog="gpt2-pl sweep", description=__doc__)
+    parser = Arguments(prog="gpt2-pl sweep", description=__doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="the sweep's file; configs/sweep has examples")
     parser.add_argument("--at_once", type=int, help="runs at the same time; by default the file's, or one a GPU")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and run nothing")
@@ -47,11 +40,11 @@ def main(args: list[str]) -> None:
     if given.dry_run:
         _tell(plan)
         return
-    with _locked(RUNS / f"{plan.name}.sweep" / "lock") as alone:
+    with locked(RUNS / f"{plan.name}.sweep" / "lock") as alone:
         if not alone:
             raise InputError(f"{given.file}: this sweep is being run by another process")
-        launcher = _launcher(plan, given.at_once)
-        sweep = _Sweep(plan, {id(arm): _Search(arm) for arm in plan.arms if arm.search is not None}, launcher)
+        launcher = make_launcher(plan, given.at_once)
+        sweep = _Sweep(plan, {id(arm): Study(arm) for arm in plan.arms if arm.search is not None}, launcher)
         with _stopping():
             try:
                 sweep.run()
@@ -73,7 +66,7 @@ def _tell(plan: Plan) -> None:
     told = set()
     for arm in plan.arms:
         if arm.search is not None:
-            done = len(list(_journal(arm).with_suffix("").glob("trial_*/metrics.json")))
+            done = len(list(journal(arm).with_suffix("").glob("trial_*/metrics.json")))
             print(f"search   {arm.task} {arm.strategy}: {done} of {arm.search.trials} trials begun; then {arm.seeds}")
             continue
         for run in arm.runs():
@@ -82,146 +75,6 @@ def _tell(plan: Plan) -> None:
                     state = "finished" if one.finished else "goes on" if one.last.is_file() else "to do"
                     print(f"{state:8} gpt2-pl {shlex.join(one.command())}")
                     told.add(one)
-
-
-# A run, in the process that makes it
-
-
-class RunJob:
-    """Makes a run: begins it, goes on with it where it was stopped, or does nothing where it is finished.
-
-    Whoever asks for the same run at the same time waits until the first has made it, so that nothing is run twice.
-    """
-
-    def __init__(self, gpu: str | None = None) -> None:
-        self.gpu = gpu  # the one that is the run's own
-
-    def __call__(self, run: PlannedRun) -> None:
-        """Make a run, the one that it starts from first."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore what Lightning saves a run at
-        if self.gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
-        if run.base is not None:
-            with _locked(_lock(run.base), wait=True):
-                if not run.base.finished:
-                    _make(run.base, _apart)  # so that its memory is not counted as the run's
-        with _locked(_lock(run), wait=True):
-            if not run.finished:
-                _make(run, _here)
-
-    def checkpoint(self, run: PlannedRun) -> Any:
-        """What submitit asks for when a job's time is up: the same again."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self, run)
-
-
-def _lock(run: PlannedRun) -> Path:
-    return RUNS / f"{run.sweep}.sweep" / run.task / f"{run.strategy}_{run.version}.lock"
-
-
-def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
-    """Begin or go on with a run whose lock is held, and export its model where others start from it."""
-    if run.account().get("status") != "finished":
-        run.check()
-        record = run.folder / "sweep.json"
-        if run.last.is_file():
-            threads = json.loads(record.read_text(encoding="utf-8"))["threads"]
-        else:
-            threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-            shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
-            with whole_file(record) as file:
-                json.dump({**run.record(), "threads": threads}, file, indent=2)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # the same when it goes on: sums depend on it in their last digits
-        command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
-    if run.exported and not (run.folder / "exported").is_dir():
-        command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}"])
-
-
-def _here(args: list[str]) -> None:
-    """Run a command of ours in this process."""
-    from cli import main
-
-    print("gpt2-pl", shlex.join(args), flush=True)
-    try:
-        main(args)
-    except SystemExit as stop:
-        if stop.code in (1, 2):  # our own; others are submitit's, of jobs whose time is up
-            raise RuntimeError(f"gpt2-pl {args[0]} ended with status {stop.code}") from None
-        if stop.code:
-            raise
-
-
-def _apart(args: list[str]) -> None:
-    """Run a command of ours in a process of its own."""
-    print("gpt2-pl", shlex.join(args), flush=True)
-    subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "cli.py"), *args], check=True)
-
-
-@contextmanager
-def _locked(file: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock that ends with the process, however it ends; False where another holds it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-# Where jobs go
-
-
-@dataclass
-class _Launcher:
-    """Starts jobs through submitit.
-
-    Args:
-        submit: starts a run on a place; gives submitit's job.
-        places: how many there are.
-    """
-
-    submit: Callable[[PlannedRun, int], Any]
-    places: int
-
-
-def _launcher(plan: Plan, at_once: int | None) -> _Launcher:
-    try:
-        import submitit
-    except ImportError:
-        raise InputError("sweep needs submitit: pip install 'gpt2_pl[sweep]'") from None
-    root = str(Path(__file__).resolve().parents[1])  # the job imports us, from wherever we were started
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    folder = RUNS / f"{plan.name}.sweep" / "jobs"
-    wanted = at_once or plan.at_once
-    executor: Any
-    if plan.slurm is not None:
-        try:
-            executor = submitit.AutoExecutor(folder, cluster="slurm")
-            executor.update_parameters(name=plan.name, **plan.slurm)
-        except (ValueError, TypeError, NameError, RuntimeError) as error:
-            raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
-        return _Launcher(lambda run, place: executor.submit(RunJob(), run), wanted or 64)
-    executor = submitit.LocalExecutor(folder)
-    executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
-    gpus = _gpus()
-    places = wanted or max(1, len(gpus))
-    if not gpus:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // places)))
-    return _Launcher(lambda run, place: executor.submit(RunJob(gpus[place % len(gpus)] if gpus else None), run), places)
-
-
-def _gpus() -> list[str]:
-    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
-    import torch
-
-    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 @contextmanager
@@ -238,133 +91,10 @@ def _stopping() -> Iterator[None]:
 # The search
 
 
-def _journal(arm: Arm) -> Path:
-    """The file that keeps the trials of an arm's search."""
-    return RUNS / f"{arm.sweep}.search" / arm.task / f"{arm.strategy}.journal"
-
-
-class _Search:
-    """An arm's search with Optuna, which keeps its trials in a file: it goes on where it was stopped."""
-
-    def __init__(self, arm: Arm) -> None:
-        try:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            raise InputError("search needs Optuna: pip install 'gpt2_pl[sweep]'") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        assert arm.search is not None
-        self.arm, self.trials, seed = arm, arm.search.trials, arm.search.seed
-        file = _journal(arm)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._check(file.with_suffix(".json"))
-        if file.is_file() and not (written := file.read_bytes()).endswith(b"\n"):  # a disk was full, or power went off
-            with whole_file(file, "wb") as whole:
-                whole.write(written[: written.rfind(b"\n") + 1])
-        self._states = optuna.trial.TrialState
-        self._sampler = lambda n: optuna.samplers.TPESampler(
-            seed=seed + n, n_startup_trials=max(2, self.trials // 2), constant_liar=True
-        )
-        self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(file))),
-            study_name=arm.strategy,
-            direction="maximize",
-            load_if_exists=True,
-        )
-        self._waiting = []
-        for trial in self.study.get_trials(states=(self._states.RUNNING,)):
-            if trial.params.keys() == arm.search.space.keys():
-                self._waiting.append(trial.number)
-            else:  # the sweep was killed before it had all of its settings
-                self.study.tell(trial.number, state=self._states.FAIL)
-        self._n_failed = 0  # which a sweep begun anew tries again
-        self.settled = False
-        self.settle()
-
-    def _check(self, file: Path) -> None:
-        """Refuse to go on with a search of something else; more trials are welcome.
-
-        Raises:
-            InputError: naming the folder.
-        """
-        assert self.arm.search is not None
-        search, run = self.arm.search, self.arm.trial(0, {})
-        record = {"space": search.space, "seed": search.seed, **run.record()}
-        if not file.is_file():
-            with whole_file(file) as out:
-                json.dump(record, out, indent=2)
-        elif json.loads(file.read_text(encoding="utf-8")) != record:
-            raise InputError(
-                f"{file.with_suffix('')} was searched with another space or other settings; delete it and "
-                f"{file.with_suffix('.journal')} and {file.name}, or give the strategy or the sweep another name"
-            )
-
-    @property
-    def n_done(self) -> int:
-        """How many trials have a score."""
-        return len(self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE,)))
-
-    def next(self) -> PlannedRun | None:
-        """The run of the next trial, of one that was stopped first; None where as many as are wanted are under way."""
-        while True:
-            if not self._waiting:
-                under_way = self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE, self._states.RUNNING))
-                if len(under_way) + self._n_failed >= self.trials:
-                    return None
-                self._waiting.append(self._ask())
-            number = self._waiting.pop(0)
-            run = self.arm.trial(number, self.study.trials[number].params)
-            if not run.finished:
-                return run
-            self.ended(run)  # it was, when the sweep was killed
-
-    def _ask(self) -> int:
-        assert self.arm.search is not None
-        self.study.sampler = self._sampler(len(self.study.trials))
-        trial = self.study.ask()
-        for key, values in self.arm.search.space.items():
-            if isinstance(values, list):
-                trial.suggest_categorical(key, values)
-                continue
-            low, high, log = values["low"], values["high"], bool(values.get("log"))
-            if isinstance(low, int) and isinstance(high, int):
-                trial.suggest_int(key, low, high, step=values.get("step", 1), log=log)
-            else:
-                trial.suggest_float(key, low, high, step=values.get("step"), log=log)
-        return trial.number
-
-    def ended(self, run: PlannedRun) -> None:
-        """Enter a trial's score."""
-        number, account = int(run.version.rpartition("_")[2]), run.account()
-        score = account["scores"][account["monitor"]] if run.finished else math.nan
-        if math.isfinite(score):
-            self.study.tell(number, score if account.get("mode") != "min" else -score)
-        else:
-            self._n_failed += 1
-            self.study.tell(number, state=self._states.FAIL)
-        self.settle()
-
-    def settle(self) -> bool:
-        """Give the arm the best settings, once all trials have ended and one of them has a score.
-
-        Raises:
-            InputError: a run of the arm was made with other settings, when fewer trials had found others.
-        """
-        if not self.settled and self.n_done and self.n_done + self._n_failed >= self.trials:
-            self.arm.found, self.settled = as_flags(self.study.best_params, "search"), True
-            for run in self.arm.runs():
-                run.check()
-        return self.settled
-
-
-# The sweep
-
-
 class _Sweep:
     """Keeps the launcher's places busy, and says how far everything is."""
 
-    def __init__(self, plan: Plan, searches: dict[int, _Search], launcher: _Launcher) -> None:
+    def __init__(self, plan: Plan, searches: dict[int, Study], launcher: Launcher) -> None:
         self.plan, self.searches, self.launcher = plan, searches, launcher
         self.failures: dict[PlannedRun, str] = {}
         self.running: dict[int, tuple[PlannedRun, Any]] = {}  # place -> run and job

@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT
 from conftest import process as start
 
-from gpt2_pl.comparison import Run, compare
+from gpt2_pl.comparison import compare
 from gpt2_pl.errors import InputError
+from gpt2_pl.runs import Run
 
 CONFIG = ROOT / "configs"
 

@@ -218,7 +218,7 @@ def metrics_of(folder):
 def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
     file(FILE.replace("[1, 2]", "[1]"))
     code = (
-        "from pathlib import Path; from commands.plan import Plan; from commands.sweep import RunJob\n"
+        "from pathlib import Path; from commands.plan import Plan; from commands.jobs import RunJob\n"
         "RunJob()(Plan.read(Path('s.yaml')).arms[0].runs()[0])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -327,17 +327,17 @@ def test_ctrl_c_stops_the_runs_too(file, tmp_path):
 def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
     """A trial without all of its settings, a torn last line, losses that are no numbers, a best that changes."""
     pytest.importorskip("optuna")
-    from commands.sweep import _Search
+    from commands.search import Study
 
     search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: {low: 0.001, high: 0.01}}}, "
     path = file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
-    begun = _Search(Plan.read(path).arms[0])
+    begun = Study(Plan.read(path).arms[0])
     begun.study.ask()
     journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole[: len(whole) // 3].rpartition(b"\n")[0] + b'\n{"op')
     journal.write_bytes(whole + b'{"op')
-    search = _Search(Plan.read(path).arms[0])
+    search = Study(Plan.read(path).arms[0])
     first, second = search.next(), search.next()
     assert [run.version for run in (first, second)] == ["trial_1", "trial_2"]
     assert all(any("lr=" in flag for flag in run.flags) for run in (first, second))
@@ -359,7 +359,7 @@ def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
     (run,) = search.arm.runs()
     score(run, 0.5)
     (run.folder / "sweep.json").write_text(json.dumps(run.record()))
-    more = _Search(Plan.read(file(path.read_text().replace("trials: 2", "trials: 3"))).arms[0])
+    more = Study(Plan.read(file(path.read_text().replace("trials: 2", "trials: 3"))).arms[0])
     third, fourth = more.next(), more.next()  # of the trials that failed, one is made again
     assert {third.version, fourth.version} == {"trial_3", "trial_4"}
     score(third, 0.4)
@@ -388,7 +388,7 @@ def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_pat
 
 def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
     """The script that submitit writes for sbatch; the cluster is a program that only notes it."""
-    from commands.sweep import _launcher
+    from commands.jobs import make_launcher
 
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -401,11 +401,11 @@ def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     plan = Plan.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
-    launcher = _launcher(plan, None)
+    launcher = make_launcher(plan, None)
     job = launcher.submit(plan.arms[0].runs()[0], 0)
     assert job.job_id == "7"
     script = (tmp_path / "script").read_text()
     for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=s"):
         assert f"#SBATCH {line}" in script
     with pytest.raises(InputError, match=r"slurm: .*nonsense"):
-        _launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None)
+        make_launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None)

@@ -1,0 +1,160 @@
+"""What the command line says, before it is parsed: files and flags in order, and what a checkpoint adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from commands import RUNS
+from gpt2_pl.checkpoint import read
+from gpt2_pl.errors import InputError
+from gpt2_pl.files import existing_file
+from gpt2_pl.surgery import build
+
+
+def refuse_contradictions(files: list[Any]) -> None:
+    """Refuse two files of which one trains the base, or operates on it, and the other leaves it as it is."""
+    trains: dict[bool, str] = {}
+    surgery = None
+    for file in filter(None, files):
+        model = (yaml.safe_load(file.get_content()) or {}).get("model") or {}
+        stated = (model.get("init_args") if isinstance(model, dict) else None) or {}
+        if (value := stated.get("train_base")) is not None:
+            trains[bool(value)] = str(file)
+        if stated.get("surgery") or stated.get("surgery+"):
+            surgery = str(file)
+    if len(trains) == 2:
+        raise InputError(
+            f"{trains[True]} trains the base and {trains[False]} does not (train_base); leave one of them out"
+        )
+    if surgery is not None and trains.get(False, surgery) != surgery:
+        raise InputError(
+            f"{surgery} operates on the base and {trains[False]} leaves it as it is (a linear probe); leave one out"
+        )
+
+
+def check_name(name: str, key: str = "name") -> None:
+    """Refuse a run's name or version that would lead out of the folder of runs, or is none."""
+    parts = PurePath(name).parts
+    if not parts or {"/", "\\", "..", "~"} & {*parts, parts[0][:1]} or not name.isprintable() or "\\" in name:
+        raise InputError(f"{key} is {name!r}; it must be a folder's name, such as my_run, below {RUNS}")
+    if any(len(part.encode()) > 200 for part in parts):
+        raise InputError(f"{key} is {name[:50]!r} and longer; a folder's name has at most 200 bytes")
+
+
+def ordered(args: list[str]) -> list[str]:
+    """The command, its configuration files, then its flags: these lie over files wherever they stand."""
+    files: list[str] = []
+    flags: list[str] = []
+    for before, arg in pairwise(args):
+        is_file = before in ("-c", "--config") or arg in ("-c", "--config") or arg.startswith("--config=")
+        (files if is_file else flags).append(arg)
+    return [*args[:1], *files, *flags]
+
+
+def settings_of(args: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configuration files on the command line, in order, by name; one that is no YAML is refused by the parser."""
+    values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    for value in values:
+        file = existing_file(value, "config")
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"config: {file} is not UTF-8 text: {error}") from None
+        except (ValueError, RecursionError, yaml.YAMLError):
+            continue
+        if isinstance(settings, dict):
+            yield value, settings
+
+
+def check_shape(file: str, settings: Any, key: str = "") -> None:
+    """Refuse what the parser passes over, or names only by what is around it.
+
+    Raises:
+        InputError: a group of keys that is none, or a class with other keys than class_path and init_args.
+    """
+    if not key:
+        for group in ("model", "data", "trainer"):
+            if group in settings and not isinstance(settings[group], dict | str | None):
+                raise InputError(f"{file}: {group} is {settings[group]!r}; it must hold keys")
+        if isinstance(settings.get("trainer", {}), str | None):
+            raise InputError(f"{file}: trainer is {settings['trainer']!r}; it must hold keys")
+    if isinstance(settings, list):
+        for i, value in enumerate(settings):
+            check_shape(file, value, f"{key}[{i}]")
+    if not isinstance(settings, dict):
+        return
+    if {"class_path", "init_args"} & settings.keys():
+        for name, kind in (("class_path", str), ("init_args", dict)):
+            if not isinstance(settings.get(name), kind | None):
+                what = "a class's name" if kind is str else "keys"
+                raise InputError(f"{file}: {key}.{name} is {settings[name]!r}; it must be {what}")
+        if wrong := [name for name in settings if name not in ("class_path", "init_args", "dict_kwargs")]:
+            raise InputError(f"{file}: {key}.{wrong[0]} is no key; a class has class_path and init_args")
+    for name, value in settings.items():
+        check_shape(file, value, f"{key}.{name}".removeprefix("."))
+
+
+def checkpoint_path(args: list[str]) -> str | None:
+    """The checkpoint that flags, or else files, name: a file here."""
+    path = None
+    for _, settings in settings_of(args):
+        path = settings.get("ckpt_path", path)
+    for i, arg in enumerate(args):
+        if arg == "--ckpt_path" and i + 1 < len(args):
+            path = args[i + 1]
+        elif arg.startswith("--ckpt_path="):
+            path = arg.partition("=")[2]
+    if path in (None, "null"):
+        return None
+    existing_file(path, "ckpt_path")
+    return path
+
+
+def states(args: list[str], *keys: str) -> bool:
+    """Whether flags say what any of these keys is."""
+    return any(arg.partition("=")[0] in {f"--{key}" for key in keys} for arg in args)
+
+
+def run_of(checkpoint: Path, root: Path) -> Path | None:
+    """The folder, below ``root``, of the run that a last checkpoint is to go on; None of any other checkpoint."""
+    run = checkpoint.resolve().parents[1]
+    if checkpoint.name != "last.ckpt" or not (run / "config.yaml").is_file() or not run.is_relative_to(root.resolve()):
+        return None
+    return run.relative_to(root.resolve())
+
+
+def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
+    """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
+    content = read(checkpoint)
+    stored, task = dict(content["hyper_parameters"]), content["task"]
+    stored.pop("num_classes", None)  # the data's to say
+    stored.pop("word_ids", None)
+    if any(
+        arg in ("-c", "--config") or arg.startswith(("--config=", "--model.base", "--model.init_args.base"))
+        for arg in args
+    ):
+        stored.pop("base", None), stored.pop("config", None)  # which of the two it is, the files say
+    if states_surgery(args):
+        stored.pop("surgery", None)  # theirs would be added to it
+    else:
+        stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
+    layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
+    return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
+
+
+def states_surgery(args: list[str]) -> bool:
+    """Whether flags or configuration files say what surgery there is."""
+    if any(arg.startswith(("--model.surgery", "--model.init_args.surgery")) for arg in args):
+        return True
+    for _, settings in settings_of(args):
+        model = settings.get("model")
+        stated = model.get("init_args") if isinstance(model, dict) else None
+        if isinstance(stated, dict) and {"surgery", "surgery+"} & stated.keys():
+            return True
+    return False

@@ -1,0 +1,170 @@
+"""The jobs of a sweep: a run in a process of its own, and the launcher that starts them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commands import RUNS
+from commands.plan import Plan, PlannedRun
+from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
+
+_FOREVER = 60 * 24 * 365  # minutes: a run on this machine may take as long as it does
+
+
+class RunJob:
+    """Makes a run: begins it, goes on with it where it was stopped, or does nothing where it is finished.
+
+    Whoever asks for the same run at the same time waits until the first has made it, so that nothing is run twice.
+    """
+
+    def __init__(self, gpu: str | None = None) -> None:
+        self.gpu = gpu  # the one that is the run's own
+
+    def __call__(self, run: PlannedRun) -> None:
+        """Make a run, the one that it starts from first."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore what Lightning saves a run at
+        if self.gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
+        if run.base is not None:
+            with locked(_lock(run.base), wait=True):
+                if not run.base.finished:
+                    _make(run.base, _apart)  # so that its memory is not counted as the run's
+        with locked(_lock(run), wait=True):
+            if not run.finished:
+                _make(run, _here)
+
+    def checkpoint(self, run: PlannedRun) -> Any:
+        """What submitit asks for when a job's time is up: the same again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, run)
+
+
+def _lock(run: PlannedRun) -> Path:
+    return RUNS / f"{run.sweep}.sweep" / run.task / f"{run.strategy}_{run.version}.lock"
+
+
+def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
+    """Begin or go on with a run whose lock is held, and export its model where others start from it."""
+    if run.account().get("status") != "finished":
+        run.check()
+        record = run.folder / "sweep.json"
+        if run.last.is_file():
+            threads = json.loads(record.read_text(encoding="utf-8"))["threads"]
+        else:
+            threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
+            with whole_file(record) as file:
+                json.dump({**run.record(), "threads": threads}, file, indent=2)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # the same when it goes on: sums depend on it in their last digits
+        command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
+    if run.exported and not (run.folder / "exported").is_dir():
+        command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}"])
+
+
+def _here(args: list[str]) -> None:
+    """Run a command of ours in this process."""
+    from cli import main
+
+    print("gpt2-pl", shlex.join(args), flush=True)
+    try:
+        main(args)
+    except SystemExit as stop:
+        if stop.code in (1, 2):  # our own; others are submitit's, of jobs whose time is up
+            raise RuntimeError(f"gpt2-pl {args[0]} ended with status {stop.code}") from None
+        if stop.code:
+            raise
+
+
+def _apart(args: list[str]) -> None:
+    """Run a command of ours in a process of its own."""
+    print("gpt2-pl", shlex.join(args), flush=True)
+    subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "cli.py"), *args], check=True)
+
+
+@contextmanager
+def locked(file: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock that ends with the process, however it ends; False where another holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+# Where jobs go
+
+
+@dataclass
+class Launcher:
+    """Starts jobs through submitit.
+
+    Args:
+        submit: starts a run on a place; gives submitit's job.
+        places: how many there are.
+    """
+
+    submit: Callable[[PlannedRun, int], Any]
+    places: int
+
+
+def make_launcher(plan: Plan, at_once: int | None) -> Launcher:
+    """The launcher that a plan asks for.
+
+    Args:
+        plan: of the sweep.
+        at_once: how many runs at the same time; None for what the plan says, or one a GPU.
+
+    Raises:
+        InputError: submitit is not installed, or SLURM is not there or knows a parameter not.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("sweep needs submitit: pip install 'gpt2_pl[sweep]'") from None
+    root = str(Path(__file__).resolve().parents[1])  # the job imports us, from wherever we were started
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    folder = RUNS / f"{plan.name}.sweep" / "jobs"
+    wanted = at_once or plan.at_once
+    executor: Any
+    if plan.slurm is not None:
+        try:
+            executor = submitit.AutoExecutor(folder, cluster="slurm")
+            executor.update_parameters(name=plan.name, **plan.slurm)
+        except (ValueError, TypeError, NameError, RuntimeError) as error:
+            raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
+        return Launcher(lambda run, place: executor.submit(RunJob(), run), wanted or 64)
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
+    gpus = _gpus()
+    places = wanted or max(1, len(gpus))
+    if not gpus:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // places)))
+    return Launcher(lambda run, place: executor.submit(RunJob(gpus[place % len(gpus)] if gpus else None), run), places)
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,225 @@
+"""A run's folder: what was set, what it scored, and the outcome of every row."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.statistics import Score, confusion_scores, loss_scores
+
+_APART = re.compile(
+    r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
+    r"enable_progress_bar|enable_model_summary|enable_checkpointing|enable_autolog_hparams|log_every_n_steps|barebones)$"
+)
+
+
+@dataclass(eq=False)
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: it.
+        account: its ``metrics.json``.
+        settings: its ``config.yaml``.
+    """
+
+    folder: Path
+    account: dict[str, Any]
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run's account and settings.
+
+        Raises:
+            InputError: the folder has none, or they are broken.
+        """
+        for name in ("metrics.json", "config.yaml"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} has no {name}; a run's folder is lightning_logs/NAME/version_N")
+        try:
+            account = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            settings = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
+            run = cls(folder, dict(account), dict(settings))
+        except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder}: metrics.json or config.yaml is broken: {reason}") from None
+        _check(run)
+        return run
+
+    @property
+    def strategy(self) -> str:
+        """The strategy files that it was laid together from, or its name without a seed's number."""
+        files = [Path(file) for file in self.account.get("configs") or []]
+        stems = [file.stem for file in files if file.parent.name == "strategy"]
+        return "+".join(stems) or re.sub(r"[-_](seed)?[0-9]+$", "", str(self.settings.get("name"))) or "run"
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """What was set, by dotted name, but where things lie, names and seeds."""
+        found: dict[str, Any] = {}
+
+        def walk(name: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{name}.{key}".replace(".init_args", "").replace(".class_path", ""), inner)
+            elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+                for i, inner in enumerate(value):
+                    walk(f"{name}.{i}", inner)
+            elif value is not None and value != [] and not _APART.search(name):
+                found[name] = value
+
+        for key in ("model", "data", "trainer"):
+            walk(key, self.settings.get(key) or {})
+        data = self.account.get("data") or {}
+        walk("data.training_rows", (data.get("rows") or {}).get("train"))
+        walk("data.training_files", _name((data.get("files") or {}).get("train") or []))
+        walk("base.trained_with", (self.account.get("base") or {}).get("recipe"))
+        for key in ("device", "processes"):
+            walk(key, self.account.get(key))
+        for key in ("early_stopping_patience", "bad_batches"):
+            walk(key, self.settings.get(key))
+        return found
+
+    @property
+    def measure(self) -> dict[str, Any]:
+        """What it must share with others to be compared with them."""
+        data = self.account.get("data") or {}
+        files = data.get("files") or {}
+        base = self.account.get("base") or {}
+        return {
+            "task": self.account.get("task"),
+            "data": _name(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
+            "rows": (data.get("rows") or {}).get(self.split),
+            "texts": self.judged[self.split].digest if self.split in self.judged else None,
+            "labels": data.get("labels"),
+            "base": base.get("origin", base.get("digest")),
+        }
+
+    @property
+    def split(self) -> str:
+        """The split whose score chose the best epoch."""
+        return str(self.account.get("monitor")).partition("/")[0]
+
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """What is known of the rows of each split, ``val`` and ``test``, that was evaluated row by row."""
+        found = {split: _judged(self.folder, split) for split in ("val", "test")}
+        return {split: judged for split, judged in found.items() if judged is not None}
+
+
+class Judged(NamedTuple):
+    """The outcome of every row of a split.
+
+    Args:
+        digest: of the rows' texts and labels.
+        features: (N, F) what each row adds to the sums that the scores are made of.
+        names: of the scores, S.
+        score: from sums over rows (..., F) to scores (..., S).
+    """
+
+    digest: str
+    features: NDArray[Any]
+    names: tuple[str, ...]
+    score: Score
+
+
+def _judged(folder: Path, split: str) -> Judged | None:
+    """What a run's file of rows says; None where there is none, or one without labels."""
+    csv.field_size_limit(sys.maxsize)
+    for file, read in ((folder / f"losses_{split}.csv", _losses), (folder / f"predictions_{split}.csv", _predictions)):
+        if file.is_file():
+            try:
+                found = read(file, split)
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
+            if found is not None and not len(found.features):
+                raise InputError(f"{file} has no rows")
+            return found
+    return None
+
+
+def _losses(file: Path, split: str) -> Judged:
+    digest = hashlib.sha256()
+    with file.open(encoding="utf-8", newline="") as lines:
+        poems = list(csv.DictReader(lines))
+    digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
+    losses = np.array([(float(poem["loss"]), int(poem["n_tokens"])) for poem in poems])
+    return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
+
+
+def _predictions(file: Path, split: str) -> Judged | None:
+    digest, cells = hashlib.sha256(), []
+    with file.open(encoding="utf-8", newline="") as lines:
+        table = csv.DictReader(lines)
+        if not {"text", "label", "prediction"} <= set(table.fieldnames or ()):
+            return None
+        classes = [name[2:-1] for name in table.fieldnames or () if name.startswith("p(")]
+        for row in table:
+            digest.update(f"{row['text']}\0{row['label']}\0".encode())
+            cells.append(classes.index(row["label"]) * len(classes) + classes.index(row["prediction"]))
+    confusion = np.eye(len(classes) ** 2, dtype=np.float32)[cells]
+    names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if len(classes) == 2 else []))
+    return Judged(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
+
+
+_KINDS: dict[str, Any] = {
+    "task": str,
+    "monitor": str,
+    "mode": str,
+    "seed": int,
+    "configs": list,
+    "scores": dict,
+    "epochs": list,
+    "parameters": dict,
+    "base": dict,
+    "data": dict,
+    **dict.fromkeys(("seconds", "examples_per_second", "peak_memory_bytes", "checkpoint_bytes"), int | float),
+}
+
+
+def _check(run: Run) -> None:
+    """Refuse an account with values of other kinds than training writes.
+
+    Raises:
+        InputError: naming the folder and the key.
+    """
+    account, where = run.account, f"{run.folder}: metrics.json is broken"
+    for key, kind in _KINDS.items():
+        if not isinstance(account.get(key), kind | None):
+            raise InputError(f"{where}: {key} is {str(account[key])[:100]!r}")
+    if account.get("status") == "finished" and account.get("epochs"):
+        for key in ("scores", "parameters", "seconds"):
+            if account.get(key) is None:
+                raise InputError(f"{where}: it has no {key}")
+        for key in ("trainable", "total"):
+            if not isinstance(account["parameters"].get(key), int):
+                raise InputError(f"{where}: parameters has no {key}")
+    for key, found in (("scores", [account.get("scores") or {}]), ("epochs", account.get("epochs") or [])):
+        for scores in found:
+            if not isinstance(scores, dict) or not all(isinstance(value, int | float) for value in scores.values()):
+                raise InputError(f"{where}: {key} holds {str(scores)[:100]!r}; it must hold numbers")
+    if not all("epoch" in epoch for epoch in account.get("epochs") or []):
+        raise InputError(f"{where}: one of its epochs has no number")
+    data = account.get("data") or {}
+    if not all(isinstance(data.get(key), dict | None) for key in ("files", "rows")):
+        raise InputError(f"{where}: data has no files and rows")
+    if not all(isinstance(run.settings.get(key), dict | None) for key in ("model", "data", "trainer")):
+        raise InputError(f"{run.folder}: config.yaml is broken: model, data and trainer hold keys")
+
+
+def _name(files: Any) -> str:
+    return ", ".join(sorted(Path(str(file)).name for file in (files if isinstance(files, list) else [files])))

@@ -37,6 +37,22 @@ class Gathered(Metric):
         return {name: tensor[order].cpu() for name, tensor in whole.items()}
 
 
+def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    """Losses and their weights in a mean. In training those that are NaN or infinite weigh nothing: they stop the run,
+    or their steps are left out. In validation and test they show.
+
+    Args:
+        losses: any shape.
+        split: ``train``, ``val`` or ``test``.
+
+    Returns:
+        Two tensors of the shape of ``losses``.
+    """
+    if split != "train":
+        return losses, torch.ones_like(losses)
+    return losses.nan_to_num(0.0, 0.0, 0.0), losses.isfinite().to(losses.dtype)
+
+
 def best_threshold(probability: Tensor, label: Tensor, score: Literal["accuracy", "f1"]) -> tuple[float, float]:
     """The threshold at which "class 1 if its probability is at least the threshold" scores best.
 

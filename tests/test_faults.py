@@ -14,6 +14,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from commands.train import GPT2CLI
+from gpt2_pl.metrics import finite
+from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 
 QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=120", "--data.batch_size=10",
          "--trainer.max_epochs=3", "--trainer.precision=32-true"]  # fmt: skip
@@ -137,8 +139,9 @@ def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monke
     assert all(t.isfinite().all() for t in weights(folder / "checkpoints/last.ckpt").values() if t.is_floating_point())
 
 
-def test_steps_of_such_losses_are_left_out_and_counted(run, monkeypatch):
-    callback = Poison(14, torch.nan)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_steps_of_such_losses_are_left_out_and_counted(value, run, monkeypatch):
+    callback = Poison(14, value)
     poison(monkeypatch, callback)
     folder = run("fit", *QUICK, "--bad_batches=skip")
     assert callback.unchanged
@@ -153,3 +156,13 @@ def poison(monkeypatch, callback):
     instantiate = GPT2CLI._instantiate_trainer
     monkeypatch.setattr(GPT2CLI, "_instantiate_trainer", lambda cli, config, callbacks: instantiate(
         cli, config, [callback, *callbacks]))  # fmt: skip
+
+
+def test_losses_that_are_no_numbers_show_in_validation(base):
+    for task in (SentimentClassifier(base=str(base), num_classes=2), LanguageModel(base=str(base))):
+        metric = task.metrics["val_metrics"]["loss"]
+        metric.update(*finite(torch.tensor([1.0, torch.nan]), "val"))
+        assert metric.compute().isnan()
+        metric = task.metrics["train_metrics"]["loss"]
+        metric.update(*finite(torch.tensor([1.0, torch.nan, torch.inf, 3.0]), "train"))
+        assert metric.compute() == 2.0

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
-from gpt2_pl.metrics import Gathered
+from gpt2_pl.metrics import Gathered, finite
 from gpt2_pl.tasks.base import Task
 
 Batch = dict[str, Any]
@@ -146,8 +146,9 @@ class Classifier(Task):
         losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
         probability = logits.detach().mean(0).softmax(-1)
         said = self.decide(probability, split)
+        counted = finite(losses.detach(), split)
         for name, metric in self._metrics(split).items():
-            cast(Metric, metric).update(*((losses.detach(),) if name == "loss" else (said, batch["labels"])))
+            cast(Metric, metric).update(*(counted if name == "loss" else (said, batch["labels"])))
             if name != "confusion":
                 self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=len(losses))
         return losses, probability
@@ -168,7 +169,7 @@ class Classifier(Task):
         K = self.num_classes
         return nn.ModuleDict(
             {
-                "loss": MeanMetric(),
+                "loss": MeanMetric(nan_strategy="disable"),  # a NaN shows
                 "accuracy": MulticlassAccuracy(K, average="micro"),
                 "macro_f1": MulticlassF1Score(K, average="macro"),
                 "confusion": MulticlassConfusionMatrix(K),

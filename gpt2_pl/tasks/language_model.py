@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric
 from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORED, cross_entropy, language_model_loss, repetition_loss
+from gpt2_pl.metrics import finite
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.verse import token_texts
 
@@ -88,7 +89,9 @@ class LanguageModel(Task):
         self.decoded_last_step = False
         self.metrics = nn.ModuleDict(
             {
-                f"{split}_metrics": nn.ModuleDict({"loss": MeanMetric(), "perplexity": Perplexity()})
+                f"{split}_metrics": nn.ModuleDict(
+                    {"loss": MeanMetric(nan_strategy="disable"), "perplexity": Perplexity(nan_strategy="disable")}
+                )  # a NaN shows
                 for split in ("train", "val", "test")
             }
         )
@@ -103,9 +106,9 @@ class LanguageModel(Task):
         return total, n_targets
 
     def _enter(self, split: str, total: Tensor, n_targets: Tensor) -> None:
-        mean = total / n_targets.clamp(min=1)
+        mean, weight = finite(total / n_targets.clamp(min=1), split)
         for name, metric in cast(nn.ModuleDict, self.metrics[f"{split}_metrics"]).items():
-            cast(Metric, metric).update(mean, n_targets)
+            cast(Metric, metric).update(mean, n_targets * weight)
             self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=int(n_targets))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

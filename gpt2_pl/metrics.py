@@ -37,6 +37,31 @@ class Gathered(Metric):
         return {name: tensor[order].cpu() for name, tensor in whole.items()}
 
 
+class Mean(Metric):
+    """The weighted mean of values, in which a NaN shows.
+
+    torchmetrics' own leaves NaN out, and told not to, leaves out the weights (1.9).
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        """Add values and their weights, of one shape."""
+        self.total += (values * weights).sum()
+        self.weight += weights.sum()
+
+    def compute(self) -> Tensor:
+        """The mean of everything added."""
+        return self.total / self.weight
+
+
 def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:
     """Losses and their weights in a mean. In training those that are NaN or infinite weigh nothing: they stop the run,
     or their steps are left out. In validation and test they show.

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
-from gpt2_pl.metrics import Gathered, finite
+from gpt2_pl.metrics import Gathered, Mean, finite
 from gpt2_pl.tasks.base import Task
 
 Batch = dict[str, Any]
@@ -169,7 +169,7 @@ class Classifier(Task):
         K = self.num_classes
         return nn.ModuleDict(
             {
-                "loss": MeanMetric(nan_strategy="disable"),  # a NaN shows
+                "loss": Mean(),
                 "accuracy": MulticlassAccuracy(K, average="micro"),
                 "macro_f1": MulticlassF1Score(K, average="macro"),
                 "confusion": MulticlassConfusionMatrix(K),

@@ -7,19 +7,19 @@ import random
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORED, cross_entropy, language_model_loss, repetition_loss
-from gpt2_pl.metrics import finite
+from gpt2_pl.metrics import Mean, finite
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.verse import token_texts
 
 Batch = dict[str, Any]
 
 
-class Perplexity(MeanMetric):
+class Perplexity(Mean):
     """exp of the mean loss per token."""
 
     def compute(self) -> Tensor:
@@ -89,9 +89,7 @@ class LanguageModel(Task):
         self.decoded_last_step = False
         self.metrics = nn.ModuleDict(
             {
-                f"{split}_metrics": nn.ModuleDict(
-                    {"loss": MeanMetric(nan_strategy="disable"), "perplexity": Perplexity(nan_strategy="disable")}
-                )  # a NaN shows
+                f"{split}_metrics": nn.ModuleDict({"loss": Mean(), "perplexity": Perplexity()})
                 for split in ("train", "val", "test")
             }
         )

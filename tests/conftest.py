@@ -28,6 +28,12 @@ WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, in whatever order tests run."""
+    torch.manual_seed(1)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The optional folder of real data."""

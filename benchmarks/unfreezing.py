@@ -1,16 +1,17 @@
-"""Seconds per training step by what trains: head alone, top 3, top 6, all blocks. GPT-2 small's shape, in turn.
+"""Seconds per training step by what trains: head alone, top 3, top 6, all blocks. GPT-2 small's shape, bf16, in turn.
 
-python benchmarks/unfreezing.py [--rounds 3] [--tokens 32] [--batch 16]
+python benchmarks/unfreezing.py [--tokens 32] [--batch 16] [--record]
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from in_turn import Figures, arguments, compare, turns_here
 
 from callbacks import GradualUnfreezing
 from gpt2_pl import GPT2Config
@@ -18,26 +19,25 @@ from gpt2_pl.tasks import SentimentClassifier
 
 
 def main() -> None:
-    """Print a table of medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    """Time and print."""
+    parser = arguments(__doc__, [])
     parser.add_argument("--steps", type=int, default=4, help="steps per stage and round")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
     task = SentimentClassifier(config=GPT2Config(), num_classes=5)
     task.configure_model()
     layers = task.layer_groups()
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(50257, (given.batch, given.tokens))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": torch.arange(given.batch)}
-    labels = torch.randint(5, (given.batch,))
+    ids = torch.randint(50257, (args.batch, args.tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row": torch.arange(args.batch)}
+    labels = torch.randint(5, (args.batch,))
     blocks = [f"block.{i}" for i in range(12)]
-    top = {"head": 0, "top 3": 3, "top 6": 6, "all": 12}
+    top = {"head": 0, "top 3 blocks": 3, "top 6 blocks": 6, "all": 12}
     stages = {name: {"ln_f", "head", *(blocks[-n:] if n else []), *(["embeddings"] if n == 12 else [])}
               for name, n in top.items()}  # fmt: skip
-    assert GradualUnfreezing().stage_layers(list(layers))[0] == ["ln_f", "head"]
+    assert set(GradualUnfreezing().stage_layers(list(layers))[0]) == stages["head"]
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -45,21 +45,23 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds: dict[str, list[float]] = {name: [] for name in stages}
-    for _ in range(given.rounds):
-        for name, training in stages.items():
+    def timed(training: set[str]) -> Callable[[], Figures]:
+        def measure() -> Figures:
             for layer, parameters in layers.items():
                 for _, parameter in parameters:
                     parameter.requires_grad_(layer in training)
             step()
-            for _ in range(given.steps):
-                start = time.perf_counter()
+            seconds = []
+            for _ in range(args.steps):
+                since = time.perf_counter()
                 step()
-                seconds[name].append(time.perf_counter() - start)
-    whole = statistics.median(seconds["all"])
-    print(f"{'trains':8} {'s/step':>7} {'of all':>7}")
-    for name, times in seconds.items():
-        print(f"{name:8} {statistics.median(times):7.3f} {statistics.median(times) / whole:7.2f}")
+                seconds.append(time.perf_counter() - since)
+            return {"seconds a step": statistics.median(seconds)}
+
+        return measure
+
+    found = turns_here({name: timed(training) for name, training in stages.items()}, args.rounds)
+    compare("gradual unfreezing, head alone, bf16", found, args.record)
 
 
 if __name__ == "__main__":

@@ -241,10 +241,12 @@ def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GP
             for stored in tensors.keys():  # noqa: SIM118
                 name = _core_name(stored)
                 if name is not None:
-                    tensor = tensors.get_tensor(stored).float()
+                    tensor = tensors.get_tensor(stored)
                     if not tensor.isfinite().all():
                         raise InputError(f"{folder}: {name} holds NaN or infinity; the weights are broken")
-                    state[name] = tensor.t().contiguous() if name.endswith(_TRANSPOSED) else tensor
+                    tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor
+                    # A copy, even of float32: one view would keep the whole file in memory.
+                    state[name] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state["wte.weight"]):
         raise InputError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2's head is tied to its embedding")

@@ -1,5 +1,9 @@
 """Runs in processes of their own: killed and resumed, and two beside one."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import ROOT, latest, metrics, process, weights
@@ -48,11 +52,22 @@ def test_killed_in_mid_epoch_and_resumed(tmp_path):
     assert same(whole, resumed)
 
 
-def test_two_processes_equal_one(tmp_path):
+def torchrun(folder, *args):
+    """Two processes, started by torchrun."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "cli.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *QUICK, *args], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return latest(folder)
+
+
+@pytest.mark.parametrize("launch", [fit, torchrun])
+def test_two_processes_equal_one(tmp_path, launch):
     settings = ["--model.dropout=0.0", "--model.optimizer.init_args.lr=1e-4"]
     one = fit(tmp_path / "one", *settings, "--data.batch_size=16")
     ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
-    two = fit(tmp_path / "two", *ddp, *settings, "--data.batch_size=8", "--data.eval_batch_size=7")
+    two = launch(tmp_path / "two", *ddp, *settings, "--data.batch_size=8", "--data.eval_batch_size=7")
     a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, two))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,115 @@
+"""Are the tests awake? Every change of a line below makes the library wrong, and some test must say so.
+
+    python tests/mutations.py [WORD]
+
+Works on a copy of the tracked files; with a word, only on the changes of files whose path contains it. Ends with
+status 1 when a change goes unnoticed.
+"""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it becomes, the tests to ask
+    # Losses
+    ("gpt2_pl/losses.py", "total += (normaliser -", "total -= (normaliser -", "language_model"),
+    ("gpt2_pl/losses.py", "return total + alpha * unlikelihood", "return total + unlikelihood", "unlikelihood"),
+    ("gpt2_pl/losses.py", "odds = (alpha * p / (1.0 - p))", "odds = (alpha * p)", "unlikelihood"),
+    ("gpt2_pl/losses.py", "gradient.scatter_add_(-1, candidates[part], odds)", "pass", "unlikelihood"),
+    ("gpt2_pl/losses.py", "grad_weight += gradient.T @ states", "grad_weight = gradient.T @ states", "language_model"),
+    ("gpt2_pl/losses.py", "& usable.unsqueeze(1) & ~equal", "& usable.unsqueeze(1)", "unlikelihood"),
+    ("gpt2_pl/losses.py", "counts &= j >= t - window", "counts &= j > t - window", "unlikelihood"),
+    ("gpt2_pl/losses.py", "& (following.unsqueeze(1) >= t)", "", "unlikelihood"),
+    ("gpt2_pl/losses.py", "again = same.tril(-1)", "again = same", "unlikelihood"),
+    ("gpt2_pl/heads.py", "labels.repeat(n)", "labels.repeat_interleave(n)", "heads"),
+    ("gpt2_pl/tasks/base.py", "losses.sum() * (self.trainer.world_size /", "losses.sum() * (1 /", "processes"),
+    # Model
+    ("gpt2_pl/model.py", "mask = keys <= queries.unsqueeze(-1)", "mask = keys < queries.unsqueeze(-1)", "model"),
+    ("gpt2_pl/model.py", "text.cumsum(-1) - 1", "text.cumsum(-1)", "model"),
+    ("gpt2_pl/model.py", "mask = self._mask(at + before + skipped,", "mask = self._mask(at + before,", "virtual"),
+    ("gpt2_pl/model.py", "std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual", "std = 0.02 if residual", "model"),
+    ("gpt2_pl/attention.py", "q * q.size(-1) ** -0.5", "q * q.size(-1) ** -1.0", "model"),
+    ("gpt2_pl/gelu.py", "square.mul_(3.0 * CUBIC)", "square.mul_(2.0 * CUBIC)", "gelu"),
+    ("gpt2_pl/dropout.py", "alpha=ctx.scale)", "alpha=1.0)", "dropout"),
+    ("gpt2_pl/dropout.py", "return _apply(grad * ctx.scale, mask), None", "return grad * ctx.scale, None", "dropout"),
+    # Surgery
+    ("gpt2_pl/surgery/lora.py", "self.lora_A) * self.scaling  # (..., n r)", "self.lora_A)", "lora"),
+    ("gpt2_pl/surgery/lora.py", "height : (third + 1) * height, i * self.rank", "height : (third + 1) * height, 0 * self.rank", "lora"),
+    ("gpt2_pl/surgery/lora.py", "return self.scaling * self.spread_B()", "return self.spread_B()", "lora"),
+    ("gpt2_pl/surgery/lora.py", "factors[third] = magnitude / norms[third]", "factors[third] = magnitude", "lora"),
+    ("gpt2_pl/surgery/lora.py", "F.linear(low * self.scaling, self.lora_B)", "F.linear(low, self.lora_B)", "lora"),
+    ("gpt2_pl/surgery/lora.py", "        freeze_base(model)\n        return model\n\n    def _chosen_layers", "        return model\n\n    def _chosen_layers", "lora"),
+    ("gpt2_pl/surgery/virtual.py", "return table.permute(1, 2, 3, 0, 4)", "return table.permute(1, 2, 3, 0, 4).flip(1)", "virtual"),
+    ("gpt2_pl/surgery/virtual.py", "prefix.table.copy_(_keys_and_values(model, ids.to(device)))", "pass", "virtual"),
+    ("gpt2_pl/tasks/base.py", "with torch.random.fork_rng(devices=[]):", "if True:", "ranks strategies virtual"),
+    ("callbacks/layers.py", "parameter.grad = None", "pass", "layers strategies"),
+    ("callbacks/layers.py", "progress = epoch + batch / n_batches", "progress = epoch", "layers strategies"),
+    # Optimizer, schedules
+    ("gpt2_pl/optim.py", "1.0 - lr * group", "1.0 + lr * group", "optim"),
+    ("gpt2_pl/optim.py", "math.sqrt(1.0 - beta2**step)", "1.0", "optim"),
+    ("gpt2_pl/optim.py", "return max(0.0, 1.0 - step / total)", "return 1.0 - 0.5 * step / total", "optim"),
+    ("gpt2_pl/optim.py", 'and not name.endswith("wpe.weight")', "", "optim"),
+    # Resuming
+    ("callbacks/resuming.py", "if trainer.is_last_batch or (every", "if (every", "resuming faults"),
+    ("callbacks/resuming.py", "trainer.should_stop = True", "pass", "resuming"),
+    ("callbacks/resuming.py", "state[key] = _moved(state[key], here)", "pass", "resuming"),
+    ("datamodules/batching.py", "for rows in batches[self.next_batch() :]:", "for rows in batches:", "resuming checkpoints cli"),
+    ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
+    ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),
+    ("gpt2_pl/files.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "resuming faults cli"),
+    ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoints"),
+    # Scores and statistics
+    ("gpt2_pl/statistics.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "statistics"),
+    ("gpt2_pl/statistics.py", "p = min(1.0, 2 * min(", "p = min(1.0, min(", "statistics"),
+    ("gpt2_pl/statistics.py", "f1.sum(-1) / seen.sum(-1)", "f1.mean(-1)", "statistics"),
+    ("gpt2_pl/metrics.py", "scores[upper <= lower] = -1.0", "pass", "paraphrase heads"),
+    ("gpt2_pl/text_metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "sonnets"),
+    # Generation
+    ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability >= top_p", "probability.cumsum(-1) >= top_p", "generation"),
+    ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
+    ("gpt2_pl/generation.py", "buffer[:, :, start : self.length] = new", "buffer[:, :, start : self.length] = new.flip(1)", "generation"),
+]  # fmt: skip
+
+
+def main() -> int:
+    """Make every change in turn and ask its tests."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutation for mutation in MUTATIONS if word in mutation[0]]
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in files.splitlines():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+        for name, old, new, tests in chosen:
+            whole = (copy / name).read_text()
+            if whole.count(old) != 1:
+                raise SystemExit(f"{name} holds {old!r} {whole.count(old)} times; it must be there once")
+            (copy / name).write_text(whole.replace(old, new))
+            noticed = any(_fails(copy, f"tests/test_{test}.py") for test in tests.split())
+            (copy / name).write_text(whole)
+            unnoticed += not noticed
+            print(f"{'noticed' if noticed else 'UNNOTICED':9}  {name}: {old!r} -> {new!r}", flush=True)
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} changes are noticed")
+    return 1 if unnoticed else 0
+
+
+def _fails(copy: Path, test: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", test]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{test} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gpt2_pl.dropout import dropout
 
 SHORT = 256  # keys, up to which the CPU's fused kernel loses in training
+ROWS = 128  # queries at a time
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0, training: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v, with dropout of the weights.
 
     On a CPU PyTorch's fused kernel has no dropout, and in 16 bits its backward pass takes two to seven times as long as
-    plain matrix products while texts are short; these two cases are computed plainly. Scores then have the precision
-    of q, the softmax is taken in float32.
+    plain matrix products while texts are short; these two cases are computed plainly, some rows of the weights at a
+    time. Causal rows leave out the keys behind them. Of long texts the weights are computed again in the backward pass,
+    so that memory grows with N and not with its square. Scores then have the precision of q, the softmax is taken in
+    float32.
 
     Args:
         q: queries (B, H, Q, hd).
@@ -30,12 +34,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
         (B, H, Q, hd).
     """
     p = p if training else 0.0
-    N = k.size(2)
+    Q, N = q.size(2), k.size(2)
     slow = p > 0.0 or (training and q.requires_grad and q.element_size() == 2 and N <= SHORT)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not slow:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
+    parts = []
+    for start in range(0, Q, ROWS):
+        rows = slice(start, start + ROWS)
+        keys = slice(N if mask is not None else start + ROWS)
+        inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], None if mask is None else mask[..., rows, :], p)
+        parts.append(checkpoint(_plain, *inputs, use_reentrant=False) if N > SHORT else _plain(*inputs))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Attention of some rows by matrix products; without a mask they are the last ones of causal attention."""
     if mask is None:
-        mask = torch.ones(N, N, dtype=torch.bool).tril()
+        Q, N = q.size(2), k.size(2)
+        mask = torch.ones(Q, N, dtype=torch.bool).tril(N - Q)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, Q, N)
     weights = (scores + mask.float().log()).softmax(-1).to(v.dtype)
-    return dropout(weights, p, training) @ v
+    return dropout(weights, p, training=True) @ v

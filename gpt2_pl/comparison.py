@@ -16,8 +16,6 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.runs import Run
 from gpt2_pl.statistics import Difference, interval, resampled, seed_noise
 
-# Where things lie and what is shown, not what was done.
-
 
 @dataclass
 class Group:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gpt2_pl.errors import InputError
 from gpt2_pl.statistics import Score, confusion_scores, loss_scores
 
-_APART = re.compile(
+_APART = re.compile(  # where things lie and what is shown, not what was done
     r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
     r"enable_progress_bar|enable_model_summary|enable_checkpointing|enable_autolog_hparams|log_every_n_steps|barebones)$"
 )

@@ -1,4 +1,4 @@
-"""Dropout against its definition, and attention against the formula and PyTorch's own."""
+"""Dropout against its definition."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gpt2_pl import GPT2, GPT2Config
-from gpt2_pl.attention import attention
 from gpt2_pl.dropout import LEVELS, add_dropout, dropout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -112,48 +111,6 @@ def test_neighbours_rows_and_calls_are_uncorrelated():
     for part in (first.mean(0), first.mean(1)):  # no place is special
         assert part.abs().max().item() < 5.5 * math.sqrt(p * (1 - p) / 1000)
     assert first.view(-1, 4).mean(0).abs().max().item() < 5 * math.sqrt(p * (1 - p) / 250_000)  # of one draw of 64 bits
-
-
-def plain_attention(q, k, v, mask):
-    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.size(-1))
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1), v
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("T", [1, 17, 300])
-def test_attention_with_dropout_is_the_formula(masked, T):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, T, 8, requires_grad=True)
-    grad = torch.randn(2, 3, T, 8)
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    mask = (causal & (torch.rand(2, 1, 1, T) < 0.7)) | torch.eye(T, dtype=torch.bool) if masked else None
-    torch.manual_seed(4)
-    ours = attention(q, k, v, mask, 0.25, training=True)
-    torch.manual_seed(4)
-    weights, _ = plain_attention(q, k, v, causal if mask is None else mask)
-    theirs = dropout(weights, 0.25, training=True) @ v
-    torch.testing.assert_close(ours, theirs)
-    for a, b in zip(
-        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
-    ):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_without_dropout_equals_pytorch(dtype, masked):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 33, 16).to(dtype).requires_grad_()
-    grad = torch.randn(2, 3, 33, 16)
-    mask = torch.ones(33, 33, dtype=torch.bool).tril() if masked else None
-    ours = attention(q, k, v, mask, training=True)
-    q2, k2, v2 = (t.detach().float().requires_grad_() for t in (q, k, v))
-    theirs = torch.nn.functional.scaled_dot_product_attention(q2, k2, v2, is_causal=True)
-    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(ours.float(), theirs, **tolerance)
-    a, b = torch.autograd.grad(ours, (q, k, v), grad.to(dtype)), torch.autograd.grad(theirs, (q2, k2, v2), grad)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x.float(), y, **tolerance)
 
 
 def trained(dropout=0.3, **options):

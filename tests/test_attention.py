@@ -1,0 +1,113 @@
+"""Attention against the formula and PyTorch's, and what it keeps."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt2_pl.attention
+from gpt2_pl.attention import ROWS, attention
+from gpt2_pl.dropout import dropout
+
+
+def plain_attention(q, k, v, mask):
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.size(-1))
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1), v
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 17, 300])
+def test_attention_with_dropout_is_the_formula(masked, T):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, T, 8, requires_grad=True)
+    grad = torch.randn(2, 3, T, 8)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    mask = (causal & (torch.rand(2, 1, 1, T) < 0.7)) | torch.eye(T, dtype=torch.bool) if masked else None
+    torch.manual_seed(4)
+    ours = attention(q, k, v, mask, 0.25, training=True)
+    torch.manual_seed(4)
+    weights, _ = plain_attention(q, k, v, causal if mask is None else mask)
+    # masks are drawn for `ROWS` queries at a time, causal ones for the keys before them
+    rows = [(weights[:, :, a : a + ROWS], T if masked else a + ROWS) for a in range(0, T, ROWS)]
+    theirs = torch.cat([dropout(part[..., :n], 0.25, training=True) @ v[:, :, :n] for part, n in rows], dim=2)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_without_dropout_equals_pytorch(dtype, masked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 33, 16).to(dtype).requires_grad_()
+    grad = torch.randn(2, 3, 33, 16)
+    mask = torch.ones(33, 33, dtype=torch.bool).tril() if masked else None
+    ours = attention(q, k, v, mask, training=True)
+    q2, k2, v2 = (t.detach().float().requires_grad_() for t in (q, k, v))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q2, k2, v2, is_causal=True)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours.float(), theirs, **tolerance)
+    a, b = torch.autograd.grad(ours, (q, k, v), grad.to(dtype)), torch.autograd.grad(theirs, (q2, k2, v2), grad)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.float(), y, **tolerance)
+
+
+def qkv(T, dtype=torch.float64):
+    return [torch.randn(2, 3, T, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    monkeypatch.setattr(gpt2_pl.attention, "ROWS", 16)
+    monkeypatch.setattr(gpt2_pl.attention, "SHORT", 32)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [5, 16, 32, 33, 100])
+def test_equals_pytorch(monkeypatch, few_rows, T, masked):
+    monkeypatch.setattr(gpt2_pl.attention, "dropout", lambda x, p, training: x)
+    given = qkv(T)
+    mask = None
+    if masked:
+        text = torch.rand(2, 1, 1, T) < 0.7
+        mask = torch.ones(T, T, dtype=torch.bool).tril() & (text | torch.eye(T, dtype=torch.bool))
+    weight = torch.randn(2, 3, T, 8, dtype=torch.float64)
+    ours = attention(*given, mask, 0.1, training=True)
+    theirs = F.scaled_dot_product_attention(*given, attn_mask=mask, is_causal=mask is None)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad((y * weight).sum(), given) for y in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("T", [30, 100])
+def test_the_backward_pass_drops_the_same_weights(few_rows, T):
+    q, k, v = qkv(T)
+
+    def run(values):
+        torch.manual_seed(3)
+        return attention(q, k, values, None, 0.5, training=True)
+
+    weight, step = torch.randn(2, 3, T, 8, dtype=torch.float64), torch.randn_like(v)
+    (grad,) = torch.autograd.grad((run(v) * weight).sum(), v)
+    change = ((run(v + step) - run(v)) * weight).sum()  # it is linear in the values
+    torch.testing.assert_close((grad * step).sum(), change)
+    assert not torch.equal(run(v), attention(q, k, v, None))
+
+
+def test_memory_of_training_grows_with_the_length():
+    def kept(T):
+        storages = {}
+        given = qkv(T, torch.float32)
+
+        def keep(t):
+            storages[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            attention(*given, None, 0.1, training=True)
+        return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    assert 0 < kept(2048) <= 2.2 * kept(1024)

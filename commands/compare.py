@@ -16,12 +16,13 @@ from commands.report import (
     html_table,
     markdown,
     page,
+    plot_names,
     plots,
     short_rows,
     table_lines,
     write_csv,
 )
-from gpt2_pl.comparison import compare
+from gpt2_pl.comparison import Comparison, compare
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
 from gpt2_pl.runs import Run
@@ -47,30 +48,43 @@ def main(args: list[str]) -> None:
     comparisons = compare([Run.read(folder) for folder in folders], given.baseline)
     given.out.mkdir(parents=True, exist_ok=True)
     report = given.markdown or given.out / "report.md"
-    pictures = Path(os.path.relpath(given.out, report.parent))
-    text, pages = [preface], []
+    folder = Path(os.path.relpath(given.out, report.parent))
+    text = [preface]
     if any(comparison.groups for comparison in comparisons):
         text.append("\n".join(["## In short", "", *table_lines(*short_rows(comparisons)), "", IN_SHORT, ""]))
+    for comparison in comparisons:
+        links = {name: (folder / _picture(comparison, name)).as_posix() for name in plot_names(comparison)}
+        text.append(markdown(comparison, links, elsewhere.get(comparison.task, [])))
+    with whole_file(report) as file:
+        file.write("\n".join(filter(None, text)))
+    print("\n".join(filter(None, text)), flush=True)
+    _write_rest(comparisons, elsewhere, given.out)
+    print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+
+
+def _write_rest(comparisons: list[Comparison], elsewhere: dict[str, list[dict[str, str]]], out: Path) -> None:
+    """Plots, page and data."""
+    pages = []
+    if any(comparison.groups for comparison in comparisons):
         pages.append(f"<h2>In short</h2>\n{html_table(*short_rows(comparisons))}\n<p>{IN_SHORT}</p>")
     for comparison in comparisons:
-        figures = plots(comparison)
-        named = {name: f"{file_name(comparison.task)}_{name}.png" for name in figures}
-        for name, figure in figures.items():
-            figure.savefig(given.out / named[name], dpi=100)
-        others = elsewhere.get(comparison.task, [])
-        text.append(markdown(comparison, {name: (pictures / file).as_posix() for name, file in named.items()}, others))
-        pages.append(page(comparison, figures, others))
-    for place, content in (
-        (report, "\n".join(filter(None, text))),
-        (given.out / "report.html", PAGE.format(body="\n".join(pages))),
-        (given.out / "report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
+        pictures = plots(comparison)
+        for name, picture in pictures.items():
+            with whole_file(out / _picture(comparison, name), "wb") as file:
+                file.write(picture)
+        pages.append(page(comparison, pictures, elsewhere.get(comparison.task, [])))
+    for name, content in (
+        ("report.html", PAGE.format(body="\n".join(pages))),
+        ("report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
     ):
-        with whole_file(place) as file:
+        with whole_file(out / name) as file:
             file.write(content)
-    with whole_file(given.out / "report.csv") as file:
+    with whole_file(out / "report.csv") as file:
         write_csv(comparisons, csv.writer(file))
-    print("\n".join(filter(None, text)))
-    print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+
+
+def _picture(comparison: Comparison, name: str) -> str:
+    return f"{file_name(comparison.task)}_{name}.png"
 
 
 def _read(path: Path | None, key: str) -> str:

@@ -14,7 +14,7 @@ from gpt2_pl.comparison import Comparison, Group
 from gpt2_pl.statistics import Difference
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _COSTS = {  # name -> heading, divisor, digits
     "trainable": ("trainable", 1, 0),
@@ -238,8 +238,13 @@ def write_csv(comparisons: list[Comparison], table: Any) -> None:
 # Plots and the page
 
 
-def plots(comparison: Comparison) -> dict[str, Figure]:
-    """Learning curves, and scores against what they cost."""
+def plot_names(comparison: Comparison) -> list[str]:
+    """What :func:`plots` shows."""
+    return ["curves", "costs"] if comparison.groups else []
+
+
+def plots(comparison: Comparison) -> dict[str, bytes]:
+    """Learning curves, and scores against what they cost, as PNG."""
     from matplotlib.figure import Figure
 
     if not comparison.groups:
@@ -272,7 +277,12 @@ def plots(comparison: Comparison) -> dict[str, Figure]:
         axis.margins(x=0.25)
     panels[0].set_ylabel(_shown(decisive))
     costs.suptitle(f"{_shown(comparison.task)}: score against cost")
-    return {"curves": curves, "costs": costs}
+    pictures = {}
+    for shown, figure in zip(plot_names(comparison), (curves, costs), strict=True):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+        pictures[shown] = file.getvalue()
+    return pictures
 
 
 PAGE = """<!doctype html>
@@ -286,7 +296,7 @@ img {{ max-width: 100% }} p {{ max-width: 60em }}</style></head><body>
 """
 
 
-def page(comparison: Comparison, figures: dict[str, Figure], elsewhere: Sequence[Mapping[str, str]] = ()) -> str:
+def page(comparison: Comparison, pictures: Mapping[str, bytes], elsewhere: Sequence[Mapping[str, str]] = ()) -> str:
     """A comparison as a section of a page that needs no other file."""
     parts = [f"<h2>{html.escape(comparison.task)}</h2>", f"<p>{html.escape(_about(comparison))}</p>"]
     if comparison.groups:
@@ -295,10 +305,8 @@ def page(comparison: Comparison, figures: dict[str, Figure], elsewhere: Sequence
         if cells:
             caption = _DIFFERENCES.format(baseline=html.escape(comparison.groups[0].label))
             parts += [f"<p>{caption}</p>", html_table(headings, cells)]
-    for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
-        data = base64.b64encode(picture.getvalue()).decode()
+    for name, picture in pictures.items():
+        data = base64.b64encode(picture).decode()
         parts.append(f'<img alt="{html.escape(comparison.task)}: {name}" src="data:image/png;base64,{data}">')
     if elsewhere:
         parts += ["<p>Elsewhere, on other models:</p>", html_table(*_elsewhere_rows(elsewhere))]

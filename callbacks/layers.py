@@ -169,8 +169,6 @@ class GradualUnfreezing(Callback):
         for i, parameters in enumerate(self._joins):
             for parameter in parameters:
                 parameter.requires_grad_(i <= stage)
-                if i > stage:
-                    parameter.grad = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave everything trainable that was so before."""

@@ -50,7 +50,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/surgery/virtual.py", "return table.permute(1, 2, 3, 0, 4)", "return table.permute(1, 2, 3, 0, 4).flip(1)", "virtual"),
     ("gpt2_pl/surgery/virtual.py", "prefix.table.copy_(_keys_and_values(model, ids.to(device)))", "pass", "virtual"),
     ("gpt2_pl/tasks/base.py", "with torch.random.fork_rng(devices=[]):", "if True:", "ranks strategies virtual"),
-    ("callbacks/layers.py", "parameter.grad = None", "pass", "layers strategies"),
+    ("callbacks/layers.py", "parameter.requires_grad_(i <= stage)", "parameter.requires_grad_(i < stage)", "layers strategies"),
     ("callbacks/layers.py", "progress = epoch + batch / n_batches", "progress = epoch", "layers strategies"),
     # Optimizer, schedules
     ("gpt2_pl/optim.py", "1.0 - lr * group", "1.0 + lr * group", "optim"),

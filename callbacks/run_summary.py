@@ -45,6 +45,7 @@ class RunSummary(Callback):
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
         self.peak_memory_before = 0  # of the processes of a run that was stopped
+        self.validated: Scores = {}  # by the last validation
         self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
         self.cpu_seconds = 0.0  # of all of this process's threads, in those seconds
         self.test_follows = False  # the run is finished only when its best checkpoint has been tested
@@ -63,6 +64,7 @@ class RunSummary(Callback):
         seconds, cpu_seconds = self._spent()
         return {
             "epochs": self.epochs,
+            "validated": self.validated,
             "layers": self.layers,
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -130,9 +132,9 @@ class RunSummary(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the epoch."""
-        scores = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
+        scores = _scores(trainer, "train/")
         scores.pop("train/step_loss", None)
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **scores})
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **scores, **self.validated})
         self._log_layers(trainer, pl_module)
         self._write(trainer, pl_module, "running")
 
@@ -178,17 +180,18 @@ class RunSummary(Callback):
     # Evaluation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down the scores of a validation that stands by itself."""
+        """Keep the scores for the epoch's row; write down those of a validation that stands by itself."""
         if trainer.state.fn == "validate":
             self._evaluated(trainer, pl_module)
+        elif not trainer.sanity_checking:
+            self.validated = _scores(trainer, "val/")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the test scores."""
         self._evaluated(trainer, pl_module)
 
     def _evaluated(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        split = "val/" if trainer.state.fn == "validate" else "test/"
-        self.scores.update({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)})
+        self.scores.update(_scores(trainer, "val/" if trainer.state.fn == "validate" else "test/"))
         self._write(trainer, pl_module, "finished")
         self._log_final(trainer, pl_module)
 
@@ -322,6 +325,11 @@ def layer_account(trainer: Trainer, pl_module: LightningModule) -> list[dict[str
         }
         for layer, parameters in named().items()
     ]
+
+
+def _scores(trainer: Trainer, split: str) -> Scores:
+    """What was logged of a split."""
+    return {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)}
 
 
 def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
+from callbacks import RunSummary
+
 QUICK = [
     "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--trainer.precision=32-true",
     "--model.optimizer.init_args.lr=1e-3",
@@ -99,3 +101,35 @@ def test_checkpoints_are_whole_or_not_there(run, monkeypatch, capsys):
     assert "there is no room to write" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
     assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+class PowerCut(BaseException):
+    """The process is gone."""
+
+
+def test_stopped_after_the_last_step_of_an_epoch_that_no_validation_follows(run, monkeypatch):
+    settings = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--trainer.val_check_interval=4"]
+    whole = run(*settings, "--name=whole")  # of the six steps of an epoch it validates after the fourth
+    assert metrics(whole)["steps"] == 12
+
+    def cut(*_):
+        raise PowerCut
+
+    with monkeypatch.context() as power:
+        power.setattr(RunSummary, "on_train_epoch_end", cut)
+        with pytest.raises(PowerCut):
+            run(*settings, "--name=half", "--checkpoint_every_n_steps=1")
+    half = whole.parents[1] / "half/version_0"
+    resumed = run(*settings, f"--ckpt_path={half}/checkpoints/last.ckpt")
+    assert resumed == half
+    assert metrics(half)["steps"] == 12
+    assert same_checkpoint(whole / "checkpoints/last.ckpt", half / "checkpoints/last.ckpt")
+    of_validation = [
+        [
+            {name: value for name, value in epoch.items() if not name.startswith("train/")}
+            for epoch in metrics(r)["epochs"]
+        ]
+        for r in (whole, half)
+    ]
+    assert of_validation[0] == of_validation[1]
+    assert [len(epoch) for epoch in of_validation[0]] == [4, 4]

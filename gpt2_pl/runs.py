@@ -90,8 +90,8 @@ class Run:
         walk("base.trained_with", (self.account.get("base") or {}).get("recipe"))
         for key in ("device", "processes"):
             walk(key, self.account.get(key))
-        for key in ("early_stopping_patience", "bad_batches"):
-            walk(key, self.settings.get(key))
+        walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
+        walk("skipped_steps", self.account.get("skipped_steps") or None)
         return found
 
     @property

@@ -110,6 +110,17 @@ def test_settings_tell_groups_of_one_strategy_apart(runs, tmp_path):
     assert [group.label for group in comparison.groups] == ["full", "lora (lr 0.001)", "lora (lr 0.5)", "own"]
 
 
+def test_guards_that_did_nothing_do_not_tell_groups_apart(runs):
+    for folder, skipped in zip(runs[:3], (0, 0, 4), strict=True):
+        account = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps({**account, "skipped_steps": skipped}))
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "bad_batches": "skip"}))
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    labels = {group.label: [run.account["seed"] for run in group.runs] for group in comparison.groups}
+    assert labels == {"full": [1, 2, 3], "lora (skipped_steps None)": [1, 2], "lora (skipped_steps 4)": [3]}
+
+
 def test_what_the_command_writes(runs, run, tmp_path, capsys):
     cli = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
     from cli import main

@@ -69,7 +69,7 @@ class Moments:
 
         def open_slowly(path, mode="r", *args, **kwargs):
             file = open_(path, mode, *args, **kwargs)
-            return Slowly(file, kind_of(path)) if path.name.endswith(".part") else file
+            return Slowly(file, kind_of(path)) if "w" in mode else file
 
         def replace_slowly(path, target):
             moments.reached(f"before {Path(target).name}")

@@ -201,6 +201,7 @@ def test_diversity_and_repetition_by_hand():
     assert scores.distinct([a, b], 1) == 4 / 8
     assert scores.distinct([a, b], 2) == len({("the", "cat"), ("cat", "the"), ("a", "cat"), ("cat", "sat")}) / 6
     assert scores.seq_rep(a, 2) == 1 - 2 / 4
+    assert scores.seq_rep([*a, "cat"], 2) == 1 - 2 / 5
     assert scores.seq_rep(b, 4) == 0.0
     assert scores.words("Feed'st thy LIGHT'S flame--with 'self'") == [
         "feed'st",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gpt2_pl.dropout import dropout
 
 SHORT = 256  # keys, up to which the CPU's fused kernel loses in training
+LONG = 256  # keys, above which the weights are computed again in the backward pass
 ROWS = 128  # queries at a time
 
 
@@ -19,8 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
     On a CPU PyTorch's fused kernel has no dropout, and in 16 bits its backward pass takes two to seven times as long as
     plain matrix products while texts are short; these two cases are computed plainly, some rows of the weights at a
     time. Causal rows leave out the keys behind them. Of long texts the weights are computed again in the backward pass,
-    so that memory grows with N and not with its square. Scores then have the precision of q, the softmax is taken in
-    float32.
+    so that memory grows with N and not with its square. Scores and softmax are float32 whatever q is.
 
     Args:
         q: queries (B, H, Q, hd).
@@ -35,6 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
     """
     p = p if training else 0.0
     Q, N = q.size(2), k.size(2)
+    assert mask is not None or Q == N
     slow = p > 0.0 or (training and q.requires_grad and q.element_size() == 2 and N <= SHORT)
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not slow:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
@@ -43,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
         rows = slice(start, start + ROWS)
         keys = slice(N if mask is not None else start + ROWS)
         inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], None if mask is None else mask[..., rows, :], p)
-        parts.append(checkpoint(_plain, *inputs, use_reentrant=False) if N > SHORT else _plain(*inputs))
+        parts.append(checkpoint(_plain, *inputs, use_reentrant=False) if N > LONG else _plain(*inputs))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -52,6 +56,27 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Te
     if mask is None:
         Q, N = q.size(2), k.size(2)
         mask = torch.ones(Q, N, dtype=torch.bool).tril(N - Q)
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)  # (B, H, Q, N)
+    scores = _Scores.apply(q, k)  # (B, H, Q, N)
     weights = (scores + mask.float().log()).softmax(-1).to(v.dtype)
     return dropout(weights, p, training=True) @ v
+
+
+class _Scores(torch.autograd.Function):
+    """q k^T / sqrt(hd) in float32 or above; q and k may be of 16 bits, as their gradients' products then are."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.scale = q.size(-1) ** -0.5
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.empty(*q.shape[:-1], k.size(2), dtype=wide)
+        for of_scores, of_q, of_k in zip(scores, q, k, strict=True):  # one row's stay in the cache
+            torch.matmul(of_q.to(wide) * ctx.scale, of_k.to(wide).transpose(-1, -2), out=of_scores)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        grad = (grad * ctx.scale).to(q.dtype)
+        return grad @ k, grad.transpose(-1, -2) @ q

@@ -35,7 +35,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/model.py", "text.cumsum(-1) - 1", "text.cumsum(-1)", "model"),
     ("gpt2_pl/model.py", "mask = self._mask(at + before + skipped,", "mask = self._mask(at + before,", "virtual"),
     ("gpt2_pl/model.py", "std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual", "std = 0.02 if residual", "model"),
-    ("gpt2_pl/attention.py", "q * q.size(-1) ** -0.5", "q * q.size(-1) ** -1.0", "attention"),
+    ("gpt2_pl/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
+    ("gpt2_pl/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
     ("gpt2_pl/attention.py", ".tril(N - Q)", ".tril()", "attention"),
     ("gpt2_pl/gelu.py", "square.mul_(3.0 * CUBIC)", "square.mul_(2.0 * CUBIC)", "gelu"),
     ("gpt2_pl/dropout.py", "alpha=ctx.scale)", "alpha=1.0)", "dropout"),
@@ -64,7 +65,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("datamodules/batching.py", "for rows in batches[self.next_batch() :]:", "for rows in batches:", "processes"),
     ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),
-    ("gpt2_pl/files.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "resuming faults cli"),
+    ("gpt2_pl/files.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "faults"),
     ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoints"),
     # Scores and statistics
     ("gpt2_pl/statistics.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "statistics"),

@@ -11,9 +11,9 @@ from gpt2_pl.attention import ROWS, attention
 from gpt2_pl.dropout import dropout
 
 
-def plain_attention(q, k, v, mask):
+def weights_of(q, k, mask):
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.size(-1))
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1), v
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -27,7 +27,7 @@ def test_attention_with_dropout_is_the_formula(masked, T):
     torch.manual_seed(4)
     ours = attention(q, k, v, mask, 0.25, training=True)
     torch.manual_seed(4)
-    weights, _ = plain_attention(q, k, v, causal if mask is None else mask)
+    weights = weights_of(q, k, causal if mask is None else mask)
     # masks are drawn for `ROWS` queries at a time, causal ones for the keys before them
     rows = [(weights[:, :, a : a + ROWS], T if masked else a + ROWS) for a in range(0, T, ROWS)]
     theirs = torch.cat([dropout(part[..., :n], 0.25, training=True) @ v[:, :, :n] for part, n in rows], dim=2)
@@ -38,21 +38,20 @@ def test_attention_with_dropout_is_the_formula(masked, T):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_without_dropout_equals_pytorch(dtype, masked):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 33, 16).to(dtype).requires_grad_()
-    grad = torch.randn(2, 3, 33, 16)
-    mask = torch.ones(33, 33, dtype=torch.bool).tril() if masked else None
-    ours = attention(q, k, v, mask, training=True)
-    q2, k2, v2 = (t.detach().float().requires_grad_() for t in (q, k, v))
-    theirs = torch.nn.functional.scaled_dot_product_attention(q2, k2, v2, is_causal=True)
-    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(ours.float(), theirs, **tolerance)
-    a, b = torch.autograd.grad(ours, (q, k, v), grad.to(dtype)), torch.autograd.grad(theirs, (q2, k2, v2), grad)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x.float(), y, **tolerance)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_in_bfloat16_it_is_near_the_formula_in_float64(size, masked):
+    q, k, v = torch.randn(3, 4, 3, 64, 64).bfloat16()
+    q, k = ((t * size).requires_grad_() for t in (q, k))
+    causal = torch.ones(64, 64, dtype=torch.bool).tril()
+    ours = attention(q, k, v, causal if masked else None, training=True)
+    exact = weights_of(q.double(), k.double(), causal) @ v.double()
+    off = (ours.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+    assert off < 0.0025
+    grad = torch.randn_like(exact)
+    found = torch.autograd.grad(ours, (q, k), grad.bfloat16())
+    for a, b in zip(found, torch.autograd.grad(exact, (q, k), grad), strict=True):
+        assert (a.double() - b.double()).pow(2).mean().sqrt() < 0.008 * b.double().pow(2).mean().sqrt()
 
 
 def qkv(T, dtype=torch.float64):
@@ -62,7 +61,7 @@ def qkv(T, dtype=torch.float64):
 @pytest.fixture
 def few_rows(monkeypatch):
     monkeypatch.setattr(gpt2_pl.attention, "ROWS", 16)
-    monkeypatch.setattr(gpt2_pl.attention, "SHORT", 32)
+    monkeypatch.setattr(gpt2_pl.attention, "LONG", 32)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from commands.train import GPT2CLI
+from gpt2_pl.files import whole_file
 from gpt2_pl.metrics import finite
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 
@@ -44,6 +45,15 @@ def faults(folder, n, seed, arguments, **environment):
     cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(cases) == n
     return cases
+
+
+def test_a_file_is_replaced_and_never_rewritten(tmp_path):
+    for text in ("before", "after"):
+        with whole_file(tmp_path / "file") as file:
+            file.write(text)
+        if text == "before":
+            os.link(tmp_path / "file", tmp_path / "reader")
+    assert [(tmp_path / name).read_text() for name in ("file", "reader")] == ["after", "before"]
 
 
 def test_asked_to_end_it_saves_and_goes_on(tmp_path):

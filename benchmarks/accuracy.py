@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --task sst5|quora --base FOLDER --train_file F [F] --val_file F --out results.json
 
-Runs the two in turn for every seed and writes dev accuracy and macro F1 of the best epoch and of the last one.
+Runs the two in turn for every seed, writes dev accuracy and macro F1 of every epoch, and prints those of the last one.
 """
 
 from __future__ import annotations

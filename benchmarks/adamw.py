@@ -5,11 +5,10 @@ python benchmarks/adamw.py [--record]
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
-from in_turn import Figures, arguments, compare, turns_here
+from in_turn import Figures, arguments, compare, now, turns_here
 
 from gpt2_pl import GPT2, AdamW, GPT2Config
 
@@ -17,15 +16,15 @@ from gpt2_pl import GPT2, AdamW, GPT2Config
 def main() -> None:
     """Time and print."""
     args = arguments(__doc__, [], rounds=15).parse_args()
-    parameters = list(GPT2(GPT2Config()).parameters())
+    parameters = list(GPT2(GPT2Config()).to("cuda" if torch.cuda.is_available() else "cpu").parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
 
     def timed(optimizer: torch.optim.Optimizer) -> Callable[[], Figures]:
         def measure() -> Figures:
-            since = time.perf_counter()
+            since = now()
             optimizer.step()
-            return {"seconds": time.perf_counter() - since}
+            return {"seconds": now() - since}
 
         measure()  # makes its state
         return measure

@@ -8,11 +8,10 @@ GPT-2 small's shape with random weights, top-p 0.9.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
-from in_turn import Figures, arguments, compare, turns_here
+from in_turn import Figures, arguments, compare, now, turns_here
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate
@@ -49,15 +48,17 @@ def main() -> None:
 
     def timed(run: Callable[[int], None]) -> Callable[[], Figures]:
         def measure() -> Figures:
-            since = time.perf_counter()
+            since = now()
             run(args.new)
-            return {"new tokens/s": args.batch * args.new / (time.perf_counter() - since)}
+            return {"new tokens/s": args.batch * args.new / (now() - since)}
 
         run(4)  # warm up
         return measure
 
     found = turns_here({"ours": timed(run_ours), "transformers": timed(run_theirs)}, args.rounds)
-    compare(f"generation, batch {args.batch}, {args.dtype}", found, args.record)
+    compiled = ", ours compiled" if args.compile else ""
+    work = f"generation, {args.batch} prompts of {args.prompt}, {args.new} new, {args.dtype}{compiled}"
+    compare(work, found, args.record)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the benchmarks share: arms that take turns, each in a process of its own, and the table of their medians.
+"""What the benchmarks share: arms that take turns, so that whatever else the machine does falls on all alike, and the
+table of their medians.
 
-A script measures one arm when it is called with ``--arm NAME``, and prints the figures as one line of JSON; without it,
-it calls itself for every arm in turn, so that whatever else the machine does falls on all alike. With ``--record`` the
-medians and ratios are kept in measured.json, and the README's table is written from that.
+Where an arm needs a process of its own, a script measures it when it is called with ``--arm NAME``, and prints the
+figures as one line of JSON; without that it calls itself for every arm in turn. With ``--record`` the medians and
+ratios are kept in measured.json, and the README's table is written from that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,15 @@ def turns_here(arms: dict[str, Callable[[], Figures]], rounds: int) -> dict[str,
         for arm, measure in arms.items():
             found[arm].append(measure())
     return found
+
+
+def now() -> float:
+    """Seconds of a clock, when all that was asked of a GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_gb() -> float:
@@ -107,31 +118,37 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}, PyTorch {torch.__version__}"
 
 
+def _key(row: dict[str, Any]) -> list[Any]:
+    return [row.get(name) for name in ("machine", "work", "figure", "peer")]
+
+
 def _record(rows: list[dict[str, Any]]) -> None:
-    key = lambda row: [row.get(name) for name in ("machine", "work", "figure", "peer")]  # noqa: E731
-    kept = json.loads(MEASURED.read_text()) if MEASURED.is_file() else []
-    new = [key(row) for row in rows]
-    kept = [row for row in kept if key(row) not in new] + rows
-    MEASURED.write_text(json.dumps(kept, indent=1) + "\n")
+    kept = {json.dumps(_key(row)): row for row in (json.loads(MEASURED.read_text()) if MEASURED.is_file() else [])}
+    kept.update({json.dumps(_key(row)): row for row in rows})
+    MEASURED.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
     before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + table(kept) + END + rest.split(END, 1)[1])
+    README.write_text(before + BEGIN + table(list(kept.values())) + END + rest.split(END, 1)[1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table for each machine."""
+    """Markdown: a table for each machine, in the order in which things were first measured."""
     parts = []
     for name in dict.fromkeys(row["machine"] for row in rows):
-        lines = ["| work | figure | ours | beside it | ratio |", "| --- | --- | --- | --- | --- |"]
-        lines += [_cells(row) for row in sorted(rows, key=lambda row: row["work"]) if row["machine"] == name]
+        lines = ["| work | figure | ours | beside it | ours / beside it |", "| --- | --- | --- | --- | --- |"]
+        lines += [_cells(row) for row in rows if row["machine"] == name]
         parts.append(f"{name}:\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def _cells(row: dict[str, Any]) -> str:
-    cells = [row["work"], row["figure"], f"{row['ours']:.3g}"]
+    cells = [row["work"], row["figure"], _number(row["ours"])]
     if "peer" in row:
         spread = f" ({row['least']:.2f} to {row['most']:.2f})" if row["rounds"] > 1 else ""
-        cells += [f"{row['peer']}: {row['theirs']:.3g}", f"{row['ratio']:.2f}{spread}"]
+        cells += [f"{row['peer']}: {_number(row['theirs'])}", f"{row['ratio']:.2f}{spread}"]
     else:
         cells += ["", ""]
     return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

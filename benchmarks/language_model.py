@@ -2,8 +2,8 @@
 
     python benchmarks/language_model.py [--batch 8] [--context 512] [--precision bf16|fp32] [--record]
 
-GPT-2 small's shape and vocabulary, random tokens, AdamW, no dropout. Memory is the process's peak, as a whole and less
-what it had before the first step.
+GPT-2's shape and vocabulary, random tokens, AdamW, no dropout. Memory is the process's
+peak.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from typing import Any
 
-from in_turn import Figures, arguments, compare, peak_gb, take_turns
+from in_turn import Figures, arguments, compare, now, peak_gb, take_turns
 
+SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}  # width, blocks, heads
 PLAIN, UNLIKELIHOOD, TRANSFORMERS = "ours", "with unlikelihood", "transformers, own loop"
 
 
@@ -24,11 +24,14 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
+    from gpt2_pl.flops import peak_flops, training_flops
     from gpt2_pl.losses import cross_entropy, language_model_loss
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = GPT2Config(dropout=0.0)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    width, blocks, heads = SIZES[args.size]
+    config = GPT2Config(n_embd=width, n_layer=blocks, n_head=heads, dropout=0.0)
     ids = torch.randint(0, config.vocab_size, (args.batch, args.context + 1), device=device)
     ids[:, 1::3] = ids[:, ::3][:, : ids[:, 1::3].size(1)]  # some repetition
     model: Any
@@ -36,15 +39,18 @@ def measure(args: argparse.Namespace) -> Figures:
         from transformers import GPT2Config as TheirConfig
         from transformers import GPT2LMHeadModel
 
-        model = GPT2LMHeadModel(TheirConfig(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).to(device).train()
+        shape = TheirConfig(n_embd=width, n_layer=blocks, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        model = GPT2LMHeadModel(shape).to(device).train()
     else:
         model = GPT2(config).to(device).train()
+        for block in model.h if args.compile else ():
+            block.compile(dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
             if args.arm == TRANSFORMERS:
-                loss = model(ids[:, :-1], labels=ids[:, :-1]).loss  # shifts by itself
+                loss = model(ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss  # shifts by itself
             elif args.arm == PLAIN:
                 total, n = cross_entropy(model(ids[:, :-1]), model.head_weight, ids[:, 1:])
                 loss = total / n
@@ -55,16 +61,14 @@ def measure(args: argparse.Namespace) -> Figures:
         optimizer.step()
         optimizer.zero_grad()
 
-    before = peak_gb()
     seconds = []
     for _ in range(args.steps + 1):
-        since = time.perf_counter()
+        since = now()
         step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - since)
+        seconds.append(now() - since)
     tokens = args.batch * args.context / statistics.median(seconds[1:])
-    return {"tokens/s": tokens, "peak memory, GB": peak_gb(), "memory of a step, GB": peak_gb() - before}
+    mfu = training_flops(config, args.context) * tokens / peak_flops(torch.device(device), dtype)
+    return {"tokens/s": tokens, "MFU": mfu, "peak memory, GB": peak_gb()}
 
 
 def main() -> None:
@@ -73,13 +77,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of GPT-2")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(measure(args)))
         return
     found = take_turns([PLAIN, UNLIKELIHOOD, TRANSFORMERS], args.rounds)
-    compare(f"language model, {args.batch} rows of {args.context} tokens, {args.precision}", found, args.record)
+    compiled = ", ours compiled" if args.compile else ""
+    work = f"language model, GPT-2 {args.size}, {args.batch} rows of {args.context} tokens, {args.precision}{compiled}"
+    compare(work, found, args.record)
 
 
 if __name__ == "__main__":

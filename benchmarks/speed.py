@@ -3,10 +3,11 @@
     python benchmarks/speed.py --task sst5|quora --train_file F --tokenizer FOLDER [--method full|lora|probe] [--record]
 
 Arms take turns: ours, Trainer as it comes (rows in random order), Trainer with rows grouped by length, and, for full
-fine-tuning, our batches' matrix products alone, which is as fast as this machine can be. All train on the same rows,
-from the same random weights, with fused AdamW and clipping. ``lora`` trains adapters of rank 8 beside c_attn and c_fc,
-Trainer's made by peft; ``probe`` trains the head alone for six epochs. Timed is training from its first epoch's begin
-to its last one's end; with ``probe`` also what comes before, where this library computes the features.
+fine-tuning, our batches' matrix products alone, which is as fast as this machine can be. Each arm trains on batches
+of its own plan for the whole file, evenly drawn from the shortest to the longest, so that padding is that of a whole
+epoch; text is counted without it. All begin with the same random weights, with fused AdamW and clipping; the first
+step is not timed. ``lora`` trains adapters of rank 8 beside c_attn and c_fc, Trainer's made by peft. ``probe`` trains
+the head alone for six epochs, and is timed from before this library computes the features.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from in_turn import Figures, arguments, compare, peak_gb, take_turns
+from in_turn import Figures, arguments, compare, now, peak_gb, take_turns
 
 OURS, DEFAULT, GROUPED, PRODUCTS = "ours", "Trainer", "Trainer, grouped by length", "its matrix products alone"
 COLUMNS = {"sst5": ("sentence", "sentiment"), "quora": ("sentence1", "sentence2", "is_duplicate")}
@@ -30,22 +29,50 @@ CLASSES = {"sst5": 5, "quora": 2}
 ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.1, "targets": ["c_attn", "c_fc"]}
 
 
-def subset(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The same random rows for every arm."""
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of every arm, batch after batch, and how many tokens each has."""
+    import numpy as np
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    from datamodules import SST5, QuoraPairs
+    from datamodules.batching import training_batches
+    from gpt2_pl.tokenizer import load_tokenizer
+
     with open(args.train_file, encoding="utf-8", newline="") as lines:
         rows = [{name: row[name] for name in COLUMNS[args.task]} for row in csv.DictReader(lines, delimiter="\t")]
-    return random.Random(0).sample(rows, args.steps * args.batch_size)
+    template = (SST5 if args.task == "sst5" else QuoraPairs)(train_file=args.train_file, tokenizer="").template
+    texts = [template.fill(row) for row in rows]
+    lengths = np.array([len(found) for found in load_tokenizer(args.tokenizer).encode_batch(texts)])
+    size = args.batch_size
+    orders = {
+        OURS: np.concatenate(training_batches(lengths, size, seed=0, epoch=0)[:-1]),  # the last one may be smaller
+        DEFAULT: np.random.default_rng(0).permutation(len(rows)),
+        GROUPED: np.array(
+            get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(0))
+        ),
+    }
+    chosen = {}
+    for arm, order in orders.items():
+        batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+        batches.sort(key=lambda batch: lengths[batch].sum())
+        n = args.steps + (args.method != "probe")  # one to warm up
+        drawn = [batches[int((i + 0.5) * len(batches) / n)] for i in range(n)]
+        chosen[arm] = np.concatenate([drawn[i] for i in np.random.default_rng(1).permutation(n)]).tolist()
+    return {
+        arm: [{"text": texts[i], "tokens": int(lengths[i]), **rows[i]} for i in indices]
+        for arm, indices in chosen.items()
+    }
 
 
-def data(args: argparse.Namespace, folder: str) -> Any:
-    """Our datamodule of these rows."""
+def datamodule(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> Any:
+    """Ours, of these rows."""
     from datamodules import SST5, QuoraPairs
 
-    rows = subset(args)
     files = {"train": Path(folder) / "train.csv", "val": Path(folder) / "val.csv"}
     for split, file in files.items():
         with file.open("w", encoding="utf-8", newline="") as lines:
-            writer = csv.DictWriter(lines, COLUMNS[args.task], delimiter="\t")
+            writer = csv.DictWriter(lines, COLUMNS[args.task], delimiter="\t", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows if split == "train" else rows[:2])
     make = SST5 if args.task == "sst5" else QuoraPairs
@@ -57,8 +84,8 @@ def data(args: argparse.Namespace, folder: str) -> Any:
     )
 
 
-def ours(args: argparse.Namespace, folder: str) -> float:
-    """Seconds of training."""
+def ours(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> tuple[int, float]:
+    """Tokens trained on, and seconds."""
     import torch
     from lightning.pytorch import Callback, Trainer, seed_everything
 
@@ -67,12 +94,19 @@ def ours(args: argparse.Namespace, folder: str) -> float:
     from gpt2_pl.tasks import ParaphraseDetector, SentimentClassifier
 
     class Clock(Callback):
-        def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.current_epoch == 0 and args.method != "probe":
-                self.start = time.perf_counter()
+        tokens = 0
+
+        def on_fit_start(self, *_: Any) -> None:  # before the features of a probe are computed
+            self.start = now()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if args.method != "probe" and batch_idx == 0:
+                self.start = now()
+            else:
+                self.tokens += int(batch["attention_mask"].sum())
 
         def on_train_epoch_end(self, *_: Any) -> None:
-            self.end = time.perf_counter()
+            self.end = now()
 
     seed_everything(0, verbose=False)
     model = (SentimentClassifier if args.task == "sst5" else ParaphraseDetector)(
@@ -81,10 +115,9 @@ def ours(args: argparse.Namespace, folder: str) -> float:
         head_dropout=0.0,
         surgery=[LoRA(**ADAPTER)] if args.method == "lora" else None,
         train_base=False if args.method == "probe" else None,
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-5, fused=True),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
     )
-    rows, clock = data(args, folder), Clock()
-    clock.start = time.perf_counter()
+    clock = Clock()
     Trainer(
         max_epochs=args.epochs,
         accelerator="auto",
@@ -97,36 +130,38 @@ def ours(args: argparse.Namespace, folder: str) -> float:
         enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=[Reproducibility(), clock],
-    ).fit(model, rows)
-    return clock.end - clock.start
+    ).fit(model, datamodule(args, rows, folder))
+    return clock.tokens, clock.end - clock.start
 
 
-def theirs(args: argparse.Namespace, folder: str, grouped: bool) -> float:
-    """Seconds of training."""
+def theirs(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> tuple[int, float]:
+    """Tokens trained on, and seconds."""
     import torch
     from transformers import (
         DataCollatorWithPadding,
         GPT2ForSequenceClassification,
-        PreTrainedTokenizerFast,
+        GPT2TokenizerFast,
         Trainer,
         TrainerCallback,
         TrainingArguments,
         set_seed,
     )
 
-    from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
-
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
+            self.start = now()
+
+        def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            if args.method != "probe" and state.global_step == 1:
+                self.start = now()
 
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            self.end = time.perf_counter()
+            self.end = now()
 
     set_seed(0)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(args.tokenizer), pad_token=END_OF_TEXT)
-    template, label = data(args, folder).template, COLUMNS[args.task][-1]
-    rows = [{**tokenizer(template.fill(row)), "labels": int(row[label])} for row in subset(args)]
+    tokenizer = GPT2TokenizerFast.from_pretrained(args.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    label = COLUMNS[args.task][-1]
     model = GPT2ForSequenceClassification.from_pretrained(
         args.base, num_labels=CLASSES[args.task], pad_token_id=tokenizer.pad_token_id
     )
@@ -145,24 +180,26 @@ def theirs(args: argparse.Namespace, folder: str, grouped: bool) -> float:
         TrainingArguments(
             folder,
             learning_rate=2e-5,
+            weight_decay=0.01,
             per_device_train_batch_size=args.batch_size,
             num_train_epochs=args.epochs,
             bf16=args.precision == "bf16",
-            train_sampling_strategy="group_by_length" if grouped else "random",
+            train_sampling_strategy="sequential",  # the plan's order
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         ),
-        train_dataset=rows,
+        train_dataset=[{**tokenizer(row["text"]), "labels": int(row[label])} for row in rows],
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[clock],
     ).train()
-    return clock.end - clock.start
+    timed = rows if args.method == "probe" else rows[args.batch_size :]
+    return args.epochs * sum(row["tokens"] for row in timed), clock.end - clock.start
 
 
-def products(args: argparse.Namespace, folder: str) -> float:
-    """Seconds of the matrix products of our epoch: those of every layer, forward and backward, in its shapes."""
+def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> tuple[int, float]:
+    """Tokens of text, and seconds of the matrix products that training on them takes, forward and backward."""
     import torch
 
     from gpt2_pl import GPT2Config
@@ -172,17 +209,17 @@ def products(args: argparse.Namespace, folder: str) -> float:
     C, H, L = config.n_embd, config.n_head, config.n_layer
     layer_shapes = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
     weights = [[torch.randn(shape, device=device, dtype=dtype) for shape in layer_shapes] for _ in range(L)]
-    rows = data(args, folder)
-    rows.prepare_data()
-    rows.setup("fit")
-    shapes = [batch["input_ids"].shape for batch in rows.train_dataloader()]
+    data = datamodule(args, rows, folder)
+    data.prepare_data()
+    data.setup("fit")
+    masks = [batch["attention_mask"] for batch in data.train_dataloader()]
 
-    def train(B: int, T: int) -> None:
+    def train(B: int, T: int) -> float:
         new = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
         inputs = {(n, w): new(n, w) for n in (B * T, B) for w in (C, 4 * C)}
         outputs = {(n, w): new(n, w) for n in (B * T, B) for w in (3 * C, C, 4 * C)}
         heads, weights_of = new(B * H, T, C // H), {Q: new(B * H, Q, T) for Q in (T, 1)}
-        since = time.perf_counter()
+        since = now()
         for i, layers in enumerate(weights):
             last = i == L - 1  # whose outputs are computed where they are read, at one place a row
             for layer, weight in enumerate(layers):
@@ -192,26 +229,19 @@ def products(args: argparse.Namespace, folder: str) -> float:
             queries, scores = (heads[:, :1], weights_of[1]) if last else (heads, weights_of[T])
             for _ in range(2):  # q k^T and its gradients, and weights v and its gradients
                 queries @ heads.transpose(1, 2), scores @ heads, scores.transpose(1, 2) @ queries
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - since)
+        return now() - since
 
-    seconds: list[float] = []
-    for B, T in [shapes[0], *shapes]:  # the first to warm up
-        train(B, T)
-    return sum(seconds[1:])
+    train(*masks[0].shape)  # warm up
+    return sum(int(mask.sum()) for mask in masks), sum(train(*mask.shape) for mask in masks)
 
 
 def measure(args: argparse.Namespace) -> Figures:
-    """One arm in this process: examples per second of training, and the most memory the process held."""
+    """One arm in this process: tokens of text per second of training, and the most memory the process held."""
+    rows = json.loads(Path(args.plan).read_text())[OURS if args.arm == PRODUCTS else args.arm]
+    run = {OURS: ours, PRODUCTS: products}.get(args.arm, theirs)
     with tempfile.TemporaryDirectory() as folder:
-        if args.arm == OURS:
-            seconds = ours(args, folder)
-        elif args.arm == PRODUCTS:
-            seconds = products(args, folder)
-        else:
-            seconds = theirs(args, folder, args.arm == GROUPED)
-    figures = {"examples/s": args.epochs * args.steps * args.batch_size / seconds}
+        tokens, seconds = run(args, rows, folder)
+    figures = {"tokens of text/s": tokens / seconds}
     return figures if args.arm == PRODUCTS else {**figures, "peak memory, GB": peak_gb()}
 
 
@@ -223,6 +253,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--method", choices=["full", "lora", "probe"], default="full")
     parser.add_argument("--base", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--steps", type=int, default=8, help="of an epoch")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -231,14 +262,16 @@ def main() -> None:
     if args.arm:
         print(json.dumps(measure(args)))
         return
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as folder:
+        base, rows = f"{folder}/base", Path(folder) / "plan.json"
         code = f"from gpt2_pl import GPT2, GPT2Config; GPT2(GPT2Config()).save_pretrained({base!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
+        rows.write_text(json.dumps(plan(args)))
         arms = [OURS, DEFAULT, GROUPED] + ([PRODUCTS] if args.method == "full" else [])
-        found = take_turns(arms, args.rounds, ["--base", base])
+        found = take_turns(arms, args.rounds, ["--base", base, "--plan", str(rows)])
     task = {"sst5": "SST-5", "quora": "Quora pairs"}[args.task]
-    method = {"full": "full fine-tuning", "lora": "LoRA", "probe": "linear probe, 6 epochs"}[args.method]
-    compare(f"{task}, {method}, batch {args.batch_size}, {args.precision}", found, args.record)
+    method = {"full": "full fine-tuning", "lora": "LoRA", "probe": f"linear probe, {args.epochs} epochs"}[args.method]
+    compare(f"{task}, {method}, {args.steps} batches of {args.batch_size}, {args.precision}", found, args.record)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("configs").symlink_to(ROOT / "configs")
         fit = "fit --config configs/quickstart.yaml --trainer.max_epochs=1 --trainer.limit_train_batches=1"
-        _call(fit)  # the run to compare
+        _call(fit + " --name=compared")
         commands = {
             "--help": "--help",
             "fit --help": "fit --help",
-            "compare of a run": "compare lightning_logs --out compared",
+            "compare of a run": "compare lightning_logs/compared --out report",
             "a run of one training step": fit + " --trainer.limit_val_batches=1",
         }
 

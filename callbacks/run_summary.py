@@ -45,7 +45,7 @@ class RunSummary(Callback):
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
         self.peak_memory_before = 0  # of the processes of a run that was stopped
-        self.validated: Scores = {}  # by the last validation
+        self.validated: Scores = {}  # in the epoch that is under way
         self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
         self.cpu_seconds = 0.0  # of all of this process's threads, in those seconds
         self.test_follows = False  # the run is finished only when its best checkpoint has been tested
@@ -135,6 +135,7 @@ class RunSummary(Callback):
         scores = _scores(trainer, "train/")
         scores.pop("train/step_loss", None)
         self.epochs.append({"epoch": trainer.current_epoch + 1, **scores, **self.validated})
+        self.validated = {}
         self._log_layers(trainer, pl_module)
         self._write(trainer, pl_module, "running")
 

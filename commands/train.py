@@ -122,7 +122,7 @@ class GPT2CLI(LightningCLI):
             "--checkpoint_every_n_steps",
             type=int | None,
             default=None,
-            help="also write checkpoints/last.ckpt every N optimizer steps; by default after every epoch only",
+            help="also write checkpoints/last.ckpt every N optimizer steps, and not after every epoch only",
         )
         parser.add_argument(
             "--bad_batches",
@@ -238,7 +238,7 @@ class GPT2CLI(LightningCLI):
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
         self.best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
         last = RunCheckpoint(
-            filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
+            filename="last", every_n_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
         )
         return [self.best, last]
 

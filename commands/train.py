@@ -45,10 +45,19 @@ from gpt2_pl.tasks import Task
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line: fifty lines of usage would hide it."""
+    """A parser whose errors are one line, fifty lines of usage would hide it, and whose files are whole."""
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""
+
+    def save(self, namespace: Any, path: Any, *_: Any, **__: Any) -> None:
+        """Write a configuration, with what is null, in place of the file that is there.
+
+        Raises:
+            RunError: there is no room for it; the file that was there is as it was.
+        """
+        with whole_file(Path(path)) as file:
+            file.write(self.dump(namespace, skip_none=False))
 
 
 class RunFiles(SaveConfigCallback):

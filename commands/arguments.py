@@ -47,7 +47,14 @@ def check_name(name: str, key: str = "name") -> None:
 
 
 def ordered(args: list[str]) -> list[str]:
-    """The command, its configuration files, then its flags: these lie over files wherever they stand."""
+    """The command, its configuration files, then its flags: these lie over files wherever they stand.
+
+    Raises:
+        InputError: a file that is given as ``-cFILE``.
+    """
+    for arg in args:
+        if arg.startswith("-c") and arg != "-c":
+            raise InputError(f"{arg} is no flag; a configuration file is given as --config FILE")
     files: list[str] = []
     flags: list[str] = []
     for before, arg in pairwise(args):

@@ -45,7 +45,13 @@ from gpt2_pl.tasks import Task
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, fifty lines of usage would hide it, and whose files are whole."""
+    """A parser whose errors are one line, fifty lines of usage would hide it, and whose files are whole.
+
+    Flags have their whole names: what reads them before they are parsed knows no other.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import yaml
 from conftest import ROOT
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 
 from commands.train import GPT2CLI
@@ -97,6 +98,23 @@ def test_a_mistyped_key_is_named(file, path, built, base, data_flags, capsys, tm
     before, after = beneath(file, base, data_flags)
     line = refused(built, capsys, *before, "--config", changed, *after)
     assert wrong.rstrip("+") in line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_flags_are_not_shortened(built, capsys, tmp_path):
+    """Every key cut anywhere: what looks at flags before they are parsed knows them by their names."""
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+    names = {name for action in cli._parser("fit")._actions for name in action.option_strings}
+    assert {"--ckpt_path", "--config", "--name", "--trainer.max_epochs"} <= names
+    long = {name for name in names if name.startswith("--") and not name.endswith(".help")}
+    for name in {name[:end] for name in long for end in range(3, len(name))} - names:
+        with pytest.raises(ArgumentError, match=f"unrecognized arguments: {name}=x|Key '{name[2:]}' is not"):
+            cli.parser.parse_args(["fit", f"--config={CONFIGS}/quickstart.yaml", f"{name}=x"])
+    for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):
+        assert flag.partition("=")[0] in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    for given in (["-c/nowhere.yaml"], ["-c=/nowhere.yaml"]):
+        line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", *given)
+        assert f"{given[0]} is no flag" in line
     assert not (tmp_path / "lightning_logs").exists()
 
 

@@ -153,6 +153,8 @@ class GPT2CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle what one key takes from another, so that config.yaml says what the run used."""
         config = self.config[self.subcommand]
+        if config.ckpt_path != self.checkpoint:
+            raise InputError(f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE")
         check_name(config.name)
         if config.version is not None:
             check_name(config.version, "version")

@@ -107,7 +107,7 @@ def test_flags_are_not_shortened(built, capsys, tmp_path):
     names = {name for action in cli._parser("fit")._actions for name in action.option_strings}
     assert {"--ckpt_path", "--config", "--name", "--trainer.max_epochs"} <= names
     long = {name for name in names if name.startswith("--") and not name.endswith(".help")}
-    for name in {name[:end] for name in long for end in range(3, len(name))} - names:
+    for name in {whole[:end] for whole in long for end in range(3, len(whole))} - names:
         with pytest.raises(ArgumentError, match=f"unrecognized arguments: {name}=x|Key '{name[2:]}' is not"):
             cli.parser.parse_args(["fit", f"--config={CONFIGS}/quickstart.yaml", f"{name}=x"])
     for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):

@@ -142,12 +142,10 @@ def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     stored, task = dict(content["hyper_parameters"]), content["task"]
     stored.pop("num_classes", None)  # the data's to say
     stored.pop("word_ids", None)
-    if any(
-        arg in ("-c", "--config") or arg.startswith(("--config=", "--model.base", "--model.init_args.base"))
-        for arg in args
-    ):
-        stored.pop("base", None), stored.pop("config", None)  # which of the two it is, the files say
-    if states_surgery(args):
+    for key, other in (("base", "config"), ("config", "base")):
+        if states_argument(args, key):
+            stored.pop(other, None)  # a model has one of the two
+    if states_argument(args, "surgery"):
         stored.pop("surgery", None)  # theirs would be added to it
     else:
         stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
@@ -155,13 +153,18 @@ def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
 
 
-def states_surgery(args: list[str]) -> bool:
-    """Whether flags or configuration files say what surgery there is."""
-    if any(arg.startswith(("--model.surgery", "--model.init_args.surgery")) for arg in args):
-        return True
+def states_argument(args: list[str], key: str) -> bool:
+    """Whether flags or configuration files say what an argument of the model is; null says nothing."""
+    for arg, following in pairwise([*args, ""]):
+        name, equals, value = arg.partition("=")
+        if (
+            name.startswith((f"--model.{key}", f"--model.init_args.{key}"))
+            and (value if equals else following) != "null"
+        ):
+            return True
     for _, settings in settings_of(args):
         model = settings.get("model")
         stated = model.get("init_args") if isinstance(model, dict) else None
-        if isinstance(stated, dict) and {"surgery", "surgery+"} & stated.keys():
+        if isinstance(stated, dict) and any(stated.get(name) is not None for name in (key, f"{key}+")):
             return True
     return False

@@ -46,6 +46,33 @@ def check_name(name: str, key: str = "name") -> None:
         raise InputError(f"{key} is {name[:50]!r} and longer; a folder's name has at most 200 bytes")
 
 
+LEAST = {
+    "checkpoint_every_n_steps": 1,
+    "early_stopping_patience": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.max_epochs": -1,
+    "trainer.max_steps": -1,
+    "trainer.num_nodes": 1,
+}  # of numbers that Lightning checks late or not at all
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse numbers out of range, and a folder of runs that cannot be made.
+
+    Raises:
+        InputError: naming the key and its value.
+    """
+    for key, least in LEAST.items():
+        if (value := config.get(key)) is not None and value < least:
+            raise InputError(f"{key} is {value}; it must be at least {least}")
+    interval = config.trainer.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
+        raise InputError(f"trainer.val_check_interval is {interval}; it must be above 0")
+    root = config.trainer.default_root_dir
+    if root is not None and "://" not in str(root) and Path(root).exists() and not Path(root).is_dir():
+        raise InputError(f"trainer.default_root_dir is {root}; it must be a folder")
+
+
 def ordered(args: list[str]) -> list[str]:
     """The command, its configuration files, then its flags: these lie over files wherever they stand.
 
@@ -119,6 +146,8 @@ def checkpoint_path(args: list[str]) -> str | None:
             path = arg.partition("=")[2]
     if path in (None, "null"):
         return None
+    if not isinstance(path, str):
+        raise InputError(f"ckpt_path is {path!r}; it must be a file's name")
     existing_file(path, "ckpt_path")
     return path
 

@@ -46,6 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one line and 1."""
     args = list(sys.argv[1:] if args is None else args)
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # has torch execute pickles where nobody forbids it
+    os.environ.pop("JSONARGPARSE_DEFAULT_ENV", None)  # has the parser take settings from the environment
     if not args or args[0] in ("-h", "--help", "--version"):
         from gpt2_pl import __version__
 

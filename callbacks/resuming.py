@@ -33,13 +33,17 @@ class RunCheckpoint(ModelCheckpoint):
 
     It remembers its best when the run goes on, also from another working directory or folder: Lightning forgets the
     best score as soon as the folder is called otherwise. Among steps it saves only such as no validation follows:
-    Lightning would leave that validation out when the run goes on. With ``on_sigterm`` it also saves before the process
-    ends at a SIGTERM that reaches it in training.
+    Lightning would leave that validation out when the run goes on.
+
+    Args:
+        every_n_steps: save after this many optimizer steps too, besides what ModelCheckpoint does.
+        on_sigterm: save before the process ends at a SIGTERM that reaches it in training.
+        kwargs: ModelCheckpoint's.
     """
 
-    def __init__(self, on_sigterm: bool = False, **kwargs: Any) -> None:
+    def __init__(self, every_n_steps: int | None = None, on_sigterm: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.on_sigterm = on_sigterm
+        self.every_n_steps, self.on_sigterm = every_n_steps, on_sigterm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,14 +53,17 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        wanted = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        asked = self.on_sigterm and trainer.received_sigterm
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if (
-            self.on_sigterm
-            and trainer.received_sigterm
-            and whole_step
-            and self._last_global_step_saved < trainer.global_step
-        ):
+        if (wanted or asked) and whole_step and self._last_global_step_saved < trainer.global_step:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the epoch, also one that ends at a step that is saved already: it is more than the step."""
+        if self.every_n_steps is not None:
+            self._last_global_step_saved = -1
+        super().on_train_epoch_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best checkpoint of the run that was stopped, and copy its file where the folder is another."""

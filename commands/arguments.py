@@ -46,8 +46,42 @@ def check_name(name: str, key: str = "name") -> None:
         raise InputError(f"{key} is {name[:50]!r} and longer; a folder's name has at most 200 bytes")
 
 
+LEAST = {
+    "checkpoint_every_n_steps": 1,
+    "early_stopping_patience": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.max_epochs": -1,
+    "trainer.max_steps": -1,
+    "trainer.num_nodes": 1,
+}  # of numbers that Lightning checks late or not at all
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse numbers out of range, and a folder of runs that cannot be made.
+
+    Raises:
+        InputError: naming the key and its value.
+    """
+    for key, least in LEAST.items():
+        if (value := config.get(key)) is not None and value < least:
+            raise InputError(f"{key} is {value}; it must be at least {least}")
+    interval = config.trainer.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
+        raise InputError(f"trainer.val_check_interval is {interval}; it must be above 0")
+    root = config.trainer.default_root_dir
+    if root is not None and "://" not in str(root) and Path(root).exists() and not Path(root).is_dir():
+        raise InputError(f"trainer.default_root_dir is {root}; it must be a folder")
+
+
 def ordered(args: list[str]) -> list[str]:
-    """The command, its configuration files, then its flags: these lie over files wherever they stand."""
+    """The command, its configuration files, then its flags: these lie over files wherever they stand.
+
+    Raises:
+        InputError: a file that is given as ``-cFILE``.
+    """
+    for arg in args:
+        if arg.startswith("-c") and arg != "-c":
+            raise InputError(f"{arg} is no flag; a configuration file is given as --config FILE")
     files: list[str] = []
     flags: list[str] = []
     for before, arg in pairwise(args):
@@ -112,6 +146,8 @@ def checkpoint_path(args: list[str]) -> str | None:
             path = arg.partition("=")[2]
     if path in (None, "null"):
         return None
+    if not isinstance(path, str):
+        raise InputError(f"ckpt_path is {path!r}; it must be a file's name")
     existing_file(path, "ckpt_path")
     return path
 
@@ -135,12 +171,10 @@ def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     stored, task = dict(content["hyper_parameters"]), content["task"]
     stored.pop("num_classes", None)  # the data's to say
     stored.pop("word_ids", None)
-    if any(
-        arg in ("-c", "--config") or arg.startswith(("--config=", "--model.base", "--model.init_args.base"))
-        for arg in args
-    ):
-        stored.pop("base", None), stored.pop("config", None)  # which of the two it is, the files say
-    if states_surgery(args):
+    for key, other in (("base", "config"), ("config", "base")):
+        if states_argument(args, key):
+            stored.pop(other, None)  # a model has one of the two
+    if states_argument(args, "surgery"):
         stored.pop("surgery", None)  # theirs would be added to it
     else:
         stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
@@ -148,13 +182,18 @@ def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
 
 
-def states_surgery(args: list[str]) -> bool:
-    """Whether flags or configuration files say what surgery there is."""
-    if any(arg.startswith(("--model.surgery", "--model.init_args.surgery")) for arg in args):
-        return True
+def states_argument(args: list[str], key: str) -> bool:
+    """Whether flags or configuration files say what an argument of the model is; null says nothing."""
+    for arg, following in pairwise([*args, ""]):
+        name, equals, value = arg.partition("=")
+        if (
+            name.startswith((f"--model.{key}", f"--model.init_args.{key}"))
+            and (value if equals else following) != "null"
+        ):
+            return True
     for _, settings in settings_of(args):
         model = settings.get("model")
         stated = model.get("init_args") if isinstance(model, dict) else None
-        if isinstance(stated, dict) and {"surgery", "surgery+"} & stated.keys():
+        if isinstance(stated, dict) and any(stated.get(name) is not None for name in (key, f"{key}+")):
             return True
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
     FiniteLoss,
@@ -29,6 +30,7 @@ from callbacks import (
 from commands import RUNS
 from commands.arguments import (
     check_name,
+    check_ranges,
     check_shape,
     checkpoint_path,
     ordered,
@@ -45,10 +47,25 @@ from gpt2_pl.tasks import Task
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line: fifty lines of usage would hide it."""
+    """A parser whose errors are one line, fifty lines of usage would hide it, and whose files are whole.
+
+    Flags have their whole names: what reads them before they are parsed knows no other.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""
+
+    def save(self, namespace: Any, path: Any, *_: Any, **__: Any) -> None:
+        """Write a configuration, with what is null, in place of the file that is there.
+
+        Raises:
+            RunError: there is no room for it; the file that was there is as it was.
+        """
+        with whole_file(Path(path)) as file:
+            file.write(self.dump(namespace, skip_none=False))
 
 
 class RunFiles(SaveConfigCallback):
@@ -69,7 +86,10 @@ class GPT2CLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         args = ordered(args)
         for file, settings in settings_of(args):
-            check_shape(file, settings)
+            try:
+                check_shape(file, settings)
+            except RecursionError:
+                raise InputError(f"{file}: its keys lie in one another without end; leave such an alias out") from None
         self.checkpoint = checkpoint_path(args)
         if self.checkpoint is not None:
             args = with_hyperparameters(args, self.checkpoint)
@@ -122,7 +142,7 @@ class GPT2CLI(LightningCLI):
             "--checkpoint_every_n_steps",
             type=int | None,
             default=None,
-            help="also write checkpoints/last.ckpt every N optimizer steps; by default after every epoch only",
+            help="also write checkpoints/last.ckpt every N optimizer steps, and not after every epoch only",
         )
         parser.add_argument(
             "--bad_batches",
@@ -135,9 +155,21 @@ class GPT2CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The checkpoint's hyperparameters lie under files and flags already."""
 
+    def _set_seed(self) -> None:
+        """Seed everything, or nothing where the seed is False."""
+        seed = self.config[self.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}, true or false")
+        if seed is False:
+            os.environ.pop("PL_GLOBAL_SEED", None)  # of whoever started this process
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Settle what one key takes from another, so that config.yaml says what the run used."""
         config = self.config[self.subcommand]
+        if config.ckpt_path != self.checkpoint:
+            raise InputError(f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE")
+        check_ranges(config)
         check_name(config.name)
         if config.version is not None:
             check_name(config.version, "version")
@@ -232,13 +264,17 @@ class GPT2CLI(LightningCLI):
                 plugins = plugins if isinstance(plugins, list) else [plugins]
                 if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                     trainer["plugins"] = [*plugins, WholeCheckpoints()]
-        return self._instantiate_trainer(trainer, callbacks)
+        try:
+            return self._instantiate_trainer(trainer, callbacks)
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+            message = " ".join(str(error).split()).replace("Timer(duration=", "Trainer(max_time=")
+            raise InputError(f"trainer: {message}") from None
 
     def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[Callback]:
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
         self.best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
         last = RunCheckpoint(
-            filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
+            filename="last", every_n_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
         )
         return [self.best, last]
 

@@ -1,10 +1,12 @@
 """Every key of every shipped configuration, mistyped once and given a value of another kind once."""
 
 import contextlib
+import os
 
 import pytest
 import yaml
 from conftest import ROOT
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 
 from commands.train import GPT2CLI
@@ -100,6 +102,23 @@ def test_a_mistyped_key_is_named(file, path, built, base, data_flags, capsys, tm
     assert not (tmp_path / "lightning_logs").exists()
 
 
+def test_flags_are_not_shortened(built, capsys, tmp_path):
+    """Every key cut anywhere: what looks at flags before they are parsed knows them by their names."""
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+    names = {name for action in cli._parser("fit")._actions for name in action.option_strings}
+    assert {"--ckpt_path", "--config", "--name", "--trainer.max_epochs"} <= names
+    long = {name for name in names if name.startswith("--") and not name.endswith(".help")}
+    for name in {whole[:end] for whole in long for end in range(3, len(whole))} - names:
+        with pytest.raises(ArgumentError, match=f"unrecognized arguments: {name}=x|Key '{name[2:]}' is not"):
+            cli.parser.parse_args(["fit", f"--config={CONFIGS}/quickstart.yaml", f"{name}=x"])
+    for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):
+        assert flag.partition("=")[0] in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    for given in (["-c/nowhere.yaml"], ["-c=/nowhere.yaml"]):
+        line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", *given)
+        assert f"{given[0]} is no flag" in line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
 OTHER = {
     bool: "nonsense",
     int: "nonsense",
@@ -137,3 +156,47 @@ def test_a_value_of_another_kind_is_refused_or_used(file, path, built, base, dat
 def test_values_out_of_range_are_found_before_anything_is_written(flag, words, built, capsys, tmp_path):
     assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
     assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment"),
+    [
+        *((f"--{key}={value}", {}) for key, values in {
+            "seed_everything": (-1, 99999999999999), "checkpoint_every_n_steps": (-3, 0),
+            "early_stopping_patience": (-1, 0), "trainer.devices": (0, "x"), "trainer.accelerator": ("foo",),
+            "trainer.strategy": ("foo",), "trainer.limit_train_batches": (-1,), "trainer.val_check_interval": (0, -1),
+            "trainer.accumulate_grad_batches": (0,), "trainer.gradient_clip_algorithm": ("foo",),
+            "trainer.max_epochs": (-2,), "trainer.max_steps": (-7,), "trainer.max_time": ("x",),
+            "trainer.num_nodes": (0,), "trainer.profiler": ("foo",), "trainer.default_root_dir": ("/dev/null",),
+        }.items() for value in values),
+        ("--trainer.devices=1", {"SLURM_NTASKS": "2"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_keys_that_no_file_holds(flag, environment, built, capsys, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    words = environment or {flag.removeprefix("--").partition("=")[0].rpartition(".")[2]}
+    assert all(word.removeprefix("SLURM_").lower() in line for word in words), line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((f"ckpt_path: {value}", "ckpt_path is") for value in ("3", "[a]", "{a: b}", "true")),
+        ("model: &a {init_args: {x: *a}}", "without end"),
+        ("trainer: &a {x: *a}", "without end"),
+    ],
+)
+def test_files_of_other_kinds(text, words, built, capsys, tmp_path):
+    file = tmp_path / "other.yaml"
+    file.write_text(text)
+    assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", "--config", file)
+
+
+def test_a_seed_of_the_environment_is_not_the_runs(built, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "x")
+    built("--config", CONFIGS / "quickstart.yaml", "--seed_everything=false")
+    assert "PL_GLOBAL_SEED" not in os.environ

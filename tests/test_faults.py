@@ -108,6 +108,23 @@ def test_a_disk_that_fills_up(run, capsys, monkeypatch):
     assert len(metrics(folder)["epochs"]) == 3
 
 
+def test_a_disk_without_room_for_the_configuration(run, capsys):
+    """A run that goes on writes its config.yaml anew: the one that was there stays."""
+    folder = run("fit", *QUICK, "--trainer.max_epochs=1")
+    before = (folder / "config.yaml").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("fit", *QUICK, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1
+    assert "there is no room to write lightning_logs/quickstart/version_0/config.yaml" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == before
+    assert not list(folder.glob(".*"))
+
+
 class Poison(Callback):
     """Makes the loss of one step a NaN or infinite."""
 

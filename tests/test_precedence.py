@@ -162,8 +162,7 @@ def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
     says(dict.fromkeys(names, 0))
     for shift in range(3):
         mixed = {name: (i + shift) % 3 for i, name in enumerate(names)}
-        # of what a file states, base and shape are never a checkpoint's
-        last = says({**mixed, **{name: max(1, mixed[name]) for name in ("base", "config")}})
+        last = says(mixed)
     shown = tmp_path / "config.yaml"
     shown.write_text(yaml.safe_dump(used(last)))
     again = build("fit", "--config", shown)
@@ -204,3 +203,29 @@ def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
     settings = used(build("fit", "--config", file))
     assert settings["ckpt_path"] == str(checkpoint)
     assert (settings["model"]["init_args"]["mix"], settings["model"]["init_args"]["label_smoothing"]) == (0.4, 0.3)
+
+
+@pytest.mark.parametrize("variant", ["base", "config"])
+def test_a_file_that_is_silent_on_the_model_leaves_the_checkpoints(variant, build, tmp_path, base):
+    checkpoint = tmp_path / "some.ckpt"
+    stored = {"base": None, "config": None, "surgery": [], variant: str(base) if variant == "base" else SHAPE}
+    torch.save(
+        {"task": "SentimentClassifier", "hyper_parameters": stored, "state_dict": {}, "base": {}, **LIGHTNING},
+        checkpoint,
+    )
+    given = ["--data=datamodules.ToySentiment", f"--ckpt_path={checkpoint}"]
+    found = used(build("fit", "--config", ROOT / "configs/trainer/cpu.yaml", *given))["model"]["init_args"]
+    assert {name: found[name] for name in ("base", "config")} == {name: stored[name] for name in ("base", "config")}
+    other = {
+        "base": None,
+        "config": None,
+        "base" if variant == "config" else "config": SHAPE if variant == "base" else str(base),
+    }
+    for stated in ({name: value for name, value in other.items() if value is not None}, other):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump({"model": {"init_args": stated}}))
+        found = used(build("fit", "--config", file, *given))["model"]["init_args"]
+        assert {name: found[name] for name in other} == other
+        flags = [f"--model.{name}={written(value)}" for name, value in stated.items()]
+        found = used(build("fit", *given, *flags))["model"]["init_args"]
+        assert {name: found[name] for name in other} == other

@@ -1,10 +1,12 @@
 """Runs that go on: in their own folder, with the best checkpoint and the patience that they had."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
-from callbacks import RunSummary
+from callbacks import RunSummary, WholeCheckpoints
 
 QUICK = [
     "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--trainer.precision=32-true",
@@ -140,3 +142,39 @@ def test_an_epoch_without_validation_has_no_scores_of_it(run):
     account = metrics(folder)
     assert ["val/accuracy" in epoch for epoch in account["epochs"]] == [False, True, False]
     assert account["scores"]["best_epoch"] == 2
+
+
+def last_of(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stop", ["--trainer.max_epochs=2", "--trainer.max_steps=8"])
+def test_steps_are_saved_besides_epochs(run, stop):
+    """Six steps an epoch: whether N divides them or not, the last checkpoint is the one of a run without N."""
+    settings = [*QUICK, stop, "--data.batch_size=16"]
+    whole = run(*settings, "--name=whole")
+    expected = last_of(whole)
+    assert expected["global_step"] == metrics(whole)["steps"]
+    for every in (1, 4, 6, 8, 100):
+        folder = run(*settings, f"--name=every_{every}", f"--checkpoint_every_n_steps={every}")
+        last = last_of(folder)
+        assert (last["global_step"], last["epoch"]) == (expected["global_step"], expected["epoch"])
+        assert last["callbacks"]["RunSummary"]["epochs"] == expected["callbacks"]["RunSummary"]["epochs"]
+        assert same_checkpoint(whole / "checkpoints/last.ckpt", folder / "checkpoints/last.ckpt")
+
+
+def test_what_is_saved_when(run, monkeypatch):
+    saved = []
+    save = WholeCheckpoints.save_checkpoint
+
+    def note(self, checkpoint, path, *args, **kwargs):
+        saved.append((checkpoint["global_step"], Path(path).name))
+        save(self, checkpoint, path, *args, **kwargs)
+
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", note)
+    several = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--checkpoint_every_n_steps=4"]
+    run(*several)
+    assert [step for step, name in saved if name == "last.ckpt"] == [4, 6, 8, 12]
+    saved.clear()
+    run(*several, "--trainer.accumulate_grad_batches=2", "--checkpoint_every_n_steps=1")  # three steps an epoch
+    assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5, 6]

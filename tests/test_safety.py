@@ -18,6 +18,7 @@ from test_cli import refused
 from test_compare import fake_run
 
 import cli
+from commands.train import GPT2CLI
 from gpt2_pl import GPT2
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import PeftAdapter
@@ -228,6 +229,25 @@ def test_nothing_is_fetched_from_addresses(place, run, base, data_flags, capsys,
         assert refused(run, capsys, *command)
     assert not out.exists()
     assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_the_environment_gives_no_settings(run, capsys, tmp_path, monkeypatch):
+    for name, value in {"CKPT_PATH": "https://example.com/x.ckpt", "NAME": "by_environment", "CONFIG": "x"}.items():
+        monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+        monkeypatch.setenv(f"PL_FIT__{name}", value)
+        monkeypatch.setenv(f"PL_{name}", value)
+        tiny = ["--data.n_train=32", "--trainer.max_epochs=1", f"--version=version_{name}"]
+        folder = run("fit", "--config", CONFIG / "quickstart.yaml", *tiny)
+        assert folder == tmp_path / f"lightning_logs/quickstart/version_{name}"
+
+
+def test_a_checkpoint_that_is_found_only_in_parsing_is_refused(tmp_path, monkeypatch):
+    """Whatever way leads around what looks for it before: Lightning would load it from any address."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("commands.train.checkpoint_path", lambda args: None)
+    with pytest.raises(InputError, match=r"ckpt_path: .*https://example\.com/x\.ckpt.*--ckpt_path FILE"):
+        GPT2CLI(["fit", f"--config={CONFIG}/quickstart.yaml", "--ckpt_path=https://example.com/x.ckpt"])
+    assert not list(tmp_path.iterdir())
 
 
 # Where things are written

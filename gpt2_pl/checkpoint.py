@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import fields
 from os import PathLike
 from pathlib import PurePath
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
+from gpt2_pl.model import GPT2Config
 
 _CALLED = ("optimizer", "schedule")  # arguments of a task that are code; no checkpoint holds them
+_LEGACY = ("hparams", "module_arguments", "hparams_type")  # more hyperparameters, of which Lightning also makes a task
+_SHAPE = {field.name for field in fields(GPT2Config)}
 _PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")  # of Lightning's ModelCheckpoint
 
 
@@ -67,18 +71,26 @@ def arguments(task: type) -> set[str]:
 
 
 def check(content: dict[str, Any], task: type, name: str) -> None:
-    """Refuse hyperparameters that ``task`` does not have or that are code, surgery that is not this library's, and
-    callbacks' paths that lead elsewhere.
+    """Refuse hyperparameters that ``task`` does not have, that are code or lie where Lightning once kept them, surgery
+    that is not this library's, and callbacks' paths that lead elsewhere.
 
     Raises:
         InputError: naming ``name``, the checkpoint.
     """
     from gpt2_pl.surgery import build
 
+    for key in _LEGACY:
+        if key in content:
+            raise InputError(f"{name} has {key!r}, which no checkpoint of this library has")
+    if content.get("hparams_name", "kwargs") != "kwargs":
+        raise InputError(f"{name}: hparams_name is {str(content['hparams_name'])[:200]!r}; it must be 'kwargs'")
     stored = content["hyper_parameters"]
     for key in stored:
         if key not in arguments(task) or key in _CALLED:
             raise InputError(f"{name} sets {key!r}, which no checkpoint of a {task.__name__} holds")
+    shape = stored.get("config") or {}
+    if not isinstance(shape, dict) or not all(key in _SHAPE and isinstance(shape[key], int | float) for key in shape):
+        raise InputError(f"{name}: config is {str(shape)[:200]}; it must hold the numbers {', '.join(sorted(_SHAPE))}")
     for settings in [*(stored.get("surgery") or []), *(content.get("surgery") or [])]:
         if not isinstance(settings, dict):
             raise InputError(f"{name}: surgery is {settings!r}; it must be a class_path and its init_args")

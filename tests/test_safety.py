@@ -145,6 +145,8 @@ def test_weights_only_cannot_be_switched_off(run, base, data_flags, capsys, tmp_
 
 
 EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "executed"]}}
+LORA = {"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"rank": {"class_path": "this.X"}}}
+LEGACY = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}  # where Lightning once kept hyperparameters
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,16 @@ EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "
         ({"hyper_parameters": {**STORED, "_class_path": "subprocess.Popen"}}, "_class_path"),
         ({"hyper_parameters": {**STORED, "class_path": "os.system"}}, "class_path"),
         ({"hyper_parameters": {**STORED, "unknown": 1}}, "unknown"),
+        ({"hyper_parameters": {**STORED, "config": {"class_path": "this.X"}}}, "this.X"),
+        ({"hyper_parameters": {**STORED, "config": {"n_embd": {"class_path": "this.X"}}}}, "this.X"),
+        ({"hyper_parameters": {**STORED, "surgery": [LORA]}}, "rank"),
+        ({"hparams": {**LEGACY, "optimizer": "this.s"}}, "hparams"),
+        ({"hparams": {**LEGACY, "schedule": {"class_path": "this.X"}}}, "hparams"),
+        ({"hparams": {"optimizer": {"class_path": "torch.optim.SGD", "dict_kwargs": EVIL_CALL}}}, "hparams"),
+        ({"module_arguments": {**LEGACY, "optimizer": "this.s"}}, "module_arguments"),
+        ({"hparams_type": "this.X"}, "hparams_type"),
+        ({"hparams_name": "schedule"}, "hparams_name"),
+        ({"hparams_name": 3}, "hparams_name"),
         ({"hyper_parameters": [1]}, "hyper_parameters"),
         ({"state_dict": 3}, "state_dict"),
         ({"base": "x"}, "base"),
@@ -172,7 +184,8 @@ EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files, capsys, tmp_path):
+def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files, capsys, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)  # a module of Python's that nothing else imports
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save(content(**changes), checkpoint)
@@ -182,6 +195,7 @@ def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files,
     with pytest.raises(InputError):
         SentimentClassifier.load_from_checkpoint(checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Model folders, tokenizers, adapters and prompts that are not what they should be: one error names the thing."""
 
 import json
+import math
 import shutil
 import struct
 from datetime import timedelta
@@ -255,7 +256,10 @@ def adapter(base, tmp_path):
     ("key", "value"),
     [("lora_alpha", "x"), ("lora_alpha", [1]), ("lora_dropout", "x"), ("alpha_pattern", 3),
      ("alpha_pattern", {".*": "x"}), ("alpha_pattern", {"(": 1}), ("use_dora", "x"), ("use_rslora", 3),
-     ("peft_type", 3), ("bias", {"a": 1}), ("peft_type", "IA3")],
+     ("peft_type", 3), ("bias", {"a": 1}), ("peft_type", "IA3"),
+     *(("lora_alpha", value) for value in (10**400, math.inf, math.nan, True, None)),
+     *(("alpha_pattern", {".*": value}) for value in (10**400, -math.inf, math.nan, True)),
+     *(("lora_dropout", value) for value in (2, 1, -1, math.nan, True))],
     ids=str,
 )  # fmt: skip
 def test_adapter_settings_of_another_kind(key, value, adapter, base):

@@ -101,6 +101,29 @@ def test_a_best_checkpoint_that_is_none_is_not_copied(stopped, run, capsys):
     assert not list(stopped.parents[1].glob("elsewhere/*/checkpoints/*"))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "KeyError: "),
+        (lambda content: content["optimizer_states"][0].update(param_groups=[]), "ValueError: loaded state dict"),
+        (lambda content: content.pop("optimizer_states"), "contains only the model"),
+        (lambda content: content["lr_schedulers"].__setitem__(0, {}), "KeyError: 'lr_lambdas'"),
+    ],
+    ids=["loops", "param_groups", "no optimizer", "schedule"],
+)
+def test_what_lightning_cannot_restore_is_one_line(change, words, stopped, run, capsys):
+    checkpoint = stopped / "checkpoints/last.ckpt"
+    changed(checkpoint, change)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: ckpt_path: ")
+    assert "last.ckpt cannot be gone on with: " in line
+    assert words in line
+
+
 def test_a_run_stopped_between_training_and_its_test(run):
     folder = run(*QUICK, "--trainer.max_epochs=2")
     expected = outcome(folder)

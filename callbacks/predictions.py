@@ -32,7 +32,7 @@ class PredictionWriter(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best score so far."""
-        self.best = state_dict["best"]
+        self.best = state_dict.get("best")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation rows, in training only when they are the best so far."""

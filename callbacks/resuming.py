@@ -12,7 +12,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from gpt2_pl.checkpoint import read
 from gpt2_pl.files import whole_file
+from gpt2_pl.tasks.base import Task
+
+_ROWS = ("predictions_val.csv", "losses_val.csv")  # what the best model said of every row
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -65,30 +69,46 @@ class RunCheckpoint(ModelCheckpoint):
             self._last_global_step_saved = -1
         super().on_train_epoch_end(trainer, pl_module)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the folder that the checkpoint lies in, and whose it is."""
+        self._source = Path(str(trainer.ckpt_path)).parent
+        self._task = type(pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best checkpoint of the run that was stopped, and copy its file where the folder is another."""
-        here, there = Path(str(self.dirpath)), Path(state_dict["dirpath"])
+        """Take over the best checkpoint of the run that was stopped, and copy its file where the folder is another.
+
+        It is copied from the folder that this checkpoint was read from, whatever folder this checkpoint says.
+
+        Raises:
+            InputError: the best checkpoint there is none of the same task.
+        """
+        own = Path(str(self.dirpath), f"{self.filename}.ckpt")
         state = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            state[key] = _moved(state[key], here)
-        state["best_k_models"] = {_moved(path, here): score for path, score in state["best_k_models"].items()}
-        if state["best_model_path"] and not Path(state["best_model_path"]).exists():
-            found = there / Path(state["best_model_path"]).name
+            state[key] = _moved(state[key], own)
+        scores = {_moved(path, own): score for path, score in state["best_k_models"].items()}
+        state["best_k_models"] = {path: score for path, score in scores.items() if path}
+        if not own.exists() and state["best_model_path"]:
+            found = self._source / own.name
             if found.is_file():
-                here.mkdir(parents=True, exist_ok=True)
-                for rows in there.parent.glob("*_val.csv"):  # what the best model said of every row
-                    shutil.copyfile(rows, here.parent / rows.name)
-                shutil.copyfile(found, state["best_model_path"])
-            else:
-                state.update(best_model_path="", best_k_models={}, best_model_score=None, kth_value=None)
-                state["kth_best_model_path"] = ""
+                if issubclass(self._task, Task):
+                    read(found, "ckpt_path", self._task)
+                own.parent.mkdir(parents=True, exist_ok=True)
+                for name in _ROWS:
+                    if (rows := self._source.parent / name).is_file() and not rows.is_symlink():
+                        shutil.copyfile(rows, own.parent.parent / name)
+                shutil.copyfile(found, own)
+        if not own.exists() or not state["best_model_path"]:
+            state.update(best_model_path="", best_k_models={}, best_model_score=None, kth_value=None)
+            state["kth_best_model_path"] = ""
         super().load_state_dict(state)
         if self.kth_value is None:
             self.kth_value = torch.tensor(math.inf if self.mode == "min" else -math.inf)
 
 
-def _moved(path: str, folder: Path) -> str:
-    return str(folder / Path(path).name) if path else path
+def _moved(path: str, own: Path) -> str:
+    """``own`` for a path of its name; nothing for any other."""
+    return str(own) if Path(path).name == own.name else ""
 
 
 class Patience(EarlyStopping):

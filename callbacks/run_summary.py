@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.finite import FiniteLoss
-from gpt2_pl.errors import RunError
+from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.files import whole_file
 from gpt2_pl.flops import peak_flops, training_flops
 from gpt2_pl.pretrained import provenance
@@ -87,8 +88,9 @@ class RunSummary(Callback):
         """Go on with the account of the run that was stopped; testing a checkpoint takes nothing over."""
         if not self._fitting:
             return
-        for key in self.state_dict().keys() & state_dict.keys():
-            setattr(self, key, state_dict[key])
+        for key in self.state_dict():
+            if state_dict.get(key) is not None:
+                setattr(self, key, state_dict[key])
         self._logged = (self.tokens, self.training_seconds)
 
     # Training
@@ -159,11 +161,19 @@ class RunSummary(Callback):
         self._log_final(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write down that training broke off; what was reached stays."""
+        """Write down that training broke off; what was reached stays.
+
+        Raises:
+            InputError: what broke off was restoring a checkpoint, which Lightning does.
+        """
         if self._fitting and trainer.training:
             stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             with suppress(RunError):  # a full disk, of which the exception tells
                 self._write(trainer, pl_module, "interrupted" if stopped else "failed")
+        if isinstance(exception, _RESTORING) and not isinstance(exception, InputError) and _restores(exception):
+            reason = (str(exception).strip() or type(exception).__name__).splitlines()[0]
+            what = f"{type(exception).__name__}: {reason[:200]}"
+            raise InputError(f"ckpt_path: {trainer.ckpt_path} cannot be gone on with: {what}") from exception
 
     def final_scores(self, pl_module: LightningModule) -> Scores:
         """The validation scores of the best epoch, and whatever was evaluated since."""
@@ -326,6 +336,15 @@ def layer_account(trainer: Trainer, pl_module: LightningModule) -> list[dict[str
         }
         for layer, parameters in named().items()
     ]
+
+
+_RESTORING = (ArithmeticError, AttributeError, LookupError, MisconfigurationException, TypeError, ValueError)
+
+
+def _restores(exception: BaseException) -> bool:
+    """Whether it was raised while Lightning restored a checkpoint."""
+    frames = traceback.extract_tb(exception.__traceback__)
+    return any(f.name.startswith("restore") and f.filename.endswith("checkpoint_connector.py") for f in frames)
 
 
 def _scores(trainer: Trainer, split: str) -> Scores:

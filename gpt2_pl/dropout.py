@@ -29,13 +29,13 @@ def _kept(p: float) -> int:
 def _draw(like: Tensor, kept: int) -> Tensor:
     """An int16 mask in the shape of ``like``: all bits set where an element is kept, none where it is dropped."""
     n = like.numel()
-    words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((n + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     # lt_ writes 0 and 1 into the integers that it compares, which is far quicker than a comparison that makes booleans
     return words.view(torch.int16)[:n].view(like.shape).lt_(kept - LEVELS // 2).neg_()
 
 
 def _apply(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` where the mask is set, zero elsewhere."""
+    """``x`` where the mask is set, zero elsewhere, also in the place of a NaN."""
     integers = _INTEGERS[x.element_size()]
     return (x.view(integers) & mask.to(integers)).view(x.dtype)
 

@@ -26,7 +26,7 @@ class _GELU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         y, derivative = torch.empty_like(x), torch.empty_like(x)
-        linear = torch.tensor(LINEAR)
+        linear = torch.tensor(LINEAR, dtype=torch.float32, device=x.device)
         for part, of_y, of_derivative in zip(*(t.view(-1).split(CHUNK) for t in (x, y, derivative)), strict=True):
             wide = part.float()
             square = wide * wide

@@ -93,7 +93,7 @@ def generate(
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 1 for text and 0 for padding, on either side.
         max_new_tokens: the longest continuation.
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits, from 1e-9 to 1e9; 0 is greedy.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens that together have at least this probability (Holtzman et al. 2020).
         repetition_penalty: divides positive logits of tokens already there and multiplies negative ones (Keskar et al.
@@ -174,16 +174,17 @@ def check_settings(
     max_new_tokens: int,
 ) -> None:
     """Raise a ValueError that names the first setting of :func:`generate` that is out of range."""
-    for name, value, good in (
-        ("temperature", temperature, temperature >= 0),
-        ("top_k", top_k, top_k is None or top_k >= 1),
-        ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
-        ("no_repeat_ngram", no_repeat_ngram, no_repeat_ngram >= 0),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+    least, most = 1e-9, 1e9  # by which float32 logits can be divided
+    for name, value, good, right in (
+        ("temperature", temperature, temperature == 0 or least <= temperature <= most, f"0 or from {least} to {most}"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
+        ("repetition_penalty", repetition_penalty, least <= repetition_penalty <= most, f"from {least} to {most}"),
+        ("no_repeat_ngram", no_repeat_ngram, no_repeat_ngram >= 0, "at least 0"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ):
         if not good:
-            raise ValueError(f"{name} is {value}, which is out of range")
+            raise ValueError(f"{name} is {value}, which is out of range; it must be {right}")
 
 
 _TRIES = 16  # of a draw from all tokens to fall among those that are kept

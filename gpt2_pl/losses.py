@@ -75,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
+        grads = (None if g is None else g * grad_total for g in ctx.saved_tensors)  # a scalar does not widen g
         return (*grads, *(None,) * 6)
 
 

@@ -61,7 +61,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Resuming
     ("callbacks/resuming.py", "if trainer.is_last_batch or (every", "if (every", "resuming faults"),
     ("callbacks/resuming.py", "trainer.should_stop = True", "pass", "resuming"),
-    ("callbacks/resuming.py", "state[key] = _moved(state[key], here)", "pass", "resuming"),
+    ("callbacks/resuming.py", "state[key] = _moved(state[key], own)", "pass", "resuming"),
     ("datamodules/batching.py", "for rows in batches[self.next_batch() :]:", "for rows in batches:", "processes"),
     ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),

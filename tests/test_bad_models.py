@@ -1,6 +1,7 @@
 """Model folders, tokenizers, adapters and prompts that are not what they should be: one error names the thing."""
 
 import json
+import math
 import shutil
 import struct
 from datetime import timedelta
@@ -255,7 +256,10 @@ def adapter(base, tmp_path):
     ("key", "value"),
     [("lora_alpha", "x"), ("lora_alpha", [1]), ("lora_dropout", "x"), ("alpha_pattern", 3),
      ("alpha_pattern", {".*": "x"}), ("alpha_pattern", {"(": 1}), ("use_dora", "x"), ("use_rslora", 3),
-     ("peft_type", 3), ("bias", {"a": 1}), ("peft_type", "IA3")],
+     ("peft_type", 3), ("bias", {"a": 1}), ("peft_type", "IA3"),
+     *(("lora_alpha", value) for value in (10**400, math.inf, math.nan, True, None)),
+     *(("alpha_pattern", {".*": value}) for value in (10**400, -math.inf, math.nan, True)),
+     *(("lora_dropout", value) for value in (2, 1, -1, math.nan, True))],
     ids=str,
 )  # fmt: skip
 def test_adapter_settings_of_another_kind(key, value, adapter, base):
@@ -314,6 +318,8 @@ def prompts(tmp_path):
     [
         (["--temperature=-1"], "temperature"),
         (["--temperature=nan"], "temperature"),
+        (["--temperature=1e-300"], "temperature is 1e-300, which is out of range; it must be 0 or from 1e-09"),
+        (["--temperature=inf"], "temperature"),
         (["--temperature=hot"], "temperature"),
         (["--top_p=0"], "top_p"),
         (["--top_p=1.5"], "top_p"),
@@ -322,6 +328,7 @@ def prompts(tmp_path):
         (["--top_k=2.5"], "top_k"),
         (["--repetition_penalty=0"], "repetition_penalty"),
         (["--repetition_penalty=nan"], "repetition_penalty"),
+        (["--repetition_penalty=1e-300"], "repetition_penalty"),
         (["--no_repeat_ngram=-1"], "no_repeat_ngram"),
         (["--max_new_tokens=0"], "max_new_tokens"),
         (["--batch_size=0"], "batch_size"),
@@ -357,6 +364,38 @@ def test_flags_of_classify(flags, words, trained, files, run, capsys, tmp_path):
     out = tmp_path / "out.csv"
     assert words in refused(run, capsys, "classify", trained["imdb"], "--input", files["val"], "--out", out, *flags)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensor: tensor.fill_(torch.nan), "gpt2.ln_f.weight is not finite"),
+        (lambda tensor: tensor[:1].fill_(-torch.inf), "gpt2.ln_f.weight is not finite"),
+        (lambda tensor: tensor.to(torch.int8), "gpt2.ln_f.weight is of torch.int8; it must be of torch.float32"),
+        (lambda tensor: tensor.to(torch.complex64), "gpt2.ln_f.weight is of torch.complex64"),
+        (lambda tensor: tensor.bool(), "gpt2.ln_f.weight is of torch.bool"),
+    ],
+    ids=["nan", "inf", "int8", "complex", "bool"],
+)
+@pytest.mark.parametrize("command", ["classify", "generate", "export", "test", "fit"])
+def test_weights_that_are_no_finite_numbers(
+    change, words, command, trained, base, prompts, files, run, capsys, tmp_path
+):
+    folder = shutil.copytree(trained["text" if command == "generate" else "imdb"], tmp_path / "run")
+    file = folder / "checkpoints/best.ckpt"
+    content = torch.load(file, weights_only=True)
+    tensor = content["state_dict"]["gpt2.ln_f.weight"]
+    changed = change(tensor)
+    content["state_dict"]["gpt2.ln_f.weight"] = tensor if changed.shape != tensor.shape else changed
+    torch.save(content, file)
+    data = ["--data=datamodules.IMDB", "--data.max_length=32", f"--model.base={base}", "--ckpt_path", file]
+    args = {"classify": [folder, "--input", files["val"], "--out", "out.csv"],
+            "generate": [folder, "--prompt_file", prompts, "--out", "out.txt"],
+            "export": [folder, "--format", "hf", "--out", "out"],
+            "test": [*data, f"--data.test_file={files['val']}"],
+            "fit": [*data, f"--data.train_file={files['train']}"]}[command]  # fmt: skip
+    assert words in refused(run, capsys, command, *args)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("command", ["classify", "generate", "export", "compare"])

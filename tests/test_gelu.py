@@ -23,8 +23,25 @@ def test_values_and_gradients_are_the_definition_rounded(shape, dtype, step):
 
 def test_far_from_zero_and_transposed():
     x = torch.tensor([[-1e4, -50.0, -8.0, -1.0], [-1e-3, 0.0, 1e-3, 1.0], [8.0, 50.0, 1e4, 1e9]]).bfloat16().T
-    y = gelu(x.detach().requires_grad_(), training=True)
+    leaf, exact = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    assert not leaf.is_contiguous()
+    y, theirs = gelu(leaf, training=True), F.gelu(exact, approximate="tanh")
     torch.testing.assert_close(y, F.gelu(x, approximate="tanh"), atol=1e-6, rtol=2**-7)
+    grad = torch.arange(1.0, 13.0).view(4, 3).bfloat16()  # another one at every place
+    (ours,), (theirs,) = torch.autograd.grad(y, leaf, grad), torch.autograd.grad(theirs, exact, grad.double())
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=2**-7)
+
+
+def test_the_default_dtype_changes_nothing():
+    x = torch.linspace(-4, 4, 1001).bfloat16().requires_grad_()
+    expected = torch.autograd.grad(gelu(x, training=True).sum(), x)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does under bf16-true
+    try:
+        found = torch.autograd.grad(gelu(x, training=True).sum(), x)
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize(("dtype", "training"), [(torch.bfloat16, False), *((torch.float32, t) for t in (False, True))])

@@ -57,6 +57,20 @@ def test_the_chunked_loss_under_autocast():
         assert (mine - other).norm() < 0.02 * other.norm()
 
 
+def test_the_gradient_of_a_mean_in_16_bits_is_that_of_the_sum_rounded_once():
+    """1 / 7 has no short binary form: it would be rounded before it scales the gradients."""
+    hidden, weight = torch.randn(1, 7, 4).bfloat16(), torch.randn(11, 4).bfloat16()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(11, (1, 7))
+    total, count = cross_entropy(hidden, weight, targets)
+    assert total.dtype == torch.float32
+    of_sum = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    of_mean = torch.autograd.grad(total / count, (hidden, weight))
+    for mean, whole in zip(of_mean, of_sum, strict=True):
+        assert mean.dtype == torch.bfloat16
+        assert torch.equal(mean, (whole.float() * (torch.tensor(1.0) / 7)).bfloat16())
+
+
 def test_no_targets_are_no_loss():
     hidden = torch.randn(1, 3, 4, requires_grad=True)
     total, count = cross_entropy(hidden, torch.randn(5, 4), torch.full((1, 3), -100))

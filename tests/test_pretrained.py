@@ -36,6 +36,11 @@ def test_sharded_folders_and_their_digest(base, tmp_path):
     assert pretrained.digest(one) != pretrained.digest(many)
 
 
+def test_weights_hold_no_more_memory_than_their_own(base):
+    for name, parameter in GPT2.from_pretrained(base).named_parameters():
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
+
+
 def test_old_mask_buffers_and_tied_head_are_no_extra_tensors(folder):
     def change(tensors):
         tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, metrics, weights
+from test_cli import refused
 
 from callbacks import RunSummary, WholeCheckpoints
 
@@ -52,6 +53,77 @@ def test_the_best_epoch_may_lie_before_the_stop(run):
     for folder in (elsewhere, resumed):
         assert outcome(folder) == outcome(whole)
         assert same_checkpoint(whole / "checkpoints/best.ckpt", folder / "checkpoints/best.ckpt")
+
+
+@pytest.fixture
+def stopped(run):
+    """A run that was stopped after its first epoch of two."""
+    return run(*QUICK, "--trainer.max_epochs=2", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1")
+
+
+def changed(file, change):
+    """Write a checkpoint again, its content changed in place."""
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
+
+
+def test_a_checkpoint_cannot_have_files_of_others_copied(stopped, run, tmp_path):
+    secret = tmp_path / "secret"
+    (secret / "checkpoints").mkdir(parents=True)
+    for name in ("checkpoints/id_rsa", "checkpoints/best.ckpt", "salaries_val.csv", "predictions_val.csv"):
+        (secret / name).write_text("secret")
+    (stopped / "predictions_val.csv").unlink()
+    (stopped / "predictions_val.csv").symlink_to(secret / "salaries_val.csv")
+    (stopped / "salaries_val.csv").write_text("secret")
+    for name in ("id_rsa", "best.ckpt"):
+
+        def change(content, name=name):
+            for key, state in content["callbacks"].items():
+                if key.startswith("RunCheckpoint"):
+                    best = str(secret / "checkpoints" / name)
+                    state.update(dirpath=str(secret / "checkpoints"), best_model_path=best, best_k_models={best: 1.0})
+
+        changed(stopped / "checkpoints/last.ckpt", change)
+        more = [f"--name={name}", f"--ckpt_path={stopped}/checkpoints/last.ckpt"]
+        folder = run(*QUICK, "--trainer.max_epochs=2", *more)
+        assert folder.parent.name == name
+        assert metrics(folder)["status"] == "finished"
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert b"secret" not in path.read_bytes().replace(str(secret).encode(), b""), path
+    assert not (folder / "salaries_val.csv").exists()
+
+
+def test_a_best_checkpoint_that_is_none_is_not_copied(stopped, run, capsys):
+    (stopped / "checkpoints/best.ckpt").write_text("secret")
+    more = ["--name=elsewhere", f"--ckpt_path={stopped}/checkpoints/last.ckpt"]
+    line = refused(run, capsys, *QUICK, "--trainer.max_epochs=2", *more)
+    assert "best.ckpt is not a checkpoint of this library" in line
+    assert not list(stopped.parents[1].glob("elsewhere/*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "KeyError: "),
+        (lambda content: content["optimizer_states"][0].update(param_groups=[]), "ValueError: loaded state dict"),
+        (lambda content: content.pop("optimizer_states"), "contains only the model"),
+        (lambda content: content["lr_schedulers"].__setitem__(0, {}), "KeyError: 'lr_lambdas'"),
+    ],
+    ids=["loops", "param_groups", "no optimizer", "schedule"],
+)
+def test_what_lightning_cannot_restore_is_one_line(change, words, stopped, run, capsys):
+    checkpoint = stopped / "checkpoints/last.ckpt"
+    changed(checkpoint, change)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: ckpt_path: ")
+    assert "last.ckpt cannot be gone on with: " in line
+    assert words in line
 
 
 def test_a_run_stopped_between_training_and_its_test(run):

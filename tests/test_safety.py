@@ -146,6 +146,8 @@ def test_weights_only_cannot_be_switched_off(run, base, data_flags, capsys, tmp_
 
 
 EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "executed"]}}
+LORA = {"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"rank": {"class_path": "this.X"}}}
+LEGACY = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}  # where Lightning once kept hyperparameters
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,16 @@ EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "
         ({"hyper_parameters": {**STORED, "_class_path": "subprocess.Popen"}}, "_class_path"),
         ({"hyper_parameters": {**STORED, "class_path": "os.system"}}, "class_path"),
         ({"hyper_parameters": {**STORED, "unknown": 1}}, "unknown"),
+        ({"hyper_parameters": {**STORED, "config": {"class_path": "this.X"}}}, "this.X"),
+        ({"hyper_parameters": {**STORED, "config": {"n_embd": {"class_path": "this.X"}}}}, "this.X"),
+        ({"hyper_parameters": {**STORED, "surgery": [LORA]}}, "rank"),
+        ({"hparams": {**LEGACY, "optimizer": "this.s"}}, "hparams"),
+        ({"hparams": {**LEGACY, "schedule": {"class_path": "this.X"}}}, "hparams"),
+        ({"hparams": {"optimizer": {"class_path": "torch.optim.SGD", "dict_kwargs": EVIL_CALL}}}, "hparams"),
+        ({"module_arguments": {**LEGACY, "optimizer": "this.s"}}, "module_arguments"),
+        ({"hparams_type": "this.X"}, "hparams_type"),
+        ({"hparams_name": "schedule"}, "hparams_name"),
+        ({"hparams_name": 3}, "hparams_name"),
         ({"hyper_parameters": [1]}, "hyper_parameters"),
         ({"state_dict": 3}, "state_dict"),
         ({"base": "x"}, "base"),
@@ -173,7 +185,8 @@ EVIL_CALL = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files, capsys, tmp_path):
+def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files, capsys, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)  # a module of Python's that nothing else imports
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save(content(**changes), checkpoint)
@@ -183,6 +196,7 @@ def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files,
     with pytest.raises(InputError):
         SentimentClassifier.load_from_checkpoint(checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -199,6 +213,68 @@ def test_hyperparameters_of_another_kind(changes, run, base, files, capsys, tmp_
     chosen = list(commands(checkpoint, base, files["val"], tmp_path))
     for command in (chosen[4], chosen[5]):
         assert refused(run, capsys, *command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+EPOCHS = {"epochs": [{"epoch": 1, "val/accuracy": 0.5}]}
+BEST = {"best_model_path": "", "kth_best_model_path": "", "last_model_path": "", "best_k_models": {},
+        "best_model_score": None, "kth_value": None, "dirpath": "/x"}  # fmt: skip
+OF_BEST = "RunCheckpoint{'monitor': 'val/accuracy'}"
+WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "labels": ["a", "b"], "max_length": 9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"surgery": 3}, "surgery is '3'"),
+        ({"hyper_parameters": {**STORED, "surgery": 3}}, "hyper_parameters.surgery is '3'"),
+        ({"callbacks": [1]}, "callbacks is '[1]'"),
+        ({"callbacks": {3: {}}}, "a key of callbacks is '3'"),
+        ({"callbacks": {"Own": 3}}, "the state of 'Own' is '3'"),
+        ({"state_dict": {"a": 3}}, "state_dict.'a' is '3'"),
+        ({"state_dict": {3: torch.ones(1)}}, "a key of state_dict is '3'"),
+        ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "state_dict.'a' is"),
+        ({"base": {"path": 3}}, "base.path is '3'"),
+        ({"wording": 3}, "wording is '3'"),
+        ({"wording": {**WORDING, "labels": ["a", 3]}}, "wording.labels[1] is '3'"),
+        ({"wording": {**WORDING, "labels": ["a", "\ud800"]}}, "wording.labels[1] is '\\ud800'"),
+        ({"wording": {**WORDING, "template": "\udfff{sentence}"}}, "wording.template is '\\udfff{sentence}'"),
+        ({"wording": {**WORDING, "columns": {"sentence": [3]}}}, "wording.columns.'sentence'[0] is '3'"),
+        ({"callbacks": {OF_BEST: {**BEST, "best_model_path": 3}}}, "best_model_path is '3'"),
+        ({"callbacks": {OF_BEST: {**BEST, "best_k_models": [1]}}}, "best_k_models is '[1]'"),
+        ({"callbacks": {OF_BEST: {**BEST, "kth_value": torch.ones(2)}}}, "kth_value is"),
+        ({"callbacks": {"RunSummary": 3}}, "RunSummary' is '3'"),
+        ({"callbacks": {"RunSummary": {"epochs": 3}}}, "epochs is '3'"),
+        ({"callbacks": {"RunSummary": {"epochs": [{"val/accuracy": 0.5}]}}}, "epochs[0].epoch is 'None'"),
+        ({"callbacks": {"RunSummary": {"epochs": [{"epoch": 1, "val/accuracy": "x"}]}}}, "'val/accuracy' is 'x'"),
+        ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] is '3'"),
+        ({"callbacks": {"RunSummary": {**EPOCHS, "seconds": "x"}}}, "seconds is 'x'"),
+        ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "best is 'x'"),
+        ({"callbacks": {"FiniteLoss": {"skipped": "x"}}}, "skipped is 'x'"),
+        ({"callbacks": {"Patience{'monitor'}": {"wait_count": 1}}}, "stopped_epoch is 'None'"),
+        ({"loops": 3}, "loops is '3'"),
+        ({"loops": {}}, "loops.fit_loop is 'None'"),
+        ({"loops": {"fit_loop": 3}}, "loops.fit_loop is '3'"),
+        ({"loops": {"fit_loop": {}}}, "loops.fit_loop.epoch_progress is 'None'"),
+        ({"optimizer_states": 3}, "optimizer_states is '3'"),
+        ({"optimizer_states": []}, "optimizer_states is empty"),
+        ({"optimizer_states": [{}]}, "optimizer_states[0].state is 'None'"),
+        ({"lr_schedulers": 3}, "lr_schedulers is '3'"),
+        ({"lr_schedulers": []}, "lr_schedulers is empty"),
+        ({"pytorch-lightning_version": "0.1.0"}, "its Lightning is '0.1.0'"),
+        ({"pytorch-lightning_version": "1.9.5"}, "its Lightning is '1.9.5'"),
+        ({"pytorch-lightning_version": "2.6 or so"}, "its Lightning is '2.6 or so'"),
+        ({"pytorch-lightning_version": 2}, "its Lightning is '2'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_contents_of_another_kind(changes, words, run, base, files, capsys, tmp_path):
+    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save(content(**changes), checkpoint)
+    chosen = list(commands(checkpoint, base, files["val"], tmp_path))
+    for command in (chosen[0], chosen[4], chosen[5]):
+        assert words in refused(run, capsys, *command)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

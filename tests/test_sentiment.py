@@ -192,6 +192,27 @@ def test_gradients_are_clipped_at_any_precision(precision):
     assert 0 < max(norms[3:]) < 1.1e-3
 
 
+class Gradients(Callback):
+    """Whether there are gradients after every batch."""
+
+    def __init__(self):
+        self.there = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        there = {p.grad is not None for p in pl_module.parameters()}
+        assert len(there) == 1
+        self.there += there
+
+
+@pytest.mark.parametrize(("accumulate", "there"), [(1, [False] * 4), (2, [True, False] * 2)])
+def test_gradients_go_after_a_step_and_not_before(accumulate, there):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    task, watch = SentimentClassifier(config=config, num_classes=3), Gradients()
+    fitting = trainer(max_steps=4 // accumulate, callbacks=[watch], accumulate_grad_batches=accumulate)
+    fitting.fit(task, ToySentiment(n_train=96, vocab_size=300, batch_size=16))
+    assert watch.there == there
+
+
 def test_words_of_several_tokens_are_refused():
     task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbaliser", words=["a", "b", "quixotic"])
     with pytest.raises(InputError, match=r"'quixotic' is \d tokens"):

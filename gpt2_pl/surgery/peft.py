@@ -57,6 +57,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value, -1e9, 1e9)
+
+
+def _is_dropout(value: Any) -> bool:
+    return value is None or (_is_number(value, 0, 1) and value < 1)
+
+
 def bias_as_shift(weight: Tensor, bias: Tensor) -> Tensor:
     """The shift d (C,) of the hidden states that gives a head (K, C) its bias c (K,): W d = c."""
     shift = torch.linalg.pinv(weight.double()) @ bias.double()
@@ -229,6 +241,12 @@ class PeftAdapter(Surgery):
         for key, kinds in _KINDS.items():
             if not isinstance(config.get(key), (*kinds, type(None))):
                 raise InputError(f"{folder / _CONFIG}: {key} is {config[key]!r}; it must be {kinds[-1].__name__}")
+        for key, good, right in (
+            ("lora_alpha", _is_alpha(config.get("lora_alpha", 8)), "a number from -1e9 to 1e9"),
+            ("lora_dropout", _is_dropout(config.get("lora_dropout")), "a number in [0, 1)"),
+        ):
+            if not good:
+                raise InputError(f"{folder / _CONFIG}: {key} is {str(config[key])[:50]}; it must be {right}")
         for name, tensor in stored.items():
             if tensor.dim() == 0 or 0 in tensor.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise InputError(f"{folder / _WEIGHTS}: {name} is empty, or not of finite floating-point numbers")
@@ -335,8 +353,10 @@ def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
         except re.error as error:
             raise InputError(f"{_CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
         if found:
-            if not isinstance(value, int | float):
-                raise InputError(f"{_CONFIG}: alpha_pattern {pattern!r} is {value!r}; it must be a number")
+            if not _is_alpha(value):
+                raise InputError(
+                    f"{_CONFIG}: alpha_pattern {pattern!r} is {str(value)[:50]}; it must be a number from -1e9 to 1e9"
+                )
             alpha = value
             break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

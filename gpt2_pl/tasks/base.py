@@ -28,6 +28,7 @@ from gpt2_pl.tokenizer import check_fits
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
 _OF_TRAINING = ("dropout", "b_lr_ratio", "init_text", "folder")  # settings of surgery that change no trained model
 
 
@@ -292,7 +293,8 @@ class Task(LightningModule):
         """Compare base, names and shapes before anything is copied; put back the weights of a frozen base.
 
         Raises:
-            InputError: a checkpoint of another task, on another base, or of a model of another shape.
+            InputError: a checkpoint of another task, on another base, of a model of another shape, or with weights that
+                are no finite numbers.
         """
         task, base = checkpoint.get("task"), checkpoint.get("base") or {}
         if task != type(self).__name__:
@@ -319,6 +321,12 @@ class Task(LightningModule):
             theirs, ours = (tuple(state[name].shape) if name in state else None for state in (found, wanted))
             if theirs != ours:
                 raise InputError(f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here")
+        for name, tensor in found.items():
+            kinds = _FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
+            if tensor.dtype not in kinds:
+                raise InputError(f"the checkpoint's {name} is of {tensor.dtype}; it must be of {kinds[0]}")
+            if not bool(tensor.isfinite().all()):
+                raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
 
     # Losses
 

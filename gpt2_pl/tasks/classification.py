@@ -253,9 +253,9 @@ class Classifier(Task):
             return
         here = self.datamodule.wording()
         for key in ("template", "labels"):
-            if self.wording[key] != here[key]:
+            if (learned := self.wording.get(key)) != here[key]:
                 raise InputError(
-                    f"data.{key} is {here[key]!r}, and the checkpoint learned with {self.wording[key]!r}; give it that"
+                    f"data.{key} is {here[key]!r}, and the checkpoint learned with {learned!r}; give it that"
                 )
 
     # Metrics

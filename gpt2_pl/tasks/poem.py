@@ -51,7 +51,7 @@ class PoemGenerator(LanguageModel):
     ) -> None:
         super().__init__(**kwargs)
         for key, value, good in (
-            ("temperature", temperature, temperature >= 0.0),
+            ("temperature", temperature, temperature == 0.0 or 1e-9 <= temperature <= 1e9),
             ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
             ("n_shown", n_shown, n_shown >= 0),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NUMBER = "row number"  # a column beside the fields, whose names are identifiers
-_CACHE_FORMAT = 2  # part of every cache key; raised when what is cached changes
+_CACHE_FORMAT = 3  # part of every cache key; raised when what is cached changes
 
 
 class TextClassification(TextData):

@@ -7,9 +7,11 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -324,7 +326,9 @@ def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> st
 
 
 def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: str, number: int) -> int:
-    """The class index in a column of row ``number``, given as an index or as one of the class names.
+    """The class index in a column of row ``number``, given as one of the class names or as an index.
+
+    Where a name is a number, a number is a name, of equal value (``4.0`` is ``4``), and never an index.
 
     Raises:
         InputError: neither of them.
@@ -333,13 +337,18 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: 
     text = "" if value is None else str(value).strip()
     if text in names:
         return names.index(text)
-    try:
-        index = float(text)
-    except ValueError:
-        index = -1.0
-    if index.is_integer() and 0 <= index < len(names):
-        return int(index)
+    numbers = [_decimal(name) for name in names]
+    numbered = any(number is not None for number in numbers)
+    if (given := _decimal(text)) is not None:
+        among = numbers if numbered else list(range(len(names)))
+        if among.count(given) == 1 and (numbered or text[0] != "-"):
+            return among.index(given)
     raise InputError(
         f"{source}, row {number}: the label in {column!r} is {value!r}; "
-        f"it must be 0 to {len(names) - 1} or one of {', '.join(names)}"
+        f"it must be {'' if numbered else f'0 to {len(names) - 1} or '}one of {', '.join(names)}"
     )
+
+
+def _decimal(text: str) -> Decimal | None:
+    """The number that plain digits say; None for any other text."""
+    return Decimal(text) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) else None

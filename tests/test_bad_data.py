@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import re
 from datetime import timedelta
 
 import datasets
@@ -297,19 +298,35 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
 
 
 @fuzz
-@given(scalars | st.sampled_from(["0", "1", "1.0", " 1 ", "yes", "no", "-1", "2", "1.5", "inf", "True", "0x1"]))
+@given(scalars | st.sampled_from(["0", "1", "1.0", " 1 ", "yes", "no", "-1", "2", "1.5", "inf", "True", "0x1", "-0"]))
 def test_a_label_is_a_class_or_refused_by_row(value):
     text = "" if value is None else str(value).strip()
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    expected = {"no": 0, "yes": 1}.get(text, {0.0: 0, 1.0: 1}.get(number))
+    index = re.fullmatch(r"0*([01])(\.0+)?", text, flags=re.ASCII)
+    expected = {"no": 0, "yes": 1}.get(text, None if index is None else int(index[1]))
     try:
         assert label_of({"label": value}, "label", ["no", "yes"], "rows.csv", 7) == expected
     except InputError as error:
         assert expected is None
         assert str(error).startswith("rows.csv, row 7: the label in 'label' is")
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "expected"),
+    [
+        ("1 2 3 4 0", "4.0", 3), ("1 2 3 4 0", "0.0", 4), ("1 2 3 4 5", 1.0, 0), ("1 2 3 4 5", "0", None),
+        ("-1 0 1", "1.0", 2), ("-1 0 1", -1.0, 0), ("-1 0 1", "2", None), ("0.5 1.5", "1.50", 1),
+        ("1 1.0", "1.00", None),
+        ("none 1 2", "2.0", 2), ("none 1 2", "0", None), ("no yes", "0_1", None), ("no yes", "\u0967", None),
+        ("no yes", "-0", None), ("no yes", "1e0", None), ("no yes", "01", 1), ("1 2", "\u0967", None),
+    ],
+)  # fmt: skip
+def test_names_that_are_numbers_are_no_indices(names, value, expected):
+    names = names.split()
+    if expected is None:
+        with pytest.raises(InputError, match="row 1: the label in 'label' is"):
+            label_of({"label": value}, "label", names, "rows.csv", 1)
+    else:
+        assert label_of({"label": value}, "label", names, "rows.csv", 1) == expected
 
 
 @pytest.mark.parametrize("label", ["", "3", "-1", "1.5", "nan", "good", "1,", "0x1"])

@@ -245,6 +245,47 @@ def test_a_runs_name_stays_below_the_runs_folder(name, run, capsys, tmp_path):
     assert sorted(tmp_path.iterdir()) == inside
 
 
+LONG = ["x" * 300, "x" * 236, "/".join(["y" * 190] * 25), "file/inside", "/proc/o"]
+
+
+@pytest.mark.parametrize("place", LONG, ids=["300", "236", "path", "file", "proc"])
+def test_places_that_cannot_be_written_are_named_before_anything_is_done(place, run, capsys, tmp_path, monkeypatch):
+    import commands.export
+
+    monkeypatch.setattr(commands.export, "load", None)  # would be called
+    (tmp_path / "file").touch()
+    source = fake_run(tmp_path / "runs/full/version_0", "full", 1, [True, False])
+    rows = tmp_path / "rows.txt"
+    rows.write_text("a\n")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (
+        ["classify", "x", "--input", rows, "--out", f"{place}.csv"],
+        ["generate", "x", "--prompt_file", rows, "--out", f"{place}.txt"],
+        ["export", "x", "--format", "hf", "--out", place],
+        ["compare", source, "--out", place],
+        ["compare", source, "--out", tmp_path, "--markdown", f"{place}.md"],
+    ):
+        line = refused(run, capsys, *command)
+        assert "out: " in line or "markdown: " in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_whose_name_is_too_long_is_not_there(run, capsys, tmp_path):
+    for place in LONG[:3]:
+        for command in (["export", place, "--format", "hf", "--out", "o"], ["compare", place, "--out", "o"],
+                        ["classify", place, "--input", "x.csv", "--out", "o.csv"]):  # fmt: skip
+            refused(run, capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_no_place(run, capsys, tmp_path):
+    fit = ["fit", "--config", CONFIG / "quickstart.yaml"]
+    assert "too long" in refused(run, capsys, *fit, f"--name={LONG[2]}")
+    (tmp_path / "lightning_logs").touch()
+    assert "lightning_logs is not a folder" in refused(run, capsys, *fit)
+    assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
+
+
 EVIL_TEXT = [
     "../../x",
     "/tmp/x",

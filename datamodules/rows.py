@@ -10,13 +10,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.errors import InputError
-from gpt2_pl.files import existing_file, whole_file
+from gpt2_pl.errors import InputError, RunError
+from gpt2_pl.files import existing_file, room, whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +65,7 @@ def read_file(
 
     Raises:
         InputError: no such file, another format, no rows, or a row that cannot be read.
+        RunError: there is no room to cache the rows.
     """
     path = existing_file(file, key)
     builder = _BUILDERS.get(path.suffix.lower())
@@ -85,14 +87,24 @@ def read_file(
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would tell errors beside ours
     try:
         data_files = str(path.resolve())
-        rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
+        with caching():
+            rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
         empty = next(iter(rows), None) is None
+    except RunError:
+        raise
     except Exception as error:  # pandas', pyarrow's and the library's own classes
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{key}: {file} cannot be read as {path.suffix[1:]}: {reason}") from error
     if empty:
         raise InputError(f"{key}: {file} has no rows")
     return Source(rows, file, bad)
+
+
+def caching() -> AbstractContextManager[None]:
+    """Around what ``datasets`` caches: a disk that is full is a RunError that names the cache."""
+    import datasets
+
+    return room(Path(datasets.config.HF_DATASETS_CACHE))
 
 
 def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> tuple[dict[str, Any], dict[int, str]]:
@@ -215,6 +227,8 @@ def _read_json(path: Path, key: str, skip_bad: bool, streaming: bool) -> Source:
                 for row in rows():
                     writer.write(row)
                 writer.finalize()
+        except InputError:
+            raise
         except (ValueError, TypeError, OverflowError, ArrowException) as error:
             raise InputError(f"{key}: {path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     return Source(datasets.Dataset.from_file(str(file)), str(path), bad)
@@ -294,7 +308,10 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> So
     import datasets
 
     try:
-        return Source(datasets.load_dataset(hub_id, config, split=split), f"{hub_id} ({split})")
+        with caching():
+            return Source(datasets.load_dataset(hub_id, config, split=split), f"{hub_id} ({split})")
+    except RunError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -340,7 +357,7 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: 
     numbers = [_decimal(name) for name in names]
     numbered = any(number is not None for number in numbers)
     if (given := _decimal(text)) is not None:
-        among = numbers if numbered else list(range(len(names)))
+        among: Sequence[Any] = numbers if numbered else range(len(names))
         if among.count(given) == 1 and (numbered or text[0] != "-"):
             return among.index(given)
     raise InputError(

@@ -119,8 +119,8 @@ def no_room(run, capsys, *args):
 
 
 def test_an_export_without_room_leaves_nothing(run, base, small_disk, capsys, tmp_path, data_flags):
-    shared = ["fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}", "--data.max_length=32", *data_flags,
-              "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]  # fmt: skip
+    shared = ["fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}", "--data.max_length=32",
+              *data_flags, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]  # fmt: skip
     whole = run(*shared, "--name=whole")
     lora = run(*shared, f"--config={ROOT}/configs/strategy/lora.yaml", "--name=lora")
     before = sorted(tmp_path.rglob("*"))

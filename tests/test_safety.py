@@ -343,8 +343,12 @@ def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
     [("scores", 3), ("scores", {"val/accuracy": "x"}), ("scores", None), ("epochs", {"a": 1}), ("epochs", [3]),
      ("epochs", [{"val/accuracy": 0.5}]), ("parameters", {}), ("parameters", None), ("parameters", {"trainable": "x"}),
      ("seconds", "x"), ("seconds", None), ("task", {}), ("monitor", [1]), ("seed", "x"), ("configs", "x"), ("data", 3),
-     ("data", {"rows": 3}), ("data", {"files": "x"}), ("base", "x"), ("peak_memory_bytes", "x")],
-    ids=str,
+     ("data", {"rows": 3}), ("data", {"files": "x"}), ("base", "x"), ("peak_memory_bytes", "x"), ("configs", [3]),
+     ("configs", [None]), ("configs", [{}]), ("base", {"seconds": "x"}), ("cpu_seconds", "x"),
+     ("base", {"cpu_seconds": [1]}), ("data", {"rows": {"val": "many"}}), ("scores", {"val/accuracy": 10**400}),
+     ("parameters", {"trainable": 10**400, "total": 1}), ("checkpoint_bytes", 10**400), ("status", 3),
+     ("seconds", 1e308)],
+    ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
     folder = fake_run(tmp_path / "run", "full", 1, [True, False])
@@ -354,6 +358,49 @@ def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
     assert "metrics.json is broken" in line
     assert key in line
     assert not (tmp_path / "report").exists()
+
+
+def changed(folder, **changes):
+    file = folder / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("what", ["task", "config", "alias", "keys", "folder"])
+def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
+    folder = fake_run(tmp_path / ("r\udc80" if what == "folder" else "run"), "full", 1, [True, False])
+    if what == "task":
+        changed(folder, task="\ud800")
+    elif what == "config":
+        changed(folder, configs=["configs/strategy/\ud800.yaml"])
+    elif what == "alias":
+        (folder / "config.yaml").write_text("model: &a {init_args: *a}\n")
+    elif what == "keys":
+        (folder / "config.yaml").write_text("model: {a: [[{1: 2, b: 3}]]}\n")
+    assert "is broken" in refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["row,text,label,prediction," + ",".join(f"p({i})" for i in range(3000)), "row,text,label,prediction,p(a),p(a)",
+     "row,text,text,label,prediction,p(a),p(b)", "row,text,label,prediction,p(a)", "row,text,label,prediction"],
+    ids=["many", "twice", "text", "one", "none"],
+)  # fmt: skip
+def test_outcomes_with_other_classes_than_they_have(header, tmp_path, run, capsys):
+    folder = fake_run(tmp_path / "run", "full", 1, [True, False])
+    (folder / "predictions_val.csv").write_text(f"{header}\n1,x,a,a,1.0,0.0\n")
+    line = refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+    assert "predictions_val.csv is broken" in line
+    assert not (tmp_path / "report").exists()
+
+
+def test_figures_that_are_no_finite_numbers_are_shown(tmp_path):
+    for seed, value in enumerate((float("nan"), float("inf"), -1e99, 1e99)):
+        folder = fake_run(tmp_path / f"runs/{seed}", "full", seed, [True, False])
+        changed(folder, scores={"val/accuracy": value}, seconds=value, cpu_seconds=value, base={"seconds": None},
+                seed=seed or None, epochs=[{"epoch": value, "val/accuracy": value}])  # fmt: skip
+    cli.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
+    assert "nan" in (tmp_path / "report/report.md").read_text()
 
 
 # The source

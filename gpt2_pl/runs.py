@@ -255,7 +255,9 @@ def check_account(account: Any, where: str) -> None:
 
 def _is_figure(value: Any) -> bool:
     """Whether a value is a number that can be counted with and drawn; NaN and infinity are."""
-    return isinstance(value, int | float) and (abs(value) < 1e100 or (type(value) is float and not math.isfinite(value)))
+    if isinstance(value, float) and not math.isfinite(value):
+        return True
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _name(files: Any) -> str:

@@ -60,12 +60,13 @@ def commands(checkpoint, base, rows, out):
     """Every command that reads a checkpoint."""
     model = ["--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=32"]
     data = [f"--data.{split}_file={rows}" for split in ("train", "val", "test", "predict")]
-    folder = checkpoint.parents[1]
+    folder, prompts = checkpoint.parents[1], base / "merges.txt"
+    prompts.write_text("a\n")
     for command in ("fit", "validate", "test", "predict"):
         yield [command, *model, *data, "--ckpt_path", checkpoint]
     yield ["test", "--data=datamodules.IMDB", *data, "--ckpt_path", checkpoint]
     yield ["classify", folder, "--input", rows, "--out", out / "out.csv"]
-    yield ["generate", folder, "--prompt_file", rows, "--out", out / "out.txt"]
+    yield ["generate", folder, "--prompt_file", prompts, "--out", out / "out.txt"]
     yield ["export", folder, "--format", "hf", "--out", out / "out"]
 
 
@@ -395,7 +396,7 @@ def test_outcomes_with_other_classes_than_they_have(header, tmp_path, run, capsy
 
 
 def test_figures_that_are_no_finite_numbers_are_shown(tmp_path):
-    for seed, value in enumerate((float("nan"), float("inf"), -1e99, 1e99)):
+    for seed, value in enumerate((float("nan"), float("inf"), -1e299, 1e299)):
         folder = fake_run(tmp_path / f"runs/{seed}", "full", seed, [True, False])
         changed(folder, scores={"val/accuracy": value}, seconds=value, cpu_seconds=value, base={"seconds": None},
                 seed=seed or None, epochs=[{"epoch": value, "val/accuracy": value}])  # fmt: skip

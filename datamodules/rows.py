@@ -54,7 +54,8 @@ def read_file(
     """The rows of a local file, in its order.
 
     Delimited text is UTF-8 with a header; the header tells whether tabs, commas or semicolons separate, and every
-    value stays the text it is. JSON lines hold one object a line; one array of objects will do too.
+    value stays the text it is. An empty line is no row; one of blanks is a bad row where there is one column. JSON
+    lines hold one object a line; one array of objects will do too.
 
     Args:
         file: its path; the ending says the format.
@@ -134,10 +135,13 @@ def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> 
                     f"{key}: {path}, row {n_rows + 1}: a double quote opens a value and does not close it ({error}); "
                     "where quotes are part of the text, give data.quoting false"
                 ) from None
-            if not cells or (len(cells) == 1 and cells[0] and not cells[0].strip(" \t")):
+            blank = len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t")
+            if not cells or (blank and len(names) > 1):
                 continue
             n_rows += 1
             reason = "" if len(cells) == len(names) else f"it has {len(cells)} values, and the header {len(names)}"
+            if blank:  # pandas would leave it out unseen
+                reason = "it is blank"
             if not (text := "".join(cells)).isascii() and any("\udc80" <= character <= "\udcff" for character in text):
                 reason = "it is not UTF-8 text"
             if reason and not skip_bad:

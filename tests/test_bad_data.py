@@ -61,9 +61,10 @@ def by_csv(content, delimiter):
         header, *records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     except (ValueError, csv.Error):
         return None
-    records = [
-        record for record in records if len(record) > 1 or (record and (not record[0] or record[0].strip(" \t")))
-    ]
+    blank = [record for record in records if len(record) == 1 and record[0] and not record[0].strip(" \t")]
+    if blank and len(header) == 1:
+        return None
+    records = [record for record in records if record and record not in blank]
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     if not all(len(record) == len(names) for record in records):
         return None
@@ -146,6 +147,17 @@ def test_what_is_wrong_with_a_file_is_said(content, words, tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=words):
         read_file(str(file), "data.train_file")
+
+
+def test_a_row_of_blanks_in_the_only_column_is_not_left_out_unseen(tmp_path):
+    for blank in (b"   ", b" \t ", b'" "'):
+        content = b"sentence\na\n" + blank + b"\n\nb\n\n"
+        assert read(tmp_path, "rows.csv", content) is None
+        found, skipped = read(tmp_path, "rows.csv", content, skip_bad=True)
+        assert [row["sentence"] for row in found] == ["a", "b"]
+        assert list(skipped) == [2]
+    found, skipped = read(tmp_path, "rows.csv", b"sentence,label\na,1\n   \n\nb,0\n")
+    assert (len(found), skipped) == (2, {})
 
 
 def test_a_line_of_a_megabyte_is_a_row_like_others(tmp_path):

@@ -54,7 +54,7 @@ def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
         said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[PROVENANCE]
         seconds = {key: float(said[key]) for key in ("seconds", "cpu_seconds")}
         return {"origin": str(said["origin"]), "recipe": str(said["recipe"]), **seconds}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
 
 
@@ -142,11 +142,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{index} is not an index of shards: {error!r}") from None
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"{index} names the shard {name!r}; a shard lies in the same folder")
+            if not isinstance(name, str) or Path(name).name != name or len(os.fsencode(name)) > 255:
+                raise InputError(f"{index} names the shard {str(name)[:300]!r}; a shard lies in the same folder")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks the shard {name} that {_INDEX} names")
         return [folder / name for name in names]

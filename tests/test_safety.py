@@ -60,7 +60,7 @@ def commands(checkpoint, base, rows, out):
     """Every command that reads a checkpoint."""
     model = ["--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=32"]
     data = [f"--data.{split}_file={rows}" for split in ("train", "val", "test", "predict")]
-    folder, prompts = checkpoint.parents[1], base / "merges.txt"
+    folder, prompts = checkpoint.parents[1], base.parent / "prompts.txt"
     prompts.write_text("a\n")
     for command in ("fit", "validate", "test", "predict"):
         yield [command, *model, *data, "--ckpt_path", checkpoint]

@@ -24,7 +24,7 @@ from commands.report import (
 )
 from gpt2_pl.comparison import Comparison, compare
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.runs import Run
 
 
@@ -40,13 +40,13 @@ def main(args: list[str]) -> None:
         "--elsewhere", type=Path, help="a YAML file of others' figures: by task, a list of {what, figures, source}"
     )
     given = parser.parse_args(args)
-    if given.out.exists() and not given.out.is_dir():
-        raise InputError(f"out: {given.out} is not a folder")
+    check_place(given.out / "report.md", "out")
+    if given.markdown is not None:
+        check_place(given.markdown, "markdown")
     preface = _read(given.preface, "preface")
     elsewhere = _elsewhere(given.elsewhere)
     folders = [folder for path in given.runs for folder in run_folders(path)]
     comparisons = compare([Run.read(folder) for folder in folders], given.baseline)
-    given.out.mkdir(parents=True, exist_ok=True)
     report = given.markdown or given.out / "report.md"
     folder = Path(os.path.relpath(given.out, report.parent))
     text = [preface]
@@ -115,9 +115,12 @@ def run_folders(path: Path) -> list[Path]:
     Raises:
         InputError: there is none.
     """
-    if (path / "metrics.json").is_file():
-        return [path]
-    found = sorted(file.parent for file in path.glob("**/metrics.json"))
+    try:
+        if (path / "metrics.json").is_file():
+            return [path]
+        found = sorted(file.parent for file in path.glob("**/metrics.json"))
+    except OSError as error:
+        raise InputError(f"{str(path)[:500]} cannot be read: {error.strerror}") from None
     if not found:
         raise InputError(f"{path} is no run's folder and has none below it (one has metrics.json)")
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from commands import Arguments
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import check_new
+from gpt2_pl.files import check_new, room, whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ def load(checkpoint: Path, base: str | None = None) -> Task:
     import gpt2_pl.tasks
     from gpt2_pl.checkpoint import read
 
-    if not checkpoint.is_file():
-        raise InputError(f"there is no checkpoint {checkpoint}")
     content = read(checkpoint, "checkpoint")
     if base is not None and content["base"].get("complete"):
         raise InputError(f"base: {checkpoint} holds every weight; leave --base out")
@@ -69,10 +67,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when all is written, and vanishes when that fails."""
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        yield part
-        part.rename(out)
+        with room(out):
+            part.mkdir(parents=True)
+            yield part
+            part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -157,9 +156,11 @@ def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) 
         raise InputError(f"{run} has no tokenizer.json; runs of this library have one")
     tokenizer = load_tokenizer(run, "RUN")
     check_fits(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with whole_file(folder / "tokenizer.json") as file:
+        file.write(tokenizer.to_str(pretty=True))
     end = tokenizer.token_to_id(END_OF_TEXT)
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": n_positions, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "tokenizer_config.json") as file:
+        file.write(json.dumps(settings, indent=2) + "\n")
     return end

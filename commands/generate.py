@@ -20,7 +20,8 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--prompt_file",
         required=True,
-        help="UTF-8 text with a prompt on every line, JSON lines with a key `prompt`, or (--poems) poems' first lines",
+        help="UTF-8 text (.txt) with a prompt on every line, JSON lines (.jsonl) with a key `prompt`, or (--poems) "
+        "poems' first lines",
     )
     parser.add_argument("--out", type=Path, required=True, help="file to write, .txt or .jsonl; it must not exist")
     parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
@@ -127,6 +128,8 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     from datamodules.sonnets import read_poems
 
     path = existing_file(file, "prompt_file")
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise InputError(f"prompt_file: {file} does not end in .txt or .jsonl")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

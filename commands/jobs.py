@@ -63,7 +63,7 @@ def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
         run.check()
         record = run.folder / "sweep.json"
         if run.last.is_file():
-            threads = json.loads(record.read_text(encoding="utf-8"))["threads"]
+            threads = run.begun()["threads"]
         else:
             threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
             shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint

@@ -15,8 +15,13 @@ import yaml
 
 from commands import RUNS
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import existing_file
+from gpt2_pl.runs import check_account
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
+_KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
+_OWN = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
+_KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "bad_batches")
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,35 @@ class PlannedRun:
         }
 
     def account(self) -> dict[str, Any]:
-        """The run's ``metrics.json`` as it stands; empty before its first epoch."""
-        try:
-            return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """The run's ``metrics.json`` as it stands; empty before its first epoch.
+
+        Raises:
+            InputError: it is broken.
+        """
+        file = self.folder / "metrics.json"
+        if not file.is_file():
             return {}
+        account = read_json(file)
+        check_account(account, f"{file} is broken")
+        return account
+
+    def begun(self) -> dict[str, Any]:
+        """What the run was begun with: :meth:`record`, and the number of ``threads``.
+
+        Raises:
+            InputError: there is no such record, or it is broken.
+        """
+        file = self.folder / "sweep.json"
+        if not file.is_file():
+            raise InputError(f"{self.folder} is not a run of this sweep; give the sweep another name")
+        found = read_json(file)
+        found = {"threads": 1, **found} if isinstance(found, dict) else {}
+        for key, kind in (("flags", dict), ("files", dict), ("base", dict | None), ("threads", int)):
+            if key not in found or not isinstance(found[key], kind):
+                raise InputError(f"{file} is broken: it does not say {key}; delete {self.folder}")
+        if not all(isinstance(value, str) for key in ("flags", "files") for value in found[key].values()):
+            raise InputError(f"{file} is broken: its flags and files must be text; delete {self.folder}")
+        return found
 
     @property
     def last(self) -> Path:
@@ -95,10 +124,7 @@ class PlannedRun:
             self.base.check()
         if not self.last.is_file() and self.account().get("status") != "finished":
             return
-        file = self.folder / "sweep.json"
-        if not file.is_file():
-            raise InputError(f"{self.folder} is not a run of this sweep; give the sweep another name")
-        then, now = json.loads(file.read_text(encoding="utf-8")), self.record()
+        then, now = self.begun(), self.record()
         what = [
             f"{name} was {before} and is {after}"
             for part in ("flags", "files")
@@ -111,6 +137,18 @@ class PlannedRun:
                 f"{self.folder} was run with other settings ({'; '.join(what)}); delete it, or give the strategy or "
                 "the sweep another name"
             )
+
+
+def read_json(file: Path) -> Any:
+    """What a file of a run says.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}; delete {file.parent}") from None
 
 
 def _parts(flag: str) -> tuple[str, str]:
@@ -219,7 +257,7 @@ class Plan:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"there is no file {file}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise InputError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
         try:
             return cls._from(_Node(content, "", file.stem))
@@ -248,7 +286,7 @@ class Plan:
             for strategy, own in strategies.items():
                 own.only("configs", "set", "seeds", "grid", "search", "base")
                 wanted = own.content.get("base")
-                if wanted is not None and wanted not in bases:
+                if wanted is not None and (not isinstance(wanted, str) or wanted not in bases):
                     raise InputError(
                         f"{own.path}.base is {wanted!r}; the task's bases are {', '.join(bases) or 'none'}"
                     )
@@ -284,12 +322,28 @@ class Plan:
 
 
 def as_flags(settings: dict[str, Any], path: str) -> tuple[str, ...]:
-    """Settings as flags; ``${NAME}`` stands for a variable of the environment."""
+    """Settings as flags; ``${NAME}`` stands for a variable of the environment.
+
+    Raises:
+        InputError: a key that is none of a run's, or the sweep's own to say, or a value that is no plain one.
+    """
     flags = []
     for key, value in settings.items():
-        if key in ("seed_everything", "name", "version", "config", "ckpt_path"):
+        inner = value if key == "trainer" and isinstance(value, dict) else {}
+        if key in _OWN or "default_root_dir" in inner:
             raise InputError(f"{path}.{key} is the sweep's own to say")
-        text = value if isinstance(value, str) else "null" if value is None else json.dumps(value)
+        if not isinstance(key, str) or not (key in ("model", "data", "trainer", *_KEYS) or _KEY.fullmatch(key)):
+            raise InputError(
+                f"{path}: {key!r} is no key of a run, such as trainer.max_epochs, data.batch_size or {', '.join(_KEYS)}"
+            )
+        try:
+            text = value if isinstance(value, str) else "null" if value is None else json.dumps(value)
+            text.encode()
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(
+                f"{path}.{key} is {str(value)[:100]!a}; it must be text, a number, true, false, null, or lists or "
+                "mappings of them"
+            ) from None
         text = os.path.expandvars(text)
         if (missing := re.search(r"\$\{(\w+)\}", text)) is not None:
             raise InputError(f"{path}.{key}: the environment has no {missing[1]}; set it, or write its value here")
@@ -325,14 +379,14 @@ class _Node:
             raise InputError(f"{self._key(key)} is {found!r}; it must name its parts, such as {{sst5: {{...}}}}")
         for name in found or {}:
             if not (isinstance(name, str) and _NAME.fullmatch(name)):
-                raise InputError(f"{self._key(key)}: {name!r} is no name; use letters, digits, _ . + -")
+                raise InputError(f"{self._key(key)}: {name!r} is no name; use up to 200 letters, digits, _ . + -")
         return {str(name): _Node(part, f"{self._key(key)}.{name}") for name, part in (found or {}).items()}
 
     def name(self, key: str, default: str) -> str:
         """A name that can be a folder's."""
         found = self.content.get(key, default)
         if not isinstance(found, str) or not _NAME.fullmatch(found):
-            raise InputError(f"{self._key(key)} is {found!r}; it must be a name of letters, digits, _ . + -")
+            raise InputError(f"{self._key(key)} is {found!r}; it must be a name of up to 200 letters, digits, _ . + -")
         return found
 
     def integer(self, key: str, default: int | None, least: int = 0) -> int | None:
@@ -363,8 +417,7 @@ class _Node:
         if not isinstance(found, list) or not all(isinstance(file, str) for file in found):
             raise InputError(f"{self._key('configs')} is {found!r}; it must be a list of files")
         for file in found:
-            if not Path(file).is_file():
-                raise InputError(f"{self._key('configs')}: there is no file {file}")
+            existing_file(file, self._key("configs"))
         return tuple(found)
 
     def grid(self) -> list[tuple[str, dict[str, Any]]]:
@@ -373,7 +426,7 @@ class _Node:
         if not isinstance(found, dict) or not all(isinstance(values, list) and values for values in found.values()):
             raise InputError(f"{self._key('grid')} is {found!r}; it must give every key a list of values")
         combinations = [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
-        named = ["".join(f",{key.rpartition('.')[2]}={value}" for key, value in c.items()) for c in combinations]
+        named = ["".join(f",{str(key).rpartition('.')[2]}={value}" for key, value in c.items()) for c in combinations]
         return list(zip(named, combinations, strict=True))
 
     def search(self) -> Search | None:
@@ -387,12 +440,13 @@ class _Node:
         if not isinstance(space, dict) or not space:
             raise InputError(f"{node.path}.space is {space!r}; it must name keys and their values")
         for key, values in space.items():
-            as_flags({key: None}, f"{node.path}.space")
             if not _bounds(values) and not (isinstance(values, list) and values):
                 raise InputError(
                     f"{node.path}.space.{key} is {values!r}; it must be a list of choices, or {{low: 1.0e-5, "
                     "high: 1.0e-2, log: true}"
                 )
+            for value in values if isinstance(values, list) else [None]:
+                as_flags({key: value}, f"{node.path}.space")
         assert trials is not None
         assert seed is not None
         return Search(trials, space, seed, node.flags("set"))

@@ -8,13 +8,10 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpt2_pl.comparison import Comparison, Group
 from gpt2_pl.statistics import Difference
-
-if TYPE_CHECKING:
-    pass
 
 _COSTS = {  # name -> heading, divisor, digits
     "trainable": ("trainable", 1, 0),

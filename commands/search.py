@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from commands import RUNS
-from commands.plan import Arm, PlannedRun, as_flags
+from commands.plan import Arm, PlannedRun, as_flags, read_json
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
 
@@ -68,7 +68,7 @@ class Study:
         if not file.is_file():
             with whole_file(file) as out:
                 json.dump(record, out, indent=2)
-        elif json.loads(file.read_text(encoding="utf-8")) != record:
+        elif read_json(file) != record:
             raise InputError(
                 f"{file.with_suffix('')} was searched with another space or other settings; delete it and "
                 f"{file.with_suffix('.journal')} and {file.name}, or give the strategy or the sweep another name"
@@ -111,7 +111,7 @@ class Study:
     def ended(self, run: PlannedRun) -> None:
         """Enter a trial's score."""
         number, account = int(run.version.rpartition("_")[2]), run.account()
-        score = account["scores"][account["monitor"]] if run.finished else math.nan
+        score = (account.get("scores") or {}).get(account.get("monitor"), math.nan) if run.finished else math.nan
         if math.isfinite(score):
             self.study.tell(number, score if account.get("mode") != "min" else -score)
         else:

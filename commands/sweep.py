@@ -16,6 +16,7 @@ from commands.jobs import Launcher, locked, make_launcher
 from commands.plan import Plan, PlannedRun
 from commands.search import Study, journal
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import check_place
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +34,7 @@ def main(args: list[str]) -> None:
     if given.at_once is not None and given.at_once < 1:
         raise InputError(f"at_once is {given.at_once}; it must be at least 1")
     plan = Plan.read(given.file)
+    check_place(RUNS / plan.name, "name")
     for arm in plan.arms:
         if arm.search is None:
             for run in arm.runs():
@@ -191,7 +193,7 @@ def _called(run: PlannedRun) -> str:
 def _state(run: PlannedRun, active: bool, failed: bool) -> str:
     """How far a run is, in a few words."""
     account = run.account()
-    monitor, scores, epochs = account.get("monitor"), account.get("scores", {}), account.get("epochs", [])
+    monitor, scores, epochs = account.get("monitor"), account.get("scores") or {}, account.get("epochs") or []
     score = f", {monitor} {scores[monitor]:.4g}" if monitor in scores else ""
     if failed:
         return "failed"

@@ -41,7 +41,7 @@ from commands.arguments import (
     with_hyperparameters,
 )
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import whole_file
+from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.tasks import Task
 
@@ -199,6 +199,8 @@ class GPT2CLI(LightningCLI):
             for part in (root / stopped).rglob(".*.part"):
                 part.unlink(missing_ok=True)  # of a file that was being written when the run was killed
         folder = root / config.name / str(config.version)
+        if trainer.logger is True and not trainer.fast_dev_run:
+            check_place(folder, "name")
         if config.version is not None and (folder / "config.yaml").exists() and stopped != folder.relative_to(root):
             raise InputError(f"version: {folder} holds a run already; give another, or go on with its last.ckpt")
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.base import TextData
 from datamodules.batching import TokenRows
-from datamodules.rows import Source, label_of, read_file, read_hub, require_columns, text_of, value_of
+from datamodules.rows import Source, caching, label_of, read_file, read_hub, require_columns, text_of, value_of
 from datamodules.template import Template
 from gpt2_pl.errors import InputError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NUMBER = "row number"  # a column beside the fields, whose names are identifiers
-_CACHE_FORMAT = 2  # part of every cache key; raised when what is cached changes
+_CACHE_FORMAT = 3  # part of every cache key; raised when what is cached changes
 
 
 class TextClassification(TextData):
@@ -193,15 +193,16 @@ class TextClassification(TextData):
         needed = dict.fromkeys([*fields.values(), *([label_column] if label_column else [])])
         key = [_CACHE_FORMAT, rows._fingerprint, self.template.text, fields, max_length, self.tokenizer.to_str()]
         key += [self.bad_rows, label_column, self.labels if labelled else None]
-        encoded = rows.map(
-            encode,
-            batched=True,
-            with_indices=True,
-            batch_size=5000,
-            remove_columns=rows.column_names,
-            features=_features(labelled),
-            new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
-        )
+        with caching():
+            encoded = rows.map(
+                encode,
+                batched=True,
+                with_indices=True,
+                batch_size=5000,
+                remove_columns=rows.column_names,
+                features=_features(labelled),
+                new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
+            )
         index = np.asarray(encoded.data.column("index"))
         if len(encoded) < len(rows) or source.skipped:
             skipped = {number: f"row {number} cannot be read: {reason}" for number, reason in source.skipped.items()}
@@ -215,7 +216,8 @@ class TextClassification(TextData):
         texts = rows.select_columns(list(fields.values()))
         if any(isinstance(feature, dict) for feature in texts.features.values()):  # of values of several kinds
             whole = datasets.Features({column: datasets.Value("string") for column in texts.column_names})
-            texts = texts.map(lambda row: {column: value_of(row, column) for column in whole}, features=whole)
+            with caching():
+                texts = texts.map(lambda row: {column: value_of(row, column) for column in whole}, features=whole)
         texts = texts.rename_columns({column: field for field, column in fields.items()})
         return _token_rows(encoded), texts.add_column(_NUMBER, np.asarray(numbers)[index])
 

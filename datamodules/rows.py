@@ -7,14 +7,17 @@ import csv
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.errors import InputError
-from gpt2_pl.files import existing_file, whole_file
+from gpt2_pl.errors import InputError, RunError
+from gpt2_pl.files import existing_file, room, whole_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +54,8 @@ def read_file(
     """The rows of a local file, in its order.
 
     Delimited text is UTF-8 with a header; the header tells whether tabs, commas or semicolons separate, and every
-    value stays the text it is. JSON lines hold one object a line; one array of objects will do too.
+    value stays the text it is. An empty line is no row; one of blanks is a bad row where there is one column. JSON
+    lines hold one object a line; one array of objects will do too.
 
     Args:
         file: its path; the ending says the format.
@@ -62,6 +66,7 @@ def read_file(
 
     Raises:
         InputError: no such file, another format, no rows, or a row that cannot be read.
+        RunError: there is no room to cache the rows.
     """
     path = existing_file(file, key)
     builder = _BUILDERS.get(path.suffix.lower())
@@ -83,14 +88,24 @@ def read_file(
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would tell errors beside ours
     try:
         data_files = str(path.resolve())
-        rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
+        with caching():
+            rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
         empty = next(iter(rows), None) is None
+    except RunError:
+        raise
     except Exception as error:  # pandas', pyarrow's and the library's own classes
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{key}: {file} cannot be read as {path.suffix[1:]}: {reason}") from error
     if empty:
         raise InputError(f"{key}: {file} has no rows")
     return Source(rows, file, bad)
+
+
+def caching() -> AbstractContextManager[None]:
+    """Around what ``datasets`` caches: a disk that is full is a RunError that names the cache."""
+    import datasets
+
+    return room(Path(datasets.config.HF_DATASETS_CACHE))
 
 
 def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> tuple[dict[str, Any], dict[int, str]]:
@@ -120,10 +135,13 @@ def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> 
                     f"{key}: {path}, row {n_rows + 1}: a double quote opens a value and does not close it ({error}); "
                     "where quotes are part of the text, give data.quoting false"
                 ) from None
-            if not cells or (len(cells) == 1 and cells[0] and not cells[0].strip(" \t")):
+            blank = len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t")
+            if not cells or (blank and len(names) > 1):
                 continue
             n_rows += 1
             reason = "" if len(cells) == len(names) else f"it has {len(cells)} values, and the header {len(names)}"
+            if blank:  # pandas would leave it out unseen
+                reason = "it is blank"
             if not (text := "".join(cells)).isascii() and any("\udc80" <= character <= "\udcff" for character in text):
                 reason = "it is not UTF-8 text"
             if reason and not skip_bad:
@@ -213,6 +231,8 @@ def _read_json(path: Path, key: str, skip_bad: bool, streaming: bool) -> Source:
                 for row in rows():
                     writer.write(row)
                 writer.finalize()
+        except InputError:
+            raise
         except (ValueError, TypeError, OverflowError, ArrowException) as error:
             raise InputError(f"{key}: {path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     return Source(datasets.Dataset.from_file(str(file)), str(path), bad)
@@ -292,7 +312,10 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> So
     import datasets
 
     try:
-        return Source(datasets.load_dataset(hub_id, config, split=split), f"{hub_id} ({split})")
+        with caching():
+            return Source(datasets.load_dataset(hub_id, config, split=split), f"{hub_id} ({split})")
+    except RunError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -324,7 +347,9 @@ def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> st
 
 
 def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: str, number: int) -> int:
-    """The class index in a column of row ``number``, given as an index or as one of the class names.
+    """The class index in a column of row ``number``, given as one of the class names or as an index.
+
+    Where a name is a number, a number is a name, of equal value (``4.0`` is ``4``), and never an index.
 
     Raises:
         InputError: neither of them.
@@ -333,13 +358,18 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: 
     text = "" if value is None else str(value).strip()
     if text in names:
         return names.index(text)
-    try:
-        index = float(text)
-    except ValueError:
-        index = -1.0
-    if index.is_integer() and 0 <= index < len(names):
-        return int(index)
+    numbers = [_decimal(name) for name in names]
+    numbered = any(number is not None for number in numbers)
+    if (given := _decimal(text)) is not None:
+        among: Sequence[Any] = numbers if numbered else range(len(names))
+        if among.count(given) == 1 and (numbered or text[0] != "-"):
+            return among.index(given)
     raise InputError(
         f"{source}, row {number}: the label in {column!r} is {value!r}; "
-        f"it must be 0 to {len(names) - 1} or one of {', '.join(names)}"
+        f"it must be {'' if numbered else f'0 to {len(names) - 1} or '}one of {', '.join(names)}"
     )
+
+
+def _decimal(text: str) -> Decimal | None:
+    """The number that plain digits say; None for any other text."""
+    return Decimal(text) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) else None

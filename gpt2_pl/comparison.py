@@ -45,8 +45,10 @@ class Group:
         return statistics.mean(values) if (values := self.values(score)) else None
 
     def spread(self, score: str) -> float | None:
-        """The standard deviation over seeds; None of one."""
-        return statistics.stdev(values) if len(values := self.values(score)) > 1 else None
+        """The standard deviation over seeds; None of one, NaN where a score is no finite number."""
+        if len(values := self.values(score)) < 2:
+            return None
+        return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
     def cost(self, name: str) -> float | None:
         """The median over runs of ``trainable``, ``total``, ``seconds_to_best`` or a figure of ``metrics.json``."""
@@ -57,7 +59,7 @@ class Group:
 def _cost(run: Run, name: str) -> float | None:
     if name in ("trainable", "total"):
         return run.account["parameters"][name]
-    before = (run.account.get("base") or {}).get("cpu_seconds" if name == "cpu_seconds" else "seconds", 0.0)
+    before = (run.account.get("base") or {}).get("cpu_seconds" if name == "cpu_seconds" else "seconds") or 0.0
     if name == "seconds_to_best":
         epochs, best = len(run.account["epochs"]), run.account["scores"].get("best_epoch")
         return before + run.account["seconds"] * best / epochs if epochs and best else None
@@ -140,7 +142,8 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison
     once = {run.folder.resolve(): run for run in runs}
     for run in once.values():
         task = str(run.account.get("task"))
-        if run.account.get("status") == "finished" and run.account.get("monitor") not in run.account.get("scores", {}):
+        scores = run.account.get("scores") or {}
+        if run.account.get("status") == "finished" and run.account.get("monitor") not in scores:
             notes[task].append(f"{run.folder} is left out: it has no {run.account.get('monitor')}")
             tasks[task] += []
         elif run.account.get("status") != "finished" or not run.account.get("epochs"):
@@ -222,7 +225,7 @@ def _differ(groups: list[Group], split: str, notes: list[str]) -> None:
 def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     """The first run of every seed; a note says whether repeated ones scored the same."""
     by_seed: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.account.get("seed", 0), str(run.folder))):
+    for run in sorted(runs, key=lambda run: (run.account.get("seed") or 0, str(run.folder))):
         first = by_seed.setdefault(run.account.get("seed"), run)
         if first is not run:
             same = first.account["scores"] == run.account["scores"]

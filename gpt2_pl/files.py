@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
 from gpt2_pl.errors import InputError, RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST_NAME, _LONGEST_PATH = 230, 3900  # bytes; systems have 255 and 4095, and a part's name has 20 more
 
 
 def existing_file(path: str | Path, key: str) -> Path:
@@ -39,11 +41,61 @@ def check_new(path: Path, key: str = "out") -> None:
     Raises:
         InputError: naming ``key``, the option that held the path.
     """
+    check_place(path, key)
     if path.exists():
         raise InputError(f"{key}: {path} exists already; give one that does not")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise InputError(f"{key}: {path} cannot be made: {above} is not a folder")
+
+
+def check_place(path: Path, key: str) -> None:
+    """Refuse, before anything is computed, a place where no file or folder can be made.
+
+    Raises:
+        InputError: naming ``key``, the option that held the path: a name or the path is too long, a file is where a
+            folder must be, or nothing can be written there.
+    """
+    longest = max(len(os.fsencode(name)) for name in (*path.parts, ""))
+    if longest > _LONGEST_NAME or len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+        raise InputError(
+            f"{key}: {str(path)[:100]} ... is too long; a name has at most {_LONGEST_NAME} bytes, and a path "
+            f"{_LONGEST_PATH}"
+        )
+    try:
+        above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        folder = above.parent if above == path.absolute() and above.is_file() else above
+        if not folder.is_dir():
+            raise InputError(f"{key}: {path} cannot be made: {folder} is not a folder")
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{key}: {path} cannot be made: {error.strerror}") from None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is that there is no room on the disk."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return True
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+@contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Around what is written to ``path``.
+
+    Raises:
+        RunError: there is no room for it.
+    """
+    try:
+        yield
+    except Exception as error:  # torch's, pyarrow's and other writers have errors of their own for a full disk
+        if not is_full(error):
+            raise
+        before = "; what was there before is as it was" if path.is_file() else ""
+        raise RunError(f"there is no room to write {path}{before}; free some space and go on") from None
 
 
 @contextmanager
@@ -57,24 +109,25 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
         mode: ``w`` for UTF-8 text, ``wb`` for bytes.
 
     Raises:
+        InputError: no file can be made there.
         RunError: there is no room for it; what stood in its place is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    try:
-        with part.open(mode, **text) as file:
-            yield file
-            if not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        # torch's writer replaces the error of a full disk by one of its own
-        causes = (error, error.__cause__, error.__context__)
-        if any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes):
-            before = "; what was there before is as it was" if path.exists() else ""
-            raise RunError(f"there is no room to write {path}{before}; free some space and go on") from None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+    with room(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = part.open(mode, **text)
+        except OSError as error:
+            if is_full(error):
+                raise
+            raise InputError(f"{str(path)[:500]} cannot be written: {error.strerror}") from None
+        try:
+            with opened as file:
+                yield file
+                if not file.closed:
+                    file.flush()
+                    os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)

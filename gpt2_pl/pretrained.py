@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 from gpt2_pl.model import GPT2, GPT2Config
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -53,7 +54,7 @@ def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
         said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[PROVENANCE]
         seconds = {key: float(said[key]) for key in ("seconds", "cpu_seconds")}
         return {"origin": str(said["origin"]), "recipe": str(said["recipe"]), **seconds}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
 
 
@@ -141,11 +142,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{index} is not an index of shards: {error!r}") from None
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise InputError(f"{index} names the shard {name!r}; a shard lies in the same folder")
+            if not isinstance(name, str) or Path(name).name != name or len(os.fsencode(name)) > 255:
+                raise InputError(f"{index} names the shard {str(name)[:300]!r}; a shard lies in the same folder")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks the shard {name} that {_INDEX} names")
         return [folder / name for name in names]
@@ -305,7 +306,6 @@ def save(
             "(LoRA.merge(model)); prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft)"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {
         f"transformer.{name}": (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().cpu().contiguous()
         for name, tensor in model.state_dict().items()
@@ -314,12 +314,20 @@ def save(
     if score is not None:
         state["score.weight"] = score.detach().float().cpu().contiguous()
         config["architectures"] = ["GPT2ForSequenceClassification"]
-    part = folder / f".{_WEIGHTS}.part"
-    save_file(state, part, metadata={"format": "pt"})
-    part.replace(folder / _WEIGHTS)
-    part = folder / ".config.json.part"
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / "config.json")
+    write_tensors(state, folder / _WEIGHTS)
+    with whole_file(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all; see :func:`whole_file` for what is raised."""
+    with whole_file(path, "wb") as file:
+        try:
+            save_file(tensors, file.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # which names the system's error in its text alone
+            if (found := re.search(r"os error ([0-9]+)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), str(error)) from None
 
 
 def digest(model: GPT2) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _APART = re.compile(  # where things lie and what is shown, not what was done
     r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
     r"enable_progress_bar|enable_model_summary|enable_checkpointing|enable_autolog_hparams|log_every_n_steps|barebones)$"
 )
+
+
+_MOST_CLASSES = 200  # a row's outcome is one of their square
 
 
 @dataclass(eq=False)
@@ -54,10 +58,14 @@ class Run:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             settings = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
             run = cls(folder, dict(account), dict(settings))
-        except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder}: metrics.json or config.yaml is broken: {reason}") from None
-        _check(run)
+            for said in (account, settings, str(folder)):  # neither text that is none nor parts that hold themselves
+                json.dumps(said, ensure_ascii=False, sort_keys=True, default=str).encode()
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = ascii(" ".join(str(error).split())[:200])[1:-1]
+            raise InputError(f"{ascii(str(folder))[1:-1]}: metrics.json or config.yaml is broken: {reason}") from None
+        check_account(run.account, f"{folder}: metrics.json is broken")
+        if not all(isinstance(run.settings.get(key), dict | None) for key in ("model", "data", "trainer")):
+            raise InputError(f"{folder}: config.yaml is broken: model, data and trainer hold keys")
         return run
 
     @property
@@ -144,7 +152,7 @@ def _judged(folder: Path, split: str) -> Judged | None:
         if file.is_file():
             try:
                 found = read(file, split)
-            except (ValueError, KeyError, TypeError, csv.Error) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
                 raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
             if found is not None and not len(found.features):
                 raise InputError(f"{file} has no rows")
@@ -157,7 +165,7 @@ def _losses(file: Path, split: str) -> Judged:
     with file.open(encoding="utf-8", newline="") as lines:
         poems = list(csv.DictReader(lines))
     digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
-    losses = np.array([(float(poem["loss"]), int(poem["n_tokens"])) for poem in poems])
+    losses = np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])
     return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
 
 
@@ -165,18 +173,26 @@ def _predictions(file: Path, split: str) -> Judged | None:
     digest, cells = hashlib.sha256(), []
     with file.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
-        if not {"text", "label", "prediction"} <= set(table.fieldnames or ()):
+        columns = list(table.fieldnames or ())
+        if not {"text", "label", "prediction"} <= set(columns):
             return None
-        classes = [name[2:-1] for name in table.fieldnames or () if name.startswith("p(")]
+        if len(set(columns)) < len(columns):
+            raise ValueError("its header names a column twice")
+        number = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
+        K = len(number)
+        if not 2 <= K <= _MOST_CLASSES:
+            raise ValueError(f"it has {K} classes; rows are compared of 2 to {_MOST_CLASSES} classes")
         for row in table:
             digest.update(f"{row['text']}\0{row['label']}\0".encode())
-            cells.append(classes.index(row["label"]) * len(classes) + classes.index(row["prediction"]))
-    confusion = np.eye(len(classes) ** 2, dtype=np.float32)[cells]
-    names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if len(classes) == 2 else []))
+            cells.append(number[row["label"]] * K + number[row["prediction"]])
+    confusion = np.zeros((len(cells), K * K), np.float32)
+    confusion[np.arange(len(cells)), cells] = 1.0
+    names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if K == 2 else []))
     return Judged(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
 
 
 _KINDS: dict[str, Any] = {
+    "status": str,
     "task": str,
     "monitor": str,
     "mode": str,
@@ -187,38 +203,61 @@ _KINDS: dict[str, Any] = {
     "parameters": dict,
     "base": dict,
     "data": dict,
-    **dict.fromkeys(("seconds", "examples_per_second", "peak_memory_bytes", "checkpoint_bytes"), int | float),
 }
+_FIGURES = ("seconds", "cpu_seconds", "examples_per_second", "peak_memory_bytes", "checkpoint_bytes")
 
 
-def _check(run: Run) -> None:
+def check_account(account: Any, where: str) -> None:
     """Refuse an account with values of other kinds than training writes.
 
+    Args:
+        account: what ``metrics.json`` holds.
+        where: the beginning of the message.
+
     Raises:
-        InputError: naming the folder and the key.
+        InputError: naming the key.
     """
-    account, where = run.account, f"{run.folder}: metrics.json is broken"
+    if not isinstance(account, dict):
+        raise InputError(f"{where}: it holds {str(account)[:100]!r}, not the account of a run")
     for key, kind in _KINDS.items():
         if not isinstance(account.get(key), kind | None):
             raise InputError(f"{where}: {key} is {str(account[key])[:100]!r}")
+    parts = {key: account.get(key) or {} for key in ("scores", "parameters", "base", "data")}
+    for key in ("files", "rows"):
+        if not isinstance(parts["data"].get(key), dict | None):
+            raise InputError(f"{where}: data has no {key}")
+    if not all(isinstance(file, str) for file in account.get("configs") or []):
+        raise InputError(f"{where}: configs is {str(account['configs'])[:100]!r}; it must be a list of files")
+    if not all(isinstance(epoch, dict) for epoch in account.get("epochs") or []):
+        raise InputError(f"{where}: epochs is {str(account['epochs'])[:100]!r}; it must be a list of scores")
     if account.get("status") == "finished" and account.get("epochs"):
         for key in ("scores", "parameters", "seconds"):
             if account.get(key) is None:
                 raise InputError(f"{where}: it has no {key}")
         for key in ("trainable", "total"):
-            if not isinstance(account["parameters"].get(key), int):
+            if parts["parameters"].get(key) is None:
                 raise InputError(f"{where}: parameters has no {key}")
-    for key, found in (("scores", [account.get("scores") or {}]), ("epochs", account.get("epochs") or [])):
-        for scores in found:
-            if not isinstance(scores, dict) or not all(isinstance(value, int | float) for value in scores.values()):
-                raise InputError(f"{where}: {key} holds {str(scores)[:100]!r}; it must hold numbers")
+    for key, figures in (
+        ("", {key: account.get(key) for key in _FIGURES}),
+        ("scores.", parts["scores"]),
+        *(("epochs.", epoch) for epoch in account.get("epochs") or []),
+        ("parameters.", {key: parts["parameters"].get(key) for key in ("trainable", "total")}),
+        ("base.", {key: parts["base"].get(key) for key in ("seconds", "cpu_seconds")}),
+        ("data.rows.", parts["data"].get("rows") or {}),
+    ):
+        for name, value in figures.items():
+            required = key in ("scores.", "epochs.")
+            if not (_is_figure(value) or (value is None and not required)):
+                raise InputError(f"{where}: {key}{name} is {str(value)[:100]!r}; it must be a number")
     if not all("epoch" in epoch for epoch in account.get("epochs") or []):
         raise InputError(f"{where}: one of its epochs has no number")
-    data = account.get("data") or {}
-    if not all(isinstance(data.get(key), dict | None) for key in ("files", "rows")):
-        raise InputError(f"{where}: data has no files and rows")
-    if not all(isinstance(run.settings.get(key), dict | None) for key in ("model", "data", "trainer")):
-        raise InputError(f"{run.folder}: config.yaml is broken: model, data and trainer hold keys")
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a number that can be counted with and drawn; NaN and infinity are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return True
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _name(files: Any) -> str:

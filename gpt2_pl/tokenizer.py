@@ -73,12 +73,17 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> N
         key: the same.
 
     Raises:
-        InputError: its greatest token id is beyond ``vocab_size``.
+        InputError: its greatest token id, or one that it adds to every text, is beyond ``vocab_size``.
     """
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if needed > vocab_size:
         raise InputError(
             f"the tokenizer has {needed} tokens and {where} has vocab_size {vocab_size}: "
+            f"{key} must be the one that the base was trained with"
+        )
+    if (greatest := max(tokenizer.encode("a").ids, default=0)) >= vocab_size:  # one that is put around every text
+        raise InputError(
+            f"the tokenizer gives a text the id {greatest} and {where} has vocab_size {vocab_size}: "
             f"{key} must be the one that the base was trained with"
         )
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import re
 from datetime import timedelta
 
 import datasets
@@ -60,9 +61,10 @@ def by_csv(content, delimiter):
         header, *records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     except (ValueError, csv.Error):
         return None
-    records = [
-        record for record in records if len(record) > 1 or (record and (not record[0] or record[0].strip(" \t")))
-    ]
+    blank = [record for record in records if len(record) == 1 and record[0] and not record[0].strip(" \t")]
+    if blank and len(header) == 1:
+        return None
+    records = [record for record in records if record and record not in blank]
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     if not all(len(record) == len(names) for record in records):
         return None
@@ -145,6 +147,17 @@ def test_what_is_wrong_with_a_file_is_said(content, words, tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=words):
         read_file(str(file), "data.train_file")
+
+
+def test_a_row_of_blanks_in_the_only_column_is_not_left_out_unseen(tmp_path):
+    for blank in (b"   ", b" \t ", b'" "'):
+        content = b"sentence\na\n" + blank + b"\n\nb\n\n"
+        assert read(tmp_path, "rows.csv", content) is None
+        found, skipped = read(tmp_path, "rows.csv", content, skip_bad=True)
+        assert [row["sentence"] for row in found] == ["a", "b"]
+        assert list(skipped) == [2]
+    found, skipped = read(tmp_path, "rows.csv", b"sentence,label\na,1\n   \n\nb,0\n")
+    assert (len(found), skipped) == (2, {})
 
 
 def test_a_line_of_a_megabyte_is_a_row_like_others(tmp_path):
@@ -297,19 +310,35 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
 
 
 @fuzz
-@given(scalars | st.sampled_from(["0", "1", "1.0", " 1 ", "yes", "no", "-1", "2", "1.5", "inf", "True", "0x1"]))
+@given(scalars | st.sampled_from(["0", "1", "1.0", " 1 ", "yes", "no", "-1", "2", "1.5", "inf", "True", "0x1", "-0"]))
 def test_a_label_is_a_class_or_refused_by_row(value):
     text = "" if value is None else str(value).strip()
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    expected = {"no": 0, "yes": 1}.get(text, {0.0: 0, 1.0: 1}.get(number))
+    index = re.fullmatch(r"0*([01])(\.0+)?", text, flags=re.ASCII)
+    expected = {"no": 0, "yes": 1}.get(text, None if index is None else int(index[1]))
     try:
         assert label_of({"label": value}, "label", ["no", "yes"], "rows.csv", 7) == expected
     except InputError as error:
         assert expected is None
         assert str(error).startswith("rows.csv, row 7: the label in 'label' is")
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "expected"),
+    [
+        ("1 2 3 4 0", "4.0", 3), ("1 2 3 4 0", "0.0", 4), ("1 2 3 4 5", 1.0, 0), ("1 2 3 4 5", "0", None),
+        ("-1 0 1", "1.0", 2), ("-1 0 1", -1.0, 0), ("-1 0 1", "2", None), ("0.5 1.5", "1.50", 1),
+        ("1 1.0", "1.00", None),
+        ("none 1 2", "2.0", 2), ("none 1 2", "0", None), ("no yes", "0_1", None), ("no yes", "\u0967", None),
+        ("no yes", "-0", None), ("no yes", "1e0", None), ("no yes", "01", 1), ("1 2", "\u0967", None),
+    ],
+)  # fmt: skip
+def test_names_that_are_numbers_are_no_indices(names, value, expected):
+    names = names.split()
+    if expected is None:
+        with pytest.raises(InputError, match="row 1: the label in 'label' is"):
+            label_of({"label": value}, "label", names, "rows.csv", 1)
+    else:
+        assert label_of({"label": value}, "label", names, "rows.csv", 1) == expected
 
 
 @pytest.mark.parametrize("label", ["", "3", "-1", "1.5", "nan", "good", "1,", "0x1"])

@@ -19,7 +19,7 @@ from gpt2_pl import GPT2, pretrained
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import LoRA, PeftAdapter
 from gpt2_pl.surgery.peft import save
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.tokenizer import check_fits, load_tokenizer
 
 CONFIG = ROOT / "configs"
 fuzz = settings(
@@ -185,7 +185,8 @@ def test_tensors_that_are_none(change, words, folder):
 
 @pytest.mark.parametrize(
     "index",
-    [{"weight_map": {"a": name}} for name in ("../../etc/passwd", "/etc/passwd", "..", ".", "", "gone", 1, None)]
+    [{"weight_map": {"a": name}} for name in ("../../etc/passwd", "/etc/passwd", "..", ".", "", "gone", "x" * 300)]
+    + [{"weight_map": {"a": name}} for name in (1, None)]
     + [{"weight_map": {"a": 1, "b": "x"}}, {"weight_map": [1]}, {"weight_map": {}}, {}, [], {"weight_map": {"a": {}}}],
     ids=str,
 )  # fmt: skip
@@ -193,6 +194,13 @@ def test_shards_lie_in_the_folder(index, folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="copy"):
+        GPT2.from_pretrained(folder)
+
+
+def test_an_index_that_is_nested_too_deeply(folder):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is not an index of shards"):
         GPT2.from_pretrained(folder)
 
 
@@ -231,6 +239,18 @@ def test_ids_far_beyond_the_number_of_tokens(folder):
     larger(folder, 4_000_000_000)
     with pytest.raises(InputError, match="one with the id 4000000000"):
         load_tokenizer(folder)
+
+
+def test_a_token_around_every_text_that_the_model_lacks(folder):
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    around = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}},
+              {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+              {"Sequence": {"id": "B", "type_id": 0}}],
+              "special_tokens": {"x": {"id": "x", "ids": [4000], "tokens": ["x"]}}}  # fmt: skip
+    file.write_text(json.dumps({**settings, "post_processor": around}))
+    with pytest.raises(InputError, match="gives a text the id 4000 and the base has vocab_size 400"):
+        check_fits(load_tokenizer(folder), 400, "the base", "data.tokenizer")
 
 
 def larger(folder, token_id=450):
@@ -423,10 +443,11 @@ def test_prompts_beyond_the_context_are_named_before_any_is_continued(
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("p.txt", b""), ("p.txt", b"\n \n"), ("p.txt", b"\xff\xfea\0"), ("p.jsonl", b'{"text": "a"}\n'),
+    [("p.json", b'["a"]'), ("p", b"a\n"),
+     ("p.txt", b""), ("p.txt", b"\n \n"), ("p.txt", b"\xff\xfea\0"), ("p.jsonl", b'{"text": "a"}\n'),
      ("p.jsonl", b"[1]\n"), ("p.jsonl", b'{"prompt": 3}\n'), ("p.jsonl", b"{"), ("p.jsonl", b"[" * 100_000),
      ("p.jsonl", b'{"prompt": "\\ud800"}')],
-    ids=range(9),
+    ids=range(11),
 )  # fmt: skip
 def test_prompt_files_that_are_none(name, content, trained, run, capsys, tmp_path):
     file, out = tmp_path / name, tmp_path / "out.txt"

@@ -352,8 +352,9 @@ def test_nothing_is_recommended_that_was_not_compared(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("row,text,label,prediction,p(a)\n1,x,b,a,1\n", "is broken"), ("row,text,label,prediction,p(a)\n", "has no rows")],
-)
+    [("row,text,label,prediction,p(a)\n1,x,b,a,1\n", "is broken"),
+     ("row,text,label,prediction,p(a),p(b)\n", "has no rows")],
+)  # fmt: skip
 def test_files_of_rows_that_are_broken(text, message, runs, capsys, tmp_path):
     from cli import main
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, metrics, weights
@@ -123,6 +124,52 @@ def test_a_disk_without_room_for_the_configuration(run, capsys):
     assert "there is no room to write lightning_logs/quickstart/version_0/config.yaml" in capsys.readouterr().err
     assert (folder / "config.yaml").read_bytes() == before
     assert not list(folder.glob(".*"))
+
+
+@pytest.fixture
+def small_disk():
+    """A function that makes files fail to grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_room(run, capsys, *args):
+    """The one line that a command ends with on a full disk."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("gpt2-pl: error: there is no room to ")
+    return line
+
+
+def test_an_export_without_room_leaves_nothing(run, base, small_disk, capsys, tmp_path, data_flags):
+    shared = ["fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}", "--data.max_length=32",
+              *data_flags, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]  # fmt: skip
+    whole = run(*shared, "--name=whole")
+    lora = run(*shared, f"--config={ROOT}/configs/strategy/lora.yaml", "--name=lora")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, kind, size in ((whole, "hf", 20_000), (lora, "peft", 2000)):  # the tokenizer's file has room
+        small_disk(size)
+        assert str(tmp_path / "o") in no_room(run, capsys, "export", folder, "--format", kind, "--out", tmp_path / "o")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_cache_without_room_is_named(ending, run, base, small_disk, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"sentence": f"a long film, the {i}th", "sentiment": i % 2} for i in range(2000)]
+    file = tmp_path / f"rows.{ending}"
+    if ending == "csv":
+        file.write_text("sentence,sentiment\n" + "".join(f'"{row["sentence"]}",{row["sentiment"]}\n' for row in rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small_disk(3000)
+    line = no_room(run, capsys, "fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}",
+                   f"--data.train_file={file}", "--data.max_length=32")  # fmt: skip
+    assert str(tmp_path / "cache") in line
 
 
 class Poison(Callback):

@@ -61,12 +61,13 @@ def commands(checkpoint, base, rows, out):
     """Every command that reads a checkpoint."""
     model = ["--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=32"]
     data = [f"--data.{split}_file={rows}" for split in ("train", "val", "test", "predict")]
-    folder = checkpoint.parents[1]
+    folder, prompts = checkpoint.parents[1], base.parent / "prompts.txt"
+    prompts.write_text("a\n")
     for command in ("fit", "validate", "test", "predict"):
         yield [command, *model, *data, "--ckpt_path", checkpoint]
     yield ["test", "--data=datamodules.IMDB", *data, "--ckpt_path", checkpoint]
     yield ["classify", folder, "--input", rows, "--out", out / "out.csv"]
-    yield ["generate", folder, "--prompt_file", rows, "--out", out / "out.txt"]
+    yield ["generate", folder, "--prompt_file", prompts, "--out", out / "out.txt"]
     yield ["export", folder, "--format", "hf", "--out", out / "out"]
 
 
@@ -341,6 +342,47 @@ def test_a_runs_name_stays_below_the_runs_folder(name, run, capsys, tmp_path):
     assert sorted(tmp_path.iterdir()) == inside
 
 
+LONG = ["x" * 300, "x" * 236, "/".join(["y" * 190] * 25), "file/inside", "/proc/o"]
+
+
+@pytest.mark.parametrize("place", LONG, ids=["300", "236", "path", "file", "proc"])
+def test_places_that_cannot_be_written_are_named_before_anything_is_done(place, run, capsys, tmp_path, monkeypatch):
+    import commands.export
+
+    monkeypatch.setattr(commands.export, "load", None)  # would be called
+    (tmp_path / "file").touch()
+    source = fake_run(tmp_path / "runs/full/version_0", "full", 1, [True, False])
+    rows = tmp_path / "rows.txt"
+    rows.write_text("a\n")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (
+        ["classify", "x", "--input", rows, "--out", f"{place}.csv"],
+        ["generate", "x", "--prompt_file", rows, "--out", f"{place}.txt"],
+        ["export", "x", "--format", "hf", "--out", place],
+        ["compare", source, "--out", place],
+        ["compare", source, "--out", tmp_path, "--markdown", f"{place}.md"],
+    ):
+        line = refused(run, capsys, *command)
+        assert "out: " in line or "markdown: " in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_whose_name_is_too_long_is_not_there(run, capsys, tmp_path):
+    for place in LONG[:3]:
+        for command in (["export", place, "--format", "hf", "--out", "o"], ["compare", place, "--out", "o"],
+                        ["classify", place, "--input", "x.csv", "--out", "o.csv"]):  # fmt: skip
+            refused(run, capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_no_place(run, capsys, tmp_path):
+    fit = ["fit", "--config", CONFIG / "quickstart.yaml"]
+    assert "too long" in refused(run, capsys, *fit, f"--name={LONG[2]}")
+    (tmp_path / "lightning_logs").touch()
+    assert "lightning_logs is not a folder" in refused(run, capsys, *fit)
+    assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
+
+
 EVIL_TEXT = [
     "../../x",
     "/tmp/x",
@@ -398,8 +440,12 @@ def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
     [("scores", 3), ("scores", {"val/accuracy": "x"}), ("scores", None), ("epochs", {"a": 1}), ("epochs", [3]),
      ("epochs", [{"val/accuracy": 0.5}]), ("parameters", {}), ("parameters", None), ("parameters", {"trainable": "x"}),
      ("seconds", "x"), ("seconds", None), ("task", {}), ("monitor", [1]), ("seed", "x"), ("configs", "x"), ("data", 3),
-     ("data", {"rows": 3}), ("data", {"files": "x"}), ("base", "x"), ("peak_memory_bytes", "x")],
-    ids=str,
+     ("data", {"rows": 3}), ("data", {"files": "x"}), ("base", "x"), ("peak_memory_bytes", "x"), ("configs", [3]),
+     ("configs", [None]), ("configs", [{}]), ("base", {"seconds": "x"}), ("cpu_seconds", "x"),
+     ("base", {"cpu_seconds": [1]}), ("data", {"rows": {"val": "many"}}), ("scores", {"val/accuracy": 10**400}),
+     ("parameters", {"trainable": 10**400, "total": 1}), ("checkpoint_bytes", 10**400), ("status", 3),
+     ("seconds", 1e308)],
+    ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
     folder = fake_run(tmp_path / "run", "full", 1, [True, False])
@@ -409,6 +455,49 @@ def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
     assert "metrics.json is broken" in line
     assert key in line
     assert not (tmp_path / "report").exists()
+
+
+def changed(folder, **changes):
+    file = folder / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("what", ["task", "config", "alias", "keys", "folder"])
+def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
+    folder = fake_run(tmp_path / ("r\udc80" if what == "folder" else "run"), "full", 1, [True, False])
+    if what == "task":
+        changed(folder, task="\ud800")
+    elif what == "config":
+        changed(folder, configs=["configs/strategy/\ud800.yaml"])
+    elif what == "alias":
+        (folder / "config.yaml").write_text("model: &a {init_args: *a}\n")
+    elif what == "keys":
+        (folder / "config.yaml").write_text("model: {a: [[{1: 2, b: 3}]]}\n")
+    assert "is broken" in refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["row,text,label,prediction," + ",".join(f"p({i})" for i in range(3000)), "row,text,label,prediction,p(a),p(a)",
+     "row,text,text,label,prediction,p(a),p(b)", "row,text,label,prediction,p(a)", "row,text,label,prediction"],
+    ids=["many", "twice", "text", "one", "none"],
+)  # fmt: skip
+def test_outcomes_with_other_classes_than_they_have(header, tmp_path, run, capsys):
+    folder = fake_run(tmp_path / "run", "full", 1, [True, False])
+    (folder / "predictions_val.csv").write_text(f"{header}\n1,x,a,a,1.0,0.0\n")
+    line = refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+    assert "predictions_val.csv is broken" in line
+    assert not (tmp_path / "report").exists()
+
+
+def test_figures_that_are_no_finite_numbers_are_shown(tmp_path):
+    for seed, value in enumerate((float("nan"), float("inf"), -1e299, 1e299)):
+        folder = fake_run(tmp_path / f"runs/{seed}", "full", seed, [True, False])
+        changed(folder, scores={"val/accuracy": value}, seconds=value, cpu_seconds=value, base={"seconds": None},
+                seed=seed or None, epochs=[{"epoch": value, "val/accuracy": value}])  # fmt: skip
+    cli.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
+    assert "nan" in (tmp_path / "report/report.md").read_text()
 
 
 # The source

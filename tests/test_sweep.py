@@ -104,7 +104,7 @@ tasks:
         ),
         ("tasks: {sst9: {strategies: [full]}}", "tasks.sst9.configs: there is no file configs/task/sst9.yaml"),
         (FILE.replace("[1, 2]", "[1, 1]"), "seeds is [1, 1]; it must be a list of different whole numbers"),
-        (FILE.replace("name: s", "name: ../s"), "name is '../s'; it must be a name of letters"),
+        (FILE.replace("name: s", "name: ../s"), "name is '../s'; it must be a name of up to 200 letters"),
         (FILE.replace("full:", "../full:"), "tasks.toy.strategies: '../full' is no name"),
         (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment has no NOWHERE_TO_BE_FOUND"),
         (FILE + "        base: x\n", "cannot be read"),
@@ -123,6 +123,21 @@ tasks:
         (FILE.replace("full: {", "full: {grid: {seed_everything: [1]}, "), "grid.seed_everything is the sweep's own"),
         (FILE.replace("full: {", "full: {search: {space: {name: [a]}}, "), "space.name is the sweep's own to say"),
         (FILE.replace("full: {", "full: {search: {space: {a: {low: 1, high: 2, log: true, step: 1}}}, "), "space.a is"),
+        (FILE.replace("full: {", "full: {set: {3: 4}, "), "full.set: 3 is no key of a run"),
+        (FILE.replace("full: {", "full: {set: {'version=../../x': 4}, "), "'version=../../x' is no key of a run"),
+        (FILE.replace("full: {", "full: {set: {nam: ../x}, "), "'nam' is no key of a run"),
+        (FILE.replace("full: {", "full: {set: {trainer.default_root_dir: /x}, "), "root_dir is the sweep's own"),
+        (FILE.replace("full: {", "full: {set: {trainer: {default_root_dir: /x}}, "), "trainer is the sweep's own"),
+        (FILE.replace("full: {", "full: {set: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
+        (FILE.replace("full: {", "full: {set: {data.n_train: !!binary aaaa}, "), "set.data.n_train is"),
+        (FILE.replace("full: {", 'full: {set: {data.n_train: "\\ud800"}, '), "data.n_train"),
+        (FILE.replace("full: {", "full: {set: &a {data.n_train: *a}, "), "data.n_train is"),
+        (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
+        (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
+        (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),
+        (FILE.replace("full:", f"{'x' * 300}:"), "is no name"),
+        (FILE.replace("full.yaml", f"{'x' * 300}.yaml"), "there is no file"),
+        ("[" * 5000, "cannot be read"),
     ],
 )
 def test_what_cannot_be_run(text, message, file):
@@ -141,6 +156,26 @@ def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
     assert len(lines) == 4
     assert all(line.startswith("to do    gpt2-pl fit --config=") for line in lines)
     assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("metrics.json", text) for text in ("{", "[]", "3", '{"epochs": 3}', '{"monitor": [1]}', "\xff", "[" * 100_000)]
+    + [("sweep.json", text) for text in ("{", "[]", "{}", '{"flags": [1]}', "\xff",
+                                        '{"flags": {"a": 1}, "files": {}, "base": null, "threads": 1}')],
+    ids=range(13),
+)  # fmt: skip
+def test_files_of_runs_that_are_broken(name, text, file, tmp_path, capsys):
+    folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"status": "finished"}')
+    (folder / name).write_text(text, encoding="latin-1")
+    for extra in ([], ["--dry_run"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["sweep", str(file(FILE)), *extra])
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"lightning_logs/s/toy/full/seed_1/{name} is broken" in line
 
 
 # Running

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.files import whole_file
 from gpt2_pl.heads import ClassificationHead
+from gpt2_pl.pretrained import write_tensors
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
 from gpt2_pl.surgery.lora import Adapter, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.virtual import Prefix, Prompt
@@ -117,13 +119,10 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         tensors[f"{prefix}transformer.ln_f.bias"] = model.ln_f.bias.detach() + bias_as_shift(weight, bias)
         config["modules_to_save"] = ["score", "ln_f"]
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{_WEIGHTS}.part"
-    save_file({k: v.detach().float().cpu().contiguous().clone() for k, v in tensors.items()}, part, {"format": "pt"})
-    part.replace(folder / _WEIGHTS)
-    part = folder / f".{_CONFIG}.part"
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / _CONFIG)
+    kept = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_tensors(kept, folder / _WEIGHTS)
+    with whole_file(folder / _CONFIG) as file:
+        file.write(json.dumps(config, indent=2) + "\n")
 
 
 def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:

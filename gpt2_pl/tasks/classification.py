@@ -89,9 +89,8 @@ class Classifier(Task):
         self.head: nn.Module | None = None
         self.metrics = nn.ModuleDict({f"{split}_metrics": self._make_metrics() for split in ("train", "val", "test")})
         self.outcomes = Gathered("row", "label", "probability")
-        self.wording: dict[str, Any] | None = (
-            None  # template, labels and max_length that a loaded checkpoint learned with
-        )
+        # template, labels and max_length that a loaded checkpoint learned with
+        self.wording: dict[str, Any] | None = None
         self.features: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:

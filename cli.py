@@ -71,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
         while cause is not None and not isinstance(cause, InputError | RunError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
+            if isinstance(error, RuntimeError) and " by peer" in str(error):  # gloo's, where a connection broke off
+                _fail("another process of this run has ended, and so does this one; go on with its last.ckpt", 1)
             raise
         _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import ROOT, metrics, weights
+from conftest import ROOT, metrics, process, weights
+from faults import differences, outcome
 from lightning.pytorch import Callback
 from torch import nn
 
@@ -170,6 +171,18 @@ def test_a_cache_without_room_is_named(ending, run, base, small_disk, capsys, tm
     line = no_room(run, capsys, "fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}",
                    f"--data.train_file={file}", "--data.max_length=32")  # fmt: skip
     assert str(tmp_path / "cache") in line
+
+
+def test_equal_settings_give_equal_runs_to_the_last_digit(tmp_path):
+    """Two whole runs, each in a process of its own: scores, what was said of every row, and weights."""
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        done = process(tmp_path / name, "fit", *QUICK, "--trainer.max_epochs=2", OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(outcome(tmp_path / name))
+    assert found[0][2]
+    assert differences(*found) == []
 
 
 class Poison(Callback):

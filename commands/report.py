@@ -256,6 +256,9 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
             axes.plot(*zip(*points, strict=True), color=f"C{i % 10}", marker="o", markersize=3, alpha=0.8,
                       linestyle="-" if i < 10 else "--", label=_shown(group.label) if n == 0 else None)  # fmt: skip
     axes.set(xlabel="epoch", ylabel=_shown(name), title=f"{_shown(comparison.task)}: learning curves")
+    lengths = [run.account["epochs"][-1]["epoch"] for group in comparison.groups for run in group.runs]
+    if max(lengths) > 5 * min(lengths):
+        axes.set_xscale("log", base=2)
     axes.legend(fontsize=8)
     costs = Figure(figsize=(9, 4.2), layout="constrained")
     panels = costs.subplots(1, 2, sharey=True)

@@ -230,7 +230,10 @@ class Task(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """A step, after which the gradients go: Lightning would hold them through the next forward pass."""
+        """A step, after which the gradients go: Lightning would hold them through the next forward pass.
+
+        Callbacks find them in ``on_before_optimizer_step``.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 

@@ -67,8 +67,10 @@ def measure(args: argparse.Namespace) -> Figures:
         step()
         seconds.append(now() - since)
     tokens = args.batch * args.context / statistics.median(seconds[1:])
-    mfu = training_flops(config, args.context) * tokens / peak_flops(torch.device(device), dtype)
-    return {"tokens/s": tokens, "MFU": mfu, "peak memory, GB": peak_gb()}
+    figures = {"tokens/s": tokens, "peak memory, GB": peak_gb()}
+    if device == "cuda":  # whose peak the data sheet says
+        figures["MFU"] = training_flops(config, args.context) * tokens / peak_flops(torch.device(device), dtype)
+    return figures
 
 
 def main() -> None:

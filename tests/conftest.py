@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from gpt2_pl.tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
 torch.set_num_threads(1)
+
+
+def peft_puts_virtual_tokens() -> None:
+    """Skip where the peer itself fails: peft 0.21.2 with the GPT-2 of transformers 5.24."""
+    versions = [tuple(map(int, version(name).split(".")[:3])) for name in ("peft", "transformers")]
+    if versions[0] <= (0, 21, 2) and versions[1] >= (5, 24):
+        pytest.skip("this peft puts no virtual tokens before the GPT-2 of this transformers")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import peft_puts_virtual_tokens
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate
@@ -77,6 +78,8 @@ def test_greedy_with_a_cache_is_greedy_without(surgery, lengths, model):
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
 def test_greedy_with_adapters_is_that_of_peft(kind, model, tmp_path):
+    if kind != "lora":
+        peft_puts_virtual_tokens()
     import peft
 
     from gpt2_pl.surgery.peft import save

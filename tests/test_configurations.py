@@ -149,6 +149,10 @@ def test_a_value_of_another_kind_is_refused_or_used(file, path, built, base, dat
         ("--model.config={n_embd: 128, n_head: 5}", "model.config: n_embd is 128, which n_head = 5 does not divide"),
         ("--model.config={n_layer: 0}", "model.config: n_layer is 0"),
         ("--model.config={dropout: 2}", "model.config: dropout is 2"),
+        (
+            "--model.config={n_embd: 1000000000000, n_head: 1}",
+            "model.config: there is no memory for a GPT-2 of this shape",
+        ),
         ("--model.optimizer.init_args.lr=-1", "model.optimizer: Invalid learning rate"),
         ("--model.optimizer.init_args.betas=[2, 2]", "model.optimizer: Invalid beta"),
     ],
@@ -156,6 +160,20 @@ def test_a_value_of_another_kind_is_refused_or_used(file, path, built, base, dat
 def test_values_out_of_range_are_found_before_anything_is_written(flag, words, built, capsys, tmp_path):
     assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
     assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.config={vocab_size: 1000000000000}", "model.config: there is no memory for a GPT-2 of this shape"),
+        ("--trainer.val_check_interval=500", "trainer: `val_check_interval` (500) must be less than or equal to"),
+    ],
+)
+def test_values_that_only_the_machine_or_the_data_refuse(flag, words, run, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", f"--config={CONFIGS}/quickstart.yaml", flag)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert words in line
 
 
 @pytest.mark.parametrize(

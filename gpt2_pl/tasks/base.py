@@ -37,6 +37,18 @@ def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {**settings, "init_args": {k: v for k, v in settings["init_args"].items() if k not in names}}
 
 
+def _built(config: GPT2Config) -> GPT2:
+    """A GPT-2 of random weights.
+
+    Raises:
+        InputError: there is no memory for one of this shape.
+    """
+    try:
+        return GPT2(config)
+    except (RuntimeError, MemoryError):
+        raise InputError(f"model.config: there is no memory for a GPT-2 of this shape: {config}") from None
+
+
 class Task(LightningModule):
     """A GPT-2 under Lightning. Subclasses add a head, a loss and metrics.
 
@@ -102,7 +114,7 @@ class Task(LightningModule):
     def _check_surgery(self) -> None:
         """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
         with torch.device("meta"):
-            skeleton = GPT2(self.config)
+            skeleton = _built(self.config)
         skeleton.source = None if self.base is None else str(pretrained.resolve(self.base, "model.base"))
         if self.base is None and not self.train_base:
             raise InputError(
@@ -150,7 +162,7 @@ class Task(LightningModule):
             self.gpt2 = pretrained.load(self.base, dropout=self.config.dropout)
             self.base_digest = pretrained.digest(self.gpt2)
         else:
-            self.gpt2 = GPT2(self.config)
+            self.gpt2 = _built(self.config)
         self.gpt2.activation_checkpointing = self.activation_checkpointing
         for surgery in self.surgery:
             surgery.apply(self.gpt2)
@@ -219,7 +231,10 @@ class Task(LightningModule):
         optimizer = self.make_optimizer(groups)
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
-        total = int(self.trainer.estimated_stepping_batches)
+        try:
+            total = int(self.trainer.estimated_stepping_batches)
+        except ValueError as error:  # Lightning reads the data here, and what the trainer asks of it
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from None
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, max(total, 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

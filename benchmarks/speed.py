@@ -215,7 +215,9 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
     masks = [batch["attention_mask"] for batch in data.train_dataloader()]
 
     def train(B: int, T: int) -> float:
-        new = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
+        def new(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, dtype=dtype)
+
         inputs = {(n, w): new(n, w) for n in (B * T, B) for w in (C, 4 * C)}
         outputs = {(n, w): new(n, w) for n in (B * T, B) for w in (3 * C, C, 4 * C)}
         heads, weights_of = new(B * H, T, C // H), {Q: new(B * H, Q, T) for Q in (T, 1)}

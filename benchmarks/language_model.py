@@ -24,6 +24,7 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
+    from gpt2_pl.allocator import keep_freed_memory
     from gpt2_pl.flops import peak_flops, training_flops
     from gpt2_pl.losses import cross_entropy, language_model_loss
 
@@ -42,6 +43,7 @@ def measure(args: argparse.Namespace) -> Figures:
         shape = TheirConfig(n_embd=width, n_layer=blocks, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         model = GPT2LMHeadModel(shape).to(device).train()
     else:
+        keep_freed_memory()  # as every task does
         model = GPT2(config).to(device).train()
         for block in model.h if args.compile else ():
             block.compile(dynamic=True)

@@ -28,10 +28,12 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
+    from gpt2_pl.allocator import keep_freed_memory
     from gpt2_pl.losses import cross_entropy
 
     size, B, T = POINTS[args.arm]
     C, L, H = SIZES[size]
+    keep_freed_memory()  # as every task does
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT2(GPT2Config(n_embd=C, n_layer=L, n_head=H)).to(device).train()

@@ -14,6 +14,7 @@ from in_turn import Figures, arguments, compare, now, turns_here
 
 from callbacks import GradualUnfreezing
 from gpt2_pl import GPT2Config
+from gpt2_pl.allocator import keep_freed_memory
 from gpt2_pl.tasks import SentimentClassifier
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = SentimentClassifier(config=GPT2Config(), num_classes=5)
+    keep_freed_memory()  # as every task does
     task.configure_model()
     task.to(device)
     layers = task.layer_groups()

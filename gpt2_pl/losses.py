@@ -79,7 +79,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*grads, *(None,) * 6)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy from hidden states, never holding all logits (B, T, V).
 
     Equal to ``F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")``. Hidden states where
@@ -135,7 +135,7 @@ def language_model_loss(
     alpha: float,
     ignore_token_ids: Collection[int] = (),
     window: int | None = None,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Likelihood and token-level unlikelihood from hidden states, never holding all logits (B, T, V).
 
@@ -160,7 +160,7 @@ def language_model_loss(
     return total, counted.sum(), unlikelihood
 
 
-def repetition_loss(hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int = 1024) -> Tensor:
+def repetition_loss(hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int = 512) -> Tensor:
     """Sequence-level unlikelihood of generated text (Welleck et al. 2020, eq. 6).
 
     It is -log(1 - p) of every token of an n-gram that the text has already had, over all its tokens.

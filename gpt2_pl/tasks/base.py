@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
+from gpt2_pl.allocator import keep_freed_memory
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
@@ -174,7 +175,8 @@ class Task(LightningModule):
                 block.compile(dynamic=True)
 
     def setup(self, stage: str) -> None:
-        """Check that the data's tokens are the model's."""
+        """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
+        keep_freed_memory()
         if hasattr(self.datamodule, "tokenizer"):
             self.check_tokenizer(self.datamodule.tokenizer)
 

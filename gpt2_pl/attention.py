@@ -15,6 +15,7 @@ from gpt2_pl.dropout import dropout
 SHORT = 256  # keys, up to which the CPU's fused kernel loses in training
 LONG = 256  # keys, above which the weights are computed again in the backward pass
 ROWS = 128  # queries at a time
+CACHED = 2**18  # float32 values that stay in the cache
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0, training: bool = False) -> Tensor:
@@ -70,7 +71,8 @@ class _Scores(torch.autograd.Function):
         ctx.scale = q.size(-1) ** -0.5
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = torch.empty(*q.shape[:-1], k.size(2), dtype=wide)
-        for of_scores, of_q, of_k in zip(scores, q, k, strict=True):  # one row's stay in the cache
+        n = max(1, CACHED // k[0].numel())  # batch rows at a time
+        for of_scores, of_q, of_k in zip(scores.split(n), q.split(n), k.split(n), strict=True):
             torch.matmul(of_q.to(wide) * ctx.scale, of_k.to(wide).transpose(-1, -2), out=of_scores)
         return scores
 

@@ -114,13 +114,17 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):  # once, for W's product and for A's
+            input = input.to(torch.get_autocast_dtype(device))
         low = F.linear(dropout(input, self.dropout, self.training), self.lora_A) * self.scaling  # (..., n r)
-        addition = F.linear(low, self.spread_B())
         if self.lora_magnitude is None:
-            return F.linear(input, self.weight, self.bias) + addition
+            output = F.linear(input.flatten(0, -2), self.weight, self.bias)
+            output = output.addmm_(low.flatten(0, -2), self.spread_B().to(output.dtype).T)
+            return output.unflatten(0, input.shape[:-1])
         with torch.no_grad():
             norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
-        return (F.linear(input, self.weight) + addition) * self.row_scale(norm) + self.bias
+        return (F.linear(input, self.weight) + F.linear(low, self.spread_B())) * self.row_scale(norm) + self.bias
 
 
 class LoRAEmbedding(nn.Embedding):

@@ -28,9 +28,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
 
     Args:
         q: queries (B, H, Q, hd).
-        k: keys (B, H, N, hd).
-        v: values (B, H, N, hd).
-        mask: (B or 1, 1, Q, N), True where a query may look; None for causal attention, with Q = N.
+        k: keys (B, H, N, hd), of q's dtype, or without gradients of another, in which the weights are then computed.
+        v: values (B, H, N, hd), of k's dtype.
+        mask: (B or 1, 1, Q, N), True where a query may look; None for causal attention, with Q = N or a last Q = 1.
         p: probability, in [0, 1).
         training: whether weights are dropped, and a backward pass is to come.
 
@@ -39,17 +39,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
     """
     p = p if training else 0.0
     Q, N = q.size(2), k.size(2)
-    assert mask is not None or Q == N
-    slow = p > 0.0 or (training and q.requires_grad and q.element_size() == 2 and N <= SHORT)
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or not slow:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None)
+    assert mask is not None or Q in (1, N)
+    if k.dtype != q.dtype:  # from a cache
+        return _kernel(q.to(k.dtype), k, v, mask).to(q.dtype)
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return _kernel(q, k, v, mask, p)
+    if p == 0.0 and not (training and q.requires_grad and q.element_size() == 2 and N <= SHORT):
+        return _kernel(q, k, v, mask)
     parts = []
     for start in range(0, Q, ROWS):
         rows = slice(start, start + ROWS)
-        keys = slice(N if mask is not None else start + ROWS)
+        keys = slice(N if mask is not None else N - Q + start + ROWS)
         inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], None if mask is None else mask[..., rows, :], p)
         parts.append(checkpoint(_plain, *inputs, use_reentrant=False) if N > LONG else _plain(*inputs))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0) -> Tensor:
+    """The device's fused kernel."""
+    causal = mask is None and q.size(2) > 1  # to the kernel a single query would be the first, not the last
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:

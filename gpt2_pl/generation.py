@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from gpt2_pl.packing import packed
 
 if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 
 class LayerCache:
     """Keys and values of one block, in buffers allocated once, at the first tokens.
+
+    On a CPU they are kept in float32: for the few queries of a token, its attention takes a third of the time it takes
+    in 16 bits.
 
     Args:
         capacity: tokens there is room for, virtual ones included.
@@ -31,7 +37,9 @@ class LayerCache:
         """
         if self._buffers is None:
             B, H, _, hd = k.shape
-            self._buffers = (k.new_empty(B, H, self.capacity, hd), v.new_empty(B, H, self.capacity, hd))
+            dtype = torch.promote_types(k.dtype, torch.float32) if k.device.type == "cpu" else k.dtype
+            buffer = k.new_empty(2, B, H, self.capacity, hd, dtype=dtype)
+            self._buffers = (buffer[0], buffer[1])
         start, self.length = self.length, self.length + k.size(2)
         if self.length > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens; these make {self.length}")
@@ -133,14 +141,12 @@ def generate(
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
     cache = KeyValueCache(len(model.h), N)
-    was_training = model.training
-    model.eval()
-    try:
-        fresh, weight = ids[:, :T], model.head_weight
+    with _evaluating(model), packed(model, B, max_new_tokens) as head:
+        fresh = ids[:, :T]
         at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
             hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
-            logits = (weight @ hidden[:, -1].T).T.float()  # in this order faster than F.linear for few rows
+            logits = head(hidden[:, -1]).float()
             sofar, text = ids[:, :n], mask[:, :n]
             if repetition_penalty != 1.0:
                 logits = _penalised(logits, sofar, text, repetition_penalty)
@@ -160,9 +166,17 @@ def generate(
             if bool(done.all()):
                 return ids[:, : n + 1]
             fresh, at = ids[:, n : n + 1], None
+    return ids
+
+
+@contextmanager
+def _evaluating(model: GPT2) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return ids
 
 
 def check_settings(

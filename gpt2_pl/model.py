@@ -85,7 +85,7 @@ class CausalSelfAttention(nn.Module):
 
         ``prefix`` (2, H, P, hd) holds keys and values that stand in front of the tokens' own; ``cache`` those of the
         tokens read before. Of all N keys, ``mask`` (B or 1, 1, T or R, N) is True where a query may look; without it
-        attention is causal, and there are no keys but the tokens' own.
+        attention is causal, and there are no keys but the tokens' own, or one query, which is the last.
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
         if at is not None:
@@ -229,7 +229,7 @@ class GPT2(nn.Module):
         text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
         position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)
         x = dropout(x + self.wpe(position_ids[..., before:]), self.config.dropout, self.training)
-        mask = None if text is None and new == N else self._mask(keys[before:].unsqueeze(0), keys, text)
+        mask = None if text is None and new in (1, N) else self._mask(keys[before:].unsqueeze(0), keys, text)
         *blocks, last = range(len(self.h))
         for i in blocks:
             x = self._run(i, x, mask, None, prefix, cache)

@@ -41,7 +41,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
     Q, N = q.size(2), k.size(2)
     assert mask is not None or Q in (1, N)
     if k.dtype != q.dtype:  # from a cache
-        return _kernel(q.to(k.dtype), k, v, mask).to(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            return _kernel(q.to(k.dtype), k, v, mask).to(q.dtype)
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return _kernel(q, k, v, mask, p)
     if p == 0.0 and not (training and q.requires_grad and q.element_size() == 2 and N <= SHORT):
@@ -57,7 +58,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0) -> Tensor:
     """The device's fused kernel."""
-    causal = mask is None and q.size(2) > 1  # to the kernel a single query would be the first, not the last
+    causal = mask is None
+    if q.size(2) == 1:  # the last one, which sees all keys; the kernel would take it for the first
+        causal = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
 
 
@@ -80,7 +83,7 @@ class _Scores(torch.autograd.Function):
         ctx.scale = q.size(-1) ** -0.5
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = torch.empty(*q.shape[:-1], k.size(2), dtype=wide)
-        n = max(1, CACHED // k[0].numel())  # batch rows at a time
+        n = max(1, CACHED // k.shape[1:].numel())  # batch rows at a time
         for of_scores, of_q, of_k in zip(scores.split(n), q.split(n), k.split(n), strict=True):
             torch.matmul(of_q.to(wide) * ctx.scale, of_k.to(wide).transpose(-1, -2), out=of_scores)
         return scores

@@ -38,8 +38,8 @@ class LayerCache:
         if self._buffers is None:
             B, H, _, hd = k.shape
             dtype = torch.promote_types(k.dtype, torch.float32) if k.device.type == "cpu" else k.dtype
-            buffer = k.new_empty(2, B, H, self.capacity, hd, dtype=dtype)
-            self._buffers = (buffer[0], buffer[1])
+            keys, values = (t.new_empty(B, H, self.capacity, hd, dtype=dtype) for t in (k, v))
+            self._buffers = (keys, values)
         start, self.length = self.length, self.length + k.size(2)
         if self.length > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens; these make {self.length}")

@@ -110,3 +110,17 @@ def test_memory_of_training_grows_with_the_length():
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
     assert 0 < kept(2048) <= 2.2 * kept(1024)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keys_of_a_cache_in_float32_are_read_as_they_are(autocast):
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(2, 3, 1, 8).bfloat16(), torch.randn(2, 2, 3, 9, 8)
+    mask = torch.rand(2, 1, 1, 9) < 0.7
+    mask[..., 0] = True
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attention(q, k, v, mask)
+        last = attention(q, k, v, None)  # one query is the last: it sees all keys
+    expected = weights_of(q.double(), k.double(), mask) @ v.double()
+    assert torch.equal(found, expected.float().bfloat16())
+    assert torch.equal(last, (weights_of(q.double(), k.double(), torch.tensor(True)) @ v.double()).float().bfloat16())

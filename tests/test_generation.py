@@ -15,7 +15,7 @@ from gpt2_pl.tokenizer import load_tokenizer
 from gpt2_pl.verse import LineLimit, VerseGuide, lines_of
 
 SHAPE = GPT2Config(vocab_size=60, n_positions=96, n_embd=32, n_layer=3, n_head=4, dropout=0.1)
-NEW = 24
+NEW = 36  # long enough for weights to be packed
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import itertools
 import peft
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl.errors import InputError
@@ -259,3 +260,17 @@ def test_a_refused_surgery_changes_nothing():
 def test_settings_of_the_wrong_kind(options, message):
     with pytest.raises(InputError, match=message):
         LoRA(**options)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_inputs_of_any_shape_device_and_dtype(dora):
+    layer = LoRALinear(nn.Linear(8, 12), rank=2, scaling=2.0, dora=dora)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 3, 8)
+    y = layer(x)
+    torch.testing.assert_close(layer(x[0, 0]), y[0, 0])
+    assert layer(x[:0]).shape == (0, 3, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x).float(), y, rtol=0.05, atol=0.1)
+        assert layer.double()(x.double()).dtype == torch.float64  # which autocast leaves alone
+    assert layer.to("meta")(x.to("meta")).shape == y.shape

@@ -33,6 +33,14 @@ TARGETS: dict[str, tuple[str, int | None]] = {
 }
 
 
+def autocasted(x: Tensor) -> Tensor:
+    """``x`` in the dtype in which autocast has matrix products made, where it is on and would change it."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 class LoRALinear(nn.Linear):
     """A linear layer W with a low-rank addition: y = W x + b + s B A drop(x).
 
@@ -114,17 +122,17 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        device = input.device.type
-        if torch.is_autocast_enabled(device):  # once, for W's product and for A's
-            input = input.to(torch.get_autocast_dtype(device))
-        low = F.linear(dropout(input, self.dropout, self.training), self.lora_A) * self.scaling  # (..., n r)
+        rows = autocasted(input).reshape(-1, self.in_features)  # once, for W's product and for A's
+        low = F.linear(dropout(rows, self.dropout, self.training), self.lora_A) * self.scaling  # (rows, n r)
         if self.lora_magnitude is None:
-            output = F.linear(input.flatten(0, -2), self.weight, self.bias)
-            output = output.addmm_(low.flatten(0, -2), self.spread_B().to(output.dtype).T)
-            return output.unflatten(0, input.shape[:-1])
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
-        return (F.linear(input, self.weight) + F.linear(low, self.spread_B())) * self.row_scale(norm) + self.bias
+            output = F.linear(rows, self.weight, self.bias)
+            output = output.addmm_(low, self.spread_B().to(output.dtype).T)
+        else:
+            with torch.no_grad():
+                norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
+            output = F.linear(rows, self.weight) + F.linear(low, self.spread_B())
+            output = output * self.row_scale(norm) + self.bias
+        return output.view(*input.shape[:-1], self.out_features)
 
 
 class LoRAEmbedding(nn.Embedding):

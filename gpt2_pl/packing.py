@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gpt2_pl.surgery.lora import LoRALinear
-
 if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
 
@@ -53,7 +51,7 @@ def _can_be_packed(model: GPT2, dtype: torch.dtype) -> bool:
     for module in model.h.modules():
         if module._compiled_call_impl is not None or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if isinstance(module, nn.Linear) and type(module) not in (nn.Linear, LoRALinear):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not hasattr(module, "merged_weight"):
             return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

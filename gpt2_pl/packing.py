@@ -58,15 +58,15 @@ def _can_be_packed(model: GPT2, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def packed(model: GPT2, rows: int, times: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Let the blocks compute from packed weights, adapters folded in; gives the head, (..., C) -> (..., V).
+    """Let the blocks compute from packed weights, adapters folded in; gives the head, (B, C) -> (B, V).
 
     Where that cannot be, the model stays as it is. Meanwhile there is a second copy of the weights; gradients do not
     pass.
 
     Args:
         model: the GPT-2.
-        rows: how many hidden states there are at a time.
-        times: how many times; for a few it is not worth while.
+        rows: how many hidden states there are at a time, B.
+        times: how many times; below ``WORTH`` nothing is packed.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.wte.weight.dtype
     if times < WORTH or not _can_be_packed(model, dtype):

@@ -65,6 +65,24 @@ def test_help_needs_no_torch(args):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_a_caller_holds_is_not_withheld_from_the_garbage_collector(alone):
+    """Only in a process of the program's own does what is there when a command is imported stay until the end."""
+    code = f"""
+import gc, weakref, cli
+class Cycle: pass
+cycle = Cycle()
+cycle.itself = cycle
+alive = weakref.ref(cycle)
+del cycle
+cli._imported("compare", alone={alone})
+assert gc.isenabled()
+gc.collect()
+assert (alive() is not None) == (gc.get_freeze_count() > 0) == {alone}
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_help_is_quick():
     times = []
     for _ in range(3):

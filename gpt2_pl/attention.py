@@ -41,8 +41,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
     Q, N = q.size(2), k.size(2)
     assert mask is not None or Q in (1, N)
     if k.dtype != q.dtype:  # from a cache
-        with torch.autocast(q.device.type, enabled=False):
-            return _kernel(q.to(k.dtype), k, v, mask).to(q.dtype)
+        if torch.is_autocast_enabled(q.device.type):  # which would undo it; to enter the context takes time
+            with torch.autocast(q.device.type, enabled=False):
+                return attention(q, k, v, mask)
+        return _kernel(q.to(k.dtype), k, v, mask).to(q.dtype)
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return _kernel(q, k, v, mask, p)
     if p == 0.0 and not (training and q.requires_grad and q.element_size() == 2 and N <= SHORT):

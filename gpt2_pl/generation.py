@@ -43,7 +43,7 @@ class LayerCache:
         if self.length > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens; these make {self.length}")
         for buffer, new in zip(self._buffers, (k, v), strict=True):
-            buffer[:, :, start : self.length] = new
+            buffer.narrow(2, start, new.size(2)).copy_(new)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class LayerCache:
         if self._buffers is None:
             raise ValueError("the cache is empty")
         keys, values = self._buffers
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
 
 class KeyValueCache:
@@ -110,7 +110,7 @@ def generate(
         pad_token_id: what stands behind a row that has ended.
         seed: of the random draws, the same for every row or one for each. A row's text depends on its prompt and its
             seed alone, not on the other rows. None draws from torch's own generator.
-        processors: change the logits before temperature, top-k and top-p.
+        processors: change the logits before temperature, top-k and top-p; they run in inference mode, as ``stop`` does.
         stop: (ids (B, N), mask (B, N)) -> (B,), whether each row has come to its end.
 
     Returns:
@@ -140,7 +140,7 @@ def generate(
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
     cache = KeyValueCache(len(model.h), N)
-    with _evaluating(model), packed(model, B, max_new_tokens) as head:
+    with torch.inference_mode(), _evaluating(model), packed(model, B, max_new_tokens) as head:
         fresh = ids[:, :T]
         at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
@@ -255,7 +255,7 @@ def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | No
 def _is_kept(probability: Tensor, token: Tensor, top_p: float) -> Tensor:
     """Whether the tokens before each row's ``token`` (B,), likelier or equal and smaller, have less than ``top_p``."""
     own = probability.gather(-1, token.unsqueeze(-1))
-    above = (probability * (probability > own)).sum(-1)
+    above = torch.where(probability > own, probability, 0.0).sum(-1)
     smaller = torch.arange(probability.size(-1), device=token.device) < token.unsqueeze(-1)
     return above + own.squeeze(-1) * ((probability == own) & smaller).sum(-1) < top_p
 

@@ -308,6 +308,14 @@ def test_generation_compiled_and_in_bfloat16(model):
     assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0), expected)
 
 
+def test_what_was_generated_can_be_trained_on(model):
+    ids, mask = prompts([3, 9])
+    text = generate(model, ids, mask, max_new_tokens=NEW, seed=0)
+    assert not text.is_inference()
+    model.logits(model(text)).mean().backward()
+    assert model.wte.weight.grad is not None
+
+
 @pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("tries", [1, 16])
 def test_drawing_until_one_is_kept_is_drawing_from_those_that_are_kept(top_p, tries):

@@ -1,16 +1,17 @@
 """Dropout (Srivastava et al. 2014), with masks that are cheap to draw on a CPU.
 
 PyTorch draws one number an element from a serial generator there, which in a small GPT-2 takes as long as half of its
-matrix products. Here 16 bits decide an element, four elements a draw, so p is rounded to a multiple of 2^-16; elements
-that are kept are scaled by the rounded rate, so that the expectation stays exact. Masks come from torch's default
-generator, are applied to the bits of the numbers, and are kept for the backward pass in one byte an element. On other
-devices, and in compiled code, dropout is PyTorch's own.
+matrix products. Here 16 bits decide an element, so p is rounded to a multiple of 2^-16; elements that are kept are
+scaled by the rounded rate, so that the expectation stays exact. Every mask comes from an SFC64 generator, whose seed is
+drawn from torch's default one, is applied to the bits of the numbers, and is kept for the backward pass in one byte an
+element. On other devices, and in compiled code, dropout is PyTorch's own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +30,8 @@ def _kept(p: float) -> int:
 def _draw(like: Tensor, kept: int) -> Tensor:
     """An int16 mask in the shape of ``like``: all bits set where an element is kept, none where it is dropped."""
     n = like.numel()
-    words = torch.empty((n + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    seed = int(torch.randint(2**63 - 1, (), device=like.device))
+    words = torch.from_numpy(np.random.SFC64(seed).random_raw((n + 3) // 4).view(np.int64))
     # lt_ writes 0 and 1 into the integers that it compares, which is far quicker than a comparison that makes booleans
     return words.view(torch.int16)[:n].view(like.shape).lt_(kept - LEVELS // 2).neg_()
 

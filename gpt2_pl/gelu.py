@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 LINEAR = 2.0 * math.sqrt(2.0 / math.pi)  # z = LINEAR x + CUBIC x^3
 CUBIC = 0.044715 * LINEAR
-CHUNK = 2**18  # elements at a time, whose float32 values stay in the cache
+CHUNK = 2**19  # elements at a time, whose float32 values stay in the cache
 
 
 class _GELU(torch.autograd.Function):
@@ -27,13 +27,15 @@ class _GELU(torch.autograd.Function):
         x = x.contiguous()
         y, derivative = torch.empty_like(x), torch.empty_like(x)
         linear = torch.tensor(LINEAR, dtype=torch.float32, device=x.device)
+        buffers = [torch.empty(min(CHUNK, x.numel()), dtype=torch.float32, device=x.device) for _ in range(3)]
         for part, of_y, of_derivative in zip(*(t.view(-1).split(CHUNK) for t in (x, y, derivative)), strict=True):
-            wide = part.float()
-            square = wide * wide
-            s = torch.add(linear, square, alpha=CUBIC).mul_(wide).sigmoid_()
-            product = s * wide
+            wide, square, s = (buffer[: len(part)] for buffer in buffers)
+            wide.copy_(part)
+            torch.mul(wide, wide, out=square)
+            torch.add(linear, square, alpha=CUBIC, out=s).mul_(wide).sigmoid_()
+            product = wide.mul_(s)
             of_y.copy_(product)
-            slope = square.mul_(3.0 * CUBIC).add_(LINEAR)  # z'
+            slope = torch.add(linear, square, alpha=3.0 * CUBIC, out=square)  # z'
             of_derivative.copy_(s.addcmul_(product.addcmul_(product, s, value=-1.0), slope))
         ctx.save_for_backward(derivative)
         return y

@@ -140,7 +140,7 @@ def generate(
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
     cache = KeyValueCache(len(model.h), N)
-    with torch.inference_mode(), _evaluating(model), packed(model, B, max_new_tokens) as head:
+    with torch.inference_mode(), _evaluating(model), packed(model, max_new_tokens) as head:
         fresh = ids[:, :T]
         at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):

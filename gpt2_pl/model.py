@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2_pl.attention import attention
 from gpt2_pl.dropout import add_dropout, dropout
 from gpt2_pl.gelu import gelu
+from gpt2_pl.packing import Linear
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -70,8 +71,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = n_head
         self.dropout = dropout
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd)  # q, k and v, in this order
-        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.c_attn = Linear(n_embd, 3 * n_embd)  # q, k and v, in this order
+        self.c_proj = Linear(n_embd, n_embd)
 
     def forward(
         self,
@@ -107,8 +108,8 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
-        self.c_proj = nn.Linear(4 * n_embd, n_embd)
+        self.c_fc = Linear(n_embd, 4 * n_embd)
+        self.c_proj = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gpt2_pl.dropout import dropout
 from gpt2_pl.errors import InputError
+from gpt2_pl.packing import Linear, autocasted
 from gpt2_pl.surgery.base import Surgery, freeze_base
 
 if TYPE_CHECKING:
@@ -33,15 +34,7 @@ TARGETS: dict[str, tuple[str, int | None]] = {
 }
 
 
-def autocasted(x: Tensor) -> Tensor:
-    """``x`` in the dtype in which autocast has matrix products made, where it is on and would change it."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer W with a low-rank addition: y = W x + b + s B A drop(x).
 
     ``weight`` and ``bias`` are those of the layer it replaces, under the same names. A is (n r, in) and B (out', r)
@@ -125,12 +118,12 @@ class LoRALinear(nn.Linear):
         rows = autocasted(input).reshape(-1, self.in_features)  # once, for W's product and for A's
         low = F.linear(dropout(rows, self.dropout, self.training), self.lora_A) * self.scaling  # (rows, n r)
         if self.lora_magnitude is None:
-            output = F.linear(rows, self.weight, self.bias)
+            output = self.affine(rows, self.bias)
             output = output.addmm_(low, self.spread_B().to(output.dtype).T)
         else:
             with torch.no_grad():
                 norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
-            output = F.linear(rows, self.weight) + F.linear(low, self.spread_B())
+            output = self.affine(rows, None) + F.linear(low, self.spread_B())
             output = output * self.row_scale(norm) + self.bias
         return output.view(*input.shape[:-1], self.out_features)
 
@@ -269,10 +262,10 @@ class LoRA(Surgery):
         """
         for name, module in list(model.named_modules()):
             if isinstance(module, Adapter):
-                plain: nn.Linear | nn.Embedding
+                plain: Linear | nn.Embedding
                 with torch.device("meta"):
                     if isinstance(module, LoRALinear):
-                        plain = nn.Linear(module.in_features, module.out_features)
+                        plain = Linear(module.in_features, module.out_features)
                         plain.bias = module.bias
                     else:
                         plain = nn.Embedding(module.num_embeddings, module.embedding_dim)

@@ -13,7 +13,7 @@ from torch import Tensor
 Batch = dict[str, Any]
 Rows = NDArray[np.int64]
 
-POOL = 100  # batches whose rows are sorted by length together; larger pads less and mixes less
+POOL = 400  # batches whose rows are sorted by length together; larger pads less and mixes less
 
 
 class TokenRows:

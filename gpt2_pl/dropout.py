@@ -42,21 +42,20 @@ def _apply(x: Tensor, mask: Tensor) -> Tensor:
     return (x.view(integers) & mask.to(integers)).view(x.dtype)
 
 
-class _Dropout(torch.autograd.Function):
-    """x m / keep."""
+class _Masked(torch.autograd.Function):
+    """x m."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: int) -> Tensor:
         mask = _draw(x, kept)
-        ctx.scale = LEVELS / kept
         ctx.save_for_backward(mask.to(torch.int8))
-        return _apply(x * ctx.scale, mask)
+        return _apply(x, mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return _apply(grad * ctx.scale, mask), None
+        return _apply(grad, mask), None
 
 
 class _AddDropout(torch.autograd.Function):
@@ -99,9 +98,27 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     Returns:
         The shape of ``x``.
     """
+    kept, scale = masked(x, p, training)
+    return kept if scale == 1.0 else kept * scale
+
+
+def masked(x: Tensor, p: float, training: bool) -> tuple[Tensor, float]:
+    """Dropout in two factors, of which the second can be left for something smaller than ``x``.
+
+    Args:
+        x: any shape, floating point.
+        p: probability, in [0, 1).
+        training: whether anything is dropped.
+
+    Returns:
+        A tensor in the shape of ``x``, and by what to multiply it.
+    """
     if not training or p == 0.0:
-        return x
-    return _Dropout.apply(x, _kept(p)) if _ours(x) else F.dropout(x, p)
+        return x, 1.0
+    if not _ours(x):
+        return F.dropout(x, p), 1.0
+    kept = _kept(p)
+    return _Masked.apply(x, kept), LEVELS / kept
 
 
 def add_dropout(residual: Tensor, x: Tensor, p: float, training: bool) -> Tensor:

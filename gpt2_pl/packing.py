@@ -72,7 +72,7 @@ class _Frozen(torch.autograd.Function):
 
 
 class FrozenWeight:
-    """A weight as it was at one time, packed for the forward pass and, when there is one, for the backward pass.
+    """A weight as it is now, packed.
 
     Args:
         weight: (out, in).
@@ -85,6 +85,7 @@ class FrozenWeight:
 
     @cached_property
     def backward(self) -> Tensor:
+        """For the gradient of what it multiplies, packed when there first is one."""
         return pack(self.weight.to(self.dtype).T)
 
     @staticmethod

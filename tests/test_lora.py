@@ -155,8 +155,8 @@ def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
 def test_a_merged_model_holds_and_computes_nothing_of_its_adapters():
     model = LoRA.merge(stirred(LoRA(dropout=0.5).apply(gpt2())))
     assert model.state_dict().keys() == model.base_names
-    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
     untouched = gpt2()
+    assert [type(module) for module in model.modules()] == [type(module) for module in untouched.modules()]
     with torch.profiler.profile() as merged:
         model(IDS)
     with torch.profiler.profile() as plain:

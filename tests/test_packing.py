@@ -42,7 +42,7 @@ def test_a_packed_layer_computes_what_the_layer_does(dtype, shape, biased):
     bias = torch.randn(37, dtype=dtype) if biased else None
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     with torch.no_grad():
-        y = PackedLinear(weight, bias, rows=12)(x)
+        y = PackedLinear(weight, bias)(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=tolerance, atol=tolerance)
 
@@ -54,7 +54,7 @@ def test_a_packed_model_computes_what_the_model_does_and_is_as_before_afterwards
         adapted(model, **surgery)
     ids = torch.randint(61, (3, 9))
     before, modules = model.logits(model(ids)), list(model.modules())
-    with packed(model, 3, WORTH) as head:
+    with packed(model, WORTH) as head:
         assert any(isinstance(module, PackedLinear) for module in model.h.modules())
         torch.testing.assert_close(head(model(ids)), before, rtol=1e-4, atol=1e-4)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
@@ -66,7 +66,7 @@ def test_layers_without_a_bias_are_packed_too(model):
     model.h[0].attn.c_proj = nn.Sequential(nn.Linear(32, 4, bias=False), nn.Linear(4, 32))
     ids = torch.randint(61, (3, 9))
     before = model(ids)
-    with packed(model, 3, WORTH):
+    with packed(model, WORTH):
         assert isinstance(model.h[0].attn.c_proj[0], PackedLinear)
         torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_under_autocast_packed_weights_are_of_its_dtype(model):
     with torch.autocast("cpu", torch.bfloat16):
         adapted(model)
         plain = model.logits(model(ids))
-        with packed(model, 3, WORTH) as head:
+        with packed(model, WORTH) as head:
             assert {m.dtype for m in model.h.modules() if isinstance(m, PackedLinear)} == {torch.bfloat16}
             found = head(model(ids))
     assert found.dtype == plain.dtype == torch.bfloat16
@@ -113,7 +113,7 @@ def test_where_it_cannot_be_the_model_stays_as_it_is(model, why):
         model.h[1].mlp.c_fc = Doubled(32, 128)
     if why == "compiled":
         model.h[0].compile(backend="eager")
-    with torch.backends.mkldnn.flags(enabled=why != "switched off"), packed(model, 2, times) as head:
+    with torch.backends.mkldnn.flags(enabled=why != "switched off"), packed(model, times) as head:
         assert not any(isinstance(module, PackedLinear) for module in model.modules())
         hidden = model(torch.randint(61, (2, 5)))[:, -1]
         torch.testing.assert_close(head(hidden), model.logits(hidden))

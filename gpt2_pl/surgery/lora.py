@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.dropout import dropout
+from gpt2_pl.dropout import masked
 from gpt2_pl.errors import InputError
 from gpt2_pl.packing import Linear, autocasted
 from gpt2_pl.surgery.base import Surgery, freeze_base
@@ -116,10 +116,12 @@ class LoRALinear(Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         rows = autocasted(input).reshape(-1, self.in_features)  # once, for W's product and for A's
-        low = F.linear(dropout(rows, self.dropout, self.training), self.lora_A) * self.scaling  # (rows, n r)
+        kept, scale = masked(rows, self.dropout, self.training)
+        low = F.linear(kept, self.lora_A) * (scale * self.scaling)  # (rows, n r)
         if self.lora_magnitude is None:
             output = self.affine(rows, self.bias)
-            output = output.addmm_(low, self.spread_B().to(output.dtype).T)
+            # contiguous, the gradients' products are quicker
+            output = output.addmm_(low, self.spread_B().T.contiguous().to(output.dtype))
         else:
             with torch.no_grad():
                 norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 WORTH = 32  # passes, by which packing for generation has paid
+ROWS = 1280  # of one product, by which packing a weight that trains has paid
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -52,27 +53,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class _Frozen(torch.autograd.Function):
-    """x W^T + b for a W that has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
-        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return packed_linear(x, weight.forward, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        of_x, of_bias, _ = ctx.needs_input_grad
-        return (
-            packed_linear(grad, ctx.weight.backward) if of_x else None,
-            grad.flatten(0, -2).sum(0, dtype=ctx.bias_dtype) if of_bias else None,
-            None,
-        )
-
-
-class FrozenWeight:
-    """A weight as it is now, packed.
+class PackedWeight:
+    """A frozen weight as it is now, packed.
 
     Args:
         weight: (out, in).
@@ -86,7 +68,7 @@ class FrozenWeight:
     @cached_property
     def backward(self) -> Tensor:
         """For the gradient of what it multiplies, packed when there first is one."""
-        return pack(self.weight.to(self.dtype).T)
+        return pack(self.weight.detach().to(self.dtype).T)
 
     @staticmethod
     def _state(weight: Tensor) -> tuple[int, int]:
@@ -97,13 +79,55 @@ class FrozenWeight:
         return self.state == self._state(weight) and self.dtype == dtype
 
 
-class Linear(nn.Linear):
-    """A linear layer that, on a CPU and in bfloat16, trains from packed copies of its weight while that is frozen.
+class _Affine(torch.autograd.Function):
+    """x W^T + b, of a weight that is packed once more at every call."""
 
-    The copies follow changes in place, except through ``weight.data``, and are let go by ``eval()``.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return packed_linear(x, pack(weight), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_weight, of_bias = ctx.dtypes
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,  # packed transposed, it would not be quicker
+            (rows.T @ x.flatten(0, -2)).to(of_weight),
+            rows.sum(0).to(of_bias) if ctx.needs_input_grad[2] else None,
+        )
+
+
+class _FrozenAffine(torch.autograd.Function):
+    """x W^T + b, of a weight that has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
+        return packed_linear(x, weight.forward, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        return (
+            packed_linear(grad, ctx.weight.backward) if ctx.needs_input_grad[0] else None,
+            None,
+            grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+        )
+
+
+class Linear(nn.Linear):
+    """A linear layer that, on a CPU and in bfloat16, trains from packed copies of its weight.
+
+    A frozen weight's copies stay. They follow changes in place, except through ``weight.data``, and are let go by
+    ``eval()``.
     """
 
-    _frozen: FrozenWeight | None = None
+    _packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -111,24 +135,28 @@ class Linear(nn.Linear):
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias: (..., in) -> (..., out)."""
-        weight = self.weight
-        if self.training and not weight.requires_grad and not torch.compiler.is_compiling():
+        weight, frozen = self.weight, not self.weight.requires_grad
+        if not (self.training and frozen):
+            self._packed = None
+        if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
             x = autocasted(x)
-            if x.dtype == torch.bfloat16 and can_be_packed(x.device, x.dtype):
-                if self._frozen is None or not self._frozen.is_of(weight, x.dtype):
-                    self._frozen = FrozenWeight(weight, x.dtype)
-                return _Frozen.apply(x, bias, self._frozen)
-        self._frozen = None
+            pays = frozen or (torch.is_grad_enabled() and x.numel() >= ROWS * self.in_features)
+            if pays and x.dtype == torch.bfloat16 and can_be_packed(x.device, x.dtype):
+                if not frozen:
+                    return _Affine.apply(x, weight, bias)
+                if self._packed is None or not self._packed.is_of(weight, x.dtype):
+                    self._packed = PackedWeight(weight, x.dtype)
+                return _FrozenAffine.apply(x, self._packed, bias)
         return F.linear(x, weight, bias)
 
     def train(self, mode: bool = True) -> Self:
         """As in PyTorch."""
         if not mode:
-            self._frozen = None
+            self._packed = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": None}  # what is packed cannot be copied
+        return {**self.__dict__, "_packed": None}  # what is packed cannot be copied
 
 
 class PackedLinear(nn.Module):

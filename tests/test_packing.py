@@ -1,12 +1,16 @@
 """Packed weights: the same products as PyTorch's, for as long as they are wanted, and then the layers as they were."""
 
+import copy
+import io
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt2_pl import GPT2, GPT2Config, generate
-from gpt2_pl.packing import WORTH, PackedLinear, packed
+from gpt2_pl import GPT2, GPT2Config, generate, packing
+from gpt2_pl.packing import WORTH, Linear, PackedLinear, packed
 from gpt2_pl.surgery import LoRA
 
 SHAPE = GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, dropout=0.1)
@@ -118,3 +122,156 @@ def test_where_it_cannot_be_the_model_stays_as_it_is(model, why):
         hidden = model(torch.randint(61, (2, 5)))[:, -1]
         torch.testing.assert_close(head(hidden), model.logits(hidden))
     assert bool(calls) == (why == "a hook")
+
+
+# In training
+
+bfloat16 = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bfloat16 on this machine",
+)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Counts packings and packed products; every product is large enough."""
+    calls = []
+    for name in ("pack", "packed_linear"):
+        own = getattr(packing, name)
+        monkeypatch.setattr(packing, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    monkeypatch.setattr(packing, "ROWS", 1)
+    return calls
+
+
+def gradients(layer, x, grad):
+    for parameter in layer.parameters():
+        parameter.grad = None
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    y.backward(grad.to(y.dtype))
+    return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters())]
+
+
+@bfloat16
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "all"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_training_packed_is_training(kernels, autocast, frozen, biased):
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 37, bias=biased)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    layer = Linear(24, 37, bias=biased)
+    layer.load_state_dict(plain.state_dict())
+    x, grad = torch.randn(3, 7, 24).bfloat16().float(), torch.randn(3, 7, 37).bfloat16().float()
+    exact = gradients(plain.double(), x.double(), grad.double())
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(frozen == "nothing" or (frozen == "weight" and name == "bias"))
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    for _ in range(2):  # packed already, the second time
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = gradients(layer, x, grad)
+        assert [t is None for t in found[2:]] == [not p.requires_grad for p in layer.parameters()]
+        assert [t.dtype for t in found[:2]] == [torch.bfloat16, x.dtype]
+        assert all(p.grad is None or p.grad.dtype == p.dtype for p in layer.parameters())
+        for got, true in zip(found, exact, strict=True):
+            if got is not None:
+                assert (got - true).norm() < 0.004 * true.norm()
+    expected = {"nothing": {"pack": 2, "packed_linear": 2}}.get(frozen, {"pack": 2, "packed_linear": 4})
+    assert {name: kernels.count(name) for name in expected} == expected
+
+
+@bfloat16
+@torch.no_grad()
+def test_a_frozen_weight_is_packed_again_when_it_has_changed(kernels):
+    layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
+
+    def check(packings):
+        kernels.clear()
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=2**-7, atol=2**-7)
+        assert kernels.count("pack") == packings
+
+    check(1)
+    check(0)
+    layer.weight.add_(1.0)
+    check(1)
+    layer.load_state_dict(Linear(8, 8).state_dict())
+    check(1)
+    layer.weight = nn.Parameter(torch.randn(8, 8).bfloat16(), requires_grad=False)
+    check(1)
+    layer.eval()
+    assert layer._packed is None
+    check(0)
+    layer.train()
+    layer.weight.data.add_(1.0)
+    check(1)
+
+
+@bfloat16
+def test_a_weight_that_thaws_lets_go_of_its_copies(kernels):
+    layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
+    layer(x)
+    assert layer._packed is not None
+    layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer._packed is None
+    assert layer.weight.grad is not None
+
+
+@bfloat16
+def test_a_layer_can_be_copied_and_saved_while_its_weight_is_packed():
+    layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
+    y = layer(x)
+    assert layer._packed is not None
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    torch.save(layer.state_dict(), io.BytesIO())
+
+
+@bfloat16
+def test_a_product_with_few_rows_is_not_worth_packing_a_weight_that_trains(kernels, monkeypatch):
+    monkeypatch.setattr(packing, "ROWS", 11)
+    layer = Linear(8, 8).bfloat16()
+    layer(torch.randn(2, 5, 8).bfloat16())
+    assert not kernels
+    layer(torch.randn(2, 6, 8).bfloat16())
+    assert kernels
+
+
+@bfloat16
+@pytest.mark.parametrize("why", ["float32", "switched off", "evaluation", "float16"])
+def test_where_it_does_not_pay_layers_are_pytorchs(kernels, why):
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(why, torch.bfloat16)
+    for frozen in (False, True):
+        layer = Linear(8, 8).to(dtype).requires_grad_(not frozen).train(why != "evaluation")
+        x = torch.randn(5, 8, dtype=dtype)
+        with torch.backends.mkldnn.flags(enabled=why != "switched off"):
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not kernels
+
+
+@bfloat16
+@pytest.mark.parametrize("strategy", ["full", "lora", "dora", "checkpointed"])
+def test_a_model_trains_packed_as_it_does_otherwise(model, kernels, monkeypatch, strategy):
+    if strategy in ("lora", "dora"):
+        adapted(model, dora=strategy == "dora")
+    model.config = replace(SHAPE, dropout=0.0)
+    for module in model.train().modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    model.activation_checkpointing = strategy == "checkpointed"
+    ids = torch.randint(61, (3, 9))
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.logits(model(ids)).float().logsumexp(-1).mean()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    found = gradients()
+    assert "packed_linear" in kernels
+    monkeypatch.setattr(packing, "can_be_packed", lambda *_: False)
+    expected = gradients()
+    assert (found - expected).norm() < 0.02 * expected.norm()

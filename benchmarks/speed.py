@@ -48,7 +48,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     lengths = np.array([len(found) for found in load_tokenizer(args.tokenizer).encode_batch(texts)])
     size = args.batch_size
     orders = {
-        OURS: np.concatenate(training_batches(lengths, size, seed=0, epoch=0)[:-1]),  # the last one may be smaller
+        OURS: np.concatenate([rows for rows in training_batches(lengths, size, seed=0, epoch=0) if len(rows) == size]),
         DEFAULT: np.random.default_rng(0).permutation(len(rows)),
         GROUPED: np.array(
             get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(0))

@@ -73,6 +73,7 @@ def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: i
     """The global batches of one epoch, rows of similar length together: a function of the seed and the epoch.
 
     Rows are shuffled, sorted by length within pools of ``POOL`` batches, cut into batches, and the batches shuffled.
+    Those that make no whole batch are any rows.
 
     Args:
         lengths: (N,) tokens in each row.
@@ -82,18 +83,18 @@ def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: i
         world: number of processes; process r takes every ``world``-th row of each batch, from r on.
 
     Returns:
-        Arrays of ``batch_size * world`` rows; the remainder of an epoch makes one smaller batch, or is left out where
-        it is smaller than ``world``. Without that, every row occurs exactly once.
+        Arrays of ``batch_size * world`` rows, and a smaller one of what remains, which is left out where it is smaller
+        than ``world``. Without that, every row occurs exactly once.
     """
     generator = np.random.default_rng([seed % 2**63, epoch])
     size = batch_size * world
-    order = generator.permutation(len(lengths))
-    batches = []
+    order, rest = np.split(generator.permutation(len(lengths)), [len(lengths) // size * size])
+    batches = [rest] if len(rest) >= world else []
     for start in range(0, len(order), size * POOL):
         pool = order[start : start + size * POOL]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-    return [batches[i] for i in generator.permutation(len(batches)) if len(batches[i]) >= world]
+    return [batches[i] for i in generator.permutation(len(batches))]
 
 
 def evaluation_batches(lengths: NDArray[Any], batch_size: int, rank: int = 0, world: int = 1) -> list[Rows]:

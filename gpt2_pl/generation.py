@@ -75,7 +75,6 @@ Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Logits (B, V), token ids so far (B, N) and which of them are text (B, N) -> logits (B, V)."""
 
 
-@torch.no_grad()
 def generate(
     model: GPT2,
     input_ids: Tensor,

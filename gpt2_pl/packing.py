@@ -1,8 +1,8 @@
 """Weights in the order in which the CPU's kernels read them.
 
-oneDNN multiplies by weights in blocks, and puts PyTorch's layout in that order at every product. A weight that stays
-as it is can be put in order once: while a text is generated, where a product with few rows is then 1.2 to 4 times as
-fast, and as a frozen weight in training, where products in 16 bits take a tenth less.
+oneDNN multiplies by weights in blocks. From PyTorch's layout its products are slower: of few rows, as in generating a
+text, 1.2 to 4 times; of a training batch in bfloat16 by a tenth. A weight that stays as it is for long, in generation
+or because it is frozen, is packed once; packing one that trains pays for a large product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 WORTH = 32  # passes, by which packing for generation has paid
-ROWS = 1280  # of one product, by which packing a weight that trains has paid
+ROWS = 1280  # of one product, by which packing a weight that trains has paid where it was measured, at width 768
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -62,21 +62,36 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight, self.dtype, self.state = weight, dtype, self._state(weight)
+        self.weight, self.dtype = (
+            weight.detach(),
+            dtype,
+        )  # its memory and its version, whatever becomes of the parameter
+        self.version = weight._version
         self.forward = pack(weight.to(dtype))
 
     @cached_property
-    def backward(self) -> Tensor:
-        """For the gradient of what it multiplies, packed when there first is one."""
-        return pack(self.weight.detach().to(self.dtype).T)
+    def _transposed(self) -> Tensor:
+        return pack(self.weight.to(self.dtype).T)
 
-    @staticmethod
-    def _state(weight: Tensor) -> tuple[int, int]:
-        return weight.data_ptr(), weight._version
+    @property
+    def backward(self) -> Tensor:
+        """For the gradient of what it multiplies, packed when there first is one.
+
+        Raises:
+            RuntimeError: the weight has changed since.
+        """
+        if self.weight._version != self.version:
+            raise RuntimeError("a frozen weight was changed in place between a forward pass and its backward pass")
+        return self._transposed
 
     def is_of(self, weight: Tensor, dtype: torch.dtype) -> bool:
         """Whether it is still what ``weight`` holds."""
-        return self.state == self._state(weight) and self.dtype == dtype
+        same = self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version
+        return same and self.dtype == dtype
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1))
 
 
 class _Affine(torch.autograd.Function):
@@ -94,10 +109,10 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_weight, of_bias = ctx.dtypes
-        rows = grad.flatten(0, -2)
+        rows = _rows(grad)
         return (
             grad @ weight if ctx.needs_input_grad[0] else None,  # packed transposed, it would not be quicker
-            (rows.T @ x.flatten(0, -2)).to(of_weight),
+            (rows.T @ _rows(x)).to(of_weight),
             rows.sum(0).to(of_bias) if ctx.needs_input_grad[2] else None,
         )
 
@@ -116,15 +131,15 @@ class _FrozenAffine(torch.autograd.Function):
         return (
             packed_linear(grad, ctx.weight.backward) if ctx.needs_input_grad[0] else None,
             None,
-            grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            _rows(grad).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
         )
 
 
 class Linear(nn.Linear):
     """A linear layer that, on a CPU and in bfloat16, trains from packed copies of its weight.
 
-    A frozen weight's copies stay. They follow changes in place, except through ``weight.data``, and are let go by
-    ``eval()``.
+    A frozen weight's copies stay until ``eval()``. They follow whatever is done to the weight but changes in place of
+    ``weight.data``. Gradients can be taken once, and not by ``torch.func``.
     """
 
     _packed: PackedWeight | None = None
@@ -135,25 +150,35 @@ class Linear(nn.Linear):
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias: (..., in) -> (..., out)."""
-        weight, frozen = self.weight, not self.weight.requires_grad
-        if not (self.training and frozen):
-            self._packed = None
-        if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            x = autocasted(x)
-            pays = frozen or (torch.is_grad_enabled() and x.numel() >= ROWS * self.in_features)
-            if pays and x.dtype == torch.bfloat16 and can_be_packed(x.device, x.dtype):
-                if not frozen:
-                    return _Affine.apply(x, weight, bias)
-                if self._packed is None or not self._packed.is_of(weight, x.dtype):
-                    self._packed = PackedWeight(weight, x.dtype)
-                return _FrozenAffine.apply(x, self._packed, bias)
+        weight = self.weight
+        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.linear(x, weight, bias)
+        x = autocasted(x)
+        fits = x.dtype == torch.bfloat16 and (weight.dtype == x.dtype or torch.is_autocast_enabled("cpu"))
+        packs = fits and can_be_packed(x.device, x.dtype) and not weight.is_inference()
+        if packs and not weight.requires_grad:
+            if self._packed is None or not self._packed.is_of(weight, x.dtype):
+                self._packed = PackedWeight(weight, x.dtype)
+            return _FrozenAffine.apply(x, self._packed, bias)
+        self.let_go()
+        if packs and torch.is_grad_enabled() and x.numel() >= ROWS * self.in_features:
+            return _Affine.apply(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def let_go(self) -> None:
+        """Keep no packed copy."""
+        if self._packed is not None:
+            self._packed = None
 
     def train(self, mode: bool = True) -> Self:
         """As in PyTorch."""
         if not mode:
-            self._packed = None
+            self.let_go()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # to another device or dtype
+        self.let_go()
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # what is packed cannot be copied

@@ -209,6 +209,65 @@ def test_a_frozen_weight_is_packed_again_when_it_has_changed(kernels):
 
 
 @bfloat16
+def test_weights_that_are_replaced_are_packed_again_whatever_their_address(kernels):
+    layer, x = Linear(64, 64, bias=False).requires_grad_(False), torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for i in range(20):
+            layer.weight.data = torch.zeros(1)
+            layer.weight.data = torch.full((64, 64), float(i))
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight), rtol=2**-7, atol=2**-7)
+            layer.double().weight.data.mul_(1.5)
+            layer.float()
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight), rtol=2**-7, atol=2**-7)
+    layer.to("meta")
+    assert layer._packed is None
+
+
+@bfloat16
+@pytest.mark.parametrize("backward_before", [False, True])
+def test_a_frozen_weight_that_changes_before_the_backward_pass_is_an_error(kernels, backward_before):
+    layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16().requires_grad_()
+    if backward_before:
+        layer(x).sum().backward()
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+@bfloat16
+def test_one_row_without_a_batch(kernels):
+    for frozen in (True, False):
+        layer, x = Linear(8, 8).bfloat16(), torch.randn(8).bfloat16().requires_grad_()
+        layer.weight.requires_grad_(not frozen)
+        layer(x).sum().backward()
+        assert layer.bias.grad.tolist() == [1.0] * 8
+        torch.testing.assert_close(x.grad, layer.weight.sum(0), rtol=2**-6, atol=2**-6)
+        if not frozen:
+            torch.testing.assert_close(layer.weight.grad, x.detach().expand(8, 8))
+    assert "packed_linear" in kernels
+
+
+@bfloat16
+def test_dtypes_that_do_not_fit_are_refused_as_by_pytorch(kernels):
+    for frozen in (True, False):
+        with pytest.raises(RuntimeError, match="dtype"):
+            Linear(8, 8).requires_grad_(not frozen)(torch.randn(5, 8).bfloat16())
+
+
+@bfloat16
+def test_an_adapter_put_aside_keeps_no_packed_weight(model):
+    adapted(model).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(61, (2, 5)))
+    adapters = [module for module in model.modules() if hasattr(module, "lora_A") and isinstance(module, Linear)]
+    assert all(adapter._packed is not None for adapter in adapters)
+    LoRA.merge(model)
+    assert all(adapter._packed is None for adapter in adapters)
+
+
+@bfloat16
 def test_a_weight_that_thaws_lets_go_of_its_copies(kernels):
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
     layer(x)
@@ -252,15 +311,15 @@ def test_where_it_does_not_pay_layers_are_pytorchs(kernels, why):
 
 
 @bfloat16
-@pytest.mark.parametrize("strategy", ["full", "lora", "dora", "checkpointed"])
+@pytest.mark.parametrize("strategy", ["full", "lora", "dora", "checkpointed full", "checkpointed lora"])
 def test_a_model_trains_packed_as_it_does_otherwise(model, kernels, monkeypatch, strategy):
-    if strategy in ("lora", "dora"):
+    if "full" not in strategy:
         adapted(model, dora=strategy == "dora")
     model.config = replace(SHAPE, dropout=0.0)
     for module in model.train().modules():
         if hasattr(module, "dropout"):
             module.dropout = 0.0
-    model.activation_checkpointing = strategy == "checkpointed"
+    model.activation_checkpointing = "checkpointed" in strategy
     ids = torch.randint(61, (3, 9))
 
     def gradients():

@@ -120,8 +120,8 @@ class LoRALinear(Linear):
         low = F.linear(kept, self.lora_A) * (scale * self.scaling)  # (rows, n r)
         if self.lora_magnitude is None:
             output = self.affine(rows, self.bias)
-            # contiguous, the gradients' products are quicker
-            output = output.addmm_(low, self.spread_B().T.contiguous().to(output.dtype))
+            B = self.spread_B().to(output.dtype)
+            output = output.addmm_(low, B.T.contiguous())  # so, a CPU has its gradients sooner
         else:
             with torch.no_grad():
                 norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
@@ -274,7 +274,7 @@ class LoRA(Surgery):
                 trains = module.weight.requires_grad
                 plain.weight = nn.Parameter(module.merged_weight().detach(), requires_grad=trains)
                 plain.train(module.training)
-                plain.__dict__["_unmerged"] = module
+                plain.__dict__["_unmerged"] = module.eval()
                 model.set_submodule(name, plain)
         return model
 

@@ -117,6 +117,13 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
+def test_the_smaller_batch_is_of_any_rows():
+    lengths = token_rows(101).lengths
+    smaller = [[b for b in training_batches(lengths, 8, 0, epoch) if len(b) < 8] for epoch in range(4)]
+    assert [[len(b) for b in batches] for batches in smaller] == [[5]] * 4
+    assert len({tuple(sorted(batch.tolist())) for (batch,) in smaller}) == 4
+
+
 def test_resuming_goes_on_behind_the_finished_batches():
     rows = token_rows(90)
     whole = [batch["row"].tolist() for batch in TrainingLoader(rows, 8, 5)]

@@ -3,7 +3,7 @@
     python benchmarks/speed.py --task sst5|quora --train_file F --tokenizer FOLDER [--method full|lora|probe] [--record]
 
 Arms take turns: ours, Trainer as it comes (rows in random order), Trainer with rows grouped by length, and, for full
-fine-tuning, our batches' matrix products alone, which is as fast as this machine can be. Each arm trains on batches
+fine-tuning, the matrix products of our batches alone, of weights as PyTorch lays them out. Each arm trains on batches
 of its own plan for the whole file, evenly drawn from the shortest to the longest, so that padding is that of a whole
 epoch (ours cuts the rows of these into batches again); text is counted without it. All begin with the same random
 weights, with fused AdamW and clipping, and go through their batches once before they are timed: memory has been taken

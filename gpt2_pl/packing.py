@@ -62,10 +62,8 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight, self.dtype = (
-            weight.detach(),
-            dtype,
-        )  # its memory and its version, whatever becomes of the parameter
+        self.weight = weight.detach()  # its memory and its version, whatever becomes of the parameter
+        self.dtype = dtype
         self.version = weight._version
         self.forward = pack(weight.to(dtype))
 

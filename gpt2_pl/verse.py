@@ -37,8 +37,8 @@ class Poem(NamedTuple):
 
 
 def lines_of(text: str, n_lines: int = N_LINES) -> list[str]:
-    """The first lines of a text that are not blank, up to its end of text."""
-    lines = (line.strip() for line in text.partition(END_OF_TEXT)[0].split("\n"))
+    """The first lines of a text that are not blank, up to its end of text; any line end of Unicode's ends one."""
+    lines = (line.strip() for line in text.partition(END_OF_TEXT)[0].splitlines())
     return [line for line in lines if line][:n_lines]
 
 

@@ -242,6 +242,7 @@ def test_the_guide_counts_characters_since_the_last_line_end(base):
 def test_lines_of_a_text():
     assert lines_of("one\n\n  two \r\nthree<|endoftext|>four\n") == ["one", "two", "three"]
     assert len(lines_of("a\n" * 20)) == 14
+    assert lines_of("one\rtwo\x0cthree\u2028four") == ["one", "two", "three", "four"]  # as they are read from a file
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 300, "top_p": 0.95}, {}])

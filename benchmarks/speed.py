@@ -117,6 +117,7 @@ def ours(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> t
         surgery=[LoRA(**ADAPTER)] if args.method == "lora" else None,
         train_base=False if args.method == "probe" else None,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
+        compile=args.compile,
     )
     clock = Clock()
     Trainer(
@@ -183,6 +184,7 @@ def theirs(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) ->
             per_device_train_batch_size=args.batch_size,
             num_train_epochs=args.epochs,
             bf16=args.precision == "bf16",
+            torch_compile=args.compile,
             train_sampling_strategy="sequential",  # the plan's order
             save_strategy="no",
             report_to="none",
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--compile", action="store_true", help="compile all of them")
     parser.add_argument("--steps", type=int, default=6, help="of an epoch")
     parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args()
@@ -277,7 +280,10 @@ def main() -> None:
         found = take_turns(arms, args.rounds, ["--base", base, "--plan", str(rows)])
     task = {"sst5": "SST-5", "quora": "Quora pairs"}[args.task]
     method = {"full": "full fine-tuning", "lora": "LoRA", "probe": f"linear probe, {args.epochs} epochs"}[args.method]
-    compare(f"{task}, {method}, {args.steps} batches of {args.batch_size}, {args.precision}", found, args.record)
+    compiled = ", compiled" if args.compile else ""
+    compare(
+        f"{task}, {method}, {args.steps} batches of {args.batch_size}, {args.precision}{compiled}", found, args.record
+    )
 
 
 if __name__ == "__main__":

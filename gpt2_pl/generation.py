@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2_pl.packing import packed
+from gpt2_pl.recording import RecordedPass, can_be_recorded
 
 if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
@@ -22,10 +23,14 @@ class LayerCache:
 
     Args:
         capacity: tokens there is room for, virtual ones included.
+
+    Attributes:
+        place: where one more token is to be written, (1,); all of the buffers is then given, whatever they hold.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
+        self.place: Tensor | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,8 +42,12 @@ class LayerCache:
         if self._buffers is None:
             B, H, _, hd = k.shape
             dtype = torch.promote_types(k.dtype, torch.float32) if k.device.type == "cpu" else k.dtype
-            keys, values = (t.new_empty(B, H, self.capacity, hd, dtype=dtype) for t in (k, v))
+            keys, values = (t.new_zeros(B, H, self.capacity, hd, dtype=dtype) for t in (k, v))
             self._buffers = (keys, values)
+        if self.place is not None:
+            for buffer, new in zip(self._buffers, (k, v), strict=True):
+                buffer.index_copy_(2, self.place, new.to(buffer.dtype))
+            return self._buffers
         start, self.length = self.length, self.length + k.size(2)
         if self.length > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens; these make {self.length}")
@@ -139,12 +148,18 @@ def generate(
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
     cache = KeyValueCache(len(model.h), N)
+    recorded: RecordedPass | None = None
     with torch.inference_mode(), _evaluating(model), packed(model, max_new_tokens) as head:
         fresh = ids[:, :T]
         at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
-            hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
-            logits = head(hidden[:, -1]).float()
+            if recorded is None:
+                hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
+                logits = head(hidden[:, -1]).float()
+                if n == T and can_be_recorded(model, max_new_tokens):
+                    recorded = RecordedPass(model, head, cache, mask[:, :T])
+            else:
+                logits = recorded(fresh).float()
             sofar, text = ids[:, :n], mask[:, :n]
             if repetition_penalty != 1.0:
                 logits = _penalised(logits, sofar, text, repetition_penalty)

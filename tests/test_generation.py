@@ -56,9 +56,11 @@ SURGERY = {
 }
 
 
+@pytest.mark.parametrize("recorded", [False, True])  # on a CPU, the pass that a GPU records
 @pytest.mark.parametrize("surgery", SURGERY)
 @pytest.mark.parametrize("lengths", [[7, 7], [3, 9, 1, 6]])
-def test_greedy_with_a_cache_is_greedy_without(surgery, lengths, model):
+def test_greedy_with_a_cache_is_greedy_without(recorded, surgery, lengths, model, monkeypatch):
+    monkeypatch.setattr("gpt2_pl.generation.can_be_recorded", lambda *_: recorded)
     for change in SURGERY[surgery]:
         change.apply(model)
     for name, parameter in model.named_parameters():

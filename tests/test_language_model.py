@@ -38,12 +38,16 @@ def test_the_chunked_loss_is_torchs(chunk):
     torch.testing.assert_close(ours, (hidden.grad, weight.grad))
 
 
-def test_the_chunked_loss_under_autocast():
+@pytest.mark.parametrize("multiple", [1, 64])  # a vocabulary of 50, filled up
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_chunked_loss_under_autocast(multiple, compiled, monkeypatch):
+    monkeypatch.setattr("gpt2_pl.losses.MULTIPLES", {"cpu": multiple})
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (2, 9))
+    targets[1, 7:] = -100
     with torch.autocast("cpu", torch.bfloat16):
-        total, _ = cross_entropy(hidden, weight, targets, 4)
+        total, _ = cross_entropy(hidden, weight, targets, 4, compiled)
     total.backward()
     ours = hidden.grad, weight.grad
     hidden.grad = weight.grad = None

@@ -87,6 +87,18 @@ def test_gradients_are_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: repetition_loss(h, w, text, n=3, chunk=7), (states, weight))
 
 
+def test_compiled_losses_are_the_same():
+    targets, generator = random_text(5)
+    hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    for loss in (
+        lambda compiled: language_model_loss(hidden, weight, targets, 0.7, chunk=4, compiled=compiled)[0],
+        lambda compiled: repetition_loss(hidden, weight, targets, n=2, chunk=4, compiled=compiled),
+    ):
+        eager, compiled = (torch.autograd.grad(loss(given), (hidden, weight)) for given in (False, True))
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_without_weight_it_is_cross_entropy():
     targets, generator = random_text(1)
     logits = torch.randn(*targets.shape, V, generator=generator)

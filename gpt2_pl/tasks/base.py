@@ -61,7 +61,7 @@ class Task(LightningModule):
         train_base: whether the GPT-2's own weights train; by default they do unless there is surgery.
         optimizer: makes the optimizer from parameter groups.
         schedule: the learning rate over training.
-        compile: compile each block with ``torch.compile``.
+        compile: compile each block, and a language model's loss, with ``torch.compile``.
         activation_checkpointing: recompute activations in the backward pass: less memory, more time.
 
     Raises:

@@ -96,7 +96,8 @@ class LanguageModel(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of a batch's losses and its number of targets."""
-        return cross_entropy(self.core(batch["input_ids"]), self.core.head_weight, batch["targets"])
+        hidden, weight = self.core(batch["input_ids"]), self.core.head_weight
+        return cross_entropy(hidden, weight, batch["targets"], compiled=self.compile_blocks)
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
         total, n_targets = self(batch)
@@ -107,7 +108,7 @@ class LanguageModel(Task):
         mean, weight = finite(total / n_targets.clamp(min=1), split)
         for name, metric in cast(nn.ModuleDict, self.metrics[f"{split}_metrics"]).items():
             cast(Metric, metric).update(mean, n_targets * weight)
-            self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=int(n_targets))
+            self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the targets of the global batch, as this process's share of it."""
@@ -122,6 +123,7 @@ class LanguageModel(Task):
                 self.unlikelihood,
                 self._ignored(),
                 self.unlikelihood_window,
+                compiled=self.compile_blocks,
             )
             self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
             self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))

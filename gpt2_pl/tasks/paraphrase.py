@@ -49,7 +49,8 @@ class ParaphraseDetector(Classifier):
 
     def _make_metrics(self) -> nn.ModuleDict:
         metrics = super()._make_metrics()
-        metrics.update({"f1": BinaryF1Score(), "precision": BinaryPrecision(), "recall": BinaryRecall()})
+        for name, kind in (("f1", BinaryF1Score), ("precision", BinaryPrecision), ("recall", BinaryRecall)):
+            metrics[name] = kind(validate_args=False)
         return metrics
 
     def decide(self, probability: Tensor, split: str | None = None) -> Tensor:

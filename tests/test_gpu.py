@@ -1,0 +1,110 @@
+"""On a GPU: the same numbers as on the CPU and in transformers. Skipped where there is none."""
+
+import copy
+import csv
+
+import pytest
+import torch
+from conftest import ROOT, metrics
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl import GPT2, GPT2Config, generate
+from gpt2_pl.heads import last_text_position
+from gpt2_pl.losses import cross_entropy, language_model_loss
+from gpt2_pl.surgery import LoRA, PrefixTuning
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=1003, n_positions=128, n_embd=128, n_layer=3, n_head=2, dropout=0.0))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def padded(side):
+    ids, mask = torch.randint(1, 1003, (4, 70)), torch.ones(4, 70, dtype=torch.long)
+    for row, n in enumerate((0, 1, 30, 69)):
+        mask[row, slice(70 - n, 70) if side == "right" else slice(0, n)] = 0
+    return ids, mask
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("surgery", [None, LoRA(rank=4), PrefixTuning(length=5)])
+def test_hidden_states_are_those_of_the_cpu(model, side, surgery):
+    if surgery:
+        surgery.apply(model)
+    ids, mask = padded(side)
+    on_gpu, at = copy.deepcopy(model).cuda(), last_text_position(mask)
+    with torch.no_grad():
+        here, there = model(ids, mask), on_gpu(ids.cuda(), mask.cuda()).cpu()
+        torch.testing.assert_close(there[mask.bool()], here[mask.bool()], atol=1e-4, rtol=1e-4)
+        there = on_gpu(ids.cuda(), mask.cuda(), at=at.cuda()).cpu()
+        torch.testing.assert_close(there, model(ids, mask, at=at), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_those_of_transformers(model, tmp_path, precision, compiled):
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).cuda().eval()
+    ours = model.cuda()
+    if compiled:
+        for block in ours.h:
+            block.compile(dynamic=True)
+    ids = torch.randint(1003, (4, 65), device="cuda")
+    expected = gradients(theirs, theirs(ids, labels=ids).loss)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+        total, n = cross_entropy(ours(ids[:, :-1]), ours.head_weight, ids[:, 1:], compiled=compiled)
+    found = gradients(ours, total / n)
+    tolerance = 1e-4 if precision == "float32" else 2e-2
+    for name, gradient in found.items():
+        reference = expected[f"transformer.{name}"]
+        if name.endswith("weight") and ("c_" in name):  # theirs are transposed
+            reference = reference.T
+        assert (gradient - reference).norm() < tolerance * reference.norm() + 1e-7, name
+
+
+def test_losses_are_those_of_the_cpu():
+    hidden, weight = torch.randn(3, 40, 64, requires_grad=True), torch.randn(1003, 64, requires_grad=True)
+    targets = torch.randint(1003, (3, 40))
+    targets[1, 30:] = -100
+    here = language_model_loss(hidden, weight, targets, 0.5)
+    expected = torch.autograd.grad(here[0], (hidden, weight))
+    for chunk in (None, 7):
+        there = language_model_loss(hidden.cuda(), weight.cuda(), targets.cuda(), 0.5, chunk=chunk)
+        for a, b in zip(here, there, strict=True):
+            torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(torch.autograd.grad(there[0], (hidden, weight)), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"no_repeat_ngram": 2}])
+def test_what_is_generated_is_what_the_cpu_generates(model, settings):
+    ids, mask = (t[:, :40] for t in padded("left"))
+    ids, mask = ids[:3], mask[:3]
+    given = {"max_new_tokens": 50, "seed": [1, 2, 3], **settings}
+    here = generate(model, ids, mask, **given)
+    assert torch.equal(generate(model.cuda(), ids.cuda(), mask.cuda(), **given).cpu(), here)
+
+
+def test_a_run_learns_and_repeats(run, tmp_path):
+    flags = [
+        "--config",
+        ROOT / "configs/quickstart.yaml",
+        "--trainer.accelerator=gpu",
+        "--trainer.precision=bf16-mixed",
+    ]
+    first, second = (run("fit", *flags, "--trainer.max_epochs=3") for _ in range(2))
+    assert metrics(first)["scores"]["test/accuracy"] > 0.5
+    assert metrics(first)["epochs"][-1]["val/loss"] < metrics(first)["epochs"][0]["val/loss"]
+    said = [list(csv.reader((folder / "predictions_test.csv").open())) for folder in (first, second)]
+    assert [row[0] for row in said[0]] == [row[0] for row in said[1]]

@@ -93,11 +93,12 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of GPT-2")
     parser.add_argument("--compile", action="store_true", help="compile all of them")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--alone", action="store_true", help="measure the plain step only")
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(measure(args)))
         return
-    found = take_turns([PLAIN, UNLIKELIHOOD, TRANSFORMERS], args.rounds)
+    found = take_turns([PLAIN] if args.alone else [PLAIN, UNLIKELIHOOD, TRANSFORMERS], args.rounds)
     compiled = ", compiled" if args.compile else ""
     work = f"language model, GPT-2 {args.size}, {args.batch} rows of {args.context} tokens, {args.precision}{compiled}"
     compare(work, found, args.record)

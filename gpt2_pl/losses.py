@@ -17,7 +17,7 @@ CHUNKS = {"cpu": 512, "cuda": 8192}  # positions whose logits are held at a time
 MULTIPLES = {"cuda": 64}  # of entries, to which a vocabulary is filled up: products of odd widths are slow there
 
 
-def _in_place(
+def _outcome(
     logits: Tensor,
     target: Tensor,
     likelihood: bool,
@@ -25,47 +25,47 @@ def _in_place(
     candidates: Tensor | None,
     is_candidate: Tensor | None,
     trains: bool,
-) -> tuple[Tensor, Tensor]:
-    """The losses of some positions; where it trains, their logits (n, V) become the gradient of the losses' sum.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of some positions, from their logits (n, V), which are overwritten.
 
     Returns:
-        The sums of cross-entropies, nothing without ``likelihood``, and of unlikelihoods.
+        The sums of cross-entropies, nothing without ``likelihood``, and of unlikelihoods; where it trains, the gradient
+        of the losses' sum by the logits, (n, V).
     """
     compiling = torch.compiler.is_compiling()
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if compiling:  # in one pass
-        most = wide.amax(-1, keepdim=True)
-        normaliser = most + (wide - most).exp().sum(-1, keepdim=True).log()
-    else:
-        normaliser = wide.logsumexp(-1, keepdim=True)
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     at = target.unsqueeze(-1)
-    nll = normaliser - wide.gather(-1, at)  # (n, 1)
+    log_likelihood = log_p.gather(-1, at)  # (n, 1)
     share: Tensor | float = 1.0 if likelihood else 0.0  # that the softmax has in the gradient
-    unlikelihood = nll.new_zeros(())
+    unlikelihood = log_p.new_zeros(())
     odds = None
     if candidates is not None and is_candidate is not None:
-        p = (wide.gather(-1, candidates) - normaliser).exp()  # (n, M)
+        p = log_p.gather(-1, candidates).exp()  # (n, M)
         unlikelihood = -(1.0 - p).clamp(min=CLAMP).log().masked_fill(~is_candidate, 0.0).sum()
         # of -log(1 - p_c) by logit k: p_c / (1 - p_c) ([k = c] - p_k)
         odds = (alpha * p / (1.0 - p)).masked_fill(~is_candidate | (1.0 - p < CLAMP), 0.0)
         share = share - odds.sum(-1, keepdim=True)
-    if trains:
-        of_target = share * (-nll).exp() - 1.0  # which is no candidate
-        gradient = (wide - normaliser).exp() if compiling else wide.sub_(normaliser).exp_()  # softmax
-        if odds is not None and candidates is not None:
-            gradient = gradient.mul_(share).scatter_add_(-1, candidates, odds)
-        if likelihood and compiling:  # in the same pass
+    total = -log_likelihood.sum() if likelihood else log_p.new_zeros(())
+    if not trains:
+        return total, unlikelihood, logits
+    gradient = log_p.exp_()
+    if odds is not None and candidates is not None:
+        gradient = gradient.mul_(share).scatter_add_(-1, candidates, odds)
+    of_target = share * log_likelihood.exp() - 1.0  # which is no candidate
+    if compiling:  # all in one kernel
+        if likelihood:
             gradient = torch.where(torch.arange(logits.size(-1), device=at.device) == at, of_target, gradient)
-        if wide.dtype != logits.dtype or compiling:
-            logits.copy_(gradient)
-        if likelihood and not compiling:
-            logits.scatter_(-1, at, of_target.to(logits.dtype))
-    return nll.sum() if likelihood else nll.new_zeros(()), unlikelihood
+        return total, unlikelihood, gradient.to(logits.dtype)
+    if gradient.dtype != logits.dtype:
+        gradient = logits.copy_(gradient)
+    if likelihood:
+        gradient.scatter_(-1, at, of_target.to(logits.dtype))
+    return total, unlikelihood, gradient
 
 
 @cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_in_place)
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_outcome)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -89,7 +89,7 @@ class _ChunkedLoss(torch.autograd.Function):
         device, V = hidden.device.type, len(weight)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         chunk = CHUNKS.get(device, CHUNKS["cpu"]) if chunk is None else chunk
-        outcome = _compiled() if compiled else _in_place
+        outcome = _compiled() if compiled else _outcome
         missing = -V % MULTIPLES.get(device, 1)
         table = F.pad(weight.to(dtype), (0, 0, 0, missing)) if missing else weight.to(dtype)  # (V or more, C)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -103,15 +103,15 @@ class _ChunkedLoss(torch.autograd.Function):
                 held, counts = (None if t is None else t[part] for t in (candidates, is_candidate))
                 logits = states @ table.T  # (n, V or more)
                 logits[:, V:] = -torch.inf
-                of_likelihood, of_unlikelihood = outcome(
+                of_likelihood, of_unlikelihood, gradient = outcome(
                     logits, targets[part], likelihood, alpha, held, counts, need_hidden or need_weight
                 )
                 total += of_likelihood
                 unlikelihood += of_unlikelihood
                 if grad_hidden is not None:
-                    grad_hidden[part] = logits @ table
+                    grad_hidden[part] = gradient @ table
                 if grad_weight is not None:
-                    grad_weight += (logits.T @ states)[:V]
+                    grad_weight += (gradient.T @ states)[:V]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(unlikelihood)
         return total + alpha * unlikelihood, unlikelihood

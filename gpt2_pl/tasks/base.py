@@ -72,6 +72,7 @@ class Task(LightningModule):
     monitor: ClassVar[str]  # the score that decides which checkpoint is best
     mode: ClassVar[Literal["min", "max"]] = "max"
     table_scores: ClassVar[tuple[str, ...]] = ("loss",)  # what the end-of-run table shows of every epoch
+    same_shapes: ClassVar[bool] = False  # whether nearly all batches are as long as one another
 
     def __init__(
         self,
@@ -177,6 +178,10 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
         keep_freed_memory()
+        if (
+            not self.same_shapes
+        ):  # for each of which cuDNN's attention would make a plan, which takes longer than a step
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if hasattr(self.datamodule, "tokenizer"):
             self.check_tokenizer(self.datamodule.tokenizer)
 

@@ -55,6 +55,7 @@ class LanguageModel(Task):
     monitor = "val/loss"
     mode = "min"
     table_scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    same_shapes: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class PoemGenerator(LanguageModel):
     Raises:
         InputError: a value out of range.
     """
+
+    same_shapes: ClassVar[bool] = False
 
     def __init__(
         self,

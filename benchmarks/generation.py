@@ -24,8 +24,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=40)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compile both")
+    parser.add_argument("--compile", action="store_true", help="compile both, on a GPU")
     args = parser.parse_args()
+    if args.compile and not torch.cuda.is_available():
+        parser.error("--compile: transformers compiles its generation on a GPU alone, and there is none")
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = GPT2(GPT2Config()).eval()

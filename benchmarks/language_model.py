@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of GPT-2")
-    parser.add_argument("--compile", action="store_true", help="compile all of them")
+    parser.add_argument("--compile", action="store_true", help="compile the models")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--alone", action="store_true", help="measure the plain step only")
     args = parser.parse_args()

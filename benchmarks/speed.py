@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--compile", action="store_true", help="compile all of them")
+    parser.add_argument("--compile", action="store_true", help="compile the models")
     parser.add_argument("--steps", type=int, default=6, help="of an epoch")
     parser.add_argument("--batch_size", type=int, default=64)
     args = parser.parse_args()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from commands import Arguments
+from gpt2_pl.attention import use_cudnn
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import check_new, whole_file
 
@@ -94,6 +95,7 @@ def main(args: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = (given.precision or best_precision("auto")) == "bf16-mixed"
     task.to(device).eval()
+    use_cudnn(False)  # batches are of many lengths
     with (
         writer(given.out, list(template.fields), task.wording["labels"]) as write,
         torch.inference_mode(),

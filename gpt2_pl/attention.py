@@ -58,6 +58,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def use_cudnn(wanted: bool) -> bool:
+    """Whether a GPU's attention may be cuDNN's, which makes a plan for every new shape: that takes longer than a step.
+
+    Returns:
+        Whether it might be before.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(wanted)
+    return before
+
+
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float = 0.0) -> Tensor:
     """The device's fused kernel."""
     causal = mask is None

@@ -25,7 +25,8 @@ class LayerCache:
         capacity: tokens there is room for, virtual ones included.
 
     Attributes:
-        place: where one more token is to be written, (1,); all of the buffers is then given, whatever they hold.
+        place: where one more token is to be written, (1,). All of the buffers is then given, and what they hold is
+            for the caller to know.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -148,7 +149,7 @@ def generate(
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
     cache = KeyValueCache(len(model.h), N)
-    recorded: RecordedPass | None = None
+    records, recorded = can_be_recorded(model, max_new_tokens), None
     with torch.inference_mode(), _evaluating(model), packed(model, max_new_tokens) as head:
         fresh = ids[:, :T]
         at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
@@ -156,10 +157,10 @@ def generate(
             if recorded is None:
                 hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
                 logits = head(hidden[:, -1]).float()
-                if n == T and can_be_recorded(model, max_new_tokens):
+                if records:
                     recorded = RecordedPass(model, head, cache, mask[:, :T])
             else:
-                logits = recorded(fresh).float()
+                logits = recorded(fresh).to(torch.float32, copy=True)
             sofar, text = ids[:, :n], mask[:, :n]
             if repetition_penalty != 1.0:
                 logits = _penalised(logits, sofar, text, repetition_penalty)

@@ -1,6 +1,6 @@
 """Generation on a GPU: the pass over one token, recorded once as a CUDA graph.
 
-It consists of some two hundred kernels, most of which take less time than Python needs to start one; a recording starts
+Such a pass is some two hundred kernels, most of which take less time than Python needs to start one; a recording starts
 them all at once. Nothing in it can change its shape: attention looks at all of the cache, under a mask.
 """
 
@@ -20,14 +20,16 @@ WORTH = 16  # passes, by which a recording has paid
 
 
 def can_be_recorded(model: GPT2, times: int) -> bool:
-    """Whether to record a model that will be called so many times: one on a GPU, without hooks."""
-    if model.wte.weight.device.type != "cuda" or times < WORTH:
+    """Whether to record a model that will be called so many times: one on a GPU, without hooks, and not in training,
+    in which memory is used again that recording gives back.
+    """
+    if model.wte.weight.device.type != "cuda" or model.training or times < WORTH:
         return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 class RecordedPass:
-    """Reads one token of every row after the other, from behind a prompt that the cache holds.
+    """Reads one more token of every row at each call, from behind a prompt that the cache holds.
 
     Args:
         model: the GPT-2, in evaluation mode.
@@ -63,7 +65,7 @@ class RecordedPass:
     def _pass(self) -> Tensor:
         model, device = self.model, self.ids.device.type
         self.mask.index_fill_(3, self.place, True)
-        # What autocast keeps of a weight would not outlive it.
+        # What autocast keeps of a weight would not outlive autocast.
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             x = model.wte(self.ids) + model.wpe(self.position)
             for block, layer in zip(model.h, self.cache.layers, strict=True):
@@ -76,14 +78,16 @@ class RecordedPass:
     def _record(self) -> None:
         state = (self.place, self.position, self.mask)
         before = [t.clone() for t in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are chosen and compiled in the first passes
-            for _ in range(3):
-                self._pass()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = self._pass()
+        device = self.ids.device
+        with torch.cuda.device(device):  # or another's work would be recorded, without an error
+            here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # kernels are chosen and compiled in the first passes
+                for _ in range(3):
+                    self._pass()
+            here.wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
+                self.logits = self._pass()
         for t, was in zip(state, before, strict=True):
             t.copy_(was)

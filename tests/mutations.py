@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it becomes, the tests to ask
     # Losses
-    ("gpt2_pl/losses.py", "total += (normaliser -", "total -= (normaliser -", "language_model"),
+    ("gpt2_pl/losses.py", "total = -log_likelihood.sum()", "total = log_likelihood.sum()", "language_model"),
     ("gpt2_pl/losses.py", "return total + alpha * unlikelihood", "return total + unlikelihood", "unlikelihood"),
     ("gpt2_pl/losses.py", "odds = (alpha * p / (1.0 - p))", "odds = (alpha * p)", "unlikelihood"),
-    ("gpt2_pl/losses.py", "gradient.scatter_add_(-1, candidates[part], odds)", "pass", "unlikelihood"),
-    ("gpt2_pl/losses.py", "grad_weight += gradient.T @ states", "grad_weight = gradient.T @ states", "language_model"),
+    ("gpt2_pl/losses.py", ".scatter_add_(-1, candidates, odds)", "", "unlikelihood"),
+    ("gpt2_pl/losses.py", "grad_weight += (gradient.T @ states)[:V]", "grad_weight = (gradient.T @ states)[:V]", "language_model"),
     ("gpt2_pl/losses.py", "& usable.unsqueeze(1) & ~equal", "& usable.unsqueeze(1)", "unlikelihood"),
     ("gpt2_pl/losses.py", "counts &= j >= t - window", "counts &= j > t - window", "unlikelihood"),
     ("gpt2_pl/losses.py", "& (following.unsqueeze(1) >= t)", "", "unlikelihood"),
@@ -38,11 +38,11 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
     ("gpt2_pl/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
     ("gpt2_pl/attention.py", ".tril(N - Q)", ".tril()", "attention"),
-    ("gpt2_pl/gelu.py", "square.mul_(3.0 * CUBIC)", "square.mul_(2.0 * CUBIC)", "gelu"),
+    ("gpt2_pl/gelu.py", "alpha=3.0 * CUBIC", "alpha=2.0 * CUBIC", "gelu"),
     ("gpt2_pl/dropout.py", "alpha=ctx.scale)", "alpha=1.0)", "dropout"),
-    ("gpt2_pl/dropout.py", "return _apply(grad * ctx.scale, mask), None", "return grad * ctx.scale, None", "dropout"),
+    ("gpt2_pl/dropout.py", "_apply((grad * ctx.scale).to(of_x), mask)", "(grad * ctx.scale).to(of_x)", "dropout"),
     # Surgery
-    ("gpt2_pl/surgery/lora.py", "self.lora_A) * self.scaling  # (..., n r)", "self.lora_A)", "lora"),
+    ("gpt2_pl/surgery/lora.py", "self.lora_A) * (scale * self.scaling)", "self.lora_A) * self.scaling", "lora"),
     ("gpt2_pl/surgery/lora.py", "height : (third + 1) * height, i * self.rank", "height : (third + 1) * height, 0 * self.rank", "lora"),
     ("gpt2_pl/surgery/lora.py", "return self.scaling * self.spread_B()", "return self.spread_B()", "lora"),
     ("gpt2_pl/surgery/lora.py", "factors[third] = magnitude / norms[third]", "factors[third] = magnitude", "lora"),
@@ -76,7 +76,10 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Generation
     ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability >= top_p", "probability.cumsum(-1) >= top_p", "generation"),
     ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
-    ("gpt2_pl/generation.py", "buffer[:, :, start : self.length] = new", "buffer[:, :, start : self.length] = new.flip(1)", "generation"),
+    ("gpt2_pl/generation.py", "buffer.narrow(2, start, new.size(2)).copy_(new)", "buffer.narrow(2, start, new.size(2)).copy_(new.flip(1))", "generation"),
+    ("gpt2_pl/recording.py", "self.position += 1", "pass", "generation"),
+    ("gpt2_pl/recording.py", "self.mask[..., :before] = True", "pass", "generation"),
+    ("gpt2_pl/recording.py", "= prompt.bool()[:, None, None]", "= True", "generation"),
 ]  # fmt: skip
 
 

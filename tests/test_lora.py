@@ -176,6 +176,15 @@ def test_merging_keeps_the_prefixed_logits():
     torch.testing.assert_close(model(IDS), before, atol=1e-5, rtol=1e-5)
 
 
+def test_dropout_leaves_an_adapter_its_mean():
+    layer = stirred(LoRA(targets=["c_fc"], dropout=0.7).apply(gpt2())).h[0].mlp.c_fc
+    x = torch.randn(1, 24)
+    with torch.no_grad():
+        kept = layer.eval()(x) - layer.affine(x, layer.bias)
+        drawn = layer.train()(x.expand(20_000, -1)) - layer.affine(x, layer.bias)
+    assert (drawn.mean(0) - kept).norm() < 0.05 * kept.norm()
+
+
 def test_dropout_is_for_the_adapter_in_training_alone():
     model = stirred(LoRA(dropout=0.5).apply(gpt2()))
     torch.testing.assert_close(model(IDS), model(IDS), atol=0, rtol=0)

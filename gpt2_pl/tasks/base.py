@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
 from gpt2_pl.allocator import keep_freed_memory
+from gpt2_pl.attention import use_cudnn
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
@@ -112,6 +113,7 @@ class Task(LightningModule):
         self.hparams["config"] = None if config is None else asdict(self.config)
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
         self.gpt2: GPT2 | None = None
+        self._used_cudnn = True
 
     def _check_surgery(self) -> None:
         """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
@@ -178,12 +180,15 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
         keep_freed_memory()
-        if (
-            not self.same_shapes
-        ):  # for each of which cuDNN's attention would make a plan, which takes longer than a step
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        if not self.same_shapes:
+            self._used_cudnn = use_cudnn(False)
         if hasattr(self.datamodule, "tokenizer"):
             self.check_tokenizer(self.datamodule.tokenizer)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the process as it was."""
+        if not self.same_shapes:
+            use_cudnn(self._used_cudnn)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer with tokens that the GPT-2 does not have."""

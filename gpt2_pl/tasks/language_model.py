@@ -149,7 +149,8 @@ class LanguageModel(Task):
         text = generate(self.core, prefix, max_new_tokens=self.sequence_length, temperature=0.0)
         targets = text[:, 1:].clone()
         targets[:, : P - 1] = IGNORED
-        loss = repetition_loss(self.core(text[:, :-1]), self.core.head_weight, targets)
+        hidden, weight = self.core(text[:, :-1]), self.core.head_weight
+        loss = repetition_loss(hidden, weight, targets, compiled=self.compile_blocks)
         self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
         return loss * len(text) * (self.trainer.world_size / batch.get("global_rows", len(text)))
 

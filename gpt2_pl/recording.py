@@ -7,6 +7,7 @@ them all at once. Nothing in it can change its shape: attention looks at all of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,12 @@ def can_be_recorded(model: GPT2, times: int) -> bool:
     if model.wte.weight.device.type != "cuda" or model.training or times < WORTH:
         return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps memory for every stream that it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 class RecordedPass:
@@ -80,7 +87,7 @@ class RecordedPass:
         before = [t.clone() for t in state]
         device = self.ids.device
         with torch.cuda.device(device):  # or another's work would be recorded, without an error
-            here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            here, aside = torch.cuda.current_stream(device), _stream(device)
             aside.wait_stream(here)
             with torch.cuda.stream(aside):  # kernels are chosen and compiled in the first passes
                 for _ in range(3):

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from commands import RUNS
-from commands.plan import Plan, PlannedRun
+from commands.plan import Plan
+from commands.planned import PlannedRun
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,157 +12,14 @@ from typing import Any
 
 import yaml
 
-from commands import RUNS
+from commands.planned import PlannedRun
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
-from gpt2_pl.runs import check_account
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
 _KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _OWN = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
 _KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "bad_batches")
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run: what it is called, and the flags that make it.
-
-    Args:
-        sweep: the sweep's folder below ``lightning_logs``.
-        task: the task's name in the file.
-        strategy: the strategy's.
-        version: the run's own folder, such as ``seed_1``.
-        files: its configuration files.
-        flags: those over them.
-        base: a run whose model this one starts from, exported; it is made first.
-        exported: whether the model is exported into the run's folder, for others to start from.
-    """
-
-    sweep: str
-    task: str
-    strategy: str
-    version: str
-    files: tuple[str, ...]
-    flags: tuple[str, ...]
-    base: PlannedRun | None = None
-    exported: bool = False
-
-    @property
-    def name(self) -> str:
-        """What ``--name`` is given."""
-        return f"{self.sweep}/{self.task}/{self.strategy}"
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return RUNS / self.name / self.version
-
-    def command(self) -> list[str]:
-        """The arguments of the command line, from the beginning."""
-        base = [] if self.base is None else [f"--model.base={self.base.folder / 'exported'}"]
-        files = [f"--config={file}" for file in self.files]
-        return ["fit", *files, *self.flags, *base, f"--name={self.name}", f"--version={self.version}"]
-
-    def record(self) -> dict[str, Any]:
-        """What the run is made of: flags, and the content of configuration files. Runs of equal records are equal."""
-        return {
-            "files": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.files},
-            "flags": dict(_parts(flag) for flag in self.flags),  # of one given twice, the last counts
-            "base": None if self.base is None else self.base.record(),
-        }
-
-    def account(self) -> dict[str, Any]:
-        """The run's ``metrics.json`` as it stands; empty before its first epoch.
-
-        Raises:
-            InputError: it is broken.
-        """
-        file = self.folder / "metrics.json"
-        if not file.is_file():
-            return {}
-        account = read_json(file)
-        check_account(account, f"{file} is broken")
-        return account
-
-    def begun(self) -> dict[str, Any]:
-        """What the run was begun with: :meth:`record`, and the number of ``threads``.
-
-        Raises:
-            InputError: there is no such record, or it is broken.
-        """
-        file = self.folder / "sweep.json"
-        if not file.is_file():
-            raise InputError(f"{self.folder} is not a run of this sweep; give the sweep another name")
-        found = read_json(file)
-        found = {"threads": 1, **found} if isinstance(found, dict) else {}
-        for key, kind in (("flags", dict), ("files", dict), ("base", dict | None), ("threads", int)):
-            if key not in found or not isinstance(found[key], kind):
-                raise InputError(f"{file} is broken: it does not say {key}; delete {self.folder}")
-        if not all(isinstance(value, str) for key in ("flags", "files") for value in found[key].values()):
-            raise InputError(f"{file} is broken: its flags and files must be text; delete {self.folder}")
-        return found
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint that the run goes on from."""
-        return self.folder / "checkpoints" / "last.ckpt"
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing is left to do."""
-        exported = not self.exported or (self.folder / "exported").is_dir()
-        return exported and self.account().get("status") == "finished"
-
-    def check(self) -> None:
-        """Refuse a folder that holds a run with other settings; what broke off before its first checkpoint is none.
-
-        Raises:
-            InputError: naming the folder and the setting.
-        """
-        if self.base is not None:
-            self.base.check()
-        if not self.last.is_file() and self.account().get("status") != "finished":
-            return
-        then, now = self.begun(), self.record()
-        what = [
-            f"{name} was {before} and is {after}"
-            for part in ("flags", "files")
-            for name, before, after in _changes(then[part], now[part])
-        ]
-        if then["base"] != now["base"]:
-            what.append("its base has changed")
-        if what:
-            raise InputError(
-                f"{self.folder} was run with other settings ({'; '.join(what)}); delete it, or give the strategy or "
-                "the sweep another name"
-            )
-
-
-def read_json(file: Path) -> Any:
-    """What a file of a run says.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}; delete {file.parent}") from None
-
-
-def _parts(flag: str) -> tuple[str, str]:
-    name, _, value = flag.removeprefix("--").partition("=")
-    return name, value
-
-
-def _changes(then: dict[str, str], now: dict[str, str]) -> list[tuple[str, str, str]]:
-    """What differs, as name, before and after; of files, whose values are digests, without these."""
-
-    def shown(value: str | None) -> str:
-        return "not there" if value is None else "other" if len(value) == 64 else repr(value)
-
-    names = sorted(then.keys() | now.keys())
-    return [(name, shown(then.get(name)), shown(now.get(name))) for name in names if then.get(name) != now.get(name)]
 
 
 @dataclass(frozen=True)

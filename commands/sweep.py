@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from commands import RUNS, Arguments
 from commands.jobs import Launcher, locked, make_launcher
-from commands.plan import Plan, PlannedRun
+from commands.plan import Plan
+from commands.planned import PlannedRun
 from commands.search import Study, journal
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import check_place

@@ -69,7 +69,7 @@ def main(args: list[str]) -> None:
         raise InputError(f"{checkpoint} is a {type(task).__name__}, which continues no text")
     tokenizer = load_tokenizer(given.run, "RUN")
     check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
-    task.to(
+    task.eval().to(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=torch.bfloat16 if given.precision == "bf16" else torch.float32,
     )

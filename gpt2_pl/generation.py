@@ -105,7 +105,8 @@ def generate(
     """Continue a batch of prompts, one token at a time, every block keeping the keys and values it has computed.
 
     Args:
-        model: a GPT-2, with or without LoRA, prefix or soft prompt; it is put in evaluation mode meanwhile.
+        model: a GPT-2, with or without LoRA, prefix or soft prompt; it is put in evaluation mode meanwhile. On a GPU
+            one that is in it already is quicker: its pass over one token is recorded.
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 1 for text and 0 for padding, on either side.
         max_new_tokens: the longest continuation.

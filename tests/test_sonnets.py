@@ -111,7 +111,7 @@ def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
 # The task
 
 
-def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_path):
+def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_path, monkeypatch):
     folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
                  "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
                  "--model.max_new_tokens=60", "--model.optimizer.init_args.lr=1e-3")  # fmt: skip
@@ -145,7 +145,11 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     board = EventAccumulator(str(folder)).Reload()
     assert sum(tag.startswith("val/poem_") for tag in board.Tags()["tensors"]) == 2
 
-    # generate, from openings and from lines
+    # generate, from openings and from lines, and as a GPU would record it: out of training
+    in_training = []
+    monkeypatch.setattr(
+        "gpt2_pl.generation.can_be_recorded", lambda model, _: in_training.append(model.training) or False
+    )
     openings = tmp_path / "openings.txt"
     openings.write_text("".join(f"{p.number}\n\n{p.opening(3)}\n" for p in true))
     command = ["generate", folder, "--poems", "--prompt_file", openings, "--max_new_tokens", "40", "--seed", "5"]
@@ -155,6 +159,8 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     assert [p.lines[:3] for p in read_poems(str(tmp_path / "a.txt"), "f")] == [p.lines[:3] for p in true]
     lines = tmp_path / "lines.txt"
     lines.write_text("the plot is\nthe camera\n")
+    assert in_training
+    assert not any(in_training)
     run("generate", folder, "--prompt_file", lines, "--out", tmp_path / "c.jsonl", "--temperature", "0",
         "--max_new_tokens", "5")  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]

@@ -165,13 +165,14 @@ class Classifier(Task):
 
     def _make_metrics(self) -> nn.ModuleDict:
         """The metrics of one split; ``loss`` takes losses, the others decisions and labels."""
-        K, validate = self.num_classes, False  # which would make a GPU wait
+        K = self.num_classes
+        unchecked: dict[str, Any] = {"validate_args": False}  # to look at every label makes a GPU wait
         return nn.ModuleDict(
             {
                 "loss": Mean(),
-                "accuracy": MulticlassAccuracy(K, average="micro", validate_args=validate),
-                "macro_f1": MulticlassF1Score(K, average="macro", validate_args=validate),
-                "confusion": MulticlassConfusionMatrix(K, validate_args=validate),
+                "accuracy": MulticlassAccuracy(K, average="micro", **unchecked),
+                "macro_f1": MulticlassF1Score(K, average="macro", **unchecked),
+                "confusion": MulticlassConfusionMatrix(K, **unchecked),
             }
         )
 

@@ -108,6 +108,43 @@ def test_scores_and_predictions_equal_loops(run, base, data_flags):
         assert account["scores"][f"{split}/macro_f1"] == pytest.approx(sum(f1) / 2, abs=1e-6)
 
 
+class Scores(Callback):
+    """The training accuracy that every epoch ends with. Before the step ``stop_at`` it saves and breaks off."""
+
+    def __init__(self, stop_at=None, file=None):
+        self.stop_at, self.file, self.accuracy = stop_at, file, []
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.stop_at:
+            trainer.save_checkpoint(self.file)
+            raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.accuracy.append(float(trainer.callback_metrics["train/accuracy"]))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_epochs_scores_are_of_all_its_steps_and_logged_once(resumed, monkeypatch, tmp_path):
+    data, file = ToySentiment(n_train=96, vocab_size=300, batch_size=16), tmp_path / "broken_off.ckpt"
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.0)
+    task = SentimentClassifier(config=config, num_classes=3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+    logged, log = [], task.log
+    monkeypatch.setattr(task, "log", lambda name, *args, **kwargs: (logged.append(name), log(name, *args, **kwargs)))
+    with pytest.raises(SystemExit):
+        trainer(max_epochs=2, callbacks=[Scores(stop_at=2, file=file)]).fit(task, data)
+    logged.clear()
+    scores = Scores()
+    trainer(max_epochs=2, callbacks=[scores]).fit(task, data, ckpt_path=file if resumed else None, weights_only=True)
+    task.eval()
+    with torch.no_grad():
+        hits = [task(batch).mean(0).argmax(-1) == batch["labels"] for batch in data.evaluation_dataloader("train")]
+    assert scores.accuracy[1] == pytest.approx(torch.cat(hits).float().mean().item())  # at a rate of 0, always the same
+    if not resumed:
+        assert scores.accuracy[0] == scores.accuracy[1]
+    steps = 10 if resumed else 12
+    assert [logged.count(name) for name in ("train/accuracy", "val/accuracy", "train/step_loss")] == [2, 2, steps]
+
+
 def test_a_linear_probe_computes_its_features_once(base, files):
     data = IMDB(train_file=str(files["train"]), val_file=str(files["val"]), tokenizer=str(base), batch_size=16)
     task = SentimentClassifier(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
@@ -114,6 +115,7 @@ class Task(LightningModule):
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
         self.gpt2: GPT2 | None = None
         self._used_cudnn = True
+        self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
 
     def _check_surgery(self) -> None:
         """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
@@ -180,6 +182,10 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
         keep_freed_memory()
+        self._logged.clear()
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()  # a run that broke off leaves what it had added
         if not self.same_shapes:
             self._used_cudnn = use_cudnn(False)
         if hasattr(self.datamodule, "tokenizer"):
@@ -358,7 +364,7 @@ class Task(LightningModule):
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
 
-    # Losses
+    # Losses and scores
 
     def global_mean(self, losses: Tensor, batch: dict[str, Any]) -> Tensor:
         """The mean over the global batch of one loss a row (B,), as this process's share of it.
@@ -366,3 +372,25 @@ class Task(LightningModule):
         Processes average their gradients, whether or not each has as many rows as the others.
         """
         return losses.sum() * (self.trainer.world_size / batch.get("global_rows", len(losses)))
+
+    def log_scores(self, split: str, metrics: Mapping[str, Metric]) -> None:
+        """Have the trainer compute and log the scores of a split when the epoch ends.
+
+        It is told once an epoch, in the first step: to tell it takes longer than to enter a batch in the metrics.
+        """
+        if split not in self._logged:
+            self._logged.add(split)
+            for name, metric in metrics.items():
+                self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_train_epoch_start(self) -> None:
+        """The scores of a new epoch."""
+        self._logged.discard("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """The scores of another evaluation."""
+        self._logged.discard("val")
+
+    def on_test_epoch_start(self) -> None:
+        """The scores of another evaluation."""
+        self._logged.discard("test")

@@ -146,10 +146,10 @@ class Classifier(Task):
         probability = logits.detach().mean(0).softmax(-1)
         said = self.decide(probability, split)
         counted = finite(losses.detach(), split)
-        for name, metric in self._metrics(split).items():
-            cast(Metric, metric).update(*(counted if name == "loss" else (said, batch["labels"])))
-            if name != "confusion":
-                self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=len(losses))
+        metrics = cast(dict[str, Metric], self._metrics(split))
+        for name, metric in metrics.items():
+            metric.update(*(counted if name == "loss" else (said, batch["labels"])))
+        self.log_scores(split, {name: metric for name, metric in metrics.items() if name != "confusion"})
         return losses, probability
 
     def decide(self, probability: Tensor, split: str | None = None) -> Tensor:
@@ -266,9 +266,17 @@ class Classifier(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the outcomes of the evaluation before."""
+        super().on_validation_epoch_start()
         self.outcomes.reset()
 
-    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        super().on_test_epoch_start()
+        self.outcomes.reset()
+
+    def on_predict_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        self.outcomes.reset()
 
     def on_validation_epoch_end(self) -> None:
         """The validation confusion matrix."""

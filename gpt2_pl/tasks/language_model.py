@@ -107,9 +107,10 @@ class LanguageModel(Task):
 
     def _enter(self, split: str, total: Tensor, n_targets: Tensor) -> None:
         mean, weight = finite(total / n_targets.clamp(min=1), split)
-        for name, metric in cast(nn.ModuleDict, self.metrics[f"{split}_metrics"]).items():
-            cast(Metric, metric).update(mean, n_targets * weight)
-            self.log(f"{split}/{name}", cast(Metric, metric), on_step=False, on_epoch=True, batch_size=1)
+        metrics = cast(dict[str, Metric], self.metrics[f"{split}_metrics"])
+        for metric in metrics.values():
+            metric.update(mean, n_targets * weight)
+        self.log_scores(split, metrics)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the targets of the global batch, as this process's share of it."""

@@ -83,9 +83,13 @@ class PoemGenerator(LanguageModel):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the outcomes of the evaluation before."""
+        super().on_validation_epoch_start()
         self.outcomes.reset()
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        super().on_test_epoch_start()
+        self.outcomes.reset()
 
     def write(self, poems: list[Poem]) -> list[Poem]:
         """Continue the openings of poems, each from a seed of its own, its number.

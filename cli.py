@@ -117,6 +117,7 @@ def _run(args: list[str], alone: bool) -> None:
         ".*is not supported by the model summary",
         "Checkpoint directory .* exists and is not empty",  # a run goes on in its own folder
         ".*in eval mode at the start of training",  # a frozen GPT-2 is meant to be
+        ".*your dataloader is not resumable",  # ours goes on with the batch that follows
     )
     for message in noise:
         warnings.filterwarnings("ignore", message=message)

@@ -250,3 +250,10 @@ def test_what_is_saved_when(run, monkeypatch):
     saved.clear()
     run(*several, "--trainer.accumulate_grad_batches=2", "--checkpoint_every_n_steps=1")  # three steps an epoch
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nobody_is_told_that_batches_are_not_resumed(run, recwarn):
+    settings = [*QUICK, "--data.batch_size=16"]  # six steps an epoch
+    folder = run(*settings, "--trainer.max_steps=4")
+    run(*settings, "--trainer.max_steps=8", "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert [str(warning.message) for warning in recwarn if "resum" in str(warning.message)] == []

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, metrics
 from test_cli import refused
+from test_sentiment import trainer
 from torch import nn
 from transformers import GPT2LMHeadModel
 
+from datamodules import IMDB
 from gpt2_pl import GPT2
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import LoRA, PeftAdapter, PrefixTuning
@@ -183,6 +185,17 @@ def test_prefix_and_lora_both_train(base):
         optimizer.zero_grad()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora" in name or name.startswith("prefix")}
+
+
+@pytest.mark.parametrize("train_base", [True, False])
+def test_the_base_trains_beside_a_prefix_where_that_is_asked_for(train_base, base, files):
+    task = SentimentClassifier(base=str(base), num_classes=2, surgery=[PrefixTuning(3)], train_base=train_base)
+    data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
+    task.configure_model()
+    before = {name: p.detach().clone() for name, p in task.core.named_parameters()}
+    trainer(max_steps=2, limit_val_batches=0).fit(task, data)
+    moved = {name for name, p in task.core.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == (set(before) if train_base else {"prefix.table"})
 
 
 @pytest.mark.parametrize("surgery", [[], [LoRA(rank=2)]], ids=["full", "LoRA"])

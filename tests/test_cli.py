@@ -2,11 +2,16 @@
 
 import itertools
 import json
+import platform
+from importlib.metadata import version
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, metrics, weights
+
+from datamodules.toy import toy_reviews
+from gpt2_pl.tokenizer import load_tokenizer
 
 CONFIGS = ROOT / "configs"
 TASKS, STRATEGIES, TRAINERS = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "strategy", "trainer"))
@@ -74,6 +79,14 @@ def test_the_quickstart_learns_and_leaves_its_account(run, capsys):
     assert len(account["epochs"]) == 9
     assert account["parameters"]["total"] == account["parameters"]["trainable"] > 600_000
     assert account["seed"] == 1
+    assert 10**7 < account["peak_memory_bytes"] < 10**11
+    texts = [f"Review: {row['sentence']} Sentiment:" for row in toy_reviews(6000, 0)[:4000]]
+    tokens = sum(len(encoding.ids) for encoding in load_tokenizer(folder).encode_batch(texts))
+    assert account["tokens_per_second"] == pytest.approx(account["examples_per_second"] * tokens / 4000)
+    assert account["seconds"] > 9 * tokens / account["tokens_per_second"] > 0.1 * account["seconds"]
+    assert account["versions"].pop("python") == platform.python_version()
+    assert {"torch", "lightning", "transformers", "tokenizers"} <= set(account["versions"])
+    assert account["versions"] == {name: version(name) for name in account["versions"]}
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "checkpoints", "metrics.json", "predictions_val.csv", "predictions_test.csv"} <= names
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}

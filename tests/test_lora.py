@@ -45,6 +45,17 @@ def test_nothing_changes_at_the_start(target, dora):
     torch.testing.assert_close(model(IDS), before, atol=1e-6 if dora else 0, rtol=0)
 
 
+def test_a_starts_uniform_and_b_at_zero():
+    """A as kaiming_uniform with a = sqrt(5): between -1 / sqrt(in) and 1 / sqrt(in)."""
+    model = LoRA(rank=8, targets=["q", "v", "c_fc", "mlp.c_proj"]).apply(gpt2())
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    drawn = torch.cat([(m.lora_A * m.in_features**0.5).flatten() for m in adapters]).sort().values
+    assert len(drawn) > 3000
+    assert drawn.abs().max() <= 1
+    torch.testing.assert_close(drawn, torch.linspace(-1, 1, len(drawn)), atol=0.08, rtol=0)
+    assert not any(m.lora_B.any() for m in adapters)
+
+
 OPTIONS = [
     {"targets": ["c_attn"]},
     {"targets": ["c_attn", "c_fc"], "rslora": True, "rank": 4},

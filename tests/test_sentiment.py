@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, metrics
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import GPT2ForSequenceClassification
 
 from callbacks import Reproducibility
@@ -188,6 +189,53 @@ def test_options_train(options):
     data = ToySentiment(n_train=256, vocab_size=400, batch_size=32)
     trainer(max_epochs=8, callbacks=[losses, Reproducibility()]).fit(task, data)
     assert sum(losses.losses[-8:]) < 0.95 * sum(losses.losses[:8])
+
+
+@pytest.mark.parametrize("average", ["loss", "logits"])
+def test_the_loss_of_a_step_is_that_of_the_options(average):
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, dropout=0.0)
+    task = SentimentClassifier(config=config, num_classes=3, pooling="mix", mix=0.2, head_dropout=0.5, n_masks=4,
+                               average=average, label_smoothing=0.3)  # fmt: skip
+    task.configure_model()
+    task.head.linear.weight.data.mul_(20.0)
+    lengths, labels = [9, 1, 4], torch.tensor([2, 0, 1])
+    ids, mask = torch.randint(50, (3, 9)), (torch.arange(9) < torch.tensor(lengths).unsqueeze(1)).long()
+    with torch.no_grad():
+        rows = [task.core(ids[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+    features, logits, losses = [], [], Losses()
+    task.head.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
+    task.head.register_forward_hook(lambda _, args, out: logits.append(out.detach()))
+    loader = torch.utils.data.DataLoader(
+        [{"input_ids": ids, "attention_mask": mask, "labels": labels}], batch_size=None
+    )
+    trainer(max_steps=1, callbacks=[losses], limit_val_batches=0).fit(task, loader)
+    torch.testing.assert_close(features[0], torch.stack([0.2 * row.mean(0) + 0.8 * row[-1] for row in rows]))
+    assert logits[0].shape == (4, 3, 3)
+    drawn = logits[0] if average == "loss" else logits[0].mean(0, keepdim=True)
+    of_masks = [F.cross_entropy(z, labels, label_smoothing=0.3).item() for z in drawn]
+    assert losses.losses == pytest.approx([sum(of_masks) / len(of_masks)])
+
+
+def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_path, monkeypatch):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    data, logger = ToySentiment(n_train=160, vocab_size=300), TensorBoardLogger(tmp_path)
+    task = SentimentClassifier(config=config, num_classes=3)
+    task.configure_model()
+    task.head.linear.weight.data.mul_(50.0)
+    figures = {}
+    monkeypatch.setattr(logger.experiment, "add_figure", lambda tag, figure, *_: figures.update({tag: figure}))
+    trainer(logger=logger).test(task, data)
+    counts = {(i, j): 0 for i in range(3) for j in range(3)}
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            for label, said in zip(batch["labels"], task.eval().probability(batch).argmax(-1), strict=True):
+                counts[int(label), int(said)] += 1
+    assert counts != {(j, i): n for (i, j), n in counts.items()}
+    (axes, *_) = figures["test/confusion"].axes
+    shown = {(int(y), int(x)): int(text.get_text()) for text in axes.texts for x, y in [text.get_position()]}
+    assert shown == counts
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("True class", "Predicted class")
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["negative", "neutral", "positive"]
 
 
 @pytest.mark.parametrize(

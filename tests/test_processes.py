@@ -85,6 +85,22 @@ def test_two_processes_equal_one(tmp_path, launch):
         assert [line.split(",")[0] for line in rows[0]] == [line.split(",")[0] for line in rows[1]]
 
 
+def test_a_sharded_run_goes_on_in_two_processes_and_in_one(tmp_path):
+    settings = ["--model.dropout=0.0", "--model.optimizer.init_args.lr=1e-4", EXACT]
+    one = [*settings, "--data.batch_size=16"]
+    fsdp = [f"--config={ROOT}/configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    two = [*settings, "--data.batch_size=8", *fsdp]
+    whole = weights(fit(tmp_path / "whole", *one) / "checkpoints/last.ckpt")
+    half = fit(tmp_path / "half", *two, "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1")
+    for name, how in (("sharded", two), ("alone", one)):
+        found = weights(
+            fit(tmp_path / name, *how, f"--ckpt_path={half}/checkpoints/last.ckpt") / "checkpoints/last.ckpt"
+        )
+        assert found.keys() == whole.keys()
+        for key in whole:
+            torch.testing.assert_close(found[key], whole[key], atol=1e-5, rtol=0, msg=f"{name}: {key}")
+
+
 # Five stages in two epochs of 16 steps: they begin at steps 0, 8, 15, 22 and 29.
 STAGES = """
 model: {init_args: {pooling: concat, dropout: %s, schedule: {class_path: gpt2_pl.optim.SlantedTriangular}}}

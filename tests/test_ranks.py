@@ -67,14 +67,14 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
     common = ["--trainer.precision=32-true", "--trainer.max_epochs=2", "--data.eval_batch_size=5",
               "--model.optimizer.init_args.lr=1e-4", f"--model.base={wide}"]  # fmt: skip
 
-    def differences(cases, world):
+    def differences(cases, world, trainer="ddp"):
         lines = []
         for case in cases:
             task, _, strategy = case.partition("/")
             names = [f"task/{task}", *(f"strategy/{part}" for part in strategy.split("+"))]
             arguments = [*(f"--config={CONFIGS}/{name}.yaml" for name in names), *common, *data[task]]
             lines.append(json.dumps({"name": case, "arguments": arguments}))
-        command = [sys.executable, str(ROOT / "tests/ranks.py"), str(tmp_path / "runs"), str(world)]
+        command = [sys.executable, str(ROOT / "tests/ranks.py"), str(tmp_path / "runs"), str(world), trainer]
         done = subprocess.run(command, input="\n".join(lines), env={**os.environ, "PYTHONPATH": str(ROOT)},
                               capture_output=True, text=True, timeout=3000, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
@@ -95,10 +95,22 @@ def test_four_processes_equal_one(differences):
     assert differences(["quora/lora_ffn", "imdb/full"], 4) == {}
 
 
+def test_two_processes_that_share_the_weights_equal_one(differences):
+    cases = [
+        "imdb/full",
+        "imdb/ulmfit+lora",
+        "quora/lora_embedding",
+        "imdb/prefix",
+        "sonnets/unlikelihood",
+        "text/ulmfit_lm",
+    ]
+    assert differences(cases, 2, "fsdp") == {}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_strategy_on_every_task_equals_one_process(differences, world):
-    assert differences(CASES, world) == {}
+@pytest.mark.parametrize(("world", "trainer"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_every_strategy_on_every_task_equals_one_process(differences, world, trainer):
+    assert differences(CASES, world, trainer) == {}
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):

@@ -26,6 +26,7 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
+from gpt2_pl.tasks.sharding import shard
 from gpt2_pl.tokenizer import check_fits
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -178,6 +179,8 @@ class Task(LightningModule):
         if self.compile_blocks:
             for block in self.gpt2.h:
                 block.compile(dynamic=True)
+        if self.device_mesh is not None:
+            shard(self.gpt2, self.device_mesh)
 
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
@@ -323,7 +326,7 @@ class Task(LightningModule):
             checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config), surgery=surgery)
         else:
             for name in self.core.base_names:
-                del checkpoint["state_dict"][f"gpt2.{name}"]
+                checkpoint["state_dict"].pop(f"gpt2.{name}", None)  # sharded weights are gathered by one process alone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare base, names and shapes before anything is copied; put back the weights of a frozen base.
@@ -336,6 +339,7 @@ class Task(LightningModule):
         if task != type(self).__name__:
             raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {type(self).__name__}")
         wanted, found = self.state_dict(), checkpoint["state_dict"]
+        frozen: dict[str, Tensor] = {}
         if not base.get("complete"):
             if self.train_base:
                 raise InputError(
@@ -348,7 +352,9 @@ class Task(LightningModule):
                     f"the checkpoint was trained on the base {base.get('path')} (digest {there}); "
                     f"model.base {self.base} holds other weights (digest {here})"
                 )
-            found.update({f"gpt2.{name}": wanted[f"gpt2.{name}"] for name in self.core.base_names})
+            frozen = {f"gpt2.{name}": wanted.pop(f"gpt2.{name}") for name in self.core.base_names}
+            for name in frozen:
+                found.pop(name, None)
         stored = checkpoint.get("surgery") or []  # in the hyperparameters those given now have taken their place
         then, now = ([_without(s, _OF_TRAINING) for s in surgery] for surgery in (stored, self.hparams["surgery"]))
         if then != now:
@@ -363,6 +369,8 @@ class Task(LightningModule):
                 raise InputError(f"the checkpoint's {name} is of {tensor.dtype}; it must be of {kinds[0]}")
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
+        if self.device_mesh is None:  # a sharded model loads what is there, and keeps the rest
+            found.update(frozen)
 
     # Losses and scores
 

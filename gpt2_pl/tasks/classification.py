@@ -13,6 +13,7 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
 from gpt2_pl.metrics import Gathered, Mean, finite
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.sharding import shard_head
 
 Batch = dict[str, Any]
 
@@ -103,6 +104,8 @@ class Classifier(Task):
             self.head = ClassificationHead(width, self.num_classes, self.head_dropout, self.n_masks)
             for surgery in self.surgery:
                 surgery.load_head(self.head)
+            if self.device_mesh is not None:
+                shard_head(self.head, self.device_mesh)
         else:
             self.head = Verbaliser(self._word_ids())
 

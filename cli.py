@@ -95,7 +95,10 @@ def _condensed(message: str) -> str:
     text = " ".join(told).replace('Parser key "', "").replace('":', ":", 1)
     if given and len(given[-1]) < 100 and "(" not in given[-1] and given[-1] not in text:
         text += f"; the value is {given[-1]}"
-    if "gpt2_pl.tasks.Task'" in text or "arguments are required" in text:
+    if "Expected a <class 'str'>. Got value: {" in text or "Expected a <class 'str'>. Got value: True" in text:
+        text += " (YAML takes this text for something else: quote it twice, as in '\"Review: {sentence}\"')"
+    without_task = ("gpt2_pl.tasks.Task'", "lightning.LightningDataModule'", "arguments are required")
+    if any(sign in text for sign in without_task):
         text += " (the task's file comes first: --config configs/task/sst5.yaml --config configs/strategy/full.yaml)"
     return text
 

@@ -28,7 +28,7 @@ class PoemWriter(Callback):
         folder = trainer.log_dir  # asks all processes
         if not isinstance(pl_module, PoemGenerator) or not trainer.is_global_zero or not pl_module.written:
             return
-        if folder is not None:
+        if folder is not None and trainer.logger is not None:
             with whole_file(Path(folder) / f"poems_{split}.txt") as file:
                 file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in pl_module.written))
         if isinstance(trainer.logger, TensorBoardLogger):

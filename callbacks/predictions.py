@@ -58,8 +58,8 @@ class PredictionWriter(Callback):
         if not isinstance(pl_module, Classifier | PoemGenerator):
             return
         outcomes = pl_module.outcomes.compute()
-        folder = trainer.log_dir
-        if not trainer.is_global_zero or folder is None:
+        folder = trainer.log_dir  # asks all processes
+        if not trainer.is_global_zero or folder is None or trainer.logger is None:
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
         if isinstance(pl_module, PoemGenerator):

@@ -52,7 +52,7 @@ class RunSummary(Callback):
         self.test_follows = False  # the run is finished only when its best checkpoint has been tested
         self._since = self._cpu_since = 0.0
         self._logged = (0, 0.0)  # tokens and seconds when the speed was logged last
-        self._fitting = False
+        self._fitting = self._began = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note whether this is training: checkpoints are also loaded to be tested."""
@@ -96,10 +96,14 @@ class RunSummary(Callback):
     # Training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; tell TensorBoard the settings and which scores will be final."""
+        """Start the clock."""
         self._since, self._cpu_since = time.perf_counter(), time.process_time()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whatever was to be restored is: tell TensorBoard the settings and which scores will be final."""
+        self._began = True
         self._show_settings(trainer, {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -161,12 +165,12 @@ class RunSummary(Callback):
         self._log_final(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write down that training broke off; what was reached stays.
+        """Write down that training broke off; what was reached stays, as does all where a checkpoint was refused.
 
         Raises:
             InputError: what broke off was restoring a checkpoint, which Lightning does.
         """
-        if self._fitting and trainer.training:
+        if self._fitting and trainer.training and (self._began or trainer.ckpt_path is None):
             stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             with suppress(RunError):  # a full disk, of which the exception tells
                 self._write(trainer, pl_module, "interrupted" if stopped else "failed")

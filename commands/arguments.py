@@ -165,6 +165,28 @@ def run_of(checkpoint: Path, root: Path) -> Path | None:
     return run.relative_to(root.resolve())
 
 
+# What may be otherwise when a run goes on: where files lie, and what is computed how.
+_ELSEWHERE = {"base", "config", "compile", "activation_checkpointing", "tokenizer", "batch_size", "eval_batch_size"}
+
+
+def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with a run under other settings of its model or data than ``file``, its config.yaml, says.
+
+    A checkpoint holds the state of an optimizer, whose rates would be taken whatever the settings say.
+    """
+    if not file.is_file():
+        return
+    before = dict(settings_of(["fit", f"--config={file}"])).get(str(file), {})
+    for part in ("model", "data"):
+        then, now = ((of.get(part) or {}).get("init_args") or {} for of in (before, settings))
+        for key in then.keys() & now.keys() - _ELSEWHERE:
+            if then[key] != now[key] and not key.endswith("_file"):
+                raise InputError(
+                    f"{part}.{key} is {now[key]}; the run that goes on has {then[key]} ({file}): leave it at that, or "
+                    "begin a run without ckpt_path"
+                )
+
+
 def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
     content = read(checkpoint)

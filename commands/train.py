@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
@@ -31,6 +32,7 @@ from commands import RUNS
 from commands.arguments import (
     check_name,
     check_ranges,
+    check_same_settings,
     check_shape,
     checkpoint_path,
     ordered,
@@ -40,7 +42,7 @@ from commands.arguments import (
     states,
     with_hyperparameters,
 )
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.tasks import Task
@@ -64,12 +66,61 @@ class Parser(LightningArgumentParser):
         Raises:
             RunError: there is no room for it; the file that was there is as it was.
         """
+        namespace = namespace.clone()
+        namespace.version = namespace.ckpt_path = None  # of this one call, and not of the run's settings
         with whole_file(Path(path)) as file:
             file.write(self.dump(namespace, skip_none=False))
 
 
+class RunLogger(TensorBoardLogger):
+    """A TensorBoardLogger whose version, where none is given, is the next free one until it is taken: two runs that
+    begin at once get one each, and one that is refused makes no folder."""
+
+    @property
+    def version(self) -> int | str:
+        """The version given or taken, or else the next free one."""
+        return self._get_next_version() if self._version is None else self._version
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """As TensorBoardLogger's; whoever asks first takes the version, by making its folder.
+
+        Raises:
+            RunError: it cannot be made.
+        """
+        while self._version is None:
+            number = self._get_next_version()
+            try:
+                Path(self.root_dir, f"version_{number}").mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise RunError(f"{self.root_dir} cannot be written to: {error.strerror}") from None
+            self._version = number
+        return super().experiment
+
+
 class RunFiles(SaveConfigCallback):
-    """Writes config.yaml and tokenizer.json into the run's folder."""
+    """Writes config.yaml and tokenizer.json into the run's folder.
+
+    That waits until a checkpoint is restored: one that is refused leaves its run as it was.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them where there is a run's folder."""
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, str(trainer.state.fn))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where nothing trains."""
+        if trainer.state.fn != "fit":
+            self.on_train_start(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the tokenizer, so that the run's model can be used without its data."""
@@ -171,6 +222,8 @@ class GPT2CLI(LightningCLI):
             raise InputError(f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE")
         check_ranges(config)
         check_name(config.name)
+        if self.subcommand != "fit" and not states(self.given, "version"):
+            config.version = None  # a file's is that of the run which it is of
         if config.version is not None:
             check_name(config.version, "version")
         refuse_contradictions(config.get("config") or [])
@@ -201,6 +254,16 @@ class GPT2CLI(LightningCLI):
         folder = root / config.name / str(config.version)
         if trainer.logger is True and not trainer.fast_dev_run:
             check_place(folder, "name")
+        if self.subcommand == "fit" and self.checkpoint is not None:
+            now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+            check_same_settings(Path(self.checkpoint).parents[1] / "config.yaml", now)
+        if self.subcommand == "predict" and trainer.logger is False:
+            raise InputError("trainer.logger is false, and what is predicted goes into the folder of a logged run")
+        if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:
+            raise InputError(
+                "trainer.limit_val_batches is 0, and early_stopping_patience waits for validation scores; "
+                "give --early_stopping_patience null"
+            )
         if config.version is not None and (folder / "config.yaml").exists() and stopped != folder.relative_to(root):
             raise InputError(f"version: {folder} holds a run already; give another, or go on with its last.ckpt")
 
@@ -215,6 +278,10 @@ class GPT2CLI(LightningCLI):
         for callback in callbacks:
             if hasattr(callback, "check"):
                 callback.check(callbacks, self.model)
+        model: Any = self.model
+        untrained = model.base is None or getattr(model, "head_name", None) == "linear"
+        if self.subcommand != "fit" and self.checkpoint is None and untrained and not model.surgery:
+            print("gpt2-pl: no ckpt_path is given: what is scored has not been trained", file=sys.stderr)
         stated, actual = self._stated_num_classes(), getattr(self.datamodule, "num_classes", None)
         if stated is not None and actual is not None and str(stated) != str(actual):
             raise InputError(
@@ -243,9 +310,7 @@ class GPT2CLI(LightningCLI):
         logged = trainer["logger"] is True and not trainer["fast_dev_run"]
         if logged:
             root = Path(trainer["default_root_dir"] or ".") / RUNS
-            trainer["logger"] = TensorBoardLogger(
-                root, name=config["name"], version=config["version"], default_hp_metric=False
-            )
+            trainer["logger"] = RunLogger(root, name=config["name"], version=config["version"], default_hp_metric=False)
         # a checkpoint's settings come as a text of several lines
         files = [str(file) for file in config.get("config") or [] if file is not None and "\n" not in str(file)]
         self.summary = RunSummary(self.config_settings(), files)
@@ -267,10 +332,14 @@ class GPT2CLI(LightningCLI):
                 if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                     trainer["plugins"] = [*plugins, WholeCheckpoints()]
         try:
-            return self._instantiate_trainer(trainer, callbacks)
+            made = self._instantiate_trainer(trainer, callbacks)
         except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
             message = " ".join(str(error).split()).replace("Timer(duration=", "Trainer(max_time=")
             raise InputError(f"trainer: {message}") from None
+        order: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+        order.remove(self.summary)  # its account begins behind config.yaml, and ends before the checkpoints
+        order.insert(sum(not isinstance(callback, RunCheckpoint) for callback in order), self.summary)
+        return made
 
     def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[Callback]:
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
@@ -323,6 +392,7 @@ class GPT2CLI(LightningCLI):
         folder = self.trainer.log_dir  # asks all processes
         if not self.trainer.is_global_zero:
             return
+        folder = None if self.trainer.logger is None else folder
         from rich.console import Console
 
         console = Console()
@@ -337,8 +407,9 @@ class GPT2CLI(LightningCLI):
             console.print(f"\n{self.subcommand} is done: {folder}\n  {files}", soft_wrap=True, highlight=False)
             if (best := Path(folder, "checkpoints", "best.ckpt")).is_file():
                 console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
+                again = "test" if self.datamodule.has("test") else "validate"
                 console.print(
-                    f"Score it again:  gpt2-pl test --config {folder}/config.yaml "
+                    f"Score it again:  gpt2-pl {again} --config {folder}/config.yaml "
                     f"--ckpt_path {folder}/checkpoints/best.ckpt",
                     soft_wrap=True,
                     highlight=False,

@@ -4,12 +4,15 @@ import itertools
 import json
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, metrics, weights
 
+import cli
+from commands.train import RunLogger
 from datamodules.toy import toy_reviews
 from gpt2_pl.tokenizer import load_tokenizer
 
@@ -270,3 +273,48 @@ def test_hparams_page_shows_every_task_with_its_final_scores(run, tmp_path):
         for name, value in metrics(folder)["scores"].items():
             if "/" in name:
                 assert final.Scalars(f"hp/{name.replace('/', '_')}")[-1].value == pytest.approx(value)
+
+
+def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
+    loggers = [RunLogger(tmp_path, name="run", version=None) for _ in range(2)]
+    assert [logger.version for logger in loggers] == [0, 0]
+    assert not list(tmp_path.iterdir())
+    folders = [logger.experiment.log_dir for logger in loggers]
+    assert [Path(folder).name for folder in folders] == ["version_0", "version_1"]
+    assert [logger.log_dir for logger in loggers] == folders
+
+
+def test_without_a_logger_nothing_is_written_over(run, base, data_flags, tmp_path):
+    for name in ("config.yaml", "predictions_val.csv", "metrics.json"):
+        (tmp_path / name).write_text("mine")
+    cli.main(["fit", f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64",
+              "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.max_epochs=1",
+              "--trainer.enable_progress_bar=false", "--early_stopping_patience=null"])  # fmt: skip
+    for name in ("config.yaml", "predictions_val.csv", "metrics.json"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config={task}/sst5.yaml", "--trainer.limit_val_batches=0"], "give --early_stopping_patience null"),
+        (["--config={task}/sst5.yaml", "--data.template=Review: {{sentence}}"], "quote it twice"),
+        (["--config={task}/sst5.yaml", "--data.labels=[yes, no, maybe, so, much]"], "quote it twice"),
+        (["--config={strategy}/full.yaml", "--data.train_file=f"], "the task's file comes first"),
+    ],
+)
+def test_advice(args, words, run, capsys, base, data_flags):
+    folders = {name: CONFIGS / name for name in ("task", "strategy")}
+    files = data_flags if "sst5" in args[0] else []
+    assert words in refused(
+        run, capsys, "fit", *(arg.format(**folders) for arg in args), f"--model.base={base}", *files
+    )
+
+
+def test_what_nothing_has_trained_is_scored_with_a_word_of_it(run, base, data_flags, capsys):
+    settings = [f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64"]
+    run("validate", *settings)
+    assert "no ckpt_path is given: what is scored has not been trained" in capsys.readouterr().err
+    words = ["--model.head=verbaliser", "--model.words=[' bad', ' good']", "--model.word_ids=[5, 6]"]
+    run("validate", *settings, *words)
+    assert "ckpt_path" not in capsys.readouterr().err

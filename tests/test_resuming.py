@@ -257,3 +257,39 @@ def test_nobody_is_told_that_batches_are_not_resumed(run, recwarn):
     folder = run(*settings, "--trainer.max_steps=4")
     run(*settings, "--trainer.max_steps=8", "--ckpt_path", folder / "checkpoints/last.ckpt")
     assert [str(warning.message) for warning in recwarn if "resum" in str(warning.message)] == []
+
+
+def contents(folder):
+    """The files of a run but TensorBoard's, and what they hold."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--model.config.n_layer=4"], "h.3"),
+        (["--model.optimizer.init_args.lr=0.01"], "model.optimizer is"),
+        (["--model.pooling=mean"], "model.pooling is mean; the run that goes on has last"),
+        (["--data.n_train=90"], "data.n_train is 90; the run that goes on has 96"),
+    ],
+)
+def test_a_run_that_is_not_gone_on_with_stays_as_it_was(change, words, run, capsys):
+    folder = run(*QUICK, "--trainer.max_epochs=1")
+    before = contents(folder)
+    checkpoint = f"--ckpt_path={folder}/checkpoints/last.ckpt"
+    assert words in refused(run, capsys, *QUICK, "--trainer.max_epochs=2", checkpoint, *change)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_resumed_run_is_scored_in_a_folder_of_its_own(run):
+    folder = run(*QUICK, "--trainer.max_epochs=1", "--version=version_7")
+    resumed = run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert resumed == folder
+    before = contents(folder)
+    scored = run("test", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt")
+    assert scored.name == "version_8"
+    assert contents(folder) == before
+    test = {name: value for name, value in metrics(folder)["scores"].items() if name.startswith("test/")}
+    assert metrics(scored)["scores"] == test

@@ -38,7 +38,8 @@ Configuration files lie over one another, later over earlier, and flags over fil
   gpt2-pl test --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
 
 A run leaves its configuration, checkpoints, scores, predictions and TensorBoard events in
-lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists all keys.
+lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists the keys,
+and `gpt2-pl fit --model.help CLASS` and `--data.help CLASS` those of a task and of its data.
 """
 
 

@@ -363,7 +363,7 @@ def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
         figures = [f"{layer['parameters']:,}", f"{layer['trainable']:,}"]
         figures.append(", ".join(f"{rate:.3g}" for rate in layer["peak_rates"]) or "frozen")
         if rows and rows[-1][1:] == figures and layer["layer"].startswith("block.") and "block." in rows[-1][0]:
-            rows[-1][0] = f"{rows[-1][0].partition(' to ')[0]} to {layer['layer'].removeprefix('block.')}"
+            rows[-1][0] = f"{rows[-1][0].partition(' to ')[0]} to {layer['layer'].removeprefix('block.')}, each"
         else:
             rows.append([layer["layer"], *figures])
     total, trainable = (sum(layer[key] for layer in layers) for key in ("parameters", "trainable"))

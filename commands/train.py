@@ -254,9 +254,9 @@ class GPT2CLI(LightningCLI):
         folder = root / config.name / str(config.version)
         if trainer.logger is True and not trainer.fast_dev_run:
             check_place(folder, "name")
-        if self.subcommand == "fit" and self.checkpoint is not None:
+        if self.subcommand == "fit" and stopped == folder.relative_to(root):
             now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
-            check_same_settings(Path(self.checkpoint).parents[1] / "config.yaml", now)
+            check_same_settings(folder / "config.yaml", now)
         if self.subcommand == "predict" and trainer.logger is False:
             raise InputError("trainer.logger is false, and what is predicted goes into the folder of a logged run")
         if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:

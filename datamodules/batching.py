@@ -98,9 +98,17 @@ def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: i
 
 
 def evaluation_batches(lengths: NDArray[Any], batch_size: int, rank: int = 0, world: int = 1) -> list[Rows]:
-    """The batches of process ``rank``: every row on exactly one process, once, longest rows first."""
+    """The batches of process ``rank``: every row on exactly one process, once, longest rows first.
+
+    All processes have as many, for which a batch may be smaller, or one row larger, than ``batch_size``: processes that
+    share the weights gather them in step.
+    """
     order = np.argsort(-lengths, kind="stable")[rank::world]
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    least, most = len(lengths) // world, -(-len(lengths) // world)  # rows of a process
+    n = -(-most // batch_size)
+    if n == -(-least // batch_size):
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return np.array_split(order, min(n, least))
 
 
 class PackedRows(TokenRows):

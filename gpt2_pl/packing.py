@@ -225,8 +225,14 @@ def packed(model: GPT2, times: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.wte.weight.dtype
     if times < WORTH or not can_be_packed(model.wte.weight.device, dtype) or not _are_plain(model.h):
-        weight = model.head_weight
-        yield lambda hidden: (weight @ hidden.T).T  # in this order faster than F.linear for few rows
+        merged: list[Tensor] = []
+
+        def head(hidden: Tensor) -> Tensor:
+            if not merged:  # sharded weights are there once the first pass has gathered them
+                merged.append(model.head_weight)
+            return (merged[0] @ hidden.T).T  # in this order faster than F.linear for few rows
+
+        yield head
         return
 
     def pack_layer(layer: Any) -> PackedLinear:

@@ -28,6 +28,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/losses.py", "counts &= j >= t - window", "counts &= j > t - window", "unlikelihood"),
     ("gpt2_pl/losses.py", "& (following.unsqueeze(1) >= t)", "", "unlikelihood"),
     ("gpt2_pl/losses.py", "again = same.tril(-1)", "again = same", "unlikelihood"),
+    ("gpt2_pl/tasks/language_model.py", "targets[:, : P - 1] = IGNORED", "pass", "unlikelihood"),
+    ("gpt2_pl/tasks/language_model.py", "self._ignored(),", "[],", "unlikelihood"),
     ("gpt2_pl/heads.py", "labels.repeat(n)", "labels.repeat_interleave(n)", "heads"),
     ("gpt2_pl/tasks/base.py", "losses.sum() * (self.trainer.world_size /", "losses.sum() * (1 /", "processes"),
     # Model
@@ -64,10 +66,13 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/resuming.py", "state[key] = _moved(state[key], own)", "pass", "resuming"),
     ("datamodules/batching.py", "for rows in batches[self.next_batch() :]:", "for rows in batches:", "processes"),
     ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
+    ("commands/train.py", "namespace.version = namespace.ckpt_path = None", "pass", "resuming"),
+    ("commands/arguments.py", "for key in then.keys() & now.keys() - _ELSEWHERE:", "for key in ():", "resuming"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),
     ("gpt2_pl/files.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "faults"),
     ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoints"),
     # Scores and statistics
+    ("gpt2_pl/tasks/base.py", "self._logged.clear()", "pass", "sentiment"),
     ("gpt2_pl/statistics.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "statistics"),
     ("gpt2_pl/statistics.py", "p = min(1.0, 2 * min(", "p = min(1.0, min(", "statistics"),
     ("gpt2_pl/statistics.py", "f1.sum(-1) / seen.sum(-1)", "f1.mean(-1)", "statistics"),

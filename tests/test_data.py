@@ -89,7 +89,7 @@ def test_a_batch_is_its_rows_padded_on_the_right():
     assert batch["labels"].tolist() == [3, 2, 0]
 
 
-@pytest.mark.parametrize(("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2)])
+@pytest.mark.parametrize(("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4)])
 def test_every_row_once_an_epoch_on_one_rank(n, size, world):
     rows = token_rows(n)
     loaders = [TrainingLoader(rows, size, 1, rank, world) for rank in range(world)]
@@ -100,8 +100,10 @@ def test_every_row_once_an_epoch_on_one_rank(n, size, world):
     left_out = n % (size * world) if n % (size * world) < world else 0
     assert len(flat) == len(set(flat)) == n - left_out
     assert all(batches and all(batches) for batches in seen)
-    evaluated = [np.concatenate(evaluation_batches(rows.lengths, size, rank, world)) for rank in range(world)]
-    assert sorted(np.concatenate(evaluated).tolist()) == list(range(n))
+    evaluated = [evaluation_batches(rows.lengths, size, rank, world) for rank in range(world)]
+    assert sorted(row for batches in evaluated for batch in batches for row in batch.tolist()) == list(range(n))
+    assert len({len(batches) for batches in evaluated}) == 1
+    assert all(0 < len(batch) <= size + 1 for batches in evaluated for batch in batches)
 
 
 def test_one_process_and_two_see_the_same_global_batches():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, metrics, weights
 from test_cli import refused
 
@@ -287,6 +288,8 @@ def test_a_resumed_run_is_scored_in_a_folder_of_its_own(run):
     folder = run(*QUICK, "--trainer.max_epochs=1", "--version=version_7")
     resumed = run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
     assert resumed == folder
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["version"] is settings["ckpt_path"] is None
     before = contents(folder)
     scored = run("test", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt")
     assert scored.name == "version_8"

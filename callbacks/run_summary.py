@@ -56,7 +56,7 @@ class RunSummary(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note whether this is training: checkpoints are also loaded to be tested."""
-        self._fitting = stage == "fit"
+        self._fitting, self._began = stage == "fit", False
 
     # What a resumed run takes over
 

@@ -159,32 +159,55 @@ def states(args: list[str], *keys: str) -> bool:
 
 def run_of(checkpoint: Path, root: Path) -> Path | None:
     """The folder, below ``root``, of the run that a last checkpoint is to go on; None of any other checkpoint."""
-    run = checkpoint.resolve().parents[1]
+    run = checkpoint.expanduser().resolve().parents[1]
     if checkpoint.name != "last.ckpt" or not (run / "config.yaml").is_file() or not run.is_relative_to(root.resolve()):
         return None
     return run.relative_to(root.resolve())
 
 
-# What may be otherwise when a run goes on: where files lie, and what is computed how.
-_ELSEWHERE = {"base", "config", "compile", "activation_checkpointing", "tokenizer", "batch_size", "eval_batch_size"}
+# What may be otherwise when a run goes on: where files lie, how things are computed, what is written and decided.
+_FREE = {
+    *("base", "config", "tokenizer", "compile", "activation_checkpointing", "batch_size", "eval_batch_size"),
+    *("n_shown", "temperature", "top_p", "guide", "max_new_tokens", "threshold"),
+}
+_FREE_OF_SURGERY = {"folder", "dropout", "b_lr_ratio", "init_text"}
+_STRATEGIES = ("callbacks.DiscriminativeLR", "callbacks.GradualUnfreezing")
+
+
+def _settings_that_stay(settings: dict[str, Any]) -> dict[str, Any]:
+    """By key, what a run that goes on goes on with."""
+    found = {"seed_everything": settings.get("seed_everything")}
+    for part in ("model", "data"):
+        stated = settings.get(part) or {}
+        found[f"{part}.class_path"] = stated.get("class_path")
+        for key, value in (stated.get("init_args") or {}).items():
+            if key == "surgery":
+                value = [
+                    {**of, "init_args": {k: v for k, v in of.get("init_args", {}).items() if k not in _FREE_OF_SURGERY}}
+                    for of in value or []
+                ]
+            if key not in _FREE and not key.endswith("_file"):
+                found[f"{part}.{key}"] = value
+    callbacks = (settings.get("trainer") or {}).get("callbacks") or []
+    found["trainer.callbacks"] = [callback for callback in callbacks if callback["class_path"] in _STRATEGIES]
+    return found
 
 
 def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a run under other settings of its model or data than ``file``, its config.yaml, says.
+    """Refuse to go on with a run under other settings than ``file``, its config.yaml, says.
 
     A checkpoint holds the state of an optimizer, whose rates would be taken whatever the settings say.
     """
     if not file.is_file():
         return
-    before = dict(settings_of(["fit", f"--config={file}"])).get(str(file), {})
-    for part in ("model", "data"):
-        then, now = ((of.get(part) or {}).get("init_args") or {} for of in (before, settings))
-        for key in then.keys() & now.keys() - _ELSEWHERE:
-            if then[key] != now[key] and not key.endswith("_file"):
-                raise InputError(
-                    f"{part}.{key} is {now[key]}; the run that goes on has {then[key]} ({file}): leave it at that, or "
-                    "begin a run without ckpt_path"
-                )
+    before = _settings_that_stay(dict(settings_of(["fit", f"--config={file}"])).get(str(file), {}))
+    now = _settings_that_stay(settings)
+    for key in before.keys() & now.keys():
+        if before[key] != now[key]:
+            raise InputError(
+                f"{key} is {now[key]}; the run that goes on has {before[key]} ({file}): leave it at that, or begin a "
+                "run without ckpt_path"
+            )
 
 
 def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:

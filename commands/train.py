@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
@@ -45,6 +46,7 @@ from commands.arguments import (
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
+from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
 
 
@@ -66,8 +68,6 @@ class Parser(LightningArgumentParser):
         Raises:
             RunError: there is no room for it; the file that was there is as it was.
         """
-        namespace = namespace.clone()
-        namespace.version = namespace.ckpt_path = None  # of this one call, and not of the run's settings
         with whole_file(Path(path)) as file:
             file.write(self.dump(namespace, skip_none=False))
 
@@ -89,8 +89,9 @@ class RunLogger(TensorBoardLogger):
         Raises:
             RunError: it cannot be made.
         """
+        number = -1
         while self._version is None:
-            number = self._get_next_version()
+            number = max(number + 1, self._get_next_version())
             try:
                 Path(self.root_dir, f"version_{number}").mkdir(parents=True)
             except FileExistsError:
@@ -112,6 +113,10 @@ class RunFiles(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write them where there is a run's folder."""
+        self.config = self.config.clone()
+        self.config.version = None  # of this one call, and not a setting of the run's
+        if trainer.state.fn == "fit":
+            self.config.ckpt_path = None
         if trainer.logger is not None:
             super().setup(trainer, pl_module, str(trainer.state.fn))
 
@@ -280,7 +285,9 @@ class GPT2CLI(LightningCLI):
                 callback.check(callbacks, self.model)
         model: Any = self.model
         untrained = model.base is None or getattr(model, "head_name", None) == "linear"
-        if self.subcommand != "fit" and self.checkpoint is None and untrained and not model.surgery:
+        brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
+        asked = self.subcommand != "fit" and getattr(rank_zero_only, "rank", 0) == 0
+        if asked and self.checkpoint is None and untrained and not brings_head:
             print("gpt2-pl: no ckpt_path is given: what is scored has not been trained", file=sys.stderr)
         stated, actual = self._stated_num_classes(), getattr(self.datamodule, "num_classes", None)
         if stated is not None and actual is not None and str(stated) != str(actual):

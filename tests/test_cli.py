@@ -281,6 +281,8 @@ def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
     assert not list(tmp_path.iterdir())
     folders = [logger.experiment.log_dir for logger in loggers]
     assert [Path(folder).name for folder in folders] == ["version_0", "version_1"]
+    (tmp_path / "run/version_2").write_text("no folder, so that it does not count as a version")
+    assert Path(RunLogger(tmp_path, name="run", version=None).experiment.log_dir).name == "version_3"
     assert [logger.log_dir for logger in loggers] == folders
 
 

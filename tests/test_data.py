@@ -89,7 +89,9 @@ def test_a_batch_is_its_rows_padded_on_the_right():
     assert batch["labels"].tolist() == [3, 2, 0]
 
 
-@pytest.mark.parametrize(("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4)])
+@pytest.mark.parametrize(
+    ("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4)]
+)
 def test_every_row_once_an_epoch_on_one_rank(n, size, world):
     rows = token_rows(n)
     loaders = [TrainingLoader(rows, size, 1, rank, world) for rank in range(world)]

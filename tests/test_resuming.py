@@ -273,6 +273,8 @@ def contents(folder):
         (["--model.optimizer.init_args.lr=0.01"], "model.optimizer is"),
         (["--model.pooling=mean"], "model.pooling is mean; the run that goes on has last"),
         (["--data.n_train=90"], "data.n_train is 90; the run that goes on has 96"),
+        (["--seed_everything=2"], "seed_everything is 2; the run that goes on has 1"),
+        (["--trainer.callbacks=[{class_path: callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
     ],
 )
 def test_a_run_that_is_not_gone_on_with_stays_as_it_was(change, words, run, capsys):

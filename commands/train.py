@@ -373,6 +373,9 @@ class GPT2CLI(LightningCLI):
                 command = f"gpt2-pl fit --config {folder}/config.yaml --ckpt_path {last}"
                 print(f"gpt2-pl: stopped by SIGTERM; go on with {command}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.trainer.strategy.barrier()  # none ends, and takes its connections along, while another is at work
+            torch.distributed.destroy_process_group()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -73,8 +73,8 @@ class FullySharded(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The file's contents, on every process."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        """The file's contents, on every process; nothing in it is executed."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)  # which the trainer leaves out here
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give every process its part of the weights."""

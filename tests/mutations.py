@@ -66,7 +66,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/resuming.py", "state[key] = _moved(state[key], own)", "pass", "resuming"),
     ("datamodules/batching.py", "for rows in batches[self.next_batch() :]:", "for rows in batches:", "processes"),
     ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
-    ("commands/train.py", "self.config.ckpt_path = None", "pass", "resuming"),
+    ("commands/run_files.py", "self.config.ckpt_path = None", "pass", "resuming"),
     ("commands/arguments.py", "for key in before.keys() & now.keys():", "for key in ():", "resuming"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),
     ("gpt2_pl/files.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "faults"),

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, metrics, weights
 
 import cli
-from commands.train import RunLogger
+from commands.run_files import RunLogger
 from datamodules.toy import toy_reviews
 from gpt2_pl.tokenizer import load_tokenizer
 

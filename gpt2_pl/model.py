@@ -151,6 +151,7 @@ class GPT2(nn.Module):
 
     Attributes:
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        dropout: probability for the embeddings; see :meth:`set_dropout`.
         prompt: gives P embeddings (P, C) that stand in front of every row's token embeddings (a soft prompt).
         prefix: gives keys and values (L, 2, H, P, hd) that stand in front of every row's own in each block.
         base_names: the published parameters' names; whatever else there is, surgery added.
@@ -164,6 +165,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.dropout = config.dropout
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -229,7 +231,7 @@ class GPT2(nn.Module):
         keys = torch.arange(N, device=x.device)
         text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
         position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)
-        x = dropout(x + self.wpe(position_ids[..., before:]), self.config.dropout, self.training)
+        x = dropout(x + self.wpe(position_ids[..., before:]), self.dropout, self.training)
         mask = None if text is None and new in (1, N) else self._mask(keys[before:].unsqueeze(0), keys, text)
         *blocks, last = range(len(self.h))
         for i in blocks:
@@ -239,6 +241,16 @@ class GPT2(nn.Module):
             mask = self._mask(at + before + skipped, keys, text)
             return self.ln_f(self._run(last, x, mask, at + skipped, prefix, cache))
         return self.ln_f(self._run(last, x, mask, None, prefix, cache)[:, skipped:])
+
+    def set_dropout(self, p: float) -> None:
+        """Set the dropout probability of the embeddings, the attention weights and both residual branches.
+
+        ``config.dropout``, and the dropout of adapters, stay as they are.
+        """
+        self.dropout = p
+        for module in self.modules():
+            if isinstance(module, Block | CausalSelfAttention):
+                module.dropout = p
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token scores (..., V) of hidden states (..., C), through the tied token embedding."""

@@ -62,6 +62,9 @@ class Task(LightningModule):
         dropout: of the GPT-2; by default the base's or the config's own.
         surgery: changes made to the GPT-2 before it trains, in this order, such as ``[LoRA(rank=8)]``.
         train_base: whether the GPT-2's own weights train; by default they do unless there is surgery.
+        frozen_base_dropout: whether a frozen GPT-2 applies ``dropout`` in training, as peft does. It is frozen if none
+            of its own weights trains in the whole run; weights that :class:`~callbacks.GradualUnfreezing` freezes for a
+            stage still count as trained. The dropout of adapters and of the head is not affected.
         optimizer: makes the optimizer from parameter groups.
         schedule: the learning rate over training.
         compile: compile each block, and a language model's loss, with ``torch.compile``.
@@ -84,6 +87,7 @@ class Task(LightningModule):
         dropout: float | None = None,
         surgery: list[Surgery] | None = None,
         train_base: bool | None = None,
+        frozen_base_dropout: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5, fused=True),
         schedule: Schedule | None = None,
         compile: bool = False,
@@ -108,6 +112,7 @@ class Task(LightningModule):
         self.base_digest: str | None = None
         self.surgery = [build(settings) for settings in surgery or []]
         self.train_base = not self.surgery if train_base is None else train_base
+        self.frozen_base_dropout = frozen_base_dropout
         self._check_surgery()
         self.make_optimizer, self.schedule = optimizer, schedule or Linear()
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
@@ -176,11 +181,17 @@ class Task(LightningModule):
         for name, parameter in self.gpt2.named_parameters():
             if name in self.gpt2.base_names:
                 parameter.requires_grad_(self.train_base)
+        if not self.frozen_base_dropout and not self._base_trains():
+            self.gpt2.set_dropout(0.0)
         if self.compile_blocks:
             for block in self.gpt2.h:
                 block.compile(dynamic=True)
         if self.device_mesh is not None:
             shard(self.gpt2, self.device_mesh)
+
+    def _base_trains(self) -> bool:
+        """Whether any of the GPT-2's own weights requires a gradient."""
+        return any(p.requires_grad for name, p in self.core.named_parameters() if name in self.core.base_names)
 
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
@@ -214,7 +225,7 @@ class Task(LightningModule):
     @property
     def is_probe(self) -> bool:
         """Whether the GPT-2 stays as it is, so that its features can be computed once."""
-        return not self.train_base and not self.surgery
+        return not self.train_base and not self.surgery and not self.frozen_base_dropout
 
     # Parameters
 

@@ -81,7 +81,7 @@ class Classifier(Task):
             )
         if head == "verbaliser" and (n_masks != 1 or head_dropout):
             raise InputError("model.n_masks and head_dropout are of the linear head; the verbaliser has no dropout")
-        if head == "verbaliser" and self.is_probe:
+        if head == "verbaliser" and not self.train_base and not self.surgery:
             raise InputError("model.head verbaliser has no parameters: with train_base: false nothing would train")
         self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
         self.head_name, self.words = head, words

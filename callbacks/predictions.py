@@ -57,7 +57,7 @@ class PredictionWriter(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if not isinstance(pl_module, Classifier | PoemGenerator):
             return
-        outcomes = pl_module.outcomes.compute()
+        outcomes = pl_module.outcomes.rows()
         folder = trainer.log_dir  # asks all processes
         if not trainer.is_global_zero or folder is None or trainer.logger is None:
             return

@@ -74,11 +74,18 @@ class TextData(LightningDataModule):
     # Reading
 
     def prepare_data(self) -> None:
-        """Check and encode what the stage needs, in one process; the others then read the cache."""
+        """Check and encode all data of the run in one process, before anything is written; the others read the cache.
+
+        A fit is followed by a test where there are test data, so they are checked before training as well.
+        """
         model: Any = getattr(self.trainer, "lightning_module", None)
         if hasattr(model, "check_tokenizer"):
-            model.check_tokenizer(self.tokenizer)  # before a run's folder is made
+            model.check_tokenizer(self.tokenizer)
         self.setup()
+        if self.trainer is not None and self.trainer.state.fn == "fit" and self.has("test"):
+            self.setup("test")
+        for split in self.encoded:
+            self._check_enough(split, self._process()[1])
 
     def setup(self, stage: str | None = None) -> None:
         """Encode the splits of ``stage`` (fit, validate, test, predict; None: all there are)."""

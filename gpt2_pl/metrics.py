@@ -21,6 +21,7 @@ class Gathered(Metric):
     def __init__(self, *names: str) -> None:
         super().__init__()
         self.names = names
+        self._shapes: dict[str, torch.Size] = {}  # of one row's value
         for name in names:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -28,9 +29,17 @@ class Gathered(Metric):
         """Add a batch: of every name a tensor whose first dimension is the rows'."""
         for name in self.names:
             getattr(self, name).append(values[name])
+            self._shapes[name] = values[name].shape[1:]
+
+    def rows(self) -> dict[str, Tensor]:
+        """The values (N, ...) of all rows by name, sorted by the rows' numbers, on the CPU.
+
+        Use this and not ``compute()``, from which torchmetrics squeezes every dimension of a single value.
+        """
+        return {name: values.reshape(-1, *self._shapes[name]) for name, values in self.compute().items()}
 
     def compute(self) -> dict[str, Tensor]:
-        """The values (N, ...) of all rows by name, sorted by the rows' numbers, on the CPU."""
+        """The values of :meth:`rows`, those of a single element without dimensions."""
         parts = {name: getattr(self, name) for name in self.names}
         whole = {name: torch.cat(part) if isinstance(part, list) else part for name, part in parts.items()}
         order = whole["row"].argsort()

@@ -63,7 +63,7 @@ class ParaphraseDetector(Classifier):
         super().on_validation_epoch_end()
         if self.tuned_for is None or self.trainer.sanity_checking:
             return
-        outcomes = self.outcomes.compute()
+        outcomes = self.outcomes.rows()
         threshold, score = best_threshold(outcomes["probability"][:, 1], outcomes["label"], self.tuned_for)
         self.decision_threshold.fill_(threshold)
         self.log_dict({"val/threshold": threshold, f"val/tuned_{self.tuned_for}": score}, sync_dist=True)

@@ -1,0 +1,122 @@
+"""Sets of one row, and files that are checked before a run begins."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, metrics
+
+from gpt2_pl.metrics import Gathered
+
+CONFIG = ROOT / "configs"
+POEM = "{0}\n\na day\na night\na star\nso bright\n\n"
+
+
+def table(file):
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_gathered_rows_keep_their_shape(n):
+    metric = Gathered("row", "probability", "one")
+    expected = {"row": torch.arange(n), "probability": torch.rand(n, 3), "one": torch.rand(n, 1)}
+    metric.update(**{name: values.flip(0) for name, values in expected.items()})
+    found = metric.rows()
+    assert {name: values.shape for name, values in found.items()} == {k: v.shape for k, v in expected.items()}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def one_row(folder, files, splits):
+    """Copies of delimited files with the header and the first row, and flags that name them."""
+    flags = []
+    for split, file in files.items():
+        lines = file.read_text().splitlines(keepends=True)
+        copy = folder / f"one_{split}.csv"
+        copy.write_text("".join(lines[:2] if split in splits else lines))
+        flags.append(f"--data.{split}_file={copy}")
+    return flags
+
+
+@pytest.mark.parametrize("threshold", ["0.5", "accuracy", "f1"])
+def test_sets_of_one_row_are_scored_and_written(threshold, run, base, pair_files, tmp_path):
+    flags = one_row(tmp_path, pair_files, ("val", "test"))
+    folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48",
+                 "--trainer.max_epochs=1", f"--model.threshold={threshold}")  # fmt: skip
+    for split in ("val", "test"):
+        assert metrics(folder)["scores"][f"{split}/accuracy"] in (0.0, 1.0)
+        (row,) = table(folder / f"predictions_{split}.csv")
+        assert row["row"] == "1"
+        assert float(row["p(duplicate)"]) + float(row["p(not_duplicate)"]) == pytest.approx(1.0, abs=2e-6)
+    best = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt"]
+    predicted = run("predict", *best, f"--data.predict_file={tmp_path / 'one_test.csv'}")
+    (said,) = table(predicted / "predictions_predict.csv")
+    run("classify", folder, "--input", tmp_path / "one_test.csv", "--out", tmp_path / "out.csv")
+    (classified,) = table(tmp_path / "out.csv")
+    assert classified["prediction"] == said["prediction"] == row["prediction"]
+
+
+def test_one_poem_is_scored_and_written(run, base, tmp_path):
+    train, one = tmp_path / "train.txt", tmp_path / "one.txt"
+    train.write_text("".join(POEM.format(n) for n in range(5)))
+    one.write_text(POEM.format(7))
+    folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={base}", "--trainer.max_epochs=1",
+                 f"--data.train_file={train}", f"--data.val_file={one}", f"--data.test_file={one}",
+                 "--data.max_length=60", "--model.max_new_tokens=4")  # fmt: skip
+    for split in ("val", "test"):
+        (row,) = table(folder / f"losses_{split}.csv")
+        assert row["poem"] == "7"
+        assert int(row["n_tokens"]) > 1
+
+
+BAD = {
+    "no row": "sentence1\tsentence2\tis_duplicate\n",
+    "no column": "sentence1\tis_duplicate\na\t1\n",
+    "no label": "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t7\n",
+    "no text": "sentence1\tsentence2\tis_duplicate\na\t\t1\n",
+    "no file": None,
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
+def test_every_file_of_a_run_is_checked_before_it_begins(content, split, run, base, pair_files, capsys, tmp_path):
+    bad = tmp_path / "bad.csv"
+    if content is not None:
+        bad.write_text(content)
+    flags = [f"--data.{name}_file={file}" for name, file in {**pair_files, split: bad}.items()]
+    with pytest.raises(SystemExit) as stop:
+        run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48")
+    assert stop.value.code == 2
+    assert "bad.csv" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not Path("lightning_logs").exists()
+
+
+def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_files, files, capsys, tmp_path):
+    (tmp_path / "short.txt").write_text("1\n\nonly\ntwo lines\n")
+    (tmp_path / "empty.txt").write_text("")
+    settings = ["fit", f"--model.base={base}", "--trainer.max_epochs=1"]
+    poems = ["--config", CONFIG / "task/sonnets.yaml", f"--data.train_file={poem_files['train']}",
+             f"--data.val_file={poem_files['val']}", f"--data.test_file={tmp_path / 'short.txt'}",
+             "--data.max_length=60"]  # fmt: skip
+    text = ["--config", CONFIG / "task/text.yaml", "--data.column=sentence", "--data.max_length=32",
+            f"--data.train_file={files['train']}", f"--data.test_file={tmp_path / 'empty.txt'}"]  # fmt: skip
+    for more, words in ((poems, r"poem 1 has 2 lines|lines given of poem"), (text, "empty|test text has")):
+        with pytest.raises(SystemExit) as stop:
+            run(*settings, *more)
+        assert stop.value.code == 2
+        assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
+        assert not Path("lightning_logs").exists()
+
+
+def test_rows_for_every_process_are_counted_before_training(base, pair_files, tmp_path, monkeypatch):
+    from datamodules import QuoraPairs
+    from gpt2_pl.errors import InputError
+
+    data = QuoraPairs(**{f"{flag.partition('=')[0].partition('.')[2]}": flag.partition("=")[2]
+                         for flag in one_row(tmp_path, pair_files, ("test",))}, tokenizer=str(base))  # fmt: skip
+    monkeypatch.setattr(data, "_process", lambda: (0, 2))
+    with pytest.raises(InputError, match="the test split has 1 rows for 2 processes"):
+        data.prepare_data()

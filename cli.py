@@ -105,7 +105,9 @@ def _condensed(message: str) -> str:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    print(f"gpt2-pl: error: {message}", file=sys.stderr)
+    from gpt2_pl.errors import printable
+
+    print(f"gpt2-pl: error: {printable(message)}", file=sys.stderr)
     sys.stderr.flush()
     raise SystemExit(status)
 

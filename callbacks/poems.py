@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from gpt2_pl.errors import printable
 from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.poem import PoemGenerator
 
@@ -33,5 +34,5 @@ class PoemWriter(Callback):
                 file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in pl_module.written))
         if isinstance(trainer.logger, TensorBoardLogger):
             for poem in pl_module.written:
-                text = "  \n".join(poem.lines)  # two spaces keep a line end in Markdown
+                text = "  \n".join(map(printable, poem.lines))  # two spaces keep a line end in Markdown
                 trainer.logger.experiment.add_text(f"{split}/poem_{poem.number}", text, trainer.global_step)

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from commands import Arguments
 from gpt2_pl.attention import use_cudnn
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_new, whole_file
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def main(args: list[str]) -> None:
                 write(text, decision, probability)
     skipped = len(source.skipped)
     told = f"; {skipped} rows that cannot be used are left out" if skipped else ""
-    print(f"{given.out}: {n_rows} rows{told}")
+    print(printable(f"{given.out}: {n_rows} rows{told}"))
 
 
 def check_wording(task: Classifier, checkpoint: Path) -> None:

@@ -23,7 +23,7 @@ from commands.report import (
     write_csv,
 )
 from gpt2_pl.comparison import Comparison, compare
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.runs import Run
 
@@ -57,9 +57,9 @@ def main(args: list[str]) -> None:
         text.append(markdown(comparison, links, elsewhere.get(comparison.task, [])))
     with whole_file(report) as file:
         file.write("\n".join(filter(None, text)))
-    print("\n".join(filter(None, text)), flush=True)
+    print(printable("\n".join(filter(None, text)), keep="\n\t"), flush=True)
     _write_rest(comparisons, elsewhere, given.out)
-    print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+    print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
 
 
 def _write_rest(comparisons: list[Comparison], elsewhere: dict[str, list[dict[str, str]]], out: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands import Arguments
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_new, room, whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT
 
@@ -41,7 +41,7 @@ def main(args: list[str]) -> None:
             export_hf(task, folder, given.run, given.backbone)
         else:
             export_peft(task, folder)
-    print(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}")
+    print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
 
 
 def load(checkpoint: Path, base: str | None = None) -> Task:

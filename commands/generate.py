@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import Arguments
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_new, existing_file, whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
@@ -116,7 +116,7 @@ def main(args: list[str]) -> None:
             file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
         else:
             file.writelines(f"{text}\n\n" for text in texts)
-    print(f"{given.out}: {len(texts)} texts")
+    print(printable(f"{given.out}: {len(texts)} texts"))
 
 
 def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:

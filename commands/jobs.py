@@ -19,7 +19,7 @@ from typing import Any
 from commands import RUNS
 from commands.plan import Plan
 from commands.planned import PlannedRun
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import whole_file
 
 _FOREVER = 60 * 24 * 365  # minutes: a run on this machine may take as long as it does
@@ -80,7 +80,7 @@ def _here(args: list[str]) -> None:
     """Run a command of ours in this process."""
     from cli import main
 
-    print("gpt2-pl", shlex.join(args), flush=True)
+    print("gpt2-pl", printable(shlex.join(args)), flush=True)
     try:
         main(args)
     except SystemExit as stop:
@@ -92,7 +92,7 @@ def _here(args: list[str]) -> None:
 
 def _apart(args: list[str]) -> None:
     """Run a command of ours in a process of its own."""
-    print("gpt2-pl", shlex.join(args), flush=True)
+    print("gpt2-pl", printable(shlex.join(args)), flush=True)
     subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "cli.py"), *args], check=True)
 
 

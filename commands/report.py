@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt2_pl.comparison import Comparison, Group
+from gpt2_pl.errors import printable
 from gpt2_pl.statistics import Difference
 
 _COSTS = {  # name -> heading, divisor, digits
@@ -23,6 +24,7 @@ _COSTS = {  # name -> heading, divisor, digits
     "seconds_to_best": ("minutes to best", 60, 1),
 }
 _PERCENT = ("accuracy", "f1", "precision", "recall")
+_LONGEST_TEXT = 1000  # characters of others' text in one place of a report
 
 
 def file_name(text: str) -> str:
@@ -30,15 +32,33 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w-]+", "_", text)[:100] or "_"
 
 
+def _line(text: object) -> str:
+    """A text as one line of printable characters and bounded length."""
+    line = " ".join(str(text).split())
+    return printable(line if len(line) <= _LONGEST_TEXT else f"{line[:_LONGEST_TEXT]}...")
+
+
 def _plain(text: str) -> str:
-    """A text in Markdown, as itself: no HTML, no link or image, no further cell or line."""
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text).replace("](", "]\\(").replace("|", "\\|")
-    return " ".join(text.split())
+    """A text in Markdown, as itself: no HTML, code, link or image, no further cell or line."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"([\\|`])", r"\\\1", _line(text)))
+    return text.replace("](", "]\\(")
 
 
 def _shown(text: str) -> str:
-    """A text in a plot, as itself: no formula."""
-    return text.replace("$", r"\$")
+    """A text in a plot, as itself: no formula, and not hidden from the legend by an underscore."""
+    line = _line(text).replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
+
+
+def _escaped(text: str) -> str:
+    """A text in HTML, as itself."""
+    return html.escape(_line(text))
+
+
+def _cell(text: object) -> str:
+    """A text in CSV that no spreadsheet takes for a formula."""
+    line = _line(text)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
 # Tables
@@ -222,14 +242,15 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 def write_csv(comparisons: list[Comparison], table: Any) -> None:
     """One row for every run."""
     scores = list(dict.fromkeys(name for comparison in comparisons for name in comparison.scores()))
-    table.writerow(["task", "strategy", "seed", "run", *scores, *_COSTS])
+    table.writerow(["task", "strategy", "seed", "run", *map(_cell, scores), *_COSTS])
     for comparison in comparisons:
         for group in comparison.groups:
             for run in group.runs:
                 alone = Group(group.label, [run])
                 figures = [run.account["scores"].get(name, "") for name in scores]
                 costs = [alone.cost(name) for name in _COSTS]
-                table.writerow([comparison.task, group.label, run.account.get("seed"), run.folder, *figures, *costs])
+                texts = (_cell(comparison.task), _cell(group.label), run.account.get("seed"), _cell(run.folder))
+                table.writerow([*texts, *figures, *costs])
 
 
 # Plots and the page
@@ -300,26 +321,26 @@ img {{ max-width: 100% }} p {{ max-width: 60em }}</style></head><body>
 
 def page(comparison: Comparison, pictures: Mapping[str, bytes], elsewhere: Sequence[Mapping[str, str]] = ()) -> str:
     """A comparison as a section of a page that needs no other file."""
-    parts = [f"<h2>{html.escape(comparison.task)}</h2>", f"<p>{html.escape(_about(comparison))}</p>"]
+    parts = [f"<h2>{_escaped(comparison.task)}</h2>", f"<p>{_escaped(_about(comparison))}</p>"]
     if comparison.groups:
-        parts += [f"<p>{html.escape(_CAPTION.format(monitor=comparison.monitor))}</p>", html_table(*rows(comparison))]
+        parts += [f"<p>{_CAPTION.format(monitor=_escaped(comparison.monitor))}</p>", html_table(*rows(comparison))]
         headings, cells = difference_rows(comparison)
         if cells:
-            caption = _DIFFERENCES.format(baseline=html.escape(comparison.groups[0].label))
+            caption = _DIFFERENCES.format(baseline=_escaped(comparison.groups[0].label))
             parts += [f"<p>{caption}</p>", html_table(headings, cells)]
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
-        parts.append(f'<img alt="{html.escape(comparison.task)}: {name}" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="{_escaped(comparison.task)}: {name}" src="data:image/png;base64,{data}">')
     if elsewhere:
         parts += ["<p>Elsewhere, on other models:</p>", html_table(*_elsewhere_rows(elsewhere))]
     if comparison.notes:
-        parts.append(f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in comparison.notes)}</ul>")
+        parts.append(f"<ul>{''.join(f'<li>{_escaped(note)}</li>' for note in comparison.notes)}</ul>")
     return "\n".join(parts)
 
 
 def html_table(headings: list[str], cells: list[list[str]]) -> str:
     """A table in HTML; all of its text is escaped."""
-    table = [[f"<th>{html.escape(heading)}</th>" for heading in headings]]
-    table += [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in cells]
+    table = [[f"<th>{_escaped(heading)}</th>" for heading in headings]]
+    table += [[f"<td>{_escaped(cell)}</td>" for cell in row] for row in cells]
     lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in table)
     return f'<div class="wide"><table>\n{lines}\n</table></div>'

@@ -16,7 +16,7 @@ from commands.jobs import Launcher, locked, make_launcher
 from commands.plan import Plan
 from commands.planned import PlannedRun
 from commands.search import Study, journal
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(args: list[str]) -> None:
                 sweep.stop()
     if sweep.failures:
         for run, reason in sweep.failures.items():
-            print(f"{run.folder} failed: {reason}", file=sys.stderr)
+            print(printable(f"{run.folder} failed: {reason}"), file=sys.stderr)
         print("the same command tries again what failed", file=sys.stderr)
         raise SystemExit(1)
     print(f"all runs are finished; set them side by side: gpt2-pl compare {RUNS / plan.name} --out FOLDER")
@@ -76,7 +76,7 @@ def _tell(plan: Plan) -> None:
             for one in filter(None, (run.base, run)):
                 if one not in told:
                     state = "finished" if one.finished else "goes on" if one.last.is_file() else "to do"
-                    print(f"{state:8} gpt2-pl {shlex.join(one.command())}")
+                    print(printable(f"{state:8} gpt2-pl {shlex.join(one.command())}"))
                     told.add(one)
 
 
@@ -163,10 +163,12 @@ class _Sweep:
             if not run.finished:
                 self.failures[run] = _reason(job)
             if not console.is_terminal:
-                console.print(f"{_called(run)}: {_state(run, False, run in self.failures)}", highlight=False)
+                state = _state(run, False, run in self.failures)
+                console.print(f"{_called(run)}: {state}", highlight=False, markup=False)
 
     def _table(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         rows = [(arm, arm.runs()) for arm in self.plan.arms]
         n_done = sum(run.finished for _, runs in rows for run in runs)
@@ -182,7 +184,7 @@ class _Sweep:
             if search is not None and not search.settled:
                 table.add_row(arm.task, arm.strategy, f"search: {search.n_done} of {search.trials} trials")
                 continue
-            states = {run.version: _state(run, run in active, run in self.failures) for run in runs}
+            states = {run.version: Text(_state(run, run in active, run in self.failures)) for run in runs}
             table.add_row(arm.task, arm.strategy, *(states.get(version, "") for version in versions))
         return table
 
@@ -195,7 +197,7 @@ def _state(run: PlannedRun, active: bool, failed: bool) -> str:
     """How far a run is, in a few words."""
     account = run.account()
     monitor, scores, epochs = account.get("monitor"), account.get("scores") or {}, account.get("epochs") or []
-    score = f", {monitor} {scores[monitor]:.4g}" if monitor in scores else ""
+    score = f", {printable(monitor)} {scores[monitor]:.4g}" if monitor in scores else ""
     if failed:
         return "failed"
     if run.finished:

@@ -42,7 +42,7 @@ from commands.arguments import (
     with_hyperparameters,
 )
 from commands.run_files import RunFiles, RunLogger
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
@@ -346,10 +346,11 @@ class GPT2CLI(LightningCLI):
             console.print(self.summary.layer_table())
         for name, value in self.summary.final_scores(self.model).items():
             if "/" in name:
-                console.print(f"{name:16} {value:.4f}")
+                console.print(f"{printable(name):16} {value:.4f}", markup=False)
         if folder is not None:
             files = ", ".join(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
-            console.print(f"\n{self.subcommand} is done: {folder}\n  {files}", soft_wrap=True, highlight=False)
+            done = printable(f"\n{self.subcommand} is done: {folder}\n  {files}", keep="\n")
+            console.print(done, soft_wrap=True, highlight=False, markup=False)
             if (best := Path(folder, "checkpoints", "best.ckpt")).is_file():
                 console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
                 again = "test" if self.datamodule.has("test") else "validate"
@@ -358,8 +359,11 @@ class GPT2CLI(LightningCLI):
                     f"--ckpt_path {folder}/checkpoints/best.ckpt",
                     soft_wrap=True,
                     highlight=False,
+                    markup=False,
                 )
-            console.print(f"Look at it:      tensorboard --logdir {Path(folder).parents[1]}", soft_wrap=True)
+            console.print(
+                f"Look at it:      tensorboard --logdir {Path(folder).parents[1]}", soft_wrap=True, markup=False
+            )
 
 
 def best_precision(accelerator: Any) -> str:

@@ -15,7 +15,7 @@ from datamodules.base import TextData
 from datamodules.batching import TokenRows
 from datamodules.rows import Source, caching, label_of, read_file, read_hub, require_columns, text_of, value_of
 from datamodules.template import Template
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -210,7 +210,7 @@ class TextClassification(TextData):
                 try:
                     checked(rows[i], i)
                 except InputError as error:
-                    skipped[numbers[i]] = str(error).removeprefix(f"{source.name}, ")
+                    skipped[numbers[i]] = str(error).removeprefix(printable(f"{source.name}, "))
             self._tell_skipped(source.name, skipped, len(rows) + len(source.skipped))
             rows = rows.select(index)
         texts = rows.select_columns(list(fields.values()))
@@ -225,7 +225,7 @@ class TextClassification(TextData):
         """Say once of a source which rows, by number, are skipped and why."""
         if source not in self.skipped:
             told = "; ".join(skipped[number] for number in sorted(skipped)[:3])
-            rank_zero_warn(f"{source}: {len(skipped)} of {total} rows are skipped: {told}")
+            rank_zero_warn(f"{printable(source)}: {len(skipped)} of {total} rows are skipped: {told}")
         self.skipped[source] = len(skipped)
         if len(skipped) == total:
             raise InputError(f"{source} has no rows that can be used")

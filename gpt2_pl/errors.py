@@ -1,16 +1,99 @@
-"""What ends a command with one line instead of a traceback."""
+"""Exceptions that end a command with one line instead of a traceback, and text of others made safe to print."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+# Control characters (C0, DEL, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates,
+# and halves of surrogate pairs: what moves the cursor, hides text, breaks a line or cannot be encoded.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MAX_MESSAGE = 4000  # characters
+_MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""Escape the characters of a text that would act on a terminal or a page instead of being shown.
+
+    Use it wherever text that comes from a file, a model or another program is printed. Escapes are Python's
+    (``\x1b``, ``\n``, ``\u202e``); all other Unicode text stays as it is, and so does text that is escaped already.
+
+    Args:
+        text: any text; other objects are converted by ``str``.
+        keep: characters to leave alone, such as a line end in text of several lines.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(text))
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A value as source text of at most about ``limit`` characters, escaped, for error messages.
+
+    Takes little time and memory whatever the value: nested containers, aliases of themselves, megabytes of text.
+    """
+    text = _source(value, limit, _MAX_DEPTH)
+    return text if len(text) <= limit + 40 else f"{text[:limit]}..."
+
+
+def _source(value: object, limit: int, depth: int) -> str:
+    if isinstance(value, str | bytes):
+        return repr(value) if len(value) <= limit else f"{value[:limit]!r}... ({len(value):,} characters)"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"a number of {value.bit_length():,} bits"
+    if value is None or isinstance(value, bool | int | float | complex):
+        return repr(value)
+    if isinstance(value, Mapping | list | tuple | Set):
+        opening, closing = "{}" if isinstance(value, Mapping | Set) else "()" if isinstance(value, tuple) else "[]"
+        if not value:
+            return opening + closing
+        if depth == 0:
+            return f"{opening}...{closing}"
+        parts = []
+        for item in list(zip(range(_MAX_ITEMS), value, strict=False)):
+            part = _source(item[1], limit, depth - 1)
+            if isinstance(value, Mapping):
+                part += f": {_source(value[item[1]], limit, depth - 1)}"
+            parts.append(part)
+        more = [f"... {len(value) - _MAX_ITEMS:,} more"] if len(value) > _MAX_ITEMS else []
+        return f"{opening}{', '.join([*parts, *more])}{closing}"
+    described = _describe_tensor(value)
+    return printable(described or f"{type(value).__name__} {str(value)[:limit]}")
+
+
+def _describe_tensor(value: Any) -> str | None:
+    """Shape, type and layout of a tensor; None of anything else."""
+    if not all(hasattr(value, name) for name in ("shape", "dtype", "layout")):
+        return None
+    layout = str(value.layout).removeprefix("torch.")
+    kind = [str(value.dtype).removeprefix("torch."), *([] if layout == "strided" else [layout])]
+    return f"a tensor of shape {tuple(value.shape)}, {', '.join(kind)}"
+
+
+def _message(text: object) -> str:
+    """A message as one line of bounded length."""
+    line = printable(text)
+    if len(line) <= _MAX_MESSAGE:
+        return line
+    return f"{line[: _MAX_MESSAGE - 500]} ... ({len(line) - _MAX_MESSAGE:,} characters) ... {line[-500:]}"
 
 
 class InputError(ValueError):
     """A value, file or folder the user gave cannot be used.
 
-    The message names the key or file, the row where there is one, the value found, and what would be right.
-    The command line prints it as one line without a traceback.
+    The message names the key or file, the row where there is one, the value found, and what would be right. It is one
+    line, escaped by :func:`printable`. The command line prints it without a traceback and ends with status 2.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(_message(message))
 
 
 class RunError(RuntimeError):
-    """A run cannot go on: the disk is full, or the loss is no number.
+    """A run cannot go on: the disk is full, or the loss is not a number.
 
-    The message says where it stood and what is left of it. The command line prints it as one line without a traceback.
+    The message says where the run stood and what is left of it. It is one line, escaped by :func:`printable`. The
+    command line prints it without a traceback and ends with status 1.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(_message(message))

@@ -1,0 +1,140 @@
+"""Text of others is escaped wherever it is printed, and messages are one line of bounded length."""
+
+import itertools
+import json
+import sys
+import time
+import unicodedata
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_cli import refused
+from test_compare import fake_run
+
+import cli
+from gpt2_pl.errors import InputError, RunError, printable, shorten
+
+ESCAPE = "\x1b]0;title\x07\x1b[31mred\nsecond line\u202eevil\u2066\x9b2J\ud800"
+RAW = "\x1b\x07\x9b\u202e\u2066\ud800"
+
+
+def test_printable_every_character_is_kept_or_escaped():
+    for point in range(sys.maxunicode + 1):
+        character = chr(point)
+        category, bidi = unicodedata.category(character), unicodedata.bidirectional(character)
+        acts = category in ("Cc", "Cs", "Zl", "Zp") or bidi in (
+            "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")  # fmt: skip
+        assert (printable(character) == character) != acts, hex(point)
+
+
+def test_printable_is_undone_by_a_reader_and_changes_nothing_twice():
+    assert printable(ESCAPE).encode().decode("unicode_escape") == ESCAPE
+    assert printable(printable(ESCAPE)) == printable(ESCAPE)
+    assert printable("a\n\tb\x1b", keep="\n") == "a\n\\tb\\x1b"
+    assert printable("héllo, 世界 🙂 שלום") == "héllo, 世界 🙂 שלום"
+
+
+@pytest.mark.parametrize("kind", [InputError, RunError])
+def test_messages_of_errors_are_one_bounded_line(kind):
+    message = str(kind(f"{ESCAPE} and {'x' * 10**7} the end"))
+    assert not set(message) & set(RAW + "\n")
+    assert "second line" in message
+    assert message.endswith("the end")
+    assert len(message) < 5000
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def aliases():
+    value = ["x"] * 9
+    for _ in range(60):
+        value = [value] * 9
+    return value
+
+
+def cycle():
+    value = {}
+    value["itself"] = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\x1b", r"'a\x1b'"),
+        ("x" * 10**7, f"'{'x' * 80}'... (10,000,000 characters)"),
+        (3, "3"),
+        (1 << 10**7, "a number of 10,000,001 bits"),
+        (float("nan"), "nan"),
+        (None, "None"),
+        ({"a": [1, 2], "b": None}, "{'a': [1, 2], 'b': None}"),
+        ((1, "x"), "(1, 'x')"),
+        (list(range(10)), "[0, 1, 2, 3, ... 6 more]"),
+        (torch.zeros(2, 3), "a tensor of shape (2, 3), float32"),
+        (torch.eye(3, dtype=torch.float64).to_sparse(), "a tensor of shape (3, 3), float64, sparse_coo"),
+        (nested(100_000), "[[[[...]]]]"),
+        (aliases(), None),
+        (cycle(), None),
+        (torch.float32, "dtype torch.float32"),
+    ],
+    ids=lambda value: str(type(value)),
+)
+def test_shorten_any_value_is_short_and_takes_no_time(value, text):
+    since = time.perf_counter()
+    shown = shorten(value)
+    assert time.perf_counter() - since < 1.0
+    assert len(shown) < 150
+    assert text is None or shown == text
+
+
+# Where it is printed
+
+
+def test_a_tensors_name_is_escaped_in_one_line(run, base, data_flags, capsys, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    name = ESCAPE.replace("\ud800", "")
+    tensors = {**load_file(base / "model.safetensors"), name: torch.zeros(1)}
+    save_file(tensors, folder / "model.safetensors")
+    command = ["fit", "--config", ROOT / "configs/task/imdb.yaml", f"--model.base={folder}", *data_flags]
+    line = refused(run, capsys, *command)
+    assert r"\x1b]0;title\x07\x1b[31mred\nsecond line\u202e" in line
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Two finished runs and an unfinished one whose every text holds escapes."""
+    for seed, strategy in itertools.product((1, 2), ("full", f"evil{ESCAPE.partition(chr(0xD800))[0]}`=|x")):
+        folder = fake_run(tmp_path / f"runs/{len(strategy)}/version_{seed}", "x", seed, [True, False] * 20)
+        account = json.loads((folder / "metrics.json").read_text())
+        account |= {"task": f"=Task{ESCAPE[:-1]}", "configs": [f"configs/strategy/{strategy}.yaml"]}
+        account["data"]["files"] = {"val": f"/data/{ESCAPE[:-1]}.csv"}
+        account["scores"][f"@val/{ESCAPE[:-1]}"] = 0.5
+        (folder / "metrics.json").write_text(json.dumps(account))
+    folder = fake_run(tmp_path / "runs/\x1b[31mred/version_1", "x", 1, [True], status=ESCAPE[:-1])
+    assert folder.is_dir()
+    return tmp_path / "runs"
+
+
+def test_no_escape_of_a_run_reaches_terminal_or_reports(hostile, tmp_path, capsys):
+    out = tmp_path / "out"
+    cli.main(["compare", str(hostile), "--out", str(out)])
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err, *(file.read_text() for file in out.iterdir() if file.suffix != ".png")):
+        assert not set(text) & set(RAW)
+    assert r"\\x1b]0;title" in (out / "report.md").read_text()
+    assert r"\x1b]0;title" in (out / "report.html").read_text()
+    assert not any(line.startswith("second line") for line in (out / "report.md").read_text().splitlines())
+    assert not any(cell.startswith(("=", "@")) for line in (out / "report.csv").open() for cell in line.split(","))
+    cells = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("| evil")]
+    assert cells
+    assert all("\\`=\\|x" in line for line in cells)

@@ -2,17 +2,99 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from gpt2_pl.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
+_MAX_GROWTH = 1000  # characters that a tokenizer may make of one
+# Texts that a tokenizer is tried with: several scripts, white space, and what drives a careless regex into its limit.
+_PROBES = (
+    "a",
+    "hello world, it's 1.5 o'clock\n\n\tand so on  ",
+    " Zé Привет 漢字 😀",
+    *(f"{character * 40}{end}" for character in "aA1 .\n" for end in ("b!", "\0")),
+)
+
+
+class GuardedTokenizer:
+    """A ``tokenizers.Tokenizer`` that raises InputError where the library fails, also where its Rust code panics.
+
+    A panic is a BaseException in Python: it passes every ``except Exception``.
+
+    Args:
+        tokenizer: the tokenizer; everything but encoding and decoding is its own.
+        name: what messages call it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
+        self._tokenizer, self._name = tokenizer, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options: Any) -> Encoding:
+        """Encode a text."""
+        with _failures(f"{self._name} cannot encode a text"):
+            return self._tokenizer.encode(text, **options)
+
+    def encode_batch(self, texts: Sequence[str], **options: Any) -> list[Encoding]:
+        """Encode several texts."""
+        with _failures(f"{self._name} cannot encode a text"):
+            return self._tokenizer.encode_batch(cast(Any, texts), **options)
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        """Decode the ids of a text."""
+        with _failures(f"{self._name} cannot decode ids"):
+            return self._tokenizer.decode(ids, **options)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        """Decode the ids of several texts."""
+        with _failures(f"{self._name} cannot decode ids"):
+            return self._tokenizer.decode_batch(cast(Any, batch), **options)
+
+
+@contextmanager
+def _failures(message: str) -> Iterator[None]:
+    """Turn what the Rust library raises into an InputError of one line that begins with ``message``."""
+    try:
+        yield
+    except (InputError, MemoryError, TypeError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # KeyboardInterrupt and the like
+        raise InputError(f"{message}: {' '.join(str(error).split())[:300]}") from None
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what is written to standard error's file descriptor: a panic of Rust code writes there by itself."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _byte_level(model: Model) -> Tokenizer:
@@ -27,40 +109,114 @@ def _byte_level(model: Model) -> Tokenizer:
 def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -> Tokenizer:
     """Load GPT-2's tokenizer, or one of its kind, from a Hugging Face folder or hub id.
 
+    Truncation, padding, BPE dropout and sampling are off, whatever the file says. The tokenizer is tried on a few
+    texts.
+
     Args:
         path_or_id: a folder with tokenizer.json, or with vocab.json and merges.txt; or a hub id.
         key: the option that held it, for the error message.
 
+    Returns:
+        A tokenizer that raises InputError where the library fails on a text.
+
     Raises:
-        InputError: nothing there, an unreadable file, an empty vocabulary, or ids far beyond the number of tokens.
+        InputError: nothing there, an unreadable file, an empty vocabulary, two tokens with one id, ids far beyond the
+            number of tokens, a tokenizer that fails on a text or makes no token of any.
     """
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as RustTokenizer
     from tokenizers.models import BPE
 
     from gpt2_pl.pretrained import resolve
 
     folder = resolve(path_or_id, key)
+    name = f"{key}: the tokenizer in {folder}"
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    try:
-        if whole.is_file():
-            tokenizer = Tokenizer.from_file(str(whole))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        elif vocab.is_file() and merges.is_file():
-            tokenizer = _byte_level(BPE.from_file(str(vocab), str(merges)))
-            tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-        else:
-            raise InputError(f"{key}: {folder} has neither tokenizer.json nor vocab.json with merges.txt")
-    except InputError:
-        raise
-    except Exception as error:  # the Rust library raises plain Exception
-        raise InputError(f"{key}: the tokenizer in {folder} cannot be read: {error}") from None
-    if tokenizer.get_vocab_size() == 0 or not tokenizer.encode("a").ids:
-        raise InputError(f"{key}: the tokenizer in {folder} has an empty vocabulary")
-    entries = tokenizer.get_vocab(with_added_tokens=True)
-    if (greatest := max(entries.values())) > 2 * len(entries) + 1000:  # tables by id would be as long
-        raise InputError(f"{key}: the tokenizer in {folder} has {len(entries)} tokens and one with the id {greatest}")
-    return tokenizer
+    with _without_stderr():
+        with _failures(f"{name} cannot be read"):
+            if whole.is_file():
+                text = whole.read_text(encoding="utf-8")
+                tokenizer = RustTokenizer.from_str(text)
+                _check_settings(json.loads(text), tokenizer, name)
+            elif vocab.is_file() and merges.is_file():
+                tokenizer = _byte_level(BPE.from_file(str(vocab), str(merges)))
+                tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+                _check_ids(json.loads(vocab.read_text(encoding="utf-8")), name)
+            else:
+                raise InputError(f"{key}: {folder} has neither tokenizer.json nor vocab.json with merges.txt")
+            _make_deterministic(tokenizer)
+        entries = tokenizer.get_vocab(with_added_tokens=True)
+        if not entries:
+            raise InputError(f"{name} has an empty vocabulary")
+        if (greatest := max(entries.values())) > 2 * len(entries) + 1000:  # tables by id would be as long
+            raise InputError(f"{name} has {len(entries)} tokens and one with the id {greatest}")
+        with _failures(f"{name} cannot be used"):
+            _try(tokenizer, name)
+    return cast("Tokenizer", GuardedTokenizer(tokenizer, name))
+
+
+def _make_deterministic(tokenizer: Tokenizer) -> None:
+    """Turn off what cuts, pads or randomises an encoding."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    model: Any = tokenizer.model
+    for setting in ("dropout", "alpha", "nbest_size"):  # of BPE; of Unigram's sampling
+        if getattr(model, setting, None) is not None:
+            setattr(model, setting, None)
+
+
+def _check_settings(settings: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
+    """Refuse a tokenizer.json that loads as something other than it states.
+
+    Raises:
+        InputError: two tokens with one id, an added token with an id that it does not get, or a normalizer or decoder
+            that makes text grow without a sensible limit.
+    """
+    if isinstance(entries := settings["model"].get("vocab"), dict):
+        _check_ids(entries, name)
+    for token in settings.get("added_tokens") or ():
+        if token["content"] and tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise InputError(
+                f"{name} states the id {token['id']} for the added token {token['content'][:100]!r}, which gets "
+                f"{tokenizer.token_to_id(token['content'])}; an id must be free, or the token's own in the vocabulary"
+            )
+    for part in ("normalizer", "decoder"):
+        if (growth := _growth(settings.get(part))) > _MAX_GROWTH:
+            raise InputError(
+                f"{name} has a {part} that can make text {growth:.3g} times as long; at most {_MAX_GROWTH} times is "
+                "allowed"
+            )
+
+
+def _check_ids(entries: dict[str, int], name: str) -> None:
+    """Refuse a vocabulary in which two tokens share an id: one of them is lost when it is saved."""
+    seen: dict[int, str] = {}
+    for token, number in entries.items():
+        if seen.setdefault(number, token) != token:
+            raise InputError(f"{name} has the id {number} for two tokens, {seen[number][:100]!r} and {token[:100]!r}")
+
+
+def _growth(component: Any) -> float:
+    """How many times as long as a text the output of a normalizer or decoder can be."""
+    if not isinstance(component, dict):
+        return 1.0
+    growth = max(1.0, len(str(component.get("content", "")))) if component.get("type") == "Replace" else 1.0
+    for part in (*(component.get("normalizers") or ()), *(component.get("decoders") or ())):
+        growth *= _growth(part)
+    return growth
+
+
+def _try(tokenizer: Tokenizer, name: str) -> None:
+    """Encode and decode a few texts.
+
+    Raises:
+        InputError: no text gets a token.
+    """
+    found = [tokenizer.encode(text) for text in _PROBES]
+    for encoding in (*found, *tokenizer.encode_batch(list(_PROBES))):
+        tokenizer.decode(encoding.ids, skip_special_tokens=False)
+    if not any(end > start for encoding in found for start, end in encoding.offsets):  # special tokens cover no text
+        raise InputError(f"{name} makes no token of any text")
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:

@@ -216,73 +216,66 @@ def check_settings(
             raise ValueError(f"{name} is {value}, which is out of range; it must be {right}")
 
 
-_TRIES = 16  # of a draw from all tokens to fall among those that are kept
-
-
 def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: torch.device) -> Tensor:
-    """The random numbers that decide each token of each row (B, new, tries), the same on every device."""
+    """The random numbers that decide each token of each row (B, new), the same on every device."""
     if seed is None:
-        return torch.rand(rows, steps, _TRIES).to(device)
+        return torch.rand(rows, steps).to(device)
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
         raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts; give one, or one for each")
-    drawn = [torch.rand(steps, _TRIES, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(drawn).to(device)
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 
 def kept(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor]:
-    """What may be drawn: probabilities (B, M), descending and 0 from the first that is not kept, and tokens (B, M).
+    """Sort tokens by probability and keep the first of them, as top-k and top-p say.
 
     Of the ``top_k`` likeliest tokens top-p keeps as many as it takes to reach ``top_p``, including the one that crosses
-    it. Of equals the smaller token is first.
+    it. Of equally likely tokens the smaller id comes first.
+
+    Args:
+        logits: (B, V).
+        top_k: number of tokens to keep.
+        top_p: probability to keep, of what ``top_k`` leaves.
+
+    Returns:
+        Probabilities (B, M) in descending order, 0 for tokens that are not kept, and the tokens' ids (B, M).
     """
-    m = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
-    best, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
-    best, tokens = best[:, :m], tokens[:, :m]
-    probability = best.softmax(-1)
-    if top_p is not None and top_p < 1.0:
-        probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0.0)
+    probability, tokens = _sort_descending(logits.softmax(-1))
+    if top_k is not None:
+        probability, tokens = probability[:, :top_k], tokens[:, :top_k]
+        probability = probability / probability.sum(-1, keepdim=True)
+    if top_p is not None:
+        before = probability.cumsum(-1) - probability
+        probability = probability.masked_fill(before >= top_p, 0.0)
     return probability, tokens
 
 
-def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """One token a row (B,); a row's depends on nothing but its logits (B, V) and random numbers (B, tries).
+def _sort_descending(probability: Tensor) -> tuple[Tensor, Tensor]:
+    """``probability.sort(descending=True, stable=True)`` of (B, V), in an eighth of the time on a CPU.
 
-    Top-p alone needs no sorting: tokens are drawn from all of them until one is among those that are kept.
+    PyTorch sorts a single long row of integers by radix, and the order of non-negative floats is that of their bits.
     """
-    if top_k is not None:
-        return _inverse(*kept(logits, top_k, top_p), uniform[:, 0])
-    probability = logits.softmax(-1)
+    if probability.device.type != "cpu":
+        return probability.sort(dim=-1, descending=True, stable=True)
+    bits = -probability.view(torch.int32)
+    values, tokens = zip(*(row.sort(stable=True) for row in bits), strict=True)
+    return (-torch.stack(values)).view(torch.float32), torch.stack(tokens)
+
+
+def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Draw one token a row (B,), from its logits (B, V) and its random number in [0, 1) (B,) alone."""
+    if top_k is None and (top_p is None or top_p == 1.0):
+        return _inverse(logits.softmax(-1), uniform)
+    probability, tokens = kept(logits, top_k, top_p)
+    return tokens.gather(-1, _inverse(probability, uniform).unsqueeze(-1)).squeeze(-1)
+
+
+def _inverse(probability: Tensor, uniform: Tensor) -> Tensor:
+    """The first place (B,) where the cumulative sum of ``probability`` (B, M) passes ``uniform`` (B,) of its total."""
     cumulative = probability.cumsum(-1)
-    token = _inverse(probability, None, uniform[:, 0], cumulative)
-    if top_p is None or top_p >= 1.0:
-        return token
-    waiting = ~_is_kept(probability, token, top_p)
-    for n in range(1, uniform.size(1)):
-        if not bool(waiting.any()):
-            return token
-        token = torch.where(waiting, _inverse(probability, None, uniform[:, n], cumulative), token)
-        waiting &= ~_is_kept(probability, token, top_p)
-    for row in waiting.nonzero().flatten().tolist():
-        token[row] = _inverse(*kept(logits[row : row + 1], None, top_p), uniform[row : row + 1, 0])[0]
-    return token
-
-
-def _is_kept(probability: Tensor, token: Tensor, top_p: float) -> Tensor:
-    """Whether the tokens before each row's ``token`` (B,), likelier or equal and smaller, have less than ``top_p``."""
-    own = probability.gather(-1, token.unsqueeze(-1))
-    above = torch.where(probability > own, probability, 0.0).sum(-1)
-    smaller = torch.arange(probability.size(-1), device=token.device) < token.unsqueeze(-1)
-    return above + own.squeeze(-1) * ((probability == own) & smaller).sum(-1) < top_p
-
-
-def _inverse(probability: Tensor, tokens: Tensor | None, uniform: Tensor, cumulative: Tensor | None = None) -> Tensor:
-    """The entry, or its token, at which the cumulative distribution (B, M) passes ``uniform`` (B,)."""
-    cumulative = probability.cumsum(-1) if cumulative is None else cumulative
-    total = cumulative[:, -1:]
-    at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
-    at = torch.minimum(at, torch.searchsorted(cumulative, total.contiguous()))  # the last that has any probability
-    return at.squeeze(-1) if tokens is None else tokens.gather(-1, at).squeeze(-1)
+    total = cumulative[:, -1:].contiguous()
+    place = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
+    return torch.minimum(place, torch.searchsorted(cumulative, total)).squeeze(-1)  # the product may round up to total
 
 
 def _penalised(logits: Tensor, ids: Tensor, text: Tensor, penalty: float) -> Tensor:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import peft_puts_virtual_tokens
+from scipy.stats import chisquare
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate
-from gpt2_pl.generation import _drawn, kept
+from gpt2_pl.generation import _drawn, _sort_descending, _uniform, kept
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tokenizer import load_tokenizer
 from gpt2_pl.verse import LineLimit, VerseGuide, lines_of
@@ -251,11 +252,11 @@ def test_lines_of_a_text():
 def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
     generator = torch.Generator().manual_seed(0)
     row = (torch.randn(1, 5000, generator=generator) * 6).bfloat16().float()  # many equal logits
-    uniform = torch.rand(200, 16, generator=generator)
+    uniform = torch.rand(200, 1, generator=generator)
     limits = settings.get("top_k"), settings.get("top_p")
     for u in uniform:
         alone, beside = (
-            _drawn(rows, u.expand(len(rows), -1), *limits) for rows in (row, torch.cat([row, torch.zeros_like(row)]))
+            _drawn(rows, u.expand(len(rows)), *limits) for rows in (row, torch.cat([row, torch.zeros_like(row)]))
         )
         assert alone[0] == beside[0]
 
@@ -319,16 +320,54 @@ def test_what_was_generated_can_be_trained_on(model):
     assert model.wte.weight.grad is not None
 
 
-@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("tries", [1, 16])
-def test_drawing_until_one_is_kept_is_drawing_from_those_that_are_kept(top_p, tries):
-    n, generator = 20_000, torch.Generator().manual_seed(1)
-    logits = (torch.randn(1, 60, generator=generator) * 1.5).bfloat16().float()
-    logits[0, 7] = logits[0, 9] = logits[0].max()
-    found = _drawn(logits.expand(n, -1), torch.rand(n, tries, generator=generator), None, top_p)
-    probability, tokens = kept(logits, None, top_p)
-    expected = torch.zeros(60).scatter(0, tokens[0], probability[0] / probability.sum())
-    share = torch.bincount(found, minlength=60) / n
-    assert (share[expected == 0] == 0).all()
-    if tries > 1 or top_p > 0.9:  # with one try, that of the rows which miss is used again
-        assert (share - expected).abs().max() < 5 * (0.25 / n) ** 0.5
+def nucleus(logits, top_k, top_p):
+    """The distribution (V,) that top-k and top-p leave of one row's logits, token by token, in float64."""
+    weight = np.exp(logits.double().numpy() - float(logits.max()))
+    order = sorted(range(len(weight)), key=lambda token: (-weight[token], token))[:top_k]
+    whole, found, expected = sum(weight[token] for token in order), 0.0, np.zeros(len(weight))
+    for token in order:
+        expected[token] = weight[token]
+        found += weight[token] / whole
+        if found >= top_p:
+            break
+    return expected / expected.sum()
+
+
+@pytest.mark.parametrize("top_k", [None, 13])
+@pytest.mark.parametrize("top_p", [0.05, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("kind", ["two", "random", "ties", "equal"])
+def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, top_p, top_k):
+    n, V, generator = 60_000, 59, torch.Generator().manual_seed(1)
+    logits = torch.randn(V, generator=generator) * 1.5
+    if kind == "two":  # the two likeliest tokens have 0.06 and 0.05
+        logits = torch.full((V,), 0.89 / (V - 2)).log()
+        logits[0], logits[1] = np.log(0.06), np.log(0.05)
+    elif kind == "ties":
+        logits = logits.bfloat16().float()
+        logits[7] = logits[9] = logits.max()
+    elif kind == "equal":
+        logits = torch.zeros(V)
+    uniform = _uniform(range(n), n, 1, torch.device("cpu"))[:, 0]
+    count = torch.bincount(_drawn(logits.expand(n, -1), uniform, top_k, top_p), minlength=V).numpy()
+    expected = nucleus(logits, top_k, top_p)
+    assert not count[expected == 0].any()
+    if (expected > 0).sum() > 1:
+        assert chisquare(count[expected > 0], n * expected[expected > 0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("V", [3, 1000, 50257])  # PyTorch sorts short rows by another algorithm than long ones
+def test_sort_descending_is_a_stable_sort(V):
+    generator = torch.Generator().manual_seed(V)
+    probability = (torch.randn(3, V, generator=generator) * 8).bfloat16().float().softmax(-1)
+    probability[1] = 1 / V
+    probability[2, V // 2 :] = 0.0
+    for found, expected in zip(
+        _sort_descending(probability), probability.sort(dim=-1, descending=True, stable=True), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (None, 0.9), (5, None), (5, 0.9)])
+def test_drawing_reads_no_values_and_has_fixed_shapes(top_k, top_p):
+    logits, uniform = torch.empty(3, 50, device="meta"), torch.empty(3, device="meta")  # as in a CUDA graph
+    assert _drawn(logits, uniform, top_k, top_p).shape == (3,)

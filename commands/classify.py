@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from commands import Arguments
-from gpt2_pl.attention import use_cudnn
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_new, whole_file
+from gpt2_pl.kernels.attention import set_cudnn_sdp
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,7 +95,7 @@ def main(args: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = (given.precision or best_precision("auto")) == "bf16-mixed"
     task.to(device).eval()
-    use_cudnn(False)  # batches are of many lengths
+    set_cudnn_sdp(False)  # batches are of many lengths
     with (
         writer(given.out, list(template.fields), task.wording["labels"]) as write,
         torch.inference_mode(),

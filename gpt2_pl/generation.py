@@ -9,76 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt2_pl.packing import packed
-from gpt2_pl.recording import RecordedPass, can_be_recorded
+from gpt2_pl.kernels.cuda_graph import cuda_graph, supports_cuda_graph
+from gpt2_pl.kernels.prepacked_linear import prepacked_weights
+from gpt2_pl.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
-
-
-class LayerCache:
-    """Keys and values of one block, in buffers allocated once, at the first tokens.
-
-    On a CPU they are kept in float32: the attention of one query takes a sixth to two thirds of its time in 16 bits.
-
-    Args:
-        capacity: tokens there is room for, virtual ones included.
-
-    Attributes:
-        place: where one more token is to be written, (1,). All of the buffers is then given, and what they hold is
-            for the caller to know.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self.place: Tensor | None = None
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H, T, hd) of new tokens; returns those of all tokens so far, (B, H, N, hd).
-
-        Raises:
-            ValueError: more tokens than there is room for.
-        """
-        if self._buffers is None:
-            B, H, _, hd = k.shape
-            dtype = torch.promote_types(k.dtype, torch.float32) if k.device.type == "cpu" else k.dtype
-            keys, values = (t.new_zeros(B, H, self.capacity, hd, dtype=dtype) for t in (k, v))
-            self._buffers = (keys, values)
-        if self.place is not None:
-            for buffer, new in zip(self._buffers, (k, v), strict=True):
-                buffer.index_copy_(2, self.place, new.to(buffer.dtype))
-            return self._buffers
-        start, self.length = self.length, self.length + k.size(2)
-        if self.length > self.capacity:
-            raise ValueError(f"the cache has room for {self.capacity} tokens; these make {self.length}")
-        for buffer, new in zip(self._buffers, (k, v), strict=True):
-            buffer.narrow(2, start, new.size(2)).copy_(new)
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Those of all tokens so far, (B, H, N, hd) each."""
-        if self._buffers is None:
-            raise ValueError("the cache is empty")
-        keys, values = self._buffers
-        return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
-
-
-class KeyValueCache:
-    """Keys and values of all blocks; ``model(input_ids, cache=cache)`` reads and fills it.
-
-    Args:
-        n_layer: number of blocks.
-        capacity: tokens there is room for: virtual ones, prompt and what will be generated.
-    """
-
-    def __init__(self, n_layer: int, capacity: int) -> None:
-        self.layers = [LayerCache(capacity) for _ in range(n_layer)]
-
-    @property
-    def length(self) -> int:
-        """Tokens read so far, virtual ones included."""
-        return self.layers[0].length
 
 
 Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,7 +42,7 @@ def generate(
 
     Args:
         model: a GPT-2, with or without LoRA, prefix or soft prompt; it is put in evaluation mode meanwhile. On a GPU
-            one that is in it already is quicker: its pass over one token is recorded.
+            a model in evaluation mode decodes from a CUDA graph, which is faster.
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 1 for text and 0 for padding, on either side.
         max_new_tokens: the longest continuation.
@@ -149,19 +85,20 @@ def generate(
     ids[:, :T] = input_ids
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    cache = KeyValueCache(len(model.h), N)
-    records, recorded = can_be_recorded(model, max_new_tokens), None
-    with torch.inference_mode(), _evaluating(model), packed(model, max_new_tokens) as head:
+    cache = KVCache(len(model.h), N)
+    captures, decode = supports_cuda_graph(model, max_new_tokens), None
+    prepacked = prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens)
+    with torch.inference_mode(), _evaluating(model), prepacked as head:
         fresh = ids[:, :T]
-        at: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
+        positions: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
-            if recorded is None:
-                hidden = model(fresh, mask[:, :n] if padded else None, at=at, cache=cache)
+            if decode is None:
+                hidden = model(fresh, mask[:, :n] if padded else None, positions=positions, cache=cache)
                 logits = head(hidden[:, -1]).float()
-                if records:
-                    recorded = RecordedPass(model, head, cache, mask[:, :T])
+                if captures:
+                    decode = DecodeStep(model, head, cache, mask[:, :T])
             else:
-                logits = recorded(fresh).to(torch.float32, copy=True)
+                logits = decode(fresh).to(torch.float32, copy=True)
             sofar, text = ids[:, :n], mask[:, :n]
             if repetition_penalty != 1.0:
                 logits = _penalised(logits, sofar, text, repetition_penalty)
@@ -180,8 +117,52 @@ def generate(
                 done |= stop(ids[:, : n + 1], mask[:, : n + 1])
             if bool(done.all()):
                 return ids[:, : n + 1]
-            fresh, at = ids[:, n : n + 1], None
+            fresh, positions = ids[:, n : n + 1], None
     return ids
+
+
+class DecodeStep:
+    """Read one more token of every row in tensors of fixed shape, from a CUDA graph where the model is on a GPU.
+
+    Attention reads the whole cache, under a mask.
+
+    Args:
+        model: the GPT-2, in evaluation mode.
+        head: from hidden states (B, C) to logits (B, V).
+        cache: the keys and values of the virtual tokens and the prompt.
+        prompt_mask: (B, T), 1 for text and 0 for padding.
+    """
+
+    def __init__(self, model: GPT2, head: Callable[[Tensor], Tensor], cache: KVCache, prompt_mask: Tensor) -> None:
+        self.model, self.head, self.cache = model, head, cache
+        B, T = prompt_mask.shape
+        start = model.n_virtual
+        self.ids = prompt_mask.new_zeros(B, 1)
+        self.write_index = prompt_mask.new_full((1,), start + T)  # among the keys of the cache
+        self.position_ids = prompt_mask.sum(1, keepdim=True) + start  # (B, 1)
+        self.mask = prompt_mask.new_zeros(B, 1, 1, cache.layers[0].capacity, dtype=torch.bool)
+        self.mask[..., :start] = True
+        self.mask[..., start : start + T] = prompt_mask.bool()[:, None, None]
+        for layer in cache.layers:
+            layer.write_index = self.write_index
+        state = (self.write_index, self.position_ids, self.mask)
+        self._step = cuda_graph(self._forward, state) if prompt_mask.device.type == "cuda" else self._forward
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Token ids (B, 1) -> logits of the next tokens (B, V), which the next call overwrites."""
+        self.ids.copy_(ids)
+        return self._step()
+
+    def _forward(self) -> Tensor:
+        device = self.ids.device.type
+        self.mask.index_fill_(3, self.write_index, True)
+        # weights that autocast has cached would not outlive the capture
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            hidden = self.model(self.ids, self.mask, position_ids=self.position_ids, cache=self.cache)
+            logits = self.head(hidden[:, -1])
+        self.write_index += 1
+        self.position_ids += 1
+        return logits
 
 
 @contextmanager

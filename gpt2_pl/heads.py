@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.dropout import dropout
+from gpt2_pl.kernels.dropout import dropout
 
 Pooling = Literal["last", "mean", "max", "mix", "concat"]
 

@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2_pl.attention import attention
-from gpt2_pl.dropout import add_dropout, dropout
-from gpt2_pl.gelu import gelu
-from gpt2_pl.packing import Linear
+from gpt2_pl.kernels.attention import scaled_dot_product_attention
+from gpt2_pl.kernels.dropout import dropout, dropout_add
+from gpt2_pl.kernels.gelu import gelu
+from gpt2_pl.kernels.prepacked_linear import Linear, MergeableLayer
+from gpt2_pl.kv_cache import KVCache, KVCacheLayer, PrefixCache, PrefixLayer
 
 if TYPE_CHECKING:
     from os import PathLike
-
-    from gpt2_pl.generation import KeyValueCache, LayerCache
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ class GPT2Config:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
 
-def read_at(x: Tensor, at: Tensor) -> Tensor:
-    """Take from every row of ``x`` (B, T, C) the positions ``at`` (B, R): (B, R, C)."""
-    return x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.size(-1)))
+def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """Take the positions (B, R) from every row of ``x`` (B, T, C): (B, R, C)."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before (Vaswani et al. 2017, eq. 1)."""
+    """Multi-head attention in which a token sees itself and the tokens before it (Vaswani et al. 2017, eq. 1)."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -78,33 +77,35 @@ class CausalSelfAttention(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        at: Tensor | None = None,
-        prefix: Tensor | None = None,
-        cache: LayerCache | None = None,
+        positions: Tensor | None = None,
+        cache: KVCacheLayer | PrefixLayer | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, R, C) when only the positions ``at`` (B, R) ask.
+        """Compute the attention of the tokens, or of some of them.
 
-        ``prefix`` (2, H, P, hd) holds keys and values that stand in front of the tokens' own; ``cache`` those of the
-        tokens read before. Of all N keys, ``mask`` (B or 1, 1, T or R, N) is True where a query may look; without it
-        attention is causal, and there are no keys but the tokens' own, or one query, which is the last.
+        Args:
+            x: (B, T, C).
+            mask: boolean (B or 1, 1, T or R, N), True where attention is allowed. If None, attention is causal; this
+                requires either T == N or a single query at the last position.
+            positions: (B, R), the tokens whose output is needed; None for all.
+            cache: keys and values in front of those of ``x``.
+
+        Returns:
+            (B, T, C), or (B, R, C) with ``positions``.
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
-        if at is not None:
-            q = read_at(q, at)  # (B, R, C)
+        if positions is not None:
+            q = gather_positions(q, positions)  # (B, R, C)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
-        if prefix is not None:
-            k, v = (
-                torch.cat((front.to(t.dtype).expand(len(t), -1, -1, -1), t), dim=2)
-                for front, t in zip(prefix, (k, v), strict=True)
-            )  # (B, H, P + T, hd)
         if cache is not None:
-            k, v = cache.append(k, v)
-        y = attention(q, k, v, mask, self.dropout, self.training)  # (B, H, T, hd)
+            k, v = cache.append(k, v)  # (B, H, N, hd)
+        is_causal = mask is None and q.size(2) > 1
+        dropout_p = self.dropout if self.training else 0.0
+        y = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)  # (B, H, T, hd)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two layers with GPT-2's tanh form of the GELU between them."""
+    """Two linear layers with GPT-2's tanh form of the GELU between them."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
@@ -113,12 +114,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = gelu(self.c_fc(x), self.training)  # (B, T, 4C)
+        x = gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
         return self.c_proj(x)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised first and added to the residual stream."""
+    """Attention and MLP, each normalized first and added to the residual stream."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -132,14 +133,30 @@ class Block(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        at: Tensor | None = None,
-        prefix: Tensor | None = None,
-        cache: LayerCache | None = None,
+        positions: Tensor | None = None,
+        cache: KVCacheLayer | PrefixLayer | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, R, C) when only the positions ``at`` (B, R) are wanted."""
-        attended = self.attn(self.ln_1(x), mask, at, prefix, cache)
-        x = add_dropout(x if at is None else read_at(x, at), attended, self.dropout, self.training)
-        return add_dropout(x, self.mlp(self.ln_2(x)), self.dropout, self.training)
+        """x (B, T, C) -> (B, T, C), or (B, R, C) with ``positions``; see :meth:`CausalSelfAttention.forward`."""
+        residual = x if positions is None else gather_positions(x, positions)
+        x = dropout_add(self.attn(self.ln_1(x), mask, positions, cache), residual, self.dropout, self.training)
+        return dropout_add(self.mlp(self.ln_2(x)), x, self.dropout, self.training)
+
+
+def attention_mask_4d(queries: Tensor, keys: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Return the boolean attention mask, True where attention is allowed.
+
+    Args:
+        queries: (B or 1, Q), the positions of the queries among the keys.
+        keys: (N,), 0 to N - 1.
+        padding_mask: (B, N), True for text. A query always attends to itself, for a softmax over nothing is NaN.
+
+    Returns:
+        (B or 1, 1, Q, N).
+    """
+    mask = keys <= queries.unsqueeze(-1)
+    if padding_mask is not None:
+        mask = (mask & padding_mask.unsqueeze(1)) | (keys == queries.unsqueeze(-1))
+    return mask.unsqueeze(1)
 
 
 class GPT2(nn.Module):
@@ -194,53 +211,88 @@ class GPT2(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        at: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        position_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | PrefixCache | None = None,
     ) -> Tensor:
-        """Hidden states after the last layer norm.
+        """Compute the hidden states after the last layer norm.
 
         Args:
             input_ids: (B, T) integers in [0, V).
             attention_mask: (B, T), 1 for text and 0 for padding, on either side. Positions count text only and
-                padding is never attended to, so that a row's text gives what it gives alone. Batches padded on the
-                right can leave it out: a causal model's text never sees what follows it.
-            at: (B, R) the positions whose hidden state is wanted. The last block is computed there only.
-            cache: what the blocks keep of the tokens read before; ``input_ids`` are then those that follow, and
+                padding is never attended to, so that the hidden states of a row's text do not depend on its padding.
+                Batches padded on the right can leave it out: the text of a causal model never sees what follows it.
+                Or a ready boolean mask (B, 1, T, N) over all keys, True where attention is allowed, together with
+                ``position_ids``.
+            position_ids: (B, T), the positions of the tokens; by default they follow from ``attention_mask``.
+            positions: (B, R), the tokens whose hidden state is needed. The last block computes nothing else.
+            cache: keys and values of the tokens read before; ``input_ids`` are then the tokens that follow, and
                 ``attention_mask`` covers all of them, (B, read before + T).
 
         Returns:
-            (B, T, C), or (B, R, C) with ``at``: one state for every token of the text, none for a prefix or a soft
-            prompt. What stands at padding has no meaning.
+            (B, T, C), or (B, R, C) with ``positions``: one state for every token of the text, none for a prefix or a
+            soft prompt. Outputs at padding positions are undefined.
 
         Raises:
             ValueError: more tokens than ``n_positions``, virtual ones and those read before included.
         """
         x = self.wte(input_ids)  # (B, T, C)
-        first = cache is None or cache.length == 0
-        if self.prompt is not None and first:
-            x = torch.cat((self.prompt().to(x.dtype).expand(len(x), -1, -1), x), dim=1)
-        prefix = self.prefix() if self.prefix is not None and first else None  # (L, 2, H, P, hd)
-        new = x.size(1)
-        before = cache.length if cache is not None and not first else self.n_virtual - (new - input_ids.size(1))
-        N = before + new  # keys: virtual tokens, then text
+        if cache is None or cache.length == 0:
+            x, cache = self._prepend_virtual_tokens(x, cache)
+        start = 0 if cache is None else cache.length  # the position of x among the keys
+        prompt_length = x.size(1) - input_ids.size(1)
+        N = start + x.size(1)
         if self.config.n_positions < N:
             virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
             raise ValueError(
                 f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}"
             )
         keys = torch.arange(N, device=x.device)
-        text = None if attention_mask is None else F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
-        position_ids = keys if text is None else (text.cumsum(-1) - 1).clamp(min=0)
-        x = dropout(x + self.wpe(position_ids[..., before:]), self.dropout, self.training)
-        mask = None if text is None and new in (1, N) else self._mask(keys[before:].unsqueeze(0), keys, text)
-        *blocks, last = range(len(self.h))
-        for i in blocks:
-            x = self._run(i, x, mask, None, prefix, cache)
-        skipped = new - input_ids.size(1)  # the soft prompt's places
-        if at is not None:
-            mask = self._mask(at + before + skipped, keys, text)
-            return self.ln_f(self._run(last, x, mask, at + skipped, prefix, cache))
-        return self.ln_f(self._run(last, x, mask, None, prefix, cache)[:, skipped:])
+        padding_mask = mask = None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask = attention_mask
+        elif attention_mask is not None:
+            padding_mask = F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)  # (B, N)
+        if position_ids is None:
+            counted = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
+            position_ids = counted[..., start:]
+        if mask is None and (padding_mask is not None or x.size(1) not in (1, N)):
+            mask = attention_mask_4d(keys[start:].unsqueeze(0), keys, padding_mask)
+        x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
+        for i in range(len(self.h) - 1):
+            x = self._block(i, x, mask, None, cache)
+        if positions is None:
+            return self.ln_f(self._block(-1, x, mask, None, cache)[:, prompt_length:])
+        positions = positions + prompt_length
+        mask = attention_mask_4d(positions + start, keys, padding_mask)
+        return self.ln_f(self._block(-1, x, mask, positions, cache))
+
+    def _prepend_virtual_tokens(
+        self, x: Tensor, cache: KVCache | PrefixCache | None
+    ) -> tuple[Tensor, KVCache | PrefixCache | None]:
+        """Put the soft prompt in front of the embeddings ``x`` (B, T, C) and the prefix in front of the cache."""
+        if self.prompt is not None:
+            x = torch.cat((self.prompt().to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        if self.prefix is not None:
+            prefix = self.prefix()  # (L, 2, H, P, hd)
+            if isinstance(cache, KVCache):
+                cache.begin_with(prefix)
+            else:
+                cache = PrefixCache(prefix)
+        return x, cache
+
+    def _block(
+        self,
+        i: int,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: KVCache | PrefixCache | None,
+    ) -> Tensor:
+        inputs = (x, mask, positions, None if cache is None else cache.layers[i])
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.h[i], *inputs, use_reentrant=False)
+        return self.h[i](*inputs)
 
     def set_dropout(self, p: float) -> None:
         """Set the dropout probability of the embeddings, the attention weights and both residual branches.
@@ -259,31 +311,7 @@ class GPT2(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The token embedding (V, C) as the language-model head: with its adapter, where it has one."""
-        wte: Any = self.wte
-        return wte.merged_weight() if hasattr(wte, "merged_weight") else wte.weight
-
-    def _run(
-        self,
-        i: int,
-        x: Tensor,
-        mask: Tensor | None,
-        at: Tensor | None,
-        prefix: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
-        inputs = (x, mask, at, None if prefix is None else prefix[i], None if cache is None else cache.layers[i])
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.h[i], *inputs, use_reentrant=False)
-        return self.h[i](*inputs)
-
-    @staticmethod
-    def _mask(queries: Tensor, keys: Tensor, text: Tensor | None) -> Tensor:
-        """Who may look at whom: queries (B or 1, Q), keys (N,), text (B, N) -> (B or 1, 1, Q, N)."""
-        mask = keys <= queries.unsqueeze(-1)
-        if text is not None:
-            itself = keys == queries.unsqueeze(-1)  # a softmax over nothing would be NaN
-            mask = (mask & text.unsqueeze(1)) | itself
-        return mask.unsqueeze(1)
+        return self.wte.merged()[0] if isinstance(self.wte, MergeableLayer) else self.wte.weight
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | PathLike[str], dropout: float | None = None) -> GPT2:

@@ -37,12 +37,12 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/model.py", "text.cumsum(-1) - 1", "text.cumsum(-1)", "model"),
     ("gpt2_pl/model.py", "mask = self._mask(at + before + skipped,", "mask = self._mask(at + before,", "virtual"),
     ("gpt2_pl/model.py", "std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual", "std = 0.02 if residual", "model"),
-    ("gpt2_pl/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
-    ("gpt2_pl/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
-    ("gpt2_pl/attention.py", ".tril(N - Q)", ".tril()", "attention"),
-    ("gpt2_pl/gelu.py", "alpha=3.0 * CUBIC", "alpha=2.0 * CUBIC", "gelu"),
-    ("gpt2_pl/dropout.py", "alpha=ctx.scale)", "alpha=1.0)", "dropout"),
-    ("gpt2_pl/dropout.py", "_apply((grad * ctx.scale).to(of_x), mask)", "(grad * ctx.scale).to(of_x)", "dropout"),
+    ("gpt2_pl/kernels/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
+    ("gpt2_pl/kernels/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
+    ("gpt2_pl/kernels/attention.py", ".tril(N - Q)", ".tril()", "attention"),
+    ("gpt2_pl/kernels/gelu.py", "alpha=3.0 * CUBIC", "alpha=2.0 * CUBIC", "gelu"),
+    ("gpt2_pl/kernels/dropout.py", "alpha=ctx.scale)", "alpha=1.0)", "dropout"),
+    ("gpt2_pl/kernels/dropout.py", "_apply_mask((grad * ctx.scale).to(x_dtype), mask)", "(grad * ctx.scale).to(x_dtype)", "dropout"),
     # Surgery
     ("gpt2_pl/surgery/lora.py", "self.lora_A) * (scale * self.scaling)", "self.lora_A) * self.scaling", "lora"),
     ("gpt2_pl/surgery/lora.py", "height : (third + 1) * height, i * self.rank", "height : (third + 1) * height, 0 * self.rank", "lora"),
@@ -82,9 +82,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "generation"),
     ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
     ("gpt2_pl/generation.py", "buffer.narrow(2, start, new.size(2)).copy_(new)", "buffer.narrow(2, start, new.size(2)).copy_(new.flip(1))", "generation"),
-    ("gpt2_pl/recording.py", "self.position += 1", "pass", "generation"),
-    ("gpt2_pl/recording.py", "self.mask[..., :before] = True", "pass", "generation"),
-    ("gpt2_pl/recording.py", "= prompt.bool()[:, None, None]", "= True", "generation"),
+    ("gpt2_pl/generation.py", "self.position_ids += 1", "pass", "generation"),
+    ("gpt2_pl/generation.py", "self.mask[..., :start] = True", "pass", "generation"),
+    ("gpt2_pl/generation.py", "= prompt_mask.bool()[:, None, None]", "= True", "generation"),
 ]  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-import gpt2_pl.attention
 import gpt2_pl.heads
+import gpt2_pl.kernels.attention
 import gpt2_pl.model
 import gpt2_pl.surgery.lora
 from cli import main
@@ -109,10 +109,10 @@ if __name__ == "__main__":
     place, world, strategy = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     assert SentimentClassifier  # everything is imported before the first fork
-    for module in (gpt2_pl.attention, gpt2_pl.heads, gpt2_pl.model):
-        module.dropout = lambda x, p, training: x
-    gpt2_pl.surgery.lora.masked = lambda x, p, training: (x, 1.0)
-    gpt2_pl.model.add_dropout = lambda residual, x, p, training: residual + x
+    for module in (gpt2_pl.kernels.attention, gpt2_pl.heads, gpt2_pl.model):
+        module.dropout = lambda x, p=0.0, training=True: x
+    gpt2_pl.surgery.lora.dropout_unscaled = lambda x, p, training: (x, 1.0)
+    gpt2_pl.model.dropout_add = lambda x, residual, p, training: residual + x
     for line in sys.stdin:
         case = json.loads(line)
         folder = place / case["name"].replace("/", "_")

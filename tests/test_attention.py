@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gpt2_pl.attention
-from gpt2_pl.attention import ROWS, attention
-from gpt2_pl.dropout import dropout
+import gpt2_pl.kernels.attention
+from gpt2_pl.kernels.attention import QUERY_BLOCK, scaled_dot_product_attention
+from gpt2_pl.kernels.dropout import dropout
+
+
+def attention(q, k, v, mask, p=0.0):
+    """Causal without a mask; a single query is the last one."""
+    return scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None and q.size(2) > 1)
 
 
 def weights_of(q, k, mask):
@@ -25,11 +30,11 @@ def test_attention_with_dropout_is_the_formula(masked, T):
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     mask = (causal & (torch.rand(2, 1, 1, T) < 0.7)) | torch.eye(T, dtype=torch.bool) if masked else None
     torch.manual_seed(4)
-    ours = attention(q, k, v, mask, 0.25, training=True)
+    ours = attention(q, k, v, mask, 0.25)
     torch.manual_seed(4)
     weights = weights_of(q, k, causal if mask is None else mask)
-    # masks are drawn for `ROWS` queries at a time, causal ones for the keys before them
-    rows = [(weights[:, :, a : a + ROWS], T if masked else a + ROWS) for a in range(0, T, ROWS)]
+    # masks are drawn for `QUERY_BLOCK` queries at a time, causal ones for the keys before them
+    rows = [(weights[:, :, a : a + QUERY_BLOCK], T if masked else a + QUERY_BLOCK) for a in range(0, T, QUERY_BLOCK)]
     theirs = torch.cat([dropout(part[..., :n], 0.25, training=True) @ v[:, :, :n] for part, n in rows], dim=2)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
@@ -44,7 +49,7 @@ def test_in_bfloat16_it_is_near_the_formula_in_float64(size, masked):
     q, k, v = torch.randn(3, 4, 3, 64, 64).bfloat16()
     q, k = ((t * size).requires_grad_() for t in (q, k))
     causal = torch.ones(64, 64, dtype=torch.bool).tril()
-    ours = attention(q, k, v, causal if masked else None, training=True)
+    ours = attention(q, k, v, causal if masked else None)
     exact = weights_of(q.double(), k.double(), causal) @ v.double()
     off = (ours.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
     assert off < 0.0025
@@ -60,21 +65,21 @@ def qkv(T, dtype=torch.float64):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    monkeypatch.setattr(gpt2_pl.attention, "ROWS", 16)
-    monkeypatch.setattr(gpt2_pl.attention, "LONG", 32)
+    monkeypatch.setattr(gpt2_pl.kernels.attention, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(gpt2_pl.kernels.attention, "MIN_RECOMPUTE_KEYS", 32)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [5, 16, 32, 33, 100])
 def test_equals_pytorch(monkeypatch, few_rows, T, masked):
-    monkeypatch.setattr(gpt2_pl.attention, "dropout", lambda x, p, training: x)
+    monkeypatch.setattr(gpt2_pl.kernels.attention, "dropout", lambda x, p=0.0, training=True: x)
     given = qkv(T)
     mask = None
     if masked:
         text = torch.rand(2, 1, 1, T) < 0.7
         mask = torch.ones(T, T, dtype=torch.bool).tril() & (text | torch.eye(T, dtype=torch.bool))
     weight = torch.randn(2, 3, T, 8, dtype=torch.float64)
-    ours = attention(*given, mask, 0.1, training=True)
+    ours = attention(*given, mask, 0.1)
     theirs = F.scaled_dot_product_attention(*given, attn_mask=mask, is_causal=mask is None)
     torch.testing.assert_close(ours, theirs)
     grads = [torch.autograd.grad((y * weight).sum(), given) for y in (ours, theirs)]
@@ -87,7 +92,7 @@ def test_the_backward_pass_drops_the_same_weights(few_rows, T):
 
     def run(values):
         torch.manual_seed(3)
-        return attention(q, k, values, None, 0.5, training=True)
+        return attention(q, k, values, None, 0.5)
 
     weight, step = torch.randn(2, 3, T, 8, dtype=torch.float64), torch.randn_like(v)
     (grad,) = torch.autograd.grad((run(v) * weight).sum(), v)
@@ -106,7 +111,7 @@ def test_memory_of_training_grows_with_the_length():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            attention(*given, None, 0.1, training=True)
+            attention(*given, None, 0.1)
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
     assert 0 < kept(2048) <= 2.2 * kept(1024)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2_pl import GPT2, GPT2Config
-from gpt2_pl.dropout import LEVELS, add_dropout, dropout
+from gpt2_pl.kernels.dropout import LEVELS, dropout, dropout_add
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 N = 1_000_003
@@ -54,7 +54,7 @@ def test_masks_lie_where_the_numbers_lie():
     x = torch.ones(8)
     with torch.device("meta"):
         assert dropout(x, 0.5, training=True).device == x.device
-        assert add_dropout(x, x, 0.5, training=True).device == x.device
+        assert dropout_add(x, x, 0.5, training=True).device == x.device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_mask(dtype, transposed):
     torch.manual_seed(3)
     mask = dropout(torch.ones_like(x), 0.4, training=True) != 0
     torch.manual_seed(3)
-    y = add_dropout(residual, x, 0.4, training=True)
+    y = dropout_add(x, residual, 0.4, training=True)
     expected = residual + x * mask * scale_of(0.4)
     torch.testing.assert_close(y, expected)
     for ours, theirs in zip(
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_mask(dtype, transposed):
 def test_a_stream_in_float32_takes_a_branch_in_bfloat16():
     torch.manual_seed(0)
     residual, x = torch.randn(40, 50), torch.randn(40, 50).bfloat16().requires_grad_()
-    y = add_dropout(residual, x, 0.25, training=True)
+    y = dropout_add(x, residual, 0.25, training=True)
     assert y.dtype == torch.float32
     mask = y.detach() != residual
     torch.testing.assert_close(y, residual + x.float() * mask * scale_of(0.25))
@@ -100,7 +100,7 @@ def test_without_dropout_nothing_changes_and_nothing_is_drawn(dtype):
     state = torch.get_rng_state()
     for p, training in ((0.0, True), (0.5, False)):
         assert dropout(x, p, training) is x
-        assert torch.equal(add_dropout(residual, x, p, training), residual + x)
+        assert torch.equal(dropout_add(x, residual, p, training), residual + x)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -150,8 +150,8 @@ def trained(dropout=0.3, **options):
 @pytest.mark.parametrize(("short", "rows"), [(256, 128), (4, 8), (4, 128)])  # with 20 tokens, the latter two nest
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activation_checkpointing_draws_the_same_masks_again(autocast, short, rows, monkeypatch):
-    monkeypatch.setattr("gpt2_pl.attention.SHORT", short)
-    monkeypatch.setattr("gpt2_pl.attention.ROWS", rows)
+    monkeypatch.setattr("gpt2_pl.kernels.attention.MAX_MATH_KEYS", short)
+    monkeypatch.setattr("gpt2_pl.kernels.attention.QUERY_BLOCK", rows)
     _, kept = trained(autocast=autocast)
     _, recomputed = trained(autocast=autocast, checkpointing=True)
     for name, gradient in kept.items():

@@ -4,17 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2_pl.gelu import CHUNK, gelu
+from gpt2_pl import kernels
+from gpt2_pl.kernels.gelu import CHUNK_SIZE, gelu
 
 
-@pytest.mark.parametrize("shape", [(0,), (7,), (3, CHUNK // 2 + 1), (CHUNK,)])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, CHUNK_SIZE // 2 + 1), (CHUNK_SIZE,)])
 @pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_values_and_gradients_are_the_definition_rounded(shape, dtype, step):
     torch.manual_seed(0)
     x, grad = (torch.randn(2, *shape, dtype=torch.float32) * 3).to(dtype).unbind()
     x.requires_grad_()
     exact = x.detach().double().requires_grad_()
-    ours, theirs = gelu(x, training=True), F.gelu(exact, approximate="tanh")
+    ours, theirs = gelu(x, approximate="tanh"), F.gelu(exact, approximate="tanh")
     torch.testing.assert_close(ours.double(), theirs, rtol=1.01 * step, atol=2e-6)
     (ours,), (theirs,) = torch.autograd.grad(ours, x, grad), torch.autograd.grad(theirs, exact, grad.double())
     assert ours.dtype == dtype
@@ -25,7 +26,7 @@ def test_far_from_zero_and_transposed():
     x = torch.tensor([[-1e4, -50.0, -8.0, -1.0], [-1e-3, 0.0, 1e-3, 1.0], [8.0, 50.0, 1e4, 1e9]]).bfloat16().T
     leaf, exact = x.detach().requires_grad_(), x.detach().double().requires_grad_()
     assert not leaf.is_contiguous()
-    y, theirs = gelu(leaf, training=True), F.gelu(exact, approximate="tanh")
+    y, theirs = gelu(leaf, approximate="tanh"), F.gelu(exact, approximate="tanh")
     torch.testing.assert_close(y, F.gelu(x, approximate="tanh"), atol=1e-6, rtol=2**-7)
     grad = torch.arange(1.0, 13.0).view(4, 3).bfloat16()  # another one at every place
     (ours,), (theirs,) = torch.autograd.grad(y, leaf, grad), torch.autograd.grad(theirs, exact, grad.double())
@@ -34,18 +35,28 @@ def test_far_from_zero_and_transposed():
 
 def test_the_default_dtype_changes_nothing():
     x = torch.linspace(-4, 4, 1001).bfloat16().requires_grad_()
-    expected = torch.autograd.grad(gelu(x, training=True).sum(), x)
+    expected = torch.autograd.grad(gelu(x, approximate="tanh").sum(), x)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # as Lightning does under bf16-true
     try:
-        found = torch.autograd.grad(gelu(x, training=True).sum(), x)
+        found = torch.autograd.grad(gelu(x, approximate="tanh").sum(), x)
     finally:
         torch.set_default_dtype(default)
     assert torch.equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize(("dtype", "training"), [(torch.bfloat16, False), *((torch.float32, t) for t in (False, True))])
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_outside_training_and_in_float32_it_is_pytorch_s(dtype, training, requires_grad):
+@pytest.mark.parametrize(
+    ("dtype", "requires_grad"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
+)
+def test_gelu_without_gradients_or_in_float32_is_pytorch(dtype, requires_grad):
     x = torch.randn(5, 7).to(dtype).requires_grad_(requires_grad)
-    assert torch.equal(gelu(x, training), F.gelu(x, approximate="tanh"))
+    assert torch.equal(gelu(x, approximate="tanh"), F.gelu(x, approximate="tanh"))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_with_kernels_disabled_is_pytorch(approximate, monkeypatch):
+    monkeypatch.setattr(kernels, "_enabled", False)
+    x = torch.randn(5, 7).bfloat16().requires_grad_()
+    ours, theirs = gelu(x, approximate=approximate), F.gelu(x, approximate=approximate)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(theirs.sum(), x)[0])

@@ -61,7 +61,7 @@ SURGERY = {
 @pytest.mark.parametrize("surgery", SURGERY)
 @pytest.mark.parametrize("lengths", [[7, 7], [3, 9, 1, 6]])
 def test_greedy_with_a_cache_is_greedy_without(recorded, surgery, lengths, model, monkeypatch):
-    monkeypatch.setattr("gpt2_pl.generation.can_be_recorded", lambda *_: recorded)
+    monkeypatch.setattr("gpt2_pl.generation.supports_cuda_graph", lambda *_: recorded)
     for change in SURGERY[surgery]:
         change.apply(model)
     for name, parameter in model.named_parameters():

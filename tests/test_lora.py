@@ -246,14 +246,14 @@ def test_a_model_with_adapters_is_not_saved_as_a_base(tmp_path):
 def test_dora_on_thirds_leaves_the_others_as_they_are(thirds):
     model = gpt2()
     LoRA(targets=thirds, dora=True).apply(model)
-    before = {i: block.attn.c_attn.merged_weight().detach().clone() for i, block in enumerate(model.h)}
+    before = {i: block.attn.c_attn.merged()[0].detach().clone() for i, block in enumerate(model.h)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
         model.logits(model(IDS)).logsumexp(-1).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     for i, block in enumerate(model.h):
-        after = block.attn.c_attn.merged_weight().detach().chunk(3)
+        after = block.attn.c_attn.merged()[0].detach().chunk(3)
         for name, was, now in zip("qkv", before[i].chunk(3), after, strict=True):
             assert torch.equal(was, now) == (name not in thirds), (i, name)
         assert block.attn.c_attn.lora_magnitude.numel() == len(thirds) * SHAPE.n_embd

@@ -7,7 +7,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.heads import last_text_position
-from gpt2_pl.model import read_at
+from gpt2_pl.model import gather_positions
 
 # The four published shapes scaled down (their heads and blocks), and one of odd sizes.
 SHAPES = [
@@ -59,7 +59,7 @@ def test_classification_logits_equal_transformers(tmp_path):
     for row, length in enumerate((17, 5, 1, 9)):
         ids[row, length:], mask[row, length:] = 0, 0
     with torch.no_grad():
-        features = ours(ids, at=last_text_position(mask)).squeeze(1)
+        features = ours(ids, positions=last_text_position(mask)).squeeze(1)
         logits = features @ theirs.score.weight.T
         torch.testing.assert_close(logits, theirs(ids, attention_mask=mask).logits, atol=1e-4, rtol=0)
 
@@ -91,10 +91,11 @@ def test_reading_at_positions_equals_reading_everything(model, masked):
     if mask is not None:
         mask[0, :4] = 0
     at = torch.tensor([[10, 4], [3, 3], [0, 9]])
-    whole, part = model(ids, mask), model(ids, mask, at=at)
-    torch.testing.assert_close(part, read_at(whole, at), atol=1e-5, rtol=0)
+    whole, part = model(ids, mask), model(ids, mask, positions=at)
+    torch.testing.assert_close(part, gather_positions(whole, at), atol=1e-5, rtol=0)
     gradients = [
-        torch.autograd.grad(x.square().sum(), model.h[0].attn.c_attn.weight)[0] for x in (read_at(whole, at), part)
+        torch.autograd.grad(x.square().sum(), model.h[0].attn.c_attn.weight)[0]
+        for x in (gather_positions(whole, at), part)
     ]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt2_pl import GPT2, GPT2Config, generate, packing
-from gpt2_pl.packing import WORTH, Linear, PackedLinear, packed
+from gpt2_pl import GPT2, GPT2Config, generate
+from gpt2_pl import kernels as kernels_package
+from gpt2_pl.kernels import prepacked_linear as kernel
+from gpt2_pl.kernels.prepacked_linear import MIN_CALLS, Linear, PrepackedLinear, prepacked_weights
 from gpt2_pl.surgery import LoRA
 
 SHAPE = GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, dropout=0.1)
@@ -37,6 +39,10 @@ def adapted(model, **settings):
     return model
 
 
+def prepacked(model, num_calls):
+    return prepacked_weights(model.h, lambda: model.head_weight, num_calls)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 24), (12, 1, 24), (3, 7, 24)])
 @pytest.mark.parametrize("biased", [True, False])
@@ -46,7 +52,7 @@ def test_a_packed_layer_computes_what_the_layer_does(dtype, shape, biased):
     bias = torch.randn(37, dtype=dtype) if biased else None
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     with torch.no_grad():
-        y = PackedLinear(weight, bias)(x)
+        y = PrepackedLinear(weight, bias)(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=tolerance, atol=tolerance)
 
@@ -58,8 +64,8 @@ def test_a_packed_model_computes_what_the_model_does_and_is_as_before_afterwards
         adapted(model, **surgery)
     ids = torch.randint(61, (3, 9))
     before, modules = model.logits(model(ids)), list(model.modules())
-    with packed(model, WORTH) as head:
-        assert any(isinstance(module, PackedLinear) for module in model.h.modules())
+    with prepacked(model, MIN_CALLS) as head:
+        assert any(isinstance(module, PrepackedLinear) for module in model.h.modules())
         torch.testing.assert_close(head(model(ids)), before, rtol=1e-4, atol=1e-4)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert torch.equal(model.logits(model(ids)), before)
@@ -70,8 +76,8 @@ def test_layers_without_a_bias_are_packed_too(model):
     model.h[0].attn.c_proj = nn.Sequential(nn.Linear(32, 4, bias=False), nn.Linear(4, 32))
     ids = torch.randint(61, (3, 9))
     before = model(ids)
-    with packed(model, WORTH):
-        assert isinstance(model.h[0].attn.c_proj[0], PackedLinear)
+    with prepacked(model, MIN_CALLS):
+        assert isinstance(model.h[0].attn.c_proj[0], PrepackedLinear)
         torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
 
 
@@ -82,7 +88,7 @@ def test_the_layers_come_back_when_generation_fails(model):
         raise KeyError("a processor's own")
 
     with pytest.raises(KeyError, match="own"):
-        generate(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=WORTH, processors=[fail])
+        generate(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=MIN_CALLS, processors=[fail])
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
 
 
@@ -92,8 +98,8 @@ def test_under_autocast_packed_weights_are_of_its_dtype(model):
     with torch.autocast("cpu", torch.bfloat16):
         adapted(model)
         plain = model.logits(model(ids))
-        with packed(model, WORTH) as head:
-            assert {m.dtype for m in model.h.modules() if isinstance(m, PackedLinear)} == {torch.bfloat16}
+        with prepacked(model, MIN_CALLS) as head:
+            assert {m.dtype for m in model.h.modules() if isinstance(m, PrepackedLinear)} == {torch.bfloat16}
             found = head(model(ids))
     assert found.dtype == plain.dtype == torch.bfloat16
     assert (found - plain).float().norm() < 0.02 * plain.float().norm()
@@ -107,7 +113,7 @@ class Doubled(nn.Linear):
 @pytest.mark.parametrize("why", ["few tokens", "a hook", "switched off", "another dtype", "another layer", "compiled"])
 @torch.no_grad()
 def test_where_it_cannot_be_the_model_stays_as_it_is(model, why):
-    times = WORTH - 1 if why == "few tokens" else WORTH
+    times = MIN_CALLS - 1 if why == "few tokens" else MIN_CALLS
     calls = []
     if why == "a hook":
         model.h[0].attn.c_proj.register_forward_hook(lambda *_: calls.append(1))
@@ -117,8 +123,8 @@ def test_where_it_cannot_be_the_model_stays_as_it_is(model, why):
         model.h[1].mlp.c_fc = Doubled(32, 128)
     if why == "compiled":
         model.h[0].compile(backend="eager")
-    with torch.backends.mkldnn.flags(enabled=why != "switched off"), packed(model, times) as head:
-        assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    with torch.backends.mkldnn.flags(enabled=why != "switched off"), prepacked(model, times) as head:
+        assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
         hidden = model(torch.randint(61, (2, 5)))[:, -1]
         torch.testing.assert_close(head(hidden), model.logits(hidden))
     assert bool(calls) == (why == "a hook")
@@ -136,10 +142,10 @@ bfloat16 = pytest.mark.skipif(
 def kernels(monkeypatch):
     """Counts packings and packed products; every product is large enough."""
     calls = []
-    for name in ("pack", "packed_linear"):
-        own = getattr(packing, name)
-        monkeypatch.setattr(packing, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
-    monkeypatch.setattr(packing, "ROWS", 1)
+    for name in ("prepack", "prepacked_linear"):
+        own = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    monkeypatch.setattr(kernel, "MIN_ROWS", 1)
     return calls
 
 
@@ -178,7 +184,7 @@ def test_training_packed_is_training(kernels, autocast, frozen, biased):
         for got, true in zip(found, exact, strict=True):
             if got is not None:
                 assert (got - true).norm() < 0.004 * true.norm()
-    expected = {"nothing": {"pack": 2, "packed_linear": 2}}.get(frozen, {"pack": 2, "packed_linear": 4})
+    expected = {"nothing": {"prepack": 2, "prepacked_linear": 2}}.get(frozen, {"prepack": 2, "prepacked_linear": 4})
     assert {name: kernels.count(name) for name in expected} == expected
 
 
@@ -190,7 +196,7 @@ def test_a_frozen_weight_is_packed_again_when_it_has_changed(kernels):
     def check(packings):
         kernels.clear()
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=2**-7, atol=2**-7)
-        assert kernels.count("pack") == packings
+        assert kernels.count("prepack") == packings
 
     check(1)
     check(0)
@@ -201,7 +207,7 @@ def test_a_frozen_weight_is_packed_again_when_it_has_changed(kernels):
     layer.weight = nn.Parameter(torch.randn(8, 8).bfloat16(), requires_grad=False)
     check(1)
     layer.eval()
-    assert layer._packed is None
+    assert layer._prepacked is None
     check(0)
     layer.train()
     layer.weight.data.add_(1.0)
@@ -220,7 +226,7 @@ def test_weights_that_are_replaced_are_packed_again_whatever_their_address(kerne
             layer.float()
             torch.testing.assert_close(layer(x), F.linear(x, layer.weight), rtol=2**-7, atol=2**-7)
     layer.to("meta")
-    assert layer._packed is None
+    assert layer._prepacked is None
 
 
 @bfloat16
@@ -246,7 +252,7 @@ def test_one_row_without_a_batch(kernels):
         torch.testing.assert_close(x.grad, layer.weight.sum(0), rtol=2**-6, atol=2**-6)
         if not frozen:
             torch.testing.assert_close(layer.weight.grad, x.detach().expand(8, 8))
-    assert "packed_linear" in kernels
+    assert "prepacked_linear" in kernels
 
 
 @bfloat16
@@ -262,19 +268,19 @@ def test_an_adapter_put_aside_keeps_no_packed_weight(model):
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randint(61, (2, 5)))
     adapters = [module for module in model.modules() if hasattr(module, "lora_A") and isinstance(module, Linear)]
-    assert all(adapter._packed is not None for adapter in adapters)
+    assert all(adapter._prepacked is not None for adapter in adapters)
     LoRA.merge(model)
-    assert all(adapter._packed is None for adapter in adapters)
+    assert all(adapter._prepacked is None for adapter in adapters)
 
 
 @bfloat16
 def test_a_weight_that_thaws_lets_go_of_its_copies(kernels):
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
     layer(x)
-    assert layer._packed is not None
+    assert layer._prepacked is not None
     layer.requires_grad_(True)
     layer(x).sum().backward()
-    assert layer._packed is None
+    assert layer._prepacked is None
     assert layer.weight.grad is not None
 
 
@@ -282,7 +288,7 @@ def test_a_weight_that_thaws_lets_go_of_its_copies(kernels):
 def test_a_layer_can_be_copied_and_saved_while_its_weight_is_packed():
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
     y = layer(x)
-    assert layer._packed is not None
+    assert layer._prepacked is not None
     assert torch.equal(copy.deepcopy(layer)(x), y)
     assert list(layer.state_dict()) == ["weight", "bias"]
     torch.save(layer.state_dict(), io.BytesIO())
@@ -290,7 +296,7 @@ def test_a_layer_can_be_copied_and_saved_while_its_weight_is_packed():
 
 @bfloat16
 def test_a_product_with_few_rows_is_not_worth_packing_a_weight_that_trains(kernels, monkeypatch):
-    monkeypatch.setattr(packing, "ROWS", 11)
+    monkeypatch.setattr(kernel, "MIN_ROWS", 11)
     layer = Linear(8, 8).bfloat16()
     layer(torch.randn(2, 5, 8).bfloat16())
     assert not kernels
@@ -330,7 +336,66 @@ def test_a_model_trains_packed_as_it_does_otherwise(model, kernels, monkeypatch,
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     found = gradients()
-    assert "packed_linear" in kernels
-    monkeypatch.setattr(packing, "can_be_packed", lambda *_: False)
+    assert "prepacked_linear" in kernels
+    monkeypatch.setattr(kernel, "supports_prepacking", lambda *_: False)
     expected = gradients()
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+class ScaledOutput(nn.Module):
+    """An adapter of somebody else: a linear layer whose output is scaled."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.scale = layer, nn.Parameter(torch.linspace(0.5, 2.0, layer.out_features))
+
+    def forward(self, x):
+        return self.base(x) * self.scale
+
+    def merged(self):
+        return self.base.weight * self.scale.unsqueeze(1), self.base.bias * self.scale
+
+
+@torch.no_grad()
+def test_prepacked_weights_with_scaled_outputs_use_merged_weight_and_bias(model):
+    model.h[0].mlp.c_fc = ScaledOutput(model.h[0].mlp.c_fc)
+    model.h[0].mlp.c_fc.base.bias.normal_()
+    ids = torch.randint(61, (3, 9))
+    before = model(ids)
+    with prepacked(model, MIN_CALLS):
+        assert isinstance(model.h[0].mlp.c_fc, PrepackedLinear)
+        torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.h[0].mlp.c_fc.base, Linear)
+
+
+@bfloat16
+@pytest.mark.parametrize("adapt", [False, True])
+def test_training_step_with_kernels_disabled_equals_enabled(model, monkeypatch, adapt):
+    """Dropout is off: kernels draw other masks than PyTorch."""
+    if adapt:
+        adapted(model)
+    model.config = replace(SHAPE, dropout=0.0)
+    for module in model.train().modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    monkeypatch.setattr(kernel, "MIN_ROWS", 1)
+    ids = torch.randint(61, (3, 9))
+    results = []
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels_package, "_enabled", enabled)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.logits(model(ids)).float().logsumexp(-1).mean()
+        loss.backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert not torch.equal(*results)
+    assert (results[0] - results[1]).norm() < 0.05 * results[1].norm()
+
+
+def test_generate_with_kernels_disabled_equals_enabled(model, monkeypatch):
+    ids = torch.randint(61, (2, 5))
+    texts = []
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels_package, "_enabled", enabled)
+        texts.append(generate(model, ids, max_new_tokens=MIN_CALLS, temperature=0.0))
+    assert torch.equal(*texts)

@@ -163,7 +163,7 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     # generate, from openings and from lines, and as a GPU would record it: out of training
     in_training = []
     monkeypatch.setattr(
-        "gpt2_pl.generation.can_be_recorded", lambda model, _: in_training.append(model.training) or False
+        "gpt2_pl.generation.supports_cuda_graph", lambda model, _: in_training.append(model.training) or False
     )
     openings = tmp_path / "openings.txt"
     openings.write_text("".join(f"{p.number}\n\n{p.opening(3)}\n" for p in true))

@@ -6,9 +6,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.generation import KeyValueCache
 from gpt2_pl.heads import last_text_position, pool
-from gpt2_pl.model import GPT2, GPT2Config, read_at
+from gpt2_pl.kv_cache import KVCache
+from gpt2_pl.model import GPT2, GPT2Config, gather_positions
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tokenizer import load_tokenizer
 
@@ -67,14 +67,18 @@ def test_pooling_skips_virtual_tokens(model):
 
 def test_positions_asked_for(model):
     at = torch.tensor([[6, 0], [10, 4], [3, 3]])
-    torch.testing.assert_close(model(IDS, MASK, at=at), read_at(model(IDS, MASK), at), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(IDS, MASK, positions=at), gather_positions(model(IDS, MASK), at), atol=1e-5, rtol=1e-5
+    )
     at = last_text_position(MASK)
-    torch.testing.assert_close(model(IDS, at=at)[::2], read_at(model(IDS), at)[::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(IDS, positions=at)[::2], gather_positions(model(IDS), at)[::2], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_read_in_pieces_through_the_cache(model, mask):
-    cache = KeyValueCache(3, 24)
+    cache = KVCache(3, 24)
     pieces, start = [], 0
     for end in (5, 6, 7, 11):
         pieces.append(model(IDS[:, start:end], None if mask is None else mask[:, :end], cache=cache))
@@ -86,7 +90,7 @@ def test_read_in_pieces_through_the_cache(model, mask):
 
 
 def test_a_full_cache_is_refused(model):
-    cache = KeyValueCache(3, 8 + model.n_virtual)
+    cache = KVCache(3, 8 + model.n_virtual)
     model(IDS[:, :8], cache=cache)
     with pytest.raises(ValueError, match="the cache has room for"):
         model(IDS[:, 8:9], cache=cache)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.dropout import masked
 from gpt2_pl.errors import InputError
-from gpt2_pl.packing import Linear, autocasted
+from gpt2_pl.kernels.dropout import dropout_unscaled
+from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
 from gpt2_pl.surgery.base import Surgery, freeze_base
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ class LoRALinear(Linear):
         """s B A, (out, in)."""
         return self.scaling * self.spread_B() @ self.lora_A
 
-    def merged_weight(self) -> Tensor:
-        """The weight (out, in) of the plain layer that computes the same."""
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
         weight = self.weight + self.delta()
         if self.lora_magnitude is not None:
             weight = weight * self.row_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
-        return weight
+        return weight, self.bias
 
     def row_scale(self, norm: Tensor) -> Tensor:
         """DoRA's factor of every row (out,), for the norms (out,) of W + s B A; 1 where nothing is adapted."""
@@ -115,8 +115,8 @@ class LoRALinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        rows = autocasted(input).reshape(-1, self.in_features)  # once, for W's product and for A's
-        kept, scale = masked(rows, self.dropout, self.training)
+        rows = cast_to_autocast_dtype(input).reshape(-1, self.in_features)  # once, for W's product and for A's
+        kept, scale = dropout_unscaled(rows, self.dropout, self.training)
         low = F.linear(kept, self.lora_A) * (scale * self.scaling)  # (rows, n r)
         if self.lora_magnitude is None:
             output = self.affine(rows, self.bias)
@@ -153,9 +153,9 @@ class LoRAEmbedding(nn.Embedding):
         self.lora_B = nn.Parameter(self.weight.new_empty(self.embedding_dim, rank))
         nn.init.normal_(self.lora_B)
 
-    def merged_weight(self) -> Tensor:
-        """W + s (B A)^T, (V, C): the plain embedding, and the head, that compute the same."""
-        return self.weight + self.scaling * (self.lora_B @ self.lora_A).T
+    def merged(self) -> tuple[Tensor, None]:
+        """Return W + s (B A)^T, (V, C), the weight of the plain embedding and head that compute the same; no bias."""
+        return self.weight + self.scaling * (self.lora_B @ self.lora_A).T, None
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids (...) -> (..., C)."""
@@ -272,7 +272,7 @@ class LoRA(Surgery):
                     else:
                         plain = nn.Embedding(module.num_embeddings, module.embedding_dim)
                 trains = module.weight.requires_grad
-                plain.weight = nn.Parameter(module.merged_weight().detach(), requires_grad=trains)
+                plain.weight = nn.Parameter(module.merged()[0].detach(), requires_grad=trains)
                 plain.train(module.training)
                 plain.__dict__["_unmerged"] = module.eval()
                 model.set_submodule(name, plain)

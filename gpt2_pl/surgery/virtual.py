@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.generation import KeyValueCache
+from gpt2_pl.kv_cache import KVCache
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, token_ids
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _keys_and_values(model: GPT2, ids: Tensor) -> Tensor:
     """What every block keeps of the tokens (P,), as a prefix's table (P, 2 L C)."""
     prompt, model.prompt = model.prompt, None
     training = model.training
-    cache = KeyValueCache(model.config.n_layer, len(ids))
+    cache = KVCache(model.config.n_layer, len(ids))
     model.eval()(ids.unsqueeze(0), cache=cache)
     model.train(training).prompt = prompt
     layers = [torch.stack(layer.keys_and_values()) for layer in cache.layers]  # (2, 1, H, P, hd) each

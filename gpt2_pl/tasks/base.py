@@ -21,8 +21,8 @@ from torchmetrics import Metric
 from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
 from gpt2_pl.allocator import keep_freed_memory
-from gpt2_pl.attention import use_cudnn
 from gpt2_pl.errors import InputError
+from gpt2_pl.kernels.attention import set_cudnn_sdp
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
@@ -201,14 +201,14 @@ class Task(LightningModule):
             if isinstance(module, Metric):
                 module.reset()  # a run that broke off leaves what it had added
         if not self.same_shapes:
-            self._used_cudnn = use_cudnn(False)
+            self._used_cudnn = set_cudnn_sdp(False)
         if hasattr(self.datamodule, "tokenizer"):
             self.check_tokenizer(self.datamodule.tokenizer)
 
     def teardown(self, stage: str) -> None:
         """Leave the process as it was."""
         if not self.same_shapes:
-            use_cudnn(self._used_cudnn)
+            set_cudnn_sdp(self._used_cudnn)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer with tokens that the GPT-2 does not have."""

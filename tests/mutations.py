@@ -34,8 +34,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/tasks/base.py", "losses.sum() * (self.trainer.world_size /", "losses.sum() * (1 /", "processes"),
     # Model
     ("gpt2_pl/model.py", "mask = keys <= queries.unsqueeze(-1)", "mask = keys < queries.unsqueeze(-1)", "model"),
-    ("gpt2_pl/model.py", "text.cumsum(-1) - 1", "text.cumsum(-1)", "model"),
-    ("gpt2_pl/model.py", "mask = self._mask(at + before + skipped,", "mask = self._mask(at + before,", "virtual"),
+    ("gpt2_pl/model.py", "padding_mask.cumsum(-1) - 1", "padding_mask.cumsum(-1)", "model"),
+    ("gpt2_pl/model.py", "positions = positions + prompt_length", "pass", "virtual"),
     ("gpt2_pl/model.py", "std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual", "std = 0.02 if residual", "model"),
     ("gpt2_pl/kernels/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
     ("gpt2_pl/kernels/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
@@ -81,7 +81,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Generation
     ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "generation"),
     ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
-    ("gpt2_pl/generation.py", "buffer.narrow(2, start, new.size(2)).copy_(new)", "buffer.narrow(2, start, new.size(2)).copy_(new.flip(1))", "generation"),
+    ("gpt2_pl/kv_cache.py", "buffer.narrow(2, start, new.size(2)).copy_(new)", "buffer.narrow(2, start, new.size(2)).copy_(new.flip(1))", "generation"),
     ("gpt2_pl/generation.py", "self.position_ids += 1", "pass", "generation"),
     ("gpt2_pl/generation.py", "self.mask[..., :start] = True", "pass", "generation"),
     ("gpt2_pl/generation.py", "= prompt_mask.bool()[:, None, None]", "= True", "generation"),

@@ -60,7 +60,7 @@ ARMS = {
 @pytest.mark.parametrize("arm", ARMS)
 def test_frozen_base_in_training_equals_peft_with_equal_masks(arm, base_drops, base, monkeypatch):
     """peft's model in train mode: its base's dropout at 0, or at the task's; LoRA's own dropout in both."""
-    monkeypatch.setattr("gpt2_pl.dropout._ours", lambda x: False)  # PyTorch's masks, as peft's are
+    monkeypatch.setattr("gpt2_pl.kernels.dropout._use_cpu_kernel", lambda x: False)  # PyTorch's masks, as peft's are
     surgery, config = ARMS[arm]
     task = built(LanguageModel, base=str(base), surgery=[surgery], frozen_base_dropout=base_drops)
     ours, p = task.core, P if base_drops else 0.0

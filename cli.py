@@ -105,9 +105,9 @@ def _condensed(message: str) -> str:
 
 
 def _fail(message: str, status: int = 2) -> None:
-    from gpt2_pl.errors import printable
+    from gpt2_pl.errors import InputError
 
-    print(f"gpt2-pl: error: {printable(message)}", file=sys.stderr)
+    print(f"gpt2-pl: error: {InputError(message)}", file=sys.stderr)  # as one escaped line of bounded length
     sys.stderr.flush()
     raise SystemExit(status)
 

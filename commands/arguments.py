@@ -11,6 +11,7 @@ import yaml
 
 from commands import RUNS
 from gpt2_pl.checkpoint import read
+from gpt2_pl.documents import load_yaml, read_yaml
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
 from gpt2_pl.surgery import build
@@ -21,7 +22,7 @@ def refuse_contradictions(files: list[Any]) -> None:
     trains: dict[bool, str] = {}
     surgery = None
     for file in filter(None, files):
-        model = (yaml.safe_load(file.get_content()) or {}).get("model") or {}
+        model = (load_yaml(file.get_content(), str(file)) or {}).get("model") or {}
         stated = (model.get("init_args") if isinstance(model, dict) else None) or {}
         if (value := stated.get("train_base")) is not None:
             trains[bool(value)] = str(file)
@@ -91,17 +92,15 @@ def ordered(args: list[str]) -> list[str]:
 
 
 def settings_of(args: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The configuration files on the command line, in order, by name; one that is no YAML is refused by the parser."""
+    """The configuration files on the command line that hold keys, in order, by name.
+
+    Raises:
+        InputError: no such file, one that is not YAML, or one that is too large or too deep.
+    """
     values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
     values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     for value in values:
-        file = existing_file(value, "config")
-        try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"config: {file} is not UTF-8 text: {error}") from None
-        except (ValueError, RecursionError, yaml.YAMLError):
-            continue
+        settings = read_yaml(existing_file(value, "config"))
         if isinstance(settings, dict):
             yield value, settings
 

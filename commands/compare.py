@@ -23,8 +23,9 @@ from commands.report import (
     write_csv,
 )
 from gpt2_pl.comparison import Comparison, compare
+from gpt2_pl.documents import read_yaml
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.files import check_place, whole_file
+from gpt2_pl.files import check_place, existing_file, whole_file
 from gpt2_pl.runs import Run
 
 
@@ -96,12 +97,7 @@ def _read(path: Path | None, key: str) -> str:
 
 def _elsewhere(path: Path | None) -> dict[str, list[dict[str, str]]]:
     """Figures from elsewhere, by task."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(_read(path, "elsewhere")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"elsewhere: {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    content = ({} if path is None else read_yaml(existing_file(path, "elsewhere"))) or {}
     good = isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values())
     rows = [row for rows in content.values() for row in rows] if good else [None]
     if not all(isinstance(row, dict) and row.keys() == {"what", "figures", "source"} for row in rows):

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from commands.planned import PlannedRun
+from gpt2_pl.documents import read_yaml
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
 
@@ -109,12 +108,7 @@ class Plan:
         Raises:
             InputError: naming the file, the key and what would be right.
         """
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"there is no file {file}") from None
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise InputError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        content = read_yaml(existing_file(file, "sweep"))
         try:
             return cls._from(_Node(content, "", file.stem))
         except InputError as error:

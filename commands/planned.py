@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from commands import RUNS
+from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError
 from gpt2_pl.runs import check_account
 
@@ -126,18 +126,6 @@ class PlannedRun:
                 f"{self.folder} was run with other settings ({'; '.join(what)}); delete it, or give the strategy or "
                 "the sweep another name"
             )
-
-
-def read_json(file: Path) -> Any:
-    """What a file of a run says.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}; delete {file.parent}") from None
 
 
 def _parts(flag: str) -> tuple[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from commands import RUNS
 from commands.plan import Arm, as_flags
-from commands.planned import PlannedRun, read_json
+from commands.planned import PlannedRun
+from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
 

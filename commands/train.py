@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import jsonargparse
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
@@ -42,11 +43,23 @@ from commands.arguments import (
     with_hyperparameters,
 )
 from commands.run_files import RunFiles, RunLogger
+from gpt2_pl.documents import check_yaml, load_yaml
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
+
+_load_yaml = jsonargparse.get_loader("yaml")
+
+
+def _load_bounded_yaml(text: str) -> Any:
+    """Load YAML as the parser does, within limits: also files that files name, and the values of flags."""
+    check_yaml(text, "a configuration")
+    return _load_yaml(text)
+
+
+jsonargparse.set_loader("yaml", _load_bounded_yaml, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
@@ -77,10 +90,7 @@ class GPT2CLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         args = ordered(args)
         for file, settings in settings_of(args):
-            try:
-                check_shape(file, settings)
-            except RecursionError:
-                raise InputError(f"{file}: its keys lie in one another without end; leave such an alias out") from None
+            check_shape(file, settings)
         self.checkpoint = checkpoint_path(args)
         if self.checkpoint is not None:
             args = with_hyperparameters(args, self.checkpoint)
@@ -234,7 +244,7 @@ class GPT2CLI(LightningCLI):
         """What flags or files say of model.num_classes, which the data's own number silently replaces."""
         stated = None
         for file in filter(None, self.config[self.subcommand].get("config") or []):
-            model = (yaml.safe_load(file.get_content()) or {}).get("model") or {}
+            model = (load_yaml(file.get_content(), str(file)) or {}).get("model") or {}
             if isinstance(model, dict):
                 stated = (model.get("init_args") or {}).get("num_classes", stated)
         for arg, following in zip(self.given, [*self.given[1:], ""], strict=True):

@@ -107,7 +107,7 @@ tasks:
         (FILE.replace("name: s", "name: ../s"), "name is '../s'; it must be a name of up to 200 letters"),
         (FILE.replace("full:", "../full:"), "tasks.toy.strategies: '../full' is no name"),
         (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment has no NOWHERE_TO_BE_FOUND"),
-        (FILE + "        base: x\n", "cannot be read"),
+        (FILE + "        base: x\n", "is not YAML"),
         (
             FILE.replace("full: {", "full: {base: x, "),
             "tasks.toy.strategies.full.base is 'x'; the task's bases are none",
@@ -131,13 +131,13 @@ tasks:
         (FILE.replace("full: {", "full: {set: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
         (FILE.replace("full: {", "full: {set: {data.n_train: !!binary aaaa}, "), "set.data.n_train is"),
         (FILE.replace("full: {", 'full: {set: {data.n_train: "\\ud800"}, '), "data.n_train"),
-        (FILE.replace("full: {", "full: {set: &a {data.n_train: *a}, "), "data.n_train is"),
+        (FILE.replace("full: {", "full: {set: &a {data.n_train: *a}, "), "*a lies within what it stands for"),
         (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
         (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
         (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),
         (FILE.replace("full:", f"{'x' * 300}:"), "is no name"),
         (FILE.replace("full.yaml", f"{'x' * 300}.yaml"), "there is no file"),
-        ("[" * 5000, "cannot be read"),
+        ("[" * 5000, "nested more than 100 deep"),
     ],
 )
 def test_what_cannot_be_run(text, message, file):

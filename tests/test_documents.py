@@ -1,0 +1,105 @@
+"""Files of settings that would take much time or memory are refused before they do."""
+
+import json
+import os
+import resource
+import signal
+import time
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from gpt2_pl.documents import MAX_DEPTH, check_yaml, load_yaml, read_json, read_yaml
+from gpt2_pl.errors import InputError
+
+LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+MERGES = "a0: &a0 {k: x}\n" + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
+BOMBS = {
+    "laughs": (LAUGHS, "aliases written out"),
+    "merges": (MERGES, "aliases written out"),
+    "text": (f"a: &a {'x' * 10**5}\nb: [{','.join(['*a'] * 1000)}]\n", "aliases written out"),
+    "cycle": ("model: &a {init_args: *a}\n", "the alias *a lies within what it stands for"),
+    "deep": ("[" * 10**5 + "]" * 10**5, "nested more than 100 deep"),
+    "dashes": ("- " * 10**5 + "x", "nested more than 100 deep"),
+    "braces": ("{a: " * 10**5 + "}" * 10**5, "nested more than 100 deep"),
+    "sixty": ("a: " + ":".join(["1"] * 4 * 10**5), "a number has 799,999 characters"),
+    "digits": ("a: " + "1" * 10**6, "a number has 1,000,000 characters"),
+    "long": ("a: " + "x" * 2**20, "has more than 1,048,576 characters"),
+    "date": ("a: 2001-99-99", "is not YAML"),
+    "tag": ("a: !!python/object:os.system {}", "is not YAML"),
+    "two": ("a: 1\n---\nb: 2\n", "is not YAML"),
+    "key": ("{[1]: 2, {a: 1}: 3}", "is not YAML"),
+    "undefined": ("a: *b\n", "is not YAML"),
+}
+
+
+@pytest.fixture
+def bounded():
+    """A process that runs for more than 10 s, or takes 2 GB more than it has, fails."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 2**30, before[1]))
+    signal.alarm(60)
+    since = time.process_time()
+    yield
+    assert time.process_time() - since < 10.0
+    signal.alarm(0)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("name", BOMBS)
+def test_load_yaml_bomb_is_refused_at_once(name):
+    text, words = BOMBS[name]
+    with pytest.raises(InputError) as caught:
+        load_yaml(text, "some.yaml")
+    assert str(caught.value).startswith("some.yaml")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_read_yaml_shipped_file_equals_the_plain_parser(file):
+    assert read_yaml(file) == yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def test_load_yaml_aliases_within_the_limits_are_kept():
+    text = "a: &a [1, 2]\nb: {<<: &m {k: v, l: *a}, l: 3}\nc: [*a, *m, &x x, *x]\nd: &e {}\ne: *e\n"
+    assert load_yaml(text, "x") == yaml.safe_load(text)
+    assert load_yaml("", "x") is None
+    many = yaml.safe_dump({"labels": [f"class number {i}" for i in range(20_000)]})
+    assert load_yaml(many, "x") == yaml.safe_load(many)
+    check_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH, "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 10**6, "nested more than 100 deep"),
+        (b"[" * 101 + b"]" * 101, "nested more than 100 deep"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, "nested more than 100 deep"),
+        (b" " * 2**25, "is larger than 16,777,216 bytes"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"{", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"1" * 10**5, "is not JSON"),
+    ],
+    ids=["open", "deep", "objects", "large", "latin", "half", "empty", "digits"],
+)
+def test_read_json_file_of_others_is_refused(content, words, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.json") as caught:
+        read_json(tmp_path / "x.json")
+    assert words in str(caught.value)
+
+
+def test_read_json_file_within_the_limits_equals_the_plain_parser(tmp_path):
+    content = {"a": [1, 2.5, None, True, "x\u00e9", {}], "deep": json.loads("[" * 98 + "]" * 98), "nan": 1e999}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert read_json(tmp_path / "x.json") == content
+    for missing in (tmp_path / "none.json", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_json(missing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 from commands import RUNS
 from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError
-from gpt2_pl.runs import check_account
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class PlannedRun:
         file = self.folder / "metrics.json"
         if not file.is_file():
             return {}
-        account = read_json(file)
-        check_account(account, f"{file} is broken")
-        return account
+        from gpt2_pl.schema import check_metrics
+
+        with self._hint():
+            return check_metrics(read_json(file), str(file))
 
     def begun(self) -> dict[str, Any]:
         """What the run was begun with: :meth:`record`, and the number of ``threads``.
@@ -83,14 +85,18 @@ class PlannedRun:
         file = self.folder / "sweep.json"
         if not file.is_file():
             raise InputError(f"{self.folder} is not a run of this sweep; give the sweep another name")
-        found = read_json(file)
-        found = {"threads": 1, **found} if isinstance(found, dict) else {}
-        for key, kind in (("flags", dict), ("files", dict), ("base", dict | None), ("threads", int)):
-            if key not in found or not isinstance(found[key], kind):
-                raise InputError(f"{file} is broken: it does not say {key}; delete {self.folder}")
-        if not all(isinstance(value, str) for key in ("flags", "files") for value in found[key].values()):
-            raise InputError(f"{file} is broken: its flags and files must be text; delete {self.folder}")
-        return found
+        from gpt2_pl.schema import SweepRecord, validate
+
+        with self._hint():
+            return validate(SweepRecord, read_json(file), str(file)).model_dump()
+
+    @contextmanager
+    def _hint(self) -> Iterator[None]:
+        """Say in errors of broken files what to do about them."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{error}; delete {self.folder}") from None
 
     @property
     def last(self) -> Path:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.runs import Run
 from gpt2_pl.statistics import Difference, interval, resampled, seed_noise
+
+_LONGEST_SETTING, _MOST = 200, 20  # characters of a setting's value in a label, and settings in one
 
 
 @dataclass
@@ -235,7 +237,8 @@ def _one_for_each_seed(runs: Sequence[Run], notes: list[str]) -> list[Run]:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not value.isprintable() else str(value)
+    text = printable(value)
+    return text if len(text) <= _LONGEST_SETTING else f"{text[:_LONGEST_SETTING]}..."
 
 
 def _tell_apart(groups: list[Group]) -> None:
@@ -249,5 +252,6 @@ def _tell_apart(groups: list[Group]) -> None:
             name for name in names if len({json.dumps(g.runs[0].flat.get(name), default=str) for g in same}) > 1
         ]
         for group in same:
-            told = (f"{name.rpartition('.')[2]} {_shown(group.runs[0].flat.get(name))}" for name in differing)
-            group.label = f"{label} ({', '.join(told)})"
+            told = [f"{name.rpartition('.')[2]} {_shown(group.runs[0].flat.get(name))}" for name in differing[:_MOST]]
+            more = [f"{len(differing) - _MOST} more"] if len(differing) > _MOST else []
+            group.label = f"{label} ({', '.join(told + more)})"

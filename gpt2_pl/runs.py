@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.documents import read_json, read_yaml
+from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.statistics import Score, confusion_scores, loss_scores
 
 _APART = re.compile(  # where things lie and what is shown, not what was done
@@ -26,6 +25,7 @@ _APART = re.compile(  # where things lie and what is shown, not what was done
 )
 
 
+_LONGEST_NAME = 1000  # characters of a dotted name
 _MOST_CLASSES = 200  # a row's outcome is one of their square
 
 
@@ -53,20 +53,19 @@ class Run:
         for name in ("metrics.json", "config.yaml"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}; a run's folder is lightning_logs/NAME/version_N")
+        from gpt2_pl.schema import check_metrics
+
+        account = check_metrics(read_json(folder / "metrics.json"), str(folder / "metrics.json"))
+        file = folder / "config.yaml"
+        settings = read_yaml(file)
+        parts = [settings.get(key) for key in ("model", "data", "trainer")] if isinstance(settings, dict) else [0]
+        if not all(isinstance(part, dict | None) for part in parts):
+            raise InputError(f"{file} must hold keys, and its model, data and trainer too, got {shorten(settings)}")
         try:
-            account = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-            settings = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-            run = cls(folder, dict(account), dict(settings))
-            for said in (account, settings, str(folder)):  # neither text that is none nor parts that hold themselves
-                json.dumps(said, ensure_ascii=False, sort_keys=True, default=str).encode()
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            reason = ascii(" ".join(str(error).split())[:200])[1:-1]
-            raise InputError(f"{ascii(str(folder))[1:-1]}: metrics.json or config.yaml is broken: {reason}") from None
-        check_account(run.account, f"{folder}: metrics.json is broken")
-        if not all(isinstance(run.settings.get(key), dict | None) for key in ("model", "data", "trainer")):
-            raise InputError(f"{folder}: config.yaml is broken: model, data and trainer hold keys")
-        return run
+            json.dumps(settings, ensure_ascii=False, sort_keys=True, default=str).encode()
+        except (TypeError, ValueError) as error:  # keys of several kinds, halves of surrogate pairs
+            raise InputError(f"{file} cannot be compared: {error}") from None
+        return cls(folder, account, settings)
 
     @property
     def strategy(self) -> str:
@@ -81,13 +80,16 @@ class Run:
         found: dict[str, Any] = {}
 
         def walk(name: str, value: Any) -> None:
+            if len(name) > _LONGEST_NAME:
+                file = self.folder / "config.yaml"
+                raise InputError(f"{file}: the key {name[:80]}... has more than {_LONGEST_NAME} characters")
             if isinstance(value, dict):
                 for key, inner in value.items():
                     walk(f"{name}.{key}".replace(".init_args", "").replace(".class_path", ""), inner)
             elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
                 for i, inner in enumerate(value):
                     walk(f"{name}.{i}", inner)
-            elif value is not None and value != [] and not _APART.search(name):
+            elif value is not None and value != [] and not _APART.match(name):
                 found[name] = value
 
         for key in ("model", "data", "trainer"):
@@ -189,75 +191,6 @@ def _predictions(file: Path, split: str) -> Judged | None:
     confusion[np.arange(len(cells)), cells] = 1.0
     names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if K == 2 else []))
     return Judged(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
-
-
-_KINDS: dict[str, Any] = {
-    "status": str,
-    "task": str,
-    "monitor": str,
-    "mode": str,
-    "seed": int,
-    "configs": list,
-    "scores": dict,
-    "epochs": list,
-    "parameters": dict,
-    "base": dict,
-    "data": dict,
-}
-_FIGURES = ("seconds", "cpu_seconds", "examples_per_second", "peak_memory_bytes", "checkpoint_bytes")
-
-
-def check_account(account: Any, where: str) -> None:
-    """Refuse an account with values of other kinds than training writes.
-
-    Args:
-        account: what ``metrics.json`` holds.
-        where: the beginning of the message.
-
-    Raises:
-        InputError: naming the key.
-    """
-    if not isinstance(account, dict):
-        raise InputError(f"{where}: it holds {str(account)[:100]!r}, not the account of a run")
-    for key, kind in _KINDS.items():
-        if not isinstance(account.get(key), kind | None):
-            raise InputError(f"{where}: {key} is {str(account[key])[:100]!r}")
-    parts = {key: account.get(key) or {} for key in ("scores", "parameters", "base", "data")}
-    for key in ("files", "rows"):
-        if not isinstance(parts["data"].get(key), dict | None):
-            raise InputError(f"{where}: data has no {key}")
-    if not all(isinstance(file, str) for file in account.get("configs") or []):
-        raise InputError(f"{where}: configs is {str(account['configs'])[:100]!r}; it must be a list of files")
-    if not all(isinstance(epoch, dict) for epoch in account.get("epochs") or []):
-        raise InputError(f"{where}: epochs is {str(account['epochs'])[:100]!r}; it must be a list of scores")
-    if account.get("status") == "finished" and account.get("epochs"):
-        for key in ("scores", "parameters", "seconds"):
-            if account.get(key) is None:
-                raise InputError(f"{where}: it has no {key}")
-        for key in ("trainable", "total"):
-            if parts["parameters"].get(key) is None:
-                raise InputError(f"{where}: parameters has no {key}")
-    for key, figures in (
-        ("", {key: account.get(key) for key in _FIGURES}),
-        ("scores.", parts["scores"]),
-        *(("epochs.", epoch) for epoch in account.get("epochs") or []),
-        ("parameters.", {key: parts["parameters"].get(key) for key in ("trainable", "total")}),
-        ("base.", {key: parts["base"].get(key) for key in ("seconds", "cpu_seconds")}),
-        ("data.rows.", parts["data"].get("rows") or {}),
-    ):
-        for name, value in figures.items():
-            required = key in ("scores.", "epochs.")
-            if not (_is_figure(value) or (value is None and not required)):
-                raise InputError(f"{where}: {key}{name} is {str(value)[:100]!r}; it must be a number")
-    if not all("epoch" in epoch for epoch in account.get("epochs") or []):
-        raise InputError(f"{where}: one of its epochs has no number")
-
-
-def _is_figure(value: Any) -> bool:
-    """Whether a value is a number that can be counted with and drawn; NaN and infinity are."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return True
-    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _name(files: Any) -> str:

@@ -22,6 +22,7 @@ import torch
 import cli
 from datamodules.toy import toy_pairs, toy_reviews
 from gpt2_pl.model import GPT2, GPT2Config
+from gpt2_pl.schema import check_metrics
 from gpt2_pl.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +155,8 @@ def process(folder: Path, *args: object, **environment: str) -> subprocess.Compl
 
 
 def metrics(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
+    file = folder / "metrics.json"
+    return check_metrics(json.loads(file.read_text()), str(file))
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:

@@ -150,7 +150,7 @@ def test_what_the_command_writes(runs, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json or config.yaml is broken"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json is not JSON"),
         (lambda folder: (folder / "config.yaml").unlink(), "has no config.yaml"),
         (lambda folder: (folder / "metrics.json").unlink(), "is no run's folder"),
     ],

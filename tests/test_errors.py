@@ -120,7 +120,7 @@ def hostile(tmp_path):
         account["data"]["files"] = {"val": f"/data/{ESCAPE[:-1]}.csv"}
         account["scores"][f"@val/{ESCAPE[:-1]}"] = 0.5
         (folder / "metrics.json").write_text(json.dumps(account))
-    folder = fake_run(tmp_path / "runs/\x1b[31mred/version_1", "x", 1, [True], status=ESCAPE[:-1])
+    folder = fake_run(tmp_path / "runs/\x1b[31mred\udc80/version_1", "x", 1, [True], status=ESCAPE[:-1])
     assert folder.is_dir()
     return tmp_path / "runs"
 

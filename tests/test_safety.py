@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -444,7 +445,8 @@ def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
      ("configs", [None]), ("configs", [{}]), ("base", {"seconds": "x"}), ("cpu_seconds", "x"),
      ("base", {"cpu_seconds": [1]}), ("data", {"rows": {"val": "many"}}), ("scores", {"val/accuracy": 10**400}),
      ("parameters", {"trainable": 10**400, "total": 1}), ("checkpoint_bytes", 10**400), ("status", 3),
-     ("seconds", 1e308)],
+     ("seconds", 1e308), ("seconds", float("nan")), ("epochs", [{"epoch": 1e300}]), ("mode", "up"), ("unknown", 1),
+     ("seed", True), ("data", {"labels": "ab"}), ("base", {"paht": "x"}), ("versions", {"torch": 2})],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
@@ -452,7 +454,7 @@ def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
     file = folder / "metrics.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     line = refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
-    assert "metrics.json is broken" in line
+    assert "metrics.json: " in line
     assert key in line
     assert not (tmp_path / "report").exists()
 
@@ -462,9 +464,49 @@ def changed(folder, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("what", ["task", "config", "alias", "keys", "folder"])
+HUGE = "x" * 2 * 10**6
+LAUGHS = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.yaml", LAUGHS, "aliases written out"),
+        ("config.yaml", f"name: {HUGE}\n", "is larger than"),
+        ("config.yaml", f"model: {{? {'k' * 10**5} : {list(range(10**5))}}}", "has more than 1000"),
+        ("config.yaml", f"name: {'-1' * 10**5}x\n", None),
+        ("config.yaml", f"model: {{x: {'data.' * 10**5}}}\n", None),
+        ("config.yaml", f"data: {{{'data.' * 190}y: 1}}\n", None),
+        ("config.yaml", "[" * 10**5, "nested more than"),
+        ("config.yaml", "- 1", "must hold keys"),
+        ("metrics.json", json.dumps({"task": HUGE}), "task must be text of at most 300 characters"),
+        ("metrics.json", json.dumps({"scores": {HUGE: 1.0}}), "must be text of at most 300 characters"),
+        ("metrics.json", json.dumps({"scores": {f"val/{i}": 1.0 for i in range(10**5)}}), "at most 1000 values"),
+        ("metrics.json", json.dumps({"epochs": ["x"] * 10**5}), "epochs[0] must be keys and values"),
+        ("metrics.json", json.dumps({"configs": [f"configs/strategy/{HUGE}.yaml"]}), "configs[0] must be text of at"),
+        ("metrics.json", "[" * 10**6, "nested more than"),
+        ("metrics.json", " " * 2**25, "is larger than"),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_compare_hostile_sizes_take_little_time(name, text, words, tmp_path, run, capsys):
+    right = [True, False] * 20
+    folders = [fake_run(tmp_path / f"runs/{seed}", "full", seed, right) for seed in (1, 2)]
+    (folders[1] / name).write_text(text)
+    if name == "config.yaml":  # only a run without configuration files is called by its name
+        changed(folders[1], configs=[])
+    since = time.process_time()
+    command = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
+    if words is None:
+        cli.main([str(part) for part in command])
+    else:
+        assert words in refused(run, capsys, *command)
+    assert time.process_time() - since < 10.0
+
+
+@pytest.mark.parametrize("what", ["task", "config", "alias", "keys", "yaml"])
 def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
-    folder = fake_run(tmp_path / ("r\udc80" if what == "folder" else "run"), "full", 1, [True, False])
+    folder = fake_run(tmp_path / "run", "full", 1, [True, False])
     if what == "task":
         changed(folder, task="\ud800")
     elif what == "config":
@@ -473,7 +515,10 @@ def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
         (folder / "config.yaml").write_text("model: &a {init_args: *a}\n")
     elif what == "keys":
         (folder / "config.yaml").write_text("model: {a: [[{1: 2, b: 3}]]}\n")
-    assert "is broken" in refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+    elif what == "yaml":
+        (folder / "config.yaml").write_text('name: "\\ud800"\n')
+    words = {"task": "task must be", "config": "configs[0] must be", "alias": "lies within"}.get(what, "config.yaml")
+    assert words in refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
@@ -494,7 +539,8 @@ def test_outcomes_with_other_classes_than_they_have(header, tmp_path, run, capsy
 def test_figures_that_are_no_finite_numbers_are_shown(tmp_path):
     for seed, value in enumerate((float("nan"), float("inf"), -1e299, 1e299)):
         folder = fake_run(tmp_path / f"runs/{seed}", "full", seed, [True, False])
-        changed(folder, scores={"val/accuracy": value}, seconds=value, cpu_seconds=value, base={"seconds": None},
+        costs = dict.fromkeys(("seconds", "cpu_seconds"), value if abs(value) < 1e300 else 1.0)
+        changed(folder, scores={"val/accuracy": value}, **costs, base={"seconds": None},
                 seed=seed or None, epochs=[{"epoch": value, "val/accuracy": value}])  # fmt: skip
     cli.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
     assert "nan" in (tmp_path / "report/report.md").read_text()

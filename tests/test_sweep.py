@@ -130,7 +130,7 @@ tasks:
         (FILE.replace("full: {", "full: {set: {trainer: {default_root_dir: /x}}, "), "trainer is the sweep's own"),
         (FILE.replace("full: {", "full: {set: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
         (FILE.replace("full: {", "full: {set: {data.n_train: !!binary aaaa}, "), "set.data.n_train is"),
-        (FILE.replace("full: {", 'full: {set: {data.n_train: "\\ud800"}, '), "data.n_train"),
+        (FILE.replace("full: {", 'full: {set: {data.n_train: "\\ud800"}, '), "is not YAML"),
         (FILE.replace("full: {", "full: {set: &a {data.n_train: *a}, "), "*a lies within what it stands for"),
         (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
         (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
@@ -175,7 +175,8 @@ def test_files_of_runs_that_are_broken(name, text, file, tmp_path, capsys):
             main(["sweep", str(file(FILE)), *extra])
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"lightning_logs/s/toy/full/seed_1/{name} is broken" in line
+        assert f"lightning_logs/s/toy/full/seed_1/{name}" in line
+        assert line.endswith("; delete lightning_logs/s/toy/full/seed_1")
 
 
 # Running

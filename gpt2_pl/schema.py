@@ -1,0 +1,246 @@
+"""Schemas of files that are read back: metrics.json, adapter_config.json and config.json of a pretrained folder.
+
+Each is a pydantic model, declared once, strict about types and keys. :func:`validate` turns the first of pydantic's
+errors into one line: ``FILE: KEY must be X, got Y``. Import this module where a file is read, not at a module's top:
+pydantic takes a fifth of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from gpt2_pl.errors import InputError, printable, shorten
+
+_MAX_KEYS = 12  # that a message about an unknown key lists
+_EXPECTED = {  # pydantic's error type -> what the value must be
+    "string_type": "text",
+    "string_unicode": "text without halves of surrogate pairs",
+    "string_too_long": "text of at most {max_length} characters",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "too_long": "at most {max_length} values",
+    "too_short": "at least {min_length} values",
+    "none_required": "null",
+    "literal_error": "{expected}",
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+}
+
+
+class Schema(BaseModel):
+    """Base of all schemas: types are not converted, unknown keys and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def validate(schema: type[S], content: Any, where: str) -> S:
+    """Check plain values against a schema.
+
+    Args:
+        schema: the schema.
+        content: what a file holds.
+        where: the file, with which the message begins.
+
+    Raises:
+        InputError: naming the first key that is wrong, its value, and what it must be.
+    """
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+    key, kind, value = _path(found["loc"]), found["type"], found["input"]
+    if kind == "missing":
+        raise InputError(f"{where}: {key} is missing")
+    if kind == "extra_forbidden":
+        raise InputError(f"{where}: {key} is not a key{_known(schema, found['loc'])}")
+    expected = _EXPECTED.get(kind, found["msg"]).format(**found.get("ctx", {}))
+    if not key:
+        raise InputError(f"{where} must hold {expected}, got {shorten(value)}")
+    raise InputError(f"{where}: {key} must be {expected}, got {shorten(value)}")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """``("epochs", 0, "val/loss")`` -> ``epochs[0].val/loss``."""
+    if location[-1:] == ("[key]",):
+        outer = _path(location[:-2])
+        return f"a key of {outer}" if outer else "a key"
+    parts = (f"[{part}]" if isinstance(part, int) else f".{printable(part[:80])}" for part in location)
+    return "".join(parts).removeprefix(".")
+
+
+def _known(schema: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """What a message about an unknown key adds: the nearest key, or the keys that there are."""
+    for part in location[:-1]:
+        if isinstance(part, str) and part in (names := _fields(schema)):
+            schema = next((model for model in _models(names[part].annotation)), schema)
+    keys = list(_fields(schema))
+    if near := difflib.get_close_matches(str(location[-1]), keys, 1):
+        return f"; did you mean {near[0]}?"
+    return f"; the keys are {', '.join(keys)}" if len(keys) <= _MAX_KEYS else ""
+
+
+def _fields(schema: type[BaseModel]) -> dict[str, Any]:
+    return {field.alias or name: field for name, field in schema.model_fields.items()}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The schemas within a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
+
+
+def expect(good: Callable[[Any], bool], expected: str) -> AfterValidator:
+    """A validator for what no type says: ``Annotated[float, expect(lambda x: x % 2 == 0, "an even number")]``."""
+
+    def check(value: Any) -> Any:
+        if not good(value):
+            raise PydanticCustomError("unexpected", "{expected}", {"expected": expected})
+        return value
+
+    return AfterValidator(check)
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is text that can be encoded: without halves of surrogate pairs."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+Text = Annotated[str, Field(max_length=100_000)]
+Name = Annotated[str, Field(max_length=300)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Figure = Annotated[float, Field(gt=-1e300, lt=1e300)]
+Score = Annotated[  # of a run that diverged also NaN or infinity
+    float,
+    Field(allow_inf_nan=True),
+    expect(lambda value: not 1e300 <= abs(value) < float("inf"), "a number of absolute value below 1e300"),
+]
+_Scores = Annotated[dict[Name, Score], Field(max_length=1000)]
+_FILES = expect(
+    lambda value: value is None or is_text(value) or (isinstance(value, list) and all(map(is_text, value))),
+    "a file or a list of files",
+)
+
+
+# metrics.json
+
+
+class Layer(Schema):
+    """What of a layer trained."""
+
+    layer: Name
+    parameters: Count
+    trainable: Count
+    peak_rates: list[Figure] = []
+
+
+class Parameters(Schema):
+    """Numbers of parameters."""
+
+    trainable: Count | None = None
+    total: Count | None = None
+    layers: list[Layer] = []
+
+
+class Base(Schema):
+    """The base of a run, and what it took to make it."""
+
+    path: Text | None = None
+    digest: Name | None = None
+    origin: Name | None = None
+    recipe: Text | None = None
+    seconds: Figure | None = None
+    cpu_seconds: Figure | None = None
+
+
+class DataDescription(Schema):
+    """A datamodule's description of itself; one of somebody else's may say more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    class_name: Name | None = Field(None, alias="class")
+    files: dict[Name, Annotated[Any, _FILES]] | None = None
+    hub_id: Text | None = None
+    rows: dict[Name, Count | None] | None = None
+    labels: list[Text] | None = None
+
+
+class Metrics(Schema):
+    """The account of a run, metrics.json."""
+
+    status: Name | None = None
+    task: Name | None = None
+    configs: list[Text] | None = None
+    monitor: Name | None = None
+    mode: Literal["min", "max"] | None = None
+    scores: _Scores | None = None
+    epochs: Annotated[list[_Scores], Field(max_length=100_000)] | None = None
+    parameters: Parameters | None = None
+    seconds: Figure | None = None
+    cpu_seconds: Figure | None = None
+    examples_per_second: Figure | None = None
+    tokens_per_second: Figure | None = None
+    mfu: Figure | None = None
+    peak_memory_bytes: Count | None = None
+    checkpoint_bytes: Count | None = None
+    threads: Count | None = None
+    steps: Count | None = None
+    skipped_steps: Count | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    processes: Count | None = None
+    precision: Name | None = None
+    device: Name | None = None
+    base: Base | None = None
+    data: DataDescription | None = None
+    versions: dict[Name, Name] | None = None
+
+
+class SweepRecord(Schema):
+    """What a run of a sweep was begun with, sweep.json."""
+
+    files: dict[Text, Text]
+    flags: dict[Text, Text]
+    base: dict[str, Any] | None
+    threads: Count = 1
+
+
+def check_metrics(content: Any, where: str) -> dict[str, Any]:
+    """Check the content of metrics.json; what a finished training run must have is there.
+
+    Args:
+        content: of the file.
+        where: the file, with which the message begins.
+
+    Raises:
+        InputError: naming the key.
+    """
+    found = validate(Metrics, content, where)
+    for number, epoch in enumerate(found.epochs or []):
+        if "epoch" not in epoch:
+            raise InputError(f"{where}: epochs[{number}].epoch is missing")
+    if found.status == "finished" and found.epochs:
+        for key in ("scores", "parameters", "seconds", "monitor"):
+            if getattr(found, key) is None:
+                raise InputError(f"{where}: {key} is missing, and the run is finished")
+        for key in ("trainable", "total"):
+            if getattr(found.parameters, key) is None:
+                raise InputError(f"{where}: parameters.{key} is missing, and the run is finished")
+    return dict(content)

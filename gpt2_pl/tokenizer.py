@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from gpt2_pl.errors import InputError
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
+_WINDOW, _OVERLAP = 1 << 17, 1 << 10  # characters of a long text that are encoded at a time, and again with the next
 _MAX_GROWTH = 1000  # characters that a tokenizer may make of one
 # Texts that a tokenizer is tried with: several scripts, white space, and what drives a careless regex into its limit.
 _PROBES = (
@@ -242,6 +245,86 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> N
             f"the tokenizer gives a text the id {greatest} and {where} has vocab_size {vocab_size}: "
             f"{key} must be the one that the base was trained with"
         )
+
+
+_Token = tuple[int, tuple[int, int]]  # its id, and where it starts and ends in the text
+
+
+def encode_stream(
+    tokenizer: Tokenizer, file: TextIO, window: int = _WINDOW, overlap: int = _OVERLAP
+) -> Iterator[list[int]]:
+    """Encode a text of any length in bounded memory, without the special tokens that a tokenizer puts around a text.
+
+    The text is encoded in overlapping windows. Two windows are joined between two tokens that both of them have at the
+    same place. For a byte-level BPE the result equals the encoding of the whole text: a sequence of tokens is the
+    encoding of its text exactly if every two neighbours are the encoding of theirs, and GPT-2's pre-tokenizer never
+    looks back. The two can differ only where the windows have no such tokens in common: in a run without a boundary of
+    hundreds of characters, or a single token as long.
+
+    Args:
+        tokenizer: the tokenizer.
+        file: the text, open for reading.
+        window: characters encoded at a time.
+        overlap: characters of a window that are encoded with the next one too, at most half of ``window``.
+
+    Yields:
+        The ids of one part of the text after the other.
+    """
+    text, pending = file.read(window), list[_Token]()  # tokens of the window before, from the start of `text` on
+    while True:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
+        before, after = _common_boundary(pending, tokens)
+        more = file.read(window - overlap)
+        if not more:
+            yield [token for token, _ in (*pending[:before], *tokens[after:])]
+            return
+        cut, place = _restart(encoding, len(text) - overlap, len(text) - overlap // 2)
+        yield [token for token, _ in (*pending[:before], *tokens[after:cut])]
+        pending = [(token, (start - place, end - place)) for token, (start, end) in tokens[cut:]]
+        text = text[place:] + more
+
+
+def _common_boundary(left: list[_Token], right: list[_Token]) -> tuple[int, int]:
+    """Find the first two neighbouring tokens that two encodings have at the same place.
+
+    Returns:
+        The number of tokens before the boundary between them in each encoding; 0 and 0 where there is none.
+    """
+    numbers: dict[int, int] = {}  # of the first token of `right` that starts at each place
+    for j, (_, (start, _)) in enumerate(right):
+        if not left or start > left[-1][1][0]:
+            break
+        numbers.setdefault(start, j)
+    for i in range(1, len(left)):
+        start = left[i][1][0]
+        j = numbers.get(start, 0)
+        if j and left[i - 1][1][1] <= start and left[i - 1 : i + 1] == right[j - 1 : j + 1]:
+            return i, j
+    return 0, 0
+
+
+def _restart(encoding: Encoding, first: int, last: int) -> tuple[int, int]:
+    """Choose where the next window starts: at the start of a word, else between two tokens, else at ``first``.
+
+    Args:
+        encoding: of this window.
+        first: the first character that may be chosen.
+        last: the last one.
+
+    Returns:
+        The number of tokens and of characters before it.
+    """
+    offsets, boundary = encoding.offsets, None
+    for i in range(max(1, bisect_left(offsets, first, key=itemgetter(1))), len(offsets)):
+        place = offsets[i - 1][1]  # a token may start, by its offsets, behind a space that belongs to it
+        if place > last:
+            break
+        if first <= place <= offsets[i][0]:
+            if encoding.token_to_word(i) != encoding.token_to_word(i - 1):
+                return i, place
+            boundary = boundary or (i, place)
+    return boundary or (sum(end <= first for _, end in offsets), first)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -145,10 +145,14 @@ class TextData(LightningDataModule):
         return TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, self._next_batch)
 
     def evaluation_dataloader(self, split: str) -> EvaluationLoader:
-        """Every row of a split once, on exactly one process."""
+        """Every row of a split once, on exactly one process.
+
+        The first batches stand for all of them where the trainer evaluates a part (``limit_val_batches`` and the like).
+        """
         rank, world = self._process()
         self._check_enough(split, world)
-        return EvaluationLoader(self.encoded[split], self.eval_batch_size, rank, world)
+        limit = 1.0 if split == "train" else getattr(self.trainer, f"limit_{split}_batches", 1.0)
+        return EvaluationLoader(self.encoded[split], self.eval_batch_size, rank, world, limit)
 
     def val_dataloader(self) -> EvaluationLoader:
         """The validation rows, each once."""

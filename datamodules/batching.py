@@ -97,18 +97,45 @@ def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: i
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def evaluation_batches(lengths: NDArray[Any], batch_size: int, rank: int = 0, world: int = 1) -> list[Rows]:
-    """The batches of process ``rank``: every row on exactly one process, once, longest rows first.
+def evaluation_batches(
+    lengths: NDArray[Any], batch_size: int, rank: int = 0, world: int = 1, limit: int | float = 1.0
+) -> list[Rows]:
+    """The batches of process ``rank``: every row in one batch of one process, rows of similar length together.
 
-    All processes have as many, for which a batch may be smaller, or one row larger, than ``batch_size``: processes that
-    share the weights gather them in step.
+    Without a limit the longest rows come first. With one, the batches that will be evaluated hold a sample of the rows
+    in which all lengths are represented evenly, whatever their order in the file. It is the same for any number of
+    processes that evaluate as many rows.
+
+    All processes have equally many batches, because those that share the weights gather them in step. For that a batch
+    may be smaller, or one row larger, than ``batch_size``.
+
+    Args:
+        lengths: (N,) tokens in each row.
+        batch_size: rows per process.
+        rank: the process.
+        world: number of processes.
+        limit: the batches that will be evaluated: a number, or a share of all batches (a float), as for Lightning's
+            ``limit_val_batches``.
     """
-    order = np.argsort(-lengths, kind="stable")[rank::world]
-    least, most = len(lengths) // world, -(-len(lengths) // world)  # rows of a process
-    n = -(-most // batch_size)
-    if n == -(-least // batch_size):
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return np.array_split(order, min(n, least))
+    sizes = _global_batch_sizes(len(lengths), batch_size, world)
+    n = int(len(sizes) * limit) if isinstance(limit, float) else limit
+    if n >= len(sizes):
+        order = np.argsort(-lengths, kind="stable")
+    else:
+        shuffled = np.random.default_rng(0).permutation(len(lengths))
+        by_length = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+        n_rows = sum(sizes[:n])
+        sample = ((np.arange(n_rows) + 0.5) * (len(lengths) / max(n_rows, 1))).astype(np.int64)  # evenly spaced
+        order = np.concatenate([by_length[sample], np.delete(by_length, sample)])
+    return [rows[rank::world] for rows in np.split(order, np.cumsum(sizes)[:-1])] if sizes else []
+
+
+def _global_batch_sizes(n_rows: int, batch_size: int, world: int) -> list[int]:
+    """Rows in the batches of all processes together, of which each process has one or more."""
+    n_full, rest = divmod(n_rows, batch_size * world)
+    if rest == 0 or rest >= world:
+        return [batch_size * world] * n_full + ([rest] if rest else [])
+    return [len(part) for part in np.array_split(np.empty(n_rows), min(n_full + 1, n_rows // world))]
 
 
 class PackedRows(TokenRows):
@@ -133,18 +160,21 @@ class PackedRows(TokenRows):
 
 
 class EvaluationLoader:
-    """Every row once, the longest first.
+    """Every row once, in :func:`evaluation_batches`.
 
     Args:
         rows: the tokenised rows.
         batch_size: rows per process.
         rank: this process.
         world: number of processes.
+        limit: how many batches will be evaluated, or (a float) which share of them.
     """
 
-    def __init__(self, rows: TokenRows, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, rows: TokenRows, batch_size: int, rank: int = 0, world: int = 1, limit: int | float = 1.0
+    ) -> None:
         self.rows = rows
-        self.batches = evaluation_batches(rows.lengths, batch_size, rank, world)
+        self.batches = evaluation_batches(rows.lengths, batch_size, rank, world, limit)
 
     def __len__(self) -> int:
         return len(self.batches)

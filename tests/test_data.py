@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from datamodules import IMDB, SST5, TextClassification, ToySentiment
 from datamodules.batching import (
@@ -143,6 +144,68 @@ def test_padding_on_sst5_is_at_most_five_percent(shared):
 
 def test_evaluation_loader_gives_every_row():
     assert sorted(n for batch in EvaluationLoader(token_rows(13), 4) for n in batch["row"].tolist()) == list(range(13))
+
+
+GEOMETRIES = [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4), (128, 16, 1)]
+
+
+@pytest.mark.parametrize(("n", "size", "world"), GEOMETRIES)
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 0.3, 0.5, 1.0, 1000])
+def test_evaluation_batches_with_a_limit_hold_every_row_once(n, size, world, limit):
+    lengths = token_rows(n).lengths
+    batches = [evaluation_batches(lengths, size, rank, world, limit) for rank in range(world)]
+    everything = [evaluation_batches(lengths, size, rank, world) for rank in range(world)]
+    assert [[len(b) for b in own] for own in batches] == [[len(b) for b in own] for own in everything]
+    assert sorted(row for own in batches for b in own for row in b.tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 0.1, 0.25, 0.5, 0.9])
+def test_evaluation_batches_within_the_limit_are_a_sample_of_all_lengths(world, limit):
+    """Of every tenth of the rows by length, there are as many in the limited evaluation as of the others."""
+    lengths = np.random.default_rng(3).permutation(2000) + 1
+    global_batches = zip(
+        *(evaluation_batches(lengths, 40 // world, r, world, limit) for r in range(world)), strict=True
+    )
+    batches = [np.concatenate(parts) for parts in global_batches]
+    n = int(limit * len(batches)) if isinstance(limit, float) else limit
+    sample = np.concatenate(batches[:n])
+    counts = np.bincount((lengths[sample] - 1) // 200, minlength=10)
+    assert counts.max() - counts.min() <= 1
+    assert counts.sum() == 40 * n
+    for batch in batches[:n]:  # of similar length, as all batches are
+        assert np.ptp(lengths[batch]) <= 2000 / n + 2 * 2000 / len(sample)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 0.5])
+def test_evaluation_batches_with_a_limit_ignore_the_order_of_the_file(limit):
+    """Rows of one length, in which the two classes alternate or come one after the other."""
+    for labels in (np.arange(512) % 2, np.arange(512) // 256):
+        batches = evaluation_batches(np.full(512, 7), 32, limit=limit)
+        sample = np.concatenate(batches[: int(limit * 16) if isinstance(limit, float) else limit])
+        assert 0.25 < labels[sample].mean() < 0.75
+
+
+def test_evaluation_batches_without_a_limit_begin_with_the_longest():
+    lengths = token_rows(101).lengths
+    order = np.concatenate(evaluation_batches(lengths, 8))
+    assert (np.diff(lengths[order]) <= 0).all()
+
+
+def test_limited_validation_scores_stand_for_the_whole(run, base, tmp_path):
+    """Long rows are of one class, short rows of the other: both are in any part that is evaluated."""
+    rows = ["a wonderful film\t0"] * 50 + ["a film that goes on and on and on without an end\t1"] * 50
+    (tmp_path / "rows.csv").write_text("\n".join(["sentence\tlabel", *rows]))
+    files = [f"--data.{split}_file={tmp_path / 'rows.csv'}" for split in ("train", "val", "test")]
+    folder = run("fit", "--config", ROOT / "configs/task/imdb.yaml", f"--model.base={base}", *files,
+                 "--data.max_length=48", "--data.eval_batch_size=10", "--trainer.max_epochs=1",
+                 "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0.4",
+                 "--trainer.limit_test_batches=1")  # fmt: skip
+    for split, n in (("val", 40), ("test", 10)):
+        with (folder / f"predictions_{split}.csv").open(newline="") as lines:
+            labels = [row["label"] for row in csv.DictReader(lines)]
+        assert len(labels) == n
+        assert labels.count("negative") == n // 2
 
 
 # Rows

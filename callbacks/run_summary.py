@@ -294,7 +294,7 @@ class RunSummary(Callback):
         """Training and validation scores by epoch, as a rich table; the best epoch is marked."""
         from rich.table import Table
 
-        table = Table(title="Scores by epoch")
+        table = Table(title="Scores by epoch", caption=getattr(pl_module, "table_caption", None))
         columns = [f"{split}/{name}" for name in table_scores(pl_module) for split in ("train", "val")]
         table.add_column("epoch", justify="right")
         for column in columns:

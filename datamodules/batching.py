@@ -32,6 +32,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def row(self, n: int) -> NDArray[Any]:
+        """The token ids of a row."""
+        return self.values[self.offsets[n] : self.offsets[n + 1]]
+
     def select(self, rows: Rows) -> TokenRows:
         """Some of the rows, in the order given, each as often as it is given."""
         lengths = self.lengths[rows]
@@ -58,7 +62,7 @@ class TokenRows:
         lengths = self.lengths[rows]
         text = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
         input_ids = np.zeros(text.shape, dtype=np.int64)
-        input_ids[text] = np.concatenate([self.values[self.offsets[n] : self.offsets[n + 1]] for n in rows])
+        input_ids[text] = np.concatenate([self.row(n) for n in rows])
         batch: Batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(text.astype(np.int64)),
@@ -144,18 +148,32 @@ class PackedRows(TokenRows):
     Args:
         tokens: (N,) the stream, in memory or mapped from disk.
         context: T.
+        stride: tokens from the start of one context to the next. With less than T contexts overlap, and the targets
+            that a context shares with the one before are not predicted again: every token but the first of the stream
+            is predicted once, from T - stride + 1 or more tokens before it unless it is in the first context.
     """
 
-    def __init__(self, tokens: NDArray[Any], context: int) -> None:
-        super().__init__(tokens, np.append(np.arange(0, len(tokens) - 1, context), len(tokens) - 1))
+    def __init__(self, tokens: NDArray[Any], context: int, stride: int | None = None) -> None:
+        n_inputs, stride = len(tokens) - 1, stride or context
+        n_rows = 1 + max(0, -(-(n_inputs - context) // stride))
+        self.values = tokens
+        self.starts = np.arange(n_rows) * stride
+        self.ends = np.minimum(self.starts + context, n_inputs)
+        self.lengths = self.ends - self.starts
+        self.n_targets: NDArray[Any] = np.diff(self.ends, prepend=0)
+        self.labels = None
+
+    def row(self, n: int) -> NDArray[Any]:
+        """The input tokens of a context."""
+        return self.values[self.starts[n] : self.ends[n]]
 
     def batch(self, rows: Rows) -> Batch:
-        """Contexts as tensors; beside those of :class:`TokenRows`, ``targets`` (B, T), -100 at padding."""
+        """Contexts as tensors; beside those of :class:`TokenRows`, ``targets`` (B, T), -100 where none is predicted."""
         batch = super().batch(rows)
         targets = np.full(batch["input_ids"].shape, -100, dtype=np.int64)
         for i, n in enumerate(rows):
-            following = self.values[self.offsets[n] + 1 : self.offsets[n + 1] + 1]
-            targets[i, : len(following)] = following
+            end, length, new = self.ends[n], self.lengths[n], self.n_targets[n]
+            targets[i, length - new : length] = self.values[end - new + 1 : end + 1]
         return {**batch, "targets": torch.from_numpy(targets)}
 
 

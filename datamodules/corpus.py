@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,10 @@ class TextCorpus(TextData):
         tokenizer: folder or hub id; on the command line the base's own by default.
         vocab_size: train a byte-level BPE with so many entries on the training text, in place of ``tokenizer``.
         max_length: tokens in a context; by default what the model has room for.
+        stride: tokens from the start of one context to the next in validation and test, from 1 to ``max_length``, as in
+            transformers' "Perplexity of fixed-length models". By default ``max_length``: contexts do not overlap, which
+            takes the least time, and the first tokens of each are predicted from few others. With a smaller one every
+            token is predicted, once, from the ``max_length - stride + 1`` tokens or more before it.
         batch_size: contexts per process and step.
         eval_batch_size: contexts per process in validation and test.
         val_fraction: share of the training tokens to validate on where there is no validation file.
@@ -64,6 +68,7 @@ class TextCorpus(TextData):
         batch_size: int = 8,
         eval_batch_size: int = 8,
         val_fraction: float = 0.05,
+        stride: int | None = None,
     ) -> None:
         given = {"train": train_file, "val": val_file, "test": test_file}
         files = {split: [file] if isinstance(file, str) else list(file or []) for split, file in given.items()}
@@ -75,7 +80,14 @@ class TextCorpus(TextData):
                 f"data.vocab_size is {vocab_size} and data.tokenizer {tokenizer}: train a tokenizer or give one, "
                 "not both (a base brings its own)"
             )
-        self.column, self.vocab_size = column, vocab_size
+        self.column, self.vocab_size, self.stride = column, vocab_size, stride
+        self._check_stride(max_length)
+
+    def _check_stride(self, max_length: int | None) -> None:
+        if self.stride is None or 1 <= self.stride <= (max_length or self.stride):
+            return
+        most = "" if max_length is None else f", which is {max_length}"
+        raise InputError(f"data.stride must be between 1 and data.max_length{most}, got {self.stride}")
 
     def has(self, split: str) -> bool:
         """Whether there is text for the split: train, val or test."""
@@ -110,7 +122,8 @@ class TextCorpus(TextData):
             tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
         if len(tokens) < 2:
             raise InputError(f"the {split} text has {len(tokens)} tokens; it needs two or more (data.val_fraction?)")
-        return PackedRows(tokens, self._max_length())
+        self._check_stride(self._max_length())
+        return PackedRows(tokens, self._max_length(), None if split == "train" else self.stride)
 
     def _tokens(self, split: str) -> NDArray[Any]:
         """All tokens of a split's own files, mapped from a cache file."""
@@ -158,6 +171,16 @@ class TextCorpus(TextData):
                 raise InputError(f"data.column: {self.column!r} holds {wrong[0]!r}; it must hold text")
             yield [text or "" for text in texts]
 
+    @property
+    def perplexity_note(self) -> str:
+        """What perplexity is of, for where it is shown."""
+        context, stride = self._max_length(), self.stride or self._max_length()
+        start = "" if stride == context else ", the next ones from what there is before them"
+        return (
+            f"Perplexity of validation and test: tokens are predicted from the {context - stride + 1} to {context} "
+            f"tokens before them (contexts of {context}, stride {stride}); the first token of a split is not predicted{start}."
+        )
+
     def description(self) -> dict[str, Any]:
         """What a run says of its data: sources, tokens and contexts in each split read."""
         return {
@@ -166,7 +189,9 @@ class TextCorpus(TextData):
             "hub_id": self.hub_id,
             "column": self.column,
             "rows": {split: len(rows) for split, rows in self.encoded.items()},
-            "tokens": {split: int(rows.lengths.sum()) for split, rows in self.encoded.items()},
+            "tokens": {split: int(cast(PackedRows, rows).n_targets.sum()) for split, rows in self.encoded.items()},
+            "context": self._max_length(),
+            "stride": self.stride or self._max_length(),
             "batch_size": self.batch_size,
         }
 

@@ -156,6 +156,14 @@ class Sonnets(TextData):
             raise InputError(f"data.train_file has {n} poems, too few to set some aside; give data.val_file")
         return sorted((order[:n_val] if split == "val" else order[n_val : n_val + n_train]).tolist())
 
+    @property
+    def perplexity_note(self) -> str:
+        """What perplexity is of, for where it is shown."""
+        return (
+            f"Perplexity of validation and test: of the tokens after the first {self.prompt_lines} lines of each poem, "
+            "its end included, predicted from all tokens before them in the poem."
+        )
+
     def description(self) -> dict[str, Any]:
         """What a run says of its data: files, the numbers of the poems validated on, poems in each split read."""
         return {

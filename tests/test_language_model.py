@@ -97,6 +97,87 @@ def test_packing(n):
     assert all(length == 8 for length in rows.lengths[:-1])
 
 
+@pytest.mark.parametrize(
+    ("n", "context", "stride"), [(40, 8, 3), (41, 8, 8), (10, 8, 1), (9, 8, 5), (5, 8, 2), (34, 8, 8)]
+)
+def test_packed_rows_with_a_stride_predict_every_token_once_with_context(n, context, stride):
+    tokens = np.arange(100, 100 + n, dtype=np.uint16)
+    rows = PackedRows(tokens, context, stride)
+    batch = rows.batch(np.arange(len(rows)))
+    predicted = []
+    for i, (ids, mask, targets) in enumerate(
+        zip(batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True)
+    ):
+        length = int(mask.sum())
+        assert ids[:length].tolist() == list(range(100 + i * stride, 100 + i * stride + length))
+        for place, target in enumerate(targets.tolist()):
+            if target != -100:
+                assert target == ids[place] + 1
+                assert i == 0 or place + 1 >= context - stride + 1
+                predicted.append(target)
+    assert predicted == list(range(101, 100 + n))
+    assert rows.n_targets.sum() == n - 1
+    if stride == context:
+        apart = PackedRows(tokens, context)
+        expected = apart.batch(np.arange(len(apart)))
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("stride", [None, 5, 16, 32])
+def test_perplexity_equals_the_sliding_window_of_transformers_documentation(stride, run, base, story, tmp_path):
+    """The loop of "Perplexity of fixed-length models", whose windows hold the last target too."""
+    context, file = 32, tmp_path / "val.txt"
+    file.write_text(story.read_text()[:1500])
+    flags = [] if stride is None else [f"--data.stride={stride}"]
+    folder = run("validate", "--config", ROOT / "configs/task/text.yaml", "--model.base", base, *flags,
+                 f"--data.val_file={file}", f"--data.max_length={context}", "--trainer.precision=32-true")  # fmt: skip
+    tokenizer, model = load_tokenizer(base), GPT2LMHeadModel.from_pretrained(base).eval()
+    ids = torch.tensor([[*tokenizer.encode(file.read_text()).ids, tokenizer.token_to_id(END_OF_TEXT)]])
+    max_length, total, count, previous_end = context + 1, 0.0, 0, 0
+    for begin in range(0, ids.size(1), stride or context):
+        end = min(begin + max_length, ids.size(1))
+        window = ids[:, begin:end]
+        labels = window.clone()
+        labels[:, : previous_end - begin] = -100
+        with torch.no_grad():
+            loss = model(window, labels=labels).loss
+        n = int((labels[:, 1:] != -100).sum())
+        total, count, previous_end = total + loss.item() * n, count + n, end
+        if end == ids.size(1):
+            break
+    assert count == ids.size(1) - 1
+    account = metrics(folder)
+    assert account["scores"]["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert account["data"]["tokens"]["val"] == count
+    assert (account["data"]["context"], account["data"]["stride"]) == (context, stride or context)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 33])
+def test_stride_out_of_range_is_refused(stride, base, files):
+    options = {"column": "sentence", "tokenizer": str(base), "stride": stride}
+    with pytest.raises(
+        InputError, match=rf"data\.stride must be between 1 and data\.max_length, which is 32, got {stride}"
+    ):
+        TextCorpus(train_file=str(files["train"]), max_length=32, **options)
+    data = TextCorpus(train_file=str(files["train"]), **options) if stride > 0 else None
+    if data is not None:
+        data._max_length = lambda: 32  # what the model has room for
+        with pytest.raises(
+            InputError, match=r"data\.stride must be between 1 and data\.max_length, which is 32, got 33"
+        ):
+            data.setup()
+
+
+def test_stride_leaves_the_training_contexts_apart(base, files):
+    data = [TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32, **options)
+            for options in ({}, {"stride": 4})]  # fmt: skip
+    for corpus in data:
+        corpus.setup()
+    apart, overlapping = ({split: rows.lengths for split, rows in corpus.encoded.items()} for corpus in data)
+    assert np.array_equal(apart["train"], overlapping["train"])
+    assert len(apart["val"]) < len(overlapping["val"])
+
+
 @pytest.fixture
 def story(tmp_path):
     path = tmp_path / "story.txt"
@@ -144,7 +225,9 @@ def test_a_run_and_its_perplexity(run, base, files, capsys):
     assert losses[1] < losses[0] < math.log(400)
     assert account["scores"]["test/perplexity"] == pytest.approx(math.exp(account["scores"]["test/loss"]), rel=1e-5)
     assert account["monitor"] == "val/loss"
-    assert "val perplexity" in capsys.readouterr().out.replace("\n", " ")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "val perplexity" in out
+    assert "predicted from the 1 to 32 tokens before them (contexts of 32, stride 32)" in out
 
     run("export", folder, "--format=hf", "--out", folder / "hf")
     theirs = GPT2LMHeadModel.from_pretrained(folder / "hf").eval()

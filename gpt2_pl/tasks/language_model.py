@@ -95,6 +95,11 @@ class LanguageModel(Task):
             }
         )
 
+    @property
+    def table_caption(self) -> str | None:
+        """What the perplexities in a table of scores are of."""
+        return getattr(self.datamodule, "perplexity_note", None)
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of a batch's losses and its number of targets."""
         hidden, weight = self.core(batch["input_ids"]), self.core.head_weight

@@ -178,7 +178,8 @@ class TextCorpus(TextData):
         start = "" if stride == context else ", the next ones from what there is before them"
         return (
             f"Perplexity of validation and test: tokens are predicted from the {context - stride + 1} to {context} "
-            f"tokens before them (contexts of {context}, stride {stride}); the first token of a split is not predicted{start}."
+            f"tokens before them (contexts of {context}, stride {stride}); the first token of a split is not "
+            f"predicted{start}."
         )
 
     def description(self) -> dict[str, Any]:

@@ -116,6 +116,8 @@ class Run:
             "rows": (data.get("rows") or {}).get(self.split),
             "texts": self.judged[self.split].digest if self.split in self.judged else None,
             "labels": data.get("labels"),
+            "context": data.get("context"),
+            "stride": data.get("stride"),
             "base": base.get("origin", base.get("digest")),
         }
 

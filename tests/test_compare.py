@@ -209,6 +209,17 @@ def test_a_run_given_twice_is_one_run(runs):
     assert not comparison.notes
 
 
+@pytest.mark.parametrize(("key", "value"), [("context", 512), ("stride", 64)])
+def test_compare_perplexities_of_another_context_are_left_out(key, value, runs):
+    """Their contexts can be as many as those of the others."""
+    for folder in runs:
+        account = json.loads((folder / "metrics.json").read_text())
+        account["data"].update({"context": 256, "stride": 256, **({key: value} if folder == runs[0] else {})})
+        (folder / "metrics.json").write_text(json.dumps(account))
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    assert comparison.notes == [f"{runs[0]} is left out: other {key} than most ({value})"]
+
+
 def test_runs_without_the_score_are_left_out(runs):
     account = json.loads((runs[0] / "metrics.json").read_text())
     del account["scores"]["val/accuracy"]

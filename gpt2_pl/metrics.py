@@ -88,9 +88,11 @@ def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:
 
 
 def best_threshold(probability: Tensor, label: Tensor, score: Literal["accuracy", "f1"]) -> tuple[float, float]:
-    """The threshold at which "class 1 if its probability is at least the threshold" scores best.
+    """Find the threshold at which "class 1 if its probability is at least the threshold" scores best.
 
-    It lies half-way between two probabilities; of several equally good ones it is the one nearest to 0.5.
+    It lies half-way between two probabilities; of several equally good ones it is the one nearest to 0.5. It is 0 where
+    class 1 is best predicted for every row and one of them has probability 0, and the next float after 1 where class 0
+    is and one of them has probability 1.
 
     Args:
         probability: (N,) of class 1, in [0, 1].
@@ -100,18 +102,22 @@ def best_threshold(probability: Tensor, label: Tensor, score: Literal["accuracy"
     Returns:
         The threshold and the score.
     """
-    order = probability.float().argsort(descending=True)
-    edges = torch.cat([torch.tensor([1.0]), probability.float().cpu()[order.cpu()], torch.tensor([0.0])])
-    upper, lower = edges[:-1], edges[1:]  # (N + 1,): the k highest are called 1, and the threshold is between these two
-    hits = torch.cat([torch.zeros(1), label.cpu()[order.cpu()].double().cumsum(0)])
+    descending, order = probability.float().cpu().sort(descending=True)
+    # (N + 1,): class 1 is predicted for the k highest, by a threshold in (lower, upper]
+    upper, lower = (
+        torch.cat([torch.tensor([torch.inf]), descending]),
+        torch.cat([descending, torch.tensor([-torch.inf])]),
+    )
+    hits = torch.cat([torch.zeros(1), label.cpu()[order].double().cumsum(0)])
     k, N, positives = torch.arange(len(hits)), len(label), hits[-1]
     if score == "accuracy":
         scores = (hits + (N - positives) - (k - hits)) / N
     else:
         scores = 2 * hits / (k + positives).clamp(min=1)
     scores[upper <= lower] = -1.0  # no threshold divides equal probabilities
-    middle = (upper + lower) / 2
-    middle = torch.where(middle > lower, middle, upper)
+    highest = torch.tensor(1.0).nextafter(torch.tensor(2.0))
+    thresholds = (upper.clamp(max=1.0) + lower.clamp(min=0.0)) / 2
+    thresholds = torch.where(thresholds > lower, thresholds, upper.clamp(max=highest))
     best = (scores - scores.max() > -1e-12).nonzero().squeeze(-1)
-    chosen = best[(middle[best] - 0.5).abs().argmin()]
-    return float(middle[chosen]), float(scores[chosen])
+    chosen = best[(thresholds[best] - 0.5).abs().argmin()]
+    return float(thresholds[chosen]), float(scores[chosen])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WORDS, metrics, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import pad
 from transformers import GPT2LMHeadModel
 
@@ -176,22 +178,24 @@ def test_real_pairs(shared):
 # The task
 
 
+def threshold_score(p, y, threshold, score):
+    predicted = p >= np.float32(threshold)
+    hits = (predicted & (y == 1)).sum()
+    return (predicted == y).mean() if score == "accuracy" else 2 * hits / max(predicted.sum() + y.sum(), 1)
+
+
 @pytest.mark.parametrize("score", ["accuracy", "f1"])
-def test_the_best_threshold_is_that_of_a_loop(score):
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        n = int(rng.integers(1, 30))
-        p, y = rng.integers(0, 11, n) / 10, rng.integers(0, 2, n)
-
-        def value(threshold, p=p, y=y):
-            said = p >= threshold
-            hits = (said & (y == 1)).sum()
-            return (said == y).mean() if score == "accuracy" else 2 * hits / max(said.sum() + y.sum(), 1)
-
-        threshold, reached = best_threshold(torch.tensor(p), torch.tensor(y), score)
-        best = max(value(t) for t in np.linspace(0.001, 0.9999, 999))
-        assert 0.0 < threshold <= 1.0
-        assert reached == pytest.approx(value(threshold)) == pytest.approx(best)
+@given(st.data())
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_best_threshold_is_the_optimum_over_all_distinct_thresholds(score, draw):
+    special = st.sampled_from([0.0, 1e-45, 0.5, np.nextafter(1, 0, dtype=np.float32).item(), 1.0])
+    numbers = st.one_of(special, st.floats(0.0, 1.0, width=32), st.integers(0, 10).map(lambda n: n / 10))
+    p = np.array(draw.draw(st.lists(numbers, min_size=1, max_size=20)), dtype=np.float32)
+    y = np.array(draw.draw(st.lists(st.integers(0, 1), min_size=len(p), max_size=len(p))))
+    threshold, reached = best_threshold(torch.tensor(p), torch.tensor(y), score)
+    assert 0.0 <= threshold <= np.nextafter(1, 2, dtype=np.float32)
+    best = max(threshold_score(p, y, t, score) for t in [*np.unique(p), 2.0])  # 2.0: no row is called 1
+    assert reached == pytest.approx(threshold_score(p, y, threshold, score)) == pytest.approx(best)
 
 
 def test_scores_are_those_of_loops_and_the_tuned_threshold_decides(run, base, pair_flags, tmp_path):

@@ -51,11 +51,13 @@ def generate(
         top_p: draw from the likeliest tokens that together have at least this probability (Holtzman et al. 2020).
         repetition_penalty: divides positive logits of tokens already there and multiplies negative ones (Keskar et al.
             2019).
-        no_repeat_ngram: no n-gram of this length occurs twice; 0 for any.
+        no_repeat_ngram: no n-gram of this length occurs twice; 0 for any. Where this, or a processor, leaves a row no
+            token at all, the row ends: it is padded from there on.
         eos_token_id: ends a row; it is part of the row.
         pad_token_id: what stands behind a row that has ended.
-        seed: of the random draws, the same for every row or one for each. A row's text depends on its prompt and its
-            seed alone, not on the other rows. None draws from torch's own generator.
+        seed: of the random draws, the same for every row or one for each. In float32, a row's text depends on its
+            prompt and its seed alone, not on the other rows; in bfloat16, logits are rounded differently in batches of
+            other shapes, which may tip a draw. None draws from torch's own generator.
         processors: change the logits before temperature, top-k and top-p; they run in inference mode, as ``stop`` does.
         stop: (ids (B, N), mask (B, N)) -> (B,), whether each row has come to its end.
 
@@ -106,9 +108,14 @@ def generate(
                 logits = _without_repeats(logits, sofar, text, no_repeat_ngram)
             for process in processors:
                 logits = process(logits, sofar, text)
-            chosen = (
-                logits.argmax(-1) if uniform is None else _drawn(logits / temperature, uniform[:, n - T], top_k, top_p)
-            )
+            best = logits.amax(-1, keepdim=True)
+            exhausted = best.isneginf()  # (B, 1): no token may follow
+            if uniform is None:
+                chosen = logits.argmax(-1)
+            else:  # without the maximum, whose row would overflow or be NaN
+                scaled = (logits - best).masked_fill(exhausted, 0.0) / temperature
+                chosen = _drawn(scaled, uniform[:, n - T], top_k, top_p)
+            done |= exhausted.squeeze(-1)
             ids[:, n] = torch.where(done, pad_token_id, chosen)
             mask[:, n] = (~done).long()
             if eos_token_id is not None:
@@ -116,7 +123,7 @@ def generate(
             if stop is not None:
                 done |= stop(ids[:, : n + 1], mask[:, : n + 1])
             if bool(done.all()):
-                return ids[:, : n + 1]
+                return ids[:, : n + int(mask[:, n].any())]
             fresh, positions = ids[:, n : n + 1], None
     return ids
 

@@ -371,3 +371,70 @@ def test_sort_descending_is_a_stable_sort(V):
 def test_drawing_reads_no_values_and_has_fixed_shapes(top_k, top_p):
     logits, uniform = torch.empty(3, 50, device="meta"), torch.empty(3, device="meta")  # as in a CUDA graph
     assert _drawn(logits, uniform, top_k, top_p).shape == (3,)
+
+
+WAYS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"seed": 1},
+    "top-k": {"seed": 1, "top_k": 2},
+    "top-p": {"seed": 1, "top_p": 0.9},
+    "both": {"seed": 1, "top_k": 3, "top_p": 0.5, "temperature": 1e-9},
+    "penalty": {"seed": 1, "repetition_penalty": 1e9, "temperature": 1e-9},
+    "greedy penalty": {"temperature": 0.0, "repetition_penalty": 3.0},
+}
+
+
+def tiny_vocabulary(V):
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_generate_where_every_token_would_repeat_an_ngram_ends_the_row(n, way):
+    V, pad = 3, 3
+    model, prompts = tiny_vocabulary(V + 1), [[1], [0, 2], [2, 2, 1, 0]]
+    ban_pad = lambda logits, sofar, text: logits.index_fill(1, torch.tensor([pad]), -torch.inf)  # noqa: E731
+    settings = {"max_new_tokens": 50, "no_repeat_ngram": n, "pad_token_id": pad, "processors": [ban_pad], **WAYS[way]}
+    alone = [generate(model, torch.tensor([prompt]), **settings)[0].tolist() for prompt in prompts]
+    for prompt, text in zip(prompts, alone, strict=True):
+        grams = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
+        assert text[: len(prompt)] == prompt
+        assert pad not in text
+        assert len(text) < len(prompt) + 50
+        repeated = len(text) - n + 1 - len(grams)
+        assert repeated == (n == 1 and prompt == [2, 2, 1, 0])  # the prompt's own
+        assert all((*text[len(text) - n + 1 :], token) in grams for token in range(V))  # whatever came next
+    T = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (T - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    together = generate(model, ids, mask, **settings)[:, T:].tolist()
+    for prompt, text, row in zip(prompts, alone, together, strict=True):
+        new = text[len(prompt) :]
+        assert row == new + [pad] * (len(row) - len(new))
+
+
+def test_generate_where_nothing_may_follow_the_prompt_adds_no_token():
+    prompt = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    assert torch.equal(generate(tiny_vocabulary(3), prompt, max_new_tokens=5, no_repeat_ngram=1), prompt)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_where_a_processor_bans_all_tokens_of_a_row_ends_that_row(way, model):
+    ids, _ = prompts([5, 5])
+    eos, pad = 7, 8
+
+    def ban(logits, sofar, text):  # the end of text always, and everything once the first row has eight tokens
+        logits = logits.clone()
+        logits[:, eos] = -torch.inf
+        logits[:1] = logits[:1] if sofar.size(1) < 8 else -torch.inf
+        return logits
+
+    settings = {"max_new_tokens": 12, "eos_token_id": eos, "pad_token_id": pad, **WAYS[way]}
+    found = generate(model, ids, processors=[ban], **settings)
+    assert found.size(1) == 5 + 12
+    assert found[0, 8:].tolist() == [pad] * 9
+    assert eos not in found[:, 5:]
+    assert torch.equal(generate(model, ids[:1], processors=[ban], **settings), found[:1, :8])
+    one = lambda logits, sofar, text: torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([eos]), -1e30)  # noqa: E731
+    assert generate(model, ids, processors=[one], **settings)[:, 5:].tolist() == [[eos]] * 2

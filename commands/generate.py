@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import Arguments
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.errors import InputError, printable, shorten
 from gpt2_pl.files import check_new, existing_file, whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
@@ -80,10 +80,13 @@ def main(args: list[str]) -> None:
         V = task.config.vocab_size
         settings["stop"] = LineLimit(tokenizer, V)
         settings["processors"] = [] if given.no_guide else [VerseGuide(tokenizer, V)]
-    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-    if numbers is None and not all(ids):
-        raise InputError(f"prompt_file: {given.prompt_file} has a prompt without any token")
+    ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]  # as in training
     for prompt, found in enumerate(ids, start=1):
+        if not found:
+            text = shorten(prompts[prompt - 1])
+            raise InputError(
+                f"prompt_file: {given.prompt_file}, prompt {prompt}: the run's tokenizer makes no token of {text}"
+            )
         if len(found) >= task.max_length:
             raise InputError(
                 f"prompt_file: {given.prompt_file}, prompt {prompt} has {len(found)} tokens; the model has room for "

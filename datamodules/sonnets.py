@@ -130,8 +130,13 @@ class Sonnets(TextData):
                     f"scored it needs more than the {self.prompt_lines} that are given (data.prompt_lines)"
                 )
             opening, rest = poem.opening(self.prompt_lines), poem.text[len(poem.opening(self.prompt_lines)) :]
-            given = self.tokenizer.encode(opening).ids
-            ids = [*given, *(self.tokenizer.encode(rest).ids if rest else []), end][: room + 1]
+            given, following = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
+            if not given or (split != "train" and not following):
+                raise InputError(
+                    f"data.{source}_file: {self.files[source]}: the tokenizer makes no token of the "
+                    f"{'lines after the ' if given else ''}first {self.prompt_lines} lines of poem {poem.number}"
+                )
+            ids = [*given, *following, end][: room + 1]
             wanted = np.array(ids[1:])
             if split != "train":
                 wanted[: len(given) - 1] = -100

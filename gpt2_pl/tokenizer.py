@@ -112,6 +112,9 @@ def _byte_level(model: Model) -> Tokenizer:
 def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -> Tokenizer:
     """Load GPT-2's tokenizer, or one of its kind, from a Hugging Face folder or hub id.
 
+    Special tokens that its post-processor puts around a text are part of a text that is classified. Language models,
+    whose texts end with ``<|endoftext|>``, are trained, scored and prompted without them.
+
     Truncation, padding, BPE dropout and sampling are off, whatever the file says. The tokenizer is tried on a few
     texts.
 

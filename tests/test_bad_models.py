@@ -483,6 +483,43 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(command, name, trained, pr
     assert not out.exists()
 
 
+def changed_tokenizer(folder, **changes):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+DELETES_Z = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
+
+
+def test_generate_prompt_without_a_token_is_named(trained, run, capsys, tmp_path):
+    folder = shutil.copytree(trained["text"], tmp_path / "run")
+    changed_tokenizer(folder, normalizer=DELETES_Z)
+    (tmp_path / "prompts.txt").write_text("a film\nzzz\n")
+    line = refused(
+        run, capsys, "generate", folder, "--prompt_file", tmp_path / "prompts.txt", "--out", tmp_path / "o.txt"
+    )
+    assert "prompts.txt, prompt 2: the run's tokenizer makes no token of 'zzz'" in line
+    assert not (tmp_path / "o.txt").exists()
+
+
+def test_generate_special_tokens_around_texts_are_left_out(trained, prompts, run, tmp_path):
+    """As in training; an end of text behind a prompt would begin another text."""
+    folder = shutil.copytree(trained["text"], tmp_path / "run")
+    written = []
+    for name in ("without", "with"):
+        if name == "with":
+            x, a, b = (
+                {"SpecialToken": {"id": "x", "type_id": 0}},
+                *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
+            )
+            changed_tokenizer(folder, post_processor={
+                "type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
+                "special_tokens": {"x": {"id": "x", "ids": [0], "tokens": ["<|endoftext|>"]}}})  # fmt: skip
+        cli.main(["generate", str(folder), "--prompt_file", str(prompts), "--out", str(tmp_path / f"{name}.txt")])
+        written.append((tmp_path / f"{name}.txt").read_text())
+    assert written[0] == written[1]
+
+
 def test_a_tokenizer_that_is_not_the_bases(folder, data_flags, run, capsys, tmp_path):
     larger(folder)
     for task, flags in (("imdb", data_flags), ("text", [data_flags[0], "--data.column=sentence"])):

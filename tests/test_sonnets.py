@@ -100,6 +100,31 @@ def test_what_is_scored_are_the_lines_after_those_given(poem_files, long_base):
             assert (ids[1:n] == targets[: n - 1])[targets[: n - 1] != -100].all()
 
 
+def test_sonnets_special_tokens_around_texts_are_left_out(poem_files, long_base, tmp_path):
+    """They would stand between the lines that are given and the others."""
+    settings = json.loads((long_base / "tokenizer.json").read_text())
+    x, a, b = {"SpecialToken": {"id": "x", "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    settings["post_processor"] = {"type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
+                                  "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    encoded = []
+    for folder in (long_base, tmp_path):
+        data = Sonnets(test_file=str(poem_files["test"]), tokenizer=str(folder))
+        data.setup()
+        encoded.append(data.encoded["test"].values)
+    assert np.array_equal(*encoded)
+
+
+@pytest.mark.parametrize(("lines", "words"), [("z\nzz\nz\na day", "the first 3"), ("a\nb\nc\nzz", "the lines after")])
+def test_sonnets_poem_without_a_token_is_named(lines, words, long_base, tmp_path):
+    settings = json.loads((long_base / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z\n]"}, "content": ""}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    (tmp_path / "poems.txt").write_text(f"12\n\n{lines}\n")
+    with pytest.raises(InputError, match=rf"data\.test_file: .*no token of {words}.* of poem 12"):
+        Sonnets(test_file=str(tmp_path / "poems.txt"), tokenizer=str(tmp_path)).setup()
+
+
 def test_openings_alone_cannot_be_scored(poem_files, long_base, tmp_path):
     file = tmp_path / "openings.txt"
     file.write_text("132\n\na\nb\nc\n")

@@ -114,7 +114,8 @@ class Classifier(Task):
             return list(given)
         if self.datamodule is None:
             raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
-        ids = [self.datamodule.tokenizer.encode(word).ids for word in self.words or []]
+        encode = self.datamodule.tokenizer.encode
+        ids = [encode(word, add_special_tokens=False).ids for word in self.words or []]
         for word, tokens in zip(self.words or [], ids, strict=True):
             if len(tokens) != 1:
                 raise InputError(

@@ -106,7 +106,8 @@ class PoemGenerator(LanguageModel):
     def _continued(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
         """The tokens of every poem's opening, and those that continue it."""
         data = self.datamodule
-        prompts = [data.tokenizer.encode(poem.opening(data.prompt_lines)).ids for poem in poems]
+        openings = [poem.opening(data.prompt_lines) for poem in poems]
+        prompts = [data.tokenizer.encode(opening, add_special_tokens=False).ids for opening in openings]
         settings["stop"] = LineLimit(data.tokenizer, self.config.vocab_size)
         new: list[list[int]] = []
         for start in range(0, len(poems), data.eval_batch_size):

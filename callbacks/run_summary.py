@@ -342,13 +342,16 @@ def layer_account(trainer: Trainer, pl_module: LightningModule) -> list[dict[str
     ]
 
 
-_RESTORING = (ArithmeticError, AttributeError, LookupError, MisconfigurationException, TypeError, ValueError)
+_RESTORING = (
+    *(ArithmeticError, AttributeError, LookupError, MisconfigurationException, RuntimeError, TypeError, ValueError),
+)
+_RESTORES = (("restore", "checkpoint_connector.py"), ("_load_combined_loader_states", "fit_loop.py"))
 
 
 def _restores(exception: BaseException) -> bool:
     """Whether it was raised while Lightning restored a checkpoint."""
     frames = traceback.extract_tb(exception.__traceback__)
-    return any(f.name.startswith("restore") and f.filename.endswith("checkpoint_connector.py") for f in frames)
+    return any(f.name.startswith(name) and f.filename.endswith(file) for f in frames for name, file in _RESTORES)
 
 
 def _scores(trainer: Trainer, split: str) -> Scores:

@@ -28,6 +28,7 @@ from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
 from gpt2_pl.tasks.sharding import shard
 from gpt2_pl.tokenizer import check_fits
+from gpt2_pl.training_state import check_progress, check_training_state
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -121,6 +122,7 @@ class Task(LightningModule):
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
         self.gpt2: GPT2 | None = None
         self._used_cudnn = True
+        self._restored: dict[str, Any] | None = None  # a checkpoint whose training state is to be checked
         self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
 
     def _check_surgery(self) -> None:
@@ -382,6 +384,24 @@ class Task(LightningModule):
                 raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
         if self.device_mesh is None:  # a sharded model loads what is there, and keeps the rest
             found.update(frozen)
+        if self._trainer is not None:
+            check_progress(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
+            self._restored = checkpoint if self.trainer.training else None
+            if self.trainer.strategy.restore_checkpoint_after_setup:  # there are optimizers already
+                self._check_training_state()
+
+    def on_fit_start(self) -> None:
+        """Check the training state of a checkpoint, once there are optimizers and before it enters them.
+
+        Raises:
+            InputError: a state that does not fit them.
+        """
+        self._check_training_state()
+
+    def _check_training_state(self) -> None:
+        checkpoint, self._restored = self._restored, None
+        if checkpoint is not None:
+            check_training_state(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
 
     # Losses and scores
 

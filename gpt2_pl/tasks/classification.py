@@ -218,6 +218,7 @@ class Classifier(Task):
 
     def on_fit_start(self) -> None:
         """With a frozen GPT-2, compute the features of all rows, for all epochs."""
+        super().on_fit_start()
         if not self.is_probe or not hasattr(self.datamodule, "evaluation_dataloader"):
             return
         self.core.eval()

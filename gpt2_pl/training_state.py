@@ -36,10 +36,10 @@ _LARGEST_COUNT = 2**53
 
 
 class _Unfit(Exception):
-    """A value is not what it must be."""
+    """A value is not what it must be, or is missing where nothing is expected."""
 
-    def __init__(self, key: str, expected: str, value: Any) -> None:
-        super().__init__(f"{key} must be {expected}, got {shorten(value)}")
+    def __init__(self, key: str, expected: str | None = None, value: Any = None) -> None:
+        super().__init__(f"{key} is missing" if expected is None else f"{key} must be {expected}, got {shorten(value)}")
 
 
 def check_training_state(checkpoint: dict[str, Any], trainer: Any, where: str) -> None:
@@ -62,6 +62,8 @@ def check_training_state(checkpoint: dict[str, Any], trainer: Any, where: str) -
             ("optimizer_states", checkpoint.get("optimizer_states"), optimizers),
             ("lr_schedulers", checkpoint.get("lr_schedulers"), schedulers),
         ):
+            if found is None and present:
+                raise _Unfit(f"{key} (the checkpoint holds a model alone, from which no training goes on)")
             if not isinstance(found, list) or len(found) != len(present):
                 raise _Unfit(key, f"a list of {len(present)}, as this run has", found)
         for i, optimizer in enumerate(optimizers):
@@ -156,8 +158,7 @@ def _check_optimizer(found: Any, optimizer: Optimizer, key: str) -> None:
             if meaning in own and groups[i].get(meaning, own[meaning]) is not own[meaning]:
                 raise _Unfit(f"{name}.{meaning}", f"{own[meaning]}, as the optimizer is configured", groups[i][meaning])
         _check_like(groups[i], own, name, known)
-        for added in own.keys() - groups[i].keys():  # by a newer PyTorch; only switches get this far
-            groups[i][added] = own[added]
+        groups[i].update({part: own[part] for part in own if part not in groups[i]})  # switches of a newer PyTorch
         parameters.update({number: (i, p) for number, p in zip(own["params"], group["params"], strict=True)})
     layouts = _layouts(optimizer) if known else None
     for number, state in states.items():
@@ -274,9 +275,9 @@ def _check_like(found: Any, own: Any, key: str, known: bool, owner: object = Non
                 _check_like(value, own[part], f"{key}.{part}", known)
             elif known or not isinstance(part, str) or hasattr(owner, part):
                 raise _Unfit(f"a key of {key}", shorten(sorted(map(str, own)), 300), part)
-        for part in own.keys() - found.keys():
-            if own[part] is not None and not isinstance(own[part], bool):
-                raise _Unfit(f"{key}.{part}", "there", None)
+        for part in own:
+            if part not in found and own[part] is not None and not isinstance(own[part], bool):
+                raise _Unfit(f"{key}.{part}")
     elif isinstance(own, list | tuple):
         if not isinstance(found, list | tuple) or (len(found) != len(own) and (own or known)):
             raise _Unfit(key, f"a list of {len(own)} values", found)

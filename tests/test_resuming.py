@@ -107,10 +107,10 @@ def test_a_best_checkpoint_that_is_none_is_not_copied(stopped, run, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "KeyError: "),
-        (lambda content: content["optimizer_states"][0].update(param_groups=[]), "ValueError: loaded state dict"),
-        (lambda content: content.pop("optimizer_states"), "contains only the model"),
-        (lambda content: content["lr_schedulers"].__setitem__(0, {}), "KeyError: 'lr_lambdas'"),
+        (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "epoch_progress.total is missing"),
+        (lambda content: content["optimizer_states"][0].update(param_groups=[]), "param_groups must be a list of"),
+        (lambda content: content.pop("optimizer_states"), "holds a model alone"),
+        (lambda content: content["lr_schedulers"].__setitem__(0, {}), "lr_schedulers[0]."),
     ],
     ids=["loops", "param_groups", "no optimizer", "schedule"],
 )
@@ -123,7 +123,7 @@ def test_what_lightning_cannot_restore_is_one_line(change, words, stopped, run, 
     assert ended.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("gpt2-pl: error: ckpt_path: ")
-    assert "last.ckpt cannot be gone on with: " in line
+    assert "last.ckpt: " in line
     assert words in line
 
 

@@ -211,7 +211,7 @@ HOSTILE = {
     "weight decay": (group(weight_decay=None), "weight_decay must be a number, got None"),
     "another key": (group(evil=1), f"a key of {OF}.param_groups[0] must be"),
     "name": (group(name=3), "param_groups[0].name must be 'embeddings', as this run has, got 3"),
-    "no lr": (without("optimizer_states/0/param_groups/0/lr"), "param_groups[0].lr must be there"),
+    "no lr": (without("optimizer_states/0/param_groups/0/lr"), "param_groups[0].lr is missing"),
     "params": (group(params=[1]), "param_groups[0].params must be [0], as this run has, got [1]"),
     "params of text": (group(params="ab"), "param_groups[0].params must be [0]"),
     "no params": (without("optimizer_states/0/param_groups/0/params"), "param_groups[0].params must be [0]"),
@@ -220,6 +220,7 @@ HOSTILE = {
     "another part": (at("optimizer_states/0/evil", 1), f"a key of {OF} must be state or param_groups, got 'evil'"),
     "two optimizers": (lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "must be a list of 1, as"),
     # schedulers
+    "model alone": (without("optimizer_states"), "optimizer_states (the checkpoint holds a model alone"),
     "no scheduler": (at("lr_schedulers", []), "lr_schedulers must be a list of 1"),
     "scheduler's method": (scheduler(step=3), "a key of lr_schedulers[0] must be"),
     "scheduler's optimizer": (scheduler(optimizer=None), "a key of lr_schedulers[0] must be"),
@@ -242,8 +243,8 @@ HOSTILE = {
     "huge batches": (loop("epoch_loop.batch_progress/total/ready", 10**30), "must be at most"),
     "another loop": (loop("evil", 1), "a key of loops.fit_loop must be"),
     "is_last_batch": (loop("epoch_loop.batch_progress/is_last_batch", 3), "is_last_batch must be true or false"),
-    "no progress": (without("loops/fit_loop/epoch_progress"), "loops.fit_loop.epoch_progress must be there"),
-    "no total": (without("loops/fit_loop/epoch_progress/total"), "epoch_progress.total must be there"),
+    "no progress": (without("loops/fit_loop/epoch_progress"), "loops.fit_loop.epoch_progress is missing"),
+    "no total": (without("loops/fit_loop/epoch_progress/total"), "epoch_progress.total is missing"),
     "progress of text": (loop("epoch_loop.scheduler_progress", "x"), "scheduler_progress must be keys and values"),
 }  # fmt: skip
 

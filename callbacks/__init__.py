@@ -4,12 +4,14 @@ from callbacks.finite import FiniteLoss
 from callbacks.layers import DiscriminativeLR, GradualUnfreezing
 from callbacks.poems import PoemWriter
 from callbacks.predictions import PredictionWriter
+from callbacks.progress import EpochLines, RunProgressBar
 from callbacks.reproducibility import Reproducibility
 from callbacks.resuming import Patience, RunCheckpoint, WholeCheckpoints
 from callbacks.run_summary import RunSummary
 
 __all__ = [
     "DiscriminativeLR",
+    "EpochLines",
     "FiniteLoss",
     "GradualUnfreezing",
     "Patience",
@@ -17,6 +19,7 @@ __all__ = [
     "PredictionWriter",
     "Reproducibility",
     "RunCheckpoint",
+    "RunProgressBar",
     "RunSummary",
     "WholeCheckpoints",
 ]

@@ -13,18 +13,20 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
+    EpochLines,
     FiniteLoss,
     Patience,
     PoemWriter,
     PredictionWriter,
     Reproducibility,
     RunCheckpoint,
+    RunProgressBar,
     RunSummary,
     WholeCheckpoints,
 )
@@ -267,8 +269,9 @@ class GPT2CLI(LightningCLI):
         files = [str(file) for file in config.get("config") or [] if file is not None and "\n" not in str(file)]
         self.summary = RunSummary(self.config_settings(), files)
         callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
-        if trainer["enable_progress_bar"] is not False:
-            callbacks.append(RichProgressBar())
+        shows_bar = trainer["enable_progress_bar"] is not False and sys.stdout is not None and sys.stdout.isatty()
+        callbacks.append(RunProgressBar() if shows_bar else EpochLines())
+        trainer["enable_progress_bar"] = shows_bar  # else Lightning adds a bar of its own
         if trainer["logger"]:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit":

@@ -1,0 +1,100 @@
+"""Progress: a line an epoch where there is no terminal, a bar that fits 80 columns where there is one."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from rich.console import Console
+
+from callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done
+
+QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--data.batch_size", "40"]
+
+
+def fake_trainer(epochs=4, batches=10, whole=0, done=0, steps=-1, step=0, timers=()):
+    progress = SimpleNamespace(current=SimpleNamespace(completed=done))
+    epoch_progress = SimpleNamespace(current=SimpleNamespace(completed=whole))
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress), epoch_progress=epoch_progress)
+    return SimpleNamespace(
+        fit_loop=fit_loop,
+        num_training_batches=batches,
+        max_epochs=epochs,
+        max_steps=steps,
+        global_step=step,
+        current_epoch=whole,
+        callbacks=list(timers),
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"whole": 1, "done": 5}, 15 / 40),
+        ({"whole": 4, "done": 0}, 1.0),
+        ({"epochs": -1}, None),
+        ({"epochs": None, "steps": 8, "step": 2}, 0.25),
+        ({"whole": 0, "done": 5, "steps": 10, "step": 5}, 0.5),  # max_steps ends it first
+        ({"batches": float("inf")}, None),
+    ],
+)
+def test_fraction_done_of_limits_is_that_of_the_first_reached(state, expected):
+    assert fraction_done(fake_trainer(**state)) == expected
+
+
+def test_run_clock_of_resumed_run_counts_from_its_start(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: now[0])
+    clock = RunClock()
+    clock.start(fake_trainer(whole=2))
+    assert clock.seconds_left(fake_trainer(whole=2)) is None
+    now[0] += 30.0  # one epoch of the two that are left
+    assert clock.seconds_left(fake_trainer(whole=3)) == pytest.approx(30.0)
+    assert clock.seconds_left(fake_trainer(whole=4)) == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(41.2, "41 s"), (720, "12 min"), (12000, "3 h 20 min")])
+def test_duration_of_seconds_is_readable(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_fit_without_terminal_prints_a_line_an_epoch(run, capsys):
+    run("fit", *QUICK, "--trainer.max_epochs", "2")
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    number = r"\d\.\d{4}"
+    assert re.fullmatch(rf"epoch 1/2: train loss {number}, .*val accuracy {number}, .*; \d+ s, \d+ s left", lines[0]), (
+        lines[0]
+    )
+
+
+def test_progress_bar_on_terminal_counts_from_one_and_fits_80_columns():
+    bar = RunProgressBar()
+    trainer = fake_trainer(epochs=12, whole=11, done=133, batches=134)
+    trainer.state = SimpleNamespace(fn="fit")
+    trainer.sanity_checking, trainer.training = False, True
+    trainer.progress_bar_callback, trainer.is_global_zero = bar, True
+    bar._trainer = trainer
+    bar._console_kwargs = {"width": 80, "force_terminal": True}
+    bar._init_progress(trainer)
+    assert bar.progress is not None
+    try:
+        bar.train_progress_bar_id = bar._add_task(134, bar._get_train_description(11))
+        bar.progress.update(bar.train_progress_bar_id, completed=133)
+        bar._metric_component.update({"loss": 0.123})
+        console = Console(width=80, force_terminal=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(bar.progress.get_renderable())
+        (line,) = console.export_text().rstrip("\n").splitlines()
+    finally:
+        bar._stop_progress()
+    assert line.startswith("Epoch 12/12")
+    assert "133/134" in line
+    assert "left" in line
+    assert line.rstrip().endswith("loss: 0.123")
+    assert len(line) <= 80
+
+
+def test_epoch_lines_on_other_process_prints_nothing(capsys):
+    EpochLines().on_train_epoch_end(SimpleNamespace(is_global_zero=False), None)
+    assert capsys.readouterr().out == ""

@@ -261,6 +261,7 @@ class RunSummary(Callback):
             "monitor": pl_module.monitor,
             "mode": pl_module.mode,
             "scores": self.final_scores(pl_module),
+            "score_signatures": getattr(pl_module, "score_signatures", {}),
             "epochs": self.epochs,
             "parameters": {
                 "trainable": sum(layer["trainable"] for layer in self.layers)  # at the end of training

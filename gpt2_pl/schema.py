@@ -192,6 +192,7 @@ class Metrics(Schema):
     monitor: Name | None = None
     mode: Literal["min", "max"] | None = None
     scores: _Scores | None = None
+    score_signatures: dict[Name, Name] | None = None
     epochs: Annotated[list[_Scores], Field(max_length=100_000)] | None = None
     parameters: Parameters | None = None
     seconds: Figure | None = None

@@ -35,6 +35,27 @@ def seq_rep(tokens: Words, n: int) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
+    """sacrebleu's corpus chrF (Popović 2015) with its default settings, from 0 to 100; white space does not count.
+
+    Args:
+        texts: to be scored.
+        references: the true text of each.
+    """
+    from sacrebleu.metrics import CHRF
+
+    return CHRF().corpus_score(texts, [references]).score
+
+
+def chrf_signature() -> str:
+    """The settings and version of sacrebleu's corpus chrF, as a score is to be reported with."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    metric.corpus_score(["text"], [["text"]])  # which counts the references
+    return str(metric.get_signature())
+
+
 def seed_perplexity(text: str) -> float:
     """exp of the entropy of a text's own words. No model is asked: it says nothing of a language model."""
     counts = Counter(words(text))

@@ -3,10 +3,13 @@
 import itertools
 import json
 import math
+import random
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from conftest import ROOT, flags, metrics
 from test_sentiment import trainer
@@ -17,6 +20,7 @@ from datamodules.sonnets import read_poems
 from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl import text_metrics as scores
 from gpt2_pl.errors import InputError
+from gpt2_pl.schema import check_metrics
 from gpt2_pl.tasks import PoemGenerator
 from gpt2_pl.tasks.poem import poem_scores
 from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
@@ -164,7 +168,18 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     assert account["test/distinct_2"] == pytest.approx(scores.distinct(words, 2))
     assert account["test/seed_rhyme"] == pytest.approx(sum(scores.seed_rhyme(p.lines) for p in written) / 3)
     assert account["test/rhyme"] == pytest.approx(sum(rhyme_share(p.lines, 3) for p in written) / 3)
-    assert {"test/chrf", "test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
+    texts = [  # by sacrebleu, of the files as they are
+        [block.strip().splitlines() for block in re.split(r"(?m)^[0-9]+$", file.read_text())[1:]]
+        for file in (folder / "poems_test.txt", poem_files["test"])
+    ]
+    for name, given in (("chrf", 3), ("chrf_whole_poem", 0)):
+        completions, true_ones = (["\n".join(lines[given:]) for lines in poems] for poems in texts)
+        expected = sacrebleu.corpus_chrf(completions, [true_ones]).score
+        assert account[f"test/{name}"] == pytest.approx(expected, rel=1e-6)
+    signature = f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{sacrebleu.__version__}"
+    assert metrics(folder)["score_signatures"] == {"test/chrf": signature, "test/chrf_whole_poem": signature}
+    check_metrics(metrics(folder), "metrics.json")
+    assert {"test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
 
     # perplexity is that of transformers on the same lines
     run("export", folder, "--format", "hf", "--out", tmp_path / "hf")
@@ -292,14 +307,14 @@ def test_diversity_and_repetition_by_hand():
 
 
 def chrf(pairs):
-    """Of whole texts: characters without blanks, n-grams up to 6, recall counted twice as much as precision."""
+    """Of whole texts: characters without white space, n-grams up to 6, recall counted twice as much as precision."""
     total = 0.0
     for n in range(1, 7):
         matches = said = wanted = 0
         for ours, theirs in pairs:
             a, b = (
                 Counter(text[i : i + n] for i in range(len(text) - n + 1))
-                for text in (ours.replace(" ", ""), theirs.replace(" ", ""))
+                for text in ("".join(ours.split()), "".join(theirs.split()))
             )
             matches, said, wanted = matches + (a & b).total(), said + a.total(), wanted + b.total()
         precision, recall = matches / said, matches / wanted
@@ -316,6 +331,8 @@ def test_scores_of_poems_equal_loops():
     found = poem_scores(written, true, 3)
     texts = [["\n".join(poem.lines[3:]) for poem in poems] for poems in (written, true)]
     assert found["chrf"] == pytest.approx(chrf(list(zip(*texts, strict=True))), rel=1e-4)
+    whole = [[poem.text for poem in poems] for poems in (written, true)]
+    assert found["chrf_whole_poem"] == pytest.approx(chrf(list(zip(*whole, strict=True))), rel=1e-4)
     shares = []
     for n in (4, 3):
         grams = [[tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)] for text in texts[0]]
@@ -324,6 +341,21 @@ def test_scores_of_poems_equal_loops():
     assert shares[0] != shares[1]
     assert found["rhyme"] == pytest.approx((1 / 6 + 0) / 2)  # day and way; increase and cease were given
     assert found["lines"] == (9 + 6) / 2
+
+
+def test_chrf_of_whole_sonnets_has_the_known_figures(shared):
+    true, openings, training = (
+        read_poems(str(shared / "data" / file), "f")
+        for file in ("TRUE_sonnets_held_out_dev.txt", "sonnets_held_out_dev.txt", "sonnets.txt")
+    )
+    assert poem_scores(openings, true, 3)["chrf_whole_poem"] == pytest.approx(24.8, abs=0.05)
+    assert poem_scores(openings, true, 3)["chrf"] == 0.0
+    generator, found = random.Random(1), []
+    for _ in range(30):
+        chosen = generator.choices(training, k=len(true))
+        mixed = [Poem(p.number, [*p.lines[:3], *q.lines[3:]]) for p, q in zip(openings, chosen, strict=True)]
+        found.append(poem_scores(mixed, true, 3)["chrf_whole_poem"])
+    assert sum(found) / 30 == pytest.approx(41.5, abs=4 * 0.33 / 30**0.5)
 
 
 SCHEME = "ABABCDCDEFEFGG"

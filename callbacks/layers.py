@@ -246,7 +246,8 @@ class DiscriminativeLR(Callback):
         for name in self.top or []:
             if name not in layers:
                 raise InputError(f"DiscriminativeLR: there is no layer {name!r}; there are {', '.join(layers)}")
-        top = {layers[-1], *(TOP if self.top is None else self.top)}
+        last_block = max((i for i, name in enumerate(layers) if name.startswith("block.")), default=len(layers) - 1)
+        top = {layers[-1], *((*TOP, *layers[last_block + 1 :]) if self.top is None else self.top)}
         below = [name for name in layers if name not in top]
         scales = dict.fromkeys(layers, 1.0)
         # embeddings are one further down than the first block, whose exponent is L - 1

@@ -15,6 +15,7 @@ from gpt2_pl.documents import load_yaml, read_yaml
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
 from gpt2_pl.surgery import build
+from gpt2_pl.tasks import Task
 
 
 def refuse_contradictions(files: list[Any]) -> None:
@@ -211,7 +212,7 @@ def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
 
 def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
     """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
-    content = read(checkpoint)
+    content = read(checkpoint, "ckpt_path", Task)
     stored, task = dict(content["hyper_parameters"]), content["task"]
     stored.pop("num_classes", None)  # the data's to say
     stored.pop("word_ids", None)
@@ -222,7 +223,7 @@ def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
         stored.pop("surgery", None)  # theirs would be added to it
     else:
         stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
-    layer = {"model": {"class_path": f"gpt2_pl.tasks.{task}", "init_args": stored}}
+    layer = {"model": {"class_path": task, "init_args": stored}}
     return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
 
 

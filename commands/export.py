@@ -46,15 +46,16 @@ def main(args: list[str]) -> None:
 
 def load(checkpoint: Path, base: str | None = None) -> Task:
     """The trained task of a checkpoint, whatever task it is, for evaluation on the CPU."""
-    import gpt2_pl.tasks
     from gpt2_pl.checkpoint import read
+    from gpt2_pl.tasks import Task
 
-    content = read(checkpoint, "checkpoint")
+    content = read(checkpoint, "checkpoint", Task)
     if base is not None and content["base"].get("complete"):
         raise InputError(f"base: {checkpoint} holds every weight; leave --base out")
     moved = {} if base is None else {"base": base}
     try:
-        return getattr(gpt2_pl.tasks, content["task"]).load_from_checkpoint(checkpoint, map_location="cpu", **moved)
+        cls: Any = Task.find(content["task"])
+        return cls.load_from_checkpoint(checkpoint, map_location="cpu", **moved)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of other kinds than ours
@@ -125,7 +126,7 @@ def export_peft(task: Task, folder: Path) -> None:
     """Write what was added to the base for peft."""
     from gpt2_pl.surgery import peft
 
-    if task.train_base:
+    if not task.base_is_frozen:
         raise InputError("the base itself was trained (train_base); an adapter would not hold that: use --format hf")
     peft.save(task.core, folder, task.base, _head(task))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
 from gpt2_pl.model import GPT2Config
+from gpt2_pl.registry import Registered, class_path
 
 _CALLED = ("optimizer", "schedule")  # arguments of a task that are code; no checkpoint holds them
 _LEGACY = ("hparams", "module_arguments", "hparams_type")  # more hyperparameters, of which Lightning also makes a task
@@ -96,19 +97,17 @@ def _wrong(value: Any, kind: Any, name: str) -> str | None:
     return next(filter(None, (_wrong(*part) for part in parts)), None)
 
 
-def read(path: str | PathLike[str], key: str = "ckpt_path", task: type | None = None) -> dict[str, Any]:
+def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[str, Any]:
     """The content of a checkpoint that a task wrote, on the CPU, its tensors mapped from the file.
 
     Args:
         path: a local file.
         key: the option that held it, for error messages.
-        task: the task's class; by default the one that the checkpoint names, which must be this library's.
+        task: the class that must have written it; with ``Task`` itself, any task that has been imported.
 
     Raises:
         InputError: no such file; one that is no checkpoint, would execute code, or was written by another program.
     """
-    import gpt2_pl.tasks
-
     file = existing_file(str(path), key)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -118,18 +117,21 @@ def read(path: str | PathLike[str], key: str = "ckpt_path", task: type | None = 
     except Exception as error:  # unpickling, zip and key errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{key}: {path} is not a checkpoint of this library: {reason[:200]}") from None
-    if task is None:
-        if name not in gpt2_pl.tasks.__all__ or name == "Task":
-            raise InputError(f"{key}: {path} was written by {name!r}, which is no task of this library")
-        task = getattr(gpt2_pl.tasks, name)
-    elif name != task.__name__:
-        raise InputError(f"{key}: {path} was written by {name!r}, not by {task.__name__}")
+    cls = task.find(name)
+    if cls is None:
+        reason = f"not by {class_path(task)}"
+        if task.is_root:
+            reason = (
+                "which is no task of this library and has not been imported; code of your own is imported by --plugin "
+                "MODULE, or by a configuration that names it"
+            )
+        raise InputError(f"{key}: {path} was written by {str(name)[:200]!r}, {reason}")
     if not isinstance(version, str) or not _VERSION.fullmatch(version):
         raise InputError(f"{key}: {path} is not a checkpoint of this library: its Lightning is {str(version)[:50]!r}")
     for part, kind in kinds.items():
         if not issubclass(kind, dict):
             raise InputError(f"{key}: {path} is not a checkpoint of this library: {part} is a {kind.__name__}")
-    check(content, task, f"{key}: {path}")
+    check(content, cls, f"{key}: {path}")
     return content
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -101,7 +101,9 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(
-    layers: Mapping[str, NamedParameters], lr_scales: Mapping[str, float] | None = None
+    layers: Mapping[str, NamedParameters],
+    lr_scales: Mapping[str, float] | None = None,
+    trained: Container[str] | None = None,
 ) -> list[dict[str, Any]]:
     """One optimizer group per layer, decay rule and rate, named such as ``head``, ``head/no_decay``, ``head/lr_x16``.
 
@@ -112,12 +114,13 @@ def parameter_groups(
     Args:
         layers: name of a layer, from the input to the output -> its named parameters.
         lr_scales: name of a parameter -> its rate in units of the optimizer's; 1 where it is not named.
+        trained: names of the parameters that enter; by default those that require a gradient now.
     """
     seen: set[int] = set()
     groups: dict[str, dict[str, Any]] = {}
     for layer, named in layers.items():
         for name, parameter in sorted(named, key=lambda pair: not decays(*pair)):
-            if not parameter.requires_grad or id(parameter) in seen:
+            if not (parameter.requires_grad if trained is None else name in trained) or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             scale = (lr_scales or {}).get(name, 1.0)

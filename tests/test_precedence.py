@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from commands.train import GPT2CLI
 from gpt2_pl import tasks
 from gpt2_pl.checkpoint import arguments
+from gpt2_pl.registry import class_path
 from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, PoemGenerator, SentimentClassifier, Task
 from gpt2_pl.tasks.classification import Classifier
 
@@ -120,7 +121,7 @@ def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
     stored = {name: chosen[0] for name, chosen in values.items() if name not in ("optimizer", "schedule")}
     checkpoint = tmp_path / "some.ckpt"
     torch.save(
-        {"task": task.__name__, "hyper_parameters": stored, "state_dict": {}, "base": {}, **LIGHTNING}, checkpoint
+        {"task": class_path(task), "hyper_parameters": stored, "state_dict": {}, "base": {}, **LIGHTNING}, checkpoint
     )
     data = [f"--data={DATA[task]}", f"--data.tokenizer={base}", f"--ckpt_path={checkpoint}"]
     file = tmp_path / "run.yaml"
@@ -192,7 +193,13 @@ def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
     checkpoint = tmp_path / "some.ckpt"
     stored = {"base": str(base), "config": None, "surgery": [], "mix": 0.2, "label_smoothing": 0.3}
     torch.save(
-        {"task": "SentimentClassifier", "hyper_parameters": stored, "state_dict": {}, "base": {}, **LIGHTNING},
+        {
+            "task": "gpt2_pl.tasks.SentimentClassifier",
+            "hyper_parameters": stored,
+            "state_dict": {},
+            "base": {},
+            **LIGHTNING,
+        },
         checkpoint,
     )
     file = tmp_path / "run.yaml"
@@ -210,7 +217,13 @@ def test_a_file_that_is_silent_on_the_model_leaves_the_checkpoints(variant, buil
     checkpoint = tmp_path / "some.ckpt"
     stored = {"base": None, "config": None, "surgery": [], variant: str(base) if variant == "base" else SHAPE}
     torch.save(
-        {"task": "SentimentClassifier", "hyper_parameters": stored, "state_dict": {}, "base": {}, **LIGHTNING},
+        {
+            "task": "gpt2_pl.tasks.SentimentClassifier",
+            "hyper_parameters": stored,
+            "state_dict": {},
+            "base": {},
+            **LIGHTNING,
+        },
         checkpoint,
     )
     given = ["--data=datamodules.ToySentiment", f"--ckpt_path={checkpoint}"]

@@ -53,8 +53,8 @@ def environment(request, monkeypatch):
 
 
 def content(**changes):
-    return {"task": "SentimentClassifier", "hyper_parameters": dict(STORED), "state_dict": {}, "callbacks": {},
-            "base": {"path": None, "digest": None, "complete": True}, "surgery": [],
+    return {"task": "gpt2_pl.tasks.SentimentClassifier", "hyper_parameters": dict(STORED), "state_dict": {},
+            "callbacks": {}, "base": {"path": None, "digest": None, "complete": True}, "surgery": [],
             "pytorch-lightning_version": "2.6.6", **changes}  # fmt: skip
 
 

@@ -5,10 +5,7 @@ from gpt2_pl.surgery.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.peft import PeftAdapter
 from gpt2_pl.surgery.virtual import PrefixTuning, PromptTuning
 
-SURGERIES = ("LoRA", "PeftAdapter", "PrefixTuning", "PromptTuning")
-
 __all__ = [
-    "SURGERIES",
     "Adapter",
     "LoRA",
     "LoRAEmbedding",

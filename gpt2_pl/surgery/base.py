@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, is_dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.registry import Registered, class_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -18,15 +20,38 @@ if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
 
 
-class Surgery(ABC):
-    """Adds trainable parameters to a GPT-2 and freezes its own. Subclasses are dataclasses of their settings."""
+class Surgery(Registered, ABC):
+    """A change to a GPT-2 before it trains: adapters, virtual tokens, or the choice of what trains.
+
+    Subclasses are usually dataclasses of their settings, which must be plain values. The smallest one trains the
+    biases alone::
+
+        @dataclass
+        class BitFit(Surgery):
+            def apply(self, model, tokenizer=None):
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(name.endswith("bias"))
+                return model
+
+    A task sets ``requires_grad`` of the published parameters to its ``train_base``, then applies its surgery in order.
+    What requires a gradient after that trains and is saved; frozen published parameters are taken from the base again.
+
+    Attributes:
+        freezes_base: whether ``apply`` ends by freezing the published parameters, for use outside of a task. A task
+            restores their ``requires_grad``, so that such surgery combines with other surgery and ``train_base``.
+    """
+
+    freezes_base: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Change ``model`` in place and return it.
 
+        A task calls this twice: first on a model without weights (on the meta device), so that settings that do not
+        fit are refused early, then on the loaded one. The change must follow from the settings and the base alone.
+
         Args:
-            model: the GPT-2; its published parameters no longer require gradients afterwards.
+            model: the GPT-2.
             tokenizer: reads a text that initialises something; by default the one in the model's own folder.
 
         Raises:
@@ -38,30 +63,63 @@ class Surgery(ABC):
         return
 
     def settings(self) -> dict[str, Any]:
-        """Its class and settings as plain values; :func:`build` reads them."""
-        return {"class_path": f"gpt2_pl.surgery.{type(self).__name__}", "init_args": asdict(self)}  # type: ignore[call-overload]
+        """Return class path and arguments as plain values, from which :func:`build` makes an equal surgery.
+
+        Raises:
+            InputError: an argument that is not a plain value, or that the surgery does not keep.
+        """
+        cls = type(self)
+        if is_dataclass(self):
+            arguments = asdict(self)
+        else:
+            names = [name for name in signature(cls).parameters if name not in ("args", "kwargs")]
+            if missing := [name for name in names if not hasattr(self, name)]:
+                raise InputError(
+                    f"surgery {class_path(cls)} does not keep its argument {missing[0]!r}; make it a dataclass, or set "
+                    f"self.{missing[0]} in __init__"
+                )
+            arguments = {name: getattr(self, name) for name in names}
+        for name, value in arguments.items():
+            if not is_plain(value):
+                raise InputError(
+                    f"surgery {class_path(cls)}: {name} must be text, a number, a boolean, None, or a list or dict of "
+                    f"these, because a checkpoint holds it; got {value!r:.100}"
+                )
+        return {"class_path": class_path(cls), "init_args": arguments}
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a checkpoint can hold ``value`` without pickled classes."""
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(type(key) in (str, int, float, bool) and is_plain(one) for key, one in value.items())
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def build(settings: Surgery | dict[str, Any]) -> Surgery:
-    """The surgery that :meth:`Surgery.settings` describes. Only this library's classes are built.
+    """Make the surgery that :meth:`Surgery.settings` describes, of a class that has been imported.
 
     Raises:
-        InputError: another class, or settings that it does not have.
+        InputError: a class that is neither this library's nor imported, or arguments that it does not take.
     """
-    from gpt2_pl import surgery
-
     if isinstance(settings, Surgery):
         return settings
-    package, _, name = str(settings.get("class_path")).rpartition(".")
-    if package != surgery.__name__ or name not in surgery.SURGERIES:
+    path = settings.get("class_path")
+    cls = Surgery.find(path)
+    if cls is None:
+        ours = [class_path(one) for one in Surgery._classes.values()]
+        known = ", ".join(name for name in ours if name.startswith("gpt2_pl."))
         raise InputError(
-            f"surgery: there is no {settings.get('class_path')!r}; it must be one of "
-            + ", ".join(f"{surgery.__name__}.{name}" for name in surgery.SURGERIES)
+            f"surgery: there is no {str(path)[:200]!r}; this library has {known}. Code of your own is imported by "
+            "--plugin MODULE, or by a configuration that names it"
         )
     try:
-        return getattr(surgery, name)(**(settings.get("init_args") or {}))
-    except TypeError as error:
-        raise InputError(f"surgery {name}: {error}") from None
+        return cls(**(settings.get("init_args") or {}))
+    except InputError:
+        raise
+    except Exception as error:  # whatever the class makes of arguments from a file
+        raise InputError(f"surgery {cls.__name__}: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def freeze_base(model: GPT2) -> None:

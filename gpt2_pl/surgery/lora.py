@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +186,8 @@ class LoRA(Surgery):
         InputError: a value out of range; at ``apply``, targets or blocks that the model does not have, or a layer
             that has an adapter already.
     """
+
+    freezes_base: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16

@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -190,6 +190,8 @@ class PeftAdapter(Surgery):
         InputError: at ``apply``, no such adapter, a changed one, one of another kind or with options that are not
             computed here, or one that does not fit the model.
     """
+
+    freezes_base: ClassVar[bool] = True
 
     folder: str
     digest: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class PrefixTuning(Surgery):
         InputError: a value out of range; at ``apply``, more than the context has room for, or a second prefix.
     """
 
+    freezes_base: ClassVar[bool] = True
+
     length: int = 10
     hidden: int | None = None
     init_text: str | None = None
@@ -142,6 +144,8 @@ class PromptTuning(Surgery):
     Raises:
         InputError: at ``apply``, more than the context has room for, or a second soft prompt.
     """
+
+    freezes_base: ClassVar[bool] = True
 
     length: int = 20
     init_text: str | None = None

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
@@ -25,7 +25,9 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.kernels.attention import set_cudnn_sdp
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
+from gpt2_pl.registry import Registered, class_path
 from gpt2_pl.surgery import Adapter, Surgery, build
+from gpt2_pl.surgery.base import is_plain
 from gpt2_pl.tasks.sharding import shard
 from gpt2_pl.tokenizer import check_fits
 from gpt2_pl.training_state import check_progress, check_training_state
@@ -34,6 +36,7 @@ OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
+_OF_CODE = ("optimizer", "schedule")  # arguments that the configuration gives and no checkpoint holds
 _OF_TRAINING = ("dropout", "b_lr_ratio", "init_text", "folder")  # settings of surgery that change no trained model
 
 
@@ -54,7 +57,23 @@ def _built(config: GPT2Config) -> GPT2:
         raise InputError(f"model.config: there is no memory for a GPT-2 of this shape: {config}") from None
 
 
-class Task(LightningModule):
+def _layers(model: GPT2) -> dict[str, NamedParameters]:
+    """The layers of a GPT-2 from input to output, and their named parameters."""
+    blocks = [f"block.{i}" for i in range(len(model.h))]
+    layers: dict[str, NamedParameters] = {name: [] for name in ("embeddings", *blocks, "ln_f", "prefix", "prompt")}
+    for name, parameter in model.named_parameters():
+        top, _, rest = name.partition(".")
+        if top in ("wte", "wpe"):
+            layer = "embeddings"
+        elif top == "h" and f"block.{rest.partition('.')[0]}" in layers:
+            layer = f"block.{rest.partition('.')[0]}"
+        else:
+            layer = f"gpt2.{top}" if top in ("h", "head", "embeddings") else top
+        layers.setdefault(layer, []).append((f"gpt2.{name}", parameter))
+    return {name: parameters for name, parameters in layers.items() if parameters or name not in ("prefix", "prompt")}
+
+
+class Task(Registered, LightningModule):
     """A GPT-2 under Lightning. Subclasses add a head, a loss and metrics.
 
     Args:
@@ -62,7 +81,8 @@ class Task(LightningModule):
         config: shape of a GPT-2 to train from a random start, instead of ``base``.
         dropout: of the GPT-2; by default the base's or the config's own.
         surgery: changes made to the GPT-2 before it trains, in this order, such as ``[LoRA(rank=8)]``.
-        train_base: whether the GPT-2's own weights train; by default they do unless there is surgery.
+        train_base: whether the GPT-2's own weights train, unless a surgery freezes or unfreezes some; by default they
+            do if there is no surgery.
         frozen_base_dropout: whether a frozen GPT-2 applies ``dropout`` in training, as peft does. It is frozen if none
             of its own weights trains in the whole run; weights that :class:`~callbacks.GradualUnfreezing` freezes for a
             stage still count as trained. The dropout of adapters and of the head is not affected.
@@ -125,29 +145,51 @@ class Task(LightningModule):
         self._restored: dict[str, Any] | None = None  # a checkpoint whose training state is to be checked
         self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
 
+    def _apply_surgery(self, model: GPT2) -> None:
+        """Let ``train_base`` set what trains by default, apply all surgery in order, and record what trains after it.
+
+        The record is made once: callbacks that freeze parameters for a part of the training do not change what the
+        optimizer and the checkpoints hold. Names are relative to the GPT-2.
+        """
+        published = list(model.parameters())
+        for parameter in published:
+            parameter.requires_grad_(self.train_base)
+        for surgery in self.surgery:
+            before = [parameter.requires_grad for parameter in published]
+            changed = surgery.apply(model)
+            if changed is not model and changed is not None:
+                raise InputError(f"surgery {class_path(type(surgery))}: apply must change the model in place")
+            if surgery.freezes_base:
+                for parameter, trains in zip(published, before, strict=True):
+                    parameter.requires_grad_(trains)
+        self.trained_names, self.frozen_names = frozenset[str](), frozenset[str]()
+        self.base_is_frozen = not any(parameter.requires_grad for parameter in published)
+        identities = set(map(id, published))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                self.trained_names |= {name}
+            elif id(parameter) in identities:
+                self.frozen_names |= {name}
+
     def _check_surgery(self) -> None:
         """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
         with torch.device("meta"):
             skeleton = _built(self.config)
         skeleton.source = None if self.base is None else str(pretrained.resolve(self.base, "model.base"))
-        if self.base is None and not self.train_base:
+        with torch.random.fork_rng(devices=[]):  # what it draws here would shift all that is drawn later
+            self._apply_surgery(skeleton)
+        if self.base is None and self.base_is_frozen:
             raise InputError(
                 "model.config starts at random, and with surgery or train_base: false it would stay so; "
                 "give model.base, or train_base: true"
             )
-        with torch.random.fork_rng(devices=[]):  # what it draws here would shift all that is drawn later
-            for surgery in self.surgery:
-                surgery.apply(skeleton)
-        adapted = [name for name, module in skeleton.named_modules() if isinstance(module, Adapter)]
-        if self.train_base and adapted:
-            raise InputError(
-                f"train_base: true (full fine-tuning) and LoRA both write {adapted[0]}.weight; leave one of them out"
-            )
-        self.trains_blocks = self.train_base or bool(adapted)
+        for name, module in skeleton.named_modules():
+            if isinstance(module, Adapter) and module.weight.requires_grad:
+                what = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
+                raise InputError(f"{what} and LoRA both write {name}.weight; leave one of them out")
+        self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
         self.n_virtual = skeleton.n_virtual
-        added = [name for name in ("prefix", "prompt") if getattr(skeleton, name) is not None]
-        blocks = [f"block.{i}" for i in range(self.config.n_layer)]
-        self.layer_names = ["embeddings", *blocks, "ln_f", *added, "head"]  # of layer_groups(), before it is built
+        self.layer_names = [*_layers(skeleton), "head"]  # of layer_groups(), before it is built
 
     @property
     def max_length(self) -> int:
@@ -169,7 +211,7 @@ class Task(LightningModule):
     # Building
 
     def configure_model(self) -> None:
-        """Build the GPT-2: load the base, operate, freeze what does not train. Lightning calls this for every stage."""
+        """Build the GPT-2: load the base, apply surgery. Lightning calls this for every stage."""
         if self.gpt2 is not None:
             return
         if self.base is not None:
@@ -178,22 +220,14 @@ class Task(LightningModule):
         else:
             self.gpt2 = _built(self.config)
         self.gpt2.activation_checkpointing = self.activation_checkpointing
-        for surgery in self.surgery:
-            surgery.apply(self.gpt2)
-        for name, parameter in self.gpt2.named_parameters():
-            if name in self.gpt2.base_names:
-                parameter.requires_grad_(self.train_base)
-        if not self.frozen_base_dropout and not self._base_trains():
+        self._apply_surgery(self.gpt2)
+        if not self.frozen_base_dropout and self.base_is_frozen:
             self.gpt2.set_dropout(0.0)
         if self.compile_blocks:
             for block in self.gpt2.h:
                 block.compile(dynamic=True)
         if self.device_mesh is not None:
             shard(self.gpt2, self.device_mesh)
-
-    def _base_trains(self) -> bool:
-        """Whether any of the GPT-2's own weights requires a gradient."""
-        return any(p.requires_grad for name, p in self.core.named_parameters() if name in self.core.base_names)
 
     def setup(self, stage: str) -> None:
         """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
@@ -226,8 +260,8 @@ class Task(LightningModule):
 
     @property
     def is_probe(self) -> bool:
-        """Whether the GPT-2 stays as it is, so that its features can be computed once."""
-        return not self.train_base and not self.surgery and not self.frozen_base_dropout
+        """Whether nothing in the GPT-2 trains and none of it is random, so that its features can be computed once."""
+        return not self.trained_names and not self.frozen_base_dropout
 
     # Parameters
 
@@ -239,27 +273,17 @@ class Task(LightningModule):
         """The layers from input to output, and their named parameters.
 
         They are ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` where there is
-        one, and ``head``.
+        one, whatever else surgery added to the GPT-2 itself, by its attribute's name, and ``head``.
         """
-        core = self.core
-
-        def named(prefix: str, module: nn.Module | None) -> NamedParameters:
-            return [] if module is None else [(f"gpt2.{prefix}.{name}", p) for name, p in module.named_parameters()]
-
-        added = {name: named(name, getattr(core, name)) for name in ("prefix", "prompt")}
-
-        return {
-            "embeddings": named("wte", core.wte) + named("wpe", core.wpe),
-            **{f"block.{i}": named(f"h.{i}", block) for i, block in enumerate(core.h)},
-            "ln_f": named("ln_f", core.ln_f),
-            **{name: parameters for name, parameters in added.items() if parameters},
-            "head": self.head_parameters(),
-        }
+        return {**_layers(self.core), "head": self.head_parameters()}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over groups per layer, decay rule and rate, and the schedule over all steps of the run."""
         adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, Adapter)]
-        groups = parameter_groups(self.layer_groups(), {f"{name}.lora_B": m.b_lr_ratio for name, m in adapters})
+        rates = {f"{name}.lora_B": m.b_lr_ratio for name, m in adapters}
+        trained = {f"gpt2.{name}" for name in self.trained_names}
+        trained |= {name for name, parameter in self.head_parameters() if parameter.requires_grad}
+        groups = parameter_groups(self.layer_groups(), rates, trained)
         if not groups:
             raise InputError("nothing would train: train_base is false and this head has no parameters")
         optimizer = self.make_optimizer(groups)
@@ -327,18 +351,30 @@ class Task(LightningModule):
         return super().load_from_checkpoint(file, map_location, hparams_file, strict, True, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trained: with a frozen base only what was added to it, else every weight.
+        """Keep what trained and what surgery added; frozen weights of the base are left out.
 
         A checkpoint with every weight needs no base to be loaded, only its shape.
         """
-        checkpoint["task"] = type(self).__name__
-        checkpoint["surgery"] = self.hparams["surgery"]
-        checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": self.train_base}
-        if self.train_base:
-            surgery = [_without(settings, ("init_text",)) for settings in self.hparams["surgery"]]  # it is done
-            checkpoint["hyper_parameters"].update(base=None, config=asdict(self.config), surgery=surgery)
+        surgery = [one.settings() for one in self.surgery]
+        complete = self.base is None or not self.frozen_names
+        checkpoint["task"] = class_path(type(self))
+        checkpoint["surgery"] = surgery
+        checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": complete}
+        for cls in (type(self), *map(type, self.surgery)):
+            if cls.__module__ == "__main__":
+                rank_zero_warn(
+                    f"the checkpoint names the class {class_path(cls)}, which no other program can import: move it "
+                    "into a module of its own"
+                )
+        stored = checkpoint["hyper_parameters"]
+        for name in [name for name, value in stored.items() if name in _OF_CODE or not is_plain(value)]:
+            del stored[name]  # a subclass may have saved more than a checkpoint can hold
+        stored.update(config=None, surgery=surgery)
+        if complete:
+            surgery = [_without(settings, ("init_text",)) for settings in surgery]  # it is done
+            stored.update(base=None, config=asdict(self.config), surgery=surgery)
         else:
-            for name in self.core.base_names:
+            for name in self.frozen_names:
                 checkpoint["state_dict"].pop(f"gpt2.{name}", None)  # sharded weights are gathered by one process alone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -349,12 +385,12 @@ class Task(LightningModule):
                 are no finite numbers.
         """
         task, base = checkpoint.get("task"), checkpoint.get("base") or {}
-        if task != type(self).__name__:
-            raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {type(self).__name__}")
+        if task != (own := class_path(type(self))):
+            raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {own}")
         wanted, found = self.state_dict(), checkpoint["state_dict"]
         frozen: dict[str, Tensor] = {}
         if not base.get("complete"):
-            if self.train_base:
+            if not self.frozen_names:
                 raise InputError(
                     f"the checkpoint holds only what was added to the frozen base {base.get('path')}, "
                     "and here the base trains (train_base)"
@@ -365,11 +401,12 @@ class Task(LightningModule):
                     f"the checkpoint was trained on the base {base.get('path')} (digest {there}); "
                     f"model.base {self.base} holds other weights (digest {here})"
                 )
-            frozen = {f"gpt2.{name}": wanted.pop(f"gpt2.{name}") for name in self.core.base_names}
+            frozen = {f"gpt2.{name}": wanted.pop(f"gpt2.{name}") for name in self.frozen_names}
             for name in frozen:
                 found.pop(name, None)
         stored = checkpoint.get("surgery") or []  # in the hyperparameters those given now have taken their place
-        then, now = ([_without(s, _OF_TRAINING) for s in surgery] for surgery in (stored, self.hparams["surgery"]))
+        given = [surgery.settings() for surgery in self.surgery]
+        then, now = ([_without(s, _OF_TRAINING) for s in surgery] for surgery in (stored, given))
         if then != now:
             raise InputError(f"the checkpoint was trained with model.surgery {then}; here it is {now}")
         for name in sorted(wanted.keys() | found.keys()):

@@ -1,9 +1,12 @@
-"""Exceptions that end a command with one line instead of a traceback, and text of others made safe to print."""
+"""Exceptions that end a command with one line instead of a traceback, such a line for failures of the machine, and text
+of others made safe to print."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates,
@@ -11,6 +14,18 @@ from typing import Any
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MAX_MESSAGE = 4000  # characters
 _MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
+# Failures of the machine and not of a path: wherever one is found among an error's causes, it is the reason.
+OF_THE_MACHINE = _FULL | {
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EROFS,
+    getattr(errno, "ESTALE", errno.EIO),
+}
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -97,3 +112,78 @@ class RunError(RuntimeError):
 
     def __init__(self, message: object) -> None:
         super().__init__(_message(message))
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """Describe in one line a failure of the machine or the system: of a disk, a file, memory.
+
+    Libraries report these by errors of their own, and Rust's by a number in the text; the causes of an error are looked
+    through as well.
+
+    Returns:
+        The line, or None where the error has another reason.
+    """
+    for cause in causes(error):
+        if (reason := _describe_memory(cause)) is not None:
+            return reason
+    for cause in causes(error, contexts=False):
+        if (reason := _describe_os_error(cause)) is not None:
+            return reason
+    for cause in causes(error):
+        if error_number(cause) in OF_THE_MACHINE:
+            return _describe_os_error(cause)
+    return None
+
+
+def _describe_memory(error: BaseException) -> str | None:
+    text = str(error)
+    if isinstance(error, RuntimeError):  # torch's and other libraries' in C++
+        of_device = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
+        if not of_device and not any(sign in text for sign in _OUT_OF_MEMORY):
+            return None
+        where, advice = " on the device" if of_device else "", "; a smaller batch size needs less"
+    elif isinstance(error, MemoryError):
+        where, advice = "", ""
+    else:
+        return None
+    asked = re.search(r"(?:tried to allocate|Unable to allocate) ([\d.]+ \w+)", text, flags=re.IGNORECASE)
+    return f"there is not enough memory{where}{f' for another {asked[1]}' if asked else ''}{advice}"
+
+
+def _describe_os_error(error: BaseException) -> str | None:
+    number = error_number(error)
+    if number is None:
+        return None
+    reason = getattr(error, "strerror", None) or os.strerror(number)
+    names = [getattr(error, name, None) for name in ("filename", "filename2")]
+    path = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+    return f"{path[:500]}: {reason}" if path else str(reason)
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an error; libraries that are written in Rust and worker processes only print it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in errno.errorcode else None
+    printed = r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)"
+    found = re.search(printed, str(error))
+    return None if found is None else int(found[1])
+
+
+def causes(error: BaseException, contexts: bool = True) -> Iterator[BaseException]:
+    """An error and what it was raised from; with ``contexts``, also what was being handled when it was raised."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and not any(cause is other for other in seen):
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or (cause.__context__ if contexts else None)
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is a Ctrl-C, or came from one: a library that is interrupted may raise an error of its own."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is that there is no room on the disk."""
+    return any(error_number(cause) in _FULL for cause in causes(error))

@@ -1,19 +1,27 @@
-"""Writing whole files or none."""
+"""Files: whether they can be read and written, and atomic writes."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
-from gpt2_pl.errors import InputError, RunError
+from gpt2_pl.errors import (
+    OF_THE_MACHINE,
+    InputError,
+    RunError,
+    causes,
+    describe_failure,
+    error_number,
+    is_full,
+    is_interrupt,
+)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_NAME, _LONGEST_PATH = 230, 3900  # bytes; systems have 255 and 4095, and a part's name has 20 more
 
 
@@ -26,7 +34,11 @@ def existing_file(path: str | Path, key: str) -> Path:
     try:
         file = Path(path).expanduser()
         is_file, is_folder = file.is_file(), file.is_dir()
-    except (OSError, RuntimeError):  # a name that is too long, an unknown ~user
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
+            raise InputError(f"{key}: {str(path)[:500]} cannot be read: {error.strerror}") from None
+        is_file = is_folder = False
+    except RuntimeError:  # an unknown ~user
         is_file = is_folder = False
     if is_folder:
         raise InputError(f"{key}: {path} is a folder, not a file")
@@ -54,13 +66,17 @@ def check_place(path: Path, key: str) -> None:
             folder must be, or nothing can be written there.
     """
     longest = max(len(os.fsencode(name)) for name in (*path.parts, ""))
-    if longest > _LONGEST_NAME or len(os.fsencode(path.absolute())) > _LONGEST_PATH:
-        raise InputError(
-            f"{key}: {str(path)[:100]} ... is too long; a name has at most {_LONGEST_NAME} bytes, and a path "
-            f"{_LONGEST_PATH}"
-        )
     try:
-        above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if longest > _LONGEST_NAME or len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+            raise InputError(
+                f"{key}: {str(path)[:100]} ... is too long; a name has at most {_LONGEST_NAME} bytes, and a path "
+                f"{_LONGEST_PATH}"
+            )
+        above = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+        if above.is_symlink() and not above.exists():
+            raise InputError(
+                f"{key}: {path} cannot be made: {above} is a link to {os.readlink(above)}, which does not exist"
+            )
         folder = above.parent if above == path.absolute() and above.is_file() else above
         if not folder.is_dir():
             raise InputError(f"{key}: {path} cannot be made: {folder} is not a folder")
@@ -70,32 +86,33 @@ def check_place(path: Path, key: str) -> None:
         raise InputError(f"{key}: {path} cannot be made: {error.strerror}") from None
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is that there is no room on the disk."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            return True
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return False
-
-
 @contextmanager
 def room(path: Path) -> Iterator[None]:
-    """Around what is written to ``path``.
+    """Report what fails while ``path`` is written.
 
     Raises:
-        RunError: there is no room for it.
+        RunError: there is no room for it, or the disk fails.
+        KeyboardInterrupt: as it was, also where the library that was writing made another error of it.
     """
     try:
         yield
-    except Exception as error:  # torch's, pyarrow's and other writers have errors of their own for a full disk
-        if not is_full(error):
-            raise
-        before = "; what was there before is as it was" if path.is_file() else ""
-        raise RunError(f"there is no room to write {path}{before}; free some space and go on") from None
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # torch's, pyarrow's and other writers have errors of their own
+        if is_interrupt(error):
+            raise KeyboardInterrupt from None
+        before = "; what was there before is as it was" if os.path.isfile(path) else ""
+        if is_full(error):
+            raise RunError(f"there is no room to write {path}{before}; free some space and go on") from None
+        if any(error_number(cause) in OF_THE_MACHINE and not _names_other(cause, path) for cause in causes(error)):
+            raise RunError(f"{path} cannot be written: {describe_failure(error)}{before}") from None
+        raise
+
+
+def _names_other(error: BaseException, path: Path) -> bool:
+    """Whether an error names a file that is not ``path`` or its part: it was read, perhaps, to write this one."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, str | bytes) and path.name not in os.fsdecode(name)
 
 
 @contextmanager
@@ -119,7 +136,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             opened = part.open(mode, **text)
         except OSError as error:
-            if is_full(error):
+            if error.errno in OF_THE_MACHINE:
                 raise
             raise InputError(f"{str(path)[:500]} cannot be written: {error.strerror}") from None
         try:
@@ -130,4 +147,5 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
                     os.fsync(file.fileno())
             part.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that fails
+                part.unlink(missing_ok=True)

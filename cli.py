@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from argparse import ArgumentError
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from commands.process import guard_streams, interrupts, output_failure, watch_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,10 +47,34 @@ and `gpt2-pl fit --model.help CLASS` and `--data.help CLASS` those of a task and
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; input that cannot be used ends it with one line and exit status 2, a run that cannot go on
-    with one line and 1."""
+    """Run the command line.
+
+    Input that cannot be used ends it with one line and exit status 2; a run that cannot go on and a failure of the
+    machine with one line and 1; Ctrl-C with one line and 130.
+    """
     alone = args is None  # the process is this program's
-    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if alone:
+            guard_streams()
+            interrupts.install()
+            watch_launcher()
+        _main(list(sys.argv[1:] if args is None else args), alone)
+    except BaseException as error:
+        from gpt2_pl.errors import is_interrupt
+
+        code = error.code if isinstance(error, SystemExit) else 1
+        if code != 130 and is_interrupt(error):  # with 130, a command has printed a line of its own
+            interrupts.report()
+            raise SystemExit(130) from None
+        if code:
+            raise
+    finally:
+        interrupts.advice = str
+    if alone and (failure := output_failure()) is not None:
+        _fail(f"standard output: {failure.strerror}", 1)
+
+
+def _main(args: list[str], alone: bool) -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # has torch execute pickles where nobody forbids it
     os.environ.pop("JSONARGPARSE_DEFAULT_ENV", None)  # has the parser take settings from the environment
     if not args or args[0] in ("-h", "--help", "--version"):
@@ -58,26 +85,37 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if args[0] not in _COMMANDS:
         _fail(f"unknown command {args[0]!r}; it must be one of {', '.join(_COMMANDS)}")
-    from jsonargparse import ArgumentError
-
-    from gpt2_pl.errors import InputError, RunError
-
+    try:
+        os.getcwd()
+    except OSError as error:
+        _fail(f"the working folder cannot be used: {error.strerror}; change to one that exists")
     try:
         if args[0] in ("classify", "compare", "export", "generate", "sweep"):
             _imported(args[0], alone).main(args[1:])
         else:
             _run(args, alone)
-    except ArgumentError as error:
-        _fail(_condensed(str(error)))
     except Exception as error:
-        cause: BaseException | None = error  # the parser wraps what a class raises in errors of its own
-        while cause is not None and not isinstance(cause, InputError | RunError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            if isinstance(error, RuntimeError) and " by peer" in str(error):  # gloo's, where a connection broke off
-                _fail("another process of this run has ended, and so does this one; go on with its last.ckpt", 1)
-            raise
+        _end(error)
+
+
+def _end(error: Exception) -> NoReturn:
+    """End with one line where the reason of an error is known; what is left is a fault of this program's."""
+    from gpt2_pl.errors import InputError, RunError, describe_failure, is_interrupt
+
+    if is_interrupt(error):
+        raise KeyboardInterrupt from None
+    if isinstance(error, ArgumentError):
+        _fail(_condensed(str(error)))
+    cause: BaseException | None = error  # the parser wraps what a class raises in errors of its own
+    while cause is not None and not isinstance(cause, InputError | RunError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
         _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
+    if (failure := describe_failure(error)) is not None:
+        _fail(failure, 1)
+    if isinstance(error, RuntimeError) and " by peer" in str(error):  # gloo's, where a connection broke off
+        _fail("another process of this run has ended, and so does this one; go on with its last.ckpt", 1)
+    raise error
 
 
 def _condensed(message: str) -> str:
@@ -104,7 +142,7 @@ def _condensed(message: str) -> str:
     return text
 
 
-def _fail(message: str, status: int = 2) -> None:
+def _fail(message: str, status: int = 2) -> NoReturn:
     from gpt2_pl.errors import InputError
 
     print(f"gpt2-pl: error: {InputError(message)}", file=sys.stderr)  # as one escaped line of bounded length
@@ -129,7 +167,8 @@ def _run(args: list[str], alone: bool) -> None:
     for message in noise:
         warnings.filterwarnings("ignore", message=message)
     trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    trainer_log.addFilter(lambda record: "litlogger" not in record.getMessage())
+    quiet = ("litlogger", "Detected KeyboardInterrupt")  # an advertisement; what we say in a line of our own
+    trainer_log.addFilter(lambda record: not any(words in record.getMessage() for words in quiet))
     _imported("train", alone).GPT2CLI(args=args)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
@@ -44,7 +44,8 @@ from commands.arguments import (
     states,
     with_hyperparameters,
 )
-from commands.run_files import RunFiles, RunLogger
+from commands.process import LAUNCHER, interrupts, rank
+from commands.run_files import RunFiles, RunLock, RunLogger
 from gpt2_pl.documents import check_yaml, load_yaml
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
@@ -97,20 +98,27 @@ class GPT2CLI(LightningCLI):
         if self.checkpoint is not None:
             args = with_hyperparameters(args, self.checkpoint)
         self.given = list(args)
-        super().__init__(
-            Task,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=Parser,
-            save_config_callback=RunFiles,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=args,
-        )
+        self.lock: RunLock | None = None
+        interrupts.advice = self._resume_advice
+        try:
+            super().__init__(
+                Task,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                parser_class=Parser,
+                save_config_callback=RunFiles,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"exit_on_error": False},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=args,
+            )
+        finally:
+            for lock in (self.lock, getattr(getattr(getattr(self, "trainer", None), "logger", None), "lock", None)):
+                if isinstance(lock, RunLock):
+                    lock.release()
 
     # Keys
 
@@ -201,11 +209,13 @@ class GPT2CLI(LightningCLI):
         stopped = None if self.checkpoint is None else run_of(Path(self.checkpoint), root)
         if self.subcommand == "fit" and stopped is not None and not states(self.given, "name", "version"):
             config.name, config.version = str(stopped.parent), stopped.name
-            for part in (root / stopped).rglob(".*.part"):
-                part.unlink(missing_ok=True)  # of a file that was being written when the run was killed
         folder = root / config.name / str(config.version)
         if trainer.logger is True and not trainer.fast_dev_run:
-            check_place(folder, "name")
+            check_place(folder if config.version is not None else folder.parent, "name")
+            if config.version is not None and rank() == 0:
+                self.lock = RunLock(folder)
+                for part in folder.rglob(".*.part") if stopped == folder.relative_to(root) else ():
+                    part.unlink(missing_ok=True)  # of a file that was being written when the run was killed
         if self.subcommand == "fit" and stopped == folder.relative_to(root):
             now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
             check_same_settings(folder / "config.yaml", now)
@@ -233,7 +243,7 @@ class GPT2CLI(LightningCLI):
         model: Any = self.model
         untrained = model.base is None or getattr(model, "head_name", None) == "linear"
         brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
-        asked = self.subcommand != "fit" and getattr(rank_zero_only, "rank", 0) == 0
+        asked = self.subcommand != "fit" and rank() == 0
         if asked and self.checkpoint is None and untrained and not brings_head:
             print("gpt2-pl: no ckpt_path is given: what is scored has not been trained", file=sys.stderr)
         stated, actual = self._stated_num_classes(), getattr(self.datamodule, "num_classes", None)
@@ -312,18 +322,29 @@ class GPT2CLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; asked to end by SIGTERM, say how to go on."""
+        if self.trainer.num_devices > 1:
+            os.environ[LAUNCHER] = str(os.getpid())
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException:
-            folder = getattr(self.trainer.logger, "log_dir", None)
-            last = Path(str(folder), "checkpoints", "last.ckpt")
-            if last.is_file():
-                command = f"gpt2-pl fit --config {folder}/config.yaml --ckpt_path {last}"
-                print(f"gpt2-pl: stopped by SIGTERM; go on with {command}", file=sys.stderr)
+            if rank() == 0:
+                print(f"gpt2-pl: stopped by SIGTERM{self._resume_advice()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.trainer.strategy.barrier()  # none ends, and takes its connections along, while another is at work
             torch.distributed.destroy_process_group()
+
+    def _resume_advice(self) -> str:
+        """The end of the line that says that a training was stopped: the command that resumes it."""
+        logger = getattr(getattr(self, "trainer", None), "logger", None)
+        folder = getattr(logger, "log_dir", None)
+        if self.subcommand != "fit" or folder is None:
+            return ""
+        last = Path(folder, "checkpoints", "last.ckpt")
+        if not last.is_file():
+            return " before the first checkpoint"
+        command = shlex.join(["gpt2-pl", "fit", "--config", f"{folder}/config.yaml", "--ckpt_path", str(last)])
+        return f"; go on with {printable(command)}"
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -4,7 +4,7 @@
 
 Moments are counted in a first, undisturbed run: training, validation and test steps, every piece of every file that is
 written, and what lies right before and after its renaming. N of them are drawn, of all kinds or those that FAULT_KINDS
-names; FAULT_SIGNAL is another signal than SIGKILL. It prints a line of JSON for each.
+names; FAULT_SIGNAL is another signal than SIGKILL. It prints a line of JSON for each, with what was left behind.
 """
 
 import json
@@ -183,7 +183,10 @@ if __name__ == "__main__":
         place = folder / str(i)
         place.mkdir()
         killed = fit(place, arguments, at)
+        said = [line for line in (place / "log").read_text().splitlines() if line.startswith(("gpt2-pl:", "Traceback"))]
+        left = sorted(path.name for path in place.rglob(".*"))
         status = go_on(place, arguments)
         wrong = differences(expected, outcome(place)) if status == 0 else [(place / "log").read_text()[-2000:]]
-        print(json.dumps({"at": at, "killed": killed, "went_on": status, "wrong": wrong}), flush=True)
+        print(json.dumps({"at": at, "killed": killed, "said": said, "left": left, "went_on": status, "wrong": wrong}))
+        sys.stdout.flush()
         shutil.rmtree(place)

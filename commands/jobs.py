@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -11,10 +10,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
 
 from commands import RUNS
 from commands.plan import Plan
@@ -66,7 +68,8 @@ def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
         if run.last.is_file():
             threads = run.begun()["threads"]
         else:
-            threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
+            _check_unused(run.folder)
             shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
             with whole_file(record) as file:
                 json.dump({**run.record(), "threads": threads}, file, indent=2)
@@ -91,22 +94,54 @@ def _here(args: list[str]) -> None:
 
 
 def _apart(args: list[str]) -> None:
-    """Run a command of ours in a process of its own."""
+    """Run a command of ours in a process of its own, which is asked to end when this one is."""
     print("gpt2-pl", printable(shlex.join(args)), flush=True)
-    subprocess.run([sys.executable, str(Path(__file__).resolve().parents[1] / "cli.py"), *args], check=True)
+    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "cli.py"), *args]
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            status = process.wait()
+        finally:
+            process.terminate()
+            signal.signal(signal.SIGTERM, before)
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
+def _check_unused(folder: Path) -> None:
+    """Refuse a folder that a process outside the sweep writes into.
+
+    Raises:
+        InputError: naming the folder and the process.
+    """
+    from commands.run_files import LOCK, RunLock
+
+    if (folder / LOCK).exists():
+        RunLock(folder).release()
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    try:
+        return len(psutil.Process().cpu_affinity())
+    except AttributeError:  # macOS has no affinities
+        return os.cpu_count() or 1
 
 
 @contextmanager
 def locked(file: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock that ends with the process, however it ends; False where another holds it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    lock = FileLock(file, thread_local=False, fallback_to_soft=False, poll_interval=0.2)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 # Where jobs go
@@ -118,10 +153,12 @@ class Launcher:
 
     Args:
         submit: starts a run on a place; gives submitit's job.
+        cancel: asks a job to end; a run saves a checkpoint first.
         places: how many there are.
     """
 
     submit: Callable[[PlannedRun, int], Any]
+    cancel: Callable[[Any], None]
     places: int
 
 
@@ -151,14 +188,29 @@ def make_launcher(plan: Plan, at_once: int | None) -> Launcher:
             executor.update_parameters(name=plan.name, **plan.slurm)
         except (ValueError, TypeError, NameError, RuntimeError) as error:
             raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
-        return Launcher(lambda run, place: executor.submit(RunJob(), run), wanted or 64)
+        return Launcher(lambda run, place: executor.submit(RunJob(), run), lambda job: job.cancel(), wanted or 64)
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
     gpus = _gpus()
     places = wanted or max(1, len(gpus))
     if not gpus:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // places)))
-    return Launcher(lambda run, place: executor.submit(RunJob(gpus[place % len(gpus)] if gpus else None), run), places)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // places)))
+
+    def submit(run: PlannedRun, place: int) -> Any:
+        # The process of a job ignores Ctrl-C in the terminal that it shares: this one hears it and cancels the jobs.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return executor.submit(RunJob(gpus[place % len(gpus)] if gpus else None), run)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return Launcher(submit, _terminate, places)
+
+
+def _terminate(job: Any) -> None:
+    """Ask a local job to end: submitit's process passes SIGTERM on, at which Lightning saves a checkpoint."""
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(job.job_id)).terminate()
 
 
 def _gpus() -> list[str]:

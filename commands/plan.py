@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,11 @@ class Plan:
         Raises:
             InputError: naming the file, the key and what would be right.
         """
-        content = read_yaml(existing_file(file, "sweep"))
+        content = read_yaml(existing_file(file, "sweep"), unique_keys=True)
         try:
-            return cls._from(_Node(content, "", file.stem))
+            plan = cls._from(_Node(content, "", file.stem))
+            _check_folders(plan.arms)
+            return plan
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
 
@@ -171,6 +174,23 @@ class Plan:
         return cls(name, at_once, arms, slurm)
 
 
+def _check_folders(arms: list[Arm]) -> None:
+    """Refuse two runs that would write into one folder, also where a file system takes two names or links for one.
+
+    Raises:
+        InputError: naming both.
+    """
+    runs = [(run, False) for arm in arms for run in (*arm.runs(), *([arm.trial(0, {})] if arm.search else []))]
+    bases = [(run.base, True) for run, _ in runs if run.base is not None]
+    taken: dict[str, PlannedRun] = {}
+    for run, shared in [*runs, *bases]:  # runs may start from one base
+        other = taken.setdefault(os.path.realpath(run.folder).casefold(), run)
+        if other is not run and not (shared and other == run):
+            names = " and ".join(f"{one.task}.{one.strategy}, {one.version.replace('_', ' ')}" for one in (other, run))
+            folders = " and ".join(dict.fromkeys(str(one.folder) for one in (other, run)))
+            raise InputError(f"two runs have one folder, {folders}: {names}; give one another name or other values")
+
+
 def as_flags(settings: dict[str, Any], path: str) -> tuple[str, ...]:
     """Settings as flags; ``${NAME}`` stands for a variable of the environment.
 
@@ -224,6 +244,8 @@ class _Node:
         """Named parts."""
         found = self.content.get(key)
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
+            if twice := [name for name, times in Counter(found).items() if times > 1]:
+                raise InputError(f"{self._key(key)} names {twice[0]!r} twice")
             found = dict.fromkeys(found)
         if (not found and required) or (found is not None and not isinstance(found, dict)):
             raise InputError(f"{self._key(key)} is {found!r}; it must name its parts, such as {{sst5: {{...}}}}")

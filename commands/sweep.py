@@ -7,9 +7,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from commands import RUNS, Arguments
 from commands.jobs import Launcher, locked, make_launcher
@@ -22,7 +24,7 @@ from gpt2_pl.files import check_place
 if TYPE_CHECKING:
     from rich.table import Table
 
-_POLL = 1.0  # seconds
+_POLL, _GRACE = 1.0, 30.0  # seconds
 
 
 def main(args: list[str]) -> None:
@@ -52,7 +54,8 @@ def main(args: list[str]) -> None:
             try:
                 sweep.run()
             except KeyboardInterrupt:
-                print("stopped; the same command goes on", file=sys.stderr)
+                sweep.stop()
+                print("gpt2-pl: stopped; the same command goes on", file=sys.stderr)
                 raise SystemExit(130) from None
             finally:
                 sweep.stop()
@@ -121,12 +124,27 @@ class _Sweep:
                 self._collect(console)
 
     def stop(self) -> None:
-        """Interrupt what is running; every run goes on from its last checkpoint."""
-        for _, job in self.running.values():
-            job.cancel()
-        deadline = time.monotonic() + 10.0
-        while time.monotonic() < deadline and not all(job.done() for _, job in self.running.values()):
-            time.sleep(0.1)
+        """Ask what is running to end; every run goes on from its last checkpoint.
+
+        What has not ended half a minute later, or at another Ctrl-C, is killed.
+        """
+        if not self.running:
+            return
+        started = psutil.Process().children(recursive=True)
+        try:
+            for _, job in self.running.values():
+                self.launcher.cancel(job)
+            deadline = time.monotonic() + _GRACE
+            while time.monotonic() < deadline and not all(job.done() for _, job in self.running.values()):
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            pass
+        self.running.clear()
+        started += psutil.Process().children(recursive=True)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=_POLL)
 
     def _fill(self, console: Any) -> None:
         for place in range(self.launcher.places):

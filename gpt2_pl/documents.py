@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +57,31 @@ def read_json(file: Path) -> Any:
     return content
 
 
-def read_yaml(file: Path) -> Any:
-    """Read a YAML file within the limits of :func:`check_yaml`, as plain values.
+def read_yaml(file: Path, unique_keys: bool = False) -> Any:
+    """Read a YAML file within the limits of :func:`check_yaml`, as plain values; see :func:`load_yaml`.
 
     Raises:
         InputError: naming the file.
     """
-    return load_yaml(read_text(file, MAX_YAML), str(file))
+    return load_yaml(read_text(file, MAX_YAML), str(file), unique_keys)
 
 
-def load_yaml(text: str, name: str) -> Any:
+def load_yaml(text: str, name: str, unique_keys: bool = False) -> Any:
     """Plain values from YAML text within the limits of :func:`check_yaml`.
 
     Args:
         text: YAML.
         name: of its source, for error messages.
+        unique_keys: refuse a mapping that has a key twice; otherwise the last one counts, as is PyYAML's habit.
 
     Raises:
         InputError: text that is not YAML or exceeds a limit.
     """
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if unique_keys:
+        loader = type("UniqueKeyLoader", (loader,), {"construct_mapping": _construct_unique})
     try:
         check_yaml(text, name)
         return yaml.load(text, Loader=loader)
@@ -85,6 +89,17 @@ def load_yaml(text: str, name: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError, TypeError) as error:  # also of dates and numbers out of range
         raise InputError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def _construct_unique(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
+    """Construct a mapping as PyYAML's safe loader does, unless it has a key twice."""
+    import yaml
+
+    keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+    twice = [key for key, times in keys.items() if times > 1]
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
 def check_yaml(text: str, name: str) -> None:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
+import torch
 from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -137,6 +139,21 @@ tasks:
         (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),
         (FILE.replace("full:", f"{'x' * 300}:"), "is no name"),
         (FILE.replace("full.yaml", f"{'x' * 300}.yaml"), "there is no file"),
+        (FILE + f"      Full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "two runs have one folder, "),
+        (FILE + f"      full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "the key 'full' is given twice"),
+        (
+            FILE.replace("full: {", "full: {grid: {data.n_train: [60, '60']}, "),
+            "s/toy/full,n_train=60/seed_1: toy.full",
+        ),
+        (
+            FILE.replace("full: {", "full: {grid: {data.n_train: [60]}, ") + "      full,n_train=60: {configs: []}\n",
+            "two runs have one folder, lightning_logs/s/toy/full,n_train=60/seed_1",
+        ),
+        (
+            FILE + f"  Toy: {{configs: [{ROOT}/configs/quickstart.yaml], strategies: {{full: {{configs: []}}}}}}\n",
+            "lightning_logs/s/toy/full/seed_1 and lightning_logs/s/Toy/full/seed_1: toy.full, seed 1 and Toy.full",
+        ),
+        (FILE + "  two: {configs: [], strategies: [full, full]}\n", "tasks.two.strategies names 'full' twice"),
         ("[" * 5000, "nested more than 100 deep"),
     ],
 )
@@ -146,6 +163,29 @@ def test_what_cannot_be_run(text, message, file):
         Plan.read(path)
     assert str(error.value).startswith(f"{path}")
     assert message in str(error.value)
+
+
+def test_cells_whose_folders_are_linked_are_refused(file, tmp_path, capsys):
+    path = file(FILE + f"      lora: {{configs: [{ROOT}/configs/strategy/full.yaml]}}\n")
+    (tmp_path / "lightning_logs/s/toy/full").mkdir(parents=True)
+    Plan.read(path)
+    (tmp_path / "lightning_logs/s/toy/lora").symlink_to("full")
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(path)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "two runs have one folder, lightning_logs/s/toy/full/seed_1 and lightning_logs/s/toy/lora/seed_1" in line
+
+
+def test_bases_that_several_strategies_start_from_are_no_conflict(file):
+    text = FILE.replace("    strategies:\n", "    bases: {b: {configs: []}}\n    strategies:\n")
+    text = text.replace("full: {", "full: {base: b, ") + "      other: {base: b, configs: []}\n"
+    assert len(Plan.read(file(text)).arms) == 2
+    text = text.replace("{b: {configs: []}}", "{b: {configs: []}, B: {configs: []}}").replace(
+        "other: {base: b", "other: {base: B"
+    )
+    with pytest.raises(InputError, match=r"two runs have one folder, lightning_logs/s.bases/toy/b/seed_1 and "):
+        Plan.read(file(text))
 
 
 def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
@@ -343,21 +383,25 @@ def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
     assert "was searched with another space or other settings" in error
 
 
-def test_ctrl_c_stops_the_runs_too(file, tmp_path):
+@pytest.mark.parametrize("how", ["SIGTERM to the sweep", "Ctrl-C in its terminal"])
+def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
     file(FILE.replace("max_epochs: 2", "max_epochs: 2000"))
     process = start(tmp_path, "--at_once=1")
     folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
-    deadline = time.monotonic() + 100
-    while not (folder / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)  # the sweep alone
+    wait_for(lambda: (folder / "checkpoints/last.ckpt").is_file())
+    jobs = psutil.Process(process.pid).children(recursive=True)
+    assert len(jobs) >= 2
+    if how == "Ctrl-C in its terminal":  # which reaches all processes of the group
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; the same command goes on" in error
-    reached = len(metrics(folder)["epochs"])
-    time.sleep(2.0)
-    assert len(metrics(folder)["epochs"]) == reached
-    assert metrics(folder)["status"] in ("interrupted", "running")  # submitit gives it a second to write it down
+    assert error == "gpt2-pl: stopped; the same command goes on\n"
+    assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
+    assert metrics(folder)["status"] == "interrupted"  # it saved the step that it had reached
+    reached = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert reached >= metrics(folder)["steps"] - 1
 
 
 def test_a_search_that_was_killed_in_the_middle(file, tmp_path):

@@ -158,32 +158,39 @@ def cross_entropy(
 
 
 def negative_candidates(
-    targets: Tensor, ignore_token_ids: Collection[int] = (), window: int | None = None
+    targets: Tensor,
+    ignore_token_ids: Collection[int] = (),
+    window: int | None = None,
+    input_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which earlier targets are held against each position: the set {x_1 .. x_(t-1)} without x_t (Welleck et al. 2020).
+    """The negative candidates of each position: the set {x_1 .. x_(t-1)} without x_t (Welleck et al. 2020).
 
     Args:
-        targets: (B, T) token ids, or -100, which is never a candidate.
-        ignore_token_ids: never candidates either, such as line ends and punctuation in verse.
-        window: only the last so many targets; by default all.
+        targets: (B, T) token ids, or -100 where nothing is predicted.
+        ignore_token_ids: never candidates, such as line ends and punctuation in verse.
+        window: candidates are only the last ``window`` tokens; by default all.
+        input_ids: (B, T) tokens of the row, of which ``targets`` at t follows that at t; padded on the right. Without
+            them, the earlier targets are the row: its first token, and those whose target is -100, are not known.
 
     Returns:
-        Token ids (B, 1, T), the same for every position, and (B, T, T) whether target j counts at position t, each
-        token at its last occurrence before t, so that it counts once.
+        Token ids (B, 1, T), the same for every position, and (B, T, T) whether token j is a candidate at position t,
+        each token at its last occurrence, so that it counts once.
     """
     T = targets.size(1)
+    tokens = F.pad(targets[:, : T - 1], (1, 0), value=IGNORED) if input_ids is None else input_ids
     position = torch.arange(T, device=targets.device)
-    equal = targets.unsqueeze(2) == targets.unsqueeze(1)  # (B, T, T)
+    equal = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (B, T, T)
     later = equal & (position.unsqueeze(1) < position)
     following = torch.where(later.any(2), later.int().argmax(2), T)  # (B, T): where each token occurs next
     t, j = position.unsqueeze(1), position  # (T, 1), (T,)
-    usable = targets != IGNORED
+    usable = tokens != IGNORED
     for token in ignore_token_ids:
-        usable = usable & (targets != token)
-    counts = (j < t) & (following.unsqueeze(1) >= t) & usable.unsqueeze(1) & ~equal
+        usable = usable & (tokens != token)
+    is_target = targets.unsqueeze(2) == tokens.unsqueeze(1)
+    counts = (j <= t) & (following.unsqueeze(1) > t) & usable.unsqueeze(1) & ~is_target
     if window is not None:
-        counts &= j >= t - window
-    return targets.clamp(min=0).unsqueeze(1), counts
+        counts &= j > t - window
+    return tokens.clamp(min=0).unsqueeze(1), counts
 
 
 def language_model_loss(
@@ -195,6 +202,7 @@ def language_model_loss(
     window: int | None = None,
     chunk: int | None = None,
     compiled: bool = False,
+    input_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Likelihood and token-level unlikelihood from hidden states, never holding all logits (B, T, V).
 
@@ -207,12 +215,13 @@ def language_model_loss(
         window: as in :func:`unlikelihood_loss`.
         chunk: as in :func:`cross_entropy`.
         compiled: as in :func:`cross_entropy`.
+        input_ids: as in :func:`unlikelihood_loss`.
 
     Returns:
         The sum of the losses, the number of targets, and the sum of the unlikelihoods by itself, without ``alpha``.
     """
     states, weight, own, counted = _predicted(hidden, weight, targets)
-    tokens, counts = negative_candidates(targets, ignore_token_ids, window)
+    tokens, counts = negative_candidates(targets, ignore_token_ids, window, input_ids)
     candidates = tokens.expand(-1, targets.size(1), -1)[counted]
     total, unlikelihood = _ChunkedLoss.apply(
         states, weight, own, chunk, True, alpha, candidates, counts[counted], compiled
@@ -267,6 +276,7 @@ def unlikelihood_loss(
     ignore_token_ids: Collection[int] = (),
     window: int | None = None,
     ignore_index: int = IGNORED,
+    input_ids: Tensor | None = None,
 ) -> Tensor:
     """Likelihood and token-level unlikelihood (Welleck et al. 2020, eq. 4): of every target,
 
@@ -279,8 +289,10 @@ def unlikelihood_loss(
         targets: (B, T) token ids.
         alpha: weight of the unlikelihood; 0 is cross-entropy.
         ignore_token_ids: tokens that may be repeated.
-        window: candidates are only the last so many targets.
+        window: candidates are only the last ``window`` tokens before the target.
         ignore_index: target at which nothing is predicted.
+        input_ids: (B, T) the tokens that the model read, x_1 .. x_T, padded on the right; ``targets`` are then
+            x_2 .. x_(T+1). Without them C_t holds earlier targets only, hence not x_1.
 
     Returns:
         The mean over the targets, a scalar; 1 - p is at least 1e-5.
@@ -289,7 +301,7 @@ def unlikelihood_loss(
     counted = targets != IGNORED
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     likelihood = F.cross_entropy(logits[counted], targets[counted], reduction="sum")
-    tokens, counts = negative_candidates(targets, ignore_token_ids, window)
+    tokens, counts = negative_candidates(targets, ignore_token_ids, window, input_ids)
     p = logits.log_softmax(-1).gather(-1, tokens.expand(-1, targets.size(1), -1)).exp()  # (B, T, T)
     counts = counts & counted.unsqueeze(-1)
     unlikelihood = -(1.0 - p).clamp(min=CLAMP).log().masked_fill(~counts, 0.0).sum()

@@ -28,43 +28,54 @@ from gpt2_pl.tokenizer import load_tokenizer
 V = 9
 
 
-def brute_force(logits, targets, alpha, ignored=(), window=None):
+def brute_force(logits, rows, predicted, alpha, ignored=(), window=None):
+    """The mean loss of rows x_1 .. x_(T+1) (B, T + 1), over the tokens x_2 .. x_(T+1) that are predicted (B, T)."""
     total, n = 0.0, 0
-    for row, text in zip(logits, targets.tolist(), strict=True):
-        for t, target in enumerate(text):
-            if target == IGNORED:
+    for scores, row, wanted in zip(logits, rows.tolist(), predicted.tolist(), strict=True):
+        for t in range(1, len(row)):  # x_(t+1) is row[t]
+            if not wanted[t - 1]:
                 continue
-            p = row[t].softmax(-1).tolist()
-            total -= math.log(p[target])
-            past = text[:t] if window is None else text[max(0, t - window) : t]
-            for c in set(past) - {target, IGNORED, *ignored}:
+            p = scores[t - 1].softmax(-1).tolist()
+            total -= math.log(p[row[t]])
+            past = row[:t] if window is None else row[:t][-window:]
+            for c in set(past) - {row[t], *ignored}:
                 total -= alpha * math.log(max(1.0 - p[c], 1e-5))
             n += 1
     return total / n
 
 
-def random_text(seed, B=3, T=11):
+def random_rows(seed, B=3, T=11):
+    """Rows (B, T + 1), of which tokens at the end are padding, or at the beginning or within are not predicted."""
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(0, V, (B, T), generator=generator)
-    targets[0, -3:], targets[1, :2], targets[2, 5] = IGNORED, IGNORED, IGNORED
-    return targets, generator
+    rows = torch.randint(0, V, (B, T + 1), generator=generator)
+    predicted = torch.ones(B, T, dtype=torch.bool)
+    predicted[0, -3:], predicted[1, :2], predicted[2, 5] = False, False, False
+    return rows, predicted, rows[:, 1:].masked_fill(~predicted, IGNORED), generator
+
+
+def random_text(seed, B=3, T=11):
+    """Targets alone."""
+    return random_rows(seed, B, T)[2:]
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}, {"alpha": 0.3, "window": 1}])
 def test_it_equals_a_triple_loop(seed, settings):
-    targets, generator = random_text(seed)
+    rows, predicted, targets, generator = random_rows(seed)
     hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    alpha = settings.get("alpha", 1.0)
-    logits = hidden @ weight.T
-    expected = brute_force(logits, targets, alpha, settings.get("ignore_token_ids", ()), settings.get("window"))
-    plain = unlikelihood_loss(logits, targets, **settings)
+    alpha, ignored, window = (settings.get(key) for key in ("alpha", "ignore_token_ids", "window"))
+    alpha = 1.0 if alpha is None else alpha
+    logits, inputs = hidden @ weight.T, rows[:, :-1]
+    expected = brute_force(logits, rows, predicted, alpha, ignored or (), window)
+    plain = unlikelihood_loss(logits, targets, **settings, input_ids=inputs)
     assert plain.item() == pytest.approx(expected, rel=1e-10)
     gradients = torch.autograd.grad(plain, (hidden, weight))
     for chunk in (1, 4, 100):
         rest = {key: value for key, value in settings.items() if key != "alpha"}
-        total, n, unlikelihood = language_model_loss(hidden, weight, targets, alpha, chunk=chunk, **rest)
+        total, n, unlikelihood = language_model_loss(
+            hidden, weight, targets, alpha, chunk=chunk, input_ids=inputs, **rest
+        )
         assert (total / n).item() == pytest.approx(expected, rel=1e-10)
         likelihood, _ = cross_entropy(hidden, weight, targets)
         assert (likelihood + alpha * unlikelihood).item() == pytest.approx(total.item(), rel=1e-10)
@@ -77,19 +88,48 @@ def test_virtual_tokens_are_never_seen_by_the_loss(surgery):
     model = GPT2(GPT2Config(vocab_size=V, n_positions=24, n_embd=8, n_layer=2, n_head=2, dropout=0.0))
     for change in surgery:
         change.apply(model)
-    targets, _ = random_text(3)
-    hidden = model(targets.clamp(min=0))
-    total, n, _ = language_model_loss(hidden, model.head_weight, targets, 1.0)
+    rows, predicted, targets, _ = random_rows(3)
+    hidden = model(rows[:, :-1])
+    total, n, _ = language_model_loss(hidden, model.head_weight, targets, 1.0, input_ids=rows[:, :-1])
     assert hidden.shape[:2] == targets.shape
-    assert (total / n).item() == pytest.approx(brute_force(model.logits(hidden).double(), targets, 1.0), rel=1e-5)
+    expected = brute_force(model.logits(hidden).double(), rows, predicted, 1.0)
+    assert (total / n).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}])
+def test_without_the_rows_the_candidates_are_the_earlier_targets(settings):
+    """The same as of rows whose first token, and those not predicted, are none that could be a candidate."""
+    _, _, targets, generator = random_rows(2)
+    nothing = V - 1
+    targets = targets.where(targets != nothing, 0)
+    logits = torch.randn(*targets.shape, V, generator=generator, dtype=torch.float64)
+    rows = torch.nn.functional.pad(targets.masked_fill(targets == IGNORED, nothing), (1, 0), value=nothing)
+    ignored = (*settings.get("ignore_token_ids", ()), nothing)
+    expected = brute_force(logits, rows, targets != IGNORED, 1.0, ignored, settings.get("window"))
+    assert unlikelihood_loss(logits, targets, **settings).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_first_token_of_a_row_is_a_candidate():
+    rows = torch.tensor([[7, 1, 2]])
+    logits = torch.randn(1, 2, V, dtype=torch.float64)
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    p = logits.softmax(-1)[0]
+    held = -sum(math.log(1.0 - p[t, c]) for t, c in ((0, 7), (1, 7), (1, 1))) / 2
+    likelihood = F.cross_entropy(logits[0], targets[0]).item()
+    assert unlikelihood_loss(logits, targets, input_ids=inputs).item() == pytest.approx(likelihood + held, rel=1e-12)
 
 
 def test_gradients_are_finite_differences():
-    targets, generator = random_text(7, T=6)
+    rows, _, targets, generator = random_rows(7, T=6)
+    inputs = rows[:, :-1]
     hidden = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: unlikelihood_loss(h @ w.T, targets, 0.7), (hidden, weight))
-    assert torch.autograd.gradcheck(lambda h, w: language_model_loss(h, w, targets, 0.7, chunk=5)[0], (hidden, weight))
+    for row in (None, inputs):
+        for loss in (
+            lambda h, w, row=row: unlikelihood_loss(h @ w.T, targets, 0.7, input_ids=row),
+            lambda h, w, row=row: language_model_loss(h, w, targets, 0.7, chunk=5, input_ids=row)[0],
+        ):
+            assert torch.autograd.gradcheck(loss, (hidden, weight))
     text = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]] * 2)
     states = torch.randn(2, 10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h, w: repetition_loss(h, w, text, n=3, chunk=7), (states, weight))
@@ -255,6 +295,9 @@ def test_a_step_of_token_unlikelihood_is_a_triple_loop(settings, base, files):
     words = [word.strip() for word in settings.get("unlikelihood_ignores", [])]
     ignored = [i for i in range(tokenizer.get_vocab_size()) if tokenizer.decode([i]).strip(" ") in words]
     assert len(ignored) >= len(words)
-    expected = brute_force(logits, step.batch["targets"], 2.5, ignored, settings.get("unlikelihood_window"))
-    assert expected < brute_force(logits, step.batch["targets"], 2.5) - 0.01
+    inputs, targets = step.batch["input_ids"], step.batch["targets"]
+    predicted = targets != IGNORED
+    rows = torch.cat([inputs[:, :1], targets.where(predicted, 0)], dim=1)
+    expected = brute_force(logits, rows, predicted, 2.5, ignored, settings.get("unlikelihood_window"))
+    assert expected < brute_force(logits, rows, predicted, 2.5) - 0.01
     assert step.loss == pytest.approx(expected, abs=1e-4)

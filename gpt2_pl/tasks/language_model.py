@@ -38,7 +38,7 @@ class LanguageModel(Task):
     likelihood alone.
 
     Args:
-        unlikelihood: weight of token-level unlikelihood: of tokens that the text has had already.
+        unlikelihood: weight of token-level unlikelihood: of tokens that the text has had already, the first included.
         unlikelihood_window: only the last so many tokens count as had; by default all.
         unlikelihood_ignores: texts that may be repeated, such as line ends and punctuation: no token that is one of
             them, spaces around it aside, counts.
@@ -131,6 +131,7 @@ class LanguageModel(Task):
                 self._ignored(),
                 self.unlikelihood_window,
                 compiled=self.compile_blocks,
+                input_ids=batch["input_ids"],
             )
             self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
             self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))

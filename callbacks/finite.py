@@ -1,4 +1,4 @@
-"""Losses that are no numbers."""
+"""Losses that are not finite."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt2_pl.errors import InputError, RunError
+from gpt2_pl.tasks.base import Task
 
 
 class FiniteLoss(Callback):
-    """Stops training at a loss that is NaN or infinite, before it reaches the weights, or leaves such steps out.
+    """Stops training at a loss that is NaN or infinite, before it reaches the weights, or leaves such batches out.
 
     The error names the step, the rows of the batch and the last good checkpoint. With several processes all of them
-    stop, or leave the step out, when one of them has such a loss.
+    stop, or leave the batch out, when one of them has such a loss.
+
+    Where several batches make an optimizer step (``accumulate_grad_batches``), it is made with those that are left, and
+    by a :class:`~gpt2_pl.tasks.base.Task` with the mean over their rows. Where none is left, no step is made.
 
     Args:
-        bad_batches: ``error``, or ``skip`` the optimizer step of such a batch; the run's account says how many.
+        bad_batches: ``error``, or ``skip`` such batches; ``skipped`` counts them.
 
     Raises:
         InputError: another value.
@@ -33,14 +38,17 @@ class FiniteLoss(Callback):
         self.bad_batches = bad_batches
         self.skipped = 0
         self._batch: Any = None
-        self._bad = self._fitting = False
+        self._fitting = False
+        self._good = 0  # batches of this step that are not left out
+        self._kept: dict[Tensor, Tensor] | None = None  # gradients before the backward pass of a batch to leave out
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note whether this is training: checkpoints are also loaded to be tested."""
         self._fitting = stage == "fit"
+        self._good, self._kept = 0, None
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were left out."""
+        """How many batches were left out."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -53,22 +61,43 @@ class FiniteLoss(Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss."""
+        """Look at the loss; keep the gradients of the batches before one to leave out."""
         good = bool(torch.isfinite(loss.detach()))
         if trainer.world_size > 1:
             good = trainer.strategy.reduce_boolean_decision(good, all=True)
         if good:
+            self._good += 1
             return
         if self.bad_batches == "error":
             raise RunError(self._told(trainer, loss))
-        self._bad = True
+        self.skipped += 1
+        self._kept = {p: p.grad.clone() for p in _parameters(trainer) if p.grad is not None}
+        if isinstance(pl_module, Task):
+            pl_module.leave_out_batch()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the gradients after a batch to leave out."""
+        if self._kept is None:
+            return
+        for parameter in _parameters(trainer):
+            if parameter.grad is None:
+                continue
+            if parameter not in self._kept:
+                parameter.grad.zero_()
+                continue
+            grad = self._kept[parameter]
+            if isinstance(trainer.strategy, DDPStrategy):
+                # This process's, unless averaged already. The backward pass of the last batch of a step averages them,
+                # and may have been this one; an average of averages is the same.
+                grad = trainer.strategy.reduce(grad, reduce_op="mean")
+            parameter.grad.copy_(grad)
+        self._kept = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Leave the step out: without gradients the optimizer changes nothing."""
-        if self._bad:
+        """Make no step where every batch is left out: without gradients the optimizer changes nothing."""
+        if not self._good:
             optimizer.zero_grad(set_to_none=True)
-            self.skipped += 1
-            self._bad = False
+        self._good = 0
 
     def _told(self, trainer: Trainer, loss: Tensor) -> str:
         rows = self._batch["row"].tolist() if isinstance(self._batch, dict) and "row" in self._batch else []
@@ -86,3 +115,9 @@ class FiniteLoss(Callback):
             f"the loss is {loss.item()} at {where}, rows {shown}; {good}; try a lower learning rate, or leave such "
             "batches out with --bad_batches skip"
         )
+
+
+def _parameters(trainer: Trainer) -> list[Tensor]:
+    """The parameters of the optimizers. A sharded model's own are others while they are gathered."""
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return [parameter for group in groups for parameter in group["params"]]

@@ -162,8 +162,9 @@ class GradualUnfreezing(Callback):
         return min(int(progress / self.epochs_per_stage + 1e-9), len(self._joins) - 2)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Freeze and unfreeze where a stage begins, or training resumes within one."""
-        stage = self.stage_at(trainer.current_epoch, batch_idx, trainer.num_training_batches)
+        """Freeze and unfreeze where a stage begins, or training resumes within one; never within an optimizer step."""
+        first = batch_idx - batch_idx % trainer.accumulate_grad_batches
+        stage = self.stage_at(trainer.current_epoch, first, trainer.num_training_batches)
         if stage == self.stage:
             return
         self.stage = stage

@@ -137,12 +137,21 @@ class TextData(LightningDataModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return progress.ready
 
+    def _step_batches(self, i: int) -> slice:
+        """The numbers of the batches that share an optimizer step with batch ``i`` of the epoch."""
+        if self.trainer is None:
+            return slice(i, i + 1)
+        first = i - i % self.trainer.accumulate_grad_batches
+        behind = int(min(first + self.trainer.accumulate_grad_batches, self.trainer.num_training_batches))
+        return slice(first, max(behind, i + 1))  # whoever goes through a loader outside training may go further
+
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled batches, a function of the seed (``seed_everything``) and the epoch."""
         rank, world = self._process()
         self._check_enough("train", world)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, self._next_batch)
+        place = (self._next_batch, self._step_batches)
+        return TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, *place)
 
     def evaluation_dataloader(self, split: str) -> EvaluationLoader:
         """Every row of a split once, on exactly one process.

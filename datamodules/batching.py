@@ -23,7 +23,13 @@ class TokenRows:
         values: all token ids, flat.
         offsets: (N + 1,) row n is ``values[offsets[n]:offsets[n + 1]]``.
         labels: (N,) class indices, or None where nothing is known.
+
+    Attributes:
+        lengths: (N,) tokens in each row.
+        n_targets: (N,) tokens of each row that are to be predicted; None where rows have no ``targets``.
     """
+
+    n_targets: NDArray[Any] | None = None
 
     def __init__(self, values: NDArray[Any], offsets: NDArray[Any], labels: NDArray[Any] | None = None) -> None:
         self.values, self.offsets, self.labels = values, offsets, labels
@@ -205,8 +211,10 @@ class EvaluationLoader:
 class TrainingLoader:
     """One epoch after the other of :func:`training_batches`, resumable within an epoch.
 
-    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also says how many rows the global
-    batch has, as ``global_rows``, and of how many tokens, ``global_tokens``.
+    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also states how many rows and tokens,
+    and with a language model's data targets, all processes have in it (``global_rows``, ``global_tokens``,
+    ``global_targets``), and how many rows and targets in all batches of its optimizer step (``step_rows``,
+    ``step_targets``).
 
     Args:
         rows: the tokenised rows.
@@ -215,6 +223,7 @@ class TrainingLoader:
         rank: this process.
         world: number of processes.
         next_batch: the number, from 0, of the batch that an iteration begins with; above 0 where training resumes.
+        step_batches: the numbers of the batches that share an optimizer step with the batch of the number given.
     """
 
     def __init__(
@@ -225,9 +234,10 @@ class TrainingLoader:
         rank: int = 0,
         world: int = 1,
         next_batch: Callable[[], int] = lambda: 0,
+        step_batches: Callable[[int], slice] = lambda i: slice(i, i + 1),
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world, self.next_batch = rank, world, next_batch
+        self.rank, self.world, self.next_batch, self.step_batches = rank, world, next_batch, step_batches
         self.epoch = 0
 
     @property
@@ -247,8 +257,12 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
         batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world)
-        for rows in batches[self.next_batch() :]:
-            counts = {"global_rows": len(rows), "global_tokens": int(self.rows.lengths[rows].sum())}
+        for i in range(self.next_batch(), len(batches)):
+            rows, step = batches[i], np.concatenate(batches[self.step_batches(i)])
+            counts = {"global_rows": len(rows), "step_rows": len(step)}
+            counts["global_tokens"] = int(self.rows.lengths[rows].sum())
+            if (n_targets := self.rows.n_targets) is not None:
+                counts.update(global_targets=int(n_targets[rows].sum()), step_targets=int(n_targets[step].sum()))
             yield {**self.rows.batch(rows[self.rank :: self.world]), **counts}
 
 

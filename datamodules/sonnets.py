@@ -60,6 +60,7 @@ class PoemRows(TokenRows):
     def __init__(self, values: NDArray[Any], offsets: NDArray[Any], targets: NDArray[Any]) -> None:
         super().__init__(values, offsets)
         self.targets = targets
+        self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
 
     def batch(self, rows: Rows) -> Batch:
         """Poems as tensors; beside those of :class:`TokenRows`, ``targets`` (B, T), -100 at padding."""

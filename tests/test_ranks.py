@@ -18,13 +18,13 @@ from gpt2_pl.tokenizer import train_tokenizer
 
 CONFIGS = ROOT / "configs"
 TASKS = ("imdb", "quora", "sonnets", "text")
-# What a strategy is of, where it is not of every task. Sequence-level unlikelihood continues a batch by its shortest
-# text, which processes do not share; test_processes holds it.
+# What a strategy is of, where it is not of every task.
 OF = {
     "prompt_words": ("quora",), "verbaliser": ("quora",), "unlikelihood": ("sonnets", "text"), "ulmfit_lm": ("text",),
+    "sequence_unlikelihood": ("sonnets", "text"),
     **dict.fromkeys(("mean_masks", "mix_masks", "ulmfit", "linear_probe"), ("imdb", "quora")),
 }  # fmt: skip
-NAMES = [path.stem for path in STRATEGIES if path.stem != "sequence_unlikelihood"]
+NAMES = [path.stem for path in STRATEGIES]
 HYBRIDS = ["lora+llrd", "prefix+lora", "ulmfit+lora", "prompt_words+lora_ffn", "prefix+unlikelihood"]
 CASES = [
     f"{task}/{name}"

@@ -28,6 +28,7 @@ from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.registry import Registered, class_path
 from gpt2_pl.surgery import Adapter, Surgery, build
 from gpt2_pl.surgery.base import is_plain
+from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.sharding import shard
 from gpt2_pl.tokenizer import check_fits
 from gpt2_pl.training_state import check_progress, check_training_state
@@ -144,6 +145,7 @@ class Task(Registered, LightningModule):
         self._used_cudnn = True
         self._restored: dict[str, Any] | None = None  # a checkpoint whose training state is to be checked
         self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
+        self._step_mean = StepMean()
 
     def _apply_surgery(self, model: GPT2) -> None:
         """Let ``train_base`` set what trains by default, apply all surgery in order, and record what trains after it.
@@ -293,6 +295,8 @@ class Task(Registered, LightningModule):
             total = int(self.trainer.estimated_stepping_batches)
         except ValueError as error:  # Lightning reads the data here, and what the trainer asks of it
             raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+        if (accumulation := accumulation_scheduler(self.trainer)) is not None:  # which Lightning leaves out of account
+            total = scheduled_steps(self.trainer, accumulation) or total
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, max(total, 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -303,12 +307,23 @@ class Task(Registered, LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """A step, after which the gradients go: Lightning would hold them through the next forward pass.
+        """Take a step with the gradient of the mean over all its rows, then free the gradients.
 
-        Callbacks find them in ``on_before_optimizer_step``.
+        Lightning would keep them during the next forward pass. Callbacks find them, before clipping, in
+        ``on_before_optimizer_step``.
         """
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+        def closure() -> Any:
+            loss = None if optimizer_closure is None else optimizer_closure()
+            if (factor := self._step_mean.correction(self.trainer)) != 1.0:
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad()
+        self._step_mean.clear()
 
     def configure_gradient_clipping(
         self,
@@ -442,12 +457,41 @@ class Task(Registered, LightningModule):
 
     # Losses and scores
 
-    def global_mean(self, losses: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The mean over the global batch of one loss a row (B,), as this process's share of it.
+    def mean_loss(
+        self,
+        total: Tensor,
+        count: int | Tensor,
+        batch: dict[str, Any],
+        batch_idx: int,
+        unit: Literal["rows", "targets"] = "rows",
+    ) -> tuple[Tensor, Tensor]:
+        """Turn the sum of the losses of a batch into the loss to train on.
 
-        Processes average their gradients, whether or not each has as many rows as the others.
+        Its gradients add up to the gradient of one mean over all rows (or targets) of the optimizer step, however these
+        are spread over batches and processes; see :class:`~gpt2_pl.tasks.accumulation.StepMean`.
+
+        Args:
+            total: sum of the losses on this process, a scalar.
+            count: how many losses that is the sum of.
+            batch: may state, as ``global_<unit>`` and ``step_<unit>``, how many rows or targets all processes have in
+                this batch and in all batches of the optimizer step.
+            batch_idx: the number of the batch in the epoch.
+            unit: what has a loss each.
+
+        Returns:
+            What ``training_step`` returns, and the mean over the batch, to log.
         """
-        return losses.sum() * (self.trainer.world_size / batch.get("global_rows", len(losses)))
+        trainer = self.trainer
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # where Lightning sets the gradients to zero
+            self._step_mean.clear()
+        everywhere = batch.get(f"global_{unit}")
+        weight = self._step_mean.weight(trainer, count, everywhere, batch.get(f"step_{unit}"))
+        mean = total.detach() * (trainer.world_size / everywhere if everywhere else 1.0 / count)
+        return total * weight, mean
+
+    def leave_out_batch(self) -> None:
+        """Take the batch that was given to :meth:`mean_loss` last out of the mean: its gradient is not used."""
+        self._step_mean.leave_out()
 
     def log_scores(self, split: str, metrics: Mapping[str, Metric]) -> None:
         """Have the trainer compute and log the scores of a split when the epoch ends.
@@ -458,6 +502,12 @@ class Task(Registered, LightningModule):
             self._logged.add(split)
             for name, metric in metrics.items():
                 self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_train_start(self) -> None:
+        """Set how many batches make a step, which Lightning leaves out where training resumes within an epoch."""
+        self._step_mean.clear()
+        if (scheduler := accumulation_scheduler(self.trainer)) is not None:
+            self.trainer.accumulate_grad_batches = scheduler.get_accumulate_grad_batches(self.trainer.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         """The scores of a new epoch."""

@@ -161,10 +161,10 @@ class Classifier(Task):
         return probability.argmax(-1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss over the global batch."""
+        """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
         losses, _ = self._step(batch, "train")
-        loss = self.global_mean(losses, batch)
-        self.log("train/step_loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
+        loss, mean = self.mean_loss(losses.sum(), len(losses), batch, batch_idx)
+        self.log("train/step_loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
         return loss
 
     def _make_metrics(self) -> nn.ModuleDict:

@@ -6,6 +6,8 @@ import os
 import random
 from typing import Any, ClassVar, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -31,8 +33,7 @@ class LanguageModel(Task):
     """Learns to continue text, through the head that is tied to the token embedding.
 
     Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each, or -100
-    where nothing is predicted. Losses are means per target token; perplexity is exp of that. With several processes a
-    batch also holds ``global_tokens``, the number of targets on all of them.
+    where nothing is predicted. Losses are means per target token; perplexity is exp of that.
 
     Unlikelihood (Welleck et al. 2020) is trained on beside likelihood; ``loss`` and ``perplexity`` are always those of
     likelihood alone.
@@ -44,7 +45,7 @@ class LanguageModel(Task):
             them, spaces around it aside, counts.
         sequence_unlikelihood: share of the steps that are made on sequence-level unlikelihood instead: a continuation
             is decoded greedily, and the tokens of its repeated 4-grams are trained against.
-        sequence_prefix: tokens of a text that such a step continues.
+        sequence_prefix: how many tokens of a text such a step continues; of a shorter text, all.
         sequence_length: tokens that it decodes.
         **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
 
@@ -118,10 +119,10 @@ class LanguageModel(Task):
         self.log_scores(split, metrics)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss over the targets of the global batch, as this process's share of it."""
+        """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
         self.decoded_last_step = self._decodes_this_step()
         if self.decoded_last_step:
-            return self._sequence_step(batch)
+            return self._sequence_step(batch, batch_idx)
         if self.unlikelihood:
             total, n_targets, unlikelihood = language_model_loss(
                 self.core(batch["input_ids"]),
@@ -137,8 +138,8 @@ class LanguageModel(Task):
             self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))
         else:
             total, n_targets = self._step(batch, "train")
-        loss = total * (self.trainer.world_size / batch.get("global_tokens", n_targets))
-        self.log("train/step_loss", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        loss, mean = self.mean_loss(total, n_targets, batch, batch_idx, "targets")
+        self.log("train/step_loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         return loss
 
     def _decodes_this_step(self) -> bool:
@@ -148,18 +149,21 @@ class LanguageModel(Task):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         return random.Random(f"{seed} {self.global_step}").random() < self.sequence_unlikelihood
 
-    def _sequence_step(self, batch: Batch) -> Tensor:
+    def _sequence_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sequence-level unlikelihood of greedy continuations: decoded without gradient, then read in one pass."""
-        shortest = int(batch["attention_mask"].sum(1).min())
-        prefix = batch["input_ids"][:, : min(self.sequence_prefix, shortest)]
-        P = prefix.size(1)
-        text = generate(self.core, prefix, max_new_tokens=self.sequence_length, temperature=0.0)
+        lengths = batch["attention_mask"].sum(1).clamp(max=self.sequence_prefix)  # of the prefixes
+        shortest, P = torch.stack(lengths.aminmax()).tolist()
+        prefix = batch["input_ids"][:, :P]
+        mask = None if shortest == P else torch.arange(P, device=prefix.device) < lengths.unsqueeze(1)
+        text = generate(self.core, prefix, mask, max_new_tokens=self.sequence_length, temperature=0.0)
+        if mask is not None:  # `generate` pads on the left
+            mask = F.pad(mask.flip(1), (0, self.sequence_length - 1), value=True)
         targets = text[:, 1:].clone()
         targets[:, : P - 1] = IGNORED
-        hidden, weight = self.core(text[:, :-1]), self.core.head_weight
+        hidden, weight = self.core(text[:, :-1], mask), self.core.head_weight
         loss = repetition_loss(hidden, weight, targets, compiled=self.compile_blocks)
         self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
-        return loss * len(text) * (self.trainer.world_size / batch.get("global_rows", len(text)))
+        return self.mean_loss(loss * len(text), len(text), batch, batch_idx)[0]
 
     def _log_mean(self, name: str, value: Tensor, n: int) -> None:
         """Log an epoch's mean over ``n`` things a step, of all processes."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -86,10 +87,9 @@ def main(args: list[str]) -> None:
     check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     skip = given.bad_rows == "skip"
     quoting = task.wording.get("quoting") if given.quoting is None else given.quoting == "true"
-    source = read_file(given.input, "input", quoting, skip_bad=skip, streaming=True)
-    texts = reader(source, task.wording["columns"], skip)
-    n_rows = sum(1 for _ in texts())  # every row is looked at before any is classified
-    if not n_rows:
+    texts = reader(read_file(given.input, "input", quoting, skip), task.wording["columns"], skip)
+    counts = Counter(text is None for text in texts())  # every row is checked before any is classified
+    if not (n_rows := counts[False]):
         raise InputError(f"input: {given.input} has no rows that can be used")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,15 +101,14 @@ def main(args: list[str]) -> None:
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
-        rows, n = texts(), _CHUNK * given.batch_size
+        rows, n = (text for text in texts() if text is not None), _CHUNK * given.batch_size
         hidden = not sys.stdout.isatty()
         for _ in track(range(0, n_rows, n), "Classifying", transient=True, disable=hidden):
             chunk = list(islice(rows, n))
             outcomes = classify(task, chunk, tokenizer, template, given.batch_size)
             for text, (decision, probability) in zip(chunk, outcomes, strict=True):
                 write(text, decision, probability)
-    skipped = len(source.skipped)
-    told = f"; {skipped} rows that cannot be used are left out" if skipped else ""
+    told = f"; {counts[True]} rows that cannot be used are left out" if counts[True] else ""
     print(printable(f"{given.out}: {n_rows} rows{told}"))
 
 
@@ -136,42 +135,34 @@ def check_wording(task: Classifier, checkpoint: Path) -> None:
         )
 
 
-def reader(source: Source, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[Text]]:
-    """Gives an iterator over the rows of a source, and another one each time it is called.
+def reader(source: Source, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[Text | None]]:
+    """Make a function that reads a source from the start.
 
     Args:
-        source: streamed rows.
+        source: the rows.
         columns: template field -> the names that its column may have, the first of them that exists counts.
-        skip: note rows without text in ``source.skipped``, in place of an error.
+        skip: give None for a row that cannot be used, in place of an error.
 
     Raises:
         InputError: no such column; and when it comes to it, a row without text or a file that is broken.
     """
     from datamodules.rows import require_columns, text_of
 
-    names = source.rows.column_names or list(next(iter(source.rows)))
+    names = source.columns
     chosen = {field: next((name for name in among if name in names), among[0]) for field, among in columns.items()}
-    require_columns(names, list(chosen.values()), source.name, "the run's data.columns")
-    unread = dict(source.skipped)  # these the source leaves out by itself
+    require_columns(source, list(chosen.values()), keys="the run's data.columns")
 
-    def texts() -> Iterator[Text]:
-        numbers = (number for number in count(1) if number not in unread)
-        rows = iter(source.rows)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # pyarrow's and the library's own classes
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
-                raise InputError(f"input: {source.name} cannot be read: {reason}") from error
-            number = next(numbers)
+    def texts() -> Iterator[Text | None]:
+        for number, row in source.read(list(dict.fromkeys(chosen.values()))):
+            if isinstance(row, str):
+                yield None
+                continue
             try:
                 fields = {field: text_of(row, column, source.name, number) for field, column in chosen.items()}
-            except InputError as error:
+            except InputError:
                 if not skip:
                     raise
-                source.skipped[number] = str(error)
+                yield None
                 continue
             yield Text(number, fields)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from commands import Arguments
 from gpt2_pl.errors import InputError, printable, shorten
-from gpt2_pl.files import check_new, existing_file, whole_file
+from gpt2_pl.files import check_new, existing_file, read_text, whole_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
 
@@ -133,10 +133,7 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     path = existing_file(file, "prompt_file")
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise InputError(f"prompt_file: {file} does not end in .txt or .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt_file: {file} is not UTF-8 text: {error}") from None
+    text = read_text(file, "prompt_file")
     if poems:
         found = read_poems(file, "prompt_file")
         return [poem.text for poem in found], [poem.number for poem in found]

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import tokenizers
 from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.base import TextData
 from datamodules.batching import TokenRows
-from datamodules.rows import Source, caching, label_of, read_file, read_hub, require_columns, text_of, value_of
+from datamodules.cache import cached
+from datamodules.rows import Row, Source, label_of, read_file, read_hub, require_columns, text_of
 from datamodules.template import Template
 from gpt2_pl.errors import InputError, printable
+from gpt2_pl.version import __version__
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
-_NUMBER = "row number"  # a column beside the fields, whose names are identifiers
-_CACHE_FORMAT = 3  # part of every cache key; raised when what is cached changes
+# columns beside the fields, whose names are identifiers
+_NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label index", "reason to skip"
+_NO_LABEL = -1
+_CACHE_FORMAT = 4  # part of every cache key; raised when what is cached changes
+_BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # rows that are encoded together end at either
+
+
+class _Example(NamedTuple):
+    """A row by its number in the source, from 1: its texts by field and its label, or the reason to skip it."""
+
+    number: int
+    texts: dict[str, str] = {}
+    label: int = _NO_LABEL
+    reason: str | None = None
 
 
 class TextClassification(TextData):
@@ -128,16 +142,19 @@ class TextClassification(TextData):
         return [{field: field for field in self.template.fields}]
 
     def _encode(self, split: str) -> TokenRows:
+        import datasets
+
         sources = self._sources("train" if split == "val" and not self._has_own_val() else split)
         parts, rows = [], []
         for variant in self._variants(split):
             pairs = [self._encode_source(source, variant, split != "predict") for source in sources]
-            encoded, texts = TokenRows.joined([part for part, _ in pairs]), _concatenated([kept for _, kept in pairs])
+            encoded = TokenRows.joined([part for part, _ in pairs])
+            texts = datasets.concatenate_datasets([kept for _, kept in pairs])
             if (chosen := self._chosen(split, len(encoded))) is not None:
                 encoded, texts = encoded.select(chosen), texts.select(chosen)
             parts.append(encoded)
             rows.append(texts)
-        encoded, texts = TokenRows.joined(parts), _concatenated(rows)
+        encoded, texts = TokenRows.joined(parts), datasets.concatenate_datasets(rows)
         if split == "train" and not self._has_own_val():
             held_out = {self._content(row) for row in self._rows_of("val").select_columns(self.template.fields)}
             contents = map(self._content, texts.select_columns(self.template.fields))
@@ -161,65 +178,60 @@ class TextClassification(TextData):
         return tuple(row[field].strip() for field in self.template.fields)
 
     def _encode_source(self, source: Source, variant: dict[str, str], labelled: bool) -> tuple[TokenRows, Dataset]:
-        """The usable rows of a source: encoded, and their texts by field."""
-        rows = source.rows
-        fields = {field: self.column(name, rows.column_names) for field, name in variant.items()}
-        label_column = self.column(self.label_column, rows.column_names) if labelled else None
-        require_columns(rows.column_names, [*fields.values(), *([label_column] if label_column else [])], source.name)
+        """Encode the usable rows of a source, and give their texts by field."""
+        fields = {field: self.column(name, source.columns) for field, name in variant.items()}
+        label_column = self.column(self.label_column, source.columns) if labelled else None
+        require_columns(source, list(fields.values()), label_column)
         if len(set(fields.values())) < len(fields):
             raise InputError(f"data.columns: two fields of the template read one column: {fields}")
-        max_length, numbers = self._max_length(), list(islice(source.numbers(), len(rows)))
+        labels, max_length, tokenizer = self.labels if labelled else None, self._max_length(), self.tokenizer.to_str()
+        key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
+        key += [label_column, labels, max_length, tokenizer, self.bad_rows]
+        rows = cached("rows", key, _schema(fields), lambda: self._batches(source, fields, label_column))
+        reasons = rows.data.column(_REASON)
+        encoded = _token_rows(rows)
+        if reasons.null_count < len(rows):
+            usable = np.flatnonzero(reasons.is_null())
+            unusable = rows.select(np.setdiff1d(np.arange(len(rows)), usable))
+            self._tell_skipped(source.name, dict(zip(unusable[_NUMBER], unusable[_REASON], strict=True)), len(rows))
+            encoded, rows = encoded.select(usable), rows.select(usable)
+        if not labelled:
+            encoded.labels = None
+        return encoded, rows.select_columns([*fields, _NUMBER])
 
-        def checked(row: Mapping[str, Any], index: int) -> tuple[dict[str, str], int | None]:
-            number = numbers[index]
+    def _batches(self, source: Source, fields: dict[str, str], label_column: str | None) -> Iterator[pa.RecordBatch]:
+        """Read, check and encode the rows of a source. Those that are left out come without tokens, with the reason."""
+        import pyarrow as pa
+
+        schema, max_length = _schema(fields), self._max_length()
+        columns = list(dict.fromkeys([*fields.values(), *([label_column] if label_column else [])]))
+        examples = (self._checked(source, number, row, fields, label_column) for number, row in source.read(columns))
+        while batch := list(_first(examples, _BATCH_ROWS, _BATCH_CHARACTERS)):
+            usable = [example.texts for example in batch if example.reason is None]
+            ids = iter(self.template.encode(usable, self.tokenizer, max_length))
+            values = {
+                _NUMBER: [example.number for example in batch],
+                **{field: [example.texts.get(field) for example in batch] for field in fields},
+                _TOKENS: [next(ids) if example.reason is None else [] for example in batch],
+                _LABEL: [example.label for example in batch],
+                _REASON: [example.reason for example in batch],
+            }
+            yield pa.RecordBatch.from_pydict(values, schema=schema)
+
+    def _checked(
+        self, source: Source, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
+    ) -> _Example:
+        """Check the texts and the label of a row."""
+        if isinstance(row, str):
+            return _Example(number, reason=row)
+        try:
             texts = {field: text_of(row, column, source.name, number) for field, column in fields.items()}
-            return texts, label_of(row, label_column, self.labels, source.name, number) if label_column else None
-
-        def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            kept = []
-            for i, index in enumerate(indices):
-                try:
-                    kept.append((index, *checked({name: batch[name][i] for name in needed}, index)))
-                except InputError:
-                    if self.bad_rows == "error":
-                        raise
-            ids = self.template.encode([row for _, row, _ in kept], self.tokenizer, max_length)
-            encoded: dict[str, list[Any]] = {"index": [index for index, _, _ in kept], "input_ids": ids}
-            return {**encoded, "label": [label for _, _, label in kept]} if labelled else encoded
-
-        import datasets
-
-        datasets.disable_progress_bars()
-        needed = dict.fromkeys([*fields.values(), *([label_column] if label_column else [])])
-        key = [_CACHE_FORMAT, rows._fingerprint, self.template.text, fields, max_length, self.tokenizer.to_str()]
-        key += [self.bad_rows, label_column, self.labels if labelled else None]
-        with caching():
-            encoded = rows.map(
-                encode,
-                batched=True,
-                with_indices=True,
-                batch_size=5000,
-                remove_columns=rows.column_names,
-                features=_features(labelled),
-                new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
-            )
-        index = np.asarray(encoded.data.column("index"))
-        if len(encoded) < len(rows) or source.skipped:
-            skipped = {number: f"row {number} cannot be read: {reason}" for number, reason in source.skipped.items()}
-            for i in np.setdiff1d(np.arange(len(rows)), index).tolist():
-                try:
-                    checked(rows[i], i)
-                except InputError as error:
-                    skipped[numbers[i]] = str(error).removeprefix(printable(f"{source.name}, "))
-            self._tell_skipped(source.name, skipped, len(rows) + len(source.skipped))
-            rows = rows.select(index)
-        texts = rows.select_columns(list(fields.values()))
-        if any(isinstance(feature, dict) for feature in texts.features.values()):  # of values of several kinds
-            whole = datasets.Features({column: datasets.Value("string") for column in texts.column_names})
-            with caching():
-                texts = texts.map(lambda row: {column: value_of(row, column) for column in whole}, features=whole)
-        texts = texts.rename_columns({column: field for field, column in fields.items()})
-        return _token_rows(encoded), texts.add_column(_NUMBER, np.asarray(numbers)[index])
+            label = label_of(row, label_column, self.labels, source.name, number) if label_column else _NO_LABEL
+        except InputError as error:
+            if self.bad_rows == "error":
+                raise
+            return _Example(number, reason=str(error).removeprefix(printable(f"{source.name}, ")))
+        return _Example(number, texts, label)
 
     def _tell_skipped(self, source: str, skipped: dict[int, str], total: int) -> None:
         """Say once of a source which rows, by number, are skipped and why."""
@@ -290,24 +302,23 @@ def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed
     return np.sort(np.concatenate(drawn))
 
 
-def _concatenated(parts: list[Dataset]) -> Dataset:
-    """All rows of several, whose texts may be stored in types that differ."""
-    import datasets
-
-    types = parts[0].features
-    return datasets.concatenate_datasets([part if part.features == types else part.cast(types) for part in parts])
-
-
-def _features(labelled: bool) -> Any:
-    from datasets import Features, List, Value
-
-    label = {"label": Value("int64")} if labelled else {}
-    return Features({"index": Value("int64"), "input_ids": List(Value("int32")), **label})
+def _first(examples: Iterator[_Example], n_rows: int, n_characters: int) -> Iterator[_Example]:
+    """Yield the next examples until there are so many rows or characters."""
+    for example in islice(examples, n_rows):
+        yield example
+        n_characters -= sum(map(len, example.texts.values()))
+        if n_characters <= 0:
+            return
 
 
-def _token_rows(encoded: Dataset) -> TokenRows:
-    column = encoded.data.column("input_ids").combine_chunks()
-    offsets = column.offsets.to_numpy()
-    values = column.values.to_numpy()
-    labels = np.asarray(encoded.data.column("label")) if "label" in encoded.column_names else None
-    return TokenRows(values, offsets, labels)
+def _schema(fields: Iterable[str]) -> pa.Schema:
+    import pyarrow as pa
+
+    texts = [(field, pa.large_string()) for field in fields]
+    tokens = (_TOKENS, pa.large_list(pa.int32()))
+    return pa.schema([(_NUMBER, pa.int64()), *texts, tokens, (_LABEL, pa.int64()), (_REASON, pa.large_string())])
+
+
+def _token_rows(rows: Dataset) -> TokenRows:
+    column = rows.data.column(_TOKENS).combine_chunks()
+    return TokenRows(column.values.to_numpy(), column.offsets.to_numpy(), np.asarray(rows.data.column(_LABEL)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,13 +14,12 @@ from numpy.typing import NDArray
 
 from datamodules.base import TextData
 from datamodules.batching import PackedRows
-from datamodules.rows import read_file, read_hub, require_columns, value_of
+from datamodules.rows import Source, read_file, read_hub, require_columns
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file, whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT, train_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from tokenizers import Tokenizer
 
 _PIECE = 1 << 20  # characters of a text file that are tokenised at a time
@@ -130,7 +130,7 @@ class TextCorpus(TextData):
         import datasets
 
         sources = [self._source(split, file) for file in (self.files[split] or [None])]
-        identity = [source._fingerprint if not isinstance(source, Path) else _identity(source) for source in sources]
+        identity = [source.fingerprint if not isinstance(source, Path) else _identity(source) for source in sources]
         key = json.dumps([_CACHE_FORMAT, identity, self.column, self.tokenizer.to_str()])
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl"
         file = folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
@@ -138,7 +138,7 @@ class TextCorpus(TextData):
             _write_tokens(file, (ids for source in sources for ids in self._token_pieces(source)), self.tokenizer)
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
-    def _source(self, split: str, file: str | None) -> Path | Dataset:
+    def _source(self, split: str, file: str | None) -> Path | Source:
         if file is None:
             assert self.hub_id is not None
             source = read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id")
@@ -146,10 +146,10 @@ class TextCorpus(TextData):
             return existing_file(file, f"data.{split}_file")
         else:
             source = read_file(file, f"data.{split}_file")
-        require_columns(source.rows.column_names, [self.column], source.name, "data.column")
-        return source.rows.select_columns([self.column])
+        require_columns(source, [self.column], keys="data.column")
+        return source
 
-    def _token_pieces(self, source: Path | Dataset) -> Iterator[list[int]]:
+    def _token_pieces(self, source: Path | Source) -> Iterator[list[int]]:
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
             raise InputError(f"data.tokenizer has no {END_OF_TEXT}, which stands between texts")
@@ -163,10 +163,10 @@ class TextCorpus(TextData):
             for encoding in self.tokenizer.encode_batch([text for text in texts if text]):
                 yield [*encoding.ids, end]
 
-    def _row_texts(self, source: Dataset) -> Iterator[list[str]]:
+    def _row_texts(self, source: Source) -> Iterator[list[str]]:
         """The texts of rows, a thousand at a time; those without a value are empty."""
-        for batch in source.iter(1000):
-            texts = [value_of({self.column: value}, self.column) for value in batch[self.column]]
+        rows = source.read([self.column])
+        while texts := [row[self.column] for _, row in islice(rows, 1000) if isinstance(row, dict)]:
             if wrong := [text for text in texts if not isinstance(text, str | None)]:
                 raise InputError(f"data.column: {self.column!r} holds {wrong[0]!r}; it must hold text")
             yield [text or "" for text in texts]

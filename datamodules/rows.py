@@ -1,283 +1,348 @@
-"""Reading rows: CSV, TSV, JSON lines and Parquet files and hub datasets, through ``datasets``."""
+"""Rows of CSV, TSV, JSON lines and Parquet files and of hub datasets, read one after the other in bounded memory."""
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
-import itertools
 import json
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.errors import InputError, RunError
-from gpt2_pl.files import existing_file, room, whole_file
+from gpt2_pl.errors import InputError, RunError, shorten
+from gpt2_pl.files import existing_file, room
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 _MRPC_COLUMN = "#1 String"
-_JSON = "as JSON"  # the one field of a value that is kept so
-_JSON_FORMAT = 1  # part of every cache key; raised when what is cached changes
 _DELIMITERS = ("\t", ",", ";")
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BYTE_ORDER_MARK = "\ufeff"
+_LONGEST_VALUE = 1 << 26  # characters of a value in delimited text; a quote that is not closed makes longer ones
+_BATCH = 1000  # rows that are decoded at a time
+
+Row = dict[str, Any]
 
 
-@dataclass
-class Source:
-    """Rows to read and what they are called.
+class Source(ABC):
+    """Rows with named columns, which can be read any number of times.
 
     Args:
-        rows: in the order of their source, without those that could not be read.
-        name: for messages.
-        skipped: the numbers, from 1, of the rows that could not be read, and why.
+        name: the file or dataset, for messages.
+        key: the option that named it, for messages.
+        skip_bad: whether rows that cannot be read are left out instead of being an error.
     """
 
-    rows: Dataset
-    name: str
-    skipped: dict[int, str] = field(default_factory=dict)
+    def __init__(self, name: str, key: str, skip_bad: bool = False) -> None:
+        self.name, self.key, self.skip_bad = name, key, skip_bad
 
-    def numbers(self) -> Iterator[int]:
-        """The number in the source, from 1, of each row and so on."""
-        return (number for number in itertools.count(1) if number not in self.skipped)
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[str]:
+        """The names of the columns."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of everything that the rows depend on."""
+
+    @property
+    def types(self) -> Mapping[str, pa.DataType]:
+        """The type of each column whose values all have one."""
+        return {}
+
+    @abstractmethod
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
+        """Yield some columns of each row, or why the row cannot be read."""
+
+    def read(self, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
+        """Read some columns of all rows.
+
+        Yields:
+            The number of each row, from 1, and its values by column; where rows that cannot be read are left out, the
+            reason in place of the values.
+
+        Raises:
+            InputError: a row or the whole source cannot be read, or there are no rows.
+        """
+        number, usable = 0, False
+        for number, row in enumerate(self._rows(columns), start=1):
+            if isinstance(row, str):
+                row = f"row {number} cannot be read: {row}"
+                if not self.skip_bad:
+                    raise InputError(f"{self.key}: {self.name}, {row}")
+            else:
+                usable = True
+            yield number, row
+        if not usable:
+            raise InputError(f"{self.key}: {self.name} has no rows{' that can be read' if number else ''}")
 
 
-def read_file(
-    file: str, key: str, quoting: bool | None = None, skip_bad: bool = False, streaming: bool = False
-) -> Source:
-    """The rows of a local file, in its order.
-
-    Delimited text is UTF-8 with a header; the header tells whether tabs, commas or semicolons separate, and every
-    value stays the text it is. An empty line is no row; one of blanks is a bad row where there is one column. JSON
-    lines hold one object a line; one array of objects will do too.
+class Rows(Source):
+    """Rows in memory.
 
     Args:
-        file: its path; the ending says the format.
-        key: the option that held it, for error messages.
-        quoting: whether double quotes in delimited text enclose values; by default in every file but MRPC's.
-        skip_bad: leave rows out that are not UTF-8, have more or fewer values than the header, or are no JSON object.
-        streaming: read while going through the rows: ``rows`` is then an ``IterableDataset``.
+        rows: each with the same columns.
+        name: for messages.
+    """
+
+    def __init__(self, rows: Sequence[Row], name: str) -> None:
+        super().__init__(name, "data")
+        self.rows = rows
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns of the first row."""
+        return list(self.rows[0])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the rows."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
+        return ({column: row[column] for column in columns} for row in self.rows)
+
+
+class HubSplit(Source):
+    """A split of a hub dataset.
+
+    Args:
+        dataset: the split.
+        name: for messages.
+        key: the option that named it.
+    """
+
+    def __init__(self, dataset: Dataset, name: str, key: str) -> None:
+        super().__init__(name, key)
+        self.dataset = dataset
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the dataset's columns."""
+        return self.dataset.column_names
+
+    @property
+    def types(self) -> Mapping[str, pa.DataType]:
+        """The types of the dataset's columns."""
+        return dict(zip(self.columns, self.dataset.features.arrow_schema.types, strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint that ``datasets`` gives."""
+        return self.dataset._fingerprint
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
+        for batch in self.dataset.select_columns(list(columns)).iter(_BATCH):
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+class _File(Source):
+    """A local file; its contents decide its fingerprint, whatever its name and its time."""
+
+    def __init__(self, path: Path, key: str, skip_bad: bool) -> None:
+        super().__init__(str(path), key, skip_bad)
+        self.path = path
+        self._status = self._find_status()
+
+    def _find_status(self) -> tuple[int, int, int]:
+        status = self.path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _options(self) -> list[Any]:
+        """What the rows depend on beside the file's contents, as JSON can express it."""
+        return [type(self).__name__, self.skip_bad]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the contents and of how they are read."""
+        with self.path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(json.dumps([contents, *self._options()]).encode()).hexdigest()
+
+    def read(self, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
+        """Read some columns of all rows, as every source does.
+
+        Raises:
+            InputError: as every source; also where the file was written to since it was opened.
+        """
+        yield from super().read(columns)
+        if self._find_status() != self._status:
+            raise InputError(f"{self.key}: {self.name} changed while it was being read; wait until it is complete")
+
+    def _error(self, reason: str) -> InputError:
+        return InputError(f"{self.key}: {self.name}{reason}")
+
+
+class DelimitedText(_File):
+    """CSV or TSV: UTF-8 text with a header, separated by the delimiter that gives the most columns.
+
+    Values are the text they are. An empty line is not a row. A line of blanks is not a row where there are several
+    columns, and a bad one where there is one column. Columns without a name are ``Unnamed: 0``, ``Unnamed: 1``, ...,
+    by their place.
+
+    Args:
+        path: the file.
+        key: the option that named it.
+        skip_bad: leave out rows that are not UTF-8 or have more or fewer values than the header.
+        quoting: whether double quotes enclose values; by default in every file but MRPC's.
+    """
+
+    def __init__(self, path: Path, key: str, skip_bad: bool, quoting: bool | None) -> None:
+        super().__init__(path, key, skip_bad)
+        csv.field_size_limit(_LONGEST_VALUE)
+        header, self.delimiter = self._read_header(quoting)
+        self.quoting = _MRPC_COLUMN not in header if quoting is None else quoting
+        self._columns = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
+        if twice := _repeated(self._columns):
+            raise self._error(f" names a column twice in its header: {shorten(twice)}")
+
+    def _options(self) -> list[Any]:
+        return [*super()._options(), self.quoting]
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names in the header."""
+        return self._columns
+
+    @contextmanager
+    def _lines(self) -> Iterator[Iterable[str]]:
+        with self.path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield chain([next(file, "").lstrip(_BYTE_ORDER_MARK)], file)
+
+    def _records(self, lines: Iterable[str], delimiter: str, quoting: bool) -> Iterator[list[str]]:
+        quotes: Any = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+        return csv.reader(lines, delimiter=delimiter, quoting=quotes, strict=True)
+
+    def _read_header(self, quoting: bool | None) -> tuple[list[str], str]:
+        """The names in the header, and which delimiter gives the most of them."""
+        found: list[tuple[list[str], str]] = []
+        for delimiter in _DELIMITERS:
+            with self._lines() as lines:
+                try:
+                    found.append((next(self._records(lines, delimiter, quoting is not False)), delimiter))
+                except csv.Error:
+                    continue  # a delimiter within quotes
+        if not found:
+            raise self._error(": a double quote opens a name in the header and does not close it")
+        names, delimiter = max(found, key=lambda pair: len(pair[0]))
+        if not _is_text(names):
+            raise self._error(": the header is not UTF-8 text; save the file as UTF-8")
+        if any("\0" in name for name in names):
+            raise self._error(": the header holds NUL; is it UTF-16? Save the file as UTF-8")
+        if not "".join(names).strip():
+            raise self._error(": its first line is blank; it must name the columns")
+        return names, delimiter
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
+        places = [(column, self._columns.index(column)) for column in columns]
+        n_columns, n_rows = len(self._columns), 0
+        with self._lines() as lines:
+            records = self._records(lines, self.delimiter, self.quoting)
+            next(records)  # the header
+            while True:
+                try:
+                    cells = next(records)
+                except StopIteration:
+                    return
+                except csv.Error as error:  # where the row ends is not known, so it cannot be left out
+                    option = "data.quoting" if self.key.startswith("data.") else "quoting"
+                    raise self._error(
+                        f", row {n_rows + 1}: a double quote opens a value and does not close it ({error}); "
+                        f"where quotes are part of the text, give {option} false"
+                    ) from None
+                blank = len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t")
+                if not cells or (blank and n_columns > 1):
+                    continue
+                n_rows += 1
+                if not _is_text(cells):
+                    yield "it is not UTF-8 text"
+                elif blank:
+                    yield "it is blank"
+                elif len(cells) != n_columns:
+                    counts = f"it has {len(cells)} values, and the header {n_columns}"
+                    yield f"{counts} (delimiter {self.delimiter!r})"
+                else:
+                    yield {column: cells[place] for column, place in places}
+
+
+def _is_text(cells: list[str]) -> bool:
+    """Whether cells hold no bytes that are not UTF-8, which ``surrogateescape`` makes halves of surrogate pairs."""
+    text = "".join(cells)
+    return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+class JSONLines(_File):
+    """JSON lines, each an object, or one JSON array of objects. Every value is what Python's ``json`` makes of it.
+
+    Args:
+        path: the file.
+        key: the option that named it.
+        skip_bad: leave out rows that are not UTF-8 or not an object whose names are unique.
+    """
+
+    @cached_property
+    def columns(self) -> Sequence[str]:
+        """All names that occur, for which the whole file is read."""
+        found: dict[str, None] = {}
+        for _, row in super().read(()):
+            if isinstance(row, dict):
+                found.update(dict.fromkeys(row))
+        return list(found)
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
+        """Yield some columns, or all where none are named."""
+        for row in self._objects():
+            if isinstance(row, str) or not columns:
+                yield row
+            else:
+                yield {column: row.get(column) for column in columns}
+
+    def _objects(self) -> Iterator[Row | str]:
+        """Yield each row, or why it is not an object with unique names."""
+        with self.path.open("rb") as lines:
+            first = next((line for line in lines if line.strip()), b"")
+            if first.lstrip(_BYTE_ORDER_MARK.encode()).lstrip().startswith(b"["):
+                try:
+                    values = _parse(first + lines.read())
+                except ValueError as error:
+                    raise self._error(f" cannot be read as a JSON array: {error}") from None
+                yield from (value if isinstance(value, dict) else "it is no JSON object" for value in values)
+                return
+            for line in chain([first], lines):
+                if not line.strip():
+                    continue
+                try:
+                    value = _parse(line)
+                    yield value if isinstance(value, dict) else "it is no JSON object"
+                except ValueError as error:
+                    yield str(error)
+
+
+def _parse(text: bytes) -> Any:
+    """Parse JSON.
 
     Raises:
-        InputError: no such file, another format, no rows, or a row that cannot be read.
-        RunError: there is no room to cache the rows.
+        ValueError: it is none, with one line that says why.
     """
-    path = existing_file(file, key)
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise InputError(f"{key}: {file} does not end in one of {', '.join(_BUILDERS)}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{key}: {file} is empty")
-    import datasets
-
-    datasets.disable_progress_bars()
-    if builder == "json":
-        return _read_json(path, key, skip_bad, streaming)
-    options: dict[str, Any] = {}
-    bad: dict[int, str] = {}
-    if builder == "csv":
-        options, bad = _csv_options(path, key, quoting, skip_bad)
-    elif streaming:
-        options["batch_size"] = 10_000  # a whole row group otherwise
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would tell errors beside ours
     try:
-        data_files = str(path.resolve())
-        with caching():
-            rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming, **options)
-        empty = next(iter(rows), None) is None
-    except RunError:
-        raise
-    except Exception as error:  # pandas', pyarrow's and the library's own classes
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{key}: {file} cannot be read as {path.suffix[1:]}: {reason}") from error
-    if empty:
-        raise InputError(f"{key}: {file} has no rows")
-    return Source(rows, file, bad)
-
-
-def caching() -> AbstractContextManager[None]:
-    """Around what ``datasets`` caches: a disk that is full is a RunError that names the cache."""
-    import datasets
-
-    return room(Path(datasets.config.HF_DATASETS_CACHE))
-
-
-def _csv_options(path: Path, key: str, quoting: bool | None, skip_bad: bool) -> tuple[dict[str, Any], dict[int, str]]:
-    """How ``datasets`` is to read delimited text, and the rows it cannot read."""
-    from datasets import Features, Value
-
-    csv.field_size_limit(sys.maxsize)
-    columns, delimiter = _header(path, key, quoting)
-    if quoting is None:
-        quoting = _MRPC_COLUMN not in columns
-    # pandas, which `datasets` reads with, gives this name to a column without one
-    names = [name or f"Unnamed: {i}" for i, name in enumerate(columns)]
-    if len(set(names)) < len(names):
-        raise InputError(f"{key}: {path} names a column twice in its header: {columns}")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        n_rows, bad, records = 0, {}, [0]  # a record is what pandas counts: the header, rows and blank lines
-        settings: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE}
-        reader = enumerate(csv.reader(lines, delimiter=delimiter, strict=True, **settings))
-        next(reader)  # the header
-        while True:
-            try:
-                record, cells = next(reader)
-            except StopIteration:
-                break
-            except csv.Error as error:  # where it ends is anybody's guess, so that it cannot be skipped
-                raise InputError(
-                    f"{key}: {path}, row {n_rows + 1}: a double quote opens a value and does not close it ({error}); "
-                    "where quotes are part of the text, give data.quoting false"
-                ) from None
-            blank = len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t")
-            if not cells or (blank and len(names) > 1):
-                continue
-            n_rows += 1
-            reason = "" if len(cells) == len(names) else f"it has {len(cells)} values, and the header {len(names)}"
-            if blank:  # pandas would leave it out unseen
-                reason = "it is blank"
-            if not (text := "".join(cells)).isascii() and any("\udc80" <= character <= "\udcff" for character in text):
-                reason = "it is not UTF-8 text"
-            if reason and not skip_bad:
-                raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {reason} (delimiter {delimiter!r})")
-            if reason:
-                bad[n_rows] = reason
-                records.append(record)
-    if n_rows == len(bad):
-        raise InputError(f"{key}: {path} has no rows{' that can be read' if bad else ''} below its header")
-    options = {
-        **settings,
-        "sep": delimiter,
-        "encoding": "utf-8-sig",
-        "keep_default_na": False,  # "null" and "NA" are words
-        "features": Features({name: Value("string") for name in names}),
-    }
-    if bad:
-        options.update(skiprows=records[1:], encoding_errors="replace")
-    return options, bad
-
-
-def _header(path: Path, key: str, quoting: bool | None) -> tuple[list[str], str]:
-    """The names in the header of delimited text, and which delimiter gives the most of them."""
-    found: list[tuple[list[str], str]] = []
-    for delimiter in _DELIMITERS:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            how: dict[str, Any] = {"quoting": csv.QUOTE_NONE if quoting is False else csv.QUOTE_MINIMAL}
-            try:
-                found.append((next(csv.reader(lines, delimiter=delimiter, strict=True, **how)), delimiter))
-            except csv.Error:
-                continue  # a delimiter that stands within quotes
-    if not found:
-        raise InputError(f"{key}: {path}: a double quote opens a name in the header and does not close it")
-    columns, delimiter = max(found, key=lambda pair: len(pair[0]))
-    text = "".join(columns)
-    if not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text):
-        raise InputError(f"{key}: {path}: the header is not UTF-8 text; save the file as UTF-8")
-    if "\0" in text:
-        raise InputError(f"{key}: {path}: the header holds NUL; is it UTF-16? Save the file as UTF-8")
-    if not text.strip():
-        raise InputError(f"{key}: {path}: its first line is blank; it must name the columns")
-    return columns, delimiter
-
-
-def _read_json(path: Path, key: str, skip_bad: bool, streaming: bool) -> Source:
-    """The rows of a file of JSON lines, or of one JSON array: every value is what Python's ``json`` says it is.
-
-    The loader of ``datasets`` would turn texts that look like dates into dates, and "0" beside false into 0. A column
-    with values of several kinds, or nested ones, holds objects with the JSON of each; :func:`value_of` reads it.
-    """
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
-    from pyarrow.lib import ArrowException
-
-    bad: dict[int, str] = {}
-    kinds: dict[str, set[type]] = {}
-    n_rows = 0
-    for n_rows, row in enumerate(_json_rows(path, key), start=1):
-        if isinstance(row, str):
-            if not skip_bad:
-                raise InputError(f"{key}: {path}, row {n_rows} cannot be read: {row}")
-            bad[n_rows] = row
-            continue
-        for name, value in row.items():
-            kinds.setdefault(name, set()).add(type(value))
-    if n_rows == len(bad) or not kinds:
-        raise InputError(f"{key}: {path} has no rows{' that can be read' if bad else ''}")
-    features = datasets.Features({name: _json_feature(found) for name, found in kinds.items()})
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(_json_rows(path, key), start=1):
-            if number not in bad and isinstance(row, dict):
-                yield {
-                    name: {_JSON: json.dumps(row.get(name))} if isinstance(features[name], dict) else row.get(name)
-                    for name in features
-                }
-
-    if streaming:
-        return Source(datasets.IterableDataset.from_generator(rows, features=features), str(path), bad)
-    status = path.stat()
-    identity = f"{_JSON_FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns} {sorted(bad)}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"rows-{digest}.arrow"
-    if not file.is_file():
-        try:
-            with whole_file(file, "wb") as out, ArrowWriter(stream=out, features=features) as writer:
-                for row in rows():
-                    writer.write(row)
-                writer.finalize()
-        except InputError:
-            raise
-        except (ValueError, TypeError, OverflowError, ArrowException) as error:
-            raise InputError(f"{key}: {path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
-    return Source(datasets.Dataset.from_file(str(file)), str(path), bad)
-
-
-def _json_feature(found: set[type]) -> Any:
-    """How the values of a column are kept: as what they are, or else as their JSON."""
-    from datasets import Value
-
-    found = found - {type(None)}
-    plain = {str: "string", bool: "bool", int: "int64", float: "float64"}
-    return Value(plain[next(iter(found))]) if len(found) == 1 and found <= plain.keys() else {_JSON: Value("string")}
-
-
-def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """What a column of a row holds."""
-    value = row[column]
-    return json.loads(value[_JSON]) if isinstance(value, dict) and value.keys() == {_JSON} else value
-
-
-def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any] | str]:
-    """Every row of a file of JSON lines or of one JSON array; of one that is no object with names of its own, why."""
-    with path.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
-        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            try:
-                yield from map(_object, _parsed(first + lines.read()))
-            except ValueError as error:
-                raise InputError(f"{key}: {path} cannot be read as a JSON array: {error}") from None
-            return
-        for line in itertools.chain([first], lines):
-            if not line.strip():
-                continue
-            try:
-                yield _object(_parsed(line))
-            except ValueError as error:
-                yield str(error)
-
-
-def _parsed(text: bytes) -> Any:
-    """What JSON says. Raises ValueError: nothing, in one line."""
-    try:
-        value = json.loads(text.decode().removeprefix("\ufeff"), object_pairs_hook=_unique, parse_int=_whole_number)
+        whole = text.decode().lstrip(_BYTE_ORDER_MARK)
+        value = json.loads(whole, object_pairs_hook=_unique, parse_int=_parse_int)
         if b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are not text
     except UnicodeError:
         raise ValueError("it is not UTF-8 text") from None
     except RecursionError:
@@ -285,39 +350,123 @@ def _parsed(text: bytes) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise ValueError(f"it has {shorten(_repeated(name for name, _ in pairs))} twice")
     return found
 
 
-def _whole_number(digits: str) -> int:
-    if not -(2**63) <= (value := int(digits)) < 2**63:
-        raise ValueError(f"it has a number beyond 64 bits: {digits[:30]}")
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
+        raise ValueError(f"it has a number beyond 64 bits, of {len(digits)} digits: {digits[:30]}")
     return value
 
 
-def _object(value: Any) -> dict[str, Any] | str:
-    return value if isinstance(value, dict) else "it is no JSON object"
+class ParquetFile(_File):
+    """A Parquet file.
+
+    Args:
+        path: the file.
+        key: the option that named it.
+        skip_bad: leave out rows whose text is not UTF-8.
+    """
+
+    def __init__(self, path: Path, key: str, skip_bad: bool) -> None:
+        super().__init__(path, key, skip_bad)
+        with self._open() as file:
+            self._types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+            if (twice := _repeated(file.schema_arrow.names)) is not None:
+                raise self._error(f" names a column twice: {shorten(twice)}")
+            if not file.metadata.num_rows:
+                raise self._error(" has no rows")
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns."""
+        return list(self._types)
+
+    @property
+    def types(self) -> Mapping[str, pa.DataType]:
+        """The types of the columns."""
+        return self._types
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile as Reader
+
+        try:
+            with self.path.open("rb") as file:  # a name would be read as an address
+                yield Reader(file)
+        except (pa.ArrowException, OSError) as error:
+            raise self._error(f" cannot be read as parquet: {(str(error).splitlines() or [''])[0]}") from error
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
+        with self._open() as file:
+            for batch in file.iter_batches(_BATCH, columns=list(columns)):
+                found = [batch.column(batch.schema.names.index(column)) for column in columns]
+                try:
+                    rows = zip(*(values.to_pylist() for values in found), strict=True)
+                    yield from (dict(zip(columns, row, strict=True)) for row in rows)
+                except UnicodeDecodeError:
+                    yield from (_decoded(dict(zip(columns, row, strict=True))) for row in zip(*found, strict=True))
+
+
+def _decoded(row: Mapping[str, pa.Scalar]) -> Row | str:
+    try:
+        return {column: value.as_py() for column, value in row.items()}
+    except UnicodeDecodeError:
+        return "it is not UTF-8 text"
+
+
+_FORMATS = {".csv": DelimitedText, ".tsv": DelimitedText, ".txt": DelimitedText,
+            ".jsonl": JSONLines, ".json": JSONLines, ".parquet": ParquetFile}  # fmt: skip
+
+
+def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool = False) -> Source:
+    """Open a local file of rows, by its name: no character of it stands for others.
+
+    Args:
+        file: its path; the ending says the format.
+        key: the option that held it, for error messages.
+        quoting: whether double quotes in delimited text enclose values; by default in every file but MRPC's.
+        skip_bad: leave rows out that cannot be read.
+
+    Raises:
+        InputError: no such file, another format, no contents, or a header that cannot be read.
+    """
+    path = existing_file(file, key)
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"{key}: {file} does not end in one of {', '.join(_FORMATS)}")
+    try:
+        with path.open("rb") as contents:
+            if not contents.read(1):
+                raise InputError(f"{key}: {file} is empty")
+        return kind(path, key, skip_bad, quoting) if kind is DelimitedText else kind(path, key, skip_bad)
+    except OSError as error:
+        raise InputError(f"{key}: {file} cannot be read: {error.strerror}") from None
 
 
 def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Source:
-    """One split of a hub dataset, in one of its configurations where it has several.
+    """Open one split of a hub dataset, in one of its configurations where it has several.
 
     Raises:
         InputError: the dataset cannot be had.
+        RunError: the disk is full.
     """
     import datasets
 
+    datasets.disable_progress_bars()
     try:
-        with caching():
-            return Source(datasets.load_dataset(hub_id, config, split=split), f"{hub_id} ({split})")
+        with room(Path(datasets.config.HF_DATASETS_CACHE)):
+            dataset = datasets.load_dataset(hub_id, config, split=split)
+            return HubSplit(dataset, f"{hub_id} ({split})", key)
     except RunError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{key}: the hub's dataset {hub_id!r}, split {split!r}, cannot be had ({reason}); without a network, "
             "give files: --data.train_file, --data.val_file, --data.test_file"
@@ -325,13 +474,47 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> So
 
 
 def require_columns(
-    names: Sequence[str], columns: Sequence[str], source: str, keys: str = "data.columns and data.label_column"
+    source: Source,
+    texts: Sequence[str],
+    label: str | None = None,
+    keys: str = "data.columns and data.label_column",
 ) -> None:
-    """Raise an InputError that names the source and its columns unless those that ``keys`` chose are among them."""
-    if missing := [column for column in columns if column not in names]:
+    """Check that a source has columns, and that each is of a type that can hold text or labels.
+
+    Args:
+        source: the rows.
+        texts: columns of texts.
+        label: column of labels.
+        keys: the options that chose them, for error messages.
+
+    Raises:
+        InputError: naming the source and its columns, or the column and its type.
+    """
+    columns = list(source.columns)
+    if missing := [column for column in (*texts, label) if column is not None and column not in columns]:
+        more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+        names = ", ".join(map(shorten, columns[:20])) or "none"
         raise InputError(
-            f"{source} has no column {missing[0]!r}; it has {', '.join(map(repr, names))} ({keys} say which to read)"
+            f"{source.name} has no column {shorten(missing[0])}; it has {names}{more} ({keys} say which to read)"
         )
+    for column in (*texts, label):
+        if column is not None and (kind := source.types.get(column)) is not None:
+            wanted = "text" if column in texts else "text or numbers"
+            if not _can_hold(kind, numbers=column not in texts):
+                raise InputError(
+                    f"{source.name}: the column {shorten(column)} is of type {str(kind)[:200]}; it must hold {wanted} "
+                    f"({keys} say which to read)"
+                )
+
+
+def _can_hold(kind: pa.DataType, numbers: bool) -> bool:
+    """Whether values of an Arrow type are text, or also numbers; those that are written once in a dictionary too."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    number = (types.is_integer, types.is_floating, types.is_boolean)
+    return any(is_kind(kind) for is_kind in (*text, *(number if numbers else ())))
 
 
 def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> str:
@@ -340,9 +523,9 @@ def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> st
     Raises:
         InputError: it is missing, not text, or blank.
     """
-    text = value_of(row, column)
+    text = row[column]
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{source}, row {number}: {column!r} is {text!r}; it must hold text")
+        raise InputError(f"{source}, row {number}: {column!r} is {shorten(text)}; it must hold text")
     return text
 
 
@@ -354,8 +537,8 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: 
     Raises:
         InputError: neither of them.
     """
-    value = value_of(row, column)
-    text = "" if value is None else str(value).strip()
+    value = row[column]
+    text = str(value).strip() if isinstance(value, str | int | float) else ""
     if text in names:
         return names.index(text)
     numbers = [_decimal(name) for name in names]
@@ -365,11 +548,12 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: 
         if among.count(given) == 1 and (numbered or text[0] != "-"):
             return among.index(given)
     raise InputError(
-        f"{source}, row {number}: the label in {column!r} is {value!r}; "
+        f"{source}, row {number}: the label in {column!r} is {shorten(value)}; "
         f"it must be {'' if numbered else f'0 to {len(names) - 1} or '}one of {', '.join(names)}"
     )
 
 
+@lru_cache(maxsize=1024)
 def _decimal(text: str) -> Decimal | None:
     """The number that plain digits say; None for any other text."""
     return Decimal(text) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) else None

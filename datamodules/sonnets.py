@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from datamodules.base import TextData
 from datamodules.batching import Batch, Rows, TokenRows
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import existing_file
+from gpt2_pl.files import read_text
 from gpt2_pl.tokenizer import END_OF_TEXT
 from gpt2_pl.verse import Poem
 
@@ -26,11 +26,7 @@ def read_poems(file: str, key: str) -> list[Poem]:
     Raises:
         InputError: no such file, not UTF-8, no numbered poem, a number twice, or a poem without lines.
     """
-    path = existing_file(file, key)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key}: {file} is not UTF-8 text: {error}") from None
+    lines = read_text(file, key).splitlines()
     poems: dict[int, Poem] = {}
     current: Poem | None = None
     for place, line in enumerate((line.strip() for line in lines), start=1):

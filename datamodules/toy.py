@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from datamodules import paraphrase, sentiment
 from datamodules.classification import TextClassification
-from datamodules.rows import Source
+from datamodules.rows import Rows, Source
 from gpt2_pl.errors import InputError
 from gpt2_pl.tokenizer import train_tokenizer
 
@@ -129,9 +129,7 @@ class ToyRows(TextClassification):
         return rows[sizes.get(split, slice(n * 5 // 4, None))]
 
     def _sources(self, split: str) -> list[Source]:
-        from datasets import Dataset
-
-        return [Source(Dataset.from_list(self._texts(split)), f"toy rows ({split})")]
+        return [Rows(self._texts(split), f"toy rows ({split})")]
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.tokenizer_source is not None:

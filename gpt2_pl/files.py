@@ -26,13 +26,15 @@ _LONGEST_NAME, _LONGEST_PATH = 230, 3900  # bytes; systems have 255 and 4095, an
 
 
 def existing_file(path: str | Path, key: str) -> Path:
-    """The path of a file that is there, with ``~`` for the user's folder.
+    """The path of a file that is there. A ``~`` at its start is the user's folder unless a file has that very name.
 
     Raises:
         InputError: naming ``key``, the option that held the path: it is a folder, or there is nothing.
     """
     try:
-        file = Path(path).expanduser()
+        file = Path(path)
+        if not file.exists():
+            file = file.expanduser()
         is_file, is_folder = file.is_file(), file.is_dir()
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
@@ -45,6 +47,18 @@ def existing_file(path: str | Path, key: str) -> Path:
     if not is_file:
         raise InputError(f"{key}: there is no file {str(path)[:500]}")
     return file
+
+
+def read_text(path: str | Path, key: str) -> str:
+    """The contents of a UTF-8 text file with ``\\n`` at its line ends, without byte order marks at its start.
+
+    Raises:
+        InputError: naming ``key``, the option that held the path: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return existing_file(path, key).read_text(encoding="utf-8").lstrip("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{key}: {path} is not UTF-8 text: {error}") from None
 
 
 def check_new(path: Path, key: str = "out") -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datamodules import IMDB, TextClassification, TextCorpus
-from datamodules.rows import label_of, read_file, value_of
+from datamodules.rows import label_of, read_file
 from datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 
@@ -37,21 +37,21 @@ def cache(tmp_path_factory):
 
 
 def read(folder, name, content, **options):
-    """The rows of a file, read at once and as a stream alike; None where it is refused, which names the file."""
+    """The rows of a file and why others are left out, by number; None where it is refused, which names the file."""
     file = folder / name
     file.write_bytes(content)
-    found = []
-    for streaming in (False, True):
-        try:
-            source = read_file(str(file), "data.train_file", streaming=streaming, **options)
-            found.append(([{name: value_of(row, name) for name in row} for row in source.rows], source.skipped))
-        except InputError as error:
-            assert name in str(error)
-            assert "data.train_file" in str(error)
-            assert len(str(error).splitlines()) == 1
-            found.append(None)
-    assert repr(found[0]) == repr(found[1])
-    return found[0]
+    try:
+        source = read_file(str(file), "data.train_file", **options)
+        found, again = (list(source.read(source.columns)) for _ in range(2))
+    except InputError as error:
+        assert name in str(error)
+        assert "data.train_file" in str(error)
+        assert len(str(error).splitlines()) == 1
+        return None
+    assert repr(found) == repr(again)
+    assert [number for number, _ in found] == list(range(1, len(found) + 1))
+    skipped = {number: row for number, row in found if isinstance(row, str)}
+    return [row for number, row in found if number not in skipped], skipped
 
 
 def by_csv(content, delimiter):
@@ -146,7 +146,7 @@ def test_what_is_wrong_with_a_file_is_said(content, words, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_bytes(content)
     with pytest.raises(InputError, match=words):
-        read_file(str(file), "data.train_file")
+        list(read_file(str(file), "data.train_file").read(["sentence"]))
 
 
 def test_a_row_of_blanks_in_the_only_column_is_not_left_out_unseen(tmp_path):
@@ -275,10 +275,10 @@ def test_lines_that_are_no_objects_are_named(line, words, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"sentence": "fine"}\n\n{"sentence": "fine"}\n' + line + b"\n")
     with pytest.raises(InputError, match=rf"rows\.jsonl, row 3 .*{words}|rows\.jsonl, {words}"):
-        read_file(str(file), "data.train_file")
-    source = read_file(str(file), "data.train_file", skip_bad=True)
-    assert len(source.rows) == 2
-    assert list(source.skipped) == [3]
+        list(read_file(str(file), "data.train_file").read(["sentence"]))
+    rows = list(read_file(str(file), "data.train_file", skip_bad=True).read(["sentence"]))
+    assert rows[:2] == [(1, {"sentence": "fine"}), (2, {"sentence": "fine"})]
+    assert [(number, type(row)) for number, row in rows[2:]] == [(3, str)]
 
 
 def test_texts_that_look_like_dates_or_numbers_stay_texts(base, tmp_path):

@@ -1,0 +1,119 @@
+"""Arrow files of what was computed from data, computed again where such a file is missing or damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from gpt2_pl.errors import RunError, printable
+from gpt2_pl.files import is_full, room, whole_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+def cached(name: str, key: Any, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]]) -> Dataset:
+    """The rows that ``batches`` computes, read from a file of the cache and mapped into memory.
+
+    The file holds an Arrow stream and then the SHA-256 of it, so that one that was cut short, overwritten or is not
+    readable is recognised and written again. Where the cache cannot be written, a temporary folder takes its place
+    until the process ends.
+
+    Args:
+        name: what is cached, for the file's name.
+        key: everything that the rows depend on, as JSON can express it.
+        schema: of the rows.
+        batches: computes the rows.
+
+    Raises:
+        InputError: from ``batches``; nothing is cached then.
+        RunError: the disk is full, or what was written cannot be read.
+    """
+    import datasets
+
+    digest = hashlib.sha256(json.dumps([key, schema.to_string()]).encode()).hexdigest()[:32]
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{name}-{digest}.arrow"
+    table = _read(file)
+    if table is None:
+        file = _writable(file)
+        table = _read(file)
+    if table is None:
+        _write(file, schema, batches)
+        table = _read(file)
+    if table is None:
+        raise RunError(f"{file} cannot be read after it was written; HF_DATASETS_CACHE names another folder")
+    return datasets.Dataset(datasets.table.MemoryMappedTable(table, str(file)), fingerprint=digest)
+
+
+def _read(file: Path) -> pa.Table | None:
+    """The table of a cache file; None where there is none or it is damaged."""
+    import pyarrow as pa
+
+    try:
+        if not file.is_file():
+            return None
+        content = pa.memory_map(str(file)).read_buffer()
+        end = content.size - _DIGEST_SIZE
+        if end <= 0 or hashlib.sha256(content.slice(0, end)).digest() != content.slice(end).to_pybytes():
+            return None
+        return pa.ipc.open_stream(content.slice(0, end)).read_all()
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _write(file: Path, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]]) -> None:
+    import pyarrow as pa
+
+    with whole_file(file, "wb") as out:
+        sink = _Digested(out)
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches():
+                writer.write_batch(batch)
+        out.write(sink.digest.digest())
+
+
+class _Digested:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def _writable(file: Path) -> Path:
+    """The path itself where a file can be written there, else one in a temporary folder."""
+    with room(file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                shutil.rmtree(file)
+            with TemporaryFile(dir=file.parent):
+                return file
+        except OSError as error:
+            if is_full(error):
+                raise
+            return Path(_substitute(file.parent, printable(error.strerror)).name) / file.name
+
+
+@cache
+def _substitute(folder: Path, reason: str) -> TemporaryDirectory[str]:
+    """A folder in place of a cache that cannot be written, removed when the process ends."""
+    rank_zero_warn(f"the cache {folder} cannot be written ({reason}); data are prepared again in every run")
+    return TemporaryDirectory(prefix="gpt2_pl-", ignore_cleanup_errors=True)

@@ -1,0 +1,527 @@
+"""Files of rows: read by their names, by what they contain, and from a cache that may be damaged."""
+
+import csv
+import json
+import multiprocessing
+import os
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, metrics
+
+from commands.generate import read_prompts
+from datamodules import QuoraPairs, TextClassification, TextCorpus
+from datamodules import cache as cache_module
+from datamodules.rows import HubSplit, read_file, require_columns
+from datamodules.sonnets import read_poems
+from gpt2_pl.errors import InputError, RunError
+
+CONFIG = ROOT / "configs"
+ENDINGS = [".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of its own for every test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder / "gpt2_pl"
+
+
+def write(file, rows):
+    """Write rows in the format of a file's name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        with file.open("wb") as out:
+            pq.write_table(pa.Table.from_pylist(rows), out)
+    elif file.suffix.startswith(".json"):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, rows[0], delimiter="," if file.suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    return file
+
+
+def rows_of(*texts):
+    return [{"sentence": text, "label": i % 2} for i, text in enumerate(texts)]
+
+
+def read(file, **options):
+    source = read_file(str(file), "data.train_file", **options)
+    return [row for _, row in source.read(source.columns)]
+
+
+def data(base, file, **options):
+    return TextClassification(**{"test_file": str(file), "tokenizer": str(base), **options})
+
+
+def texts(module, split="test"):
+    module.setup()
+    return [row["sentence"] for row in module.rows[split]]
+
+
+# Names
+
+NAMES = ["x[1]", "x[!a]", "t?", "t*", "**", "{a,b}", "a::b", "$HOME", "${HOME}", "%HOME%", "~", "~x", "~root",
+         "with space", "new\nline", "tab\t", "é日", "http:", "http:/host/x", "s3:/bucket/x", "file:x", "zip:", "a#b",
+         "%20", "\\x", "-x", "a&b;c", "d[1]/x", "d?/x", "a::b/x", "~/x"]  # fmt: skip
+DECOYS = ["x1", "xb", "tt", "a", "b", "x", "a b", "d1/x", "dd/x", "bucket/x", "host/x"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_read_file_with_pattern_in_its_name_reads_that_file(ending, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in DECOYS:
+        write(Path(name + ending), rows_of("another file"))
+    for name in NAMES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(Path(name + ending), rows_of(f"in {name}"))
+    for name in NAMES:
+        for path in (name + ending, str(tmp_path / name) + ending):
+            assert [row["sentence"] for row in read(path)] == [f"in {name}"]
+    for name in ("x[1]", "t?", "d[1]/x", "a::b"):
+        assert texts(data(base, name + ending)) == [f"in {name}"]
+        corpus = TextCorpus(train_file=name + ending, val_file="t?" + ending, column="sentence", tokenizer=str(base))
+        corpus.setup()
+        decoded = corpus.tokenizer.decode(corpus.encoded["train"].values.tolist(), skip_special_tokens=False)
+        assert f"in {name}" in decoded
+        assert "another" not in decoded
+    for name in NAMES:
+        os.unlink(name + ending)
+        with pytest.raises(InputError, match="there is no file"):
+            read(name + ending)
+
+
+def test_read_text_with_pattern_in_its_name_reads_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x1.txt", "x[1].txt", "~x.txt", "a::b.txt"):
+        Path(name).write_text(f"1\n\nin {name}\n")
+    for name in ("x[1].txt", "~x.txt", "a::b.txt"):
+        assert [poem.lines for poem in read_poems(name, "f")] == [[f"in {name}"]]
+        assert read_prompts(name, poems=False) == (["1", f"in {name}"], None)
+
+
+def test_read_file_with_home_in_its_path_reads_the_users_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x.csv", rows_of("at home"))
+    assert read("~/x.csv")[0]["sentence"] == "at home"
+    with pytest.raises(InputError, match=r"there is no file ~nobody/x\.csv"):
+        read("~nobody/x.csv")
+
+
+def test_fit_with_patterns_in_names_reads_those_files_and_its_config_reads_back(run, base, tmp_path):
+    for name in ("x[1].csv", "a\nb ~.csv", "a::b?.tsv"):
+        write(tmp_path / name, rows_of(*(f"a film, the {i}th" for i in range(12))))
+    write(tmp_path / "x1.csv", rows_of("one"))
+    folder = run("fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.train_file=x[1].csv",
+                 "--data.val_file=a\nb ~.csv", "--data.test_file=a::b?.tsv", "--data.label_column=label",
+                 "--data.max_length=32", "--trainer.max_epochs=1")  # fmt: skip
+    assert metrics(folder)["data"]["rows"] == {"train": 12, "val": 12, "test": 12}
+    tested = run("validate", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt")
+    assert metrics(tested)["scores"]["val/loss"] == metrics(folder)["scores"]["val/loss"]
+    run("classify", folder, "--input", "x[1].csv", "--out", tmp_path / "out.csv")
+    assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 12
+
+
+# Contents
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_setup_after_a_change_under_a_kept_time_reads_the_change(ending, base, tmp_path):
+    file = tmp_path / f"rows{ending}"
+    for said in ("good film", "evil film", "good film"):
+        write(file, rows_of(said))
+        os.utime(file, ns=(10**18, 10**18))
+        assert texts(data(base, file)) == [said]
+    write(tmp_path / f"other{ending}", rows_of("evil film")).replace(file)
+    os.utime(file, ns=(10**18, 10**18))
+    assert texts(data(base, file)) == ["evil film"]
+
+
+def test_cache_key_covers_every_option(base, tmp_path, cache):
+    """What is read with one option is never the answer to another: the same rows as from an empty cache."""
+    file, other = tmp_path / "rows.csv", tmp_path / "other"
+    file.write_text('sentence,label,more\n"a ""good"" film",1,fine\nbad,0,worse\n', encoding="utf-8")
+    other.mkdir()
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    options = [{}, {"template": "It is {sentence}"}, {"labels": ["x", "0", "1"]}, {"labels": ["1", "0"]},
+               {"max_length": 3}, {"columns": {"sentence": "more"}}, {"quoting": False, "bad_rows": "skip"},
+               {"bad_rows": "skip"}, {"tokenizer": str(other)}]  # fmt: skip
+
+    def outcome(option):
+        module = data(base, file, **option)
+        found = texts(module)
+        rows = module.encoded["test"]
+        return found, rows.values.tolist(), rows.offsets.tolist(), rows.labels.tolist()
+
+    together = [outcome(option) for option in options]
+    assert len(list(cache.glob("*.arrow"))) == len(options)
+    assert [outcome(option) for option in options] == together
+    for option, found in zip(options, together, strict=True):
+        for old in cache.glob("*.arrow"):
+            old.unlink()
+        assert outcome(option) == found
+    assert len({repr(found) for found in together}) == len(options) - 1  # bad_rows: skip, where none is bad
+
+
+def test_file_that_grows_while_it_is_read_is_refused(base, tmp_path, cache):
+    file = write(tmp_path / "rows.csv", rows_of(*("film" for _ in range(3000))))
+    source = read_file(str(file), "data.train_file")
+    rows = source.read(["sentence"])
+    next(rows)
+    with file.open("a") as lines:
+        lines.write("film,1\n")
+    with pytest.raises(InputError, match=r"rows\.csv changed while it was being read"):
+        list(rows)
+
+
+@pytest.mark.parametrize("marks", [0, 1, 2, 3])
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json"])
+def test_read_file_with_byte_order_marks_reads_the_same(marks, ending, tmp_path):
+    file = write(tmp_path / f"rows{ending}", rows_of("film", "plot"))
+    expected = read(file)
+    file.write_bytes(b"\xef\xbb\xbf" * marks + file.read_bytes())
+    assert read(file) == expected
+    if ending == ".json":
+        file.write_bytes(b"\xef\xbb\xbf" * marks + json.dumps(rows_of("film", "plot")).encode())
+        assert read(file) == expected
+
+
+def test_read_poems_and_prompts_with_byte_order_marks_lose_nothing(tmp_path):
+    file = tmp_path / "poems.txt"
+    file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf1\n\na day\n\n2\n\na night\n")
+    assert [(poem.number, poem.lines) for poem in read_poems(str(file), "f")] == [(1, ["a day"]), (2, ["a night"])]
+    assert read_prompts(str(file), poems=False)[0] == ["1", "a day", "2", "a night"]
+    file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf")
+    with pytest.raises(InputError, match="has no poem"):
+        read_poems(str(file), "f")
+    for name in ("marks.csv", "marks.jsonl"):
+        (tmp_path / name).write_bytes(file.read_bytes())
+        with pytest.raises(InputError, match=r"its first line is blank|has no rows|cannot be read"):
+            read(tmp_path / name)
+
+
+# Parquet
+
+STRUCT = pa.struct([("as JSON", pa.string())])
+NO_TEXT = {
+    "struct": pa.array([{"as JSON": '"film"'}], STRUCT),
+    "list": pa.array([["film"]]),
+    "map": pa.array([[("a", "film")]], pa.map_(pa.string(), pa.string())),
+    "binary": pa.array([b"film"]),
+    "timestamp": pa.array([0], pa.timestamp("us")),
+    "decimal": pa.array([Decimal("1.5")]),
+    "date": pa.array([1], pa.date32()),
+    "time": pa.array([1], pa.time32("s")),
+    "null": pa.array([None]),
+    "dictionary": pa.array([b"film"]).dictionary_encode(),
+}
+NUMBERS = {
+    "int64": pa.array([1]),
+    "double": pa.array([1.0]),
+    "bool": pa.array([True]),
+    "uint8": pa.array([1], pa.uint8()),
+}
+
+
+@pytest.mark.parametrize("kind", [*NO_TEXT, *NUMBERS])
+def test_column_of_a_type_without_text_is_refused_by_type(kind, base, tmp_path):
+    file, values = tmp_path / "rows.parquet", {**NO_TEXT, **NUMBERS}[kind]
+    pq.write_table(pa.table({"sentence": values, "label": pa.array([1])}), file)
+    with pytest.raises(
+        InputError, match=rf"rows\.parquet: the column 'sentence' is of type {kind}.*; it must hold text"
+    ):
+        data(base, file).setup()
+    with pytest.raises(InputError, match=rf"'sentence' is of type {kind}.*data\.column"):
+        TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
+    pq.write_table(pa.table({"sentence": pa.array(["film"]), "label": values}), file)
+    if kind in NUMBERS:
+        module = data(base, file, labels=["False", "True"] if kind == "bool" else None)
+        assert texts(module) == ["film"]
+        assert module.encoded["test"].labels.tolist() == [1]
+    else:
+        with pytest.raises(InputError, match=rf"the column 'label' is of type {kind}.*; it must hold text or numbers"):
+            data(base, file).setup()
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_column_of_text_of_any_type_is_read(kind, base, tmp_path):
+    words = pa.array(["film", "plot", "film"])
+    words = words.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else words.cast(kind)
+    pq.write_table(pa.table({"sentence": words, "label": words, "a.b": words}), tmp_path / "rows.parquet")
+    module = data(base, tmp_path / "rows.parquet", labels=["film", "plot"])
+    assert texts(module) == ["film", "plot", "film"]
+    assert module.encoded["test"].labels.tolist() == [0, 1, 0]
+    assert (
+        texts(data(base, tmp_path / "rows.parquet", labels=["film", "plot"], columns={"sentence": "a.b"}))[1] == "plot"
+    )
+
+
+def test_columns_of_json_of_other_kinds_are_refused_by_row(base, tmp_path):
+    for value in ({"as JSON": '"film"'}, ["film"], 3, None, True):
+        file = write(tmp_path / "rows.jsonl", [{"sentence": value, "label": 1}])
+        with pytest.raises(InputError, match=r"rows\.jsonl, row 1: 'sentence' is .*; it must hold text"):
+            data(base, file).setup()
+    for value in ({"as JSON": "1"}, [1], ["1"], None):
+        file = write(tmp_path / "rows.jsonl", [{"sentence": "film", "label": value}])
+        with pytest.raises(InputError, match=r"rows\.jsonl, row 1: the label in 'label' is"):
+            data(base, file, labels=["x", "['1']"]).setup()
+
+
+def test_parquet_without_rows_has_no_rows(base, tmp_path):
+    file = tmp_path / "rows.parquet"
+    empty = pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
+    pq.write_table(empty, file)
+    for read_it in (lambda: read(file), data(base, file).setup):
+        with pytest.raises(InputError, match=r"rows\.parquet has no rows$"):
+            read_it()
+    pq.write_table(pa.table({}), file)
+    with pytest.raises(InputError, match=r"rows\.parquet has no rows$"):
+        read(file)
+
+
+def test_parquet_with_a_name_twice_or_broken_text_is_refused(base, tmp_path):
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["sentence", "sentence"]), file)
+    with pytest.raises(InputError, match="names a column twice: 'sentence'"):
+        read(file)
+    words = pa.array([b"film", b"gr\xfcn", b"plot"]).view(pa.string())
+    pq.write_table(pa.table({"sentence": words, "label": pa.array([1, 1, 0])}), file)
+    with pytest.raises(InputError, match=r"rows\.parquet, row 2 cannot be read: it is not UTF-8"):
+        data(base, file).setup()
+    module = data(base, file, bad_rows="skip")
+    with pytest.warns(match="1 of 3 rows are skipped: row 2 cannot be read: it is not UTF-8"):
+        assert texts(module) == ["film", "plot"]
+    assert [module.number("test", i) for i in range(2)] == [1, 3]
+
+
+def test_hub_split_is_read_by_type_as_files_are(base, monkeypatch):
+    image = datasets.List(datasets.Value("int64"))
+    label = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": label, "image": image})
+    rows = [{"sentence": f"film {i}", "label": i % 2, "image": [i]} for i in range(2500)]
+    source = HubSplit(datasets.Dataset.from_list(rows, features=features), "some/set (test)", "data.hub_id")
+    with pytest.raises(
+        InputError, match=r"some/set \(test\): the column 'image' is of type list<.*int64>; it must hold"
+    ):
+        require_columns(source, ["image"])
+    module = data(base, None, hub_id="some/set", test_file=None)
+    monkeypatch.setattr(module, "_sources", lambda split: [source])
+    module.setup("test")
+    assert [row["sentence"] for row in module.rows["test"]] == [row["sentence"] for row in rows]
+    assert module.encoded["test"].labels.tolist() == [row["label"] for row in rows]
+    assert [module.number("test", i) for i in (0, 2499)] == [1, 2500]
+
+
+# Time
+
+HOSTILE = {
+    "names": lambda n: "{" + ",".join(f'"k{i}":1' for i in range(n)) + f',"k{n - 1}":2}}',
+    "nested names": lambda n: '{"a":[' + ",".join('{"b":1,"b":1}' for _ in range(n)) + "]}",
+    "depth": lambda n: '{"sentence":' + "[" * n + "]" * n + "}",
+    "depth of objects": lambda n: '{"a":' * n + "1" + "}" * n,
+    "digits": lambda n: '{"sentence":"a","label":' + "9" * n + "}",
+    "digits of a fraction": lambda n: '{"sentence":"a","label":0.' + "9" * n + "e999999999}",
+    "digits of an exponent": lambda n: '{"sentence":"a","label":1e' + "9" * n + "}",
+    "digits in text": lambda n: '{"sentence":"a","label":"' + "9" * n + '"}',
+    "label of names": lambda n: '{"sentence":"a","label":{' + ",".join(f'"k{i}":1' for i in range(n)) + "}}",
+    "escapes": lambda n: '{"sentence":"' + "\\ud800" * n + '"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_json_is_refused_in_linear_time_and_a_short_line(kind, base, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(HOSTILE[kind](200_000) + "\n")
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"rows\.jsonl") as error:
+        data(base, file).setup()
+    assert time.process_time() - start < 5
+    assert len(str(error.value)) < 1000
+
+
+def test_many_names_cost_no_more_than_their_sum(base, tmp_path):
+    """Rows with names of their own: once the time was rows times names."""
+    rows = [{"sentence": "film", "label": 1, **{f"k{i}_{j}": 1 for j in range(20)}} for i in range(3000)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    start = time.process_time()
+    assert len(texts(data(base, file))) == 3000
+    assert time.process_time() - start < 5
+    header = ",".join(f"k{i}" for i in range(30_000))
+    (tmp_path / "wide.csv").write_text(f"{header}\n{header}\n")
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"has no column 'sentence'.* and 29980 more") as error:
+        data(base, tmp_path / "wide.csv").setup()
+    assert time.process_time() - start < 5
+    assert len(str(error.value)) < 1000
+
+
+def test_quote_that_is_never_closed_is_refused_before_all_is_in_memory(tmp_path):
+    file = tmp_path / "rows.csv"
+    with file.open("w") as lines:
+        lines.write('sentence,label\nfilm,1\n"film,1\n')
+        for _ in range(80):
+            lines.write("a film of some length,1\n" * 40_000)
+    with pytest.raises(InputError, match=r"rows\.csv, row 2: a double quote opens a value .*field limit"):
+        read(file)
+
+
+# The cache
+
+
+def damage_cut(content):
+    return content[: len(content) // 2]
+
+
+def damage_middle(content):
+    middle = len(content) // 2
+    return content[:middle] + b"\0" * 64 + content[middle + 64 :]
+
+
+def other_table(content):
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_stream(out, pa.schema([("sentence", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch([pa.array(["ANOTHER"])], names=["sentence"]))
+    return out.getvalue().to_pybytes()
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "a byte": lambda content: b"x",
+    "cut": damage_cut,
+    "without its last byte": lambda content: content[:-1],
+    "without its digest": lambda content: content[:-32],
+    "longer": lambda content: content + b"\0",
+    "zeros": lambda content: b"\0" * len(content),
+    "zeros in the middle": damage_middle,
+    "one bit": lambda content: content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
+    "another table": other_table,
+}
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "folder", "full folder", "dangling link", "link to itself", "fifo"])
+def test_damaged_cache_is_made_anew(how, base, tmp_path, cache, recwarn):
+    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
+    expected = texts(data(base, file))
+    (cached,) = cache.iterdir()
+    content = cached.read_bytes()
+    cached.unlink()
+    if how in DAMAGE:
+        cached.write_bytes(DAMAGE[how](content))
+    elif how.endswith("folder"):
+        cached.mkdir()
+        if how.startswith("full"):
+            (cached / "x").write_text("x")
+    elif how == "fifo":
+        os.mkfifo(cached)
+    else:
+        cached.symlink_to("nowhere" if how == "dangling link" else cached.name)
+    for _ in range(2):
+        module = data(base, file)
+        assert texts(module) == expected
+        assert module.encoded["test"].labels.tolist() == [0, 1]
+    assert [path.name for path in cache.iterdir()] == [cached.name]
+    assert cached.read_bytes() == content
+    assert not [warning for warning in recwarn if "cache" in str(warning.message)]
+
+
+def test_cache_that_cannot_be_read_is_made_anew(base, tmp_path, cache, monkeypatch):
+    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
+    expected, refused = texts(data(base, file)), []
+    memory_map = pa.memory_map
+
+    def refuse(path):
+        if not refused:
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", path)
+        return memory_map(path)
+
+    monkeypatch.setattr(pa, "memory_map", refuse)
+    assert texts(data(base, file)) == expected
+    assert refused
+
+
+@pytest.mark.parametrize("how", ["a file in its place", "no permission", "read-only disk"])
+def test_cache_that_cannot_be_written_is_done_without(how, base, tmp_path, cache, monkeypatch):
+    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
+    cache_module._substitute.cache_clear()
+    if how == "a file in its place":
+        cache.write_text("")
+    else:
+        error = {"no permission": PermissionError(13, "Permission denied"), "read-only disk": OSError(30, "Read-only")}
+
+        def refuse(*args, **kwargs):
+            raise error[how]
+
+        monkeypatch.setattr(cache_module, "TemporaryFile", refuse)
+    with pytest.warns(match=rf"the cache {cache} cannot be written \(.*\); data are prepared again in every run"):
+        assert texts(data(base, file)) == ["film", "plot"]
+    assert texts(data(base, file)) == ["film", "plot"]
+    assert not cache.is_dir() or not list(cache.iterdir())
+
+
+def test_cache_that_cannot_be_written_but_is_complete_is_read(base, tmp_path, cache, monkeypatch, recwarn):
+    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
+    expected = texts(data(base, file))
+    monkeypatch.setattr(cache_module, "_writable", lambda file: pytest.fail("it is written to"))
+    assert texts(data(base, file)) == expected
+    assert not [warning for warning in recwarn if "cache" in str(warning.message)]
+
+
+def test_data_that_are_refused_leave_nothing_in_the_cache(base, tmp_path, cache):
+    file = write(tmp_path / "rows.csv", rows_of(*("film" for _ in range(12_000)), " "))
+    with pytest.raises(InputError, match=r"row 12001: 'sentence' is ' '"):
+        data(base, file).setup()
+    assert not list(cache.iterdir())
+
+
+def fit_one(base, file, folder, results):
+    datasets.config.HF_DATASETS_CACHE = folder
+    results.put(len(texts(data(base, file))))
+
+
+def test_processes_that_write_one_cache_at_once_read_the_same(base, tmp_path, cache):
+    file = write(tmp_path / "rows.csv", rows_of(*(f"film {i}" for i in range(7000))))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=fit_one, args=(base, file, cache.parent, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=100) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [7000] * 3
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_disk_that_gives_back_other_bytes_is_an_error_and_no_loop(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_read", lambda file: None)
+    with pytest.raises(RunError, match=r"\.arrow cannot be read after it was written"):
+        data(base, write(tmp_path / "rows.csv", rows_of("film", "plot"))).setup()
+
+
+def test_rows_are_encoded_as_one_by_one_whatever_the_batches(base, tmp_path, monkeypatch):
+    pairs = [{"sentence1": f"film {i} " * (i % 40 + 1), "sentence2": "plot", "is_duplicate": i % 2} for i in range(203)]
+    file = write(tmp_path / "rows.jsonl", pairs)
+    monkeypatch.setattr("datamodules.classification._BATCH_ROWS", 50)
+    monkeypatch.setattr("datamodules.classification._BATCH_CHARACTERS", 2000)
+    module = QuoraPairs(test_file=str(file), tokenizer=str(base), max_length=30)
+    module.setup()
+    rows = module.encoded["test"]
+    for i, pair in enumerate(pairs):
+        (ids,) = module.template.encode([pair], module.tokenizer, 30)
+        assert rows.values[rows.offsets[i] : rows.offsets[i + 1]].tolist() == ids
+        assert module.number("test", i) == i + 1
+    assert np.array_equal(rows.labels, [pair["is_duplicate"] for pair in pairs])

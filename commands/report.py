@@ -12,6 +12,7 @@ from typing import Any
 
 from gpt2_pl.comparison import Comparison, Group
 from gpt2_pl.errors import printable
+from gpt2_pl.plots import drawing, plain
 from gpt2_pl.statistics import Difference
 
 _COSTS = {  # name -> heading, divisor, digits
@@ -45,8 +46,8 @@ def _plain(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text in a plot, as itself: no formula, and not hidden from the legend by an underscore."""
-    line = _line(text).replace("$", r"\$")
+    """A text in a plot, as itself, and not hidden from the legend by an underscore."""
+    line = plain(text)
     return f" {line}" if line.startswith("_") else line
 
 
@@ -303,7 +304,8 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
     pictures = {}
     for shown, figure in zip(plot_names(comparison), (curves, costs), strict=True):
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110)
+        with drawing():
+            figure.savefig(file, format="png", dpi=110)
         pictures[shown] = file.getvalue()
     return pictures
 

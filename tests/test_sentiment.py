@@ -12,7 +12,7 @@ from transformers import GPT2ForSequenceClassification
 
 from callbacks import Reproducibility
 from datamodules import IMDB, SST5, ToySentiment
-from gpt2_pl import GPT2Config
+from gpt2_pl import GPT2Config, plots
 from gpt2_pl.errors import InputError
 from gpt2_pl.optim import Linear
 from gpt2_pl.tasks import SentimentClassifier
@@ -223,7 +223,8 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
     task.configure_model()
     task.head.linear.weight.data.mul_(50.0)
     figures = {}
-    monkeypatch.setattr(logger.experiment, "add_figure", lambda tag, figure, *_: figures.update({tag: figure}))
+    draw = plots.confusion_figure
+    monkeypatch.setattr(plots, "confusion_figure", lambda *args: figures.setdefault(args[2], draw(*args)))
     trainer(logger=logger).test(task, data)
     counts = {(i, j): 0 for i in range(3) for j in range(3)}
     with torch.no_grad():
@@ -231,10 +232,10 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
             for label, said in zip(batch["labels"], task.eval().probability(batch).argmax(-1), strict=True):
                 counts[int(label), int(said)] += 1
     assert counts != {(j, i): n for (i, j), n in counts.items()}
-    (axes, *_) = figures["test/confusion"].axes
+    (axes, *_) = figures["test"].axes
     shown = {(int(y), int(x)): int(text.get_text()) for text in axes.texts for x, y in [text.get_position()]}
     assert shown == counts
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("True class", "Predicted class")
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
     assert [text.get_text() for text in axes.get_yticklabels()] == ["negative", "neutral", "positive"]
 
 

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
 from gpt2_pl.metrics import Gathered, Mean, finite
+from gpt2_pl.plots import confusion_image
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.sharding import shard_head
 
@@ -295,13 +296,9 @@ class Classifier(Task):
         matrix = cast(Metric, self._metrics(split)["confusion"])
         counts = matrix.compute()
         board: Any = getattr(self.logger, "experiment", None)
-        if self.trainer.is_global_zero and hasattr(board, "add_figure") and not self.trainer.sanity_checking:
-            from matplotlib.figure import Figure
-
-            names = getattr(self.datamodule, "labels", None)
-            figure = Figure(figsize=(2.0 + self.num_classes, 1.5 + self.num_classes), layout="constrained")
-            axes = figure.subplots()
-            matrix.plot(counts, ax=axes, labels=names)
-            axes.set_title(split if split == "test" else f"{split}, epoch {self.current_epoch + 1}")
-            board.add_figure(f"{split}/confusion", figure, self.global_step)
+        if self.trainer.is_global_zero and hasattr(board, "add_image") and not self.trainer.sanity_checking:
+            names = getattr(self.datamodule, "labels", None) or list(map(str, range(self.num_classes)))
+            title = split if split == "test" else f"{split}, epoch {self.current_epoch + 1}"
+            image = confusion_image(counts.cpu().numpy(), names, title)
+            board.add_image(f"{split}/confusion", image, self.global_step, dataformats="HWC")
         matrix.reset()

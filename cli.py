@@ -162,6 +162,7 @@ def _run(args: list[str], alone: bool) -> None:
         "Checkpoint directory .* exists and is not empty",  # a run goes on in its own folder
         ".*in eval mode at the start of training",  # a frozen GPT-2 is meant to be
         ".*your dataloader is not resumable",  # ours goes on with the batch that follows
+        "When using `Trainer.accumulate_grad_batches != 1.` and overriding",  # our hooks are those of a whole step
         "FSDP2-wrapped module .* returned a view",  # which nothing changes in place
     )
     for message in noise:

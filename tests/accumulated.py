@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -44,9 +45,9 @@ class Recorder(torch.optim.SGD):
     def __init__(self, groups: Any) -> None:
         super().__init__(groups, lr=0.0)
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None) -> Any:  # a gradient scaler gives none
         with torch.enable_grad():
-            loss = closure()
+            loss = None if closure is None else closure()
         self.steps.end()
         return loss
 
@@ -169,6 +170,9 @@ def fit(
     else:
         settings["accumulate_grad_batches"] = accumulate
     quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger", "use_distributed_sampler"), False)
+    if settings.get("precision") == "16-mixed":  # Lightning would take bfloat16 on a CPU
+        del settings["precision"]
+        settings.update(precision=None, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
     trainer = Trainer(**{
         "accelerator": "cpu", "devices": world, "strategy": FullySharded() if strategy == "fsdp" else strategy,
         "max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False,

@@ -1,5 +1,7 @@
 """Dropout inside a frozen base: off by default, peft's with ``frozen_base_dropout``; what trains keeps its own."""
 
+from dataclasses import dataclass
+
 import peft
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lightning.pytorch import Callback
 from test_cli import refused
 from transformers import GPT2LMHeadModel
 
-from gpt2_pl.surgery import LoRA, LoRALinear, PrefixTuning, PromptTuning
+from gpt2_pl.surgery import LoRA, LoRALinear, PrefixTuning, PromptTuning, Surgery
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 
 CONFIGS = ROOT / "configs"
@@ -99,6 +101,21 @@ def test_dropout_of_adapter_and_head_is_not_the_bases(base_drops, base):
 
 def test_a_base_that_trains_beside_a_prefix_keeps_its_dropout(base):
     task = built(LanguageModel, base=str(base), surgery=[PrefixTuning(3)], train_base=True)
+    assert {task.core.dropout, *(block.attn.dropout for block in task.core.h)} == {P}
+
+
+@dataclass
+class Biases(Surgery):
+    """Trains the biases alone."""
+
+    def apply(self, model, tokenizer=None):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        return model
+
+
+def test_a_base_of_which_some_weights_train_keeps_its_dropout(base):
+    task = built(LanguageModel, base=str(base), surgery=[Biases()])
     assert {task.core.dropout, *(block.attn.dropout for block in task.core.h)} == {P}
 
 

@@ -7,6 +7,7 @@ from callbacks.predictions import PredictionWriter
 from callbacks.progress import EpochLines, RunProgressBar
 from callbacks.reproducibility import Reproducibility
 from callbacks.resuming import Patience, RunCheckpoint, WholeCheckpoints
+from callbacks.run_folder import RunFolder, run_folder
 from callbacks.run_summary import RunSummary
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "PredictionWriter",
     "Reproducibility",
     "RunCheckpoint",
+    "RunFolder",
     "RunProgressBar",
     "RunSummary",
     "WholeCheckpoints",
+    "run_folder",
 ]

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from callbacks.run_folder import run_folder
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.tasks.base import Task
 
@@ -105,7 +106,7 @@ class FiniteLoss(Callback):
         if hasattr(datamodule, "number"):
             rows = [datamodule.number("train", row) for row in rows]
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        folder = getattr(trainer.logger, "log_dir", None)
+        folder = run_folder(trainer)
         last = None if folder is None else Path(folder, "checkpoints", "last.ckpt")
         good = (
             f"the last good checkpoint is {last}" if last is not None and last.is_file() else "there is no checkpoint"

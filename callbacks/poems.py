@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.run_folder import run_folder
 from gpt2_pl.errors import printable
 from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.poem import PoemGenerator
@@ -26,13 +25,13 @@ class PoemWriter(Callback):
         self._show(trainer, pl_module, "test")
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        folder = trainer.log_dir  # asks all processes
+        folder = run_folder(trainer)
         if not isinstance(pl_module, PoemGenerator) or not trainer.is_global_zero or not pl_module.written:
             return
-        if folder is not None and trainer.logger is not None:
-            with whole_file(Path(folder) / f"poems_{split}.txt") as file:
+        if folder is not None:
+            with whole_file(folder / f"poems_{split}.txt") as file:
                 file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in pl_module.written))
-        if isinstance(trainer.logger, TensorBoardLogger):
+        for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
             for poem in pl_module.written:
                 text = "  \n".join(map(printable, poem.lines))  # two spaces keep a line end in Markdown
-                trainer.logger.experiment.add_text(f"{split}/poem_{poem.number}", text, trainer.global_step)
+                board.experiment.add_text(f"{split}/poem_{poem.number}", text, trainer.global_step)

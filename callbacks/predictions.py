@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.run_folder import run_folder
 from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.classification import Classifier
 from gpt2_pl.tasks.poem import PoemGenerator
@@ -58,15 +59,15 @@ class PredictionWriter(Callback):
         if not isinstance(pl_module, Classifier | PoemGenerator):
             return
         outcomes = pl_module.outcomes.rows()
-        folder = trainer.log_dir  # asks all processes
-        if not trainer.is_global_zero or folder is None or trainer.logger is None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or folder is None:
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
         if isinstance(pl_module, PoemGenerator):
-            self._write_losses(Path(folder) / f"losses_{split}.csv", outcomes, datamodule.poems[split])
+            self._write_losses(folder / f"losses_{split}.csv", outcomes, datamodule.poems[split])
             return
         names = datamodule.labels
-        with whole_file(Path(folder) / f"predictions_{split}.csv") as file:
+        with whole_file(folder / f"predictions_{split}.csv") as file:
             writer = csv.writer(file)
             labelled = ["label"] if split != "predict" else []
             writer.writerow(["row", "text", *labelled, "prediction", *(f"p({name})" for name in names)])

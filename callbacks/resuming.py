@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from callbacks.run_folder import run_folder
 from gpt2_pl.checkpoint import read
 from gpt2_pl.files import whole_file
 from gpt2_pl.tasks.base import Task
@@ -48,6 +49,12 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, every_n_steps: int | None = None, on_sigterm: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.every_n_steps, self.on_sigterm = every_n_steps, on_sigterm
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the run's folder, whatever its loggers."""
+        if self.dirpath is None and (folder := run_folder(trainer)) is not None:
+            self.dirpath = str(folder / "checkpoints")
+        super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

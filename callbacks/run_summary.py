@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.finite import FiniteLoss
+from callbacks.run_folder import run_folder
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.files import whole_file
 from gpt2_pl.flops import peak_flops, training_flops
@@ -120,13 +121,14 @@ class RunSummary(Callback):
         self.examples += int(batch.get("global_rows", len(batch["input_ids"])))
         self.tokens += int(batch.get("global_tokens") or int(batch["attention_mask"].sum()) * trainer.world_size)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every == 0 and trainer.logger is not None:
+        if (batch_idx + 1) % every == 0 and trainer.loggers:
             tokens, seconds = self.tokens - self._logged[0], self.training_seconds - self._logged[1]
             self._logged = (self.tokens, self.training_seconds)
             speed = {"train/tokens_per_second": tokens / seconds}
             if (flops := self._flops(trainer, pl_module)) is not None:
                 speed["train/mfu"] = flops * tokens / seconds
-            trainer.logger.log_metrics(speed, step=trainer.global_step)
+            for logger in trainer.loggers:
+                logger.log_metrics(speed, step=trainer.global_step)
 
     def _flops(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """The share of the machine that a token per second takes; None but where a whole GPT-2 trains on text."""
@@ -148,13 +150,13 @@ class RunSummary(Callback):
     def _log_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what of every layer trained in this epoch, and at what rate; tell TensorBoard when it has changed."""
         before, self.layers = self.layers, layer_account(trainer, pl_module)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            count = sum(layer["trainable"] for layer in self.layers)
-            trainer.logger.log_metrics({"trainable_parameters": count}, step=trainer.global_step)
-            if self.layers != before and trainer.is_global_zero:
+        count = sum(layer["trainable"] for layer in self.layers)
+        for logger in trainer.loggers:
+            logger.log_metrics({"trainable_parameters": count}, step=trainer.global_step)
+            if self.layers != before and trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 rows = [["layer", "parameters", "trainable", "peak rate"], ["---"] * 4, *_layer_rows(self.layers)]
                 text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-                trainer.logger.experiment.add_text("layers", text, trainer.global_step)
+                logger.experiment.add_text("layers", text, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the scores of the best epoch."""
@@ -215,8 +217,8 @@ class RunSummary(Callback):
     def _log_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scores = {f"hp/{k.replace('/', '_')}": v for k, v in self.final_scores(pl_module).items() if "/" in k}
         self._show_settings(trainer, scores)
-        if trainer.logger is not None:
-            trainer.logger.save()
+        for logger in trainer.loggers:
+            logger.save()
 
     def _show_settings(self, trainer: Trainer, scores: Scores) -> None:
         """Tell TensorBoard's HPARAMS page the settings and the final scores, as a run of its own below this one.
@@ -224,7 +226,8 @@ class RunSummary(Callback):
         The page takes what it shows from all such runs, as long as none of them says what an experiment consists of,
         as torch's ``add_hparams`` does: then it shows the keys and scores of that run's task alone.
         """
-        if not (isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero and self.settings):
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not (boards and trainer.is_global_zero and self.settings):
             return
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -232,7 +235,7 @@ class RunSummary(Callback):
         settings = {key: value for key, value in _flat(self.settings) if value is not None}
         strategy = "+".join(Path(file).stem for file in self.files if Path(file).parent.name == "strategy")
         _, start, end = hparams({"strategy": strategy, **settings}, {})
-        with SummaryWriter(str(Path(trainer.logger.log_dir) / "final")) as writer:
+        with SummaryWriter(str(Path(boards[0].log_dir) / "final")) as writer:
             writer._get_file_writer().add_summary(start)
             for name, value in scores.items():
                 writer.add_scalar(name, value, trainer.global_step)
@@ -240,13 +243,13 @@ class RunSummary(Callback):
                 writer._get_file_writer().add_summary(end)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
-        folder = getattr(trainer.logger, "log_dir", None)  # trainer.log_dir would ask all processes
+        folder = run_folder(trainer)
         if not trainer.is_global_zero or folder is None:
             return
-        best = Path(folder, "checkpoints", "best.ckpt")
+        best = folder / "checkpoints" / "best.ckpt"
         size = best.stat().st_size if best.is_file() else None
         account = {"status": status, **self.account(trainer, pl_module), "checkpoint_bytes": size}
-        with whole_file(Path(folder) / "metrics.json") as file:
+        with whole_file(folder / "metrics.json") as file:
             json.dump(account, file, indent=2)
 
     def account(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

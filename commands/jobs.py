@@ -114,7 +114,7 @@ def _check_unused(folder: Path) -> None:
     Raises:
         InputError: naming the folder and the process.
     """
-    from commands.run_files import LOCK, RunLock
+    from callbacks.run_folder import LOCK, RunLock
 
     if (folder / LOCK).exists():
         RunLock(folder).release()

@@ -16,6 +16,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
@@ -26,10 +27,13 @@ from callbacks import (
     PredictionWriter,
     Reproducibility,
     RunCheckpoint,
+    RunFolder,
     RunProgressBar,
     RunSummary,
     WholeCheckpoints,
+    run_folder,
 )
+from callbacks.run_folder import RunLock
 from commands import RUNS
 from commands.arguments import (
     check_name,
@@ -45,7 +49,7 @@ from commands.arguments import (
     with_hyperparameters,
 )
 from commands.process import LAUNCHER, interrupts, rank
-from commands.run_files import RunFiles, RunLock, RunLogger
+from commands.run_files import RunFiles, RunLogger
 from gpt2_pl.documents import check_yaml, load_yaml
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
@@ -99,6 +103,7 @@ class GPT2CLI(LightningCLI):
             args = with_hyperparameters(args, self.checkpoint)
         self.given = list(args)
         self.lock: RunLock | None = None
+        self.folder: RunFolder | None = None
         interrupts.advice = self._resume_advice
         try:
             super().__init__(
@@ -116,8 +121,8 @@ class GPT2CLI(LightningCLI):
                 args=args,
             )
         finally:
-            for lock in (self.lock, getattr(getattr(getattr(self, "trainer", None), "logger", None), "lock", None)):
-                if isinstance(lock, RunLock):
+            for lock in (self.lock, None if self.folder is None else self.folder.lock):
+                if lock is not None:
                     lock.release()
 
     # Keys
@@ -210,7 +215,7 @@ class GPT2CLI(LightningCLI):
         if self.subcommand == "fit" and stopped is not None and not states(self.given, "name", "version"):
             config.name, config.version = str(stopped.parent), stopped.name
         folder = root / config.name / str(config.version)
-        if trainer.logger is True and not trainer.fast_dev_run:
+        if trainer.logger is not False and not trainer.fast_dev_run:
             check_place(folder if config.version is not None else folder.parent, "name")
             if config.version is not None and rank() == 0:
                 self.lock = RunLock(folder)
@@ -271,14 +276,17 @@ class GPT2CLI(LightningCLI):
         """The trainer with our logger and callbacks beside the configured ones."""
         config = self.config_init[self.subcommand]
         trainer = {**config["trainer"], **kwargs}
-        logged = trainer["logger"] is True and not trainer["fast_dev_run"]
-        if logged:
+        callbacks: list[Any] = []
+        if trainer["logger"] is not False and not trainer["fast_dev_run"]:
             root = Path(trainer["default_root_dir"] or ".") / RUNS
-            trainer["logger"] = RunLogger(root, name=config["name"], version=config["version"], default_hp_metric=False)
+            self.folder = RunFolder(root, config["name"], config["version"], self.lock)
+            callbacks.append(self.folder)
+            if trainer["logger"] is True:
+                trainer["logger"] = RunLogger(self.folder, config["name"], root)
         # a checkpoint's settings come as a text of several lines
         files = [str(file) for file in config.get("config") or [] if file is not None and "\n" not in str(file)]
         self.summary = RunSummary(self.config_settings(), files)
-        callbacks: list[Any] = [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
+        callbacks += [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         shows_bar = trainer["enable_progress_bar"] is not False and sys.stdout is not None and sys.stdout.isatty()
         callbacks.append(RunProgressBar() if shows_bar else EpochLines())
         trainer["enable_progress_bar"] = shows_bar  # else Lightning adds a bar of its own
@@ -336,8 +344,7 @@ class GPT2CLI(LightningCLI):
 
     def _resume_advice(self) -> str:
         """The end of the line that says that a training was stopped: the command that resumes it."""
-        logger = getattr(getattr(self, "trainer", None), "logger", None)
-        folder = getattr(logger, "log_dir", None)
+        folder = None if self.folder is None else self.folder.path
         if self.subcommand != "fit" or folder is None:
             return ""
         last = Path(folder, "checkpoints", "last.ckpt")
@@ -368,10 +375,9 @@ class GPT2CLI(LightningCLI):
     after_test = after_predict = after_validate
 
     def _report(self) -> None:
-        folder = self.trainer.log_dir  # asks all processes
+        folder = run_folder(self.trainer)
         if not self.trainer.is_global_zero:
             return
-        folder = None if self.trainer.logger is None else folder
         from rich.console import Console
 
         console = Console()
@@ -395,9 +401,9 @@ class GPT2CLI(LightningCLI):
                     highlight=False,
                     markup=False,
                 )
-            console.print(
-                f"Look at it:      tensorboard --logdir {Path(folder).parents[1]}", soft_wrap=True, markup=False
-            )
+            if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
+                look = f"Look at it:      tensorboard --logdir {folder.parents[1]}"
+                console.print(look, soft_wrap=True, markup=False)
 
 
 def best_precision(accelerator: Any) -> str:

@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT, metrics, weights
 
 import cli
+from callbacks import RunFolder
 from commands.run_files import RunLogger
 from datamodules.toy import toy_reviews
 from gpt2_pl.tokenizer import load_tokenizer
@@ -276,13 +277,15 @@ def test_hparams_page_shows_every_task_with_its_final_scores(run, tmp_path):
 
 
 def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
-    loggers = [RunLogger(tmp_path, name="run", version=None) for _ in range(2)]
-    assert [logger.version for logger in loggers] == [0, 0]
+    loggers = [RunLogger(RunFolder(tmp_path, "run"), "run", tmp_path) for _ in range(2)]
+    assert [logger.version for logger in loggers] == ["version_0"] * 2
     assert not list(tmp_path.iterdir())
     folders = [logger.experiment.log_dir for logger in loggers]
     assert [Path(folder).name for folder in folders] == ["version_0", "version_1"]
     (tmp_path / "run/version_2").write_text("no folder, so that it does not count as a version")
-    assert Path(RunLogger(tmp_path, name="run", version=None).experiment.log_dir).name == "version_3"
+    third = RunFolder(tmp_path, "run")
+    third.take()
+    assert third.path == tmp_path / "run/version_3"
     assert [logger.log_dir for logger in loggers] == folders
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, metrics
 
 import cli
-from commands.run_files import LOCK, RunLock, RunLogger
+from callbacks.run_folder import LOCK, RunFolder, RunLock
 from gpt2_pl.errors import InputError
 
 QUICK = ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.precision=32-true",
@@ -93,8 +93,9 @@ def test_run_lock_on_a_file_system_without_locks_warns_and_goes_on(tmp_path, mon
 def test_run_logger_leaves_a_folder_that_is_locked_to_its_holder(tmp_path):
     (tmp_path / "run").mkdir()
     with held(tmp_path / "run/version_0"):
-        logger = RunLogger(tmp_path, name="run", version=None)
-        assert Path(logger.experiment.log_dir).name == "version_1"
+        folder = RunFolder(tmp_path, "run")
+        folder.take()
+        assert folder.path.name == "version_1"
     with pytest.raises(InputError, match="is in use"):
         RunLock(tmp_path / "run/version_1")
 

@@ -113,7 +113,10 @@ def _end(error: Exception) -> NoReturn:
         _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
     if (failure := describe_failure(error)) is not None:
         _fail(failure, 1)
-    if isinstance(error, RuntimeError) and " by peer" in str(error):  # gloo's, where a connection broke off
+    reason = str(error).partition("\n")[0]
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):  # torch.distributed's, while processes meet
+        _fail(f"the other processes of this run did not come, and so this one ends: {reason}", 1)
+    if isinstance(error, RuntimeError) and (" by peer" in reason or "gloo/transport" in reason):
         _fail("another process of this run has ended, and so does this one; go on with its last.ckpt", 1)
     raise error
 

@@ -4,13 +4,15 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, flags, process
 from test_cli import STRATEGIES
 
 from gpt2_pl import GPT2, GPT2Config
@@ -132,3 +134,82 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert process.returncode != 0
     assert error.splitlines()[-1].startswith("gpt2-pl: error: another process of this run has ended")
     assert "Traceback" not in error
+
+
+def test_a_rank_whose_launcher_is_killed_before_they_meet_ends(tmp_path):
+    """Lightning's first process starts the second, which would wait for it for half an hour."""
+    ddp = [f"--config={CONFIGS}/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp]
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log,
+                                 env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (ranks := psutil.Process(first.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.0)  # it has begun, and imports
+        first.kill()
+        first.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=50)
+    for rank in alive:
+        rank.kill()
+    assert not alive
+    assert "gpt2-pl: error: the process that started this one has ended; so does this" in (tmp_path / "log").read_text()
+
+
+RANK = """
+import os, subprocess, sys, time
+from commands.process import LAUNCHER, watch_launcher
+if sys.argv[1] == "launcher":
+    names = {"torchrun": {"TORCHELASTIC_RUN_ID": "x"}, "lightning": {LAUNCHER: str(os.getpid())}, "none": {}}
+    environment = {**os.environ, "LOCAL_RANK": "1", **names[sys.argv[2]]}
+    rank = subprocess.Popen([sys.executable, __file__, "rank"], env=environment)
+    print(rank.pid, flush=True)
+else:
+    watch_launcher()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning", "none"])
+def test_watch_launcher_ends_a_rank_with_its_launcher_and_no_other_process(launcher, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    process = subprocess.Popen([sys.executable, tmp_path / "rank.py", "launcher", launcher], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**environment, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    rank = psutil.Process(int(process.stdout.readline()))
+    time.sleep(2.0)
+    assert rank.is_running()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs([rank], timeout=3 if launcher == "none" else 20)
+    for left in alive:
+        left.kill()
+    assert bool(alive) == (launcher == "none")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_in_vain_ends_with_one_line(rank, tmp_path, free_port):
+    """Without a launcher that watches, the time that the strategy is given ends it."""
+    (tmp_path / "ddp.yaml").write_text(
+        "trainer: {accelerator: cpu, devices: 2, enable_progress_bar: false, strategy: {class_path: "
+        "lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: '0:00:04'}}}"
+    )
+    environment = {
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+    }
+    done = process(tmp_path, "fit", f"--config={CONFIGS}/quickstart.yaml", "--config=ddp.yaml", **environment)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: the other processes of this run did not come, and so this one ends: ")
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

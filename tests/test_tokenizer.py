@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,39 @@ def test_load_tokenizer_unusual_file_encodes_the_whole_text(name, folder):
     ids = tokenizer.encode("a b a b a b", add_special_tokens=False).ids
     assert len(ids) >= 6  # neither cut nor padded
     assert len(ids) < 20
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all parts of a tokenizer.json, of the vocabulary and the merges but a few."""
+    yield path
+    if isinstance(value, dict | list):
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        for key, part in items[:3] if path[-1:] in (("vocab",), ("merges",)) else items:
+            yield from leaves(part, (*path, key))
+
+
+@pytest.mark.parametrize(
+    "bad", [None, True, -1, 0, 1.5, 2**63, float("nan"), "", "x" * 10**6, "\x1b[31m", "\ud800", [], {}, [["a"]]],
+    ids=lambda bad: repr(bad)[:10],
+)  # fmt: skip
+def test_load_tokenizer_bad_value_anywhere_is_refused_or_survives_a_copy(bad, base, tmp_path, capfd):
+    whole = (base / "tokenizer.json").read_text()
+    for path in leaves(json.loads(whole)):
+        settings = json.loads(whole)
+        holder = {"": settings}
+        for key in ("", *path)[:-1]:
+            holder = holder[key]
+        holder[("", *path)[-1]] = bad
+        (tmp_path / "tokenizer.json").write_text(json.dumps(settings if path else bad))
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+            continue
+        ids = tokenizer.encode("a film, it's 漢").ids
+        (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())  # as a run keeps it
+        assert load_tokenizer(tmp_path).encode("a film, it's 漢").ids == ids
+    assert capfd.readouterr() == ("", "")
 
 
 def test_load_tokenizer_bpe_dropout_is_off(folder):

@@ -349,7 +349,11 @@ def layer_account(trainer: Trainer, pl_module: LightningModule) -> list[dict[str
 _RESTORING = (
     *(ArithmeticError, AttributeError, LookupError, MisconfigurationException, RuntimeError, TypeError, ValueError),
 )
-_RESTORES = (("restore", "checkpoint_connector.py"), ("_load_combined_loader_states", "fit_loop.py"))
+_RESTORES = (
+    ("restore", "checkpoint_connector.py"),
+    ("resume_start", "checkpoint_connector.py"),
+    ("_load_combined_loader_states", "fit_loop.py"),
+)
 
 
 def _restores(exception: BaseException) -> bool:

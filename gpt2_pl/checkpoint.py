@@ -3,98 +3,35 @@
 from __future__ import annotations
 
 import inspect
-import re
-from dataclasses import fields
+import itertools
+import struct
+import zipfile
+from functools import cache
 from os import PathLike
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.files import existing_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.registry import Registered, class_path
 
+if TYPE_CHECKING:
+    from gpt2_pl.schema import Schema
+
 _CALLED = ("optimizer", "schedule")  # arguments of a task that are code; no checkpoint holds them
 _LEGACY = ("hparams", "module_arguments", "hparams_type")  # more hyperparameters, of which Lightning also makes a task
-_VERSION = re.compile(r"([2-9]|[1-9][0-9])(\.[0-9]{1,9}){1,4}((a|b|rc|\.?dev|\.?post)[0-9]{1,9})?(\+[a-z0-9]+)?")
-_SHAPE = {field.name for field in fields(GPT2Config)}
 _PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")  # of Lightning's ModelCheckpoint
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (_is_array(value) and value.numel() == 1)
-
-
-# Of what is in a checkpoint: a class, a check, [kind of all values], {key: kind, str: kind of all other values}, or
-# several kinds of which one must do. What is missing is None.
-_KINDS: dict[str, Any] = {
-    "base": {"path": str | None, "digest": str | None, "complete": bool | None},
-    "hyper_parameters": {"surgery": list | None},
-    "surgery": list | None,
-    "state_dict": {str: _is_array},
-    "callbacks": (None, {str: dict}),
-    "wording": (
-        None,
-        {
-            "template": (None, _is_text),
-            "labels": (None, [_is_text]),
-            "columns": (None, {str: [_is_text]}),
-            "max_length": int | None,
-        },
-    ),
-    "loops": (None, {"fit_loop": {"epoch_progress": dict}, str: dict}),
-    "optimizer_states": (None, [{"state": dict, "param_groups": [dict]}]),
-    "lr_schedulers": (None, [dict]),
-}
-_STATES: dict[str, Any] = {  # of our callbacks
-    "RunSummary": {
-        "epochs": (None, [{"epoch": int, str: _is_number}]),
-        "validated": (None, {str: _is_number}),
-        "layers": (None, [{"layer": str, "parameters": int, "trainable": int, "peak_rates": [_is_number]}]),
-        **dict.fromkeys(("seconds", "cpu_seconds", "training_seconds"), int | float | None),
-        **dict.fromkeys(("examples", "tokens", "peak_memory_before"), int | None),
-    },
-    "PredictionWriter": {"best": int | float | None},
-    "FiniteLoss": {"skipped": int},
-    "Patience": {"wait_count": int, "stopped_epoch": int, "best_score": _is_number, "patience": int},
-    "RunCheckpoint": {
-        **dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), str),
-        **dict.fromkeys(("best_model_score", "kth_value"), (None, _is_number)),
-        "best_k_models": {str: _is_number},
-    },
-}
-
-
-def _wrong(value: Any, kind: Any, name: str) -> str | None:
-    """What of ``value`` is of another kind; None where nothing is."""
-    if isinstance(kind, tuple):
-        found = [_wrong(value, one, name) for one in kind]
-        return None if None in found else found[-1]
-    if isinstance(kind, list) and isinstance(value, list):
-        parts = [(part, kind[0], f"{name}[{i}]") for i, part in enumerate(value)]
-    elif isinstance(kind, dict) and isinstance(value, dict):
-        parts = [(value.get(key), one, f"{name}.{key}") for key, one in kind.items() if key is not str]
-        if str in kind:
-            parts += [(key, str, f"a key of {name}") for key in value]
-            parts += [(part, kind[str], f"{name}.{str(key)!r}") for key, part in value.items() if key not in kind]
-    elif kind is None or isinstance(kind, dict | list):
-        return None if value is kind else f"{name} is {str(value)[:100]!r}"
-    else:
-        good = isinstance(value, kind) if isinstance(kind, type | UnionType) else kind(value)
-        return None if good else f"{name} is {str(value)[:100]!r}"
-    return next(filter(None, (_wrong(*part) for part in parts)), None)
+_MAX_PICKLE = 2**24  # bytes of a checkpoint's structure, without its tensors
+_MAX_VALUES, _MAX_DEPTH = 2_000_000, 100  # of its plain values
+_MAX_SIZE = 4096  # that a whole number among a surgery's settings may have in any model
+_PLAIN = (bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[str, Any]:
@@ -109,14 +46,16 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
         InputError: no such file; one that is no checkpoint, would execute code, or was written by another program.
     """
     file = existing_file(str(path), key)
+    _check_archive(file, f"{key}: {path}")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        name = content["task"]
-        version = content["pytorch-lightning_version"]
-        kinds = {part: type(content[part]) for part in ("hyper_parameters", "state_dict", "base")}
     except Exception as error:  # unpickling, zip and key errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{key}: {path} is not a checkpoint of this library: {reason[:200]}") from None
+    check_plain(content, f"{key}: {path}")
+    name = content.get("task") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise InputError(f"{key}: {path} is not a checkpoint of this library: it names no task")
     cls = task.find(name)
     if cls is None:
         reason = f"not by {class_path(task)}"
@@ -125,64 +64,178 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
                 "which is no task of this library and has not been imported; code of your own is imported by --plugin "
                 "MODULE, or by a configuration that names it"
             )
-        raise InputError(f"{key}: {path} was written by {str(name)[:200]!r}, {reason}")
-    if not isinstance(version, str) or not _VERSION.fullmatch(version):
-        raise InputError(f"{key}: {path} is not a checkpoint of this library: its Lightning is {str(version)[:50]!r}")
-    for part, kind in kinds.items():
-        if not issubclass(kind, dict):
-            raise InputError(f"{key}: {path} is not a checkpoint of this library: {part} is a {kind.__name__}")
+        raise InputError(f"{key}: {path} was written by {shorten(name)}, {reason}")
     check(content, cls, f"{key}: {path}")
     return content
 
 
-def arguments(task: type) -> set[str]:
-    """The arguments of a task's class, those that its base classes take included."""
-    found: set[str] = set()
+def arguments(task: type) -> dict[str, Any]:
+    """The arguments of a task's class, those that its base classes take included, and their annotations."""
+    found: dict[str, Any] = {}
     for cls in task.__mro__:
         if "__init__" in vars(cls):
-            parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-            found |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            init = vars(cls)["__init__"]
+            try:
+                parameters = inspect.signature(init, eval_str=True).parameters.values()
+            except NameError:  # a name that only type checkers import
+                parameters = inspect.signature(init).parameters.values()
+            for parameter in parameters:
+                if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "self":
+                    found.setdefault(parameter.name, parameter.annotation)
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
                 break
     return found
 
 
+def _is_plain_type(annotation: Any) -> bool:
+    """Whether an annotation stands for plain values alone: ``list[str] | None``, but no class or callable."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return True
+    if inner:
+        return get_origin(annotation) in (list, dict, Union, UnionType) and all(map(_is_plain_type, inner))
+    return annotation in (bool, int, float, str, None, type(None))
+
+
+@cache
+def _hyperparameters_of(task: type) -> type[Schema]:
+    """The schema of a task's hyperparameters, from its signature."""
+    from pydantic import create_model
+
+    from gpt2_pl.schema import Hyperparameters
+
+    known = {key: kind for key, kind in arguments(task).items() if key not in _CALLED}
+    fields: Any = {
+        key: (kind if _is_plain_type(kind) else Any, None)
+        for key, kind in known.items()
+        if key not in Hyperparameters.model_fields
+    }
+    return create_model(task.__name__, __base__=Hyperparameters, **fields)
+
+
 def check(content: dict[str, Any], task: type, name: str) -> None:
     """Refuse hyperparameters that ``task`` does not have, that are code or lie where Lightning once kept them, surgery
-    that is not this library's, callbacks' paths that lead elsewhere, and values of other kinds than training writes.
+    that is not this library's, callbacks' paths that lead elsewhere, values of other kinds than training writes, and
+    sizes that the weights do not have.
 
     Raises:
         InputError: naming ``name``, the checkpoint.
     """
+    from gpt2_pl.schema import CALLBACKS, Checkpoint, validate
     from gpt2_pl.surgery import build
 
-    states = content.get("callbacks")
-    for key, state in states.items() if isinstance(states, dict) else ():
-        for at in _PATHS if isinstance(state, dict) else ():
-            if "://" in str(path := state.get(at)) or ".." in PurePath(str(path)).parts:
-                raise InputError(f"{name}: a callback's {at} is {str(path)[:200]!r}; it must be a plain local path")
-        kind = _STATES.get(str(key).partition("{")[0], dict)
-        if wrong := _wrong(state, kind, f"the state of {str(key)[:50]!r}"):
-            raise InputError(f"{name} is broken: {wrong}")
-    for key, kind in _KINDS.items():
-        if wrong := _wrong(content.get(key), kind, key):
-            raise InputError(f"{name} is broken: {wrong}")
-    for key in ("optimizer_states", "lr_schedulers"):
-        if content.get(key) == []:
-            raise InputError(f"{name} is broken: {key} is empty")
     for key in _LEGACY:
         if key in content:
             raise InputError(f"{name} has {key!r}, which no checkpoint of this library has")
-    if content.get("hparams_name", "kwargs") != "kwargs":
-        raise InputError(f"{name}: hparams_name is {str(content['hparams_name'])[:200]!r}; it must be 'kwargs'")
+    validate(Checkpoint, content, name)
+    for key, state in (content.get("callbacks") or {}).items():
+        for at in _PATHS:
+            if "://" in str(path := state.get(at)) or ".." in PurePath(str(path)).parts or "\0" in str(path):
+                raise InputError(f"{name}: callbacks.{key}.{at} must be a plain local path, got {shorten(path)}")
+        if (schema := CALLBACKS.get(key.partition("{")[0])) is not None:
+            validate(schema, state, name, f"callbacks.{key}")
     stored = content["hyper_parameters"]
-    for key in stored:
-        if key not in arguments(task) or key in _CALLED:
-            raise InputError(f"{name} sets {key!r}, which no checkpoint of a {task.__name__} holds")
-    shape = stored.get("config") or {}
-    if not isinstance(shape, dict) or not all(key in _SHAPE and isinstance(shape[key], int | float) for key in shape):
-        raise InputError(f"{name}: config is {str(shape)[:200]}; it must hold the numbers {', '.join(sorted(_SHAPE))}")
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items()}
+    validate(_hyperparameters_of(task), plain, name, "hyper_parameters")
     for settings in [*(stored.get("surgery") or []), *(content.get("surgery") or [])]:
-        if not isinstance(settings, dict):
-            raise InputError(f"{name}: surgery is {settings!r}; it must be a class_path and its init_args")
         build(settings)
+    _check_sizes(content, name)
+
+
+def _check_archive(file: Path, name: str) -> None:
+    """Refuse a checkpoint whose parts are compressed, or which says that it holds more than it does.
+
+    Raises:
+        InputError: naming ``name``, the checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
+        raise InputError(f"{name} is not a checkpoint of this library: {error}") from None
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise InputError(f"{name} is not a checkpoint of this library: its parts are compressed")
+    if sum(part.file_size for part in parts) > file.stat().st_size:
+        raise InputError(f"{name} is not a checkpoint of this library: its parts are larger than the file")
+    if any(part.file_size > _MAX_PICKLE for part in parts if part.filename.endswith("data.pkl")):
+        raise InputError(
+            f"{name} is not a checkpoint of this library: it has more than {_MAX_PICKLE:,} bytes of values"
+        )
+
+
+def check_plain(content: Any, name: str) -> None:
+    """Refuse values of which reading alone takes long, and tensors whose memory is not what they say.
+
+    What several places share counts in each of them: lists of lists of one another are as large as written out.
+
+    Args:
+        content: values that :func:`torch.load` read with ``weights_only=True``.
+        name: of the file, for error messages.
+
+    Raises:
+        InputError: too many values, too deep or within themselves, of a class that no checkpoint needs, or tensors that
+            are not dense.
+    """
+    count, waiting = 0, [iter((content,))]
+    while waiting:
+        for value in waiting[-1]:
+            count += 1
+            if isinstance(value, dict | list | tuple | set | frozenset):
+                inner = itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
+                waiting.append(inner)
+                break
+            if isinstance(value, Tensor):
+                if not is_dense(value):
+                    raise InputError(f"{name} holds {shorten(value)} whose memory is not that of a dense tensor")
+            elif value is not None and not isinstance(value, _PLAIN):
+                raise InputError(f"{name} holds a {type(value).__name__}, which no checkpoint of this library has")
+        else:
+            waiting.pop()
+        if count > _MAX_VALUES or len(waiting) > _MAX_DEPTH:
+            what = f"more than {_MAX_VALUES:,} values" if count > _MAX_VALUES else f"values more than {_MAX_DEPTH} deep"
+            raise InputError(f"{name} holds {what}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is what it seems: strided, not quantized, in memory of its own for every element."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+        and all(stride > 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    )
+
+
+def _check_sizes(content: dict[str, Any], name: str) -> None:
+    """Refuse sizes among the hyperparameters that the weights do not have, before a model of that size is built.
+
+    Surgery may have removed layers, tokens or positions, but no more than most of them.
+
+    Raises:
+        InputError: naming ``name``, the checkpoint, and the size.
+    """
+    weights, stored = content["state_dict"], content["hyper_parameters"]
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+
+    def refuse(key: str, limit: str, found: Any) -> NoReturn:
+        raise InputError(f"{name}: {key} must be {limit}, as the weights are, got {shorten(found)}")
+
+    if (shape := stored.get("config")) is not None and content["base"].get("complete"):
+        layers = {key.split(".")[2] for key in weights if key.startswith("gpt2.h.") and key.count(".") > 2}
+        tokens, width, *_ = (*shapes.get("gpt2.wte.weight", ()), 0, 0)
+        positions, *_ = (*shapes.get("gpt2.wpe.weight", ()), 0)
+        limits = {"n_layer": 4 * len(layers), "vocab_size": 2 * tokens, "n_embd": width, "n_positions": 2 * positions}
+        for key, limit in limits.items():
+            if (found := shape.get(key, getattr(GPT2Config, key))) > limit:
+                refuse(f"hyper_parameters.config.{key}", f"at most {limit}", found)
+    sizes = [(key.startswith("gpt2."), size) for key, tensor in shapes.items() for size in tensor]
+    of_head = max((size for of_core, size in sizes if not of_core), default=0)
+    limit = max(of_head, len(stored.get("words") or stored.get("word_ids") or []))
+    if isinstance(value := stored.get("num_classes"), int) and value > limit:
+        refuse("hyper_parameters.num_classes", f"at most {limit}", value)
+    limit = max([_MAX_SIZE, *(size for _, size in sizes)])
+    for settings in content.get("surgery") or []:
+        for key, value in (settings.get("init_args") or {}).items():
+            if isinstance(value, int) and value > limit:
+                refuse(f"surgery.{key}", f"at most {limit}", value)

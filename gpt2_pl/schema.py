@@ -1,4 +1,4 @@
-"""Schemas of files that are read back: metrics.json, adapter_config.json and config.json of a pretrained folder.
+"""Schemas of files that are read back: metrics.json, sweep.json, checkpoints.
 
 Each is a pydantic model, declared once, strict about types and keys. :func:`validate` turns the first of pydantic's
 errors into one line: ``FILE: KEY must be X, got Y``. Import this module where a file is read, not at a module's top:
@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from gpt2_pl.errors import InputError, printable, shorten
 
+_VERSION = r"^([2-9]|[1-9][0-9])(\.[0-9]{1,9}){1,4}((a|b|rc|\.?dev|\.?post)[0-9]{1,9})?(\+[a-z0-9]+)?$"
 _MAX_KEYS = 12  # that a message about an unknown key lists
 _EXPECTED = {  # pydantic's error type -> what the value must be
     "string_type": "text",
@@ -33,6 +34,7 @@ _EXPECTED = {  # pydantic's error type -> what the value must be
     "too_long": "at most {max_length} values",
     "too_short": "at least {min_length} values",
     "none_required": "null",
+    "string_pattern_mismatch": "a version of Lightning from 2.0 on",
     "literal_error": "{expected}",
     "finite_number": "a finite number",
     "greater_than_equal": "at least {ge}",
@@ -51,13 +53,14 @@ class Schema(BaseModel):
 S = TypeVar("S", bound=Schema)
 
 
-def validate(schema: type[S], content: Any, where: str) -> S:
+def validate(schema: type[S], content: Any, where: str, part: str = "") -> S:
     """Check plain values against a schema.
 
     Args:
         schema: the schema.
         content: what a file holds.
         where: the file, with which the message begins.
+        part: the key of the file that the content is of; by default the whole file.
 
     Raises:
         InputError: naming the first key that is wrong, its value, and what it must be.
@@ -67,6 +70,7 @@ def validate(schema: type[S], content: Any, where: str) -> S:
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
     key, kind, value = _path(found["loc"]), found["type"], found["input"]
+    key = f"{part}.{key}".strip(".") if not key.startswith("a key") else f"{key} of {part}" if part else key
     if kind == "missing":
         raise InputError(f"{where}: {key} is missing")
     if kind == "extra_forbidden":
@@ -126,6 +130,7 @@ def is_text(value: Any) -> bool:
 
 Text = Annotated[str, Field(max_length=100_000)]
 Name = Annotated[str, Field(max_length=300)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figure = Annotated[float, Field(gt=-1e300, lt=1e300)]
 Score = Annotated[  # of a run that diverged also NaN or infinity
@@ -134,6 +139,7 @@ Score = Annotated[  # of a run that diverged also NaN or infinity
     expect(lambda value: not 1e300 <= abs(value) < float("inf"), "a number of absolute value below 1e300"),
 ]
 _Scores = Annotated[dict[Name, Score], Field(max_length=1000)]
+_Epoch = Annotated[_Scores, expect(lambda scores: "epoch" in scores, "scores of an epoch and its number, epoch")]
 _FILES = expect(
     lambda value: value is None or is_text(value) or (isinstance(value, list) and all(map(is_text, value))),
     "a file or a list of files",
@@ -193,7 +199,7 @@ class Metrics(Schema):
     mode: Literal["min", "max"] | None = None
     scores: _Scores | None = None
     score_signatures: dict[Name, Name] | None = None
-    epochs: Annotated[list[_Scores], Field(max_length=100_000)] | None = None
+    epochs: Annotated[list[_Epoch], Field(max_length=100_000)] | None = None
     parameters: Parameters | None = None
     seconds: Figure | None = None
     cpu_seconds: Figure | None = None
@@ -234,9 +240,6 @@ def check_metrics(content: Any, where: str) -> dict[str, Any]:
         InputError: naming the key.
     """
     found = validate(Metrics, content, where)
-    for number, epoch in enumerate(found.epochs or []):
-        if "epoch" not in epoch:
-            raise InputError(f"{where}: epochs[{number}].epoch is missing")
     if found.status == "finished" and found.epochs:
         for key in ("scores", "parameters", "seconds", "monitor"):
             if getattr(found, key) is None:
@@ -245,3 +248,179 @@ def check_metrics(content: Any, where: str) -> dict[str, Any]:
             if getattr(found.parameters, key) is None:
                 raise InputError(f"{where}: parameters.{key} is missing, and the run is finished")
     return dict(content)
+
+
+# Checkpoints
+
+
+def _is_number(value: Any) -> bool:
+    """Whether this is a real number, or a tensor of one."""
+    if isinstance(value, bool | int | float):
+        return not isinstance(value, bool)
+    return is_tensor(value) and value.numel() == 1 and not value.is_complex()
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a tensor, without importing torch for files that hold none."""
+    return hasattr(value, "untyped_storage")
+
+
+_Number = Annotated[Any, expect(_is_number, "a number")]
+_Tensor = Annotated[Any, expect(is_tensor, "a tensor")]
+
+
+class BaseReference(Schema):
+    """The base that a checkpoint's weights were trained on."""
+
+    path: Text | None = None
+    digest: Name | None = None
+    complete: bool | None = None
+
+
+class Wording(Schema):
+    """How a classifier was asked; a datamodule of somebody else's may say more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    template: Text | None = None
+    labels: list[Text] | None = None
+    columns: dict[Text, list[Text]] | None = None
+    max_length: Count | None = None
+    quoting: bool | None = None
+
+
+class RunSummaryState(Schema):
+    """State of callbacks.RunSummary."""
+
+    epochs: list[_Epoch] | None = None
+    validated: _Scores | None = None
+    layers: list[Layer] | None = None
+    seconds: Figure | None = None
+    cpu_seconds: Figure | None = None
+    training_seconds: Figure | None = None
+    examples: Count | None = None
+    tokens: Count | None = None
+    peak_memory_before: Count | None = None
+
+
+class PredictionWriterState(Schema):
+    """State of callbacks.PredictionWriter."""
+
+    best: Score | None = None
+
+
+class FiniteLossState(Schema):
+    """State of callbacks.FiniteLoss."""
+
+    skipped: Count
+
+
+class EarlyStoppingState(Schema):
+    """State of Lightning's EarlyStopping, which may grow."""
+
+    model_config = ConfigDict(extra="allow")
+
+    wait_count: Count
+    stopped_epoch: Count
+    best_score: _Number
+    patience: Count
+
+
+class ModelCheckpointState(Schema):
+    """State of Lightning's ModelCheckpoint, which may grow."""
+
+    model_config = ConfigDict(extra="allow")
+
+    monitor: Name | None = None
+    dirpath: Text | None = None
+    best_model_path: Text
+    kth_best_model_path: Text
+    last_model_path: Text
+    best_model_score: _Number | None = None
+    current_score: _Number | None = None
+    kth_value: _Number | None = None
+    best_k_models: dict[Text, _Number]
+
+
+CALLBACKS: dict[str, type[Schema]] = {  # by class, what its state must be
+    "RunSummary": RunSummaryState,
+    "PredictionWriter": PredictionWriterState,
+    "FiniteLoss": FiniteLossState,
+    "Patience": EarlyStoppingState,
+    "EarlyStopping": EarlyStoppingState,
+    "RunCheckpoint": ModelCheckpointState,
+    "ModelCheckpoint": ModelCheckpointState,
+}
+
+
+class SurgerySettings(Schema):
+    """A surgery's class and arguments."""
+
+    class_path: Name
+    init_args: dict[Name, Any] | None = None
+
+
+class Config(Schema):
+    """The shape of a GPT-2, gpt2_pl.model.GPT2Config."""
+
+    vocab_size: Size = 1
+    n_positions: Size = 1
+    n_embd: Size = 1
+    n_layer: Size = 1
+    n_head: Size = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Hyperparameters(Schema):
+    """What tasks have in common; a task's signature says which others there are."""
+
+    base: Text | None = None
+    config: Config | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    surgery: list[SurgerySettings] | None = None
+    train_base: bool | None = None
+
+
+class FitLoop(Schema):
+    """Progress of training; the trainer's own loop says which other keys there are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    epoch_progress: dict[str, Any]
+
+
+class Loops(Schema):
+    """Progress of all loops."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fit_loop: FitLoop
+
+
+class OptimizerState(Schema):
+    """State of an optimizer; the optimizer itself says what it must hold."""
+
+    model_config = ConfigDict(extra="allow")
+
+    state: dict[Any, Any]
+    param_groups: list[dict[str, Any]]
+
+
+class Checkpoint(Schema):
+    """A checkpoint; tasks and callbacks of others may add keys of their own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    version: Annotated[str, Field(pattern=_VERSION)] = Field(alias="pytorch-lightning_version")
+    state_dict: dict[Name, _Tensor]
+    hyper_parameters: dict[Name, Any]
+    hparams_name: Literal["kwargs"] | None = None
+    base: BaseReference
+    surgery: list[SurgerySettings] | None = None
+    wording: Wording | None = None
+    epoch: Count | None = None
+    global_step: Count | None = None
+    callbacks: dict[Text, dict[str, Any]] | None = None
+    loops: Loops | None = None
+    optimizer_states: Annotated[list[OptimizerState], Field(min_length=1)] | None = None
+    lr_schedulers: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None

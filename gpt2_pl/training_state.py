@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt2_pl.checkpoint import is_dense
 from gpt2_pl.errors import InputError, printable, shorten
 
 _SIZES = (3, 5, 7, 11, 13, 17)  # of tiny parameters: each dimension is recognised by its size
@@ -240,17 +241,6 @@ def _check_state(value: Any, parameter: Tensor, key: str, name: str, known: bool
             raise _Unfit(key, "a finite number of at least 0" if name in _SQUARES else "a finite number", value)
     elif value is not None and (known or not isinstance(value, str | dict)):
         raise _Unfit(key, "a tensor or a number", value)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is what it seems: strided, not quantized, in memory of its own for every element."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout == torch.strided
-        and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-        and all(stride > 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    )
 
 
 # Plain values

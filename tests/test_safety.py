@@ -21,7 +21,7 @@ from test_compare import fake_run
 import cli
 from commands.train import GPT2CLI
 from gpt2_pl import GPT2
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.surgery import PeftAdapter
 from gpt2_pl.tasks import SentimentClassifier
 
@@ -166,7 +166,7 @@ LEGACY = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}  # where 
         ({"hyper_parameters": {**STORED, "_class_path": "subprocess.Popen"}}, "_class_path"),
         ({"hyper_parameters": {**STORED, "class_path": "os.system"}}, "class_path"),
         ({"hyper_parameters": {**STORED, "unknown": 1}}, "unknown"),
-        ({"hyper_parameters": {**STORED, "config": {"class_path": "this.X"}}}, "this.X"),
+        ({"hyper_parameters": {**STORED, "config": {"class_path": "this.X"}}}, "config.class_path is not a key"),
         ({"hyper_parameters": {**STORED, "config": {"n_embd": {"class_path": "this.X"}}}}, "this.X"),
         ({"hyper_parameters": {**STORED, "surgery": [LORA]}}, "rank"),
         ({"hparams": {**LEGACY, "optimizer": "this.s"}}, "hparams"),
@@ -218,6 +218,11 @@ def test_hyperparameters_of_another_kind(changes, run, base, files, capsys, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+LAUGHING, DEEP = ["x"] * 9, []
+for _ in range(8):
+    LAUGHING = [LAUGHING] * 9
+for _ in range(200):
+    DEEP = [DEEP]
 EPOCHS = {"epochs": [{"epoch": 1, "val/accuracy": 0.5}]}
 BEST = {"best_model_path": "", "kth_best_model_path": "", "last_model_path": "", "best_k_models": {},
         "best_model_score": None, "kth_value": None, "dirpath": "/x"}  # fmt: skip
@@ -228,47 +233,61 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"surgery": 3}, "surgery is '3'"),
-        ({"hyper_parameters": {**STORED, "surgery": 3}}, "hyper_parameters.surgery is '3'"),
-        ({"callbacks": [1]}, "callbacks is '[1]'"),
-        ({"callbacks": {3: {}}}, "a key of callbacks is '3'"),
-        ({"callbacks": {"Own": 3}}, "the state of 'Own' is '3'"),
-        ({"state_dict": {"a": 3}}, "state_dict.'a' is '3'"),
-        ({"state_dict": {3: torch.ones(1)}}, "a key of state_dict is '3'"),
-        ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "state_dict.'a' is"),
-        ({"base": {"path": 3}}, "base.path is '3'"),
-        ({"wording": 3}, "wording is '3'"),
-        ({"wording": {**WORDING, "labels": ["a", 3]}}, "wording.labels[1] is '3'"),
-        ({"wording": {**WORDING, "labels": ["a", "\ud800"]}}, "wording.labels[1] is '\\ud800'"),
-        ({"wording": {**WORDING, "template": "\udfff{sentence}"}}, "wording.template is '\\udfff{sentence}'"),
-        ({"wording": {**WORDING, "columns": {"sentence": [3]}}}, "wording.columns.'sentence'[0] is '3'"),
-        ({"callbacks": {OF_BEST: {**BEST, "best_model_path": 3}}}, "best_model_path is '3'"),
-        ({"callbacks": {OF_BEST: {**BEST, "best_k_models": [1]}}}, "best_k_models is '[1]'"),
-        ({"callbacks": {OF_BEST: {**BEST, "kth_value": torch.ones(2)}}}, "kth_value is"),
-        ({"callbacks": {"RunSummary": 3}}, "RunSummary' is '3'"),
-        ({"callbacks": {"RunSummary": {"epochs": 3}}}, "epochs is '3'"),
-        ({"callbacks": {"RunSummary": {"epochs": [{"val/accuracy": 0.5}]}}}, "epochs[0].epoch is 'None'"),
-        ({"callbacks": {"RunSummary": {"epochs": [{"epoch": 1, "val/accuracy": "x"}]}}}, "'val/accuracy' is 'x'"),
-        ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] is '3'"),
-        ({"callbacks": {"RunSummary": {**EPOCHS, "seconds": "x"}}}, "seconds is 'x'"),
-        ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "best is 'x'"),
-        ({"callbacks": {"FiniteLoss": {"skipped": "x"}}}, "skipped is 'x'"),
-        ({"callbacks": {"Patience{'monitor'}": {"wait_count": 1}}}, "stopped_epoch is 'None'"),
-        ({"loops": 3}, "loops is '3'"),
-        ({"loops": {}}, "loops.fit_loop is 'None'"),
-        ({"loops": {"fit_loop": 3}}, "loops.fit_loop is '3'"),
-        ({"loops": {"fit_loop": {}}}, "loops.fit_loop.epoch_progress is 'None'"),
-        ({"optimizer_states": 3}, "optimizer_states is '3'"),
-        ({"optimizer_states": []}, "optimizer_states is empty"),
-        ({"optimizer_states": [{}]}, "optimizer_states[0].state is 'None'"),
-        ({"lr_schedulers": 3}, "lr_schedulers is '3'"),
-        ({"lr_schedulers": []}, "lr_schedulers is empty"),
-        ({"pytorch-lightning_version": "0.1.0"}, "its Lightning is '0.1.0'"),
-        ({"pytorch-lightning_version": "1.9.5"}, "its Lightning is '1.9.5'"),
-        ({"pytorch-lightning_version": "2.6 or so"}, "its Lightning is '2.6 or so'"),
-        ({"pytorch-lightning_version": 2}, "its Lightning is '2'"),
+        ({"surgery": 3}, "surgery must be a list, got 3"),
+        ({"hyper_parameters": {**STORED, "surgery": 3}}, "hyper_parameters.surgery must be a list, got 3"),
+        ({"callbacks": [1]}, "callbacks must be keys and values, got [1]"),
+        ({"callbacks": {3: {}}}, "a key of callbacks must be text, got 3"),
+        ({"callbacks": {"Own": 3}}, "callbacks.Own must be keys and values, got 3"),
+        ({"state_dict": {"a": 3}}, "state_dict.a must be a tensor, got 3"),
+        ({"state_dict": {3: torch.ones(1)}}, "a key of state_dict must be text, got 3"),
+        ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "sparse_coo whose memory"),
+        ({"base": {"path": 3}}, "base.path must be text, got 3"),
+        ({"wording": 3}, "wording must be keys and values, got 3"),
+        ({"wording": {**WORDING, "labels": ["a", 3]}}, "wording.labels[1] must be text, got 3"),
+        ({"wording": {**WORDING, "labels": ["a", "\ud800"]}}, "labels[1] must be text without halves"),
+        ({"wording": {**WORDING, "template": "\udfff{sentence}"}}, "wording.template must be text without halves"),
+        ({"wording": {**WORDING, "columns": {"sentence": [3]}}}, "wording.columns.sentence[0] must be text, got 3"),
+        ({"callbacks": {OF_BEST: {**BEST, "best_model_path": 3}}}, "best_model_path must be text, got 3"),
+        ({"callbacks": {OF_BEST: {**BEST, "best_k_models": [1]}}}, "best_k_models must be keys and values, got [1]"),
+        ({"callbacks": {OF_BEST: {**BEST, "kth_value": torch.ones(2)}}}, "kth_value must be a number, got a tensor"),
+        ({"callbacks": {"RunSummary": 3}}, "callbacks.RunSummary must be keys and values, got 3"),
+        ({"callbacks": {"RunSummary": {"epochs": 3}}}, "RunSummary.epochs must be a list, got 3"),
+        ({"callbacks": {"RunSummary": {"epochs": [{"val/accuracy": 0.5}]}}}, "epochs[0] must be scores of an"),
+        ({"callbacks": {"RunSummary": {"epochs": [{"epoch": 1, "val/a": "x"}]}}}, "epochs[0].val/a must be a number"),
+        ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] must be keys and values, got 3"),
+        ({"callbacks": {"RunSummary": {**EPOCHS, "seconds": "x"}}}, "seconds must be a number, got 'x'"),
+        ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "PredictionWriter.best must be a number, got 'x'"),
+        ({"callbacks": {"FiniteLoss": {"skipped": "x"}}}, "FiniteLoss.skipped must be a whole number, got 'x'"),
+        ({"callbacks": {"Patience{'monitor'}": {"wait_count": 1}}}, "stopped_epoch is missing"),
+        ({"loops": 3}, "loops must be keys and values, got 3"),
+        ({"loops": {}}, "loops.fit_loop is missing"),
+        ({"loops": {"fit_loop": 3}}, "loops.fit_loop must be keys and values, got 3"),
+        ({"loops": {"fit_loop": {}}}, "loops.fit_loop.epoch_progress is missing"),
+        ({"optimizer_states": 3}, "optimizer_states must be a list, got 3"),
+        ({"optimizer_states": []}, "optimizer_states must be at least 1 values, got []"),
+        ({"optimizer_states": [{}]}, "optimizer_states[0].state is missing"),
+        ({"lr_schedulers": 3}, "lr_schedulers must be a list, got 3"),
+        ({"lr_schedulers": []}, "lr_schedulers must be at least 1 values, got []"),
+        ({"pytorch-lightning_version": "0.1.0"}, "must be a version of Lightning from 2.0 on, got '0.1.0'"),
+        ({"pytorch-lightning_version": "1.9.5"}, "must be a version of Lightning from 2.0 on, got '1.9.5'"),
+        ({"pytorch-lightning_version": "2.6 or so"}, "must be a version of Lightning from 2.0 on, got '2.6 or so'"),
+        ({"base": {}, "hyper_parameters": {**STORED, "num_classes": 3}}, "num_classes must be at most 0, as the weigh"),
+        ({"hyper_parameters": {**STORED, "n_masks": 2.5}}, "hyper_parameters.n_masks must be a whole number, got 2.5"),
+        ({"hyper_parameters": {**STORED, "pooling": "up"}}, "hyper_parameters.pooling must be 'last'"),
+        ({"hyper_parameters": {**STORED, "config": {"n_layer": 10**9}}}, "config.n_layer must be at most 0"),
+        ({"hyper_parameters": {**STORED, "config": {"n_layer": 10**30}}}, "config.n_layer must be below 2147483648"),
+        ({"base": {}, "surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"rank": 10**9}}]},
+         "surgery.rank must be at most 4096, as the weights are, got 1000000000"),
+        ({"extra": LAUGHING}, "holds more than 2,000,000 values"),
+        ({"extra": DEEP}, "holds values more than 100 deep"),
+        ({"extra": torch.zeros(1).expand(10**9)}, "whose memory is not that of a dense tensor"),
+        ({"extra": torch.zeros(2, device="meta")}, "whose memory is not that of a dense tensor"),
+        ({"epoch": -1}, "epoch must be at least 0, got -1"),
+        ({"global_step": "7"}, "global_step must be a whole number, got '7'"),
+        ({"task": LAUGHING}, "holds more than 2,000,000 values"),
+        ({"pytorch-lightning_version": 2}, "pytorch-lightning_version must be text, got 2"),
     ],
-    ids=str,
+    ids=shorten,
 )  # fmt: skip
 def test_contents_of_another_kind(changes, words, run, base, files, capsys, tmp_path):
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"

@@ -1,5 +1,6 @@
 """Lightning callbacks: how training goes, and the account it leaves."""
 
+from callbacks.end_of_training import EndOfTraining
 from callbacks.finite import FiniteLoss
 from callbacks.layers import DiscriminativeLR, GradualUnfreezing
 from callbacks.poems import PoemWriter
@@ -12,6 +13,7 @@ from callbacks.run_summary import RunSummary
 
 __all__ = [
     "DiscriminativeLR",
+    "EndOfTraining",
     "EpochLines",
     "FiniteLoss",
     "GradualUnfreezing",

@@ -119,9 +119,11 @@ def _moved(path: str, own: Path) -> str:
 
 
 class Patience(EarlyStopping):
-    """Early stopping that has also stopped when a run goes on from a checkpoint of its last epoch."""
+    """Early stopping that waits for the first validation, and whose patience may change when a run is resumed."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Train no further where patience had ended."""
-        if self.wait_count >= self.patience:
-            trainer.should_stop = True
+    def __init__(self, monitor: str, **kwargs: Any) -> None:
+        super().__init__(monitor, strict=False, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore everything but the patience, which is a setting."""
+        super().load_state_dict({**state_dict, "patience": self.patience})

@@ -142,7 +142,10 @@ class RunSummary(Callback):
         """Write down the epoch."""
         scores = _scores(trainer, "train/")
         scores.pop("train/step_loss", None)
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **scores, **self.validated})
+        epoch = trainer.current_epoch + 1
+        if self.epochs and self.epochs[-1]["epoch"] == epoch:  # the run ended within this epoch, and was continued
+            self._keep_better(pl_module, _of_split(self.epochs.pop(), "val/"))
+        self.epochs.append({"epoch": epoch, **scores, **self.validated})
         self.validated = {}
         self._log_layers(trainer, pl_module)
         self._write(trainer, pl_module, "running")
@@ -186,8 +189,8 @@ class RunSummary(Callback):
         if not self.epochs:
             return self.scores
         best = self.best_epoch(pl_module)
-        of_best = {k: v for k, v in best.items() if k.startswith("val/")}
-        return {**of_best, "best_epoch": best["epoch"], **self.scores}
+        of_best = _of_split(best, "val/")
+        return {**of_best, **({"best_epoch": best["epoch"]} if of_best else {}), **self.scores}
 
     def best_epoch(self, pl_module: LightningModule) -> Scores:
         """The scores of the epoch that is best by the task's ``monitor``; the first of equals."""
@@ -201,7 +204,13 @@ class RunSummary(Callback):
         if trainer.state.fn == "validate":
             self._evaluated(trainer, pl_module)
         elif not trainer.sanity_checking:
-            self.validated = _scores(trainer, "val/")
+            self._keep_better(pl_module, _scores(trainer, "val/"))
+
+    def _keep_better(self, pl_module: LightningModule, scores: Scores) -> None:
+        """Let the epoch's row hold its best validation, which is the one that ``best.ckpt`` may be of."""
+        key, sign = str(pl_module.monitor), 1 if pl_module.mode == "max" else -1
+        if key not in self.validated or sign * scores.get(key, -sign * math.inf) > sign * self.validated[key]:
+            self.validated = scores
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the test scores."""
@@ -303,7 +312,7 @@ class RunSummary(Callback):
         table.add_column("epoch", justify="right")
         for column in columns:
             table.add_column(column.replace("/", " ").replace("macro_f1", "macro F1"), justify="right")
-        best = self.best_epoch(pl_module)["epoch"] if self.epochs else None
+        best = self.final_scores(pl_module).get("best_epoch")
         for scores in self.epochs:
             shown = [f"{scores[column]:.4f}" if column in scores else "" for column in columns]
             mark = "*" if scores["epoch"] == best else ""
@@ -364,7 +373,12 @@ def _restores(exception: BaseException) -> bool:
 
 def _scores(trainer: Trainer, split: str) -> Scores:
     """What was logged of a split."""
-    return {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)}
+    return {k: v.item() for k, v in _of_split(trainer.callback_metrics, split).items()}
+
+
+def _of_split(scores: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """The scores whose names begin with ``split``, such as ``val/``."""
+    return {name: value for name, value in scores.items() if name.startswith(split)}
 
 
 def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:

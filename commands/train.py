@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
+    EndOfTraining,
     EpochLines,
     FiniteLoss,
     Patience,
@@ -298,7 +299,8 @@ class GPT2CLI(LightningCLI):
             if config["early_stopping_patience"] is not None:
                 callbacks.append(Patience(monitor, patience=config["early_stopping_patience"], mode=mode))
             if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
-                callbacks += self._checkpoints(monitor, mode, config["checkpoint_every_n_steps"])
+                validates = trainer["limit_val_batches"] != 0
+                callbacks += self._checkpoints(monitor if validates else None, mode, config["checkpoint_every_n_steps"])
                 self.summary.test_follows = self.datamodule.has("test")
                 plugins = trainer["plugins"] or []
                 plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -311,16 +313,19 @@ class GPT2CLI(LightningCLI):
             raise InputError(f"trainer: {message}") from None
         order: list[Callback] = made.callbacks  # type: ignore[attr-defined]
         order.remove(self.summary)  # its account begins behind config.yaml, and ends before the checkpoints
-        order.insert(sum(not isinstance(callback, RunCheckpoint) for callback in order), self.summary)
+        behind = sum(not isinstance(callback, RunCheckpoint) for callback in order)
+        order[behind:behind] = [EndOfTraining(), self.summary] if self.subcommand == "fit" else [self.summary]
         return made
 
-    def _checkpoints(self, monitor: str, mode: str, every_n_steps: int | None) -> list[Callback]:
+    def _checkpoints(self, monitor: str | None, mode: str, every_n_steps: int | None) -> list[RunCheckpoint]:
+        """``best`` by ``monitor``, where there is one, and ``last``; the first of them is what will be tested."""
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-        self.best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
+        best = [] if monitor is None else [RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)]
         last = RunCheckpoint(
             filename="last", every_n_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
         )
-        return [self.best, last]
+        self.tested, *_ = checkpoints = [*best, last]
+        return checkpoints
 
     def config_settings(self) -> dict[str, Any]:
         """The run's configuration as plain values."""
@@ -361,11 +366,14 @@ class GPT2CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint where there is a test set, then say what was run and where it lies."""
-        trainer, best = self.trainer, getattr(self, "best", None)
+        trainer, tested = self.trainer, getattr(self, "tested", None)
         if trainer.interrupted:
             return
-        if best is not None and best.best_model_path and self.datamodule.has("test"):
-            trainer.test(self.model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+        if tested is not None and tested.best_model_path and self.datamodule.has("test"):
+            if tested.monitor is None and trainer.is_global_zero:
+                print("gpt2-pl: trainer.limit_val_batches is 0: last.ckpt is tested", file=sys.stderr)
+            path = tested.best_model_path
+            trainer.test(self.model, self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
         self._report()
 
     def after_validate(self) -> None:
@@ -391,12 +399,13 @@ class GPT2CLI(LightningCLI):
             files = ", ".join(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
             done = printable(f"\n{self.subcommand} is done: {folder}\n  {files}", keep="\n")
             console.print(done, soft_wrap=True, highlight=False, markup=False)
-            if (best := Path(folder, "checkpoints", "best.ckpt")).is_file():
+            checkpoints = (Path(folder, "checkpoints", f"{name}.ckpt") for name in ("best", "last"))
+            if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
                 console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
                 again = "test" if self.datamodule.has("test") else "validate"
                 console.print(
                     f"Score it again:  gpt2-pl {again} --config {folder}/config.yaml "
-                    f"--ckpt_path {folder}/checkpoints/best.ckpt",
+                    f"--ckpt_path {folder}/checkpoints/{best.name}",
                     soft_wrap=True,
                     highlight=False,
                     markup=False,

@@ -1,0 +1,102 @@
+"""How training ends: with validated weights, at a whole optimizer step, and so that it can be continued exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+
+class EndOfTraining(Callback):
+    """Validates the final weights and saves the point at which training ended.
+
+    Lightning validates at fixed intervals only. Training that ends between them (``max_steps``, ``max_time``, a
+    ``check_val_every_n_epoch`` or ``val_check_interval`` that does not divide its length) would end with weights that
+    were never scored, and perhaps without a best checkpoint. Here one more validation runs before the end-of-epoch
+    hooks of early stopping and checkpoints, unless validation is switched off or the process was asked to end
+    (SIGTERM).
+
+    Lightning also counts an epoch that ends early as a whole one, so that a continued run would skip the rest of it.
+    Checkpoints hold the true position instead. A stop that is requested within a window of accumulated gradients takes
+    effect after the optimizer step, because a checkpoint does not hold gradients. Early stopping that has ended a run
+    also ends it when it is resumed.
+    """
+
+    def __init__(self) -> None:
+        self._validated_step = -1
+        self._stop_requested = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep a run ended that early stopping had ended."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in callbacks):
+            trainer.should_stop = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put a stop off until the accumulated gradients have been used."""
+        if trainer.fit_loop._should_accumulate():
+            self._stop_requested |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._stop_requested:
+            self._stop_requested, trainer.should_stop = False, True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which weights were validated; put a stop off as :meth:`on_train_batch_end` does."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._validated_step = trainer.global_step
+        if trainer.fit_loop._should_accumulate():
+            self._stop_requested |= trainer.should_stop
+            trainer.should_stop = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate where training ends with weights that were not validated."""
+        if self._validated_step == trainer.global_step or not trainer.enable_validation or not _ends(trainer):
+            return
+        if not trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+            _validate(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store an epoch that ended early as one whose next batch follows, as a checkpoint within it would be."""
+        loop = trainer.fit_loop
+        epoch: Any = loop.epoch_progress.current
+        if epoch.processed != epoch.started or not _batches_remain(trainer):
+            return
+        state = checkpoint["loops"]["fit_loop"]
+        for progress in state["epoch_progress"].values():
+            progress["processed"] = progress["completed"] = progress["started"] - 1
+        for name in ("total", "current"):
+            progress = state["epoch_loop.batch_progress"][name]
+            progress["completed"] = progress["processed"] - 1
+        if not loop._should_accumulate():
+            state["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def _batches_remain(trainer: Trainer) -> bool:
+    """Whether the epoch has batches that were not trained on."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 < progress.current.ready < trainer.num_training_batches and not progress.is_last_batch
+
+
+def _ends(trainer: Trainer) -> bool:
+    """Whether no epoch follows; as ``trainer.fit_loop.done``, which prints and changes counters."""
+    loop = trainer.fit_loop
+    trained: Any = loop.epoch_progress.current
+    return (
+        (loop.max_steps != -1 and trainer.global_step >= loop.max_steps)
+        or (loop.max_epochs not in (None, -1) and trained.processed >= loop.max_epochs)
+        or (trainer.should_stop and loop._can_stop_early)
+    )
+
+
+def _validate(trainer: Trainer) -> None:
+    """Run the validation loop from within training, as Lightning's epoch loop does."""
+    connector = trainer._logger_connector
+    first_batch = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first_batch

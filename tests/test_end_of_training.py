@@ -1,0 +1,184 @@
+"""How training ends: validated, tested, and so that it can be continued as if it had not ended."""
+
+import pytest
+import torch
+from conftest import ROOT, metrics
+from lightning.pytorch import Callback
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+
+import cli
+
+TINY = [
+    "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--data.batch_size=16",
+    "--model.config={vocab_size: 512, n_positions: 64, n_embd: 16, n_layer: 1, n_head: 2, dropout: 0.1}",
+    "--model.schedule={class_path: gpt2_pl.optim.Constant, init_args: {warmup: 0}}", "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+]  # fmt: skip  # six steps an epoch
+
+
+def state(folder, name="last"):
+    return torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
+
+
+def same(one, two):
+    """Whether nested values are equal, tensors bitwise."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+ENDS = {
+    "max_steps": ["--trainer.max_steps=8"],
+    "max_steps with patience": ["--trainer.max_steps=1", "--early_stopping_patience=1"],
+    "check_val_every_n_epoch": ["--trainer.check_val_every_n_epoch=5"],
+    "interval beyond the end": ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=500"],
+    "interval with a remainder": ["--trainer.val_check_interval=4"],
+    "time interval": ["--trainer.val_check_interval=01:00:00:00"],
+    "max_time": ["--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1", "--trainer.check_val_every_n_epoch=2"],
+    "endless": ["--trainer.max_epochs=-1", "--trainer.max_steps=7"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """The optimizer steps after which fit validated."""
+    steps = []
+    loop = _EvaluationLoop.run
+
+    def watched(self):
+        if self.trainer.state.fn == "fit" and self.trainer.validating:
+            steps.append(self.trainer.global_step)
+        return loop(self)
+
+    monkeypatch.setattr(_EvaluationLoop, "run", watched)
+    return steps
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_fit_ending_between_validations_validates_and_tests(end, run, validated):
+    folder = run(*TINY, *end)
+    account = metrics(folder)
+    last = account["epochs"][-1]
+    assert account["status"] == "finished"
+    assert validated[-1] == account["steps"]
+    assert "val/accuracy" in last
+    assert {"val/accuracy", "test/accuracy", "best_epoch"} <= account["scores"].keys()
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    assert (folder / "predictions_val.csv").is_file()
+    if end != ENDS["interval with a remainder"]:  # there the epoch's row holds the better of its validations
+        scored = run("validate", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+        assert metrics(scored)["scores"]["val/loss"] == pytest.approx(last["val/loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "end", [["--trainer.max_steps=12"], ["--trainer.max_epochs=2"], ["--trainer.fast_dev_run=true"]], ids=str
+)
+def test_fit_ending_at_a_validation_does_not_validate_twice(end, run, validated):
+    cli.main([*TINY, *end, "--trainer.enable_progress_bar=false"])
+    assert len(set(validated)) == len(validated) > 0
+
+
+class Stop(Callback):
+    """Asks for the end of training in a batch, as ``max_time`` does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or batch_idx == self.batch
+
+
+STOP = "--trainer.callbacks+={class_path: test_end_of_training.Stop, init_args: {batch: 1}}"
+CONTINUED = {
+    "max_steps": (["--trainer.max_steps=4"], []),
+    "second epoch": (["--trainer.max_steps=9"], []),
+    "accumulated": (["--trainer.max_steps=2"], ["--trainer.accumulate_grad_batches=2"]),
+    "at a validation": (["--trainer.max_steps=4"], ["--trainer.val_check_interval=2"]),
+    "before a validation": (["--trainer.max_steps=3"], ["--trainer.val_check_interval=2"]),
+    "stopped": ([STOP], []),
+    "stopped between steps": ([STOP], ["--trainer.accumulate_grad_batches=4"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wholes():
+    """Checkpoints and rows of runs that were not stopped, by their settings."""
+    return {}
+
+
+@pytest.mark.parametrize(("end", "settings"), CONTINUED.values(), ids=CONTINUED)
+def test_run_ended_within_an_epoch_continues_exactly(end, settings, run, wholes):
+    if str(settings) not in wholes:
+        whole = run(*TINY, *settings, "--name=whole")
+        wholes[str(settings)] = state(whole), metrics(whole)["epochs"]
+    expected, rows = wholes[str(settings)]
+    ended = run(*TINY, *settings, *end, "--name=ended")
+    n_ended = metrics(ended)["steps"]
+    resumed = run(*TINY, *settings, f"--ckpt_path={ended}/checkpoints/last.ckpt")
+    assert resumed == ended
+    assert 0 < n_ended < metrics(resumed)["steps"]
+    found = state(resumed)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert same(expected[key], found[key]), key
+    loops = [content["loops"]["fit_loop"] for content in (expected, found)]
+    for key in ("epoch_progress", "epoch_loop.state_dict", "epoch_loop.automatic_optimization.optim_progress"):
+        assert same(loops[0][key], loops[1][key]), key
+    assert [row["epoch"] for row in metrics(resumed)["epochs"]] == [1, 2]
+    if "--trainer.val_check_interval=2" not in settings:  # else a row holds the best of several validations
+        assert metrics(resumed)["epochs"][1]["val/loss"] == rows[1]["val/loss"]
+
+
+def test_run_ended_within_an_epoch_resumed_without_more_steps_is_tested(run):
+    folder = run(*TINY, "--trainer.max_steps=4")
+    expected = metrics(folder)
+    (folder / "metrics.json").unlink()
+    resumed = run(*TINY, "--trainer.max_steps=4", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert resumed == folder
+    assert metrics(resumed)["scores"] == expected["scores"]
+    assert metrics(resumed)["epochs"] == expected["epochs"]
+
+
+def test_fit_without_validation_tests_the_last_checkpoint(run, capsys):
+    folder = run(*TINY, "--trainer.limit_val_batches=0")
+    account = metrics(folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert account["scores"].keys() >= {"test/accuracy"}
+    assert "best_epoch" not in account["scores"]
+    printed = capsys.readouterr()
+    assert "trainer.limit_val_batches is 0: last.ckpt is tested" in printed.err
+    assert "/checkpoints/last.ckpt" in printed.out.split("Score it again:")[1]
+    scored = run("test", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert metrics(scored)["scores"]["test/accuracy"] == account["scores"]["test/accuracy"]
+
+
+class Sigterm(Callback):
+    """As if SIGTERM had arrived in the last step."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer._signal_connector.received_sigterm = trainer.global_step == 4
+
+
+def test_fit_asked_to_end_does_not_validate(run):
+    with pytest.raises(SystemExit) as ended:
+        run(*TINY, "--trainer.max_steps=4", "--trainer.callbacks+=test_end_of_training.Sigterm")
+    assert ended.value.code == 143
+
+
+def test_early_stopping_of_ones_own_stays_stopped_when_resumed(run):
+    stop = "{class_path: EarlyStopping, init_args: {monitor: val/accuracy, mode: max, patience: 1}}"
+    settings = [*TINY, "--trainer.max_epochs=6", "--model.optimizer.init_args.lr=0.0", f"--trainer.callbacks=[{stop}]"]
+    folder = run(*settings)
+    expected = metrics(folder)
+    assert len(expected["epochs"]) == 2
+    resumed = run(*settings, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert metrics(resumed)["epochs"] == expected["epochs"]
+
+
+def test_patience_is_the_resumed_runs_own(run):
+    settings = [*TINY, "--trainer.max_epochs=4", "--model.optimizer.init_args.lr=0.0"]
+    folder = run(*settings, "--early_stopping_patience=1")
+    assert len(metrics(folder)["epochs"]) == 2
+    resumed = run(*settings, "--early_stopping_patience=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert len(metrics(resumed)["epochs"]) == 3

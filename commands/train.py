@@ -289,7 +289,8 @@ class GPT2CLI(LightningCLI):
         self.summary = RunSummary(self.config_settings(), files)
         callbacks += [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         shows_bar = trainer["enable_progress_bar"] is not False and sys.stdout is not None and sys.stdout.isatty()
-        callbacks.append(RunProgressBar() if shows_bar else EpochLines())
+        if shows_bar:
+            callbacks.append(RunProgressBar())
         trainer["enable_progress_bar"] = shows_bar  # else Lightning adds a bar of its own
         if trainer["logger"]:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -314,7 +315,8 @@ class GPT2CLI(LightningCLI):
         order: list[Callback] = made.callbacks  # type: ignore[attr-defined]
         order.remove(self.summary)  # its account begins behind config.yaml, and ends before the checkpoints
         behind = sum(not isinstance(callback, RunCheckpoint) for callback in order)
-        order[behind:behind] = [EndOfTraining(), self.summary] if self.subcommand == "fit" else [self.summary]
+        last_validation: list[Callback] = [EndOfTraining()] if self.subcommand == "fit" else []
+        order[behind:behind] = [*last_validation, self.summary, *([] if shows_bar else [EpochLines()])]
         return made
 
     def _checkpoints(self, monitor: str | None, mode: str, every_n_steps: int | None) -> list[RunCheckpoint]:

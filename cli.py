@@ -89,12 +89,14 @@ def _main(args: list[str], alone: bool) -> None:
         os.getcwd()
     except OSError as error:
         _fail(f"the working folder cannot be used: {error.strerror}; change to one that exists")
+    reserve = bytearray(2**24)  # of memory, given up when there is none, to say so
     try:
         if args[0] in ("classify", "compare", "export", "generate", "sweep"):
             _imported(args[0], alone).main(args[1:])
         else:
             _run(args, alone)
     except Exception as error:
+        del reserve
         _end(error)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands import Arguments
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.errors import InputError, describe_failure, printable
 from gpt2_pl.files import check_new, room, whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT
 
@@ -59,6 +59,8 @@ def load(checkpoint: Path, base: str | None = None) -> Task:
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of other kinds than ours
+        if describe_failure(error) is not None:  # no memory, not a fault of the checkpoint
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{checkpoint} does not hold what its task needs: {reason[:200]}") from error
 

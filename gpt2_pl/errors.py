@@ -136,15 +136,19 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 def _describe_memory(error: BaseException) -> str | None:
-    text = str(error)
+    text, where, advice = str(error), "", ""
     if isinstance(error, RuntimeError):  # torch's and other libraries' in C++
         of_device = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
         if not of_device and not any(sign in text for sign in _OUT_OF_MEMORY):
             return None
         where, advice = " on the device" if of_device else "", "; a smaller batch size needs less"
-    elif isinstance(error, MemoryError):
-        where, advice = "", ""
-    else:
+    elif isinstance(error, ImportError):  # of a library that finds no room in the address space
+        if not any(sign in text for sign in ("failed to map segment", os.strerror(errno.ENOMEM))):
+            return None
+    elif isinstance(error, SystemError):  # C code that was refused memory and forgot to say so
+        if "without exception set" not in text and "without setting an exception" not in text:
+            return None
+    elif not isinstance(error, MemoryError):
         return None
     asked = re.search(r"(?:tried to allocate|Unable to allocate) ([\d.]+ \w+)", text, flags=re.IGNORECASE)
     return f"there is not enough memory{where}{f' for another {asked[1]}' if asked else ''}{advice}"
@@ -161,11 +165,13 @@ def _describe_os_error(error: BaseException) -> str | None:
 
 
 def error_number(error: BaseException) -> int | None:
-    """The system's number of an error; libraries that are written in Rust and worker processes only print it."""
+    """The system's number of an error; the loader, libraries that are written in Rust and workers only print it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in errno.errorcode else None
-    printed = r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)"
-    found = re.search(printed, str(error))
+    text = str(error)
+    if isinstance(error, ImportError):  # of a shared library
+        return next((number for number in (errno.EMFILE, errno.ENFILE, errno.EIO) if os.strerror(number) in text), None)
+    found = re.search(r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)", text)
     return None if found is None else int(found[1])
 
 

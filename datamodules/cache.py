@@ -1,4 +1,4 @@
-"""Arrow files of what was computed from data, computed again where such a file is missing or damaged."""
+"""Files of what was computed from data, computed again where such a file is missing or damaged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -24,11 +24,7 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def cached(name: str, key: Any, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]]) -> Dataset:
-    """The rows that ``batches`` computes, read from a file of the cache and mapped into memory.
-
-    The file holds an Arrow stream and then the SHA-256 of it, so that one that was cut short, overwritten or is not
-    readable is recognised and written again. Where the cache cannot be written, a temporary folder takes its place
-    until the process ends.
+    """The rows that ``batches`` computes, in a file of the cache that is mapped into memory.
 
     Args:
         name: what is cached, for the file's name.
@@ -41,46 +37,68 @@ def cached(name: str, key: Any, schema: pa.Schema, batches: Callable[[], Iterabl
         RunError: the disk is full, or what was written cannot be read.
     """
     import datasets
+    import pyarrow as pa
 
-    digest = hashlib.sha256(json.dumps([key, schema.to_string()]).encode()).hexdigest()[:32]
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{name}-{digest}.arrow"
-    table = _read(file)
-    if table is None:
+    def write(file: IO[bytes]) -> None:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches():
+                writer.write_batch(batch)
+
+    contents, file = cached_file(f"{name}.arrow", [key, schema.to_string()], write)
+    table = pa.ipc.open_stream(contents).read_all()
+    return datasets.Dataset(datasets.table.MemoryMappedTable(table, str(file)), fingerprint=file.stem)
+
+
+def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tuple[pa.Buffer, Path]:
+    """What ``write`` writes, mapped into memory from a file of the cache.
+
+    Behind the contents the file holds their SHA-256, so that one that was cut short, overwritten or is not readable is
+    recognised and written again. Where the cache cannot be written, a temporary folder takes its place until the
+    process ends.
+
+    Args:
+        name: of the file; its stem is followed by a digest of the key.
+        key: everything that the contents depend on, as JSON can express it.
+        write: writes them.
+
+    Returns:
+        The contents, and the file.
+
+    Raises:
+        InputError: from ``write``; nothing is cached then.
+        RunError: the disk is full, or what was written cannot be read.
+    """
+    import datasets
+
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{Path(name).stem}-{digest}{Path(name).suffix}"
+    contents = _read(file)
+    if contents is None:
         file = _writable(file)
-        table = _read(file)
-    if table is None:
-        _write(file, schema, batches)
-        table = _read(file)
-    if table is None:
+        contents = _read(file)
+    if contents is None:
+        with whole_file(file, "wb") as out:
+            digested = _Digested(out)
+            write(cast("IO[bytes]", digested))
+            out.write(digested.digest.digest())
+        contents = _read(file)
+    if contents is None:
         raise RunError(f"{file} cannot be read after it was written; HF_DATASETS_CACHE names another folder")
-    return datasets.Dataset(datasets.table.MemoryMappedTable(table, str(file)), fingerprint=digest)
+    return contents, file
 
 
-def _read(file: Path) -> pa.Table | None:
-    """The table of a cache file; None where there is none or it is damaged."""
+def _read(file: Path) -> pa.Buffer | None:
+    """The contents of a cache file; None where there is none or it is damaged."""
     import pyarrow as pa
 
     try:
-        if not file.is_file():
-            return None
-        content = pa.memory_map(str(file)).read_buffer()
-        end = content.size - _DIGEST_SIZE
-        if end <= 0 or hashlib.sha256(content.slice(0, end)).digest() != content.slice(end).to_pybytes():
-            return None
-        return pa.ipc.open_stream(content.slice(0, end)).read_all()
+        whole = pa.memory_map(str(file)).read_buffer()
     except (OSError, pa.ArrowException):
         return None
-
-
-def _write(file: Path, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]]) -> None:
-    import pyarrow as pa
-
-    with whole_file(file, "wb") as out:
-        sink = _Digested(out)
-        with pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches():
-                writer.write_batch(batch)
-        out.write(sink.digest.digest())
+    end = whole.size - _DIGEST_SIZE
+    if end < 0 or hashlib.sha256(whole.slice(0, end)).digest() != whole.slice(end).to_pybytes():
+        return None
+    return whole.slice(0, end)
 
 
 class _Digested:

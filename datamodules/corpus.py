@@ -3,27 +3,76 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from itertools import islice
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from datamodules.base import TextData
 from datamodules.batching import PackedRows
+from datamodules.cache import cached_file
 from datamodules.rows import Source, read_file, read_hub, require_columns
-from gpt2_pl.errors import InputError
-from gpt2_pl.files import existing_file, whole_file
-from gpt2_pl.tokenizer import END_OF_TEXT, train_tokenizer
+from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.files import existing_file
+from gpt2_pl.tokenizer import END_OF_TEXT, encode_stream, train_tokenizer
+from gpt2_pl.version import __version__
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_PIECE = 1 << 20  # characters of a text file that are tokenised at a time
-_CACHE_FORMAT = 1  # part of every cache key; raised when what is cached changes
+_PIECE = 1 << 17  # characters of texts that are in memory at a time, with all that is made of them
+_BATCH = 1000  # texts that are tokenised at a time
+_CACHE_FORMAT = 2  # part of every cache key; raised when what is cached changes
+
+
+class TextFile:
+    """A UTF-8 file that is one text; its contents decide its fingerprint, whatever its name and its time.
+
+    Args:
+        path: the file.
+        key: the option that named it.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self._status = self._find_status()
+
+    def _find_status(self) -> tuple[int, int, int]:
+        status = self.path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the contents."""
+        with self._failures(), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @contextmanager
+    def open(self) -> Iterator[TextIO]:
+        """Open the text, with line ends as one character.
+
+        Raises:
+            InputError: it cannot be read, is not UTF-8, or was written to since its name was read.
+        """
+        with self._failures(), self.path.open(encoding="utf-8-sig") as file:
+            yield file
+            if self._find_status() != self._status:
+                raise InputError(f"{self.key}: {self.path} changed while it was being read; wait until it is complete")
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.key}: {self.path} is not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise InputError(f"{self.key}: {self.path} cannot be read: {error.strerror}") from None
 
 
 class TextCorpus(TextData):
@@ -107,12 +156,13 @@ class TextCorpus(TextData):
 
     def _texts(self, split: str) -> Iterator[str]:
         """The texts of a split's own files, long ones in pieces."""
-        for file in self.files[split] or [None]:
-            source = self._source(split, file)
-            if isinstance(source, Path):
-                yield from _pieces(source)
+        for source in self._sources(split):
+            if isinstance(source, TextFile):
+                with source.open() as file:
+                    yield from _pieces(file)
             else:
-                yield from (text for texts in self._row_texts(source) for text in texts)
+                for text in self._row_texts(source):
+                    yield from _pieces(io.StringIO(text))
 
     def _encode(self, split: str) -> PackedRows:
         source = "train" if split == "val" and not self._has_own_val() else split
@@ -127,49 +177,66 @@ class TextCorpus(TextData):
 
     def _tokens(self, split: str) -> NDArray[Any]:
         """All tokens of a split's own files, mapped from a cache file."""
-        import datasets
+        sources = self._sources(split)
+        dtype = np.dtype(np.uint16 if max(self.tokenizer.get_vocab().values()) < 1 << 16 else np.int32)
 
-        sources = [self._source(split, file) for file in (self.files[split] or [None])]
-        identity = [source.fingerprint if not isinstance(source, Path) else _identity(source) for source in sources]
-        key = json.dumps([_CACHE_FORMAT, identity, self.column, self.tokenizer.to_str()])
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl"
-        file = folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-        if not file.is_file():
-            _write_tokens(file, (ids for source in sources for ids in self._token_pieces(source)), self.tokenizer)
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        def write(file: IO[bytes]) -> None:
+            for source in sources:
+                for ids in self._token_pieces(source):
+                    file.write(np.asarray(ids, dtype).tobytes())
 
-    def _source(self, split: str, file: str | None) -> Path | Source:
-        if file is None:
-            assert self.hub_id is not None
-            source = read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id")
-        elif Path(file).suffix.lower() == ".txt":
-            return existing_file(file, f"data.{split}_file")
-        else:
-            source = read_file(file, f"data.{split}_file")
+        key = [_CACHE_FORMAT, __version__, tokenizers.__version__, [source.fingerprint for source in sources]]
+        contents, _ = cached_file("tokens.bin", [*key, self.column, self.tokenizer.to_str()], write)
+        return np.frombuffer(contents, dtype)
+
+    def _sources(self, split: str) -> list[TextFile | Source]:
+        """A split's own files or hub dataset."""
+        if self.hub_id is not None:
+            return [self._with_column(read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id"))]
+        key = f"data.{split}_file"
+        return [
+            TextFile(existing_file(file, key), key)
+            if Path(file).suffix.lower() == ".txt"
+            else self._with_column(read_file(file, key))
+            for file in self.files[split]
+        ]
+
+    def _with_column(self, source: Source) -> Source:
         require_columns(source, [self.column], keys="data.column")
         return source
 
-    def _token_pieces(self, source: Path | Source) -> Iterator[list[int]]:
+    def _token_pieces(self, source: TextFile | Source) -> Iterator[list[int]]:
+        """The tokens of a source, a part at a time; every text that has tokens ends with ``<|endoftext|>``.
+
+        Special tokens that the tokenizer's post-processor puts around a text are left out.
+        """
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
             raise InputError(f"data.tokenizer has no {END_OF_TEXT}, which stands between texts")
-        if isinstance(source, Path):
-            for piece in _pieces(source):
-                yield self.tokenizer.encode(piece).ids
+        if isinstance(source, TextFile):
+            with source.open() as file:
+                yield from encode_stream(self.tokenizer, file)
             yield [end]
             return
-        for texts in self._row_texts(source):
-            texts = [text.strip() for text in texts]
-            for encoding in self.tokenizer.encode_batch([text for text in texts if text]):
-                yield [*encoding.ids, end]
+        for texts in _batches(text.strip() for text in self._row_texts(source)):
+            if len(texts) == 1:
+                encoded = encode_stream(self.tokenizer, io.StringIO(texts[0]))
+                yield from _ended(encoded, end)
+            else:
+                for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
+                    yield from _ended([encoding.ids], end)
 
-    def _row_texts(self, source: Source) -> Iterator[list[str]]:
-        """The texts of rows, a thousand at a time; those without a value are empty."""
-        rows = source.read([self.column])
-        while texts := [row[self.column] for _, row in islice(rows, 1000) if isinstance(row, dict)]:
-            if wrong := [text for text in texts if not isinstance(text, str | None)]:
-                raise InputError(f"data.column: {self.column!r} holds {wrong[0]!r}; it must hold text")
-            yield [text or "" for text in texts]
+    def _row_texts(self, source: Source) -> Iterator[str]:
+        """The texts of rows that have one."""
+        for number, row in source.read([self.column]):
+            text = row[self.column] if isinstance(row, dict) else None
+            if not isinstance(text, str | None):
+                raise InputError(
+                    f"{source.key}: {source.name}, row {number}: {shorten(self.column)} is {shorten(text)}; it must "
+                    "hold text (data.column says which column to read)"
+                )
+            if text:
+                yield text
 
     @property
     def perplexity_note(self) -> str:
@@ -197,45 +264,41 @@ class TextCorpus(TextData):
         }
 
 
-def _identity(path: Path) -> list[Any]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+def _ended(parts: Iterable[list[int]], end: int) -> Iterator[list[int]]:
+    """Put ``end`` behind the parts of a text, unless they are all empty."""
+    empty = True
+    for ids in parts:
+        empty = empty and not ids
+        yield ids
+    if not empty:
+        yield [end]
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    """A text file in pieces that tokenise as the whole does.
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts that are tokenised together: at most ``_BATCH`` of them and ``_PIECE`` characters, or a long one alone."""
+    batch: list[str] = []
+    n_characters = 0
+    for text in texts:
+        if batch and (len(batch) == _BATCH or n_characters + len(text) > _PIECE):
+            yield batch
+            batch, n_characters = [], 0
+        batch.append(text)
+        n_characters += len(text)
+    if batch:
+        yield batch
 
-    GPT-2 splits a run of white space before its last character; pieces are cut there, where that is a line end.
+
+def _pieces(file: TextIO) -> Iterator[str]:
+    """A text in pieces that have the words of the whole: each but the first begins with white space behind a word.
+
+    A run without white space that is longer than a piece is cut where the piece ends.
     """
-    held = ""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while read := file.read(_PIECE):
-                held += read
-                cut = len(held) - 1
-                while (cut := held.rfind("\n", 1, cut)) > 0:
-                    if not held[cut + 1].isspace():
-                        yield held[:cut]
-                        held = held[cut:]
-                        break
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    if held:
-        yield held
-
-
-def _write_tokens(file: Path, pieces: Iterator[list[int]], tokenizer: Tokenizer) -> None:
-    """Write all ids one after the other as a .npy file: beside its place, then renamed."""
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-    length = 0
-    with whole_file(file, "wb") as out:
-        np.lib.format.write_array_header_1_0(out, {**header, "shape": (10**15,)})  # as wide as the final one will be
-        start = out.tell()
-        for ids in pieces:
-            out.write(np.asarray(ids, dtype).tobytes())
-            length += len(ids)
-        out.seek(0)
-        np.lib.format.write_array_header_1_0(out, {**header, "shape": (length,)})
-        if out.tell() != start:
-            raise RuntimeError("the header of the token cache changed its size")
+    rest = ""
+    while read := file.read(_PIECE):
+        text = rest + read
+        words = text.rsplit(None, 1)
+        cut = len(words[0]) if len(words) == 2 else len(text)
+        yield text[:cut]
+        rest = text[cut:]
+    if rest:
+        yield rest

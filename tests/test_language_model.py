@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import ROOT, metrics
 from transformers import GPT2LMHeadModel
 
-import datamodules.corpus
 from datamodules import TextCorpus
 from datamodules.batching import PackedRows
 from gpt2_pl import GPT2, GPT2Config
@@ -188,18 +187,6 @@ def story(tmp_path):
     return path
 
 
-def test_a_file_read_in_pieces_is_the_whole_file(story, base, monkeypatch):
-    tokenizer = load_tokenizer(base)
-    whole = tokenizer.encode(story.read_text()).ids
-    for size in (50, 997):
-        monkeypatch.setattr(datamodules.corpus, "_PIECE", size)
-        data = TextCorpus(train_file=str(story), val_file=str(story), tokenizer=str(base), max_length=64)
-        source = data._source("train", str(story))
-        pieces = list(data._token_pieces(source))
-        assert len(pieces) > 10
-        assert [i for piece in pieces for i in piece] == [*whole, tokenizer.token_to_id(END_OF_TEXT)]
-
-
 def test_rows_of_a_file_are_texts(files, base):
     data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
     data.setup()
@@ -209,9 +196,6 @@ def test_rows_of_a_file_are_texts(files, base):
     n_train = round(len(expected) * 0.95)
     assert data.encoded["train"].values.tolist() == expected[:n_train]
     assert data.encoded["val"].values.tolist() == expected[n_train:]
-    again = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
-    again.setup()
-    assert isinstance(again.encoded["train"].values, np.memmap)
 
 
 def test_a_run_and_its_perplexity(run, base, files, capsys):
@@ -297,18 +281,6 @@ def test_training_flops_are_those_of_a_count(base):
         logits = model.logits(model(ids))
         logits.sum().backward()
     assert training_flops(config, 64) == pytest.approx(counted.get_total_flops() / ids.numel(), rel=0.01)
-
-
-@pytest.mark.parametrize("line", ["word word word.\n\n", "one two\r\n\r\n", "a  \n \n\tb\n", "x\n\n\n  y z\n"])
-def test_paragraphs_are_read_in_pieces_that_tokenise_as_the_whole(line, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(datamodules.corpus, "_PIECE", 50)
-    file = tmp_path / "text.txt"
-    file.write_text(line * 60, newline="")
-    pieces = list(datamodules.corpus._pieces(file))
-    assert len(pieces) > 5
-    tokenizer, whole = load_tokenizer(base), (line * 60).replace("\r\n", "\n")
-    assert "".join(pieces) == whole
-    assert [i for piece in pieces for i in tokenizer.encode(piece).ids] == tokenizer.encode(whole).ids
 
 
 def test_texts_to_ignore_must_be_tokens(base, files):

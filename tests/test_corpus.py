@@ -1,0 +1,228 @@
+"""TextCorpus: long texts in bounded memory, rows of any length, and the cache of tokens."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+import datamodules.corpus
+from datamodules import TextCorpus
+from gpt2_pl.errors import InputError
+from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "gpt2_pl"
+
+
+class Watched:
+    """A tokenizer that notes how many characters it encodes at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.longest, self.total = tokenizer, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def _note(self, n: int) -> None:
+        self.longest, self.total = max(self.longest, n), self.total + n
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self._note(len(text))
+        return self.tokenizer.encode(text, **options)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self._note(sum(map(len, texts)))
+        return self.tokenizer.encode_batch(texts, **options)
+
+
+def corpus(file: Path, base: Path, **options: Any) -> tuple[TextCorpus, Watched]:
+    """A corpus to test on, set up, and its tokenizer."""
+    data = TextCorpus(test_file=str(file), tokenizer=str(base), max_length=32, **options)
+    data._tokenizer = watched = Watched(load_tokenizer(base))  # type: ignore[assignment]
+    data.setup()
+    return data, watched
+
+
+def tokens(data: TextCorpus) -> list[int]:
+    return data.encoded["test"].values.tolist()
+
+
+def write_jsonl(file: Path, texts: list[str | None]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+TEXTS = {
+    "words without line ends": "a wonderful film about love, and nothing else. " * 3500,
+    "blank lines": "\n" * 150_000,
+    "letters alone": "wonderful" * 16_000,
+    "lines": "The film number 1 is fine.\n\n\n  And 12 people saw it,\nall of them twice.\n" * 2000,
+    "windows line ends": "one two\r\n\r\nthree\r\n" * 9_000,
+    "short": "a film",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_file_of_any_kind_equals_the_whole_text_in_bounded_memory(name, base, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + TEXTS[name].encode())
+    data, tokenizer = corpus(file, base)
+    whole = tokenizer.tokenizer.encode(TEXTS[name].replace("\r\n", "\n")).ids
+    assert tokens(data) == [*whole, tokenizer.token_to_id(END_OF_TEXT)]
+    assert tokenizer.longest <= 1 << 17
+
+
+def test_rows_long_and_short_keep_their_order_in_bounded_memory(base, tmp_path):
+    texts = ["a film", "  ", "a long film. " * 12_000, None, "the end", *["a story of " * 900] * 40, "\n" * 9, "fine "]
+    data, tokenizer = corpus(write_jsonl(tmp_path / "rows.jsonl", texts), base)
+    end, encode = tokenizer.token_to_id(END_OF_TEXT), tokenizer.tokenizer.encode
+    expected = [i for text in texts if text and text.strip() for i in (*encode(text.strip()).ids, end)]
+    assert tokens(data) == expected
+    assert tokenizer.longest <= 1 << 17
+
+
+def test_special_tokens_and_texts_without_tokens_are_left_out(base, tmp_path):
+    """A post-processor would put its tokens around every window and every row."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    x, a, b = {"SpecialToken": {"id": "x", "type_id": 0}}, *({"Sequence": {"id": n, "type_id": 0}} for n in "AB")
+    settings["post_processor"] = {"type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
+                                  "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    text = "a good film. " * 11_000
+    (tmp_path / "text.txt").write_text(text)
+    plain = load_tokenizer(base)
+    end = plain.token_to_id(END_OF_TEXT)
+    assert tokens(corpus(tmp_path / "text.txt", folder)[0]) == [*plain.encode(text).ids, end]
+    rows = write_jsonl(tmp_path / "rows.jsonl", ["a film", "zzz", "the plot", "z" * 140_000])
+    expected = [*plain.encode("a film").ids, end, *plain.encode("the plot").ids, end]
+    assert tokens(corpus(rows, folder)[0]) == expected
+
+
+@pytest.mark.parametrize("line", ["word word word.\n\n", "one two\n\n", "a  \n \n\tb\n", "x\n\n\n  y z\n", "no ends "])
+def test_pieces_to_train_a_tokenizer_on_have_the_words_of_the_whole(line, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(datamodules.corpus, "_PIECE", 50)
+    file = tmp_path / "text.txt"
+    file.write_text(line * 60)
+    pieces = list(TextCorpus(train_file=str(file), vocab_size=300)._texts("train"))
+    assert "".join(pieces) == line * 60
+    assert max(map(len, pieces)) <= 100
+    split = load_tokenizer(base).pre_tokenizer.pre_tokenize_str
+    words = Counter(word for piece in pieces for word, _ in split(piece))
+    assert words == Counter(word for word, _ in split(line * 60))
+
+
+def test_pieces_of_a_text_without_white_space_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(datamodules.corpus, "_PIECE", 50)
+    (tmp_path / "text.txt").write_text("x" * 1000)
+    pieces = list(TextCorpus(train_file=str(tmp_path / "text.txt"), vocab_size=300)._texts("train"))
+    assert "".join(pieces) == "x" * 1000
+    assert max(map(len, pieces)) <= 100
+
+
+# The cache
+
+
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".jsonl"])
+def test_file_changed_under_its_modification_time_is_read_anew(ending, base, tmp_path):
+    file = tmp_path / f"text{ending}"
+    contents = {".txt": "{0}", ".csv": "text\n{0}\n", ".jsonl": '{{"text": "{0}"}}\n'}[ending]
+    found = []
+    for text in ("a good film", "a long film"):
+        file.write_text(contents.format(text))
+        os.utime(file, (10**9, 10**9))
+        data, tokenizer = corpus(file, base)
+        found.append(tokens(data))
+        assert found[-1] == [*tokenizer.encode(text).ids, tokenizer.token_to_id(END_OF_TEXT)]
+    assert found[0] != found[1]
+
+
+def test_same_contents_are_tokenised_once(base, tmp_path):
+    text = "a good film, " * 100
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(text)
+    data, tokenizer = corpus(tmp_path / "one.txt", base)
+    assert tokenizer.total >= len(text)
+    again, tokenizer = corpus(tmp_path / "two.txt", base)
+    assert tokenizer.total == 0
+    assert tokens(data) == tokens(again)
+    assert not again.encoded["test"].values.flags.owndata  # it is mapped from the file
+
+
+def _truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _zero(file: Path) -> None:
+    """As a file is whose last pages were not on the disk when the machine stopped."""
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = {
+    "cut short": _truncate,
+    "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("not tokens"),
+    "of another type": lambda file: file.write_bytes(np.zeros(100).tobytes()),
+    "zeros at its end": _zero,
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0\0"),
+    "a folder": _folder,
+    "a link to nothing": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_cache_is_made_anew_quietly(name, base, tmp_path, cache, capfd, recwarn):
+    file = tmp_path / "text.txt"
+    file.write_text("a good film, " * 100)
+    expected = tokens(corpus(file, base)[0])
+    (cached,) = cache.iterdir()
+    DAMAGES[name](cached)
+    assert tokens(corpus(file, base)[0]) == expected
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+    _, tokenizer = corpus(file, base)
+    assert tokenizer.total == 0  # the cache is whole again
+
+
+def test_text_that_is_written_to_while_it_is_read_is_refused_and_not_cached(base, tmp_path, cache):
+    file = tmp_path / "text.txt"
+    file.write_text("a good film, " * 100)
+    tokenizer = load_tokenizer(base)
+
+    class Writing(Watched):
+        def encode(self, text: str, **options: Any) -> Any:
+            file.write_text("another film, " * 100)
+            return super().encode(text, **options)
+
+    data = TextCorpus(test_file=str(file), tokenizer=str(base), max_length=32)
+    data._tokenizer = Writing(tokenizer)  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"data\.test_file: .*text\.txt changed while it was being read"):
+        data.setup()
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x[1].txt", "a*.txt", "a?.txt", "zip:::b.txt", "$HOME.txt", "~.txt"])
+def test_text_files_are_named_not_matched(name, base, tmp_path, monkeypatch):
+    for other in ("x1.txt", "ab.txt", "b.txt"):
+        (tmp_path / other).write_text("another text")
+    (tmp_path / name).write_text("a good film")
+    monkeypatch.chdir(tmp_path)
+    data, tokenizer = corpus(Path(name), base)
+    assert tokens(data) == [*tokenizer.encode("a good film").ids, tokenizer.token_to_id(END_OF_TEXT)]

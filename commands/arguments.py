@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from commands import RUNS
+from commands.plugins import add_working_folder, import_class, import_plugin
 from gpt2_pl.checkpoint import read
 from gpt2_pl.documents import load_yaml, read_yaml
 from gpt2_pl.errors import InputError
@@ -17,18 +18,212 @@ from gpt2_pl.files import existing_file
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 
+_CLASSES = ("model", "data", "model.surgery", "trainer.callbacks")  # keys whose values may be classes' names
 
-def refuse_contradictions(files: list[Any]) -> None:
+
+class Source(NamedTuple):
+    """A configuration file or a flag.
+
+    Args:
+        name: the file as it was named, or the flag without its dashes.
+        settings: the values that it states, by key, such as ``model.optimizer.init_args.lr``.
+        content: what a file holds; None for a flag.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    content: dict[str, Any] | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a configuration file."""
+        return self.content is not None
+
+
+def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """The values below a key, by their own keys; lists are values. The arguments of ``model`` are keys of it."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield re.sub(r"^(model|data)\.init_args\.", r"\1.", key), value
+
+
+class CommandLine:
+    """The arguments of fit, validate, test and predict, read once: files and flags in their order, later over earlier.
+
+    Args:
+        args: from the subcommand on.
+
+    Attributes:
+        command: the subcommand.
+        sources: files and flags, in order.
+        arguments: what the parser reads: ``args`` without ``--plugin``.
+        plugins: the modules that ``--plugin`` names.
+
+    Raises:
+        InputError: no such file, one that is not YAML, one that is too large or too deep, or one whose keys hold what
+            they cannot.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.command, *rest = args
+        self.sources: list[Source] = []
+        self.plugins: list[str] = []
+        self.arguments = [self.command]
+        while rest:
+            typed = [rest.pop(0)]
+            name, equals, value = typed[0].partition("=")
+            if not equals and name.startswith("-") and rest and not rest[0].startswith("--"):
+                typed.append(value := rest.pop(0))
+            if name == "--plugin":
+                self.plugins.append(value)
+                continue
+            self.arguments += typed
+            if name in ("-c", "--config") and (equals or len(typed) == 2):
+                self._add_file(value)
+            elif name.startswith("--"):
+                self._add_flag(name.removeprefix("--"), value if equals or len(typed) == 2 else None)
+            elif name.startswith("-c"):
+                raise InputError(f"{typed[0]} is no flag; a configuration file is given as --config FILE")
+
+    def _add_file(self, name: str) -> None:
+        content = read_yaml(existing_file(name, "config"))
+        if isinstance(content, dict):
+            check_shape(name, content)
+            self.sources.append(Source(name, dict(_flatten(content, "")), content))
+
+    def _add_flag(self, key: str, text: str | None) -> None:
+        try:
+            value = None if text is None else load_yaml(text, f"--{key}")
+        except InputError:
+            value = text
+        self.sources.append(Source(key, dict(_flatten(value, key))))
+
+    @property
+    def files(self) -> list[str]:
+        """The configuration files' names, in order; those that are empty are left out."""
+        return [source.name for source in self.sources if source.is_file]
+
+    def last(self, key: str) -> Any:
+        """The value that the last file or flag with this key states; None if there is none."""
+        return next((s.settings[key] for s in reversed(self.sources) if key in s.settings), None)
+
+    def has_flag(self, *keys: str) -> bool:
+        """Whether one of these keys is a flag."""
+        return any(not source.is_file and source.name in keys for source in self.sources)
+
+    def states(self, key: str) -> bool:
+        """Whether a file or flag states an argument of the model, or a part of it; null states nothing."""
+        pattern = re.compile(rf"model\.{re.escape(key)}(\+|\..+)?")
+        return any(
+            value is not None and pattern.fullmatch(name)
+            for source in self.sources
+            for name, value in source.settings.items()
+        )
+
+    def checkpoint(self) -> str | None:
+        """The file that ``ckpt_path`` names.
+
+        Raises:
+            InputError: it is not a file.
+        """
+        path = self.last("ckpt_path")
+        if path is None:
+            return None
+        if not isinstance(path, str):
+            raise InputError(f"ckpt_path must be the name of a file, got {path!r}")
+        existing_file(path, "ckpt_path")
+        return path
+
+    def import_classes(self) -> None:
+        """Import plugins, and the modules of the classes that files and flags name: they are the user's own choice.
+
+        Raises:
+            InputError: a module that cannot be imported.
+        """
+        add_working_folder()
+        for name in self.plugins:
+            import_plugin(name)
+        for source in self.sources:
+            for key, value in source.settings.items():
+                is_class = key.endswith("class_path") or key.removesuffix("+") in _CLASSES
+                values = [value] if isinstance(value, str) and is_class else []
+                values += [one for one in value if isinstance(one, str)] if isinstance(value, list) and is_class else []
+                for path in [*values, *_class_paths(value)]:
+                    import_class(path, key)
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """The class paths within a list of classes and their arguments."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _class_paths(one)
+    elif isinstance(value, dict):
+        if isinstance(value.get("class_path"), str):
+            yield value["class_path"]
+        yield from _class_paths(list(value.values()))
+
+
+def check_order(line: CommandLine) -> list[str]:
+    """Find settings that a later file overrides though their order says that they should win.
+
+    The file that names the model's class (a task's) is the one that other files change: it comes first. What a file
+    before it says about the model or the data would silently be lost. Every other override is as LightningCLI has it,
+    later over earlier, and worth a warning where a flag or a file before the task's file loses.
+
+    Returns:
+        Warnings, a line each.
+
+    Raises:
+        InputError: naming both files, the keys and the values.
+    """
+    warnings = []
+    has_class = False
+    for i, source in enumerate(line.sources):
+        names_class = "model.class_path" in source.settings or "model" in source.settings
+        later = [other for other in line.sources[i + 1 :] if other.is_file]
+        if source.is_file and not has_class and not names_class:
+            later = [other for other in later if "model.class_path" in other.settings][:1]
+            for task in later:
+                if not (lost := _lost(source, task)):
+                    continue
+                told = ", ".join(f"{key} ({was!r} becomes {now!r})" for key, was, now in lost)
+                if any(key.startswith(("model.", "data.")) for key in source.settings):
+                    raise InputError(
+                        f"{task.name} comes after {source.name} and would override its {told}; give the task's file "
+                        f"first: --config {task.name} --config {source.name}"
+                    )
+                warnings.append(f"{task.name} comes after {source.name} and overrides its {told}")
+        elif not source.is_file:
+            for other in later:
+                warnings += [
+                    f"{other.name} comes after --{key} {was!r} and overrides it by {now!r}; give flags after files"
+                    for key, was, now in _lost(source, other)
+                ]
+        has_class |= names_class
+    return warnings
+
+
+def _lost(earlier: Source, later: Source) -> list[tuple[str, Any, Any]]:
+    """The settings of one source that a later one states otherwise: key, value before and after."""
+    lost = []
+    for key, value in earlier.settings.items():
+        plain = key.removesuffix("+")
+        if plain in later.settings and later.settings[plain] != value:
+            lost.append((plain, value, later.settings[plain]))
+    return lost
+
+
+def refuse_contradictions(line: CommandLine) -> None:
     """Refuse two files of which one trains the base, or operates on it, and the other leaves it as it is."""
     trains: dict[bool, str] = {}
     surgery = None
-    for file in filter(None, files):
-        model = (load_yaml(file.get_content(), str(file)) or {}).get("model") or {}
-        stated = (model.get("init_args") if isinstance(model, dict) else None) or {}
-        if (value := stated.get("train_base")) is not None:
-            trains[bool(value)] = str(file)
-        if stated.get("surgery") or stated.get("surgery+"):
-            surgery = str(file)
+    for file in filter(lambda source: source.is_file, line.sources):
+        if (value := file.settings.get("model.train_base")) is not None:
+            trains[bool(value)] = file.name
+        if file.settings.get("model.surgery") or file.settings.get("model.surgery+"):
+            surgery = file.name
     if len(trains) == 2:
         raise InputError(
             f"{trains[True]} trains the base and {trains[False]} does not (train_base); leave one of them out"
@@ -75,37 +270,6 @@ def check_ranges(config: Any) -> None:
         raise InputError(f"trainer.default_root_dir is {root}; it must be a folder")
 
 
-def ordered(args: list[str]) -> list[str]:
-    """The command, its configuration files, then its flags: these lie over files wherever they stand.
-
-    Raises:
-        InputError: a file that is given as ``-cFILE``.
-    """
-    for arg in args:
-        if arg.startswith("-c") and arg != "-c":
-            raise InputError(f"{arg} is no flag; a configuration file is given as --config FILE")
-    files: list[str] = []
-    flags: list[str] = []
-    for before, arg in pairwise(args):
-        is_file = before in ("-c", "--config") or arg in ("-c", "--config") or arg.startswith("--config=")
-        (files if is_file else flags).append(arg)
-    return [*args[:1], *files, *flags]
-
-
-def settings_of(args: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The configuration files on the command line that hold keys, in order, by name.
-
-    Raises:
-        InputError: no such file, one that is not YAML, or one that is too large or too deep.
-    """
-    values = [following for arg, following in pairwise(args) if arg in ("-c", "--config")]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for value in values:
-        settings = read_yaml(existing_file(value, "config"))
-        if isinstance(settings, dict):
-            yield value, settings
-
-
 def check_shape(file: str, settings: Any, key: str = "") -> None:
     """Refuse what the parser passes over, or names only by what is around it.
 
@@ -134,29 +298,6 @@ def check_shape(file: str, settings: Any, key: str = "") -> None:
         check_shape(file, value, f"{key}.{name}".removeprefix("."))
 
 
-def checkpoint_path(args: list[str]) -> str | None:
-    """The checkpoint that flags, or else files, name: a file here."""
-    path = None
-    for _, settings in settings_of(args):
-        path = settings.get("ckpt_path", path)
-    for i, arg in enumerate(args):
-        if arg == "--ckpt_path" and i + 1 < len(args):
-            path = args[i + 1]
-        elif arg.startswith("--ckpt_path="):
-            path = arg.partition("=")[2]
-    if path in (None, "null"):
-        return None
-    if not isinstance(path, str):
-        raise InputError(f"ckpt_path is {path!r}; it must be a file's name")
-    existing_file(path, "ckpt_path")
-    return path
-
-
-def states(args: list[str], *keys: str) -> bool:
-    """Whether flags say what any of these keys is."""
-    return any(arg.partition("=")[0] in {f"--{key}" for key in keys} for arg in args)
-
-
 def run_of(checkpoint: Path, root: Path) -> Path | None:
     """The folder, below ``root``, of the run that a last checkpoint is to go on; None of any other checkpoint."""
     run = checkpoint.expanduser().resolve().parents[1]
@@ -183,8 +324,13 @@ def _settings_that_stay(settings: dict[str, Any]) -> dict[str, Any]:
         for key, value in (stated.get("init_args") or {}).items():
             if key == "surgery":
                 value = [
-                    {**of, "init_args": {k: v for k, v in of.get("init_args", {}).items() if k not in _FREE_OF_SURGERY}}
-                    for of in value or []
+                    {
+                        **one,
+                        "init_args": {
+                            k: v for k, v in (one.get("init_args") or {}).items() if k not in _FREE_OF_SURGERY
+                        },
+                    }
+                    for one in value or []
                 ]
             if key not in _FREE and not key.endswith("_file"):
                 found[f"{part}.{key}"] = value
@@ -200,7 +346,8 @@ def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
     """
     if not file.is_file():
         return
-    before = _settings_that_stay(dict(settings_of(["fit", f"--config={file}"])).get(str(file), {}))
+    content = read_yaml(file)
+    before = _settings_that_stay(content if isinstance(content, dict) else {})
     now = _settings_that_stay(settings)
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
@@ -210,35 +357,18 @@ def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def with_hyperparameters(args: list[str], checkpoint: str) -> list[str]:
-    """Put the checkpoint's hyperparameters under all files and flags, as a first configuration file."""
+def with_hyperparameters(line: CommandLine, checkpoint: str) -> list[str]:
+    """The parser's arguments with the checkpoint's hyperparameters below all files and flags, as a first file."""
     content = read(checkpoint, "ckpt_path", Task)
-    stored, task = dict(content["hyper_parameters"]), content["task"]
+    stored = dict(content["hyper_parameters"])
     stored.pop("num_classes", None)  # the data's to say
     stored.pop("word_ids", None)
     for key, other in (("base", "config"), ("config", "base")):
-        if states_argument(args, key):
+        if line.states(key):
             stored.pop(other, None)  # a model has one of the two
-    if states_argument(args, "surgery"):
+    if line.states("surgery"):
         stored.pop("surgery", None)  # theirs would be added to it
     else:
         stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
-    layer = {"model": {"class_path": task, "init_args": stored}}
-    return [args[0], "--config", yaml.safe_dump(layer), *args[1:]]
-
-
-def states_argument(args: list[str], key: str) -> bool:
-    """Whether flags or configuration files say what an argument of the model is; null says nothing."""
-    for arg, following in pairwise([*args, ""]):
-        name, equals, value = arg.partition("=")
-        if (
-            name.startswith((f"--model.{key}", f"--model.init_args.{key}"))
-            and (value if equals else following) != "null"
-        ):
-            return True
-    for _, settings in settings_of(args):
-        model = settings.get("model")
-        stated = model.get("init_args") if isinstance(model, dict) else None
-        if isinstance(stated, dict) and any(stated.get(name) is not None for name in (key, f"{key}+")):
-            return True
-    return False
+    layer = {"model": {"class_path": content["task"], "init_args": stored}}
+    return [line.command, "--config", yaml.safe_dump(layer), *line.arguments[1:]]

@@ -37,7 +37,7 @@ class Text(NamedTuple):
 
 def main(args: list[str]) -> None:
     """Classify the rows of a file, which need no labels and may be more than fit in memory."""
-    parser = Arguments(prog="gpt2-pl classify", description=__doc__)
+    parser = Arguments(plugins=True, prog="gpt2-pl classify", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--input", required=True, help="CSV, TSV, JSON lines or Parquet file with the template's columns"

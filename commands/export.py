@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(args: list[str]) -> None:
     """Write RUN's best checkpoint in another program's format."""
-    parser = Arguments(prog="gpt2-pl export", description=__doc__)
+    parser = Arguments(plugins=True, prog="gpt2-pl export", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--format",

@@ -15,7 +15,7 @@ _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, what
 
 def main(args: list[str]) -> None:
     """Write what a run's model makes of every prompt of a file."""
-    parser = Arguments(prog="gpt2-pl generate", description=__doc__)
+    parser = Arguments(plugins=True, prog="gpt2-pl generate", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--prompt_file",

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from commands import RUNS
 from commands.plan import Plan
 from commands.planned import PlannedRun
+from commands.plugins import plugins_of
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import whole_file
 
@@ -76,7 +77,8 @@ def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # the same when it goes on: sums depend on it in their last digits
         command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
     if run.exported and not (run.folder / "exported").is_dir():
-        command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}"])
+        plugins = [f"--plugin={module}" for module in plugins_of(run.folder / "config.yaml")]
+        command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}", *plugins])
 
 
 def _here(args: list[str]) -> None:

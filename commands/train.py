@@ -37,21 +37,18 @@ from callbacks import (
 from callbacks.run_folder import RunLock
 from commands import RUNS
 from commands.arguments import (
+    CommandLine,
     check_name,
+    check_order,
     check_ranges,
     check_same_settings,
-    check_shape,
-    checkpoint_path,
-    ordered,
     refuse_contradictions,
     run_of,
-    settings_of,
-    states,
     with_hyperparameters,
 )
 from commands.process import LAUNCHER, interrupts, rank
 from commands.run_files import RunFiles, RunLogger
-from gpt2_pl.documents import check_yaml, load_yaml
+from gpt2_pl.documents import check_yaml
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
@@ -96,13 +93,12 @@ class GPT2CLI(LightningCLI):
     """LightningCLI with this library's run folder, checkpoints, early stopping and account of the run."""
 
     def __init__(self, args: list[str]) -> None:
-        args = ordered(args)
-        for file, settings in settings_of(args):
-            check_shape(file, settings)
-        self.checkpoint = checkpoint_path(args)
-        if self.checkpoint is not None:
-            args = with_hyperparameters(args, self.checkpoint)
-        self.given = list(args)
+        self.line = CommandLine(args)
+        self.line.import_classes()
+        self.checkpoint = self.line.checkpoint()
+        for warning in check_order(self.line):
+            if rank() == 0:
+                print(f"gpt2-pl: warning: {printable(warning)}", file=sys.stderr)
         self.lock: RunLock | None = None
         self.folder: RunFolder | None = None
         interrupts.advice = self._resume_advice
@@ -119,12 +115,15 @@ class GPT2CLI(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                args=args,
+                args=self._parser_arguments(),
             )
         finally:
             for lock in (self.lock, None if self.folder is None else self.folder.lock):
                 if lock is not None:
                     lock.release()
+
+    def _parser_arguments(self) -> list[str]:
+        return self.line.arguments if self.checkpoint is None else with_hyperparameters(self.line, self.checkpoint)
 
     # Keys
 
@@ -188,11 +187,11 @@ class GPT2CLI(LightningCLI):
             raise InputError(f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE")
         check_ranges(config)
         check_name(config.name)
-        if self.subcommand != "fit" and not states(self.given, "version"):
+        if self.subcommand != "fit" and not self.line.has_flag("version"):
             config.version = None  # a file's is that of the run which it is of
         if config.version is not None:
             check_name(config.version, "version")
-        refuse_contradictions(config.get("config") or [])
+        refuse_contradictions(self.line)
         for key in ("model", "data"):
             if config.get(key) is None:
                 raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
@@ -213,7 +212,7 @@ class GPT2CLI(LightningCLI):
             trainer.logger = True
         root = Path(trainer.default_root_dir or ".") / RUNS
         stopped = None if self.checkpoint is None else run_of(Path(self.checkpoint), root)
-        if self.subcommand == "fit" and stopped is not None and not states(self.given, "name", "version"):
+        if self.subcommand == "fit" and stopped is not None and not self.line.has_flag("name", "version"):
             config.name, config.version = str(stopped.parent), stopped.name
         folder = root / config.name / str(config.version)
         if trainer.logger is not False and not trainer.fast_dev_run:
@@ -252,24 +251,11 @@ class GPT2CLI(LightningCLI):
         asked = self.subcommand != "fit" and rank() == 0
         if asked and self.checkpoint is None and untrained and not brings_head:
             print("gpt2-pl: no ckpt_path is given: what is scored has not been trained", file=sys.stderr)
-        stated, actual = self._stated_num_classes(), getattr(self.datamodule, "num_classes", None)
+        stated, actual = self.line.last("model.num_classes"), getattr(self.datamodule, "num_classes", None)
         if stated is not None and actual is not None and str(stated) != str(actual):
             raise InputError(
                 f"model.num_classes is {stated}, and the data have {actual} classes (data.labels); leave it out"
             )
-
-    def _stated_num_classes(self) -> Any:
-        """What flags or files say of model.num_classes, which the data's own number silently replaces."""
-        stated = None
-        for file in filter(None, self.config[self.subcommand].get("config") or []):
-            model = (load_yaml(file.get_content(), str(file)) or {}).get("model") or {}
-            if isinstance(model, dict):
-                stated = (model.get("init_args") or {}).get("num_classes", stated)
-        for arg, following in zip(self.given, [*self.given[1:], ""], strict=True):
-            key, _, value = arg.partition("=")
-            if key in ("--model.num_classes", "--model.init_args.num_classes"):
-                stated = value or following
-        return stated
 
     # Building
 
@@ -284,9 +270,7 @@ class GPT2CLI(LightningCLI):
             callbacks.append(self.folder)
             if trainer["logger"] is True:
                 trainer["logger"] = RunLogger(self.folder, config["name"], root)
-        # a checkpoint's settings come as a text of several lines
-        files = [str(file) for file in config.get("config") or [] if file is not None and "\n" not in str(file)]
-        self.summary = RunSummary(self.config_settings(), files)
+        self.summary = RunSummary(self.config_settings(), self.line.files)
         callbacks += [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
         shows_bar = trainer["enable_progress_bar"] is not False and sys.stdout is not None and sys.stdout.isatty()
         if shows_bar:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT, metrics, process
 from lightning.pytorch import Callback
+from test_cli import refused
 from test_sentiment import trainer
 from torch import nn
+from transformers import GPT2ForSequenceClassification
 
+from commands.plugins import plugins_of
 from datamodules import ToySentiment
 from gpt2_pl.errors import InputError
 from gpt2_pl.registry import class_path
@@ -268,3 +274,174 @@ def test_save_class_of_main_warns(base, tmp_path, monkeypatch):
     fit.fit(task, ToySentiment(n_train=64, vocab_size=400, batch_size=16))
     with pytest.warns(UserWarning, match=r"__main__\.Focal.*move it into a module"):
         fit.save_checkpoint(tmp_path / "some.ckpt")
+
+
+# The command line
+
+MINE = """
+import lightning.pytorch as pl
+import torch
+from dataclasses import dataclass
+from datamodules import IMDB
+from gpt2_pl.surgery import Surgery
+from gpt2_pl.tasks import SentimentClassifier
+
+class Focal(SentimentClassifier):
+    def __init__(self, gamma: float = 2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.gamma = gamma
+        self.save_hyperparameters("gamma")
+
+@dataclass
+class BitFit(Surgery):
+    also: str = "bias"
+    def apply(self, model, tokenizer=None):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(("bias", self.also)))
+        return model
+
+class Count(pl.Callback):
+    def on_fit_end(self, trainer, pl_module):
+        with open("counted", "w") as file:
+            file.write(str(sum(p.numel() for p in pl_module.core.parameters() if p.requires_grad)))
+
+class Shouting(IMDB):
+    def __init__(self, loud: bool = True, **kwargs):
+        super().__init__(**kwargs)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's in the working folder, under a name of its own; imported by nobody yet."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    name = f"mine_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MINE)
+    yield name
+    for module in set(sys.modules) - before:
+        if module.startswith("mine_"):
+            del sys.modules[module]
+
+
+def forget(module):
+    """What a new process does not know."""
+    del sys.modules[module]
+    for root in (Task, Surgery):
+        for path in [path for path in root._classes if path.startswith(f"{module}.")]:
+            del root._classes[path]
+
+
+@pytest.fixture
+def fit(run, base, data_flags):
+    def fit(*args, task="imdb"):
+        return run("fit", "--config", ROOT / f"configs/task/{task}.yaml", f"--model.base={base}", *data_flags,
+                   "--data.max_length=24", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", *args)  # fmt: skip
+
+    return fit
+
+
+def test_commands_own_task_and_callback_are_trained_tested_resumed_and_used(fit, run, mine, tmp_path, files, capsys):
+    own = [f"--model={mine}.Focal", "--model.gamma=1.5", f"--trainer.callbacks+={mine}.Count"]
+    folder = fit(*own, f"--data={mine}.Shouting", "--data.loud=false", "--name=task")
+    assert (tmp_path / "counted").is_file()
+    forget(mine)
+    run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt")
+    forget(mine)
+    resumed = ["fit", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/last.ckpt"]
+    run(*resumed, "--trainer.max_epochs=2")
+    assert [epoch["epoch"] for epoch in metrics(folder)["epochs"]] == [1, 2]
+    capsys.readouterr()
+    forget(mine)
+    said = ["classify", folder, "--input", files["test"], "--out", tmp_path / "said.csv"]
+    for command in (said, ["test", "--data=datamodules.IMDB", f"--data.test_file={files['test']}",
+                           f"--ckpt_path={folder}/checkpoints/best.ckpt"]):  # fmt: skip
+        line = refused(run, capsys, *command)
+        assert f"was written by '{mine}.Focal'" in line
+        assert "--plugin MODULE" in line
+    assert mine not in sys.modules
+    run(*said, "--plugin", mine)
+    assert len((tmp_path / "said.csv").read_text().splitlines()) == 36
+
+
+def test_commands_own_strategy_is_tested_and_exported(fit, run, mine, tmp_path, capsys):
+    surgery = f"--model.surgery+={{class_path: {mine}.BitFit, init_args: {{also: ln_1.weight}}}}"
+    folder = fit(surgery, "--name=bitfit")
+    task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/last.ckpt")
+    trained = {name for name, p in task.core.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in task.core.named_parameters() if n.endswith(("bias", "ln_1.weight"))}
+    assert metrics(folder)["parameters"]["trainable"] == sum(p.numel() for p in task.parameters() if p.requires_grad)
+    forget(mine)
+    best = folder / "checkpoints/best.ckpt"
+    run("test", "--config", folder / "config.yaml", "--ckpt_path", best)
+    forget(mine)
+    last = ["--ckpt_path", folder / "checkpoints/last.ckpt", "--trainer.max_epochs=2"]
+    run("fit", "--config", folder / "config.yaml", *last)
+    assert [epoch["epoch"] for epoch in metrics(folder)["epochs"]] == [1, 2]
+    forget(mine)
+    capsys.readouterr()
+    out = ["export", folder, "--format=hf", "--out", tmp_path / "hf"]
+    line = refused(run, capsys, *out)
+    assert f"there is no '{mine}.BitFit'" in line
+    assert "--plugin MODULE" in line
+    run(*out, f"--plugin={mine}")
+    run_of_best = SentimentClassifier.load_from_checkpoint(best)
+    peer = GPT2ForSequenceClassification.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert torch.allclose(peer.eval()(IDS).logits, logits(run_of_best), atol=1e-5)
+    forget(mine)
+    capsys.readouterr()
+    assert "base itself was trained" in refused(
+        run, capsys, "export", folder, "--format=peft", "--out", tmp_path / "peft", f"--plugin={mine}"
+    )
+
+
+EVIL = "import pathlib; pathlib.Path({marker!r}).write_text('run')\n"
+
+
+def test_commands_run_nothing_of_a_folder_or_that_a_checkpoint_names(fit, tmp_path, files, monkeypatch):
+    """In processes: modules that shadow installed ones, and the module of a task that a checkpoint names."""
+    folder = fit("--name=good")
+    checkpoint = folder / "checkpoints/best.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "task": "evil.Task"}, checkpoint)
+    for name in ("evil", "yaml", "torch", "numpy", "lightning", "argparse", "datasets", "pydantic"):
+        (tmp_path / f"{name}.py").write_text(EVIL.format(marker=str(tmp_path / f"{name}.run")))
+    commands = (
+        ["classify", folder, "--input", files["test"], "--out", tmp_path / "said.csv"],
+        ["export", folder, "--format=hf", "--out", tmp_path / "hf"],
+        ["test", "--data=datamodules.IMDB", f"--data.test_file={files['test']}", f"--ckpt_path={checkpoint}"],
+    )
+    for command in commands:
+        done = process(tmp_path, *command)
+        assert done.returncode == 2, done.stderr
+        assert "was written by 'evil.Task'" in done.stderr.splitlines()[-1]
+        assert not list(tmp_path.glob("*.run"))
+
+
+def test_plugin_that_cannot_be_imported_is_one_line(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine_bad.py").write_text("x = 1\ny = undefined\n")
+    (tmp_path / "mine_worse.py").write_text("def f(:\n")
+    (tmp_path / "mine_needs.py").write_text("import no_such_package\n")
+    said = ["classify", tmp_path, "--input", "x.csv", "--out", tmp_path / "said.csv"]
+    for name, words in (
+        ("mine_bad", "mine_bad.py, line 2: NameError: name 'undefined' is not defined"),
+        ("mine_worse", "mine_worse.py, line 1: SyntaxError"),
+        ("mine_needs", "mine_needs.py, line 1: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("mine_absent", "there is no module 'mine_absent'"),
+        ("folder/mine_bad.py", "must be the import name of a module, such as mine_bad"),
+    ):
+        assert words in refused(run, capsys, *said, "--plugin", name)
+        if "/" not in name and name != "mine_absent":
+            assert words in refused(run, capsys, "fit", "--config", ROOT / "configs/quickstart.yaml",
+                                    f"--model={name}.Focal")  # fmt: skip
+
+
+def test_plugins_of_a_run_are_its_own_modules(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": {"class_path": "mine.tasks.Focal", "init_args": {"surgery": [
+        {"class_path": "gpt2_pl.surgery.LoRA"}, {"class_path": "mine.BitFit", "init_args": {}}]}}}))  # fmt: skip
+    assert plugins_of(file) == ["mine.tasks", "mine"]
+    file.write_text("name: x\n")
+    assert plugins_of(file) == []

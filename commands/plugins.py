@@ -1,0 +1,85 @@
+"""Code of the user's own: modules in the working folder or installed, imported because the user names them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gpt2_pl.documents import read_yaml
+from gpt2_pl.errors import InputError
+
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def add_working_folder() -> None:
+    """Append the working folder to ``sys.path``: behind installed packages, which it therefore cannot replace."""
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def import_plugin(name: str) -> ModuleType:
+    """Import a module that a user names by ``--plugin``, from the working folder or from what is installed.
+
+    Raises:
+        InputError: a name that is not a module's, no such module, or one that fails when it is imported.
+    """
+    if not _DOTTED.fullmatch(name):
+        hint = f", such as {stem}" if _DOTTED.fullmatch(stem := re.sub(r"\.py$", "", os.path.basename(name))) else ""
+        raise InputError(f"plugin must be the import name of a module{hint}, got {name!r}")
+    add_working_folder()
+    module = _import(name, f"plugin: {name}")
+    if module is None:
+        raise InputError(f"plugin: there is no module {name!r}, in the working folder or among installed packages")
+    return module
+
+
+def import_class(path: str, key: str) -> None:
+    """Import the module of a class that the user's configuration names; a name without a module is left alone.
+
+    Args:
+        path: of the class, such as ``mine.BitFit``.
+        key: that holds it, for error messages.
+
+    Raises:
+        InputError: the module exists and fails when it is imported.
+    """
+    module = path
+    while _DOTTED.fullmatch(path) and (module := module.rpartition(".")[0]):  # a class may be within a class
+        if _import(module, f"{key}: {path}") is not None:
+            return
+
+
+def plugins_of(config: Path) -> list[str]:
+    """The modules of a user's own task and surgery that a run's config.yaml names.
+
+    For a configuration that this program has made of the user's own; one of others is no reason to import anything.
+    """
+    content = read_yaml(config)
+    model: Any = content.get("model") if isinstance(content, dict) else None
+    surgery = ((model or {}).get("init_args") or {}).get("surgery") or []
+    modules = [one["class_path"].rpartition(".")[0] for one in (model or {}, *surgery) if "class_path" in one]
+    return [module for module in dict.fromkeys(modules) if module and module.partition(".")[0] != "gpt2_pl"]
+
+
+def _import(name: str, what: str) -> ModuleType | None:
+    """Import a module; None if there is none of that name."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            return None
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+        file, line = (frames[-1].filename, frames[-1].lineno) if len(frames) > 1 else (name, None)
+        if isinstance(error, SyntaxError):
+            file, line = error.filename or file, error.lineno
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{what} cannot be imported: {file}, line {line}: {type(error).__name__}: {reason[:300]}"
+        ) from error

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.documents import read_json
+from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.files import whole_file
 from gpt2_pl.model import GPT2, GPT2Config
 
@@ -28,16 +29,6 @@ _CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal m
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# What config.json may say beside the sizes. GPT2 computes the first value of each; anything else is another model.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "tie_word_embeddings": (True,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
 
 
 PROVENANCE = "gpt2_pl"  # what config.json of a model trained here says of its past
@@ -51,10 +42,10 @@ def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
         that it was trained with; and ``seconds`` and ``cpu_seconds`` that this took. Nothing for other folders.
     """
     try:
-        said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[PROVENANCE]
+        said = read_json(Path(folder) / "config.json")[PROVENANCE]
         seconds = {key: float(said[key]) for key in ("seconds", "cpu_seconds")}
         return {"origin": str(said["origin"]), "recipe": str(said["recipe"]), **seconds}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return {}
 
 
@@ -102,35 +93,23 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
     Raises:
         InputError: no readable config.json, or one that describes something other than GPT-2's architecture.
     """
+    from gpt2_pl.schema import PretrainedConfig, validate
+
     file = Path(folder) / "config.json"
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json; a pretrained GPT-2 is a Hugging Face folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(stated, dict):
-        raise InputError(f"{file} holds {type(stated).__name__}, not the settings of a GPT-2")
-    for key, allowed in _FIXED.items():
-        if stated.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{file}: {key} is {stated[key]!r}; GPT-2 has {allowed[0]!r}")
-    sizes = {key: stated.get(key, getattr(GPT2Config, key)) for key in _SIZES}
-    for key, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise InputError(f"{file}: {key} is {size!r}; it must be a whole number of at least 1")
-    inner = stated.get("n_inner")
-    if inner not in (None, 4 * sizes["n_embd"]):
-        raise InputError(f"{file}: n_inner is {inner!r}; GPT-2 has 4 * n_embd (or null)")
-    rates = {key: stated.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    for key, rate in rates.items():
-        if type(rate) not in (int, float) or not 0.0 <= rate < 1.0:
-            raise InputError(f"{file}: {key} is {rate!r}; it must be a number in [0, 1)")
+    if not file.is_file():
+        raise InputError(f"{folder} has no config.json; a pretrained GPT-2 is a Hugging Face folder")
+    found = validate(PretrainedConfig, read_json(file), str(file))
+    if found.n_inner not in (None, 4 * found.n_embd):
+        raise InputError(
+            f"{file}: n_inner must be {4 * found.n_embd}, 4 * n_embd, or null, got {shorten(found.n_inner)}"
+        )
     if dropout is None:
+        rates = {key: getattr(found, key) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
         if len(set(rates.values())) > 1:
             raise InputError(f"{file} states three dropout rates, {rates}, and gpt2_pl has one: give `dropout`")
-        dropout = rates["resid_pdrop"]
+        dropout = found.resid_pdrop
     try:
-        return GPT2Config(**sizes, dropout=dropout)
+        return GPT2Config(**{key: getattr(found, key) for key in _SIZES}, dropout=dropout)
     except ValueError as error:
         raise InputError(f"{file}: {error}") from None
 
@@ -140,13 +119,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise InputError(f"{index} is not an index of shards: {error!r}") from None
+        from gpt2_pl.schema import ShardIndex, validate
+
+        names = sorted(set(validate(ShardIndex, read_json(index), str(index)).weight_map.values()))
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or len(os.fsencode(name)) > 255:
-                raise InputError(f"{index} names the shard {str(name)[:300]!r}; a shard lies in the same folder")
+            if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
+                raise InputError(f"{index} names the shard {shorten(name)}; a shard lies in the same folder")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks the shard {name} that {_INDEX} names")
         return [folder / name for name in names]

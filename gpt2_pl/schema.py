@@ -1,4 +1,4 @@
-"""Schemas of files that are read back: metrics.json, sweep.json, checkpoints.
+"""Schemas of files: metrics.json, sweep.json, checkpoints, adapter_config.json and config.json of pretrained folders.
 
 Each is a pydantic model, declared once, strict about types and keys. :func:`validate` turns the first of pydantic's
 errors into one line: ``FILE: KEY must be X, got Y``. Import this module where a file is read, not at a module's top:
@@ -424,3 +424,116 @@ class Checkpoint(Schema):
     loops: Loops | None = None
     optimizer_states: Annotated[list[OptimizerState], Field(min_length=1)] | None = None
     lr_schedulers: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+
+
+# Files of other libraries, which say much that changes nothing here
+
+
+def _fixed(*allowed: Any) -> Any:
+    """A value that only this library's own choice may be; the first is shown."""
+    good = [(type(value), value) for value in allowed]
+    words = f"{allowed[0]!r} (nothing else is computed here)"
+    return Annotated[Any, expect(lambda value: (type(value), value) in good, words)]
+
+
+def _is_simple_pattern(pattern: str) -> bool:
+    """Whether this is a regular expression that takes little time on a module's name: no repeated groups."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(re.findall(r"[*+{]", pattern)) <= 4 and not re.search(r"\)\s*[*+{]", pattern)
+
+
+_Alpha = Annotated[float, Field(ge=-1e9, le=1e9)]
+_Rate = Annotated[float, Field(ge=0, lt=1)]
+_Pattern = Annotated[
+    str, Field(max_length=200), expect(_is_simple_pattern, "a regular expression without repeated groups")
+]
+
+
+class AdapterConfig(Schema):
+    """The adapter_config.json of ``peft``; its newer versions add keys, which must be null, false or empty."""
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: Literal["LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
+    r: Size | None = None
+    rank_pattern: dict[Text, Size] | None = None
+    lora_alpha: _Alpha = 8
+    alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    lora_dropout: _Rate | None = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    bias: _fixed("none") = "none"  # type: ignore[valid-type]
+    lora_bias: _fixed(False, None) = None  # type: ignore[valid-type]
+    layer_replication: _fixed(None, []) = None  # type: ignore[valid-type]
+    target_parameters: _fixed(None, []) = None  # type: ignore[valid-type]
+    trainable_token_indices: _fixed(None, []) = None  # type: ignore[valid-type]
+    alora_invocation_tokens: _fixed(None, []) = None  # type: ignore[valid-type]
+    use_qalora: _fixed(False, None) = None  # type: ignore[valid-type]
+    use_bdlora: _fixed(None, False) = None  # type: ignore[valid-type]
+    arrow_config: _fixed(None) = None  # type: ignore[valid-type]
+    num_transformer_submodules: _fixed(1, None) = None  # type: ignore[valid-type]
+    # the others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base's own weights
+    init_lora_weights: _fixed(True, False, None, "gaussian", "eva", "orthogonal") = True  # type: ignore[valid-type]
+
+
+_NEUTRAL = {  # keys of peft's that may have any value: they change nothing, or what they change lies in the tensors
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("encoder_hidden_size", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save"),
+    *("num_attention_heads", "num_layers", "num_virtual_tokens", "peft_version", "prefix_projection"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "revision", "target_modules", "task_type"),
+    *("token_dim", "tokenizer_kwargs", "tokenizer_name_or_path"),
+}
+
+
+def check_adapter(content: Any, where: str) -> AdapterConfig:
+    """Check the content of an adapter_config.json.
+
+    Args:
+        content: of the file.
+        where: the file, with which the message begins.
+
+    Raises:
+        InputError: naming the key; also one that is unknown here and switched on.
+    """
+    found = validate(AdapterConfig, content, where)
+    for key, value in (found.model_extra or {}).items():
+        if key not in _NEUTRAL and value not in (None, False, [], {}):
+            raise InputError(
+                f"{where}: {printable(key[:80])} must be null, for it is not computed here, got {shorten(value)}"
+            )
+    return found
+
+
+class PretrainedConfig(Schema):
+    """The config.json of a GPT-2 in Hugging Face's format; it says much else, about other uses."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: _fixed("gpt2") = "gpt2"  # type: ignore[valid-type]
+    activation_function: _fixed("gelu_new", "gelu_pytorch_tanh") = "gelu_new"  # type: ignore[valid-type]
+    layer_norm_epsilon: _fixed(1e-5) = 1e-5  # type: ignore[valid-type]
+    tie_word_embeddings: _fixed(True) = True  # type: ignore[valid-type]
+    scale_attn_weights: _fixed(True) = True  # type: ignore[valid-type]
+    scale_attn_by_inverse_layer_idx: _fixed(False) = False  # type: ignore[valid-type]
+    add_cross_attention: _fixed(False) = False  # type: ignore[valid-type]
+    vocab_size: Size = 50257
+    n_positions: Size = 1024
+    n_embd: Size = 768
+    n_layer: Size = 12
+    n_head: Size = 12
+    n_inner: int | None = None
+    resid_pdrop: _Rate = 0.1
+    embd_pdrop: _Rate = 0.1
+    attn_pdrop: _Rate = 0.1
+
+
+class ShardIndex(Schema):
+    """The model.safetensors.index.json of weights in several files."""
+
+    model_config = ConfigDict(extra="allow")
+
+    weight_map: dict[Text, Annotated[str, Field(max_length=255)]]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import whole_file
 from gpt2_pl.heads import ClassificationHead
@@ -33,42 +34,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from gpt2_pl.model import GPT2
+    from gpt2_pl.schema import AdapterConfig
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KINDS: dict[str, tuple[type, ...]] = {
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "alpha_pattern": (dict,),
-    "use_dora": (bool,),
-    "use_rslora": (bool,),
-}
-# What would change the result and is not computed here: key -> the values that change nothing.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "num_transformer_submodules": (1, None),
-    # the others (PiSSA, OLoRA, CorDA, LoftQ ...) change the base's own weights
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
-
-
-def _is_number(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_alpha(value: Any) -> bool:
-    return _is_number(value, -1e9, 1e9)
-
-
-def _is_dropout(value: Any) -> bool:
-    return value is None or (_is_number(value, 0, 1) and value < 1)
 
 
 def bias_as_shift(weight: Tensor, bias: Tensor) -> Tensor:
@@ -199,13 +167,10 @@ class PeftAdapter(Surgery):
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Put the saved adapter into ``model`` and freeze the published parameters; see :class:`Surgery`."""
         config, tensors = self._read()
-        kind = config.get("peft_type")
-        if kind == "LORA":
+        if config.peft_type == "LORA":
             self._apply_lora(model, config, tensors)
-        elif kind in ("PREFIX_TUNING", "PROMPT_TUNING"):
-            self._apply_virtual(model, kind, tensors)
         else:
-            raise InputError(f"{self.folder}: peft_type is {kind!r}; it must be LORA, PREFIX_TUNING or PROMPT_TUNING")
+            self._apply_virtual(model, config.peft_type, tensors)
         freeze_base(model)
         return model
 
@@ -228,32 +193,20 @@ class PeftAdapter(Surgery):
 
     _shift = None  # of the final layer norm's bias
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _read(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
+        from gpt2_pl.schema import check_adapter
+
         folder = Path(self.folder).expanduser()
         try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            config = check_adapter(read_json(folder / _CONFIG), str(folder / _CONFIG))
             stored = load_file(folder / _WEIGHTS)
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise InputError(
-                f"{folder} is not a peft adapter ({_CONFIG} and {_WEIGHTS}): {str(error).splitlines()[0]}"
-            ) from None
-        if not isinstance(config, dict):
-            raise InputError(f"{folder / _CONFIG} holds {type(config).__name__}, not the settings of an adapter")
-        for key, kinds in _KINDS.items():
-            if not isinstance(config.get(key), (*kinds, type(None))):
-                raise InputError(f"{folder / _CONFIG}: {key} is {config[key]!r}; it must be {kinds[-1].__name__}")
-        for key, good, right in (
-            ("lora_alpha", _is_alpha(config.get("lora_alpha", 8)), "a number from -1e9 to 1e9"),
-            ("lora_dropout", _is_dropout(config.get("lora_dropout")), "a number in [0, 1)"),
-        ):
-            if not good:
-                raise InputError(f"{folder / _CONFIG}: {key} is {str(config[key])[:50]}; it must be {right}")
+        except InputError as error:
+            raise InputError(f"{folder} is not a peft adapter that can be read: {error}") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder} is not a peft adapter ({_CONFIG} and {_WEIGHTS}): {error}") from None
         for name, tensor in stored.items():
             if tensor.dim() == 0 or 0 in tensor.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise InputError(f"{folder / _WEIGHTS}: {name} is empty, or not of finite floating-point numbers")
-        for key, allowed in _FIXED.items():
-            if config.get(key, allowed[0]) not in allowed:
-                raise InputError(f"{folder / _CONFIG}: {key} is {config[key]!r}, which is not computed here")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (_CONFIG, _WEIGHTS))).hexdigest()
         if self.digest not in (None, digest):
             raise InputError(f"{folder}: the adapter is not the one that was trained on; it has changed since")
@@ -261,7 +214,7 @@ class PeftAdapter(Surgery):
         names = (name.removeprefix("base_model.").removeprefix("model.") for name in stored)
         return config, dict(zip(names, stored.values(), strict=True))
 
-    def _apply_lora(self, model: GPT2, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _apply_lora(self, model: GPT2, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
         adapted = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
         embedding = [tensors.get(f"transformer.wte.lora_embedding_{x}") for x in "AB"]
         if not adapted and embedding == [None, None]:
@@ -283,10 +236,10 @@ class PeftAdapter(Surgery):
                 raise InputError(f"{self.folder}: there is no place in the model for the adapter of {path}")
             rank = A.size(0)
             fits = A.shape == (rank, linear.in_features) and B.shape == (linear.out_features, rank)
-            if not fits or (magnitude is None) == bool(config.get("use_dora")):
+            if not fits or (magnitude is None) == bool(config.use_dora):
                 raise InputError(f"{self.folder}: the adapter of {path} does not fit a layer of {linear}")
             scaling = _scaling(config, path, rank)
-            module = LoRALinear(linear, rank, scaling, config.get("lora_dropout") or 0.0, dora=magnitude is not None)
+            module = LoRALinear(linear, rank, scaling, config.lora_dropout or 0.0, dora=magnitude is not None)
             with torch.no_grad():
                 module.lora_A.copy_(A), module.lora_B.copy_(B)
                 if magnitude is not None and module.lora_magnitude is not None:
@@ -298,15 +251,11 @@ class PeftAdapter(Surgery):
         for name, adapter in modules.items():
             model.set_submodule(name, adapter)
 
-    def _embedding(self, model: GPT2, config: dict[str, Any], A: Tensor, B: Tensor) -> LoRAEmbedding:
+    def _embedding(self, model: GPT2, config: AdapterConfig, A: Tensor, B: Tensor) -> LoRAEmbedding:
         rank = A.size(0)
         if isinstance(model.wte, LoRAEmbedding):
             raise InputError(f"{self.folder}: wte has an adapter already")
-        if (
-            A.shape != (rank, model.config.vocab_size)
-            or B.shape != (model.config.n_embd, rank)
-            or config.get("use_dora")
-        ):
+        if A.shape != (rank, model.config.vocab_size) or B.shape != (model.config.n_embd, rank) or config.use_dora:
             raise InputError(f"{self.folder}: the adapter of transformer.wte does not fit {model.wte}")
         module = LoRAEmbedding(model.wte, rank, _scaling(config, "transformer.wte", rank)).train(model.wte.training)
         with torch.no_grad():
@@ -345,19 +294,8 @@ class PeftAdapter(Surgery):
         return names
 
 
-def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
+def _scaling(config: AdapterConfig, path: str, rank: int) -> float:
     """s of a module: an alpha pattern is a regular expression for the end of its path, as in peft."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", path)
-        except re.error as error:
-            raise InputError(f"{_CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
-        if found:
-            if not _is_alpha(value):
-                raise InputError(
-                    f"{_CONFIG}: alpha_pattern {pattern!r} is {str(value)[:50]}; it must be a number from -1e9 to 1e9"
-                )
-            alpha = value
-            break
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    patterns = (config.alpha_pattern or {}).items()
+    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", path)), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)

@@ -140,7 +140,7 @@ def test_adapters_that_change_the_base_are_refused(how, base, tmp_path):
     peft_adapter(base, tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": how}))
-    with pytest.raises(InputError, match=f"init_lora_weights is '{how}'"):
+    with pytest.raises(InputError, match=f"init_lora_weights must be .*, got '{how}'"):
         PeftAdapter(str(tmp_path / "adapter")).apply(GPT2.from_pretrained(base))
 
 

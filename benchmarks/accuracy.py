@@ -164,7 +164,7 @@ def main() -> None:
         for name, run in (("ours", ours), ("transformers", theirs)):
             results[name].append({"seed": seed, "epochs": run(args, seed)})
             print(name, results[name][-1], flush=True)
-            Path(args.out).write_text(json.dumps({"settings": vars(args), **results}, indent=2))
+            Path(args.out).write_text(json.dumps({"settings": vars(args), **results}, indent=2), encoding="utf-8")
     for name, runs in results.items():
         for score in ("accuracy", "macro_f1"):
             last = [run["epochs"][-1][score] for run in runs]

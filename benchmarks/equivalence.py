@@ -66,15 +66,17 @@ def write_data(folder: Path, tree: Path) -> None:
     tokenizer.save(str(folder / "base" / "tokenizer.json"))
     rows = [f"{text},{i % 2}" for i, text in enumerate(texts)]
     for split, part in (("train", rows[:96]), ("val", rows[96:128]), ("test", rows[128:])):
-        (folder / f"sentiment_{split}.csv").write_text("\n".join(["sentence,label", *part]) + "\n")
+        (folder / f"sentiment_{split}.csv").write_text("\n".join(["sentence,label", *part]) + "\n", encoding="utf-8")
     pairs = [f"{a},{b},{i % 2}" for i, (a, b) in enumerate(itertools.pairwise(texts))]
     for split, part in (("train", pairs[:96]), ("val", pairs[96:128])):
-        (folder / f"pairs_{split}.csv").write_text("\n".join(["sentence1,sentence2,is_duplicate", *part]) + "\n")
-    (folder / "text.txt").write_text("\n".join(texts))
+        (folder / f"pairs_{split}.csv").write_text(
+            "\n".join(["sentence1,sentence2,is_duplicate", *part]) + "\n", encoding="utf-8"
+        )
+    (folder / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     poems = [[" ".join(texts[14 * n + i].split()[:4]) for i in range(14)] for n in range(10)]
     lines = [line for n, poem in enumerate(poems) for line in (str(n + 1), "", *poem, "")]
-    (folder / "poems.txt").write_text("\n".join(lines))
-    (folder / "prompts.txt").write_text("the plot is\na film of rain\nquite dark and slow\n")
+    (folder / "poems.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "prompts.txt").write_text("the plot is\na film of rain\nquite dark and slow\n", encoding="utf-8")
 
 
 def flags(task: str, data: Path) -> list[str]:
@@ -148,7 +150,7 @@ def run(tree: Path, data: Path, out: Path, only: str | None) -> None:
             done = subprocess.run(command_line, capture_output=True, text=True, check=False)
             last = Path("lightning_logs", f"two-{strategy}", "version_0", "checkpoints", "last.ckpt")
             found[f"two processes {strategy}"] = digest(last) if last.is_file() else done.stderr[-200:]
-    out.write_text(json.dumps(found, indent=1))
+    out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def main() -> None:
@@ -184,7 +186,7 @@ def main() -> None:
             finally:
                 if tree != ROOT:
                     subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
-            results.append(json.loads(out.read_text()))
+            results.append(json.loads(out.read_text(encoding="utf-8")))
     old, new = results
     different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     for name in different:

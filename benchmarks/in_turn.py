@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -73,8 +71,9 @@ def peak_gb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1024**3
-    unit = 1024**3 if sys.platform == "darwin" else 1024**2
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    from gpt2_pl.machine import peak_process_memory
+
+    return peak_process_memory() / 1024**3
 
 
 def compare(work: str, found: dict[str, list[Figures]], record: bool) -> None:
@@ -107,15 +106,17 @@ def machine() -> str:
     """Processor or GPU, cores and PyTorch, in words."""
     import torch
 
+    from gpt2_pl.machine import available_cores
+
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     formats = next((line.split() for line in lines if line.startswith("flags")), [])
     short = ", ".join(word for word in ("avx512_bf16", "amx_bf16") if word in formats)
     name = (names or [platform.processor() or platform.machine()])[0] + (f" ({short})" if short else "")
-    return f"{len(os.sched_getaffinity(0))} cores of {name}, PyTorch {torch.__version__}"
+    return f"{available_cores()} cores of {name}, PyTorch {torch.__version__}"
 
 
 def _key(row: dict[str, Any]) -> list[Any]:
@@ -123,11 +124,14 @@ def _key(row: dict[str, Any]) -> list[Any]:
 
 
 def _record(rows: list[dict[str, Any]]) -> None:
-    kept = {json.dumps(_key(row)): row for row in (json.loads(MEASURED.read_text()) if MEASURED.is_file() else [])}
+    kept = {
+        json.dumps(_key(row)): row
+        for row in (json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else [])
+    }
     kept.update({json.dumps(_key(row)): row for row in rows})
-    MEASURED.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + table(list(kept.values())) + END + rest.split(END, 1)[1])
+    MEASURED.write_text(json.dumps(list(kept.values()), indent=1) + "\n", encoding="utf-8")
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    README.write_text(before + BEGIN + table(list(kept.values())) + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

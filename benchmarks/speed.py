@@ -245,7 +245,7 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
 
 def measure(args: argparse.Namespace) -> Figures:
     """One arm in this process: tokens of text per second of training, and the most memory the process held."""
-    rows = json.loads(Path(args.plan).read_text())[OURS if args.arm == PRODUCTS else args.arm]
+    rows = json.loads(Path(args.plan).read_text(encoding="utf-8"))[OURS if args.arm == PRODUCTS else args.arm]
     run = {OURS: ours, PRODUCTS: products}.get(args.arm, theirs)
     with tempfile.TemporaryDirectory() as folder:
         tokens, seconds = run(args, rows, folder)
@@ -275,7 +275,7 @@ def main() -> None:
         base, rows = f"{folder}/base", Path(folder) / "plan.json"
         code = f"from gpt2_pl import GPT2, GPT2Config; GPT2(GPT2Config()).save_pretrained({base!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
-        rows.write_text(json.dumps(plan(args)))
+        rows.write_text(json.dumps(plan(args)), encoding="utf-8")
         arms = [OURS, DEFAULT, GROUPED] + ([PRODUCTS] if args.method == "full" else [])
         found = take_turns(arms, args.rounds, ["--base", base, "--plan", str(rows)])
     task = {"sst5": "SST-5", "quora": "Quora pairs"}[args.task]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from callbacks.run_folder import run_folder
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.files import whole_file
 from gpt2_pl.flops import peak_flops, training_flops
+from gpt2_pl.machine import peak_process_memory
 from gpt2_pl.pretrained import provenance
 from gpt2_pl.tasks.language_model import LanguageModel
 
@@ -409,8 +409,7 @@ def peak_memory() -> int:
     """Bytes: the most the GPU's allocator held, or without a GPU the most this process occupied."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_process_memory()
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

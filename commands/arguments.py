@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
@@ -234,11 +235,18 @@ def refuse_contradictions(line: CommandLine) -> None:
         )
 
 
+WINDOWS = os.name == "nt"
+# Characters that mean something else, dots and spaces that are dropped, and devices.
+_NOT_OF_WINDOWS = re.compile(r'[<>:"|?*]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
 def check_name(name: str, key: str = "name") -> None:
     """Refuse a run's name or version that would lead out of the folder of runs, or is none."""
     parts = PurePath(name).parts
     if not parts or {"/", "\\", "..", "~"} & {*parts, parts[0][:1]} or not name.isprintable() or "\\" in name:
         raise InputError(f"{key} is {name!r}; it must be a folder's name, such as my_run, below {RUNS}")
+    if WINDOWS and any(_NOT_OF_WINDOWS.search(part) for part in parts):
+        raise InputError(f"{key} is {name!r}; Windows has no folders of such a name")
     if any(len(part.encode()) > 200 for part in parts):
         raise InputError(f"{key} is {name[:50]!r} and longer; a folder's name has at most 200 bytes")
 

@@ -24,6 +24,7 @@ from commands.planned import PlannedRun
 from commands.plugins import plugins_of
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import whole_file
+from gpt2_pl.machine import available_cores
 
 _FOREVER = 60 * 24 * 365  # minutes: a run on this machine may take as long as it does
 
@@ -120,14 +121,6 @@ def _check_unused(folder: Path) -> None:
 
     if (folder / LOCK).exists():
         RunLock(folder).release()
-
-
-def available_cores() -> int:
-    """How many cores this process may use."""
-    try:
-        return len(psutil.Process().cpu_affinity())
-    except AttributeError:  # macOS has no affinities
-        return os.cpu_count() or 1
 
 
 @contextmanager

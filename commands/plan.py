@@ -16,7 +16,7 @@ from gpt2_pl.documents import read_yaml
 from gpt2_pl.errors import InputError
 from gpt2_pl.files import existing_file
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+,=-]{0,198}[A-Za-z0-9_+,=-])?")  # Windows drops dots at the end
 _KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _OWN = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
 _KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "bad_batches")

@@ -17,6 +17,7 @@ _MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
+_OF_THE_PROGRAM = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTTY}  # where no path is named
 # Failures of the machine and not of a path: wherever one is found among an error's causes, it is the reason.
 OF_THE_MACHINE = _FULL | {
     errno.EIO,
@@ -161,6 +162,8 @@ def _describe_os_error(error: BaseException) -> str | None:
     reason = getattr(error, "strerror", None) or os.strerror(number)
     names = [getattr(error, name, None) for name in ("filename", "filename2")]
     path = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+    if not path and number in _OF_THE_PROGRAM:
+        return None
     return f"{path[:500]}: {reason}" if path else str(reason)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from gpt2_pl.errors import (
     is_interrupt,
 )
 
+_WINDOWS, _ATTEMPTS = os.name == "nt", 20
 _LONGEST_NAME, _LONGEST_PATH = 230, 3900  # bytes; systems have 255 and 4095, and a part's name has 20 more
 
 
@@ -129,6 +131,16 @@ def _names_other(error: BaseException, path: Path) -> bool:
     return isinstance(name, str | bytes) and path.name not in os.fsdecode(name)
 
 
+def _replace(part: Path, path: Path) -> None:
+    """Rename a file over another; on Windows, that waits a moment for a reader that has the other open."""
+    for _ in range(_ATTEMPTS - 1 if _WINDOWS else 0):
+        with suppress(PermissionError):
+            part.replace(path)
+            return
+        time.sleep(0.1)
+    part.replace(path)
+
+
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
     """Write a file beside its place and rename it when all is written: nobody ever reads half of it.
@@ -159,7 +171,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
                 if not file.closed:
                     file.flush()
                     os.fsync(file.fileno())
-            part.replace(path)
+            _replace(part, path)
         finally:
             with suppress(OSError):  # on a disk that fails
                 part.unlink(missing_ok=True)

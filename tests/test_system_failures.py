@@ -105,7 +105,8 @@ def probed():
         raise KeyError("a fault of the program")  # noqa: B904
 
 
-@pytest.mark.parametrize("make", [lambda: {}["a"], probed, lambda: torch.zeros(2) @ torch.zeros(3)])
+@pytest.mark.parametrize("make", [lambda: {}["a"], probed, lambda: torch.zeros(2) @ torch.zeros(3),
+                                  lambda: os.close(10**6)])  # fmt: skip
 def test_describe_failure_of_a_fault_of_the_program_is_none(make):
     assert describe_failure(raised(make)) is None
 

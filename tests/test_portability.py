@@ -1,0 +1,166 @@
+"""Windows and macOS: modules, functions and names of Unix alone are not needed."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, metrics
+
+from commands import arguments
+from gpt2_pl import files, machine
+from gpt2_pl.errors import InputError
+
+OURS = ("gpt2_pl", "datamodules", "callbacks", "commands", "benchmarks")
+MODULES = ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty")
+FUNCTIONS = {
+    "os": ("fork", "getuid", "geteuid", "getgid", "getpgid", "getloadavg", "kill", "killpg", "mkfifo", "nice",
+           "pread", "pwrite", "register_at_fork", "sched_getaffinity", "setsid", "statvfs", "sysconf", "uname",
+           "wait", "waitpid"),
+    "signal": ("SIGALRM", "SIGHUP", "SIGKILL", "SIGSTOP", "SIGUSR1", "SIGUSR2", "alarm", "pause", "pthread_kill",
+               "pthread_sigmask", "setitimer", "sigwait"),
+}  # fmt: skip
+
+
+def sources():
+    for file in [ROOT / "cli.py", *(file for package in OURS for file in (ROOT / package).rglob("*.py"))]:
+        yield file, ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_sources_use_nothing_of_unix_alone():
+    found = []
+    for file, tree in sources():
+        guarded = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom) and node not in guarded:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                found += [(file.name, name) for name in names if name in MODULES]
+            of = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else None
+            if of is not None and node.attr in FUNCTIONS.get(of, ()):
+                found.append((file.name, f"{of}.{node.attr}"))
+    assert found == []
+
+
+def test_sources_say_the_encoding_of_every_text_file():
+    """Without one, Windows takes its own."""
+    found = []
+    for file, tree in sources():
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            plain, given = isinstance(node.func, ast.Name), {keyword.arg: keyword.value for keyword in node.keywords}
+            modes = [value.value for value in (*node.args[1:2], given.get("mode")) if isinstance(value, ast.Constant)]
+            of_text = called in ("read_text", "write_text") and not plain
+            of_text |= called == "open" and plain and not any("b" in mode for mode in modes)
+            if of_text and not {"encoding", None} & given.keys():
+                found.append((file.name, node.lineno))
+    assert found == []
+
+
+ELSEWHERE = f"""
+import ctypes, importlib, os, pkgutil, signal, sys
+# Libraries ask once which system this is: they are imported before it is made another.
+import datasets, filelock, lightning.pytorch, multiprocessing.popen_fork, optuna, psutil, pyarrow.parquet, submitit
+import tensorboard.backend, torch, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp
+import torch.utils.tensorboard, transformers
+import lightning.pytorch.trainer.connectors.signal_connector as connector
+connector._IS_WINDOWS = True
+of_windows = set(map(signal.Signals.__getitem__, ("SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM")))
+connector._SignalConnector._valid_signals = staticmethod(lambda: of_windows)
+MODULES, FUNCTIONS = {MODULES}, {FUNCTIONS}
+for name in MODULES:
+    if name != "posix":
+        sys.modules[name] = None  # its import fails
+for module, names in FUNCTIONS.items():
+    for name in names:
+        if hasattr(sys.modules[module], name):
+            delattr(sys.modules[module], name)
+load = ctypes.CDLL
+def no_program(name, *args, **kwargs):
+    if name is None:
+        raise TypeError("Windows has no handle of the program itself")
+    return load(name, *args, **kwargs)
+ctypes.CDLL = no_program
+names = [module.name for package in {OURS[:4]} for module in pkgutil.walk_packages([package], package + ".")]
+assert len(names) > 50, names
+for name in [*{OURS[:4]}, *names, "cli"]:
+    importlib.import_module(name)
+os.chdir(sys.argv.pop(1))
+sys.modules["cli"].main()
+"""
+
+
+def test_every_module_imports_and_a_model_trains_without_what_is_of_unix_alone(tmp_path):
+    quick = ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.max_epochs=1",
+             "--trainer.accelerator=cpu", "--name=a", "--version=v"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path, *quick], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=280, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    account = metrics(tmp_path / "lightning_logs/a/v")
+    assert account["status"] == "finished"
+    assert account["peak_memory_bytes"] > 10**7
+
+
+def test_peak_process_memory_without_the_module_resource_is_psutils(monkeypatch):
+    exact = machine.peak_process_memory()
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert 10**7 < machine.peak_process_memory() <= exact
+
+    class Windows:
+        def memory_info(self):
+            return type("Memory", (), {"rss": 1, "peak_wset": 2})
+
+    monkeypatch.setattr(machine.psutil, "Process", Windows)
+    assert machine.peak_process_memory() == 2
+
+
+def test_available_cores_without_affinities_are_all(monkeypatch):
+    assert 1 <= machine.available_cores() <= os.cpu_count()
+    monkeypatch.delattr(machine.psutil.Process, "cpu_affinity")
+    assert machine.available_cores() == os.cpu_count()
+
+
+def test_peak_process_memory_includes_what_was_freed():
+    before = machine.peak_process_memory()
+    bytes(bytearray(range(256)) * 2**20)  # 256 MB, written to
+    assert machine.peak_process_memory() > before or before > 2**28
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b", "C:run", "what?", "a|b", 'a"b', "<a>", "a*", "run.", "run ", "a/nul", "COM1.txt"]
+)
+def test_check_name_on_windows_refuses_what_it_has_no_folder_for(name, monkeypatch):
+    if os.name != "nt":
+        arguments.check_name(name)
+    monkeypatch.setattr(arguments, "WINDOWS", True)
+    with pytest.raises(InputError, match="Windows has no folders of such a name"):
+        arguments.check_name(name)
+    for good in ("run", "a.b", "sweep/task/full,lr=0.1", "nullify", "console"):
+        arguments.check_name(good)
+
+
+def test_whole_file_on_windows_waits_for_a_reader(tmp_path, monkeypatch):
+    """Windows replaces no file that is open."""
+    path, replace, refusals = tmp_path / "file", Path.replace, [1, 1]
+
+    def refuse(part, target):
+        if refusals:
+            refusals.pop()
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(part), None, str(target))
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError), files.whole_file(path) as file:
+        file.write("one")
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    with files.whole_file(path) as file:
+        file.write("two")
+    assert path.read_text(encoding="utf-8") == "two"
+    refusals.extend([1] * 50)
+    with pytest.raises(PermissionError), files.whole_file(path) as file:
+        file.write("three")
+    assert [name.name for name in tmp_path.iterdir()] == ["file"]
+    assert path.read_text(encoding="utf-8") == "two"

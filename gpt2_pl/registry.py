@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 _PACKAGES = ("gpt2_pl.tasks", "gpt2_pl.surgery")  # their classes are named by the package, not by the file
 
@@ -19,8 +19,9 @@ def class_path(cls: type) -> str:
 class Registered:
     """Mixin whose direct subclasses (the roots) know all classes derived from them that have been imported."""
 
-    _classes: ClassVar[dict[str, type[Any]]]
-    is_root: ClassVar[bool] = True
+    # Without annotations: jsonargparse does not check the arguments of a dataclass with a ClassVar among its bases.
+    _classes = dict[str, type[Any]]()
+    is_root = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -302,7 +302,7 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
     assert [data.text("test", i) for i in range(3)] == ["fine", "0", "bad"]
     assert [data.number("test", i) for i in range(3)] == [1, 3, 5]
     assert data.encoded["test"].labels.tolist() == [0, 0, 0]
-    with pytest.raises(InputError, match="'sentence' holds 3"):
+    with pytest.raises(InputError, match="'sentence' is 3"):
         TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
 
 

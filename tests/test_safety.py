@@ -341,7 +341,7 @@ def test_the_environment_gives_no_settings(run, capsys, tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_found_only_in_parsing_is_refused(tmp_path, monkeypatch):
     """Whatever way leads around what looks for it before: Lightning would load it from any address."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("commands.train.checkpoint_path", lambda args: None)
+    monkeypatch.setattr("commands.train.CommandLine.checkpoint", lambda self: None)
     with pytest.raises(InputError, match=r"ckpt_path: .*https://example\.com/x\.ckpt.*--ckpt_path FILE"):
         GPT2CLI(["fit", f"--config={CONFIG}/quickstart.yaml", "--ckpt_path=https://example.com/x.ckpt"])
     assert not list(tmp_path.iterdir())

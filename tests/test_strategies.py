@@ -268,8 +268,8 @@ def test_adapters_that_peft_made_load_here(rank_of, base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"peft_type": "IA3"}, "got 'IA3'"),
+        ({"bias": "all"}, "got 'all'"),
         ({"use_dora": True}, "does not fit"),
         (None, "is not a peft adapter"),
     ],

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Surgery(Registered, ABC):
             restores their ``requires_grad``, so that such surgery combines with other surgery and ``train_base``.
     """
 
-    freezes_base: ClassVar[bool] = False
+    freezes_base = False
 
     @abstractmethod
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:

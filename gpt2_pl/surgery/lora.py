@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ class LoRA(Surgery):
             that has an adapter already.
     """
 
-    freezes_base: ClassVar[bool] = True
+    freezes_base = True
 
     rank: int = 8
     alpha: float = 16

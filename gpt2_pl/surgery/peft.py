@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -159,7 +159,7 @@ class PeftAdapter(Surgery):
             computed here, or one that does not fit the model.
     """
 
-    freezes_base: ClassVar[bool] = True
+    freezes_base = True
 
     folder: str
     digest: str | None = None

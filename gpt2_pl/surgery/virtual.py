@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class PrefixTuning(Surgery):
         InputError: a value out of range; at ``apply``, more than the context has room for, or a second prefix.
     """
 
-    freezes_base: ClassVar[bool] = True
+    freezes_base = True
 
     length: int = 10
     hidden: int | None = None
@@ -145,7 +145,7 @@ class PromptTuning(Surgery):
         InputError: at ``apply``, more than the context has room for, or a second soft prompt.
     """
 
-    freezes_base: ClassVar[bool] = True
+    freezes_base = True
 
     length: int = 20
     init_text: str | None = None

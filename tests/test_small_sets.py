@@ -97,7 +97,7 @@ def test_every_file_of_a_run_is_checked_before_it_begins(content, split, run, ba
 def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_files, files, capsys, tmp_path):
     (tmp_path / "short.txt").write_text("1\n\nonly\ntwo lines\n")
     (tmp_path / "empty.txt").write_text("")
-    settings = ["fit", f"--model.base={base}", "--trainer.max_epochs=1"]
+    settings = [f"--model.base={base}", "--trainer.max_epochs=1"]
     poems = ["--config", CONFIG / "task/sonnets.yaml", f"--data.train_file={poem_files['train']}",
              f"--data.val_file={poem_files['val']}", f"--data.test_file={tmp_path / 'short.txt'}",
              "--data.max_length=60"]  # fmt: skip
@@ -105,7 +105,7 @@ def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_fi
             f"--data.train_file={files['train']}", f"--data.test_file={tmp_path / 'empty.txt'}"]  # fmt: skip
     for more, words in ((poems, r"poem 1 has 2 lines|lines given of poem"), (text, "empty|test text has")):
         with pytest.raises(SystemExit) as stop:
-            run(*settings, *more)
+            run("fit", *more, *settings)
         assert stop.value.code == 2
         assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
         assert not Path("lightning_logs").exists()

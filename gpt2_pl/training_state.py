@@ -119,7 +119,8 @@ def _check_counts(found: dict[str, Any], key: str) -> None:
         if isinstance(value, dict):
             _check_counts(value, f"{key}.{name}")
     total, current = found.get("total"), found.get("current")
-    if isinstance(total, dict) and isinstance(current, dict):
+    # Lightning counts validation anew in every epoch: in total at once, and in current only when validation begins.
+    if isinstance(total, dict) and isinstance(current, dict) and not key.endswith(".val_loop.batch_progress"):
         for name, count in current.items():
             if count > total.get(name, count):
                 raise _Unfit(f"{key}.current.{name}", f"at most {total[name]}, its total", count)

@@ -9,6 +9,7 @@ from conftest import ROOT, metrics, weights
 from test_cli import refused
 
 from callbacks import RunSummary, WholeCheckpoints
+from gpt2_pl.tasks import SentimentClassifier
 
 QUICK = [
     "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--trainer.precision=32-true",
@@ -298,3 +299,23 @@ def test_a_resumed_run_is_scored_in_a_folder_of_its_own(run):
     assert contents(folder) == before
     test = {name: value for name, value in metrics(folder)["scores"].items() if name.startswith("test/")}
     assert metrics(scored)["scores"] == test
+
+
+def test_a_checkpoint_within_the_second_epoch_resumes(run, monkeypatch):
+    """There, Lightning's counts of the validation before it are behind one another."""
+    step, steps = SentimentClassifier.training_step, []
+
+    def interrupt(task, batch, batch_idx):
+        steps.append(batch_idx)
+        if len(steps) == 6:  # of 4 an epoch
+            raise KeyboardInterrupt
+        return step(task, batch, batch_idx)
+
+    monkeypatch.setattr(SentimentClassifier, "training_step", interrupt)
+    settings = ["--data.batch_size=24", "--checkpoint_every_n_steps=1", "--trainer.max_epochs=2", "--name=a"]
+    with pytest.raises(SystemExit):
+        run(*QUICK, *settings)
+    monkeypatch.setattr(SentimentClassifier, "training_step", step)
+    folder = run(*QUICK, *settings, "--ckpt_path=lightning_logs/a/version_0/checkpoints/last.ckpt")
+    whole = run(*QUICK, *settings, "--name=whole")
+    assert same_checkpoint(folder / "checkpoints/last.ckpt", whole / "checkpoints/last.ckpt")

@@ -128,8 +128,9 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
+_VISIBLE = expect(lambda text: printable(text, keep="\t\n\r") == text, "text without control characters")
 Text = Annotated[str, Field(max_length=100_000)]
-Name = Annotated[str, Field(max_length=300)]
+Name = Annotated[str, Field(max_length=300), _VISIBLE]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figure = Annotated[float, Field(gt=-1e300, lt=1e300)]
@@ -194,7 +195,7 @@ class Metrics(Schema):
 
     status: Name | None = None
     task: Name | None = None
-    configs: list[Text] | None = None
+    configs: list[Annotated[Text, _VISIBLE]] | None = None
     monitor: Name | None = None
     mode: Literal["min", "max"] | None = None
     scores: _Scores | None = None

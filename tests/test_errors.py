@@ -8,6 +8,7 @@ import unicodedata
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_cli import refused
@@ -112,15 +113,18 @@ def test_a_tensors_name_is_escaped_in_one_line(run, base, data_flags, capsys, tm
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Two finished runs and an unfinished one whose every text holds escapes."""
-    for seed, strategy in itertools.product((1, 2), ("full", f"evil{ESCAPE.partition(chr(0xD800))[0]}`=|x")):
+    """Two finished runs and an unfinished one: names of folders, files, strategies and scores hold escapes."""
+    text = ESCAPE[:-1]
+    for seed, strategy in itertools.product((1, 2), ("full", f"evil{text}`=|x")):
         folder = fake_run(tmp_path / f"runs/{len(strategy)}/version_{seed}", "x", seed, [True, False] * 20)
         account = json.loads((folder / "metrics.json").read_text())
-        account |= {"task": f"=Task{ESCAPE[:-1]}", "configs": [f"configs/strategy/{strategy}.yaml"]}
-        account["data"]["files"] = {"val": f"/data/{ESCAPE[:-1]}.csv"}
-        account["scores"][f"@val/{ESCAPE[:-1]}"] = 0.5
+        account |= {"task": "=Task`|\nsecond line", "configs": []}
+        account["data"]["files"] = {"val": f"/data/{text}.csv"}
+        account["scores"]["@val/x|y"] = 0.5
         (folder / "metrics.json").write_text(json.dumps(account))
-    folder = fake_run(tmp_path / "runs/\x1b[31mred\udc80/version_1", "x", 1, [True], status=ESCAPE[:-1])
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "name": strategy}))
+    folder = fake_run(tmp_path / "runs/\x1b[31mred\udc80/version_1", "x", 1, [True], status="running")
     assert folder.is_dir()
     return tmp_path / "runs"
 
@@ -131,10 +135,22 @@ def test_no_escape_of_a_run_reaches_terminal_or_reports(hostile, tmp_path, capsy
     shown = capsys.readouterr()
     for text in (shown.out, shown.err, *(file.read_text() for file in out.iterdir() if file.suffix != ".png")):
         assert not set(text) & set(RAW)
-    assert r"\\x1b]0;title" in (out / "report.md").read_text()
-    assert r"\x1b]0;title" in (out / "report.html").read_text()
+    assert r"evil\\x1b]0;title" in (out / "report.md").read_text()
+    assert r"evil\x1b]0;title" in (out / "report.html").read_text()
     assert not any(line.startswith("second line") for line in (out / "report.md").read_text().splitlines())
     assert not any(cell.startswith(("=", "@")) for line in (out / "report.csv").open() for cell in line.split(","))
     cells = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("| evil")]
     assert cells
     assert all("\\`=\\|x" in line for line in cells)
+
+
+@pytest.mark.parametrize("key", ["task", "monitor", "status", "configs", "scores"])
+def test_a_runs_names_with_control_characters_are_refused(key, tmp_path, run, capsys):
+    folder = fake_run(tmp_path / "run", "full", 1, [True, False])
+    file = folder / "metrics.json"
+    value = {"configs": ["a\x1b[31mb.yaml"], "scores": {"val/\x1b[2J": 0.5}}.get(key, "x\x1b]0;title\x07")
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    line = refused(run, capsys, "compare", folder, "--out", tmp_path / "out")
+    assert f"{file}: " in line
+    assert "must be text without control characters, got '" in line
+    assert not set(line) & set(RAW)

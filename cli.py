@@ -34,7 +34,7 @@ _HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE
 
 {commands}
 
-Configuration files lie over one another, later over earlier, and flags over files:
+Configuration files and flags count from left to right, later over earlier:
 
   gpt2-pl fit --config configs/quickstart.yaml
   gpt2-pl fit --config configs/task/sst5.yaml --config configs/strategy/linear_probe.yaml --model.base gpt2

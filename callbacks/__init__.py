@@ -3,6 +3,7 @@
 from callbacks.end_of_training import EndOfTraining
 from callbacks.finite import FiniteLoss
 from callbacks.layers import DiscriminativeLR, GradualUnfreezing
+from callbacks.pictures import PictureWriter
 from callbacks.poems import PoemWriter
 from callbacks.predictions import PredictionWriter
 from callbacks.progress import EpochLines, RunProgressBar
@@ -18,6 +19,7 @@ __all__ = [
     "FiniteLoss",
     "GradualUnfreezing",
     "Patience",
+    "PictureWriter",
     "PoemWriter",
     "PredictionWriter",
     "Reproducibility",

@@ -1,10 +1,10 @@
-"""The poems that a model writes, in TensorBoard and in the run folder."""
+"""The poems that a model writes, as text for loggers and in the run folder."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.pictures import log_text
 from callbacks.run_folder import run_folder
 from gpt2_pl.errors import printable
 from gpt2_pl.files import whole_file
@@ -12,7 +12,7 @@ from gpt2_pl.tasks.poem import PoemGenerator
 
 
 class PoemWriter(Callback):
-    """Shows a :class:`~gpt2_pl.tasks.PoemGenerator`'s poems as TensorBoard text after every evaluation, and writes
+    """Gives a :class:`~gpt2_pl.tasks.PoemGenerator`'s poems to loggers as text after every evaluation, and writes
     ``poems_val.txt`` or ``poems_test.txt`` into the run folder, in the format that poems are read from."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -31,7 +31,6 @@ class PoemWriter(Callback):
         if folder is not None:
             with whole_file(folder / f"poems_{split}.txt") as file:
                 file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in pl_module.written))
-        for board in (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            for poem in pl_module.written:
-                text = "  \n".join(map(printable, poem.lines))  # two spaces keep a line end in Markdown
-                board.experiment.add_text(f"{split}/poem_{poem.number}", text, trainer.global_step)
+        for poem in pl_module.written:
+            text = "  \n".join(map(printable, poem.lines))  # two spaces keep a line end in Markdown
+            log_text(trainer, f"{split}/poem_{poem.number}", text)

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks.finite import FiniteLoss
+from callbacks.pictures import log_text
 from callbacks.run_folder import run_folder
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.files import whole_file
@@ -151,15 +152,14 @@ class RunSummary(Callback):
         self._write(trainer, pl_module, "running")
 
     def _log_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what of every layer trained in this epoch, and at what rate; tell TensorBoard when it has changed."""
+        """Note what of every layer trained in this epoch, and at what rate; tell loggers when it has changed."""
         before, self.layers = self.layers, layer_account(trainer, pl_module)
         count = sum(layer["trainable"] for layer in self.layers)
         for logger in trainer.loggers:
             logger.log_metrics({"trainable_parameters": count}, step=trainer.global_step)
-            if self.layers != before and trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                rows = [["layer", "parameters", "trainable", "peak rate"], ["---"] * 4, *_layer_rows(self.layers)]
-                text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-                logger.experiment.add_text("layers", text, trainer.global_step)
+        if self.layers != before and trainer.is_global_zero:
+            rows = [["layer", "parameters", "trainable", "peak rate"], ["---"] * 4, *_layer_rows(self.layers)]
+            log_text(trainer, "layers", "\n".join(f"| {' | '.join(row)} |" for row in rows))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the scores of the best epoch."""
@@ -230,26 +230,16 @@ class RunSummary(Callback):
             logger.save()
 
     def _show_settings(self, trainer: Trainer, scores: Scores) -> None:
-        """Tell TensorBoard's HPARAMS page the settings and the final scores, as a run of its own below this one.
-
-        The page takes what it shows from all such runs, as long as none of them says what an experiment consists of,
-        as torch's ``add_hparams`` does: then it shows the keys and scores of that run's task alone.
-        """
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not (boards and trainer.is_global_zero and self.settings):
+        """Tell loggers the settings, and TensorBoard's HPARAMS page also the final scores."""
+        if not (trainer.is_global_zero and self.settings):
             return
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
-
-        settings = {key: value for key, value in _flat(self.settings) if value is not None}
         strategy = "+".join(Path(file).stem for file in self.files if Path(file).parent.name == "strategy")
-        _, start, end = hparams({"strategy": strategy, **settings}, {})
-        with SummaryWriter(str(Path(boards[0].log_dir) / "final")) as writer:
-            writer._get_file_writer().add_summary(start)
-            for name, value in scores.items():
-                writer.add_scalar(name, value, trainer.global_step)
-            if scores:
-                writer._get_file_writer().add_summary(end)
+        settings = {"strategy": strategy, **{key: value for key, value in _flat(self.settings) if value is not None}}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                _write_hparams(Path(logger.log_dir) / "final", settings, scores, trainer.global_step)
+            elif not scores:
+                logger.log_hyperparams(settings)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
         folder = run_folder(trainer)
@@ -369,6 +359,24 @@ def _restores(exception: BaseException) -> bool:
     """Whether it was raised while Lightning restored a checkpoint."""
     frames = traceback.extract_tb(exception.__traceback__)
     return any(f.name.startswith(name) and f.filename.endswith(file) for f in frames for name, file in _RESTORES)
+
+
+def _write_hparams(folder: Path, settings: dict[str, Any], scores: Scores, step: int) -> None:
+    """Write a row of TensorBoard's HPARAMS page, as a run of its own; with scores it is finished.
+
+    The page takes what it shows from all such runs, as long as none of them says what an experiment consists of, as
+    torch's ``add_hparams`` does: then it shows the keys and scores of that run's task alone.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    _, start, end = hparams(settings, {})
+    with SummaryWriter(str(folder)) as writer:
+        writer._get_file_writer().add_summary(start)
+        for name, value in scores.items():
+            writer.add_scalar(name, value, step)
+        if scores:
+            writer._get_file_writer().add_summary(end)
 
 
 def _scores(trainer: Trainer, split: str) -> Scores:

@@ -24,6 +24,7 @@ from callbacks import (
     EpochLines,
     FiniteLoss,
     Patience,
+    PictureWriter,
     PoemWriter,
     PredictionWriter,
     Reproducibility,
@@ -226,6 +227,8 @@ class GPT2CLI(LightningCLI):
             check_same_settings(folder / "config.yaml", now)
         if self.subcommand == "predict" and trainer.logger is False:
             raise InputError("trainer.logger is false, and what is predicted goes into the folder of a logged run")
+        if self.subcommand == "fit" and trainer.logger is False and not trainer.fast_dev_run:
+            self._check_place_without_folder(trainer)
         if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:
             raise InputError(
                 "trainer.limit_val_batches is 0, and early_stopping_patience waits for validation scores; "
@@ -233,6 +236,17 @@ class GPT2CLI(LightningCLI):
             )
         if config.version is not None and (folder / "config.yaml").exists() and stopped != folder.relative_to(root):
             raise InputError(f"version: {folder} holds a run already; give another, or go on with its last.ckpt")
+
+    def _check_place_without_folder(self, trainer: Any) -> None:
+        """Refuse to overwrite the checkpoints of another run that had no folder of its own either."""
+        folder = Path(trainer.default_root_dir or ".") / "checkpoints"
+        resumes = self.checkpoint is not None and Path(self.checkpoint).resolve().parent == folder.resolve()
+        for file in (folder / "best.ckpt", folder / "last.ckpt"):
+            if trainer.enable_checkpointing is not False and not resumes and file.exists():
+                raise InputError(
+                    f"trainer.logger is false, so that the run has no folder of its own, and {file} exists already; "
+                    "move it, or leave trainer.logger out"
+                )
 
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
@@ -271,7 +285,7 @@ class GPT2CLI(LightningCLI):
             if trainer["logger"] is True:
                 trainer["logger"] = RunLogger(self.folder, config["name"], root)
         self.summary = RunSummary(self.config_settings(), self.line.files)
-        callbacks += [Reproducibility(), self.summary, PredictionWriter(), PoemWriter()]
+        callbacks += [Reproducibility(), self.summary, PredictionWriter(), PoemWriter(), PictureWriter()]
         shows_bar = trainer["enable_progress_bar"] is not False and sys.stdout is not None and sys.stdout.isatty()
         if shows_bar:
             callbacks.append(RunProgressBar())
@@ -389,16 +403,16 @@ class GPT2CLI(LightningCLI):
             if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
                 console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
                 again = "test" if self.datamodule.has("test") else "validate"
-                console.print(
-                    f"Score it again:  gpt2-pl {again} --config {folder}/config.yaml "
-                    f"--ckpt_path {folder}/checkpoints/{best.name}",
-                    soft_wrap=True,
-                    highlight=False,
-                    markup=False,
-                )
-            if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
-                look = f"Look at it:      tensorboard --logdir {folder.parents[1]}"
-                console.print(look, soft_wrap=True, markup=False)
+                command = shlex.join(["gpt2-pl", again, "--config", f"{folder}/config.yaml", "--ckpt_path", str(best)])
+                console.print(f"Score it again:  {printable(command)}", soft_wrap=True, highlight=False, markup=False)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    command = shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
+                    console.print(f"Look at it:      {printable(command)}", soft_wrap=True, markup=False)
+        elif self.trainer.logger is None:
+            console.print(f"\n{self.subcommand} is done; trainer.logger is false: there is no run folder")
+            if self.subcommand == "fit" and (path := getattr(getattr(self, "tested", None), "best_model_path", "")):
+                console.print(f"Its checkpoint:  {printable(path)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def best_precision(accelerator: Any) -> str:

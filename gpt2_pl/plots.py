@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -91,3 +92,12 @@ def confusion_image(counts: NDArray[Any], names: Sequence[str], title: str) -> N
         canvas = FigureCanvasAgg(confusion_figure(counts, names, title))
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png(picture: NDArray[Any]) -> bytes:
+    """A picture (H, W, 3), from 0 to 255, as a PNG file."""
+    from matplotlib.image import imsave
+
+    file = io.BytesIO()
+    imsave(file, picture, format="png")
+    return file.getvalue()

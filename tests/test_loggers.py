@@ -1,12 +1,17 @@
 """A run's folder and files are the same whatever its loggers are."""
 
 import json
+import shlex
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, latest, metrics
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--trainer.max_epochs", "1"]
 FILES = {"checkpoints", "config.yaml", "metrics.json", "predictions_test.csv", "predictions_val.csv", "tokenizer.json"}
@@ -84,6 +89,133 @@ def test_run_with_own_logger_leaves_the_files_of_a_run(run, capsys, tmp_path, lo
     more = ["--ckpt_path", folder / "checkpoints/last.ckpt", "--trainer.max_epochs", "2"]
     run("fit", "--config", folder / "config.yaml", *more)
     assert [epoch["epoch"] for epoch in metrics(folder)["epochs"]] == [1, 2]
+
+
+PNGS = {f"confusion_{split}.png" for split in ("train", "val", "test")}
+
+
+class BareLogger(Logger):
+    """Only what Lightning demands of a logger."""
+
+    @property
+    def name(self):
+        return None
+
+    @property
+    def version(self):
+        return None
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+class WandbRun:
+    """As ``wandb.init`` returns it."""
+
+    id, name = "a1b2c3", "a name"
+
+    def __init__(self):
+        self.history, self.config = [], {}
+
+    def log(self, values):
+        self.history.append(values)
+
+    def logged(self, key):
+        return [(values[key], values["trainer/global_step"]) for values in self.history if key in values]
+
+
+@pytest.fixture
+def wandb_run(monkeypatch):
+    """Lightning's WandbLogger, on the part of the package wandb that it uses."""
+    wandb_run, modules = WandbRun(), {name: types.ModuleType(name) for name in ("wandb", "wandb.sdk.lib")}
+    wandb = modules["wandb"]
+    wandb.run, wandb.init = None, lambda **settings: wandb_run
+    wandb.Image = lambda image: np.asarray(image)
+    wandb.Table = lambda columns, data, dataframe: (columns, data)
+    modules["wandb.wandb_run"] = types.SimpleNamespace(Run=WandbRun)
+    modules["wandb.sdk.lib"].RunDisabled = WandbRun
+    modules["wandb.sdk"] = types.ModuleType("wandb.sdk")
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return wandb_run
+
+
+def test_wandb_gets_settings_scores_pictures_and_text(run, wandb_run, tmp_path, capsys):
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "save_dir": "w"}}
+    folder = run("fit", *QUICK, "--trainer.logger", json.dumps(logger), "--name", "own")
+    assert folder == tmp_path / "lightning_logs/own/version_0"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert "lightning_logs/own/version_0/checkpoints/best.ckpt" in capsys.readouterr().out
+    for split in ("train", "val", "test"):
+        (picture, step), *_ = wandb_run.logged(f"{split}/confusion")
+        assert picture[0].shape == (600, 700, 3)
+        assert step == metrics(folder)["steps"]
+    (layers, _), *_ = wandb_run.logged("layers")
+    assert layers[0] == ["text"]
+    assert "block.0" in layers[1][0][0]
+    assert wandb_run.config["data.n_train"] == 80
+    assert wandb_run.logged("trainable_parameters")
+    assert wandb_run.logged("test/accuracy")[-1][0] == metrics(folder)["scores"]["test/accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "bare", "board and bare"])
+def test_pictures_are_files_where_no_logger_takes_them(run, monkeypatch, kind):
+    monkeypatch.setattr(sys.modules["own_loggers"], "BareLogger", BareLogger, raising=False)
+    monkeypatch.setattr(BareLogger, "__module__", "own_loggers")
+    bare = {"class_path": "own_loggers.BareLogger"}
+    loggers = {
+        "csv": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}},
+        "bare": bare,
+        "board and bare": [
+            bare,
+            {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "a board"}},
+        ],
+    }
+    folder = run("fit", *QUICK, "--trainer.logger", json.dumps(loggers[kind]), "--name", "own")
+    found = {path.name for path in folder.glob("*.png")}
+    if kind != "board and bare":
+        assert found == PNGS
+        assert imread(folder / "confusion_val.png").shape[:2] == (600, 700)
+        return
+    assert not found
+    board = EventAccumulator(str(next(Path("a board").rglob("version_0")))).Reload()
+    assert {"val/confusion", "train/confusion", "test/confusion"} <= set(board.Tags()["images"])
+
+
+def test_printed_commands_are_quoted_and_work(run, tmp_path, capsys):
+    board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "a board"}}
+    run("fit", *QUICK, "--trainer.logger", json.dumps(board), "--name", "my own run")
+    lines = dict(line.split(":  ", 1) for line in capsys.readouterr().out.splitlines() if ":  " in line)
+    assert shlex.split(lines["Look at it"]) == ["tensorboard", "--logdir", "a board"]
+    program, *command = shlex.split(lines["Score it again"])
+    assert program == "gpt2-pl"
+    scored = run(*command)
+    assert scored == tmp_path / "lightning_logs/my own run/version_1"
+    assert metrics(scored)["scores"]["test/loss"] > 0
+
+
+def test_run_without_logger_overwrites_no_checkpoint_and_says_where_it_is(run, tmp_path, capsys):
+    fit = ["fit", *QUICK, "--trainer.logger", "false"]
+    with pytest.raises(ValueError, match="empty"):  # no run folder
+        run(*fit)
+    out = capsys.readouterr().out
+    assert "fit is done; trainer.logger is false: there is no run folder" in out
+    assert f"Its checkpoint:  {tmp_path}/checkpoints/best.ckpt" in out
+    before = (tmp_path / "checkpoints/best.ckpt").read_bytes()
+    with pytest.raises(SystemExit):
+        run(*fit)
+    error = capsys.readouterr().err
+    assert "trainer.logger is false" in error
+    assert "checkpoints/best.ckpt exists already" in error
+    assert (tmp_path / "checkpoints/best.ckpt").read_bytes() == before
+    with pytest.raises(ValueError, match="empty"):
+        run(*fit, "--ckpt_path", "checkpoints/last.ckpt", "--trainer.max_epochs", "2")
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
 
 
 def test_run_without_logger_leaves_no_folder(run, tmp_path):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import GPT2ForSequenceClassification
 
-from callbacks import Reproducibility
+from callbacks import PictureWriter, Reproducibility
 from datamodules import IMDB, SST5, ToySentiment
 from gpt2_pl import GPT2Config, plots
 from gpt2_pl.errors import InputError
@@ -225,7 +225,7 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
     figures = {}
     draw = plots.confusion_figure
     monkeypatch.setattr(plots, "confusion_figure", lambda *args: figures.setdefault(args[2], draw(*args)))
-    trainer(logger=logger).test(task, data)
+    trainer(logger=logger, callbacks=[PictureWriter()]).test(task, data)
     counts = {(i, j): 0 for i in range(3) for j in range(3)}
     with torch.no_grad():
         for batch in data.test_dataloader():

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -270,6 +271,17 @@ class Task(Registered, LightningModule):
     def head_parameters(self) -> NamedParameters:
         """The named parameters that are not the GPT-2's."""
         return [(name, p) for name, p in self.named_parameters() if not name.startswith("gpt2.")]
+
+    def pictures(self, split: str) -> dict[str, NDArray[Any]]:
+        """Draw what an epoch of a split looks like, for callbacks to show before its metrics are reset.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+
+        Returns:
+            Pictures (H, W, 3), from 0 to 255, by name. All processes call this; all but the first may return none.
+        """
+        return {}
 
     def layer_groups(self) -> dict[str, NamedParameters]:
         """The layers from input to output, and their named parameters.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
@@ -267,8 +268,8 @@ class Classifier(Task):
     # Metrics
 
     def on_train_epoch_end(self) -> None:
-        """The training confusion matrix."""
-        self._log_confusion("train")
+        """Start the confusion matrix anew, once callbacks have had it."""
+        self._reset_confusion("train")
 
     def on_validation_epoch_start(self) -> None:
         """Forget the outcomes of the evaluation before."""
@@ -285,20 +286,22 @@ class Classifier(Task):
         self.outcomes.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """The validation confusion matrix."""
-        self._log_confusion("val")
+        """Start the confusion matrix anew, once callbacks have had it."""
+        self._reset_confusion("val")
 
     def on_test_epoch_end(self) -> None:
-        """The test confusion matrix."""
-        self._log_confusion("test")
+        """Start the confusion matrix anew, once callbacks have had it."""
+        self._reset_confusion("test")
 
-    def _log_confusion(self, split: str) -> None:
-        matrix = cast(Metric, self._metrics(split)["confusion"])
-        counts = matrix.compute()
-        board: Any = getattr(self.logger, "experiment", None)
-        if self.trainer.is_global_zero and hasattr(board, "add_image") and not self.trainer.sanity_checking:
-            names = getattr(self.datamodule, "labels", None) or list(map(str, range(self.num_classes)))
-            title = split if split == "test" else f"{split}, epoch {self.current_epoch + 1}"
-            image = confusion_image(counts.cpu().numpy(), names, title)
-            board.add_image(f"{split}/confusion", image, self.global_step, dataformats="HWC")
-        matrix.reset()
+    def pictures(self, split: str) -> dict[str, NDArray[Any]]:
+        """The confusion matrix."""
+        counts = cast(Metric, self._metrics(split)["confusion"]).compute()
+        if not self.trainer.is_global_zero:
+            return {}
+        names = getattr(self.datamodule, "labels", None) or list(map(str, range(self.num_classes)))
+        title = split if split == "test" else f"{split}, epoch {self.current_epoch + 1}"
+        return {"confusion": confusion_image(counts.cpu().numpy(), names, title)}
+
+    def _reset_confusion(self, split: str) -> None:
+        """Start the counts anew; Lightning does so for the metrics that are logged."""
+        cast(Metric, self._metrics(split)["confusion"]).reset()

@@ -18,10 +18,7 @@ from gpt2_pl.files import check_new, whole_file
 from gpt2_pl.kernels.attention import set_cudnn_sdp
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from datamodules.rows import Source
-    from datamodules.template import Template
     from gpt2_pl.tasks.classification import Classifier
 
 _CHUNK = 64  # batches that are read, sorted by length and written together
@@ -87,7 +84,8 @@ def main(args: list[str]) -> None:
     check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     skip = given.bad_rows == "skip"
     quoting = task.wording.get("quoting") if given.quoting is None else given.quoting == "true"
-    texts = reader(read_file(given.input, "input", quoting, skip), task.wording["columns"], skip)
+    source = read_file(given.input, "input", quoting, skip)
+    texts = reader(source, task.wording["columns"], skip)
     counts = Counter(text is None for text in texts())  # every row is checked before any is classified
     if not (n_rows := counts[False]):
         raise InputError(f"input: {given.input} has no rows that can be used")
@@ -101,15 +99,25 @@ def main(args: list[str]) -> None:
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
+        n_classified = 0
         rows, n = (text for text in texts() if text is not None), _CHUNK * given.batch_size
         hidden = not sys.stdout.isatty()
         for _ in track(range(0, n_rows, n), "Classifying", transient=True, disable=hidden):
             chunk = list(islice(rows, n))
-            outcomes = classify(task, chunk, tokenizer, template, given.batch_size)
-            for text, (decision, probability) in zip(chunk, outcomes, strict=True):
-                write(text, decision, probability)
-    told = f"; {counts[True]} rows that cannot be used are left out" if counts[True] else ""
-    print(printable(f"{given.out}: {n_rows} rows{told}"))
+            ids = template.encode([text.fields for text in chunk], tokenizer, task.wording["max_length"])
+            usable = [i for i, tokens in enumerate(ids) if tokens]
+            if len(usable) < len(chunk) and not skip:
+                text = next(text for text, tokens in zip(chunk, ids, strict=True) if not tokens)
+                raise InputError(f"{source.name}, row {text.number}: {template.no_token(text.fields)}")
+            n_classified += len(usable)
+            outcomes = classify(task, [ids[i] for i in usable], given.batch_size)
+            for i, (decision, probability) in zip(usable, outcomes, strict=True):
+                write(chunk[i], decision, probability)
+        if not n_classified:
+            raise InputError(f"input: {given.input} has no rows that can be used")
+    n_skipped = counts.total() - n_classified
+    skipped = f"; {n_skipped} rows that cannot be used are left out" if n_skipped else ""
+    print(printable(f"{given.out}: {n_classified} rows{skipped}"))
 
 
 def check_wording(task: Classifier, checkpoint: Path) -> None:
@@ -169,20 +177,22 @@ def reader(source: Source, columns: dict[str, list[str]], skip: bool) -> Callabl
     return texts
 
 
-def classify(
-    task: Classifier, texts: list[Text], tokenizer: Tokenizer, template: Template, batch_size: int
-) -> list[tuple[int, list[float]]]:
-    """The class of every text and the probabilities of all, in the order of the texts."""
+def classify(task: Classifier, ids: list[list[int]], batch_size: int) -> list[tuple[int, list[float]]]:
+    """Return the class of every text and the probabilities of all classes, in the order of the texts.
+
+    Args:
+        task: the model.
+        ids: of every text, at least one token id.
+        batch_size: texts in a batch.
+    """
     import numpy as np
     import torch
 
     from datamodules.batching import TokenRows, evaluation_batches
 
-    assert task.wording is not None
-    ids = template.encode([text.fields for text in texts], tokenizer, task.wording["max_length"])
     offsets = np.cumsum([0, *map(len, ids)])
     rows = TokenRows(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
-    probability = torch.empty(len(texts), task.num_classes)
+    probability = torch.empty(len(ids), task.num_classes)
     for numbers in evaluation_batches(rows.lengths, batch_size):
         batch = {key: tensor.to(task.device) for key, tensor in rows.batch(numbers).items()}
         probability[torch.from_numpy(numbers)] = task.probability(batch).cpu()

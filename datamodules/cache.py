@@ -92,6 +92,8 @@ def _read(file: Path) -> pa.Buffer | None:
     import pyarrow as pa
 
     try:
+        if not file.is_file():  # to open a pipe would wait for a writer
+            return None
         whole = pa.memory_map(str(file)).read_buffer()
     except (OSError, pa.ArrowException):
         return None

@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 # columns beside the fields, whose names are identifiers
 _NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label index", "reason to skip"
 _NO_LABEL = -1
-_CACHE_FORMAT = 4  # part of every cache key; raised when what is cached changes
+_CACHE_FORMAT = 5  # part of every cache key; raised when what is cached changes
 _BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # rows that are encoded together end at either
 
 
 class _Example(NamedTuple):
-    """A row by its number in the source, from 1: its texts by field and its label, or the reason to skip it."""
+    """A row by its number in the source, from 1: its texts by field, label and token ids, or the reason to skip it."""
 
     number: int
     texts: dict[str, str] = {}
     label: int = _NO_LABEL
     reason: str | None = None
+    ids: Sequence[int] = ()
 
 
 class TextClassification(TextData):
@@ -203,16 +204,15 @@ class TextClassification(TextData):
         """Read, check and encode the rows of a source. Those that are left out come without tokens, with the reason."""
         import pyarrow as pa
 
-        schema, max_length = _schema(fields), self._max_length()
+        schema = _schema(fields)
         columns = list(dict.fromkeys([*fields.values(), *([label_column] if label_column else [])]))
         examples = (self._checked(source, number, row, fields, label_column) for number, row in source.read(columns))
-        while batch := list(_first(examples, _BATCH_ROWS, _BATCH_CHARACTERS)):
-            usable = [example.texts for example in batch if example.reason is None]
-            ids = iter(self.template.encode(usable, self.tokenizer, max_length))
+        while checked := list(_first(examples, _BATCH_ROWS, _BATCH_CHARACTERS)):
+            batch = self._tokenized(source, checked)
             values = {
                 _NUMBER: [example.number for example in batch],
                 **{field: [example.texts.get(field) for example in batch] for field in fields},
-                _TOKENS: [next(ids) if example.reason is None else [] for example in batch],
+                _TOKENS: [example.ids for example in batch],
                 _LABEL: [example.label for example in batch],
                 _REASON: [example.reason for example in batch],
             }
@@ -232,6 +232,22 @@ class TextClassification(TextData):
                 raise
             return _Example(number, reason=str(error).removeprefix(printable(f"{source.name}, ")))
         return _Example(number, texts, label)
+
+    def _tokenized(self, source: Source, batch: list[_Example]) -> list[_Example]:
+        """Return examples with their token ids; those without any have a reason to be skipped."""
+        texts = [example.texts for example in batch if example.reason is None]
+        ids = iter(self.template.encode(texts, self.tokenizer, self._max_length()))
+        examples = []
+        for example in batch:
+            if example.reason is None:
+                example = example._replace(ids=next(ids))
+                if not example.ids:
+                    reason = f"row {example.number}: {self.template.no_token(example.texts)}"
+                    if self.bad_rows == "error":
+                        raise InputError(f"{source.name}, {reason}")
+                    example = _Example(example.number, reason=reason)
+            examples.append(example)
+        return examples
 
     def _tell_skipped(self, source: str, skipped: dict[int, str], total: int) -> None:
         """Say once of a source which rows, by number, are skipped and why."""

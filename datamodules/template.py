@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, shorten
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 
 class Template:
@@ -24,14 +24,15 @@ class Template:
 
     def __init__(self, text: str) -> None:
         try:
-            parts = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(text)]
+            parts = list(Formatter().parse(text))
         except ValueError as error:
             raise InputError(f"template {text!r}: {error}") from None
         self.text = text
-        self.fields = list(dict.fromkeys(name for name, _, _ in parts if name is not None))
+        self._parts = [(literal, name) for literal, name, _, _ in parts]  # a field follows its literal
+        self.fields = list(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
             raise InputError(f"template {text!r} has no field; write one as {{sentence}}")
-        for name, spec, conversion in parts:
+        for _, name, spec, conversion in parts:
             if name is not None and (not name.isidentifier() or spec or conversion):
                 raise InputError(f"template {text!r}: a field is a plain column name, such as {{sentence}}")
 
@@ -40,18 +41,42 @@ class Template:
         return self.text.format(**{field: row[field].strip() for field in self.fields})
 
     def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
-        """Token ids of each row's text, at most ``max_length`` long.
+        """Return the token ids of each row's text, at most ``max_length``.
 
-        What is too long loses words of its fields, the longest field first, and never a part of the template.
+        A text that is too long loses words of its fields, the longest field first, and never a part of the template. A
+        row with a field that has no token, because a normalizer deletes its characters or because the vocabulary lacks
+        them, has no ids.
 
         Raises:
-            InputError: the template alone is longer than ``max_length``.
+            InputError: the template leaves no room for text.
         """
         encodings = tokenizer.encode_batch([self.fill(row) for row in rows])
-        return [
-            encoding.ids if len(encoding) <= max_length else self._truncated(row, tokenizer, max_length)
-            for row, encoding in zip(rows, encodings, strict=True)
-        ]
+        return [self._ids(row, found, tokenizer, max_length) for row, found in zip(rows, encodings, strict=True)]
+
+    def no_token(self, row: Mapping[str, str]) -> str:
+        """Return the message for a row to which :meth:`encode` gives no token ids."""
+        texts = ", ".join(shorten(row[field]) for field in self.fields)
+        return f"the tokenizer gives no token for {'one of the texts' if len(self.fields) > 1 else 'the text'} {texts}"
+
+    def _ids(self, row: Mapping[str, str], encoding: Encoding, tokenizer: Tokenizer, max_length: int) -> list[int]:
+        if not self._covers_fields(row, encoding):
+            return []
+        return encoding.ids if len(encoding) <= max_length else self._truncated(row, tokenizer, max_length)
+
+    def _covers_fields(self, row: Mapping[str, str], encoding: Encoding) -> bool:
+        """Return whether the text of every field has a token."""
+        start = 0
+        for literal, field in self._parts:
+            start += len(literal)
+            if field is not None:
+                end = start + len(row[field].strip())
+                if start == end or (
+                    encoding.char_to_token(start) is None
+                    and not any(first < end and last > start for first, last in encoding.offsets)
+                ):
+                    return False
+                start = end
+        return True
 
     def _truncated(self, row: Mapping[str, str], tokenizer: Tokenizer, max_length: int) -> list[int]:
         # Fields are cut as text, at the ends of their tokens, and the whole is encoded again: the tokens of a
@@ -66,10 +91,13 @@ class Template:
             cut = {field: texts[field][: ends[field][n - 1]] if (n := keep[field]) else "" for field in self.fields}
             ids = tokenizer.encode(self.fill(cut)).ids
             excess = len(ids) - max_length
+            if not any(keep.values()):
+                raise InputError(
+                    f"template {self.text!r} alone takes {len(ids)} tokens; max_length is {max_length}, which leaves "
+                    "no room for text"
+                )
             if excess <= 0:
                 return ids
-            if not any(keep.values()):
-                raise InputError(f"template {self.text!r} alone takes {len(ids)} tokens; max_length is {max_length}")
             longest = max(keep, key=keep.__getitem__)
             second = max((n for field, n in keep.items() if field != longest), default=0)
             keep[longest] -= max(1, min(excess, keep[longest] - second))

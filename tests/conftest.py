@@ -8,8 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import chain
@@ -28,6 +30,15 @@ from gpt2_pl.tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
 torch.set_num_threads(1)
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes its children ignore it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests an hour before they count as hanging."""
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 def peft_puts_virtual_tokens() -> None:
@@ -38,9 +49,10 @@ def peft_puts_virtual_tokens() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    """Every test draws the same numbers, in whatever order tests run."""
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test draws the same numbers and prints with a new console, in whatever order tests run."""
     torch.manual_seed(1)
+    monkeypatch.setattr("rich._console", None)
 
 
 @pytest.fixture(scope="session")

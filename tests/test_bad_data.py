@@ -306,6 +306,21 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
         TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
 
 
+def test_row_without_tokens_is_named_or_left_out(base, tmp_path):
+    settings = json.loads((base / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    file = tmp_path / "rows.csv"
+    file.write_text("sentence,sentiment\nfine,1\nzzz,0\nbad,0\n")
+    with pytest.raises(InputError, match=r"rows\.csv, row 2: the tokenizer gives no token for the text 'zzz'"):
+        IMDB(test_file=str(file), tokenizer=str(tmp_path), bad_rows="error").setup()
+    data = IMDB(test_file=str(file), tokenizer=str(tmp_path), bad_rows="skip")
+    with pytest.warns(UserWarning, match=r"1 of 3 rows are skipped: row 2: the tokenizer gives no token"):
+        data.setup()
+    assert [data.number("test", i) for i in range(2)] == [1, 3]
+    assert data.encoded["test"].labels.tolist() == [1, 0]
+
+
 # Labels and columns
 
 

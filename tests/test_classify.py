@@ -151,3 +151,26 @@ def test_an_out_that_cannot_be_made_is_refused_first(trained, run, capsys, tmp_p
     (tmp_path / "file").write_text("")
     line = refused(run, capsys, trained, "--input", "nowhere.csv", "--out", tmp_path / "file" / "out.csv")
     assert "is not a folder" in line
+
+
+def test_classify_row_without_tokens_is_named_or_left_out(trained, run, tmp_path, capsys):
+    file = trained / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
+    file.write_text(json.dumps(settings))
+    rows = [{"sentence1": text, "sentence2": "the film"} for text in ("a film", "zz", "film z", "zzz")]
+    classify = ("classify", trained, "--input", write(tmp_path / "in.csv", rows), "--out", tmp_path / "out.csv")
+    with pytest.raises(SystemExit) as ended:
+        run(*classify)
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "in.csv, row 2: the tokenizer gives no token for one of the texts 'zz', 'the film'" in line
+    assert not (tmp_path / "out.csv").exists()
+    run(*classify, "--bad_rows", "skip")
+    assert capsys.readouterr().out.strip().endswith("2 rows; 2 rows that cannot be used are left out")
+    assert [row["row"] for row in table(tmp_path / "out.csv")] == ["1", "3"]
+    write(tmp_path / "in.csv", rows[1:2])
+    with pytest.raises(SystemExit):
+        run("classify", trained, "--input", tmp_path / "in.csv", "--out", tmp_path / "none.csv", "--bad_rows", "skip")
+    assert "has no rows that can be used" in capsys.readouterr().err
+    assert not (tmp_path / "none.csv").exists()

@@ -66,6 +66,30 @@ def test_broken_templates(text):
         Template(text)
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_template_encode_field_without_a_token_gives_no_ids(special, base, tmp_path):
+    settings = json.loads((base / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z0]"}, "content": ""}
+    if special:
+        begin = {"SpecialToken": {"id": "x", "type_id": 0}}
+        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        settings["post_processor"] = {"type": "TemplateProcessing", "single": [begin, a], "pair": [a, b],
+                                      "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer, template = load_tokenizer(tmp_path), Template("{{0}}: {a}, {b} and {a}!")
+    rows = [{"a": a, "b": b} for a in ("film", "z", "zfilmz", " 0z0") for b in ("good", "zz", "0good film", "z0 ")]
+    for row, ids in zip(rows, template.encode(rows, tokenizer, 64), strict=True):
+        has_tokens = all(tokenizer.encode(text.strip(), add_special_tokens=False).ids for text in row.values())
+        assert ids == (tokenizer.encode(template.fill(row)).ids if has_tokens else [])
+
+
+def test_template_encode_without_room_for_text_raises(base):
+    tokenizer, template = load_tokenizer(base), Template("{a} is")
+    alone = len(tokenizer.encode(" is").ids)
+    with pytest.raises(InputError, match=f"alone takes {alone} tokens; max_length is {alone}, which leaves no room"):
+        template.encode([{"a": "a wonderful film"}], tokenizer, alone)
+
+
 def test_a_template_without_room(base):
     with pytest.raises(InputError, match="max_length is 3"):
         Template("Review: {a} Sentiment:").encode([{"a": "x"}], load_tokenizer(base), 3)

@@ -111,7 +111,7 @@ CASES = [
 @pytest.mark.parametrize(("task", "variant"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
     bases = [str(shutil.copytree(base, tmp_path / name)) for name in ("from_checkpoint", "from_file", "from_flag")]
-    names = sorted(arguments(task) - {"num_classes"})  # which is the data's
+    names = sorted(set(arguments(task)) - {"num_classes"})  # which is the data's
     assert {"base", "dropout", "compile", *(["pooling"] if issubclass(task, Classifier) else [])} <= set(names)
     fixed, hint = EXCLUDED[variant], hints(task)
     values = {name: [fixed[name]] * 3 if name in fixed else three(name, hint[name]) for name in names if name != "base"}

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +48,10 @@ from commands.arguments import (
     run_of,
     with_hyperparameters,
 )
+from commands.dumps import NOTES, readable
 from commands.process import LAUNCHER, interrupts, rank
 from commands.run_files import RunFiles, RunLogger
+from commands.training_checks import check_processes, check_training
 from gpt2_pl.documents import check_yaml
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_place, whole_file
@@ -79,6 +82,13 @@ class Parser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""
+
+    def dump(self, namespace: Any, *args: Any, **kwargs: Any) -> str:
+        """Dump a configuration so that it can be read back; see :func:`commands.dumps.readable`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NOTES)
+            text = super().dump(namespace, *args, **kwargs)
+        return readable(text, namespace)
 
     def save(self, namespace: Any, path: Any, *_: Any, **__: Any) -> None:
         """Write a configuration, with what is null, in place of the file that is there.
@@ -259,6 +269,9 @@ class GPT2CLI(LightningCLI):
         for callback in callbacks:
             if hasattr(callback, "check"):
                 callback.check(callbacks, self.model)
+        check_processes(self.trainer)
+        if self.subcommand == "fit":
+            check_training(self.trainer, self.model)
         model: Any = self.model
         untrained = model.base is None or getattr(model, "head_name", None) == "linear"
         brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
@@ -343,6 +356,11 @@ class GPT2CLI(LightningCLI):
             if rank() == 0:
                 print(f"gpt2-pl: stopped by SIGTERM{self._resume_advice()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
+        except (MisconfigurationException, RuntimeError) as error:
+            message = " ".join(str(error).split())
+            if isinstance(error, MisconfigurationException) or message.startswith("Early stopping conditioned on"):
+                raise InputError(f"trainer: {message}") from error
+            raise
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.trainer.strategy.barrier()  # none ends, and takes its connections along, while another is at work
             torch.distributed.destroy_process_group()

@@ -137,6 +137,11 @@ class Schedule:
     The number of steps is the trainer's to know; the task asks it when training begins.
     """
 
+    @property
+    def needs_total(self) -> bool:
+        """Whether the factor depends on the total number of steps, which an unbounded run does not have."""
+        return True
+
     def factor(self, step: int, total: int) -> float:
         """The factor at optimizer step ``step`` (0, 1, ..., total - 1) of ``total``."""
         raise NotImplementedError
@@ -153,6 +158,11 @@ class Constant(Schedule):
         if warmup < 0:
             raise InputError(f"warmup is {warmup}; it must be a number of steps or a share of all steps in [0, 1)")
         self.warmup = warmup
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the warmup is a share of all steps, or the rate decays to the end of training."""
+        return type(self) is not Constant or 0 < self.warmup < 1
 
     def _after_warmup(self, step: int, total: int) -> float:
         return 1.0

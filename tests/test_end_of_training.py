@@ -1,12 +1,18 @@
 """How training ends: validated, tested, and so that it can be continued as if it had not ended."""
 
+import math
+
 import pytest
 import torch
 from conftest import ROOT, metrics
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from test_cli import refused
 
 import cli
+from gpt2_pl.errors import InputError
+from gpt2_pl.optim import Linear
+from gpt2_pl.tasks import SentimentClassifier
 
 TINY = [
     "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--data.batch_size=16",
@@ -98,6 +104,13 @@ CONTINUED = {
     "at a validation": (["--trainer.max_steps=4"], ["--trainer.val_check_interval=2"]),
     "before a validation": (["--trainer.max_steps=3"], ["--trainer.val_check_interval=2"]),
     "stopped": ([STOP], []),
+    "stopped, several rates": (
+        [STOP],
+        [
+            "--model.schedule={class_path: gpt2_pl.optim.Cosine, init_args: {warmup: 0.3}}",
+            "--trainer.callbacks=[{class_path: callbacks.DiscriminativeLR, init_args: {decay: 0.7}}]",
+        ],
+    ),
     "stopped between steps": ([STOP], ["--trainer.accumulate_grad_batches=4"]),
 }  # fmt: skip
 
@@ -182,3 +195,73 @@ def test_patience_is_the_resumed_runs_own(run):
     assert len(metrics(folder)["epochs"]) == 2
     resumed = run(*settings, "--early_stopping_patience=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
     assert len(metrics(resumed)["epochs"]) == 3
+
+
+class Rates(Callback):
+    """Notes the rate of every step, as its number and the rate."""
+
+    seen: list[tuple[int, float]] = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize("stopped_at", [[], [STOP]], ids=["finished", "unfinished"])
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("Linear", lambda step, total: (step + 1) / 3 if step < 2 else 1 - (step - 2) / (total - 2)),
+        ("Cosine", lambda s, total: (s + 1) / 3 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / (total - 2))),
+    ],
+)
+def test_extended_run_uses_the_schedule_of_its_new_length(schedule, factor, stopped_at, run):
+    """Of a run of two epochs that is continued to four, no step has the rate 0 at which the shorter one ends."""
+    schedule = f"--model.schedule={{class_path: gpt2_pl.optim.{schedule}, init_args: {{warmup: 2}}}}"
+    folder = run(*TINY, schedule, *stopped_at)
+    n_done = metrics(folder)["steps"]
+    Rates.seen.clear()
+    rates = "--trainer.callbacks=[{class_path: test_end_of_training.Rates}]"
+    longer = [*TINY, schedule, rates, "--trainer.max_epochs=4"]
+    run(*longer, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert [step for step, _ in Rates.seen] == list(range(n_done, 24))
+    for step, rate in Rates.seen:
+        assert rate == pytest.approx(1e-3 * factor(step, 24), rel=1e-12)
+
+
+ENDLESS = ["--trainer.max_time=00:00:00:00", "--trainer.min_epochs=2"]
+
+
+@pytest.mark.parametrize("epochs", ["-1", "null"])
+@pytest.mark.parametrize("warmup", ["0", "4"])
+def test_run_without_a_length_trains_at_a_constant_rate(warmup, epochs, run):
+    Rates.seen.clear()
+    folder = run(*TINY, *ENDLESS, f"--trainer.max_epochs={epochs}", f"--model.schedule.init_args.warmup={warmup}",
+                 "--trainer.callbacks=[{class_path: test_end_of_training.Rates}]")  # fmt: skip
+    assert metrics(folder)["steps"] == 12
+    expected = [1e-3 * min(1.0, (step + 1) / (int(warmup) + 1)) for step in range(12)]
+    assert [rate for _, rate in Rates.seen] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs"),
+    [
+        ("gpt2_pl.optim.Linear", "-1"),
+        ("gpt2_pl.optim.Cosine", "null"),
+        ("gpt2_pl.optim.SlantedTriangular", "-1"),
+        ("{class_path: gpt2_pl.optim.Constant, init_args: {warmup: 0.1}}", "null"),
+    ],
+)
+def test_schedule_over_a_run_without_a_length_is_refused(schedule, epochs, run, capsys):
+    line = refused(run, capsys, *TINY, *ENDLESS, f"--trainer.max_epochs={epochs}", f"--model.schedule={schedule}")
+    assert "trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule" in line
+
+
+def test_schedule_over_batches_of_unknown_number_is_refused(base):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    task = SentimentClassifier(base=str(base), num_classes=2, schedule=Linear())
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(InputError, match=r"max_steps must be a number above 0 with model\.schedule Linear"):
+        trainer.fit(task, torch.utils.data.DataLoader(Stream()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from os import PathLike
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from gpt2_pl import checkpoint as checkpoints
@@ -303,14 +305,59 @@ class Task(Registered, LightningModule):
         optimizer = self.make_optimizer(groups)
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
+        total = self._n_steps()
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _n_steps(self) -> int:
+        """Return the number of optimizer steps of the run; 1 where it is unbounded and the schedule does not use it.
+
+        Raises:
+            InputError: the data or the trainer's limits cannot be used, or the run is unbounded and the schedule uses
+                its length.
+        """
         try:
-            total = int(self.trainer.estimated_stepping_batches)
-        except ValueError as error:  # Lightning reads the data here, and what the trainer asks of it
+            self.trainer.fit_loop.setup_data()  # reads the data
+            total = self.trainer.estimated_stepping_batches
+        except ValueError as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from None
         if (accumulation := accumulation_scheduler(self.trainer)) is not None:  # which Lightning leaves out of account
             total = scheduled_steps(self.trainer, accumulation) or total
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, max(total, 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if math.isinf(total) or total < 0:  # no limit, or batches of unknown number
+            self.check_schedule(endless=self.trainer.limit_train_batches != 0)
+            return 1
+        return max(int(total), 1)
+
+    def check_schedule(self, endless: bool) -> None:
+        """Refuse a schedule that uses the length of training where training has none.
+
+        Args:
+            endless: whether the number of optimizer steps is unbounded or unknown.
+
+        Raises:
+            InputError: naming the schedule.
+        """
+        if endless and self.schedule.needs_total:
+            raise InputError(
+                f"trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
+                f"{type(self.schedule).__name__}, whose rates depend on the length of training (trainer.max_time may "
+                "end it earlier); without a length, give --model.schedule gpt2_pl.optim.Constant with a warmup of 0 "
+                "or in steps"
+            )
+
+    def _set_resumed_rates(self) -> None:
+        """Compute the rates of a resumed run; those in the checkpoint are for the length that the run had before."""
+        if self.trainer.ckpt_path is None:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LambdaLR):
+                scheduler._last_lr = [
+                    base * factor(scheduler.last_epoch)
+                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                ]
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                    group["lr"] = rate
 
     def optimizer_step(
         self,
@@ -516,7 +563,8 @@ class Task(Registered, LightningModule):
                 self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_start(self) -> None:
-        """Set how many batches make a step, which Lightning leaves out where training resumes within an epoch."""
+        """Set the rates, and the batches per step, which Lightning does not set when it resumes within an epoch."""
+        self._set_resumed_rates()
         self._step_mean.clear()
         if (scheduler := accumulation_scheduler(self.trainer)) is not None:
             self.trainer.accumulate_grad_batches = scheduler.get_accumulate_grad_batches(self.trainer.current_epoch)

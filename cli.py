@@ -84,7 +84,10 @@ def _main(args: list[str], alone: bool) -> None:
         print(f"gpt2-pl {__version__}" if args[:1] == ["--version"] else _HELP.format(commands=commands), end="\n")
         return
     if args[0] not in _COMMANDS:
-        _fail(f"unknown command {args[0]!r}; it must be one of {', '.join(_COMMANDS)}")
+        from gpt2_pl.errors import did_you_mean
+
+        near = did_you_mean(args[0], _COMMANDS) or ";"
+        _fail(f"unknown command {args[0]!r}{near} commands are {', '.join(_COMMANDS)}")
     try:
         os.getcwd()
     except OSError as error:
@@ -107,7 +110,7 @@ def _end(error: Exception) -> NoReturn:
     if is_interrupt(error):
         raise KeyboardInterrupt from None
     if isinstance(error, ArgumentError):
-        _fail(_condensed(str(error)))
+        _fail(" ".join(str(error).split()))
     cause: BaseException | None = error  # the parser wraps what a class raises in errors of its own
     while cause is not None and not isinstance(cause, InputError | RunError):
         cause = cause.__cause__ or cause.__context__
@@ -121,30 +124,6 @@ def _end(error: Exception) -> NoReturn:
     if isinstance(error, RuntimeError) and (" by peer" in reason or "gloo/transport" in reason):
         _fail("another process of this run has ended, and so does this one; go on with its last.ckpt", 1)
     raise error
-
-
-def _condensed(message: str) -> str:
-    """One line of a parser's many: the key, what is wrong, the value."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    noise = (
-        "Does not validate against",
-        "Subtypes:",
-        "Errors:",
-        "Given value",
-        "Expected a <class 'NoneType'>",
-        "tip:",
-    )
-    told = list(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
-    given = [line.partition(":")[2].strip() for line in lines if line.startswith("Given value:")]
-    text = " ".join(told).replace('Parser key "', "").replace('":', ":", 1)
-    if given and len(given[-1]) < 100 and "(" not in given[-1] and given[-1] not in text:
-        text += f"; the value is {given[-1]}"
-    if "Expected a <class 'str'>. Got value: {" in text or "Expected a <class 'str'>. Got value: True" in text:
-        text += " (YAML takes this text for something else: quote it twice, as in '\"Review: {sentence}\"')"
-    without_task = ("gpt2_pl.tasks.Task'", "lightning.LightningDataModule'", "arguments are required")
-    if any(sign in text for sign in without_task):
-        text += " (the task's file comes first: --config configs/task/sst5.yaml --config configs/strategy/full.yaml)"
-    return text
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

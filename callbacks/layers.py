@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, did_you_mean
 
 Layers = dict[str, list[tuple[str, nn.Parameter]]]
 
@@ -151,7 +151,8 @@ class GradualUnfreezing(Callback):
         named = [name for stage in stages for name in stage]
         for name in named:
             if name not in layers:
-                raise InputError(f"GradualUnfreezing: there is no layer {name!r}; there are {', '.join(layers)}")
+                near = did_you_mean(name, layers) or ";"
+                raise InputError(f"GradualUnfreezing: there is no layer {name!r}{near} there are {', '.join(layers)}")
             if named.count(name) > 1:
                 raise InputError(f"GradualUnfreezing: stages names {name} twice")
         return stages
@@ -246,7 +247,8 @@ class DiscriminativeLR(Callback):
         """What the rate of each of ``layers``, from input to output, is multiplied by."""
         for name in self.top or []:
             if name not in layers:
-                raise InputError(f"DiscriminativeLR: there is no layer {name!r}; there are {', '.join(layers)}")
+                near = did_you_mean(name, layers) or ";"
+                raise InputError(f"DiscriminativeLR: there is no layer {name!r}{near} there are {', '.join(layers)}")
         last_block = max((i for i, name in enumerate(layers) if name.startswith("block.")), default=len(layers) - 1)
         top = {layers[-1], *((*TOP, *layers[last_block + 1 :]) if self.top is None else self.top)}
         below = [name for name in layers if name not in top]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from commands.plugins import import_plugin
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, did_you_mean
 
 RUNS = Path("lightning_logs")  # the folder of runs, below the working directory
 
@@ -40,5 +41,11 @@ class Arguments(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Raise it."""
-        raise InputError(f"{message} ({self.prog} --help lists all options)")
+        """Raise it, with the nearest option where one is not known."""
+        near = ""
+        if found := re.search(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
+            message = f"there is no option {found[1]}"
+            near = did_you_mean(found[1], self._option_string_actions)
+        elif found := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
+            near = did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
+        raise InputError(f"{message}{near} ({self.prog} --help lists all options)")

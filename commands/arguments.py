@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from commands import RUNS
-from commands.plugins import add_working_folder, import_class, import_plugin
+from commands.plugins import CLASS_MODULES, add_working_folder, import_class, import_plugin
 from gpt2_pl.checkpoint import read
 from gpt2_pl.documents import load_yaml, read_yaml
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.files import existing_file
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
-
-_CLASSES = ("model", "data", "model.surgery", "trainer.callbacks")  # keys whose values may be classes' names
 
 
 class Source(NamedTuple):
@@ -28,17 +26,12 @@ class Source(NamedTuple):
     Args:
         name: the file as it was named, or the flag without its dashes.
         settings: the values that it states, by key, such as ``model.optimizer.init_args.lr``.
-        content: what a file holds; None for a flag.
+        is_file: whether it is a configuration file.
     """
 
     name: str
     settings: dict[str, Any]
-    content: dict[str, Any] | None = None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether this is a configuration file."""
-        return self.content is not None
+    is_file: bool = False
 
 
 def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -89,10 +82,17 @@ class CommandLine:
                 raise InputError(f"{typed[0]} is no flag; a configuration file is given as --config FILE")
 
     def _add_file(self, name: str) -> None:
-        content = read_yaml(existing_file(name, "config"))
+        try:
+            file = existing_file(name, "config")
+        except InputError as error:
+            path = Path(name).expanduser()
+            beside = path.parent.glob("*.yaml") if path.parent.is_dir() else ()
+            near = did_you_mean(path.name, [file.name for file in beside])
+            raise InputError(f"{error}{near}") from None
+        content = read_yaml(file)
         if isinstance(content, dict):
             check_shape(name, content)
-            self.sources.append(Source(name, dict(_flatten(content, "")), content))
+            self.sources.append(Source(name, dict(_flatten(content, "")), is_file=True))
 
     def _add_flag(self, key: str, text: str | None) -> None:
         try:
@@ -148,11 +148,11 @@ class CommandLine:
             import_plugin(name)
         for source in self.sources:
             for key, value in source.settings.items():
-                is_class = key.endswith("class_path") or key.removesuffix("+") in _CLASSES
+                is_class = key.endswith("class_path") or key.removesuffix("+") in CLASS_MODULES
                 values = [value] if isinstance(value, str) and is_class else []
                 values += [one for one in value if isinstance(one, str)] if isinstance(value, list) and is_class else []
                 for path in [*values, *_class_paths(value)]:
-                    import_class(path, key)
+                    import_class(path, key, f"{source.name}: " if source.is_file else "")
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -297,7 +297,7 @@ def check_shape(file: str, settings: Any, key: str = "") -> None:
         return
     if {"class_path", "init_args"} & settings.keys():
         for name, kind in (("class_path", str), ("init_args", dict)):
-            if not isinstance(settings.get(name), kind | None):
+            if name in settings and not isinstance(settings[name], kind):
                 what = "a class's name" if kind is str else "keys"
                 raise InputError(f"{file}: {key}.{name} is {settings[name]!r}; it must be {what}")
         if wrong := [name for name in settings if name not in ("class_path", "init_args", "dict_kwargs")]:

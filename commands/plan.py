@@ -13,7 +13,7 @@ from typing import Any
 
 from commands.planned import PlannedRun
 from gpt2_pl.documents import read_yaml
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.files import existing_file
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+,=-]{0,198}[A-Za-z0-9_+,=-])?")  # Windows drops dots at the end
@@ -238,7 +238,8 @@ class _Node:
             raise InputError(f"{self.path or 'the file'} is a list; it must be a mapping with {', '.join(known)}")
         for key in self.content:
             if key not in known:
-                raise InputError(f"{self._key(str(key))} is no key; there are {', '.join(known)}")
+                near = did_you_mean(str(key), known) or ";"
+                raise InputError(f"{self._key(str(key))} is no key{near} there are {', '.join(known)}")
 
     def mapping(self, key: str, required: bool = False) -> dict[str, _Node]:
         """Named parts."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import operator
 import os
 import re
 import sys
@@ -12,8 +14,19 @@ from types import ModuleType
 from typing import Any
 
 from gpt2_pl.documents import read_yaml
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, nearest
 
+CLASS_MODULES = {  # keys whose values may be classes' names, and the modules that have such classes
+    "model": ("gpt2_pl.tasks",),
+    "model.surgery": ("gpt2_pl.surgery",),
+    "model.optimizer": ("torch.optim",),
+    "model.schedule": ("gpt2_pl.optim",),
+    "data": ("datamodules",),
+    "trainer.callbacks": ("callbacks", "lightning.pytorch.callbacks"),
+    "trainer.logger": ("lightning.pytorch.loggers",),
+    "trainer.strategy": ("lightning.pytorch.strategies",),
+    "trainer.profiler": ("lightning.pytorch.profilers",),
+}
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -40,20 +53,48 @@ def import_plugin(name: str) -> ModuleType:
     return module
 
 
-def import_class(path: str, key: str) -> None:
+def import_class(path: str, key: str, where: str = "") -> None:
     """Import the module of a class that the user's configuration names; a name without a module is left alone.
 
     Args:
         path: of the class, such as ``mine.BitFit``.
         key: that holds it, for error messages.
+        where: what precedes the key in error messages: ``"FILE: "`` for a configuration file's.
 
     Raises:
-        InputError: the module exists and fails when it is imported.
+        InputError: there is no such class, or its module fails when it is imported.
     """
     module = path
     while _DOTTED.fullmatch(path) and (module := module.rpartition(".")[0]):  # a class may be within a class
-        if _import(module, f"{key}: {path}") is not None:
+        if (found := _import(module, f"{where}{key}: {path}")) is not None:
+            try:
+                operator.attrgetter(path[len(module) + 1 :])(found)
+            except AttributeError:
+                break
             return
+    if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # a file may hold the arguments
+        name = key.replace("model.init_args.", "model.").removesuffix(".class_path").removesuffix("+")
+        raise InputError(f"{where}{key}: there is no class {path!r}{nearest_class(name, path)}")
+
+
+def nearest_class(key: str, path: str) -> str:
+    """Return ``"; did you mean PATH?"`` with the class of the nearest name among those for a key, or nothing.
+
+    Args:
+        key: such as ``model.surgery``.
+        path: a name, with or without a module, which is looked through as well.
+    """
+    classes: dict[str, str] = {}
+    for place in (*CLASS_MODULES.get(key, ()), path.rpartition(".")[0]):
+        try:
+            module = importlib.import_module(place)
+        except (ImportError, ValueError):
+            continue
+        for name in getattr(module, "__all__", dir(module)):
+            if not name.startswith("_") and inspect.isclass(getattr(module, name, None)):
+                classes.setdefault(name, f"{place}.{name}")
+    near = nearest(path.rpartition(".")[2], classes)
+    return "" if near is None else f"; did you mean {classes[near]}?"
 
 
 def plugins_of(config: Path) -> list[str]:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ from commands.process import LAUNCHER, interrupts, rank
 from commands.run_files import RunFiles, RunLogger
 from commands.training_checks import check_processes, check_training
 from gpt2_pl.documents import check_yaml
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.errors import InputError, causes, printable
 from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
@@ -178,6 +179,24 @@ class GPT2CLI(LightningCLI):
             help="what to do at a loss that is NaN or infinite: stop, or leave the step out and count it",
         )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse files and flags.
+
+        Raises:
+            InputError: naming the file, the key and the nearest name.
+        """
+        from commands.messages import check_keys, explain
+
+        own = self._parser(self.line.command)
+        check_keys(self.line, own)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            reason = next((one for one in causes(error) if isinstance(one, InputError)), None)
+            if reason is not None:  # of what reads a file within the parser
+                raise reason from None
+            raise InputError(explain(str(error), self.line, own)) from None
 
     def _parse_ckpt_path(self) -> None:
         """The checkpoint's hyperparameters lie under files and flags already."""

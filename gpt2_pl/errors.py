@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
+from difflib import get_close_matches
 from typing import Any
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates,
@@ -91,6 +92,19 @@ def _message(text: object) -> str:
     if len(line) <= _MAX_MESSAGE:
         return line
     return f"{line[: _MAX_MESSAGE - 500]} ... ({len(line) - _MAX_MESSAGE:,} characters) ... {line[-500:]}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the most similar of ``names``, whatever its case, or None if none is similar."""
+    by_lower = {other.lower(): other for other in names}
+    near = get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[near[0]] if near else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean NAME?"`` with the most similar of ``names``, or nothing if none is similar."""
+    near = nearest(name, names)
+    return "" if near is None else f"; did you mean {near}?"
 
 
 class InputError(ValueError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 
 import pytest
 import yaml
@@ -9,7 +10,10 @@ from conftest import ROOT
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 
+from commands.arguments import CommandLine
+from commands.messages import explain
 from commands.train import GPT2CLI
+from gpt2_pl.errors import InputError
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")
@@ -121,28 +125,116 @@ def test_flags_are_not_shortened(built, capsys, tmp_path):
     assert not (tmp_path / "lightning_logs").exists()
 
 
-OTHER = {
-    bool: "nonsense",
-    int: "nonsense",
-    float: "nonsense",
-    str: {"a": [1]},
-    list: 7,
-    dict: 7,
-    type(None): {"a": [1]},
+@pytest.fixture
+def parse(built):
+    """Parse a command line, without building anything; gives the message, or None where all is accepted."""
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+
+    def parse(*args):
+        try:
+            cli.line = CommandLine(["fit", *map(str, args)])
+            cli.line.import_classes()
+            cli.parse_arguments(cli.parser, cli.line.arguments)
+        except InputError as error:
+            return str(error)
+        return None
+
+    return parse
+
+
+OF_KIND = {  # what a value of each kind cannot be
+    bool: ("nonsense", {"a": [1]}),
+    int: ("nonsense", [], {"a": [1]}),
+    float: ("nonsense", True, [], {"a": [1]}),
+    str: (True, {"a": [1]}),
+    list: (7, 1.5, True, "nonsense"),
+    dict: (7, 1.5, True, [], "nonsense"),
+    type(None): ({"a": [1]},),
 }
 
 
-@pytest.mark.parametrize(("file", "path"), CASES)
-def test_a_value_of_another_kind_is_refused_or_used(file, path, built, base, data_flags, capsys, tmp_path):
-    settings = yaml.safe_load(file.read_text())
-    above, key = found_in(settings, path[:-1]), path[-1]
-    above[key] = OTHER[type(above[key])]
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize("value", [7, 1.5, True, None, [], {}, "nonsense", {"a": [1]}], ids=str)
+def test_value_of_another_kind_is_accepted_or_refused_in_one_line_that_names_its_key(value, parse, tmp_path):
     changed = tmp_path / "changed.yaml"
-    changed.write_text(yaml.safe_dump(settings))
-    before, after = beneath(file, base, data_flags)
-    line = refused(built, capsys, *before, "--config", changed, *after)
-    assert key.rstrip("+") in line
-    assert not (tmp_path / "lightning_logs").exists()
+    for file, path in (case.values for case in CASES):
+        settings = yaml.safe_load(file.read_text())
+        above, key = found_in(settings, path[:-1]), path[-1]
+        kind = type(above[key])
+        above[key] = value
+        changed.write_text(yaml.safe_dump(settings))
+        message = parse(*beneath(file, "unused", ["unused"])[0], f"--config={changed}")
+        if message is None:
+            assert value not in OF_KIND[kind], (file, path)
+        else:
+            assert "\n" not in message, (file, path, message)
+            assert key.rstrip("+") in message or "has no argument 'a'" in message, (file, path, message)
+            assert not re.search("Errors:|Subtypes|Namespace|Given value|<class", message), (file, path, message)
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
+    def file(text):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text)
+        return f"--config={path}"
+
+    sst5, lora = f"--config={CONFIGS}/task/sst5.yaml", f"--config={CONFIGS}/strategy/lora.yaml"
+    rank = "model: {init_args: {surgery+: [{class_path: gpt2_pl.surgery.LoRA, init_args: {rnk: 3}}]}}"
+    for args, nearest in {
+        ("--model=SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
+        ("--model=gpt2_pl.tasks.SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
+        ("--data=datamodules.SST",): "datamodules.SST5",
+        (sst5, "--model.poolin=last"): "pooling",
+        (sst5, "--model.pooling=lst"): "last",
+        (sst5, "--model.optimizer=torch.optim.AdmW"): "torch.optim.AdamW",
+        (sst5, "--model.optimizer=torch.optm.AdamW"): "torch.optim.AdamW",
+        (sst5, "--model.optimizer=AdmW"): "torch.optim.AdamW",
+        (sst5, "--model.optimizer.lrr=3"): "lr",
+        (sst5, "--model.surgery+=LoRAA"): "gpt2_pl.surgery.LoRA",
+        (sst5, "--model.schedule=gpt2_pl.optm.Linear"): "gpt2_pl.optim.Linear",
+        (sst5, "--model.config={n_embdd: 128}"): "n_embd",
+        (sst5, "--trainer.max_epoch=3"): "--trainer.max_epochs",
+        (sst5, "--trainr.max_epochs=3"): "--trainer.max_epochs",
+        (sst5, "--earlystopping_patience=3"): "--early_stopping_patience",
+        (sst5, "--bad_batches=skp"): "skip",
+        (sst5, "--trainer.logger=CSVLoger"): "lightning.pytorch.loggers.CSVLogger",
+        (sst5, "--trainer.callbacks+=callbacks.GradualUnfreezng"): "callbacks.GradualUnfreezing",
+        (sst5, file("trainer: {logger: {class_path: lightning.pytorch.logger.CSVLogger}}")):
+            "lightning.pytorch.loggers.CSVLogger",
+        (sst5, file("trainer: {max_epoch: 3}")): "trainer.max_epochs",
+        (sst5, file("trainr: {}")): "trainer",
+        (sst5, file("data: {init_args: {batch_siz: 3}}")): "batch_size",
+        (lora, file("modl: {base: x}")): "model",
+        (sst5, file(rank)): "rank",
+        (f"--config={CONFIGS}/task/sst.yaml",): "sst5.yaml",
+    }.items():  # fmt: skip
+        assert f"did you mean {nearest}?" in str(parse(*args)), args
+        if args[-1].startswith("--config") and "sst.yaml" not in args[-1]:
+            assert str(parse(*args)).startswith(f"{args[-1].removeprefix('--config=')}: ")
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_text_that_yaml_reads_as_something_else_is_answered_by_how_to_quote_it(parse, tmp_path):
+    sst5, labels = f"--config={CONFIGS}/task/sst5.yaml", tmp_path / "labels.yaml"
+    for text, value in {"[no, yes]": "False", "[1, 2]": "1", "[1.5, a]": "1.5", "[a, null]": "None"}.items():
+        assert f"data.labels must be text, got {value}; quote" in parse(sst5, f"--data.labels={text}")
+        labels.write_text(f"data: {{init_args: {{labels: {text}}}}}")
+        assert parse(sst5, f"--config={labels}").startswith(f"{labels}: data.labels must be text, got {value}; quote")
+    assert parse(sst5, '--data.labels=["no", "1", "2.5", "null", "true"]') is None
+    assert parse(sst5, "--data.template=Review: {sentence}").endswith(
+        "--data.template '\"Review: {sentence}\"' as a flag"
+    )
+    assert parse(sst5, '--data.template="Review: {sentence}"') is None
+
+
+def test_unknown_words_of_the_parser_are_kept_on_one_line(built):
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+    for text in ("", "\n", 'Parser key "model":', 'Parser key "a":\n  something\n  else', "no key at all\n  - x"):
+        line = explain(text, cli.line, cli._parser("fit"))
+        assert "\n" not in line
+        assert all(word in line for word in ("something", "else", "no key", "x") if word in text)
+        assert bool(line) == bool(text.strip())
 
 
 @pytest.mark.parametrize(

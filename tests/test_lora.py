@@ -208,7 +208,7 @@ def test_dropout_is_for_the_adapter_in_training_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ["query"]}, "'query' matches nothing; the targets that exist are q, k, v, c_attn"),
+        ({"targets": ["query"]}, "there is no target 'query'; targets are q, k, v, c_attn"),
         ({"targets": []}, "targets is empty"),
         ({"targets": ["q", "c_attn"]}, "name attn.c_attn twice"),
         ({"targets": ["q", "q"]}, "name attn.c_attn twice"),

@@ -99,7 +99,7 @@ tasks:
     ("text", "message"),
     [
         ("- a", "the file is a list; it must be a mapping"),
-        ("tasks: {toy: {config: []}}", "tasks.toy.config is no key; there are configs, set"),
+        ("tasks: {toy: {config: []}}", "tasks.toy.config is no key; did you mean configs? there are configs, set"),
         (
             "tasks: {toy: {configs: [nowhere.yaml], strategies: [full]}}",
             "tasks.toy.configs: there is no file nowhere.yaml",

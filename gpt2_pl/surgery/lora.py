@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.kernels.dropout import dropout_unscaled
 from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
 from gpt2_pl.surgery.base import Surgery, freeze_base
@@ -233,8 +233,9 @@ class LoRA(Surgery):
     def _chosen_layers(self) -> dict[str, list[int] | None]:
         unknown = [target for target in self.targets if target not in TARGETS and target != "wte"]
         if unknown or not self.targets:
-            what = f"the target {unknown[0]!r} matches nothing" if unknown else "targets is empty"
-            raise InputError(f"LoRA: {what}; the targets that exist are {', '.join(TARGETS)}, wte")
+            what = f"there is no target {unknown[0]!r}" if unknown else "targets is empty"
+            near = did_you_mean(unknown[0], [*TARGETS, "wte"]) if unknown else ""
+            raise InputError(f"LoRA: {what}{near or ';'} targets are {', '.join(TARGETS)} and wte")
         layers: dict[str, list[int] | None] = {}
         for target in filter(TARGETS.__contains__, self.targets):
             name, third = TARGETS[target]

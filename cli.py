@@ -152,9 +152,22 @@ def _run(args: list[str], alone: bool) -> None:
     for message in noise:
         warnings.filterwarnings("ignore", message=message)
     trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    quiet = ("litlogger", "Detected KeyboardInterrupt")  # an advertisement; what we say in a line of our own
+    quiet = (
+        "Tip: ",
+        "TPU available",
+        "Detected KeyboardInterrupt",
+    )  # advertisements; a device that is not used; our own line
     trainer_log.addFilter(lambda record: not any(words in record.getMessage() for words in quiet))
-    _imported("train", alone).GPT2CLI(args=args)
+    train = _imported("train", alone)
+    for category in (
+        DeprecationWarning,
+        PendingDeprecationWarning,
+        FutureWarning,
+    ):  # Lightning, imported, shows its own
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"
+        )
+    train.GPT2CLI(args=args)
 
 
 def _imported(command: str, alone: bool) -> Any:

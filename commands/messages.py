@@ -13,7 +13,7 @@ from typing import NamedTuple
 from commands.arguments import CommandLine
 from commands.plugins import CLASS_MODULES, nearest_class
 from gpt2_pl.checkpoint import arguments
-from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.errors import InputError, RunError, causes, did_you_mean
 
 _NOISE = (
     "Does not validate against",
@@ -107,6 +107,33 @@ def explain(message: str, line: CommandLine, parser: ArgumentParser) -> str:
     hint = _quoting(key, value, line) if expected == ["text"] else ""
     reasons = f" ({reasons})" if reasons else ""
     return f"{where}{key} must be {' or '.join(expected)}, got {value}{reasons}{near}{hint}"
+
+
+def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
+    """Describe in one line why a class of the configuration could not be instantiated.
+
+    Args:
+        error: what jsonargparse raised.
+        line: what was parsed.
+
+    Returns:
+        The line; None where the error is not of that kind, or its own message is to be used.
+    """
+    reason = next((cause for cause in causes(error) if isinstance(cause, InputError | RunError | ImportError)), None)
+    message = str(error)
+    if isinstance(reason, InputError | RunError) or not (reason or message.startswith("Does not validate against")):
+        return None
+    problems = list(_problems(message))
+    texts = [str(reason)] if reason else _expected([problem.text for problem in problems])[2]
+    paths = [problem.class_path for problem in problems if problem.class_path]
+    paths += re.findall(r"class_path='(.+?)'", message)
+    where = ""
+    for source in line.sources:
+        for key, value in source.settings.items():
+            if paths and re.search(rf"\b{paths[0].rpartition('.')[2]}\b", str(value)):
+                name = key.replace(".class_path", "").removesuffix("+")
+                where = f"{source.name}: {name}: " if source.is_file else f"{name}: "
+    return f"{where}{f'{paths[0]}: ' if paths else ''}{' '.join('; '.join(texts or [message]).split())}"
 
 
 def _problems(message: str) -> Iterator[_Problem]:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -52,7 +52,7 @@ from commands.arguments import (
 from commands.dumps import NOTES, readable
 from commands.process import LAUNCHER, interrupts, rank
 from commands.run_files import RunFiles, RunLogger
-from commands.training_checks import check_processes, check_training
+from commands.training_checks import check_optimizer, check_processes, check_training
 from gpt2_pl.documents import check_yaml
 from gpt2_pl.errors import InputError, causes, printable
 from gpt2_pl.files import check_place, whole_file
@@ -279,11 +279,15 @@ class GPT2CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
-        super().instantiate_classes()
+        from commands.messages import explain_instantiation
+
         try:
-            self.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"model.optimizer: {str(error).splitlines()[0]}") from None
+            super().instantiate_classes()
+        except (ImportError, ValueError) as error:
+            if (reason := explain_instantiation(error, self.line)) is None:
+                raise
+            raise InputError(reason) from error
+        check_optimizer(self.model.make_optimizer)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if hasattr(callback, "check"):
@@ -318,10 +322,14 @@ class GPT2CLI(LightningCLI):
                 trainer["logger"] = RunLogger(self.folder, config["name"], root)
         self.summary = RunSummary(self.config_settings(), self.line.files)
         callbacks += [Reproducibility(), self.summary, PredictionWriter(), PoemWriter(), PictureWriter()]
-        shows_bar = trainer["enable_progress_bar"] is not False and sys.stdout is not None and sys.stdout.isatty()
-        if shows_bar:
-            callbacks.append(RunProgressBar())
-        trainer["enable_progress_bar"] = shows_bar  # else Lightning adds a bar of its own
+        configured = trainer["callbacks"] or []
+        configured = configured if isinstance(configured, list) else [configured]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
+        if not has_bar:
+            terminal = sys.stdout is not None and sys.stdout.isatty()
+            has_bar = trainer["enable_progress_bar"] is not False and terminal
+            callbacks += [RunProgressBar()] if has_bar else []
+            trainer["enable_progress_bar"] = has_bar  # else Lightning adds a bar of its own
         if trainer["logger"]:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit":
@@ -339,14 +347,14 @@ class GPT2CLI(LightningCLI):
                     trainer["plugins"] = [*plugins, WholeCheckpoints()]
         try:
             made = self._instantiate_trainer(trainer, callbacks)
-        except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
             message = " ".join(str(error).split()).replace("Timer(duration=", "Trainer(max_time=")
             raise InputError(f"trainer: {message}") from None
         order: list[Callback] = made.callbacks  # type: ignore[attr-defined]
         order.remove(self.summary)  # its account begins behind config.yaml, and ends before the checkpoints
         behind = sum(not isinstance(callback, RunCheckpoint) for callback in order)
         last_validation: list[Callback] = [EndOfTraining()] if self.subcommand == "fit" else []
-        order[behind:behind] = [*last_validation, self.summary, *([] if shows_bar else [EpochLines()])]
+        order[behind:behind] = [*last_validation, self.summary, *([] if has_bar else [EpochLines()])]
         return made
 
     def _checkpoints(self, monitor: str | None, mode: str, every_n_steps: int | None) -> list[RunCheckpoint]:

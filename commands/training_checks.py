@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -21,6 +23,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from callbacks import RunCheckpoint
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.tasks import Task
+from gpt2_pl.tasks.base import OptimizerCallable
 
 _REFUSED: dict[type[Callback], str] = {
     BaseFinetuning: (
@@ -66,6 +69,39 @@ def check_training(trainer: Trainer, model: Task) -> None:
     model.check_schedule(endless and trainer.max_steps == -1)
     for callback in callbacks:
         _check_callback(callback, trainer)
+
+
+def check_optimizer(make: OptimizerCallable) -> None:
+    """Refuse an optimizer whose settings are out of range, or that a task cannot be trained with.
+
+    Args:
+        make: makes the optimizer from parameter groups.
+
+    Raises:
+        InputError: the settings cannot be used, or the optimizer takes no parameter groups, needs sparse gradients, or
+            evaluates the loss more than once a step.
+    """
+    parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]  # every optimizer takes matrices
+    groups: list[dict[str, Any]] = [{"params": [parameter], "lr_scale": 1.0} for parameter in parameters]
+    try:
+        optimizer = make([groups[0], {**groups[1], "weight_decay": 0.0}])
+        if type(optimizer).__module__.startswith("torch.optim"):  # others may need a GPU
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        hint = (
+            "; tasks set rates and weight decay by group, as torch.optim.AdamW takes them"
+            if "group" in str(error)
+            else ""
+        )
+        raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from None
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"model.optimizer: {type(optimizer).__name__} evaluates the loss more than once a step (its step needs a "
+            "closure), and a task evaluates it once"
+        )
 
 
 def _check_callback(callback: Callback, trainer: Trainer) -> None:

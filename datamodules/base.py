@@ -86,6 +86,7 @@ class TextData(LightningDataModule):
             self.setup("test")
         for split in self.encoded:
             self._check_enough(split, self._process()[1])
+            self._check_limit(split)
 
     def setup(self, stage: str | None = None) -> None:
         """Encode the splits of ``stage`` (fit, validate, test, predict; None: all there are)."""
@@ -179,4 +180,23 @@ class TextData(LightningDataModule):
         if len(self.encoded[split]) < world:
             raise InputError(
                 f"the {split} split has {len(self.encoded[split])} rows for {world} processes; each needs one"
+            )
+
+    def _check_limit(self, split: str) -> None:
+        """Refuse a share of the batches of a split that is less than one batch.
+
+        Raises:
+            InputError: naming the trainer's setting, the share and the number of batches.
+        """
+        trainer: Any = self.trainer
+        key, share = f"limit_{split}_batches", getattr(trainer, f"limit_{split}_batches", None)
+        if getattr(trainer, "overfit_batches", 0) and split in ("train", "val"):
+            key, share = "overfit_batches", trainer.overfit_batches
+        if not isinstance(share, float) or not 0 < share < 1:
+            return
+        loader = self.train_dataloader() if split == "train" else self.evaluation_dataloader(split)
+        if int(len(loader) * share) == 0:
+            raise InputError(
+                f"trainer.{key} must be a number of batches, or a share of them that is at least one batch, got "
+                f"{share} of the {len(loader)} batches of {split}"
             )

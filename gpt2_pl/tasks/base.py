@@ -302,7 +302,10 @@ class Task(Registered, LightningModule):
         groups = parameter_groups(self.layer_groups(), rates, trained)
         if not groups:
             raise InputError("nothing would train: train_base is false and this head has no parameters")
-        optimizer = self.make_optimizer(groups)
+        try:
+            optimizer = self.make_optimizer(groups)
+        except ValueError as error:  # of the shapes of these parameters
+            raise InputError(f"model.optimizer: {' '.join(str(error).split())}") from None
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
         total = self._n_steps()

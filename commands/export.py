@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands import Arguments
+from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError, describe_failure, printable
 from gpt2_pl.files import check_new, room, whole_file
 from gpt2_pl.tokenizer import END_OF_TEXT
@@ -112,15 +113,16 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
 def _provenance(run: Path) -> dict[str, Any]:
     """What the folder says of the model's past: the base that its training began from, and what it took since."""
     from gpt2_pl.pretrained import PROVENANCE
+    from gpt2_pl.schema import check_metrics
 
     try:
-        account = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        account = check_metrics(read_json(run / "metrics.json"), "metrics.json")
         base = account["base"]
         spent = {key: account[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
         origin = base.get("origin", base["digest"])
         recipe = "+".join(Path(file).stem for file in account["configs"]) or str(run.parent.name)
         return {} if origin is None else {PROVENANCE: {"origin": origin, "recipe": recipe, **spent}}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return {}
 
 

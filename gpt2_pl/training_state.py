@@ -298,7 +298,7 @@ def _check_number(found: float, own: float, key: str, name: str) -> None:
         raise _Unfit(key, f"at most {_LARGEST_RATE:g}", found)
     if isinstance(own, int) and abs(found) >= _LARGEST_COUNT:
         raise _Unfit(key, f"at most {_LARGEST_COUNT}", found)
-    if found < 0 <= own and name in (*_NOT_NEGATIVE, *_FRACTIONS):
+    if found < 0 <= own and (name in (*_NOT_NEGATIVE, *_FRACTIONS) or key.startswith("loops.")):
         raise _Unfit(key, "at least 0", found)
     if name in _FRACTIONS and found >= 1 > own:
         raise _Unfit(key, "below 1", found)

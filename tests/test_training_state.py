@@ -154,6 +154,7 @@ def deep(_):
 
 
 OF = "optimizer_states[0]"
+PROGRESS = ("ready", "started", "processed", "completed")
 HOSTILE = {
     # state tensors
     "short": (state("exp_avg", lambda _: torch.zeros(1)), f"{OF}.state[0].exp_avg must be a floating-point tensor"),
@@ -238,6 +239,9 @@ HOSTILE = {
     "epoch of text": (loop("epoch_progress/current/completed", "x"), "current.completed must be a number, got 'x'"),
     "half an epoch": (loop("epoch_progress/current/completed", 0.5), "current.completed must be a whole number"),
     "negative batch": (loop("epoch_loop.batch_progress/current/ready", -1), "loops.fit_loop.epoch_loop.batch_progress"),
+    "negative validations": (
+        loop("epoch_loop.val_loop.batch_progress/total", dict.fromkeys(PROGRESS, -1)), "must be at least 0",
+    ),
     "more batches than began": (loop("epoch_loop.batch_progress/current/ready", 10**6), "at most 4, its total"),
     "more completed than begun": (loop("epoch_progress/current/completed", 10**6), "none exceeds the one before it"),
     "huge batches": (loop("epoch_loop.batch_progress/total/ready", 10**30), "must be at most"),

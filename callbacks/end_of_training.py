@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from gpt2_pl.tasks.averaging import transfer_averages
+
 
 class EndOfTraining(Callback):
     """Validates the final weights and saves the point at which training ended.
@@ -53,8 +55,11 @@ class EndOfTraining(Callback):
             trainer.should_stop = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate where training ends with weights that were not validated."""
-        if self._validated_step == trainer.global_step or not trainer.enable_validation or not _ends(trainer):
+        """Validate where training ends with weights that were not validated, such as averages."""
+        if not _ends(trainer):
+            return
+        averaged = transfer_averages(trainer, pl_module)
+        if (self._validated_step == trainer.global_step and not averaged) or not trainer.enable_validation:
             return
         if not trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
             _validate(trainer)

@@ -16,8 +16,11 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
+    StochasticWeightAveraging,
     Timer,
+    WeightAveraging,
 )
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from callbacks import RunCheckpoint
@@ -109,6 +112,9 @@ def _check_callback(callback: Callback, trainer: Trainer) -> None:
     for refused, reason in _REFUSED.items():
         if isinstance(callback, refused):
             raise InputError(f"{name} {reason}")
+    averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
+    if averages and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        raise InputError(f"{name} averages whole models, and trainer.strategy shards this one; use ddp")
     monitor = str(getattr(callback, "monitor", ""))
     if isinstance(callback, EarlyStopping | ModelCheckpoint) and monitor.startswith("val/"):
         if trainer.limit_val_batches == 0:

@@ -343,6 +343,22 @@ class ModelCheckpointState(Schema):
     best_k_models: dict[Text, _Number]
 
 
+class StochasticWeightAveragingState(Schema):
+    """State of Lightning's StochasticWeightAveraging, of which no more is used."""
+
+    model_config = ConfigDict(extra="allow")
+
+    n_averaged: Count
+
+
+class WeightAveragingState(Schema):
+    """State of Lightning's WeightAveraging and EMAWeightAveraging, which may grow."""
+
+    model_config = ConfigDict(extra="allow")
+
+    latest_update_step: Count
+
+
 CALLBACKS: dict[str, type[Schema]] = {  # by class, what its state must be
     "RunSummary": RunSummaryState,
     "PredictionWriter": PredictionWriterState,
@@ -351,6 +367,9 @@ CALLBACKS: dict[str, type[Schema]] = {  # by class, what its state must be
     "EarlyStopping": EarlyStoppingState,
     "RunCheckpoint": ModelCheckpointState,
     "ModelCheckpoint": ModelCheckpointState,
+    "StochasticWeightAveraging": StochasticWeightAveragingState,
+    "WeightAveraging": WeightAveragingState,
+    "EMAWeightAveraging": WeightAveragingState,
 }
 
 

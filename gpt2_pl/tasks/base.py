@@ -31,6 +31,7 @@ from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.registry import Registered, class_path
 from gpt2_pl.surgery import Adapter, Surgery, build
 from gpt2_pl.surgery.base import is_plain
+from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.sharding import shard
 from gpt2_pl.tokenizer import check_fits
@@ -245,6 +246,7 @@ class Task(Registered, LightningModule):
             self._used_cudnn = set_cudnn_sdp(False)
         if hasattr(self.datamodule, "tokenizer"):
             self.check_tokenizer(self.datamodule.tokenizer)
+        averaging.create_averages(self, stage)
 
     def teardown(self, stage: str) -> None:
         """Leave the process as it was."""
@@ -443,6 +445,7 @@ class Task(Registered, LightningModule):
                     f"the checkpoint names the class {class_path(cls)}, which no other program can import: move it "
                     "into a module of its own"
                 )
+        averaging.compact(checkpoint, self)
         stored = checkpoint["hyper_parameters"]
         for name in [name for name, value in stored.items() if name in _OF_CODE or not is_plain(value)]:
             del stored[name]  # a subclass may have saved more than a checkpoint can hold
@@ -500,6 +503,7 @@ class Task(Registered, LightningModule):
             found.update(frozen)
         if self._trainer is not None:
             check_progress(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
+            averaging.expand(checkpoint, self, f"ckpt_path: {self.trainer.ckpt_path}")
             self._restored = checkpoint if self.trainer.training else None
             if self.trainer.strategy.restore_checkpoint_after_setup:  # there are optimizers already
                 self._check_training_state()
@@ -507,10 +511,13 @@ class Task(Registered, LightningModule):
     def on_fit_start(self) -> None:
         """Check the training state of a checkpoint, once there are optimizers and before it enters them.
 
+        Averages of the weights are made to share what does not train.
+
         Raises:
             InputError: a state that does not fit them.
         """
         self._check_training_state()
+        averaging.share_untrained(self)
 
     def _check_training_state(self) -> None:
         checkpoint, self._restored = self._restored, None

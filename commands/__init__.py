@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,12 +41,17 @@ class Arguments(argparse.ArgumentParser):
                 "surgery the checkpoint names; can be given several times",
             )
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, after refusing options that do not exist: argparse first asks for those that are missing."""
+        args = list(sys.argv[1:] if args is None else args)
+        for option in (arg.partition("=")[0] for arg in args[: args.index("--") if "--" in args else None]):
+            if re.fullmatch(r"--[a-zA-Z][\w-]*", option) and option not in self._option_string_actions:
+                near = did_you_mean(option, self._option_string_actions)
+                self.error(f"there is no option {option}{near}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Raise it, with the nearest option where one is not known."""
-        near = ""
-        if found := re.search(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
-            message = f"there is no option {found[1]}"
-            near = did_you_mean(found[1], self._option_string_actions)
-        elif found := re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message):
-            near = did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
+        """Raise it, with the nearest choice where one is not known."""
+        found = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
+        near = did_you_mean(found[1], re.findall(r"[\w.-]+", found[2])) if found else ""
         raise InputError(f"{message}{near} ({self.prog} --help lists all options)")

@@ -10,6 +10,7 @@ from conftest import ROOT
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 
+import cli
 from commands.arguments import CommandLine
 from commands.messages import explain
 from commands.train import GPT2CLI
@@ -226,6 +227,23 @@ def test_text_that_yaml_reads_as_something_else_is_answered_by_how_to_quote_it(p
         "--data.template '\"Review: {sentence}\"' as a flag"
     )
     assert parse(sst5, '--data.template="Review: {sentence}"') is None
+
+
+@pytest.mark.parametrize(
+    ("args", "nearest"),
+    [
+        (["tests"], "test"),
+        (["classify", "--ckpt_pth=x"], "--ckpt_path"),
+        (["compare", "--ou", "x", "y"], "--out"),
+        (["generate", "--max_new_token=3", "--temperature=-1"], "--max_new_tokens"),
+        (["sweep", "--dry_rn"], "--dry_run"),
+    ],
+)
+def test_misspelt_option_of_a_command_is_answered_by_the_nearest(args, nearest, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(args)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"did you mean {nearest}?" in line
 
 
 def test_unknown_words_of_the_parser_are_kept_on_one_line(built):

@@ -152,21 +152,13 @@ def _run(args: list[str], alone: bool) -> None:
     for message in noise:
         warnings.filterwarnings("ignore", message=message)
     trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    quiet = (
-        "Tip: ",
-        "TPU available",
-        "Detected KeyboardInterrupt",
-    )  # advertisements; a device that is not used; our own line
+    # advertisements; a device that is not used; what a line of our own says
+    quiet = ("Tip: ", "TPU available", "Detected KeyboardInterrupt")
     trainer_log.addFilter(lambda record: not any(words in record.getMessage() for words in quiet))
     train = _imported("train", alone)
-    for category in (
-        DeprecationWarning,
-        PendingDeprecationWarning,
-        FutureWarning,
-    ):  # Lightning, imported, shows its own
-        warnings.filterwarnings(
-            "ignore", category=category, module=r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"
-        )
+    libraries = r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"  # Lightning, when imported, shows its own
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=libraries)
     train.GPT2CLI(args=args)
 
 

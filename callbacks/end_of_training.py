@@ -38,12 +38,14 @@ class EndOfTraining(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put a stop off until the accumulated gradients have been used."""
+        """Put a stop off until the accumulated gradients have been used; let the last validation score averages."""
         if trainer.fit_loop._should_accumulate():
             self._stop_requested |= trainer.should_stop
             trainer.should_stop = False
         elif self._stop_requested:
             self._stop_requested, trainer.should_stop = False, True
+        if trainer.is_last_batch:
+            transfer_averages(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which weights were validated; put a stop off as :meth:`on_train_batch_end` does."""
@@ -55,11 +57,11 @@ class EndOfTraining(Callback):
             trainer.should_stop = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate where training ends with weights that were not validated, such as averages."""
-        if not _ends(trainer):
+        """Validate where training ends with weights that were not validated."""
+        if self._validated_step == trainer.global_step or not _ends(trainer):
             return
-        averaged = transfer_averages(trainer, pl_module)
-        if (self._validated_step == trainer.global_step and not averaged) or not trainer.enable_validation:
+        transfer_averages(trainer, pl_module)
+        if not trainer.enable_validation:
             return
         if not trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
             _validate(trainer)

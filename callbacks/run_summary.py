@@ -54,11 +54,11 @@ class RunSummary(Callback):
         self.test_follows = False  # the run is finished only when its best checkpoint has been tested
         self._since = self._cpu_since = 0.0
         self._logged = (0, 0.0)  # tokens and seconds when the speed was logged last
-        self._fitting = self._began = False
+        self._fitting = self.began = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note whether this is training: checkpoints are also loaded to be tested."""
-        self._fitting, self._began = stage == "fit", False
+        self._fitting, self.began = stage == "fit", False
 
     # What a resumed run takes over
 
@@ -105,7 +105,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever was to be restored is: tell TensorBoard the settings and which scores will be final."""
-        self._began = True
+        self.began = True
         self._show_settings(trainer, {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -175,7 +175,7 @@ class RunSummary(Callback):
         Raises:
             InputError: what broke off was restoring a checkpoint, which Lightning does.
         """
-        if self._fitting and trainer.training and (self._began or trainer.ckpt_path is None):
+        if self._fitting and trainer.training and (self.began or trainer.ckpt_path is None):
             stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             with suppress(RunError):  # a full disk, of which the exception tells
                 self._write(trainer, pl_module, "interrupted" if stopped else "failed")

@@ -90,6 +90,8 @@ class CommandLine:
             near = did_you_mean(path.name, [file.name for file in beside])
             raise InputError(f"{error}{near}") from None
         content = read_yaml(file)
+        if content is None:
+            raise InputError(f"config: {name} holds no settings; it must hold keys, such as model, data and trainer")
         if isinstance(content, dict):
             check_shape(name, content)
             self.sources.append(Source(name, dict(_flatten(content, "")), is_file=True))

@@ -16,7 +16,13 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -59,6 +65,7 @@ from gpt2_pl.files import check_place, whole_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
+from gpt2_pl.tasks.averaging import blocks_resuming
 
 _load_yaml = jsonargparse.get_loader("yaml")
 
@@ -295,6 +302,16 @@ class GPT2CLI(LightningCLI):
         check_processes(self.trainer)
         if self.subcommand == "fit":
             check_training(self.trainer, self.model)
+            if (
+                self.checkpoint is None
+                and rank() == 0
+                and any(isinstance(c, StochasticWeightAveraging) for c in callbacks)
+            ):
+                print(
+                    "gpt2-pl: with StochasticWeightAveraging a run cannot be resumed once averaging has begun; with "
+                    "lightning.pytorch.callbacks.WeightAveraging it can",
+                    file=sys.stderr,
+                )
         model: Any = self.model
         untrained = model.base is None or getattr(model, "head_name", None) == "linear"
         brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
@@ -400,8 +417,22 @@ class GPT2CLI(LightningCLI):
         last = Path(folder, "checkpoints", "last.ckpt")
         if not last.is_file():
             return " before the first checkpoint"
+        if blocks_resuming(self.trainer):
+            return "; it cannot be resumed, because StochasticWeightAveraging has begun to average"
         command = shlex.join(["gpt2-pl", "fit", "--config", f"{folder}/config.yaml", "--ckpt_path", str(last)])
         return f"; go on with {printable(command)}"
+
+    def _ending(self) -> str:
+        """Return why training has made fewer epochs than it was asked for, in a line of its own, or nothing."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        stopping = (one for one in callbacks if isinstance(one, EarlyStopping) and one.wait_count >= one.patience)
+        nothing = "" if self.summary.began else "nothing was left to train: "
+        if (early := next(stopping, None)) is not None:
+            times = f"{early.wait_count} validation{'s' if early.wait_count > 1 else ''}"
+            return f"\n  {nothing}stopped early, {early.monitor} has not improved in {times}"
+        if nothing:
+            return f"\n  {nothing}the checkpoint is at or beyond trainer.max_epochs or trainer.max_steps"
+        return ""
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -414,12 +445,13 @@ class GPT2CLI(LightningCLI):
         trainer, tested = self.trainer, getattr(self, "tested", None)
         if trainer.interrupted:
             return
+        ending = self._ending()  # before the test resets what is known of training
         if tested is not None and tested.best_model_path and self.datamodule.has("test"):
             if tested.monitor is None and trainer.is_global_zero:
                 print("gpt2-pl: trainer.limit_val_batches is 0: last.ckpt is tested", file=sys.stderr)
             path = tested.best_model_path
             trainer.test(self.model, self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
-        self._report()
+        self._report(ending)
 
     def after_validate(self) -> None:
         """Say where the scores lie."""
@@ -427,7 +459,7 @@ class GPT2CLI(LightningCLI):
 
     after_test = after_predict = after_validate
 
-    def _report(self) -> None:
+    def _report(self, ending: str = "") -> None:
         folder = run_folder(self.trainer)
         if not self.trainer.is_global_zero:
             return
@@ -442,7 +474,7 @@ class GPT2CLI(LightningCLI):
                 console.print(f"{printable(name):16} {value:.4f}", markup=False)
         if folder is not None:
             files = ", ".join(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
-            done = printable(f"\n{self.subcommand} is done: {folder}\n  {files}", keep="\n")
+            done = printable(f"\n{self.subcommand} is done: {folder}{ending}\n  {files}", keep="\n")
             console.print(done, soft_wrap=True, highlight=False, markup=False)
             checkpoints = (Path(folder, "checkpoints", f"{name}.ckpt") for name in ("best", "last"))
             if (best := next(filter(Path.is_file, checkpoints), None)) is not None:

@@ -152,7 +152,9 @@ class TextData(LightningDataModule):
         self._check_enough("train", world)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         place = (self._next_batch, self._step_batches)
-        return TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, *place)
+        loader = TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, *place)
+        loader.reshuffles = not getattr(self.trainer, "overfit_batches", 0)
+        return loader
 
     def evaluation_dataloader(self, split: str) -> EvaluationLoader:
         """Every row of a split once, on exactly one process.

@@ -239,6 +239,7 @@ class TrainingLoader:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world, self.next_batch, self.step_batches = rank, world, next_batch, step_batches
         self.epoch = 0
+        self.reshuffles = True  # in every epoch; otherwise each has the batches of the first
 
     @property
     def sampler(self) -> TrainingLoader:
@@ -246,8 +247,8 @@ class TrainingLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration will be."""
-        self.epoch = epoch
+        """Set the epoch of the next iteration."""
+        self.epoch = epoch if self.reshuffles else 0
 
     def __len__(self) -> int:
         size = self.batch_size * self.world

@@ -51,6 +51,8 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # unpickling, zip and key errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only load failed"):  # torch goes on with how to run its code
+            reason = "it holds more than tensors and plain values"
         raise InputError(f"{key}: {path} is not a checkpoint of this library: {reason[:200]}") from None
     check_plain(content, f"{key}: {path}")
     name = content.get("task") if isinstance(content, dict) else None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from lightning.pytorch import Callback, Trainer
 
 from datamodules import IMDB, SST5, TextClassification, ToySentiment
 from datamodules.batching import (
@@ -20,7 +21,9 @@ from datamodules.batching import (
     training_batches,
 )
 from datamodules.template import Template
+from gpt2_pl import GPT2Config
 from gpt2_pl.errors import InputError
+from gpt2_pl.tasks import SentimentClassifier
 from gpt2_pl.tokenizer import load_tokenizer
 
 # Templates
@@ -339,3 +342,19 @@ def test_toy_reviews_need_more_than_a_word():
 
 def test_padding_share():
     assert padding_share([torch.tensor([[1, 1], [1, 0]])]) == 0.25
+
+
+def test_overfit_batches_trains_on_the_same_rows_in_every_epoch():
+    seen = []
+
+    class Rows(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(batch["row"].tolist())
+
+    data = ToySentiment(vocab_size=300, n_train=60, batch_size=10, max_length=32)
+    config = GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=1, n_head=1)
+    task = SentimentClassifier(config=config, num_classes=3)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(accelerator="cpu", max_epochs=3, overfit_batches=2, callbacks=[Rows()], **quiet).fit(task, data)
+    assert len(seen) == 6
+    assert seen[:2] == seen[2:4] == seen[4:]

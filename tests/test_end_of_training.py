@@ -265,3 +265,19 @@ def test_schedule_over_batches_of_unknown_number_is_refused(base):
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(InputError, match=r"max_steps must be a number above 0 with model\.schedule Linear"):
         trainer.fit(task, torch.utils.data.DataLoader(Stream()))
+
+
+def test_fit_that_stops_early_says_so_and_resumed_that_nothing_was_left(run, capsys):
+    folder = run(*TINY, "--trainer.max_epochs=9", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0")
+    assert metrics(folder)["steps"] == 12
+    assert "stopped early, val/accuracy has not improved in 1 validation\n" in capsys.readouterr().out
+    again = ["fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
+    run(*again)
+    assert "nothing was left to train: stopped early, val/accuracy" in capsys.readouterr().out
+
+
+def test_fit_of_a_finished_run_says_that_nothing_was_left(run, capsys):
+    folder = run(*TINY)
+    assert "nothing was left" not in capsys.readouterr().out
+    run("fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert "nothing was left to train: the checkpoint is at or beyond trainer.max_epochs" in capsys.readouterr().out

@@ -117,3 +117,10 @@ def test_command_line_checkpoint_of_a_file_or_flag_the_later_one(after, tmp_path
     parts = [["--config", str(tmp_path / "a.yaml")], ["--ckpt_path", str(tmp_path / "b.ckpt")]]
     found = CommandLine(["test", *(part for pair in (parts if after else parts[::-1]) for part in pair)])
     assert found.checkpoint() == str(tmp_path / ("b.ckpt" if after else "a.ckpt"))
+
+
+def test_configuration_file_without_settings_is_refused_by_name(run, tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(SystemExit):
+        run("fit", "--config", ROOT / "configs/quickstart.yaml", "--config", "empty.yaml")
+    assert "config: empty.yaml holds no settings" in capsys.readouterr().err

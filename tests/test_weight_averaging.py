@@ -173,6 +173,8 @@ def test_swa_ends_with_the_average_in_the_checkpoint_that_is_validated(run, monk
     scored = run("validate", f"--config={folder}/config.yaml", last(folder))
     assert state(folder)["callbacks"]["StochasticWeightAveraging"]["average_model_state"] is None
     assert metrics(scored)["scores"]["val/accuracy"] <= metrics(folder)["scores"]["val/accuracy"]
+    epoch = metrics(folder)["epochs"][-1]
+    assert metrics(scored)["scores"]["val/loss"] == pytest.approx(epoch["val/loss"], rel=1e-5)  # of what is saved
 
 
 def test_swa_resumed_before_it_averages_ends_as_if_not_stopped(run):

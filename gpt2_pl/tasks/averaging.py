@@ -78,21 +78,20 @@ def share_untrained(task: Task) -> None:
             average.share(task)
 
 
-def transfer_averages(trainer: Trainer, task: Any) -> bool:
-    """Copy averages into the model at the end of training, before it is validated and saved for the last time.
+def transfer_averages(trainer: Trainer, task: Any) -> None:
+    """Copy averages into the model in the last epoch, before it is validated and saved for the last time.
 
     WeightAveraging does so by itself; StochasticWeightAveraging does so later, when nothing is saved any more.
-
-    Returns:
-        Whether there was such an average.
     """
-    transferred = False
     for swa in _configured(trainer, StochasticWeightAveraging):
-        if swa._initialized and (swa._max_epochs == -1 or trainer.current_epoch == swa.swa_end):
+        if swa._initialized and trainer.current_epoch == swa.swa_end:
             assert swa._average_model is not None
             swa.transfer_weights(swa._average_model, task)
-            transferred = True
-    return transferred
+
+
+def blocks_resuming(trainer: Trainer) -> bool:
+    """Return whether an average has begun from which a run cannot be resumed; see :func:`expand`."""
+    return any(swa._initialized for swa in _configured(trainer, StochasticWeightAveraging))
 
 
 def compact(checkpoint: dict[str, Any], task: Task) -> None:

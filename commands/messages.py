@@ -6,14 +6,22 @@ import inspect
 import json
 import pydoc
 import re
+import sysconfig
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import lightning
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from commands.arguments import CommandLine
 from commands.plugins import CLASS_MODULES, nearest_class
 from gpt2_pl.checkpoint import arguments
-from gpt2_pl.errors import InputError, RunError, causes, did_you_mean
+from gpt2_pl.errors import InputError, RunError, causes, describe_failure, did_you_mean, shorten
 
 _NOISE = (
     "Does not validate against",
@@ -39,6 +47,17 @@ _KINDS = {
     "dict": "a mapping",
 }
 _CLASS = "a class path"
+_OF_ARGUMENTS = (  # what unsuitable arguments of a class raise where it does not check them
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(MisconfigurationException, RuntimeError, TypeError, ValueError),
+)
+_OWN = {"gpt2_pl", "callbacks", "cli", "commands", "datamodules"}
+_INSTALLED = (
+    str(Path(lightning.__file__).parents[1]),
+    sysconfig.get_path("stdlib"),
+    sysconfig.get_path("purelib"),
+    "<",
+)
 _TASK_FIRST = "the task's file comes first: --config configs/task/sst5.yaml --config configs/strategy/full.yaml"
 _ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # until a task is given
 
@@ -80,7 +99,7 @@ def explain(message: str, line: CommandLine, parser: ArgumentParser) -> str:
     if found := re.search(r"does not accept option '(.+?)'", message):
         near = _nearest_option(found[1], [name.removeprefix("--") for name in names])
         return f"{_file(line, found[1], '')}there is no key {found[1]}{near}"
-    if "are required" in message:
+    if "are required" in message and "Parser key" not in message:
         return f"{' '.join(message.split())}; {_TASK_FIRST}"
     problems = list(_problems(message))
     deepest = [problem for problem in problems if problem.depth == max(problem.depth for problem in problems)]
@@ -94,6 +113,10 @@ def explain(message: str, line: CommandLine, parser: ArgumentParser) -> str:
             near = did_you_mean(option, arguments(cls)) if inspect.isclass(cls) else ""
             near = f"; {_TASK_FIRST}" if class_path in _ABSTRACT else near
             return f"{_file(line, f'{key}.{option}', '')}{key}: {class_path} has no argument {option!r}{near}"
+        if found := re.search(r"following arguments are required: (.+)", problem.text):
+            missing = found[1].split(", ")
+            flags = " ".join(f"--{key}.{name} VALUE" for name in missing)
+            return f"{_file(line, key, value)}{key}: {class_path} needs {' and '.join(missing)}; give {flags}"
     kinds, choices, rest = _expected([problem.text for problem in deepest])
     where, reasons = _file(line, key, value), "; ".join(rest)
     if not kinds and not choices:
@@ -125,15 +148,79 @@ def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
         return None
     problems = list(_problems(message))
     texts = [str(reason)] if reason else _expected([problem.text for problem in problems])[2]
+    texts = [text for text in texts if "does not correspond to a subclass of" not in text] or texts
     paths = [problem.class_path for problem in problems if problem.class_path]
     paths += re.findall(r"class_path='(.+?)'", message)
+    where = _stating_class(line, paths[0]) if paths else ""
+    return f"{where}{f'{paths[0]}: ' if paths else ''}{' '.join('; '.join(texts or [message]).split())}"
+
+
+def _stating_class(line: CommandLine, path: str) -> str:
+    """The file and the key that state a class, before a colon; nothing where none does."""
     where = ""
     for source in line.sources:
         for key, value in source.settings.items():
-            if paths and re.search(rf"\b{paths[0].rpartition('.')[2]}\b", str(value)):
+            if re.search(rf"\b{path.rpartition('.')[2]}\b", str(value)):
                 name = key.replace(".class_path", "").removesuffix("+")
                 where = f"{source.name}: {name}: " if source.is_file else f"{name}: "
-    return f"{where}{f'{paths[0]}: ' if paths else ''}{' '.join('; '.join(texts or [message]).split())}"
+    return where
+
+
+def explain_use(error: Exception, line: CommandLine, config: Any, trainer: Trainer) -> str | None:
+    """Describe in one line an exception that a class of Lightning's or torch's raised when the trainer used it.
+
+    Some classes check their arguments only then, or not at all: a CSVLogger that flushes every 0 steps divides by 0.
+
+    Args:
+        error: what was raised.
+        line: what was parsed.
+        config: the parsed configuration of the subcommand.
+        trainer: the trainer, with its loggers, callbacks, profiler, strategy and plugins.
+
+    Returns:
+        The line; None where the exception is a failure of the machine, comes from code of this library or the user's
+        own, or from an object that the configuration does not name.
+    """
+    if not isinstance(error, _OF_ARGUMENTS) or describe_failure(error) is not None:
+        return None
+    if any(isinstance(cause, InputError | RunError) for cause in causes(error)):
+        return None
+    made: Any = trainer
+    strategy = made.strategy
+    plugins = [strategy.precision_plugin, strategy.checkpoint_io, getattr(strategy, "cluster_environment", None)]
+    objects = [*made.callbacks, *made.loggers, made.profiler, strategy, *plugins]
+    user = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        this = frame.f_locals.get("self")
+        if not _is_of_library(frame):
+            user = None
+        elif any(this is one for one in objects) and type(this).__module__.startswith(("lightning.", "torch.")):
+            user = this
+    where = "" if user is None else _stating_class(line, type(user).__name__)
+    if not where:
+        return None
+    kind = "" if isinstance(error, MisconfigurationException | ValueError) else f"{type(error).__name__}: "
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    stated = _stated_arguments(config.trainer, type(user))
+    return f"{where}{type(user).__name__} cannot be used with {stated}: {kind}{reason}"
+
+
+def _stated_arguments(config: Any, cls: type) -> str:
+    """The arguments of a class in a configuration that are not the class's defaults, as text."""
+    found: dict[str, Any] = {}
+    for value in config.__dict__.values():
+        for one in value if isinstance(value, list) else [value]:
+            if str(getattr(one, "class_path", "")).rpartition(".")[2] == cls.__name__ and hasattr(one, "init_args"):
+                found.update(one.init_args.__dict__)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    changed = [f"{name}: {shorten(value)}" for name, value in found.items() if value != defaults.get(name)]
+    return ", ".join(changed) or "its defaults"
+
+
+def _is_of_library(frame: FrameType) -> bool:
+    """Whether code is installed, or Python's, and not of this library."""
+    top = frame.f_globals.get("__name__", "").partition(".")[0]
+    return top not in _OWN and frame.f_code.co_filename.startswith(_INSTALLED)
 
 
 def _problems(message: str) -> Iterator[_Problem]:

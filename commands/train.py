@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pydoc
 import shlex
 import signal
 import sys
@@ -25,6 +27,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from callbacks import (
@@ -241,7 +244,7 @@ class GPT2CLI(LightningCLI):
         if data.get("tokenizer", "given") is None and model.get("base") is not None:
             data.tokenizer = model.base
         trainer = config.trainer
-        if trainer.precision is None:
+        if trainer.precision is None and not _has_precision(trainer.plugins):
             trainer.precision = best_precision(trainer.accelerator)
         if trainer.use_distributed_sampler is True:
             trainer.use_distributed_sampler = False  # our loaders share the rows out themselves
@@ -400,7 +403,11 @@ class GPT2CLI(LightningCLI):
             if rank() == 0:
                 print(f"gpt2-pl: stopped by SIGTERM{self._resume_advice()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
-        except (MisconfigurationException, RuntimeError) as error:
+        except Exception as error:
+            from commands.messages import explain_use
+
+            if (reason := explain_use(error, self.line, self.config[subcommand], self.trainer)) is not None:
+                raise InputError(reason) from error
             message = " ".join(str(error).split())
             if isinstance(error, MisconfigurationException) or message.startswith("Early stopping conditioned on"):
                 raise InputError(f"trainer: {message}") from error
@@ -490,6 +497,15 @@ class GPT2CLI(LightningCLI):
             console.print(f"\n{self.subcommand} is done; trainer.logger is false: there is no run folder")
             if self.subcommand == "fit" and (path := getattr(getattr(self, "tested", None), "best_model_path", "")):
                 console.print(f"Its checkpoint:  {printable(path)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _has_precision(plugins: Any) -> bool:
+    """Whether one of the configured plugins is a precision."""
+    paths = [
+        one.class_path for one in (plugins if isinstance(plugins, list) else [plugins]) if hasattr(one, "class_path")
+    ]
+    classes = [pydoc.locate(path) for path in paths]
+    return any(inspect.isclass(one) and issubclass(one, Precision) for one in classes)
 
 
 def best_precision(accelerator: Any) -> str:

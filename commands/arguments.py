@@ -54,6 +54,7 @@ class CommandLine:
         sources: files and flags, in order.
         arguments: what the parser reads: ``args`` without ``--plugin``.
         plugins: the modules that ``--plugin`` names.
+        without_value: flags that stand alone.
 
     Raises:
         InputError: no such file, one that is not YAML, one that is too large or too deep, or one whose keys hold what
@@ -65,6 +66,7 @@ class CommandLine:
         self.sources: list[Source] = []
         self.plugins: list[str] = []
         self.arguments = [self.command]
+        self.without_value: list[str] = []
         while rest:
             typed = [rest.pop(0)]
             name, equals, value = typed[0].partition("=")
@@ -73,12 +75,21 @@ class CommandLine:
             if name == "--plugin":
                 self.plugins.append(value)
                 continue
-            self.arguments += typed
-            if name in ("-c", "--config") and (equals or len(typed) == 2):
+            has_value = bool(equals) or len(typed) == 2
+            if name in ("-c", "--config") and has_value:
+                self.arguments += typed
                 self._add_file(value)
+            elif name.startswith("--") and not has_value:
+                self.without_value.append(name)
+                self.arguments.append(name)
+                self._add_flag(name.removeprefix("--"), None)
             elif name.startswith("--"):
-                self._add_flag(name.removeprefix("--"), value if equals or len(typed) == 2 else None)
-            elif name.startswith("-c"):
+                joined = equals or (value.startswith("-") and value not in ("-c", "-h"))
+                self.arguments += [f"{name}={value}"] if joined else [name, value]
+                self._add_flag(name.removeprefix("--"), value)
+            elif not name.startswith("-c"):
+                self.arguments += typed
+            else:
                 raise InputError(f"{typed[0]} is no flag; a configuration file is given as --config FILE")
 
     def _add_file(self, name: str) -> None:
@@ -101,6 +112,8 @@ class CommandLine:
             value = None if text is None else load_yaml(text, f"--{key}")
         except InputError:
             value = text
+        if isinstance(value, str | None) and text is not None and "#" in text:
+            value = text  # the parser takes no part of it for a comment either
         self.sources.append(Source(key, dict(_flatten(value, key))))
 
     @property

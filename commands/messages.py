@@ -99,6 +99,10 @@ def explain(message: str, line: CommandLine, parser: ArgumentParser) -> str:
     if found := re.search(r"does not accept option '(.+?)'", message):
         near = _nearest_option(found[1], [name.removeprefix("--") for name in names])
         return f"{_file(line, found[1], '')}there is no key {found[1]}{near}"
+    if found := re.match(r"argument (\S+): expected one argument", message):
+        alone = [name for name in line.without_value if name.startswith(f"{found[1].partition('.')[0]}.")]
+        name = alone[0] if alone else found[1]
+        return f"{name} needs a value; one that begins with -- is given as {name}=VALUE"
     if "are required" in message and "Parser key" not in message:
         return f"{' '.join(message.split())}; {_TASK_FIRST}"
     problems = list(_problems(message))

@@ -74,9 +74,13 @@ _load_yaml = jsonargparse.get_loader("yaml")
 
 
 def _load_bounded_yaml(text: str) -> Any:
-    """Load YAML as the parser does, within limits: also files that files name, and the values of flags."""
+    """Load YAML as the parser does, within limits: also files that files name, and the values of flags.
+
+    A value that begins with ``#``, such as the name of a file, is text and not a comment.
+    """
     check_yaml(text, "a configuration")
-    return _load_yaml(text)
+    value = _load_yaml(text)
+    return text if value is None and text.startswith("#") and "\n" not in text else value
 
 
 jsonargparse.set_loader("yaml", _load_bounded_yaml, exceptions=(yaml.YAMLError,))

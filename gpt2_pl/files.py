@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,13 +32,15 @@ def existing_file(path: str | Path, key: str) -> Path:
     """The path of a file that is there. A ``~`` at its start is the user's folder unless a file has that very name.
 
     Raises:
-        InputError: naming ``key``, the option that held the path: it is a folder, or there is nothing.
+        InputError: naming ``key``, the option that held the path: it is a folder, a device or a pipe, or there is
+            nothing.
     """
+    special = None
     try:
         file = Path(path)
         if not file.exists():
             file = file.expanduser()
-        is_file, is_folder = file.is_file(), file.is_dir()
+        is_file, is_folder, special = file.is_file(), file.is_dir(), special_kind(file)
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
             raise InputError(f"{key}: {str(path)[:500]} cannot be read: {error.strerror}") from None
@@ -46,9 +49,20 @@ def existing_file(path: str | Path, key: str) -> Path:
         is_file = is_folder = False
     if is_folder:
         raise InputError(f"{key}: {path} is a folder, not a file")
+    if special is not None:
+        raise InputError(f"{key}: {path} is {special}, not a regular file; copy its contents into one and name that")
     if not is_file:
         raise InputError(f"{key}: there is no file {str(path)[:500]}")
     return file
+
+
+def special_kind(path: Path) -> str | None:
+    """What is neither a regular file nor a folder, with an article; None for those and where there is nothing."""
+    kinds = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    try:
+        return kinds.get(stat.S_IFMT(path.stat().st_mode))
+    except (OSError, ValueError):
+        return None
 
 
 def read_text(path: str | Path, key: str) -> str:
@@ -79,7 +93,7 @@ def check_place(path: Path, key: str) -> None:
 
     Raises:
         InputError: naming ``key``, the option that held the path: a name or the path is too long, a file is where a
-            folder must be, or nothing can be written there.
+            folder must be, it is a device or a pipe, or nothing can be written there.
     """
     longest = max(len(os.fsencode(name)) for name in (*path.parts, ""))
     try:
@@ -93,6 +107,8 @@ def check_place(path: Path, key: str) -> None:
             raise InputError(
                 f"{key}: {path} cannot be made: {above} is a link to {os.readlink(above)}, which does not exist"
             )
+        if above == path.absolute() and (special := special_kind(above)) is not None:
+            raise InputError(f"{key}: {path} is {special}, not a regular file; give the path of a new file")
         folder = above.parent if above == path.absolute() and above.is_file() else above
         if not folder.is_dir():
             raise InputError(f"{key}: {path} cannot be made: {folder} is not a folder")

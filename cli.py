@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from commands.process import guard_streams, interrupts, output_failure, watch_launcher
+from commands.process import guard_streams, interrupts, output_failure, shorten_warnings, watch_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
             guard_streams()
             interrupts.install()
             watch_launcher()
+            shorten_warnings()
         _main(list(sys.argv[1:] if args is None else args), alone)
     except BaseException as error:
         from gpt2_pl.errors import is_interrupt
@@ -148,12 +149,21 @@ def _run(args: list[str], alone: bool) -> None:
         ".*your dataloader is not resumable",  # ours goes on with the batch that follows
         "When using `Trainer.accumulate_grad_batches != 1.` and overriding",  # our hooks are those of a whole step
         "FSDP2-wrapped module .* returned a view",  # which nothing changes in place
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # each command has its own
+        r"The number of training batches \(\d+\) is smaller than the logging interval",  # an epoch's scores are logged
+        "SWA is currently only supported every epoch. Found LRSchedulerConfig",  # ours is of steps
+        "You're using the WeightAveraging callback with a model that overrides the configure_model",  # never sharded
+        "You're using the WeightAveraging callback, but loading a checkpoint outside the 'fit' stage",  # of averages
     )
     for message in noise:
         warnings.filterwarnings("ignore", message=message)
     trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     # advertisements; a device that is not used; what a line of our own says
-    quiet = ("Tip: ", "TPU available", "Detected KeyboardInterrupt")
+    quiet = (
+        *("Tip: ", "TPU available", "Detected KeyboardInterrupt"),
+        "You're using the WeightAveraging callback, but saving a checkpoint outside",
+        "Found current_model_state in the checkpoint",
+    )
     trainer_log.addFilter(lambda record: not any(words in record.getMessage() for words in quiet))
     train = _imported("train", alone)
     libraries = r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"  # Lightning, when imported, shows its own

@@ -13,7 +13,7 @@ import yaml
 from commands import RUNS
 from commands.plugins import CLASS_MODULES, add_working_folder, import_class, import_plugin
 from gpt2_pl.checkpoint import read
-from gpt2_pl.documents import load_yaml, read_yaml
+from gpt2_pl.documents import DuplicateKeyError, load_yaml, read_yaml
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.files import existing_file
 from gpt2_pl.surgery import build
@@ -110,6 +110,8 @@ class CommandLine:
     def _add_flag(self, key: str, text: str | None) -> None:
         try:
             value = None if text is None else load_yaml(text, f"--{key}")
+        except DuplicateKeyError:
+            raise
         except InputError:
             value = text
         if isinstance(value, str | None) and text is not None and "#" in text:

@@ -109,7 +109,7 @@ class Plan:
         Raises:
             InputError: naming the file, the key and what would be right.
         """
-        content = read_yaml(existing_file(file, "sweep"), unique_keys=True)
+        content = read_yaml(existing_file(file, "sweep"))
         try:
             plan = cls._from(_Node(content, "", file.stem))
             _check_folders(plan.arms)

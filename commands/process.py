@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,17 @@ def guard_streams() -> None:
             write_through=stream.write_through,
         )
         setattr(sys, name, guarded)
+
+
+def shorten_warnings() -> None:
+    """Show warnings as one line each, without the file and the source line that gave them."""
+
+    def show(message: Warning | str, *_: Any, file: Any = None, **__: Any) -> None:
+        from gpt2_pl.errors import printable
+
+        print(f"gpt2-pl: warning: {printable(' '.join(str(message).split()))}", file=file or sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 def output_failure() -> OSError | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +56,21 @@ def read_json(file: Path) -> Any:
     return content
 
 
-def read_yaml(file: Path, unique_keys: bool = False) -> Any:
+def read_yaml(file: Path) -> Any:
     """Read a YAML file within the limits of :func:`check_yaml`, as plain values; see :func:`load_yaml`.
 
     Raises:
         InputError: naming the file.
     """
-    return load_yaml(read_text(file, MAX_YAML), str(file), unique_keys)
+    return load_yaml(read_text(file, MAX_YAML), str(file))
 
 
-def load_yaml(text: str, name: str, unique_keys: bool = False) -> Any:
+def load_yaml(text: str, name: str) -> Any:
     """Plain values from YAML text within the limits of :func:`check_yaml`.
 
     Args:
         text: YAML.
         name: of its source, for error messages.
-        unique_keys: refuse a mapping that has a key twice; otherwise the last one counts, as is PyYAML's habit.
 
     Raises:
         InputError: text that is not YAML or exceeds a limit.
@@ -80,8 +78,6 @@ def load_yaml(text: str, name: str, unique_keys: bool = False) -> Any:
     import yaml
 
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    if unique_keys:
-        loader = type("UniqueKeyLoader", (loader,), {"construct_mapping": _construct_unique})
     try:
         check_yaml(text, name)
         return yaml.load(text, Loader=loader)
@@ -91,15 +87,35 @@ def load_yaml(text: str, name: str, unique_keys: bool = False) -> Any:
         raise InputError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 
-def _construct_unique(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
-    """Construct a mapping as PyYAML's safe loader does, unless it has a key twice."""
-    import yaml
+class DuplicateKeyError(InputError):
+    """A mapping has a key twice."""
 
-    keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
-    twice = [key for key, times in keys.items() if times > 1]
-    if twice:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+class _Keys:
+    """The keys of a mapping that is being read event by event."""
+
+    def __init__(self) -> None:
+        self.lines: dict[tuple[str, str], int] = {}
+        self.is_next = True  # keys and values take turns
+
+    def add(self, event: Any, name: str, resolver: Any) -> None:
+        """Note the event that begins a key or a value.
+
+        Raises:
+            DuplicateKeyError: the mapping has this key already.
+        """
+        import yaml
+
+        is_key, self.is_next = self.is_next, not self.is_next
+        if not is_key or not isinstance(event, yaml.ScalarEvent) or event.value == "<<":
+            return
+        tag = event.tag if event.tag not in (None, "!") else resolver(yaml.ScalarNode, event.value, event.implicit)
+        line = event.start_mark.line + 1
+        if (first := self.lines.get((tag, event.value))) is not None:
+            raise DuplicateKeyError(
+                f"{name}, line {line}: the key {event.value!r} is given twice, first in line {first}"
+            )
+        self.lines[tag, event.value] = line
 
 
 def check_yaml(text: str, name: str) -> None:
@@ -113,7 +129,8 @@ def check_yaml(text: str, name: str) -> None:
         name: of its source, for error messages.
 
     Raises:
-        InputError: text that is too large or too deep, or has an alias within what it stands for.
+        InputError: text that is too large or too deep, has an alias within what it stands for, or a key twice in one
+            mapping.
         yaml.YAMLError: text that is not YAML.
     """
     import yaml
@@ -122,13 +139,18 @@ def check_yaml(text: str, name: str) -> None:
         raise InputError(f"{name} has more than {MAX_YAML:,} characters")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     sizes: dict[str, int] = {}  # of what anchors name, in characters
-    open_nodes: list[tuple[str | None, int]] = []  # of every list and mapping being read: anchor, size before it
+    # of every list and mapping being read: anchor, size before it, and a mapping's keys
+    open_nodes: list[tuple[str | None, int, _Keys | None]] = []
+    resolver = yaml.SafeLoader("").resolve
     total = 0
     for event in yaml.parse(text, Loader=loader):
+        begins = isinstance(event, yaml.NodeEvent)  # a value, whatever its kind
+        if begins and open_nodes and (keys := open_nodes[-1][2]) is not None:
+            keys.add(event, name, resolver)
         anchor = getattr(event, "anchor", None)
         total += 1
         if isinstance(event, yaml.AliasEvent):
-            if any(anchor == outer for outer, _ in open_nodes):
+            if any(anchor == outer for outer, *_ in open_nodes):
                 raise InputError(f"{name}: the alias *{anchor} lies within what it stands for")
             total += sizes.get(str(anchor), 0)
         elif isinstance(event, yaml.ScalarEvent):
@@ -139,11 +161,11 @@ def check_yaml(text: str, name: str) -> None:
             if anchor is not None:
                 sizes[anchor] = size
         elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((anchor, total))
+            open_nodes.append((anchor, total, _Keys() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(open_nodes) > MAX_DEPTH:
                 raise InputError(f"{name}: its keys and lists are nested more than {MAX_DEPTH} deep")
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
+            anchor, before, _ = open_nodes.pop()
             if anchor is not None:
                 sizes[anchor] = total - before
         if total > 2 * MAX_YAML:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import time
@@ -103,3 +104,37 @@ def test_read_json_file_within_the_limits_equals_the_plain_parser(tmp_path):
     for missing in (tmp_path / "none.json", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(InputError, match="cannot be read"):
             read_json(missing)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "x.yaml, line 3: the key 'a' is given twice, first in line 1"),
+        ("a:\n  - {b: 1, 'b': 2}\n", "x.yaml, line 2: the key 'b' is given twice, first in line 2"),
+        ('a: &k {b: 1}\n? *k\n: 1\nc:\n  d: {}\n  e: []\n  "d": 1\n', "line 7: the key 'd' is given twice"),
+        ("2: a\n2: b\n", "line 2: the key '2' is given twice"),
+    ],
+)
+def test_load_yaml_key_given_twice_is_refused_with_its_lines(text, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_yaml(text, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {b: 1}\nc: {b: 1}\n- ",
+        "2: a\n'2': b\n",
+        "a: &k {b: 1}\nc: {<<: *k, b: 2}\nd: {e: e, f: e}\n",
+        "- a: 1\n- a: 1\n",
+        "{? [a] : 1}",
+    ],
+)
+def test_load_yaml_equal_keys_of_different_mappings_are_read(text):
+    try:
+        expected = yaml.safe_load(text)
+    except yaml.YAMLError:
+        with pytest.raises(InputError, match="is not YAML"):
+            load_yaml(text, "x")
+    else:
+        assert load_yaml(text, "x") == expected

@@ -54,3 +54,11 @@ def test_special_files_are_refused_as_what_they_are(special, run, base, files, c
     for key, command in commands.items():
         line = refused(run, capsys, *command)
         assert f"{key}: {name} is {kind}, not a regular file" in line
+
+
+def test_fit_file_with_a_key_twice_is_refused_with_file_and_line(run, capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("trainer:\n  max_epochs: 1\n  accelerator: cpu\n  max_epochs: 2\n")
+    line = refused(run, capsys, "fit", *IMDB, "--config", "mine.yaml")
+    assert "mine.yaml, line 4: the key 'max_epochs' is given twice, first in line 2" in line
+    line = refused(run, capsys, "fit", *IMDB, "--trainer", "{max_epochs: 1, max_epochs: 2}")
+    assert "--trainer, line 1: the key 'max_epochs' is given twice" in line

@@ -1,0 +1,30 @@
+"""Warnings are one line, and those of libraries that do not concern the user are not shown."""
+
+import warnings
+
+import pytest
+from conftest import ROOT
+
+from commands.process import shorten_warnings
+
+QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "40", "--trainer.limit_train_batches=1"]
+
+
+def test_shorten_warnings_shows_one_line_without_path_and_source(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shorten_warnings()
+        warnings.warn("the cache\n\x1b[31m cannot   be written", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "gpt2-pl: warning: the cache \\x1b[31m cannot be written\n"
+
+
+@pytest.mark.parametrize(
+    "callback", ["WeightAveraging", "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"]
+)
+def test_fit_and_test_show_no_warning_that_concerns_nobody(callback, run, recwarn, caplog):
+    folder = run(*QUICK, "--trainer.max_epochs=3", f"--trainer.callbacks+={callback}", "--trainer.log_every_n_steps=9")
+    run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt")
+    shown = [str(one.message) for one in recwarn] + [record.getMessage() for record in caplog.records]
+    words = ("callbacks used to create", "logging interval", "WeightAveraging callback", "only supported every epoch")
+    assert not [text for text in shown if any(word in text for word in words)]

@@ -6,7 +6,7 @@ from callbacks.layers import DiscriminativeLR, GradualUnfreezing
 from callbacks.pictures import PictureWriter
 from callbacks.poems import PoemWriter
 from callbacks.predictions import PredictionWriter
-from callbacks.progress import EpochLines, RunProgressBar
+from callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
 from callbacks.reproducibility import Reproducibility
 from callbacks.resuming import Patience, RunCheckpoint, WholeCheckpoints
 from callbacks.run_folder import RunFolder, run_folder
@@ -25,6 +25,7 @@ __all__ = [
     "Reproducibility",
     "RunCheckpoint",
     "RunFolder",
+    "RunModelSummary",
     "RunProgressBar",
     "RunSummary",
     "WholeCheckpoints",

@@ -8,11 +8,14 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar, Timer
+from rich import get_console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 BAR_WIDTH = 20  # characters; the whole bar fits 80 columns
+LINE_WIDTH = 98  # characters of output that is not a terminal
 SHOWN = {"train/step_loss": "loss"}  # logged name -> name in the bar
 
 
@@ -118,6 +121,45 @@ class RunProgressBar(RichProgressBar):
         return f"{f'Epoch {current_epoch + 1}{total}':{len(self.validation_description)}}"
 
 
+def pack(start: str, parts: list[str], width: int = LINE_WIDTH) -> str:
+    """Join parts by semicolons in as few lines of at most ``width`` characters as they take, later ones indented."""
+    lines = [start + parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 > width:  # "; " and the next semicolon
+            lines[-1] += ";"
+            lines.append(f"  {part}")
+        else:
+            lines[-1] += f"; {part}"
+    return "\n".join(lines)
+
+
+class RunModelSummary(RichModelSummary):
+    """Prints the modules that have parameters before training, and how many of these train."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Print the table; metrics have no parameters, and operations are not counted before the model has run."""
+        columns = dict(summary_data)
+        table = Table()
+        shown = [name for name in ("Name", "Type", "Params") if name in columns]
+        for name in shown:
+            table.add_column(name.lower(), justify="right" if name == "Params" else "left")
+        for row in zip(*(columns[name] for name in shown), strict=True):
+            if row[-1].strip() != "0":
+                table.add_row(*row)
+        console = get_console()
+        console.print(table)
+        share = f"{trainable_parameters:,} of {total_parameters:,} parameters train"
+        console.print(f"{share}; the model occupies {model_size:.1f} MB", highlight=False)
+
+
 class EpochLines(Callback):
     """Prints a line after every epoch, for output that is not a terminal: scores, seconds and the time left."""
 
@@ -140,14 +182,13 @@ class EpochLines(Callback):
         names = getattr(pl_module, "table_scores", ("loss",))
         metrics = trainer.callback_metrics
         scores = [
-            f"{split} {name.replace('_', ' ')} {metrics[f'{split}/{name}'].item():.4f}"
+            f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found)
             for split in ("train", "val")
-            for name in names
-            if f"{split}/{name}" in metrics
+            if (found := [(n, metrics[f"{split}/{n}"].item()) for n in names if f"{split}/{n}" in metrics])
         ]
         epochs = trainer.max_epochs
         total = f"/{epochs}" if epochs is not None and epochs > 0 else ""
         left = self.clock.seconds_left(trainer)
         seconds = duration(time.monotonic() - self._epoch_start)
         remaining = "" if left is None or trainer.should_stop else f", {duration(left)} left"
-        print(f"epoch {trainer.current_epoch + 1}{total}: {', '.join(scores)}; {seconds}{remaining}", flush=True)
+        print(pack(f"epoch {trainer.current_epoch + 1}{total}: ", [*scores, f"{seconds}{remaining}"]), flush=True)

@@ -216,7 +216,9 @@ def _about(comparison: Comparison) -> str:
     if not measure:
         return "No run of this task can be compared."
     rows = "" if measure["rows"] is None else f" ({measure['rows']:,} rows)"
-    return f"Scored on {measure['data']}{rows}. Base: digest {str(measure['base'])[:12]}."
+    base = measure["base"]
+    start = "No base: trained from a random start" if base is None else f"Base: digest {str(base)[:12]}"
+    return f"Scored on {measure['data']}{rows}. {start}."
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     LearningRateMonitor,
+    ModelSummary,
     ProgressBar,
     StochasticWeightAveraging,
 )
@@ -41,6 +42,7 @@ from callbacks import (
     Reproducibility,
     RunCheckpoint,
     RunFolder,
+    RunModelSummary,
     RunProgressBar,
     RunSummary,
     WholeCheckpoints,
@@ -354,6 +356,9 @@ class GPT2CLI(LightningCLI):
             has_bar = trainer["enable_progress_bar"] is not False and terminal
             callbacks += [RunProgressBar()] if has_bar else []
             trainer["enable_progress_bar"] = has_bar  # else Lightning adds a bar of its own
+        if trainer["enable_model_summary"] is not False and not any(isinstance(c, ModelSummary) for c in configured):
+            callbacks.append(RunModelSummary())
+            trainer["enable_model_summary"] = False  # else Lightning adds its own
         if trainer["logger"]:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit":

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done
+from callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done, pack
 
 QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--data.batch_size", "40"]
 
@@ -58,15 +60,27 @@ def test_duration_of_seconds_is_readable(seconds, text):
     assert duration(seconds) == text
 
 
-def test_fit_without_terminal_prints_a_line_an_epoch(run, capsys):
+def test_fit_without_terminal_prints_scores_of_an_epoch_in_short_lines(run, capsys):
     run("fit", *QUICK, "--trainer.max_epochs", "2")
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
-    assert [line.partition(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    lines = capsys.readouterr().out.splitlines()
+    found = [i for i, line in enumerate(lines) if line.startswith("epoch ")]
+    assert [lines[i].partition(":")[0] for i in found] == ["epoch 1/2", "epoch 2/2"]
     number = r"\d\.\d{4}"
-    assert re.fullmatch(rf"epoch 1/2: train loss {number}, .*val accuracy {number}, .*; \d+ s, \d+ s left", lines[0]), (
-        lines[0]
-    )
+    scores = rf"loss {number}, accuracy {number}, macro f1 {number};"
+    for i in found:
+        assert re.fullmatch(rf"epoch ./2: train {scores}", lines[i]), lines[i]
+        assert re.fullmatch(rf"  val {scores} \d+ s, \d+ s left", lines[i + 1]), lines[i + 1]
+    assert "Gathered" not in "\n".join(lines)
+    assert "FLOPs" not in "\n".join(lines)
+    assert any(re.fullmatch(r"669,187 of 669,187 parameters train; the model occupies 2\.7 MB", line) for line in lines)
+
+
+@given(st.text(alphabet="ab", max_size=90), st.lists(st.text(alphabet="xy ", min_size=1, max_size=90), min_size=1))
+def test_pack_keeps_all_parts_in_lines_within_the_width(start, parts):
+    parts[0] = parts[0][: 97 - len(start)] or "x"
+    packed = pack(start, parts)
+    assert all(len(line) <= 98 for line in packed.split("\n"))
+    assert packed.replace(";\n  ", "; ") == start + "; ".join(parts)
 
 
 def test_progress_bar_on_terminal_counts_from_one_and_fits_80_columns():

@@ -476,11 +476,11 @@ class Task(Registered, LightningModule):
                     "and here the base trains (train_base)"
                 )
             if base.get("digest") != self.base_digest:
-                there, here = (str(digest)[:12] for digest in (base.get("digest"), self.base_digest))
-                raise InputError(
-                    f"the checkpoint was trained on the base {base.get('path')} (digest {there}); "
-                    f"model.base {self.base} holds other weights (digest {here})"
-                )
+                there = f"the base {base.get('path')} (digest {str(base.get('digest'))[:12]})"
+                here = f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
+                if self.base_digest is None:
+                    here = "model.base is null: give that base"
+                raise InputError(f"the checkpoint was trained on {there}; {here}")
             frozen = {f"gpt2.{name}": wanted.pop(f"gpt2.{name}") for name in self.frozen_names}
             for name in frozen:
                 found.pop(name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich import get_console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from callbacks.run_summary import RunSummary
 
 BAR_WIDTH = 20  # characters; the whole bar fits 80 columns
 LINE_WIDTH = 98  # characters of output that is not a terminal
@@ -175,16 +178,23 @@ class EpochLines(Callback):
         """Start the clock of the epoch."""
         self._epoch_start = time.monotonic()
 
+    @staticmethod
+    def _epoch_scores(trainer: Trainer) -> Mapping[str, Any]:
+        """The epoch's row of the table that ends the run, where it is kept; else what was logged last."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        rows = next((callback.epochs for callback in callbacks if isinstance(callback, RunSummary)), [])
+        return rows[-1] if rows else trainer.callback_metrics
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line, on one process."""
         if not trainer.is_global_zero:
             return
         names = getattr(pl_module, "table_scores", ("loss",))
-        metrics = trainer.callback_metrics
+        metrics = self._epoch_scores(trainer)
         scores = [
             f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found)
             for split in ("train", "val")
-            if (found := [(n, metrics[f"{split}/{n}"].item()) for n in names if f"{split}/{n}" in metrics])
+            if (found := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
         ]
         epochs = trainer.max_epochs
         total = f"/{epochs}" if epochs is not None and epochs > 0 else ""

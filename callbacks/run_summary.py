@@ -194,8 +194,7 @@ class RunSummary(Callback):
 
     def best_epoch(self, pl_module: LightningModule) -> Scores:
         """The scores of the epoch that is best by the task's ``monitor``; the first of equals."""
-        sign = 1 if pl_module.mode == "max" else -1
-        return max(self.epochs, key=lambda scores: sign * scores.get(str(pl_module.monitor), -sign * math.inf))
+        return max(self.epochs, key=lambda scores: _goodness(pl_module, scores))
 
     # Evaluation
 
@@ -208,8 +207,7 @@ class RunSummary(Callback):
 
     def _keep_better(self, pl_module: LightningModule, scores: Scores) -> None:
         """Let the epoch's row hold its best validation, which is the one that ``best.ckpt`` may be of."""
-        key, sign = str(pl_module.monitor), 1 if pl_module.mode == "max" else -1
-        if key not in self.validated or sign * scores.get(key, -sign * math.inf) > sign * self.validated[key]:
+        if not self.validated or _goodness(pl_module, scores) > _goodness(pl_module, self.validated):
             self.validated = scores
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -294,7 +292,7 @@ class RunSummary(Callback):
         return None if flops is None else flops * self.tokens / self.training_seconds
 
     def table(self, pl_module: LightningModule) -> Any:
-        """Training and validation scores by epoch, as a rich table; the best epoch is marked."""
+        """Training scores and the best validation of every epoch, as a rich table; the best epoch is marked."""
         from rich.table import Table
 
         table = Table(title="Scores by epoch", caption=getattr(pl_module, "table_caption", None))
@@ -320,6 +318,12 @@ class RunSummary(Callback):
         for row in _layer_rows(self.layers):
             table.add_row(*row)
         return table
+
+
+def _goodness(pl_module: LightningModule, scores: Mapping[str, float]) -> float:
+    """The monitored score, greater where better; that of no score and of NaN is the least, as in ModelCheckpoint."""
+    value = scores.get(str(pl_module.monitor), math.nan)
+    return -math.inf if math.isnan(value) else value if pl_module.mode == "max" else -value
 
 
 def table_scores(pl_module: Any) -> tuple[str, ...]:

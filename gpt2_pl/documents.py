@@ -110,7 +110,8 @@ class _Keys:
         if not is_key or not isinstance(event, yaml.ScalarEvent) or event.value == "<<":
             return
         tag = event.tag if event.tag not in (None, "!") else resolver(yaml.ScalarNode, event.value, event.implicit)
-        line = event.start_mark.line + 1
+        mark: Any = event.start_mark
+        line = mark.line + 1
         if (first := self.lines.get((tag, event.value))) is not None:
             raise DuplicateKeyError(
                 f"{name}, line {line}: the key {event.value!r} is given twice, first in line {first}"

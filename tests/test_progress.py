@@ -1,15 +1,17 @@
 """Progress: a line an epoch where there is no terminal, a bar that fits 80 columns where there is one."""
 
+import math
 import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done, pack
+from callbacks.run_summary import RunSummary
 
 QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--data.batch_size", "40"]
 
@@ -112,3 +114,30 @@ def test_progress_bar_on_terminal_counts_from_one_and_fits_80_columns():
 def test_epoch_lines_on_other_process_prints_nothing(capsys):
     EpochLines().on_train_epoch_end(SimpleNamespace(is_global_zero=False), None)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("interval", ["val_check_interval=0.3", "check_val_every_n_epoch=2"])
+def test_epoch_lines_table_and_closing_scores_agree(interval, run, capsys):
+    rows = ["--data.n_train=120", "--data.batch_size=20", "--trainer.max_epochs=3"]
+    folder = run("fit", *QUICK[:2], *rows, f"--trainer.{interval}")
+    out = capsys.readouterr().out
+    epochs, closing = metrics(folder)["epochs"], metrics(folder)["scores"]
+    shown = re.findall(r"^epoch (\d)/3: .*\n(?:  val .*accuracy ([\d.]+))?", out, re.MULTILINE)
+    expected = [f"{row['val/accuracy']:.4f}" if "val/accuracy" in row else "" for row in epochs]
+    assert [accuracy for _, accuracy in shown] == expected
+    (starred,) = re.findall(r"│ +(\d)\* │(.*)│", out)
+    assert int(starred[0]) == closing["best_epoch"]
+    assert starred[1].split("│")[3].strip() == f"{closing['val/accuracy']:.4f}"
+    assert re.search(r"^val/accuracy +([\d.]+)", out, re.MULTILINE)[1] == max(filter(None, expected))
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"), [("min", [math.nan, 3.0, 2.0], 2.0), ("max", [math.nan, 0.1], 0.1)]
+)
+def test_row_of_an_epoch_holds_its_best_number(mode, values, best):
+    summary, module = RunSummary({}, []), SimpleNamespace(monitor="val/x", mode=mode)
+    for value in values:
+        summary._keep_better(module, {"val/x": value})
+    assert summary.validated == {"val/x": best}
+    summary.epochs = [{"epoch": 1, "val/x": math.nan}, {"epoch": 2, "val/x": best}, {"epoch": 3}]
+    assert summary.best_epoch(module)["epoch"] == 2

@@ -5,13 +5,39 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from commands.plugins import import_plugin
-from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.errors import InputError, did_you_mean, nearest
 
 RUNS = Path("lightning_logs")  # the folder of runs, below the working directory
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The best checkpoint in a run's folder.
+
+    Raises:
+        InputError: there is no such folder, or it is no run's; the message names runs that may be meant.
+    """
+    file = run / "checkpoints" / "best.ckpt"
+    if not run.is_dir():
+        raise InputError(f"RUN: there is no folder {run}{similar_run(run)}; a run's folder is {RUNS}/NAME/version_N")
+    if not file.exists():
+        below = sorted(str(found.parents[1]) for found in islice(run.rglob("checkpoints/best.ckpt"), 100))
+        hint = f"; runs below it are {', '.join(below[:5])}" if below else f"; a run's folder is {RUNS}/NAME/version_N"
+        raise InputError(f"RUN: {run} has no checkpoints/best.ckpt{hint}")
+    return file
+
+
+def similar_run(run: Path) -> str:
+    """Return ``"; did you mean FOLDER?"`` for the folder of a run that is not there; for a number, ``version_N``."""
+    names = [folder.name for folder in run.parent.iterdir() if folder.is_dir()] if run.parent.is_dir() else []
+    if (numbered := f"version_{run.name}") in names:
+        return f"; did you mean {run.with_name(numbered)}?"
+    near = nearest(run.name, names)
+    return "" if near is None else f"; did you mean {run.with_name(near)}?"
 
 
 class _Import(argparse.Action):

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from commands import Arguments
+from commands import Arguments, best_checkpoint
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.files import check_new, whole_file
 from gpt2_pl.kernels.attention import set_cudnn_sdp
@@ -71,7 +71,7 @@ def main(args: list[str]) -> None:
     from gpt2_pl.tasks.classification import Classifier
     from gpt2_pl.tokenizer import check_fits, load_tokenizer
 
-    checkpoint = given.ckpt_path or given.run / "checkpoints" / "best.ckpt"
+    checkpoint = given.ckpt_path or best_checkpoint(given.run)
     task = load(checkpoint, given.base)
     if not isinstance(task, Classifier):
         raise InputError(f"{checkpoint} is a {type(task).__name__}, which classifies nothing")

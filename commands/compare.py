@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from commands import Arguments
+from commands import Arguments, similar_run
 from commands.report import (
     IN_SHORT,
     PAGE,
@@ -118,6 +118,8 @@ def run_folders(path: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{str(path)[:500]} cannot be read: {error.strerror}") from None
     if not found:
+        if not path.exists():
+            raise InputError(f"RUN: there is no folder {path}{similar_run(path)}")
         raise InputError(f"{path} is no run's folder and has none below it (one has metrics.json)")
     return found
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import Arguments
+from commands import Arguments, best_checkpoint
 from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError, describe_failure, printable
 from gpt2_pl.files import check_new, room, whole_file
@@ -36,7 +36,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--backbone", action="store_true", help="hf: leave the classification head out")
     given = parser.parse_args(args)
     check_new(given.out)
-    task = load(given.ckpt_path or given.run / "checkpoints" / "best.ckpt", given.base)
+    task = load(given.ckpt_path or best_checkpoint(given.run), given.base)
     with whole_folder(given.out) as folder:
         if given.format == "hf":
             export_hf(task, folder, given.run, given.backbone)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from commands import Arguments
+from commands import Arguments, best_checkpoint
 from gpt2_pl.errors import InputError, printable, shorten
 from gpt2_pl.files import check_new, existing_file, read_text, whole_file
 
@@ -63,7 +63,7 @@ def main(args: list[str]) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     prompts, numbers = read_prompts(given.prompt_file, given.poems)
-    checkpoint = given.ckpt_path or given.run / "checkpoints" / "best.ckpt"
+    checkpoint = given.ckpt_path or best_checkpoint(given.run)
     task = load(checkpoint, given.base)
     if not isinstance(task, LanguageModel):
         raise InputError(f"{checkpoint} is a {type(task).__name__}, which continues no text")

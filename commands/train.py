@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import pydoc
+import re
 import shlex
 import signal
 import sys
@@ -173,8 +174,8 @@ class GPT2CLI(LightningCLI):
             "--version",
             type=str | None,
             default=None,
-            help=f"the run's folder is {RUNS}/NAME/VERSION; by default version_N with the next free N, and that of the "
-            "run that goes on where ckpt_path is a last.ckpt",
+            help=f"the run's folder is {RUNS}/NAME/VERSION, for a number N version_N; by default version_N with the "
+            "next free N, and that of the run that goes on where ckpt_path is a last.ckpt",
         )
         parser.add_argument(
             "--early_stopping_patience",
@@ -237,6 +238,10 @@ class GPT2CLI(LightningCLI):
             config.version = None  # a file's is that of the run which it is of
         if config.version is not None:
             check_name(config.version, "version")
+            if re.fullmatch(r"-\d+", config.version):
+                raise InputError(f"version is {config.version}; it must be a number from 0 or a folder's name")
+            if re.fullmatch(r"\d{1,9}", config.version):  # as Lightning names the folder of a number
+                config.version = f"version_{int(config.version)}"
         refuse_contradictions(self.line)
         for key in ("model", "data"):
             if config.get(key) is None:

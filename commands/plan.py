@@ -290,7 +290,11 @@ class _Node:
         if not isinstance(found, list) or not all(isinstance(file, str) for file in found):
             raise InputError(f"{self._key('configs')} is {found!r}; it must be a list of files")
         for file in found:
-            existing_file(file, self._key("configs"))
+            try:
+                existing_file(file, self._key("configs"))
+            except InputError as error:
+                where = "" if os.path.isabs(file) else f"; its path counts from the working folder, {os.getcwd()}"
+                raise InputError(f"{error}{where}") from None
         return tuple(found)
 
     def grid(self) -> list[tuple[str, dict[str, Any]]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import refused
 
 from cli import main
 from commands.plan import Plan
@@ -489,3 +490,8 @@ def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
         assert f"#SBATCH {line}" in script
     with pytest.raises(InputError, match=r"slurm: .*nonsense"):
         make_launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None)
+
+
+def test_sweep_from_another_folder_says_from_where_its_files_count(run, capsys, tmp_path):
+    line = refused(run, capsys, "sweep", ROOT / "configs/sweep/example.yaml", "--dry_run")
+    assert f"there is no file configs/quickstart.yaml; its path counts from the working folder, {tmp_path}" in line

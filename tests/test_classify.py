@@ -101,7 +101,7 @@ def test_bad_input_is_refused_before_anything_is_written(trained, run, capsys, b
     assert "nowhere.csv" in refused(run, capsys, trained, "--input", "nowhere.csv", "--out", out)
     assert "does not end in" in refused(run, capsys, trained, "--input", bad, "--out", tmp_path / "out.xlsx")
     assert "exists already" in refused(run, capsys, trained, "--input", bad, "--out", bad)
-    assert "there is no file" in refused(run, capsys, tmp_path, "--input", bad, "--out", out)
+    assert "runs below it are" in refused(run, capsys, tmp_path, "--input", bad, "--out", out)
     assert not out.exists()
 
     run("classify", trained, "--input", bad, "--out", out, "--bad_rows", "skip")

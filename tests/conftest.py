@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -28,13 +30,15 @@ from gpt2_pl.schema import check_metrics
 from gpt2_pl.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
 torch.set_num_threads(1)
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes its children ignore it
 
 
-_FIRST = ("test_faults", "test_ranks", "test_processes", "test_sweep", "test_layers", "test_sentiment", "test_cli")
+_FIRST = ("test_ranks", "test_sweep", "test_cli", "test_processes", "test_faults", "test_weight_averaging",
+          "test_configurations", "test_classify")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -152,17 +156,34 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run ``gpt2-pl`` in this process as ``run`` does, for what the tests of a module share."""
+
+    def fitted(*args: object) -> Path:
+        folder = tmp_path_factory.mktemp("fitted")
+        with contextlib.chdir(folder):
+            cli.main([*map(str, args), "--trainer.enable_progress_bar=false"])
+        return latest(folder)
+
+    return fitted
+
+
 def latest(folder: Path) -> Path:
     return max((folder / "lightning_logs").glob("*/version_*"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def process(folder: Path, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``gpt2-pl`` in a process of its own."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    """Run ``gpt2-pl`` in a process of its own, which is forked."""
+    return forked.run([ROOT / "cli.py", *args], cwd=folder, env={**os.environ, "PYTHONPATH": PATH, **environment})
+
+
+def started(folder: Path, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``gpt2-pl`` in a process of its own, from the start of Python and with the imports of this very folder."""
     return subprocess.run(
         [sys.executable, str(ROOT / "cli.py"), *map(str, args)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": PATH, **environment},
         capture_output=True,
         text=True,
         timeout=300,

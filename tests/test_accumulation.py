@@ -1,10 +1,8 @@
 """The gradient of an optimizer step is that of one batch of all its rows, however they are spread."""
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from accumulated import Steps, differences, fit, flat, joined, make
@@ -203,10 +201,8 @@ CASES = {
 
 def test_steps_of_two_processes_equal_one_batch(own, tmp_path):
     cases = [{**case, "data": own[case["task"]] if case["data"] == "own" else case["data"]} for case in CASES.values()]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/accumulated.py"), str(tmp_path)], input="\n".join(map(json.dumps, cases)),
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    lines = "\n".join(map(json.dumps, cases))
+    done = forked.run([ROOT / "tests/accumulated.py", tmp_path], cwd=tmp_path, input=lines, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
     wrong = {name: apart for name, apart in found.items() if any(isinstance(a, str) or a > CLOSE for a in apart)}

@@ -3,14 +3,13 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
+import forked
 import pytest
 import torch
-from conftest import ROOT, metrics, process, weights
+from conftest import ROOT, metrics, process, started, weights
 from faults import differences, outcome
 from lightning.pytorch import Callback
 from torch import nn
@@ -24,14 +23,27 @@ QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=120", "--da
          "--trainer.max_epochs=3", "--trainer.precision=32-true"]  # fmt: skip
 
 
+STEPS = [*QUICK, "--checkpoint_every_n_steps=4"]
+STAGES = [*QUICK, "--early_stopping_patience=1", f"--config={ROOT}/configs/strategy/ulmfit.yaml"]
+
+
 @pytest.mark.parametrize(
-    ("seed", "arguments"),
+    ("seed", "arguments", "kinds"),
     [
-        (1, [*QUICK, "--checkpoint_every_n_steps=4"]),
-        (2, [*QUICK, "--early_stopping_patience=1", f"--config={ROOT}/configs/strategy/ulmfit.yaml"]),
+        (1, STEPS, ["training_step", "validation_step", "in last.ckpt", "after last.ckpt", "before metrics.json"]),
+        (2, STAGES, ["before training_step", "before last.ckpt", "in best.ckpt", "test_step"]),
     ],
     ids=["steps", "stages and patience"],
 )
+def test_killed_at_a_moment_of_each_kind_and_gone_on(seed, arguments, kinds, tmp_path):
+    """One moment each in steps, validation and test, and while files are written and renamed."""
+    cases = faults(tmp_path, len(kinds), seed, arguments, FAULT_KINDS=",".join(kinds))
+    assert {case["killed"] for case in cases} == {-9}
+    assert not [case for case in cases if case["went_on"] or case["wrong"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "arguments"), [(1, STEPS), (2, STAGES)], ids=["steps", "stages and patience"])
 def test_killed_at_any_moment_and_gone_on(seed, arguments, tmp_path):
     """Fifteen moments each: in steps, validation and test, and while every kind of file is written and renamed."""
     cases = faults(tmp_path, 15, seed, arguments)
@@ -40,9 +52,8 @@ def test_killed_at_any_moment_and_gone_on(seed, arguments, tmp_path):
 
 
 def faults(folder, n, seed, arguments, **environment):
-    command = [sys.executable, str(ROOT / "tests/faults.py"), str(folder / "runs"), str(n), str(seed), "--", *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
-                          text=True, timeout=900, check=False)  # fmt: skip
+    command = [ROOT / "tests/faults.py", folder / "runs", n, seed, "--", *arguments]
+    done = forked.run(command, cwd=folder, env={**os.environ, **environment}, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(cases) == n
@@ -75,8 +86,8 @@ def test_what_sigterm_leaves(tmp_path):
         "    return step(task, batch, i)\n"
         "Classifier.training_step = end; main(sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", code, "fit", *QUICK], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=200, check=False)  # fmt: skip
+    (tmp_path / "end.py").write_text(code)
+    done = forked.run([tmp_path / "end.py", "fit", *QUICK], cwd=tmp_path)
     assert done.returncode == 143
     run = tmp_path / "lightning_logs/quickstart/version_0"
     last = f"{run.relative_to(tmp_path)}/checkpoints/last.ckpt"
@@ -169,11 +180,11 @@ def test_a_cache_without_room_is_named(ending, run, base, small_disk, capsys, tm
 
 
 def test_equal_settings_give_equal_runs_to_the_last_digit(tmp_path):
-    """Two whole runs, each in a process of its own: scores, what was said of every row, and weights."""
+    """Two whole runs in processes of their own, which hash text differently: scores, predictions and weights."""
     found = []
-    for name in ("one", "two"):
+    for name, begin in (("one", process), ("two", started)):
         (tmp_path / name).mkdir()
-        done = process(tmp_path / name, "fit", *QUICK, "--trainer.max_epochs=2", OMP_NUM_THREADS="1")
+        done = begin(tmp_path / name, "fit", *QUICK, "--trainer.max_epochs=2", OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(outcome(tmp_path / name))
     assert found[0][2]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import yaml
-from conftest import ROOT, metrics, process
+from conftest import ROOT, metrics, started
 from lightning.pytorch import Callback
 from test_cli import refused
 from test_sentiment import trainer
@@ -413,7 +413,7 @@ def test_commands_run_nothing_of_a_folder_or_that_a_checkpoint_names(fit, tmp_pa
         ["test", "--data=datamodules.IMDB", f"--data.test_file={files['test']}", f"--ckpt_path={checkpoint}"],
     )
     for command in commands:
-        done = process(tmp_path, *command)
+        done = started(tmp_path, *command)
         assert done.returncode == 2, done.stderr
         assert "was written by 'evil.Task'" in done.stderr.splitlines()[-1]
         assert not list(tmp_path.glob("*.run"))

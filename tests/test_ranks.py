@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import psutil
 import pytest
 import torch
@@ -76,9 +77,8 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
             names = [f"task/{task}", *(f"strategy/{part}" for part in strategy.split("+"))]
             arguments = [*(f"--config={CONFIGS}/{name}.yaml" for name in names), *common, *data[task]]
             lines.append(json.dumps({"name": case, "arguments": arguments}))
-        command = [sys.executable, str(ROOT / "tests/ranks.py"), str(tmp_path / "runs"), str(world), trainer]
-        done = subprocess.run(command, input="\n".join(lines), env={**os.environ, "PYTHONPATH": str(ROOT)},
-                              capture_output=True, text=True, timeout=3000, check=False)  # fmt: skip
+        command = [ROOT / "tests/ranks.py", tmp_path / "runs", world, trainer]
+        done = forked.run(command, cwd=tmp_path, input="\n".join(lines), timeout=3000)
         assert done.returncode == 0, done.stderr[-3000:]
         found = {row["name"]: row["wrong"] for row in map(json.loads, done.stdout.splitlines())}
         assert list(found) == list(cases)
@@ -118,9 +118,8 @@ def test_every_strategy_on_every_task_equals_one_process(differences, world, tra
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     ddp = [f"--config={CONFIGS}/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     settings = ["--trainer.max_epochs=500", "--trainer.enable_progress_bar=false"]
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp, *settings]
-    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)  # fmt: skip
+    command = [ROOT / "cli.py", "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp, *settings]
+    process = forked.Forked(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     account = tmp_path / "lightning_logs/quickstart/version_0/metrics.json"
     deadline = time.monotonic() + 120
     while not account.is_file() and time.monotonic() < deadline:

@@ -156,16 +156,19 @@ class GPT2CLI(LightningCLI):
 
     # Keys
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Our subcommands and the trainer's arguments that are not keys; ``weights_only`` is always True."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the command that is run and the arguments of the trainer's method that are not keys.
+
+        The parsers of the other commands would be built in vain. ``weights_only`` is always True.
+        """
         common = {"model", "dataloaders", "datamodule", "weights_only"}
-        return {
+        arguments = {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": common,
             "test": common,
             "predict": common | {"return_predictions"},
         }
+        return {self.line.command: arguments[self.line.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys of the run itself."""

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import lightning
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -186,6 +187,8 @@ def explain_use(error: Exception, line: CommandLine, config: Any, trainer: Train
         own, or from an object that the configuration does not name.
     """
     if not isinstance(error, _OF_ARGUMENTS) or describe_failure(error) is not None:
+        return None
+    if isinstance(error, torch.distributed.DistError):  # other processes did not come
         return None
     if any(isinstance(cause, InputError | RunError) for cause in causes(error)):
         return None

@@ -332,11 +332,17 @@ def nucleus(logits, top_k, top_p):
     return expected / expected.sum()
 
 
+@pytest.fixture(scope="module")
+def uniform():
+    """The numbers that 60,000 rows draw with."""
+    return _uniform(range(60_000), 60_000, 1, torch.device("cpu"))[:, 0]
+
+
 @pytest.mark.parametrize("top_k", [None, 13])
 @pytest.mark.parametrize("top_p", [0.05, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("kind", ["two", "random", "ties", "equal"])
-def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, top_p, top_k):
-    n, V, generator = 60_000, 59, torch.Generator().manual_seed(1)
+def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, top_p, top_k, uniform):
+    n, V, generator = len(uniform), 59, torch.Generator().manual_seed(1)
     logits = torch.randn(V, generator=generator) * 1.5
     if kind == "two":  # the two likeliest tokens have 0.06 and 0.05
         logits = torch.full((V,), 0.89 / (V - 2)).log()
@@ -346,7 +352,6 @@ def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, 
         logits[7] = logits[9] = logits.max()
     elif kind == "equal":
         logits = torch.zeros(V)
-    uniform = _uniform(range(n), n, 1, torch.device("cpu"))[:, 0]
     count = torch.bincount(_drawn(logits.expand(n, -1), uniform, top_k, top_p), minlength=V).numpy()
     expected = nucleus(logits, top_k, top_p)
     assert not count[expected == 0].any()

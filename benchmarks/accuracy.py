@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from datamodules import SST5, QuoraPairs, TextClassification
+from gpt2_pl.datamodules import SST5, QuoraPairs, TextClassification
 
 
 def data(args: argparse.Namespace) -> TextClassification:
@@ -36,7 +36,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
     """Dev scores after each epoch, from metrics.json of a run of the command line's own classes."""
     from lightning.pytorch import Trainer, seed_everything
 
-    from callbacks import Reproducibility, RunSummary
+    from gpt2_pl.callbacks import Reproducibility, RunSummary
     from gpt2_pl.optim import Linear
     from gpt2_pl.tasks import ParaphraseDetector, SentimentClassifier
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from in_turn import Figures, arguments, compare, now, turns_here
+from harness import Figures, arguments, compare, now, turns_here
 
 from gpt2_pl import GPT2, AdamW, GPT2Config
 

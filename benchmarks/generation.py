@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from in_turn import Figures, arguments, compare, now, turns_here
+from harness import Figures, arguments, compare, now, turns_here
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate

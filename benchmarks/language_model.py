@@ -13,7 +13,7 @@ import json
 import statistics
 from typing import Any
 
-from in_turn import Figures, arguments, compare, now, peak_gb, take_turns
+from harness import Figures, arguments, compare, now, peak_gb, take_turns
 
 SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}  # width, blocks, heads
 PLAIN, UNLIKELIHOOD, TRANSFORMERS = "ours", "with unlikelihood", "transformers, own loop"
@@ -24,8 +24,8 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
-    from gpt2_pl.allocator import keep_freed_memory
-    from gpt2_pl.flops import peak_flops, training_flops
+    from gpt2_pl.callbacks.throughput import peak_flops, training_flops
+    from gpt2_pl.kernels.malloc import keep_freed_memory
     from gpt2_pl.losses import cross_entropy, language_model_loss
 
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> Figures:
         shape = TheirConfig(n_embd=width, n_layer=blocks, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         model = GPT2LMHeadModel(shape).to(device).train()
     else:
-        keep_freed_memory()  # as every task does
+        keep_freed_memory()  # as callbacks.Environment does
         model = GPT2(config).to(device).train()
         for block in model.h if args.compile else ():
             block.compile(dynamic=True)

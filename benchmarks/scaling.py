@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 
-from in_turn import Figures, arguments, compare, now, peak_gb, take_turns
+from harness import Figures, arguments, compare, now, peak_gb, take_turns
 
 SIZES = {"tiny": (320, 6, 5), "small": (768, 12, 12), "medium": (1024, 24, 16)}  # width, blocks, heads
 POINTS = {
@@ -28,12 +28,12 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
-    from gpt2_pl.allocator import keep_freed_memory
+    from gpt2_pl.kernels.malloc import keep_freed_memory
     from gpt2_pl.losses import cross_entropy
 
     size, B, T = POINTS[args.arm]
     C, L, H = SIZES[size]
-    keep_freed_memory()  # as every task does
+    keep_freed_memory()  # as callbacks.Environment does
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT2(GPT2Config(n_embd=C, n_layer=L, n_head=H)).to(device).train()

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from in_turn import Figures, arguments, compare, now, peak_gb, take_turns
+from harness import Figures, arguments, compare, now, peak_gb, take_turns
 
 OURS, DEFAULT, GROUPED, PRODUCTS = "ours", "Trainer", "Trainer, grouped by length", "its matrix products alone"
 COLUMNS = {"sst5": ("sentence", "sentiment"), "quora": ("sentence1", "sentence2", "is_duplicate")}
@@ -37,9 +37,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    from datamodules import SST5, QuoraPairs
-    from datamodules.batching import training_batches
-    from gpt2_pl.tokenizer import load_tokenizer
+    from gpt2_pl.datamodules import SST5, QuoraPairs
+    from gpt2_pl.datamodules.batching import training_batches
+    from gpt2_pl.text.tokenizer import load_tokenizer
 
     with open(args.train_file, encoding="utf-8", newline="") as lines:
         rows = [{name: row[name] for name in COLUMNS[args.task]} for row in csv.DictReader(lines, delimiter="\t")]
@@ -69,7 +69,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def datamodule(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> Any:
     """Ours, of these rows."""
-    from datamodules import SST5, QuoraPairs
+    from gpt2_pl.datamodules import SST5, QuoraPairs
 
     files = {"train": Path(folder) / "train.csv", "val": Path(folder) / "val.csv"}
     for split, file in files.items():
@@ -91,7 +91,7 @@ def ours(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> t
     import torch
     from lightning.pytorch import Callback, Trainer, seed_everything
 
-    from callbacks import Reproducibility
+    from gpt2_pl.callbacks import Reproducibility
     from gpt2_pl.surgery import LoRA
     from gpt2_pl.tasks import ParaphraseDetector, SentimentClassifier
 
@@ -204,7 +204,7 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
     import torch
 
     from gpt2_pl import GPT2Config
-    from gpt2_pl.allocator import keep_freed_memory
+    from gpt2_pl.kernels.malloc import keep_freed_memory
 
     keep_freed_memory()
     config, dtype = GPT2Config(), torch.bfloat16 if args.precision == "bf16" else torch.float32

@@ -1,20 +1,22 @@
 """Lightning callbacks: how training goes, and the account it leaves."""
 
-from callbacks.end_of_training import EndOfTraining
-from callbacks.finite import FiniteLoss
-from callbacks.layers import DiscriminativeLR, GradualUnfreezing
-from callbacks.pictures import PictureWriter
-from callbacks.poems import PoemWriter
-from callbacks.predictions import PredictionWriter
-from callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
-from callbacks.reproducibility import Reproducibility
-from callbacks.resuming import Patience, RunCheckpoint, WholeCheckpoints
-from callbacks.run_folder import RunFolder, run_folder
-from callbacks.run_summary import RunSummary
+from gpt2_pl.callbacks.checkpointing import Patience, RunCheckpoint, WholeCheckpoints
+from gpt2_pl.callbacks.end_of_training import EndOfTraining
+from gpt2_pl.callbacks.environment import Environment
+from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
+from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
+from gpt2_pl.callbacks.pictures import PictureWriter
+from gpt2_pl.callbacks.poems import PoemWriter
+from gpt2_pl.callbacks.prediction_writer import PredictionWriter
+from gpt2_pl.callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
+from gpt2_pl.callbacks.reproducibility import Reproducibility
+from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
+from gpt2_pl.callbacks.run_summary import RunSummary
 
 __all__ = [
     "DiscriminativeLR",
     "EndOfTraining",
+    "Environment",
     "EpochLines",
     "FiniteLoss",
     "GradualUnfreezing",

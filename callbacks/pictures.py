@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
-from callbacks.run_folder import run_folder
-from gpt2_pl.files import whole_file
-from gpt2_pl.plots import png
+from gpt2_pl.callbacks.run_folder import run_folder
+from gpt2_pl.filesystem import whole_file
+from gpt2_pl.utils.plots import png
 
 
 class PictureWriter(Callback):

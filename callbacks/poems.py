@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.pictures import log_text
-from callbacks.run_folder import run_folder
+from gpt2_pl.callbacks.pictures import log_text
+from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.errors import printable
-from gpt2_pl.files import whole_file
-from gpt2_pl.tasks.poem import PoemGenerator
+from gpt2_pl.filesystem import whole_file
+from gpt2_pl.tasks.poetry import PoemGenerator
 
 
 class PoemWriter(Callback):

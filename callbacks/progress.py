@@ -15,7 +15,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from callbacks.run_summary import RunSummary
+from gpt2_pl.callbacks.run_summary import RunSummary
 
 BAR_WIDTH = 20  # characters; the whole bar fits 80 columns
 LINE_WIDTH = 98  # characters of output that is not a terminal

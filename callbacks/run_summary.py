@@ -19,15 +19,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from callbacks.finite import FiniteLoss
-from callbacks.pictures import log_text
-from callbacks.run_folder import run_folder
+from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
+from gpt2_pl.callbacks.pictures import log_text
+from gpt2_pl.callbacks.run_folder import run_folder
+from gpt2_pl.callbacks.throughput import peak_flops, training_flops
 from gpt2_pl.errors import InputError, RunError
-from gpt2_pl.files import whole_file
-from gpt2_pl.flops import peak_flops, training_flops
-from gpt2_pl.machine import peak_process_memory
+from gpt2_pl.filesystem import whole_file
 from gpt2_pl.pretrained import provenance
-from gpt2_pl.tasks.language_model import LanguageModel
+from gpt2_pl.tasks.language_modeling import LanguageModel
+from gpt2_pl.utils.machine import peak_process_memory
 
 Scores = dict[str, float]
 

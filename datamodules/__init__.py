@@ -1,10 +1,10 @@
 """LightningDataModules: text from files, a hub id or a generator, in batches."""
 
-from datamodules.classification import TextClassification
-from datamodules.corpus import TextCorpus
-from datamodules.paraphrase import QuoraPairs
-from datamodules.sentiment import IMDB, SST5
-from datamodules.sonnets import Sonnets
-from datamodules.toy import ToyPairs, ToySentiment
+from gpt2_pl.datamodules.classification import TextClassification
+from gpt2_pl.datamodules.language_modeling import TextCorpus
+from gpt2_pl.datamodules.paraphrase import QuoraPairs
+from gpt2_pl.datamodules.sentiment import IMDB, SST5
+from gpt2_pl.datamodules.sonnets import Sonnets
+from gpt2_pl.datamodules.synthetic import ToyPairs, ToySentiment
 
 __all__ = ["IMDB", "SST5", "QuoraPairs", "Sonnets", "TextClassification", "TextCorpus", "ToyPairs", "ToySentiment"]

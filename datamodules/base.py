@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
 
-from datamodules.batching import EvaluationLoader, TokenRows, TrainingLoader
+from gpt2_pl.datamodules.batching import EvaluationLoader, TokenRows, TrainingLoader
 from gpt2_pl.errors import InputError
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

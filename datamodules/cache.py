@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gpt2_pl.errors import RunError, printable
-from gpt2_pl.files import is_full, room, whole_file
+from gpt2_pl.filesystem import is_full, room, whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,13 +10,13 @@ import numpy as np
 import tokenizers
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.base import TextData
-from datamodules.batching import TokenRows
-from datamodules.cache import cached
-from datamodules.rows import Row, Source, label_of, read_file, read_hub, require_columns, text_of
-from datamodules.template import Template
+from gpt2_pl import __version__
+from gpt2_pl.datamodules.base import TextData
+from gpt2_pl.datamodules.batching import TokenRows
+from gpt2_pl.datamodules.cache import cached
+from gpt2_pl.datamodules.prompt_template import Template
+from gpt2_pl.datamodules.readers import Row, Source, label_of, read_file, read_hub, require_columns, text_of
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from datamodules.classification import TextClassification
+from gpt2_pl.datamodules.classification import TextClassification
 from gpt2_pl.errors import InputError
 
 TEMPLATE = "{sentence1}\n{sentence2}\n"
@@ -22,7 +22,7 @@ class QuoraPairs(TextClassification):
 
     Args:
         symmetric: train on every pair the other way round too.
-        **kwargs: as in :class:`~datamodules.classification.TextClassification`.
+        **kwargs: as in :class:`~gpt2_pl.datamodules.classification.TextClassification`.
 
     Raises:
         InputError: as there; also ``symmetric`` with a template that has not two fields.

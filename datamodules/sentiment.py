@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.classification import TextClassification
+from gpt2_pl.datamodules.classification import TextClassification
 
 TEMPLATE = "Review: {sentence} Sentiment:"
 SST5_LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
@@ -14,7 +14,7 @@ class SST5(TextClassification):
     """Sentences in five classes (Socher et al. 2013).
 
     Files are CS224N's by default: tab-separated, with the columns ``sentence`` and ``sentiment`` (0 to 4). All
-    arguments of :class:`~datamodules.classification.TextClassification` apply.
+    arguments of :class:`~gpt2_pl.datamodules.classification.TextClassification` apply.
     """
 
     ALIASES = {"sentence": ("text",), "sentiment": ("label",)}
@@ -36,7 +36,7 @@ class IMDB(TextClassification):
 
     Files have the columns ``sentence`` and ``sentiment`` (0 negative, 1 positive) by default; the hub's dataset is
     IMDB, whose test split is the test set. All arguments of
-    :class:`~datamodules.classification.TextClassification` apply.
+    :class:`~gpt2_pl.datamodules.classification.TextClassification` apply.
     """
 
     HUB_SPLITS = {"train": "train", "test": "test"}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.base import TextData
-from datamodules.batching import Batch, Rows, TokenRows
+from gpt2_pl.datamodules.base import TextData
+from gpt2_pl.datamodules.batching import Batch, Rows, TokenRows
 from gpt2_pl.errors import InputError
-from gpt2_pl.files import read_text
-from gpt2_pl.tokenizer import END_OF_TEXT
-from gpt2_pl.verse import Poem
+from gpt2_pl.filesystem import read_text
+from gpt2_pl.text.poems import Poem
+from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 
 def read_poems(file: str, key: str) -> list[Poem]:

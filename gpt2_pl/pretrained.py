@@ -19,14 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2_pl.documents import read_json
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.files import whole_file
+from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, resolve, whole_file
 from gpt2_pl.model import GPT2, GPT2Config
+from gpt2_pl.utils.documents import read_json
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask that old checkpoints carry
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
@@ -49,40 +48,6 @@ def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
 
 
-def resolve(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
-    """The local folder of a pretrained GPT-2: ``path_or_id`` itself, or the hub's download of that id.
-
-    Args:
-        path_or_id: a folder with config.json and model.safetensors (or its shards and their index), or a hub id.
-        key: the option that held it, for the error message.
-
-    Raises:
-        InputError: no such folder, and no such id within reach.
-    """
-    try:
-        folder = Path(path_or_id).expanduser()
-        is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
-        raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]} ({error})") from None
-    if is_folder:
-        return folder
-    if exists:
-        raise InputError(f"{key}: {path_or_id} is a file; give the folder that holds config.json and {_WEIGHTS}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or str(path_or_id).startswith("."):
-        raise InputError(f"{key}: there is no folder {path_or_id}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "model*.safetensors", _INDEX, "tokenizer*.json", "vocab.json", "merges.txt"]
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises its own, httpx's and OSError's classes
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{key}: {path_or_id!r} is neither a folder here nor a model the Hugging Face hub gives us ({reason}); "
-            f"give the path of a folder with config.json and {_WEIGHTS}"
-        ) from error
-
-
 def read_config(folder: str | os.PathLike[str], dropout: float | None = None) -> GPT2Config:
     """The shape that a folder's config.json states.
 
@@ -93,7 +58,7 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
     Raises:
         InputError: no readable config.json, or one that describes something other than GPT-2's architecture.
     """
-    from gpt2_pl.schema import PretrainedConfig, validate
+    from gpt2_pl.utils.schema import PretrainedConfig, validate
 
     file = Path(folder) / "config.json"
     if not file.is_file():
@@ -115,22 +80,22 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
+    index = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if index.is_file():
-        from gpt2_pl.schema import ShardIndex, validate
+        from gpt2_pl.utils.schema import ShardIndex, validate
 
         names = sorted(set(validate(ShardIndex, read_json(index), str(index)).weight_map.values()))
         for name in names:
             if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
                 raise InputError(f"{index} names the shard {shorten(name)}; a shard lies in the same folder")
             if not (folder / name).is_file():
-                raise InputError(f"{folder} lacks the shard {name} that {_INDEX} names")
+                raise InputError(f"{folder} lacks the shard {name} that {WEIGHTS_INDEX} names")
         return [folder / name for name in names]
     other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.h5"))), None)
     hint = f" ({other} is not read: save it again with safe_serialization)" if other else ""
-    raise InputError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}{hint}")
+    raise InputError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{hint}")
 
 
 def _core_name(stored: str) -> str | None:
@@ -281,7 +246,7 @@ def save(
     if added := model.state_dict().keys() - model.base_names:
         raise InputError(
             f"a pretrained folder has no place for {_listing(added)}: merge LoRA into the weights first "
-            "(LoRA.merge(model)); prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft)"
+            "(LoRA.merge(model)); prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft_format)"
         )
     folder = Path(folder)
     state = {
@@ -292,7 +257,7 @@ def save(
     if score is not None:
         state["score.weight"] = score.detach().float().cpu().contiguous()
         config["architectures"] = ["GPT2ForSequenceClassification"]
-    write_tensors(state, folder / _WEIGHTS)
+    write_tensors(state, folder / WEIGHTS)
     with whole_file(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2) + "\n")
 

@@ -25,12 +25,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks import FiniteLoss
-from datamodules import IMDB, Sonnets, TextCorpus
 from gpt2_pl import GPT2Config
+from gpt2_pl.callbacks import FiniteLoss
+from gpt2_pl.datamodules import IMDB, Sonnets, TextCorpus
 from gpt2_pl.losses import IGNORED
 from gpt2_pl.tasks import LanguageModel, PoemGenerator, SentimentClassifier, Task
-from gpt2_pl.tasks.sharding import FullySharded
+from gpt2_pl.tasks.fsdp import FullySharded
 
 V = 400
 SHAPE = GPT2Config(vocab_size=V, n_positions=512, n_embd=24, n_layer=2, n_head=2, dropout=0.0)

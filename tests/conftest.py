@@ -23,11 +23,11 @@ import forked
 import pytest
 import torch
 
-import cli
-from datamodules.toy import toy_pairs, toy_reviews
+from gpt2_pl.commands import main
+from gpt2_pl.datamodules.synthetic import toy_pairs, toy_reviews
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.schema import check_metrics
-from gpt2_pl.tokenizer import train_tokenizer
+from gpt2_pl.text.tokenizer import train_tokenizer
+from gpt2_pl.utils.schema import check_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -150,7 +150,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
     def run(*args: object) -> Path:
         quiet = [] if args[0] not in ("fit", "test", "validate", "predict") else ["--trainer.enable_progress_bar=false"]
-        cli.main([*map(str, args), *quiet])
+        main([*map(str, args), *quiet])
         return latest(tmp_path)
 
     return run
@@ -163,7 +163,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def fitted(*args: object) -> Path:
         folder = tmp_path_factory.mktemp("fitted")
         with contextlib.chdir(folder):
-            cli.main([*map(str, args), "--trainer.enable_progress_bar=false"])
+            main([*map(str, args), "--trainer.enable_progress_bar=false"])
         return latest(folder)
 
     return fitted

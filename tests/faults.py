@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from cli import main
+from gpt2_pl.commands import main
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 from gpt2_pl.tasks.classification import Classifier
 

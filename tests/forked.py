@@ -160,9 +160,14 @@ def _preload() -> None:
     from importlib import import_module
 
     gc.disable()
-    commands = ("classify", "compare", "export", "generate", "messages", "search", "sweep", "train")
+    commands = ("classify", "compare", "export", "generate", "lightning_cli", "messages", "sweep")
     libraries = ("datasets", "matplotlib.backends.backend_agg", "torch.distributed.fsdp", "torch.utils.tensorboard")
-    for name in (*(f"commands.{command}" for command in commands), "datamodules", *libraries):
+    for name in (
+        *(f"gpt2_pl.commands.{command}" for command in commands),
+        "gpt2_pl.datamodules",
+        "gpt2_pl.experiments.sweep.search",
+        *libraries,
+    ):
         import_module(name)
     import torch
 

@@ -21,8 +21,8 @@ import gpt2_pl.heads
 import gpt2_pl.kernels.attention
 import gpt2_pl.model
 import gpt2_pl.surgery.lora
-from cli import main
-from commands.train import GPT2CLI
+from gpt2_pl.commands import main
+from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.tasks import SentimentClassifier
 
 ROOT = Path(__file__).parents[1]

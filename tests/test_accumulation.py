@@ -10,7 +10,7 @@ from conftest import ROOT
 from lightning.pytorch import Callback
 from test_sentiment import trainer
 
-from callbacks import GradualUnfreezing
+from gpt2_pl.callbacks import GradualUnfreezing
 from gpt2_pl.tasks.accumulation import StepMean
 
 CLOSE = 1e-5

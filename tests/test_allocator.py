@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from gpt2_pl import allocator
+from gpt2_pl.kernels import malloc
 
 CODE = """
 import resource, torch
-from gpt2_pl.allocator import keep_freed_memory
+from gpt2_pl.kernels.malloc import keep_freed_memory
 keep_freed_memory()
 for _ in range(20):  # glibc needs a few before it finds the freed one again
     torch.ones(2**24)
@@ -37,7 +37,7 @@ def test_pages_of_a_freed_tensor_are_not_taken_from_the_system_again() -> None:
     assert faults() < faults(MALLOC_MMAP_THRESHOLD_="131072") / 4
 
 
-@pytest.mark.parametrize("refused", [[], [allocator.LARGEST], [allocator.LARGEST, allocator.LARGEST_BEFORE]])
+@pytest.mark.parametrize("refused", [[], [malloc.LARGEST], [malloc.LARGEST, malloc.LARGEST_BEFORE]])
 def test_an_older_library_is_asked_for_less_and_never_for_half(refused, monkeypatch) -> None:
     """Where it takes no threshold for mmap, that for trimming would freeze the first at 128 KB."""
     taken = {}
@@ -52,7 +52,7 @@ def test_an_older_library_is_asked_for_less_and_never_for_half(refused, monkeypa
 
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library)
-    allocator.keep_freed_memory()
-    threshold = [value for value in (allocator.LARGEST, allocator.LARGEST_BEFORE) if value not in refused][:1]
-    assert taken == ({allocator.M_MMAP_THRESHOLD: threshold[0], allocator.M_TRIM_THRESHOLD: -1} if threshold else {})
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library)
+    malloc.keep_freed_memory()
+    threshold = [value for value in (malloc.LARGEST, malloc.LARGEST_BEFORE) if value not in refused][:1]
+    assert taken == ({malloc.M_MMAP_THRESHOLD: threshold[0], malloc.M_TRIM_THRESHOLD: -1} if threshold else {})

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule
 from test_layers import Watch, trainer
 from torch import nn
 
-from callbacks import DiscriminativeLR, GradualUnfreezing
+from gpt2_pl.callbacks import DiscriminativeLR, GradualUnfreezing
 from gpt2_pl.errors import InputError
 from gpt2_pl.optim import parameter_groups
 

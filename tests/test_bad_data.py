@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules import IMDB, TextClassification, TextCorpus
-from datamodules.rows import label_of, read_file
-from datamodules.sonnets import read_poems
+from gpt2_pl.datamodules import IMDB, TextClassification, TextCorpus
+from gpt2_pl.datamodules.readers import label_of, read_file
+from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 
 fuzz = settings(

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_cli import refused
 
-import cli
 from gpt2_pl import GPT2, pretrained
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.surgery import LoRA, PeftAdapter
-from gpt2_pl.surgery.peft import save
-from gpt2_pl.tokenizer import check_fits, load_tokenizer
+from gpt2_pl.surgery.peft_format import save
+from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
 
 CONFIG = ROOT / "configs"
 fuzz = settings(
@@ -324,8 +324,8 @@ def trained(tmp_path_factory, base, files):
         shared = [f"--model.base={base}", f"--data.train_file={files['train']}", "--trainer.max_epochs=1",
                   "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.max_length=32",
                   "--trainer.limit_train_batches=1"]  # fmt: skip
-        cli.main(["fit", "--config", str(CONFIG / "task/imdb.yaml"), *shared])
-        cli.main(["fit", "--config", str(CONFIG / "task/text.yaml"), "--data.column=sentence", *shared])
+        main(["fit", "--config", str(CONFIG / "task/imdb.yaml"), *shared])
+        main(["fit", "--config", str(CONFIG / "task/text.yaml"), "--data.column=sentence", *shared])
     return {name: place / f"lightning_logs/{name}/version_0" for name in ("imdb", "text")}
 
 
@@ -411,7 +411,7 @@ def test_weights_that_are_no_finite_numbers(
     changed = change(tensor)
     content["state_dict"]["gpt2.ln_f.weight"] = tensor if changed.shape != tensor.shape else changed
     torch.save(content, file)
-    data = ["--data=datamodules.IMDB", "--data.max_length=32", f"--model.base={base}", "--ckpt_path", file]
+    data = ["--data=gpt2_pl.datamodules.IMDB", "--data.max_length=32", f"--model.base={base}", "--ckpt_path", file]
     args = {"classify": [folder, "--input", files["val"], "--out", "out.csv"],
             "generate": [folder, "--prompt_file", prompts, "--out", "out.txt"],
             "export": [folder, "--format", "hf", "--out", "out"],
@@ -430,9 +430,9 @@ def test_options_that_are_missing(command, run, capsys):
 def test_prompts_beyond_the_context_are_named_before_any_is_continued(
     poems, trained, run, capsys, tmp_path, monkeypatch
 ):
-    import gpt2_pl.tasks.poem
+    import gpt2_pl.tasks.poetry
 
-    monkeypatch.setattr(gpt2_pl.tasks.poem, "continue_prompts", None)  # would be called
+    monkeypatch.setattr(gpt2_pl.tasks.poetry, "continue_prompts", None)  # would be called
     file, out = tmp_path / "prompts.txt", tmp_path / "out.txt"
     file.write_text(
         "1\n\na film\n\n2\n\n" + "a long film " * 200 + "\n" if poems else "a film\n" + "a long film " * 200
@@ -462,7 +462,7 @@ def test_prompt_files_that_are_none(name, content, trained, run, capsys, tmp_pat
 def test_text_beyond_the_context_is_cut_and_classified(trained, tmp_path):
     file, out = tmp_path / "rows.csv", tmp_path / "out.csv"
     file.write_text("sentence\n" + "a long film " * 500 + "\n")
-    cli.main(["classify", str(trained["imdb"]), "--input", str(file), "--out", str(out)])
+    main(["classify", str(trained["imdb"]), "--input", str(file), "--out", str(out)])
     assert len(out.read_text().splitlines()) == 2
 
 
@@ -518,7 +518,7 @@ def test_generate_special_tokens_around_texts_are_left_out(trained, prompts, run
             changed_tokenizer(folder, post_processor={
                 "type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
                 "special_tokens": {"x": {"id": "x", "ids": [0], "tokens": ["<|endoftext|>"]}}})  # fmt: skip
-        cli.main(["generate", str(folder), "--prompt_file", str(prompts), "--out", str(tmp_path / f"{name}.txt")])
+        main(["generate", str(folder), "--prompt_file", str(prompts), "--out", str(tmp_path / f"{name}.txt")])
         written.append((tmp_path / f"{name}.txt").read_text())
     assert written[0] == written[1]
 
@@ -543,19 +543,19 @@ def test_a_bad_row_a_thousand_rows_in_leaves_no_file(trained, run, capsys, tmp_p
 
 @pytest.mark.parametrize("command", ["classify", "generate", "export"])
 def test_what_fails_in_the_middle_leaves_no_file(command, trained, prompts, run, tmp_path, monkeypatch):
-    import commands.classify
+    import gpt2_pl.commands.classify
     import gpt2_pl.pretrained
-    import gpt2_pl.tasks.poem
+    import gpt2_pl.tasks.poetry
 
     def breaks(*args, **kwargs):
         raise RuntimeError("in the middle")
 
     rows = tmp_path / "rows.csv"
     rows.write_text("sentence\n" + "fine\n" * 200)
-    calls = iter([commands.classify.classify])
+    calls = iter([gpt2_pl.commands.classify.classify])
     later = lambda *args: next(calls, breaks)(*args)  # noqa: E731
-    monkeypatch.setattr(commands.classify, "classify", later)
-    monkeypatch.setattr(gpt2_pl.tasks.poem, "continue_prompts", breaks)
+    monkeypatch.setattr(gpt2_pl.commands.classify, "classify", later)
+    monkeypatch.setattr(gpt2_pl.tasks.poetry, "continue_prompts", breaks)
     monkeypatch.setattr(gpt2_pl.pretrained, "save", breaks)
     place = tmp_path / "place"
     place.mkdir()

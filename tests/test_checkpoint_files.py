@@ -11,10 +11,9 @@ from conftest import ROOT
 from test_cli import refused as refused_by_command
 from test_safety import content
 
-from gpt2_pl import checkpoint
-from gpt2_pl.checkpoint import read
 from gpt2_pl.errors import InputError
-from gpt2_pl.tasks import Task
+from gpt2_pl.tasks import Task, checkpoint
+from gpt2_pl.tasks.checkpoint import read
 
 
 def pickled(body):

@@ -12,12 +12,12 @@ from test_sentiment import trainer
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from datamodules import IMDB
 from gpt2_pl import GPT2
+from gpt2_pl.datamodules import IMDB
 from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import LoRA, PeftAdapter, PrefixTuning
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 CONFIG = ROOT / "configs"
 IDS = torch.randint(400, (4, 9), generator=torch.Generator().manual_seed(2))
@@ -48,7 +48,9 @@ def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, caps
     with pytest.raises(InputError, match=r"trained with model\.surgery .* here it is|does not fit"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[LoRA(**settings)])
     stated = "--model.surgery=" + json.dumps([{"class_path": "gpt2_pl.surgery.LoRA", "init_args": settings}])
-    line = refused(run, capsys, "test", "--data=datamodules.IMDB", *data_flags, stated, "--ckpt_path", checkpoint)
+    line = refused(
+        run, capsys, "test", "--data=gpt2_pl.datamodules.IMDB", *data_flags, stated, "--ckpt_path", checkpoint
+    )
     assert "model.surgery" in line or "does not fit" in line
     same = SentimentClassifier.load_from_checkpoint(
         checkpoint, weights_only=True, surgery=[LoRA(targets=["q", "v"], dropout=0.3, b_lr_ratio=4)]
@@ -160,7 +162,7 @@ def test_an_adapter_that_has_changed_since_is_refused(fit, base, tmp_path):
 
 def test_dora_and_an_adapted_embedding_are_not_one_peft_adapter(base, tmp_path):
     from gpt2_pl.heads import ClassificationHead
-    from gpt2_pl.surgery.peft import save
+    from gpt2_pl.surgery.peft_format import save
 
     model = GPT2.from_pretrained(base)
     LoRA(targets=["c_fc"], dora=True).apply(model)

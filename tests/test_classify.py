@@ -9,7 +9,7 @@ import datasets
 import pytest
 from conftest import ROOT
 
-from datamodules.toy import toy_pairs
+from gpt2_pl.datamodules.synthetic import toy_pairs
 
 CONFIG = ROOT / "configs"
 

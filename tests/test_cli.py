@@ -11,11 +11,11 @@ import torch
 import yaml
 from conftest import ROOT, metrics, weights
 
-import cli
-from callbacks import RunFolder
-from commands.run_files import RunLogger
-from datamodules.toy import toy_reviews
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.callbacks import RunFolder
+from gpt2_pl.commands import main
+from gpt2_pl.commands.run_dir import RunLogger
+from gpt2_pl.datamodules.synthetic import toy_reviews
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 CONFIGS = ROOT / "configs"
 TASKS, STRATEGIES, TRAINERS = (sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "strategy", "trainer"))
@@ -66,7 +66,7 @@ def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pai
 
 @pytest.mark.parametrize("file", TRAINERS, ids=lambda path: path.stem)
 def test_every_trainer_file_is_read(file, run, capsys):
-    cli.main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
+    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
     stated = yaml.safe_load(file.read_text())["trainer"]
     assert {key: shown[key] for key in stated if key != "strategy"} == {
@@ -108,7 +108,7 @@ def test_the_quickstart_learns_and_leaves_its_account(run, capsys):
     assert metrics(again)["scores"]["test/accuracy"] == account["scores"]["test/accuracy"]
     bare = run(
         "validate",
-        "--data=datamodules.ToySentiment",
+        "--data=gpt2_pl.datamodules.ToySentiment",
         "--data.n_train=4000",
         "--ckpt_path",
         folder / "checkpoints/best.ckpt",
@@ -127,7 +127,7 @@ def test_the_base_is_not_needed_to_test_or_predict(run, base, files, data_flags,
     (gone / "model.safetensors").unlink()
     rows = tmp_path / "new.csv"
     rows.write_text("sentence\na fine film\nnot a fine film\n")
-    predicted = run("predict", "--data=datamodules.IMDB", "--data.tokenizer", gone, "--data.predict_file", rows,
+    predicted = run("predict", "--data=gpt2_pl.datamodules.IMDB", "--data.tokenizer", gone, "--data.predict_file", rows,
                     "--ckpt_path", checkpoint)  # fmt: skip
     lines = (predicted / "predictions_predict.csv").read_text().splitlines()
     assert lines[0] == "row,text,prediction,p(negative),p(positive)"
@@ -290,7 +290,7 @@ def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
 def test_without_a_logger_nothing_is_written_over(run, base, data_flags, tmp_path):
     for name in ("config.yaml", "predictions_val.csv", "metrics.json"):
         (tmp_path / name).write_text("mine")
-    cli.main(["fit", f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64",
+    main(["fit", f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64",
               "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.max_epochs=1",
               "--trainer.enable_progress_bar=false", "--early_stopping_patience=null"])  # fmt: skip
     for name in ("config.yaml", "predictions_val.csv", "metrics.json"):

@@ -12,9 +12,9 @@ import yaml
 from conftest import ROOT
 from conftest import process as start
 
-from gpt2_pl.comparison import compare
 from gpt2_pl.errors import InputError
-from gpt2_pl.runs import Run
+from gpt2_pl.experiments.comparison import compare
+from gpt2_pl.experiments.run import Run
 
 CONFIG = ROOT / "configs"
 
@@ -123,7 +123,7 @@ def test_guards_that_did_nothing_do_not_tell_groups_apart(runs):
 
 def test_what_the_command_writes(runs, run, tmp_path, capsys):
     cli = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
-    from cli import main
+    from gpt2_pl.commands import main
 
     main([str(part) for part in cli])
     shown = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_what_the_command_writes(runs, run, tmp_path, capsys):
     ],
 )
 def test_folders_that_are_no_runs(break_it, words, runs, tmp_path, capsys):
-    from cli import main
+    from gpt2_pl.commands import main
 
     break_it(runs[0])
     with pytest.raises(SystemExit):
@@ -171,7 +171,7 @@ def test_it_starts_without_torch(tmp_path):
     assert done.returncode == 0
     assert time.perf_counter() - since < 3.0  # under one when nothing else runs
     done = start(tmp_path, "compare", "nowhere", "--out", "x", PYTHONPROFILEIMPORTTIME="1")
-    assert "gpt2_pl.comparison" in done.stderr
+    assert "gpt2_pl.experiments.comparison" in done.stderr
     assert not re.search(r"\| +(torch|lightning|transformers|datasets)$", done.stderr, flags=re.M)
 
 
@@ -288,7 +288,7 @@ def test_what_to_use(runs, tmp_path):
 
 
 def test_a_report_with_a_preface_and_figures_from_elsewhere(runs, tmp_path, capsys):
-    from cli import main
+    from gpt2_pl.commands import main
 
     (tmp_path / "preface.md").write_text("# Results\n\nWhat was learned.\n")
     other = {
@@ -367,7 +367,7 @@ def test_nothing_is_recommended_that_was_not_compared(runs, tmp_path):
      ("row,text,label,prediction,p(a),p(b)\n", "has no rows")],
 )  # fmt: skip
 def test_files_of_rows_that_are_broken(text, message, runs, capsys, tmp_path):
-    from cli import main
+    from gpt2_pl.commands import main
 
     (runs[0] / "predictions_val.csv").write_text(text)
     with pytest.raises(SystemExit):

@@ -14,7 +14,7 @@ from conftest import ROOT
 from lightning.pytorch import Callback, Trainer, callbacks, loggers, plugins, profilers, strategies
 from test_end_of_training import TINY
 
-from commands.train import Parser
+from gpt2_pl.commands.lightning_cli import Parser
 
 REQUIRED = {
     "swa_lrs": 0.1, "monitor": "val/loss", "scheduling": {0: 1, 4: 2}, "pruning_fn": "l1_unstructured",

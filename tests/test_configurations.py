@@ -10,9 +10,9 @@ from conftest import ROOT
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 
-import cli
-from commands.arguments import CommandLine
-from commands.messages import explain
+from gpt2_pl.commands import main
+from gpt2_pl.commands.config_merge import CommandLine
+from gpt2_pl.commands.messages import explain
 from gpt2_pl.errors import InputError
 
 CONFIGS = ROOT / "configs"
@@ -182,7 +182,7 @@ def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
     for args, nearest in {
         ("--model=SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
         ("--model=gpt2_pl.tasks.SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
-        ("--data=datamodules.SST",): "datamodules.SST5",
+        ("--data=gpt2_pl.datamodules.SST",): "gpt2_pl.datamodules.SST5",
         (sst5, "--model.poolin=last"): "pooling",
         (sst5, "--model.pooling=lst"): "last",
         (sst5, "--model.optimizer=torch.optim.AdmW"): "torch.optim.AdamW",
@@ -197,7 +197,7 @@ def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
         (sst5, "--earlystopping_patience=3"): "--early_stopping_patience",
         (sst5, "--bad_batches=skp"): "skip",
         (sst5, "--trainer.logger=CSVLoger"): "lightning.pytorch.loggers.CSVLogger",
-        (sst5, "--trainer.callbacks+=callbacks.GradualUnfreezng"): "callbacks.GradualUnfreezing",
+        (sst5, "--trainer.callbacks+=gpt2_pl.callbacks.GradualUnfreezng"): "gpt2_pl.callbacks.GradualUnfreezing",
         (sst5, file("trainer: {logger: {class_path: lightning.pytorch.logger.CSVLogger}}")):
             "lightning.pytorch.loggers.CSVLogger",
         (sst5, file("trainer: {max_epoch: 3}")): "trainer.max_epochs",
@@ -238,7 +238,7 @@ def test_text_that_yaml_reads_as_something_else_is_answered_by_how_to_quote_it(p
 )
 def test_misspelt_option_of_a_command_is_answered_by_the_nearest(args, nearest, capsys):
     with pytest.raises(SystemExit):
-        cli.main(args)
+        main(args)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"did you mean {nearest}?" in line
 

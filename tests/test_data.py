@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 from lightning.pytorch import Callback, Trainer
 
-from datamodules import IMDB, SST5, TextClassification, ToySentiment
-from datamodules.batching import (
+from gpt2_pl import GPT2Config
+from gpt2_pl.datamodules import IMDB, SST5, TextClassification, ToySentiment
+from gpt2_pl.datamodules.batching import (
     EvaluationLoader,
     TokenRows,
     TrainingLoader,
@@ -20,11 +21,10 @@ from datamodules.batching import (
     padding_share,
     training_batches,
 )
-from datamodules.template import Template
-from gpt2_pl import GPT2Config
+from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
 from gpt2_pl.tasks import SentimentClassifier
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 # Templates
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from test_cli import refused
 
-import cli
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
 from gpt2_pl.optim import Linear
 from gpt2_pl.tasks import SentimentClassifier
@@ -82,7 +82,7 @@ def test_fit_ending_between_validations_validates_and_tests(end, run, validated)
     "end", [["--trainer.max_steps=12"], ["--trainer.max_epochs=2"], ["--trainer.fast_dev_run=true"]], ids=str
 )
 def test_fit_ending_at_a_validation_does_not_validate_twice(end, run, validated):
-    cli.main([*TINY, *end, "--trainer.enable_progress_bar=false"])
+    main([*TINY, *end, "--trainer.enable_progress_bar=false"])
     assert len(set(validated)) == len(validated) > 0
 
 
@@ -108,7 +108,7 @@ CONTINUED = {
         [STOP],
         [
             "--model.schedule={class_path: gpt2_pl.optim.Cosine, init_args: {warmup: 0.3}}",
-            "--trainer.callbacks=[{class_path: callbacks.DiscriminativeLR, init_args: {decay: 0.7}}]",
+            "--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR, init_args: {decay: 0.7}}]",
         ],
     ),
     "stopped between steps": ([STOP], ["--trainer.accumulate_grad_batches=4"]),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import refused
 from test_compare import fake_run
 
-import cli
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError, RunError, printable, shorten
 
 ESCAPE = "\x1b]0;title\x07\x1b[31mred\nsecond line\u202eevil\u2066\x9b2J\ud800"
@@ -131,7 +131,7 @@ def hostile(tmp_path):
 
 def test_no_escape_of_a_run_reaches_terminal_or_reports(hostile, tmp_path, capsys):
     out = tmp_path / "out"
-    cli.main(["compare", str(hostile), "--out", str(out)])
+    main(["compare", str(hostile), "--out", str(out)])
     shown = capsys.readouterr()
     for text in (shown.out, shown.err, *(file.read_text() for file in out.iterdir() if file.suffix != ".png")):
         assert not set(text) & set(RAW)

@@ -14,8 +14,8 @@ from faults import differences, outcome
 from lightning.pytorch import Callback
 from torch import nn
 
-from commands.train import GPT2CLI
-from gpt2_pl.files import whole_file
+from gpt2_pl.commands.lightning_cli import GPT2CLI
+from gpt2_pl.filesystem import whole_file
 from gpt2_pl.metrics import finite
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 
@@ -79,7 +79,8 @@ def test_asked_to_end_it_saves_and_goes_on(tmp_path):
 def test_what_sigterm_leaves(tmp_path):
     """The step that it reached is in the checkpoint, though checkpoints are written once an epoch."""
     code = (
-        "import os, signal, sys; from gpt2_pl.tasks.classification import Classifier; from cli import main\n"
+        "import os, signal, sys; from gpt2_pl.tasks.classification import Classifier\n"
+        "from gpt2_pl.commands import main\n"
         "step, n = Classifier.training_step, iter(range(1000))\n"
         "def end(task, batch, i):\n"
         "    if next(n) == 15: os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -56,5 +56,7 @@ def test_forked_process_takes_signals_and_leads_its_session(tmp_path):
 
 def test_forked_process_has_the_modules_of_this_project_imported(tmp_path):
     file = tmp_path / "script.py"
-    file.write_text("import sys; assert 'commands.train' in sys.modules; import cli; print(cli.__file__)")
+    file.write_text(
+        "import sys; assert 'gpt2_pl.commands.lightning_cli' in sys.modules; import cli; print(cli.__file__)"
+    )
     assert run([file], cwd=tmp_path).stdout == f"{ROOT / 'cli.py'}\n"

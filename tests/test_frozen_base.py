@@ -175,7 +175,8 @@ seen = []
 
 def test_base_that_is_frozen_for_a_stage_keeps_its_dropout(fit):
     seen.clear()
-    stages = "{class_path: callbacks.GradualUnfreezing, init_args: {stages: [[head], [ln_f, block.0-1, embeddings]]}}"
+    stages = "[[head], [ln_f, block.0-1, embeddings]]"
+    stages = f"{{class_path: gpt2_pl.callbacks.GradualUnfreezing, init_args: {{stages: {stages}}}}}"
     fit("full", "--trainer.max_epochs=2", f"--trainer.callbacks=[{stages}, {__name__}.DropoutOf]")
     assert {trains for trains, *_ in seen} == {False, True}
     assert {(p, of_attention, training) for _, p, of_attention, training in seen} == {(P, P, True)}

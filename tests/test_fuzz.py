@@ -22,10 +22,10 @@ import torch
 import yaml
 from conftest import ROOT
 
-import cli
 from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl.commands import main
 from gpt2_pl.surgery import LoRA
-from gpt2_pl.surgery.peft import save
+from gpt2_pl.surgery.peft_format import save
 
 SECONDS = 10.0  # of the processor's, that a case may take
 SAMPLE = 16  # cases of each file by default
@@ -129,7 +129,7 @@ def documents(tmp_path_factory):
              "--early_stopping_patience=5"]  # fmt: skip
     shape = "--model.config={vocab_size: 300, n_positions: 32, n_embd: 8, n_layer: 1, n_head: 2, dropout: 0.0}"
     with chdir(folder):
-        cli.main(["fit", *quick, shape, "--trainer.max_epochs=2"])
+        main(["fit", *quick, shape, "--trainer.max_epochs=2"])
     run = folder / "lightning_logs/tiny/version_0"
     shutil.copytree(run, folder / "runs/good")
     shutil.copytree(run, folder / "runs/bad")
@@ -183,7 +183,7 @@ def run_cases(document, cases, report):
             signal.alarm(300)  # which nobody handles: it ends this process
             since = time.process_time()
             try:
-                cli.main(list(document.command))
+                main(list(document.command))
                 status = 0
             except SystemExit as stop:
                 status = stop.code

@@ -11,8 +11,8 @@ from transformers import GPT2LMHeadModel
 from gpt2_pl import GPT2, GPT2Config, generate
 from gpt2_pl.generation import _drawn, _sort_descending, _uniform, kept
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
-from gpt2_pl.tokenizer import load_tokenizer
-from gpt2_pl.verse import LineLimit, VerseGuide, lines_of
+from gpt2_pl.text.poems import LineLimit, VerseGuide, lines_of
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 SHAPE = GPT2Config(vocab_size=60, n_positions=96, n_embd=32, n_layer=3, n_head=4, dropout=0.1)
 NEW = 36  # long enough for weights to be packed
@@ -84,7 +84,7 @@ def test_greedy_with_adapters_is_that_of_peft(kind, model, tmp_path):
         peft_puts_virtual_tokens()
     import peft
 
-    from gpt2_pl.surgery.peft import save
+    from gpt2_pl.surgery.peft_format import save
 
     model.save_pretrained(tmp_path / "base")
     for change in SURGERY[kind]:
@@ -262,7 +262,7 @@ def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
 
 def test_a_rows_text_does_not_depend_on_the_room_of_others(base):
     from gpt2_pl.tasks import LanguageModel
-    from gpt2_pl.tasks.poem import continue_prompts
+    from gpt2_pl.tasks.poetry import continue_prompts
 
     task = LanguageModel(base=str(base))
     task.configure_model()

@@ -1,4 +1,4 @@
-"""Imports run one way: gpt2_pl <- datamodules, callbacks <- commands, cli; its core knows no Lightning."""
+"""The import rule: every part of the library imports from the layers below it; the core does without Lightning."""
 
 import ast
 import os
@@ -10,35 +10,68 @@ import time
 import pytest
 from conftest import ROOT
 
-OUTSIDE = {"tasks"}  # what of gpt2_pl is Lightning's; all the rest is the core
+LAYERS = [  # each may import from those below; names of one line do not import each other
+    ["__main__"],
+    ["commands"],
+    ["datamodules", "callbacks"],
+    ["tasks", "experiments"],
+    ["surgery"],
+    ["generation", "pretrained"],
+    ["model", "text"],
+    ["kv_cache", "heads", "losses", "metrics", "optim"],
+    ["kernels"],
+    ["configs"],
+    ["filesystem", "utils"],
+    ["errors"],
+]
+MAPPED = ("datamodules", "callbacks", "configs")  # folders of the root that are installed below gpt2_pl
+LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
+EXCEPTIONS = {("model", "pretrained")}  # GPT2.from_pretrained and GPT2.save_pretrained
+LIGHTNING = {"tasks", "datamodules", "callbacks", "commands"}
+
+
+def sources():
+    """The part of the library and the path of every module."""
+    for file in sorted((ROOT / "gpt2_pl").rglob("*.py")):
+        part = file.relative_to(ROOT / "gpt2_pl").parts[0].removesuffix(".py")
+        if part != "__init__":
+            yield part, file
+    for part in MAPPED:
+        yield from ((part, file) for file in sorted((ROOT / part).rglob("*.py")))
 
 
 def imported(file):
+    """The dotted names that a file imports anywhere: in functions and under TYPE_CHECKING too."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield (node.module or "").split(".")[0]
+            assert not node.level, f"{file} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize(
-    ("package", "banned"),
-    [
-        ("gpt2_pl", {"datamodules", "callbacks", "commands", "cli"}),
-        ("datamodules", {"callbacks", "commands", "cli"}),
-        ("callbacks", {"datamodules", "commands", "cli"}),
-    ],
-)
-def test_packages_import_one_way(package, banned):
-    for file in (ROOT / package).rglob("*.py"):
-        assert not banned & set(imported(file)), file
+def test_layers_name_every_part():
+    assert {part for part, _ in sources()} == LEVEL.keys()
 
 
-def test_the_core_knows_no_lightning():
-    files = [file for file in (ROOT / "gpt2_pl").rglob("*.py") if file.parent.name not in OUTSIDE]
-    assert {"model", "cuda_graph", "lora", "runs"} <= {file.stem for file in files}
-    for file in files:
-        assert not {"lightning", "datamodules"} & set(imported(file)), file
+@pytest.mark.parametrize(("part", "file"), [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()])
+def test_import_of_library_is_from_a_layer_below(part, file):
+    for name in imported(file):
+        package, _, rest = name.partition(".")
+        assert package not in ("cli", *MAPPED), f"{file} imports {name}"
+        if package != "gpt2_pl" or not rest:
+            continue
+        target = rest.partition(".")[0]
+        if target == part or target == "__version__" or (part, target) in EXCEPTIONS:
+            continue
+        assert target in LEVEL, f"{file} imports {name}"
+        assert LEVEL[target] < LEVEL[part], f"{part} must not import {target} ({file.name}: {name})"
+
+
+@pytest.mark.parametrize(("part", "file"), [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()])
+def test_import_of_lightning_is_outside_the_core(part, file):
+    if part not in LIGHTNING:
+        assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in imported(file))
 
 
 def test_every_module_can_be_the_first_that_is_imported():
@@ -46,11 +79,12 @@ def test_every_module_can_be_the_first_that_is_imported():
     code = """
 import importlib, pkgutil, sys
 import torch, lightning.pytorch, transformers
-ours = ("gpt2_pl", "datamodules", "callbacks", "commands")
-names = [m.name for package in ours for m in pkgutil.walk_packages([package], package + ".")]
-assert len(names) > 50, names
-for name in [*ours, *names]:
-    for loaded in [n for n in sys.modules if n.split(".")[0] in ours]:
+import gpt2_pl
+names = [m.name for m in pkgutil.walk_packages(["gpt2_pl"], "gpt2_pl.") if m.name != "gpt2_pl.__main__"]
+names += [m.name for p in ("datamodules", "callbacks", "configs") for m in pkgutil.walk_packages([p], f"gpt2_pl.{p}.")]
+assert len(names) > 80, names
+for name in ["gpt2_pl", *names]:
+    for loaded in [n for n in sys.modules if n.split(".")[0] == "gpt2_pl"]:
         del sys.modules[loaded]
     importlib.import_module(name)
 """
@@ -60,7 +94,7 @@ for name in [*ours, *names]:
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], []])
 def test_help_needs_no_torch(args):
-    code = f"import sys, cli; cli.main({args!r}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from gpt2_pl.commands import main; main({args!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -68,13 +102,14 @@ def test_help_needs_no_torch(args):
 def test_what_a_caller_holds_is_not_withheld_from_the_garbage_collector(alone):
     """Only in a process of the program's own does what is there when a command is imported stay until the end."""
     code = f"""
-import gc, weakref, cli
+import gc, weakref
+from gpt2_pl import commands
 class Cycle: pass
 cycle = Cycle()
 cycle.itself = cycle
 alive = weakref.ref(cycle)
 del cycle
-cli._imported("compare", alone={alone})
+commands._imported("compare", alone={alone})
 assert gc.isenabled()
 gc.collect()
 assert (alive() is not None) == (gc.get_freeze_count() > 0) == {alone}

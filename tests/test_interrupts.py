@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_faults import QUICK, faults
 
-import cli
+from gpt2_pl.commands import main
 
 
 def test_ctrl_c_in_training_says_how_to_resume_and_loses_nothing(tmp_path):
@@ -44,12 +44,14 @@ class AtImport:
         if name == module:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, AtImport())
-from cli import main
+from gpt2_pl.commands import main
 main()
 """
 
 
-@pytest.mark.parametrize(("module", "command"), [("torch", "generate"), ("commands.sweep", "sweep"), ("numpy", "fit")])
+@pytest.mark.parametrize(
+    ("module", "command"), [("torch", "generate"), ("gpt2_pl.commands.sweep", "sweep"), ("numpy", "fit")]
+)
 def test_ctrl_c_while_modules_are_imported_is_one_line(module, command):
     args = ["RUN", "--prompt_file", __file__, "--out", "o.txt"] if command == "generate" else ["nothing.yaml"]
     done = python(AT_IMPORT, module, command, *args)
@@ -71,12 +73,12 @@ def test_ctrl_c_in_other_commands_is_one_line_and_leaves_nothing(command, run, c
     )
     checkpoint = folder / "checkpoints/best.ckpt"
     moment, args = {
-        "classify": ("commands.classify.classify", [folder, "--input", rows, "--out", "o.csv"]),
-        "compare": ("commands.compare.plots", [folder, "--out", "o"]),
+        "classify": ("gpt2_pl.commands.classify.classify", [folder, "--input", rows, "--out", "o.csv"]),
+        "compare": ("gpt2_pl.commands.compare.plots", [folder, "--out", "o"]),
         "export": ("gpt2_pl.pretrained.save_file", [folder, "--format", "hf", "--out", "o"]),
         "test": ("gpt2_pl.tasks.SentimentClassifier.test_step",
                  [f"--config={folder}/config.yaml", f"--ckpt_path={checkpoint}"]),
-        "sweep": ("commands.sweep._Sweep.run", [plan]),
+        "sweep": ("gpt2_pl.commands.sweep._Sweep.run", [plan]),
     }[command]  # fmt: skip
     capsys.readouterr()
     monkeypatch.setattr(moment, press_ctrl_c)
@@ -92,7 +94,7 @@ def test_ctrl_c_in_other_commands_is_one_line_and_leaves_nothing(command, run, c
 def test_ctrl_c_that_a_destructor_swallows_is_raised_again():
     done = python("""
 import os, signal, time
-from commands.process import interrupts
+from gpt2_pl.commands.process import interrupts
 interrupts.install()
 class Finalized:
     def __del__(self):
@@ -113,7 +115,7 @@ except KeyboardInterrupt:
 def test_second_ctrl_c_ends_at_once_with_the_line():
     done = python("""
 import os, signal, time
-from commands.process import interrupts
+from gpt2_pl.commands.process import interrupts
 interrupts.install()
 interrupts.advice = lambda: "; go on"
 try:
@@ -142,5 +144,5 @@ def test_ctrl_c_reaches_a_command_that_a_shell_started_in_the_background(tmp_pat
 def test_ctrl_c_in_this_process_is_a_keyboard_interrupt_to_others():
     """Whoever calls the command line from Python keeps Python's own handler."""
     before = signal.getsignal(signal.SIGINT)
-    cli.main(["--version"])
+    main(["--version"])
     assert signal.getsignal(signal.SIGINT) is before

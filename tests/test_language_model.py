@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from conftest import ROOT, metrics
 from transformers import GPT2LMHeadModel
 
-from datamodules import TextCorpus
-from datamodules.batching import PackedRows
 from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl.callbacks.throughput import training_flops
+from gpt2_pl.datamodules import TextCorpus
+from gpt2_pl.datamodules.batching import PackedRows
 from gpt2_pl.errors import InputError
-from gpt2_pl.flops import training_flops
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.tasks import LanguageModel
-from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])

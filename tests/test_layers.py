@@ -6,15 +6,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from callbacks import DiscriminativeLR, GradualUnfreezing, Reproducibility
-from datamodules import ToySentiment
 from gpt2_pl import GPT2Config
+from gpt2_pl.callbacks import DiscriminativeLR, GradualUnfreezing, Reproducibility
+from gpt2_pl.datamodules import ToySentiment
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, Block
 from gpt2_pl.optim import Constant, Linear, parameter_groups
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import SentimentClassifier
-from gpt2_pl.tokenizer import train_tokenizer
+from gpt2_pl.text.tokenizer import train_tokenizer
 
 SHAPE = GPT2Config(vocab_size=400, n_positions=64, n_embd=16, n_layer=4, n_head=2, dropout=0.1)
 LAYERS = ["embeddings", *(f"block.{i}" for i in range(12)), "ln_f", "head"]

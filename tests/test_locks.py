@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, metrics
 
-import cli
-from callbacks.run_folder import LOCK, RunFolder, RunLock
+from gpt2_pl.callbacks.run_folder import RunFolder
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.run_lock import LOCK, RunLock
 
 QUICK = ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.precision=32-true",
          "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]  # fmt: skip
@@ -42,7 +43,7 @@ def held(folder):
 def refused(capsys, *args):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.main([*map(str, args)])
+        main([*map(str, args)])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line

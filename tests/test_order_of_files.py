@@ -5,7 +5,7 @@ import yaml
 from conftest import ROOT, metrics
 from test_cli import refused
 
-from commands.arguments import CommandLine, check_order
+from gpt2_pl.commands.config_merge import CommandLine, check_order
 from gpt2_pl.errors import InputError
 
 CONFIGS = ROOT / "configs"
@@ -44,7 +44,7 @@ def test_check_order_task_first_is_accepted(task, tmp_path):
 
 def test_check_order_equal_values_and_other_keys_are_no_conflict(tmp_path):
     data = tmp_path / "data.yaml"
-    data.write_text("data: {class_path: datamodules.SST5, init_args: {train_file: x.csv, batch_size: 64}}\n")
+    data.write_text("data: {class_path: gpt2_pl.datamodules.SST5, init_args: {train_file: x.csv, batch_size: 64}}\n")
     assert check_order(line(data, CONFIGS / "task/sst5.yaml")) == []
     assert check_order(line(CONFIGS / "strategy/full.yaml", CONFIGS / "task/sst5.yaml")) == []
 

@@ -15,12 +15,12 @@ from test_sentiment import trainer
 from torch import nn
 from transformers import GPT2ForSequenceClassification
 
-from commands.plugins import plugins_of
-from datamodules import ToySentiment
+from gpt2_pl.datamodules import ToySentiment
 from gpt2_pl.errors import InputError
-from gpt2_pl.registry import class_path
+from gpt2_pl.experiments.run import plugins_of
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning, Surgery, build
 from gpt2_pl.tasks import SentimentClassifier, Task
+from gpt2_pl.utils.registry import class_path
 
 IDS = torch.randint(400, (3, 9), generator=torch.Generator().manual_seed(2))
 
@@ -282,7 +282,7 @@ MINE = """
 import lightning.pytorch as pl
 import torch
 from dataclasses import dataclass
-from datamodules import IMDB
+from gpt2_pl.datamodules import IMDB
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import SentimentClassifier
 
@@ -354,7 +354,7 @@ def test_commands_own_task_and_callback_are_trained_tested_resumed_and_used(fit,
     capsys.readouterr()
     forget(mine)
     said = ["classify", folder, "--input", files["test"], "--out", tmp_path / "said.csv"]
-    for command in (said, ["test", "--data=datamodules.IMDB", f"--data.test_file={files['test']}",
+    for command in (said, ["test", "--data=gpt2_pl.datamodules.IMDB", f"--data.test_file={files['test']}",
                            f"--ckpt_path={folder}/checkpoints/best.ckpt"]):  # fmt: skip
         line = refused(run, capsys, *command)
         assert f"was written by '{mine}.Focal'" in line
@@ -410,7 +410,7 @@ def test_commands_run_nothing_of_a_folder_or_that_a_checkpoint_names(fit, tmp_pa
     commands = (
         ["classify", folder, "--input", files["test"], "--out", tmp_path / "said.csv"],
         ["export", folder, "--format=hf", "--out", tmp_path / "hf"],
-        ["test", "--data=datamodules.IMDB", f"--data.test_file={files['test']}", f"--ckpt_path={checkpoint}"],
+        ["test", "--data=gpt2_pl.datamodules.IMDB", f"--data.test_file={files['test']}", f"--ckpt_path={checkpoint}"],
     )
     for command in commands:
         done = started(tmp_path, *command)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 from transformers import GPT2LMHeadModel
 
-from datamodules import QuoraPairs, ToyPairs
-from datamodules.batching import padding_share
-from datamodules.classification import balanced
-from datamodules.template import Template
 from gpt2_pl import GPT2Config
+from gpt2_pl.datamodules import QuoraPairs, ToyPairs
+from gpt2_pl.datamodules.batching import padding_share
+from gpt2_pl.datamodules.classification import balanced
+from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
 from gpt2_pl.metrics import best_threshold
 from gpt2_pl.tasks import ParaphraseDetector
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 CONFIG = ROOT / "configs"
 SHAPE = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, dropout=0.1)

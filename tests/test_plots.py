@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gpt2_pl.plots import MAX_CELLS, MAX_TICKS, confusion_figure, confusion_image, drawing, plain
+from gpt2_pl.utils.plots import MAX_CELLS, MAX_TICKS, confusion_figure, confusion_image, drawing, plain
 
 ODD = ["$", "$$", "$x^2$", r"\$", r"a\$b$c$", r"$\frac{1}{$", r"\alpha_{", "%", "#", "~^", "_hidden", ""]
 

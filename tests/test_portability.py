@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, metrics
 
-from commands import arguments
-from gpt2_pl import files, machine
+from gpt2_pl import filesystem
+from gpt2_pl.commands import config_merge
 from gpt2_pl.errors import InputError
+from gpt2_pl.utils import machine
 
-OURS = ("gpt2_pl", "datamodules", "callbacks", "commands", "benchmarks")
+OURS = ("gpt2_pl", "datamodules", "callbacks", "configs", "benchmarks")
 MODULES = ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty")
 FUNCTIONS = {
     "os": ("fork", "getuid", "geteuid", "getgid", "getpgid", "getloadavg", "kill", "killpg", "mkfifo", "nice",
@@ -83,9 +84,12 @@ def no_program(name, *args, **kwargs):
         raise TypeError("Windows has no handle of the program itself")
     return load(name, *args, **kwargs)
 ctypes.CDLL = no_program
-names = [module.name for package in {OURS[:4]} for module in pkgutil.walk_packages([package], package + ".")]
+sys.argv[0] = "gpt2-pl"
+names = [module.name for module in pkgutil.walk_packages(["gpt2_pl"], "gpt2_pl.")]
+for package in {OURS[1:4]}:
+    names += [module.name for module in pkgutil.walk_packages([package], f"gpt2_pl.{{package}}.")]
 assert len(names) > 50, names
-for name in [*{OURS[:4]}, *names, "cli"]:
+for name in [*names, "cli"]:
     importlib.import_module(name)
 os.chdir(sys.argv.pop(1))
 sys.modules["cli"].main()
@@ -133,12 +137,12 @@ def test_peak_process_memory_includes_what_was_freed():
 )
 def test_check_name_on_windows_refuses_what_it_has_no_folder_for(name, monkeypatch):
     if os.name != "nt":
-        arguments.check_name(name)
-    monkeypatch.setattr(arguments, "WINDOWS", True)
+        config_merge.check_name(name)
+    monkeypatch.setattr(config_merge, "WINDOWS", True)
     with pytest.raises(InputError, match="Windows has no folders of such a name"):
-        arguments.check_name(name)
+        config_merge.check_name(name)
     for good in ("run", "a.b", "sweep/task/full,lr=0.1", "nullify", "console"):
-        arguments.check_name(good)
+        config_merge.check_name(good)
 
 
 def test_whole_file_on_windows_waits_for_a_reader(tmp_path, monkeypatch):
@@ -152,15 +156,15 @@ def test_whole_file_on_windows_waits_for_a_reader(tmp_path, monkeypatch):
         return replace(part, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    with pytest.raises(PermissionError), files.whole_file(path) as file:
+    monkeypatch.setattr(filesystem.time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError), filesystem.whole_file(path) as file:
         file.write("one")
-    monkeypatch.setattr(files, "_WINDOWS", True)
-    with files.whole_file(path) as file:
+    monkeypatch.setattr(filesystem, "_WINDOWS", True)
+    with filesystem.whole_file(path) as file:
         file.write("two")
     assert path.read_text(encoding="utf-8") == "two"
     refusals.extend([1] * 50)
-    with pytest.raises(PermissionError), files.whole_file(path) as file:
+    with pytest.raises(PermissionError), filesystem.whole_file(path) as file:
         file.write("three")
     assert [name.name for name in tmp_path.iterdir()] == ["file"]
     assert path.read_text(encoding="utf-8") == "two"

@@ -13,19 +13,19 @@ import yaml
 from conftest import ROOT
 from lightning.pytorch.cli import LightningCLI
 
-from commands.train import GPT2CLI
 from gpt2_pl import tasks
-from gpt2_pl.checkpoint import arguments
-from gpt2_pl.registry import class_path
+from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, PoemGenerator, SentimentClassifier, Task
+from gpt2_pl.tasks.checkpoint import arguments
 from gpt2_pl.tasks.classification import Classifier
+from gpt2_pl.utils.registry import class_path
 
 TASKS = (SentimentClassifier, ParaphraseDetector, LanguageModel, PoemGenerator)
 DATA = {
-    SentimentClassifier: "datamodules.IMDB",
-    ParaphraseDetector: "datamodules.QuoraPairs",
-    LanguageModel: "datamodules.TextCorpus",
-    PoemGenerator: "datamodules.Sonnets",
+    SentimentClassifier: "gpt2_pl.datamodules.IMDB",
+    ParaphraseDetector: "gpt2_pl.datamodules.QuoraPairs",
+    LanguageModel: "gpt2_pl.datamodules.TextCorpus",
+    PoemGenerator: "gpt2_pl.datamodules.Sonnets",
 }
 LIGHTNING = {"pytorch-lightning_version": "2.6.6"}
 SHAPE = {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "dropout": 0.1}
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({
         "model": {"class_path": "gpt2_pl.tasks.SentimentClassifier", "init_args": {"base": str(base), "mix": 0.4}},
-        "data": {"class_path": "datamodules.IMDB"}, "ckpt_path": str(checkpoint),
+        "data": {"class_path": "gpt2_pl.datamodules.IMDB"}, "ckpt_path": str(checkpoint),
     }))  # fmt: skip
     settings = used(build("fit", "--config", file))
     assert settings["ckpt_path"] == str(checkpoint)
@@ -224,7 +224,7 @@ def test_a_file_that_is_silent_on_the_model_leaves_the_checkpoints(variant, buil
         },
         checkpoint,
     )
-    given = ["--data=datamodules.ToySentiment", f"--ckpt_path={checkpoint}"]
+    given = ["--data=gpt2_pl.datamodules.ToySentiment", f"--ckpt_path={checkpoint}"]
     found = used(build("fit", "--config", ROOT / "configs/trainer/cpu.yaml", *given))["model"]["init_args"]
     assert {name: found[name] for name in ("base", "config")} == {name: stored[name] for name in ("base", "config")}
     other = {

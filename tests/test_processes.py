@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, latest, metrics, process, weights
 
 from gpt2_pl import GPT2, GPT2Config
-from gpt2_pl.tokenizer import train_tokenizer
+from gpt2_pl.text.tokenizer import train_tokenizer
 
 QUICK = [
     "fit",
@@ -106,8 +106,8 @@ STAGES = """
 model: {init_args: {pooling: concat, dropout: %s, schedule: {class_path: gpt2_pl.optim.SlantedTriangular}}}
 trainer:
   callbacks:
-    - {class_path: callbacks.GradualUnfreezing, init_args: {blocks_per_stage: 1, epochs_per_stage: 0.45}}
-    - {class_path: callbacks.DiscriminativeLR, init_args: {decay: 0.7}}
+    - {class_path: gpt2_pl.callbacks.GradualUnfreezing, init_args: {blocks_per_stage: 1, epochs_per_stage: 0.45}}
+    - {class_path: gpt2_pl.callbacks.DiscriminativeLR, init_args: {decay: 0.7}}
     - {class_path: killer.Keep}
 """
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done, pack
-from callbacks.run_summary import RunSummary
+from gpt2_pl.callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done, pack
+from gpt2_pl.callbacks.run_summary import RunSummary
 
 QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--data.batch_size", "40"]
 
@@ -48,7 +48,7 @@ def test_fraction_done_of_limits_is_that_of_the_first_reached(state, expected):
 
 def test_run_clock_of_resumed_run_counts_from_its_start(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gpt2_pl.callbacks.progress.time.monotonic", lambda: now[0])
     clock = RunClock()
     clock.start(fake_trainer(whole=2))
     assert clock.seconds_left(fake_trainer(whole=2)) is None

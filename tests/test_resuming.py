@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT, metrics, weights
 from test_cli import refused
 
-from callbacks import RunSummary, WholeCheckpoints
+from gpt2_pl.callbacks import RunSummary, WholeCheckpoints
 from gpt2_pl.tasks import SentimentClassifier
 
 QUICK = [
@@ -275,7 +275,7 @@ def contents(folder):
         (["--model.pooling=mean"], "model.pooling is mean; the run that goes on has last"),
         (["--data.n_train=90"], "data.n_train is 90; the run that goes on has 96"),
         (["--seed_everything=2"], "seed_everything is 2; the run that goes on has 1"),
-        (["--trainer.callbacks=[{class_path: callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
+        (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
     ],
 )
 def test_a_run_that_is_not_gone_on_with_stays_as_it_was(change, words, run, capsys):

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, metrics
 
-from commands.generate import read_prompts
-from datamodules import QuoraPairs, TextClassification, TextCorpus
-from datamodules import cache as cache_module
-from datamodules.rows import HubSplit, read_file, require_columns
-from datamodules.sonnets import read_poems
+from gpt2_pl.commands.generate import read_prompts
+from gpt2_pl.datamodules import QuoraPairs, TextClassification, TextCorpus
+from gpt2_pl.datamodules import cache as cache_module
+from gpt2_pl.datamodules.readers import HubSplit, read_file, require_columns
+from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError, RunError
 
 CONFIG = ROOT / "configs"
@@ -515,8 +515,8 @@ def test_disk_that_gives_back_other_bytes_is_an_error_and_no_loop(base, tmp_path
 def test_rows_are_encoded_as_one_by_one_whatever_the_batches(base, tmp_path, monkeypatch):
     pairs = [{"sentence1": f"film {i} " * (i % 40 + 1), "sentence2": "plot", "is_duplicate": i % 2} for i in range(203)]
     file = write(tmp_path / "rows.jsonl", pairs)
-    monkeypatch.setattr("datamodules.classification._BATCH_ROWS", 50)
-    monkeypatch.setattr("datamodules.classification._BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("gpt2_pl.datamodules.classification._BATCH_ROWS", 50)
+    monkeypatch.setattr("gpt2_pl.datamodules.classification._BATCH_CHARACTERS", 2000)
     module = QuoraPairs(test_file=str(file), tokenizer=str(base), max_length=30)
     module.setup()
     rows = module.encoded["test"]

@@ -18,9 +18,9 @@ from conftest import ROOT
 from test_cli import refused
 from test_compare import fake_run
 
-import cli
-from commands.train import GPT2CLI
 from gpt2_pl import GPT2
+from gpt2_pl.commands import main
+from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.surgery import PeftAdapter
 from gpt2_pl.tasks import SentimentClassifier
@@ -66,7 +66,7 @@ def commands(checkpoint, base, rows, out):
     prompts.write_text("a\n")
     for command in ("fit", "validate", "test", "predict"):
         yield [command, *model, *data, "--ckpt_path", checkpoint]
-    yield ["test", "--data=datamodules.IMDB", *data, "--ckpt_path", checkpoint]
+    yield ["test", "--data=gpt2_pl.datamodules.IMDB", *data, "--ckpt_path", checkpoint]
     yield ["classify", folder, "--input", rows, "--out", out / "out.csv"]
     yield ["generate", folder, "--prompt_file", prompts, "--out", out / "out.txt"]
     yield ["export", folder, "--format", "hf", "--out", out / "out"]
@@ -127,7 +127,7 @@ def test_pickled_weights_are_never_read(base, marker, run, files, capsys, tmp_pa
 
 def test_the_variable_that_has_torch_execute_pickles_is_dropped(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    cli.main(["--version"])
+    main(["--version"])
     assert subprocess.run(
         [sys.executable, "-c", "import os; raise SystemExit('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' in os.environ)"],
         check=False,
@@ -341,7 +341,7 @@ def test_the_environment_gives_no_settings(run, capsys, tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_found_only_in_parsing_is_refused(tmp_path, monkeypatch):
     """Whatever way leads around what looks for it before: Lightning would load it from any address."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("commands.train.CommandLine.checkpoint", lambda self: None)
+    monkeypatch.setattr("gpt2_pl.commands.lightning_cli.CommandLine.checkpoint", lambda self: None)
     with pytest.raises(InputError, match=r"ckpt_path: .*https://example\.com/x\.ckpt.*--ckpt_path FILE"):
         GPT2CLI(["fit", f"--config={CONFIG}/quickstart.yaml", "--ckpt_path=https://example.com/x.ckpt"])
     assert not list(tmp_path.iterdir())
@@ -367,9 +367,9 @@ LONG = ["x" * 300, "x" * 236, "/".join(["y" * 190] * 25), "file/inside", "/proc/
 
 @pytest.mark.parametrize("place", LONG, ids=["300", "236", "path", "file", "proc"])
 def test_places_that_cannot_be_written_are_named_before_anything_is_done(place, run, capsys, tmp_path, monkeypatch):
-    import commands.export
+    import gpt2_pl.commands.export
 
-    monkeypatch.setattr(commands.export, "load", None)  # would be called
+    monkeypatch.setattr(gpt2_pl.commands.export, "load", None)  # would be called
     (tmp_path / "file").touch()
     source = fake_run(tmp_path / "runs/full/version_0", "full", 1, [True, False])
     rows = tmp_path / "rows.txt"
@@ -435,7 +435,7 @@ def hostile(tmp_path):
 
 def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
     out = tmp_path / "place/report"
-    cli.main(["compare", str(hostile), "--out", str(out)])
+    main(["compare", str(hostile), "--out", str(out)])
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "place"}
     assert [path.name for path in out.parent.iterdir()] == ["report"]
     assert all(path.is_file() and path.suffix in (".md", ".html", ".json", ".csv", ".png") for path in out.iterdir())
@@ -517,7 +517,7 @@ def test_compare_hostile_sizes_take_little_time(name, text, words, tmp_path, run
     since = time.process_time()
     command = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
     if words is None:
-        cli.main([str(part) for part in command])
+        main([str(part) for part in command])
     else:
         assert words in refused(run, capsys, *command)
     assert time.process_time() - since < 10.0
@@ -561,7 +561,7 @@ def test_figures_that_are_no_finite_numbers_are_shown(tmp_path):
         costs = dict.fromkeys(("seconds", "cpu_seconds"), value if abs(value) < 1e300 else 1.0)
         changed(folder, scores={"val/accuracy": value}, **costs, base={"seconds": None},
                 seed=seed or None, epochs=[{"epoch": value, "val/accuracy": value}])  # fmt: skip
-    cli.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
+    main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
     assert "nan" in (tmp_path / "report/report.md").read_text()
 
 
@@ -576,7 +576,7 @@ FORBIDDEN = {
 
 def test_the_source_executes_nothing_that_it_reads():
     sources = [ROOT / "cli.py"]
-    for package in ("gpt2_pl", "datamodules", "callbacks", "commands"):
+    for package in ("gpt2_pl", "datamodules", "callbacks", "configs"):
         sources += (ROOT / package).rglob("*.py")
     loads = 0
     for file in sources:

@@ -10,12 +10,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import GPT2ForSequenceClassification
 
-from callbacks import PictureWriter, Reproducibility
-from datamodules import IMDB, SST5, ToySentiment
-from gpt2_pl import GPT2Config, plots
+from gpt2_pl import GPT2Config
+from gpt2_pl.callbacks import PictureWriter, Reproducibility
+from gpt2_pl.datamodules import IMDB, SST5, ToySentiment
 from gpt2_pl.errors import InputError
 from gpt2_pl.optim import Linear
 from gpt2_pl.tasks import SentimentClassifier
+from gpt2_pl.utils import plots
 
 CONFIG = ROOT / "configs"
 SHAPE = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, dropout=0.1)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from callbacks import DiscriminativeLR, GradualUnfreezing
+from gpt2_pl.callbacks import DiscriminativeLR, GradualUnfreezing
 from gpt2_pl.optim import SlantedTriangular
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import LanguageModel, PoemGenerator

@@ -112,7 +112,7 @@ def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_fi
 
 
 def test_rows_for_every_process_are_counted_before_training(base, pair_files, tmp_path, monkeypatch):
-    from datamodules import QuoraPairs
+    from gpt2_pl.datamodules import QuoraPairs
     from gpt2_pl.errors import InputError
 
     data = QuoraPairs(**{f"{flag.partition('=')[0].partition('.')[2]}": flag.partition("=")[2]

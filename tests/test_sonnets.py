@@ -15,16 +15,16 @@ from conftest import ROOT, flags, metrics
 from test_sentiment import trainer
 from transformers import GPT2LMHeadModel
 
-from datamodules import Sonnets
-from datamodules.sonnets import read_poems
 from gpt2_pl import GPT2, GPT2Config
-from gpt2_pl import text_metrics as scores
+from gpt2_pl.datamodules import Sonnets
+from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
-from gpt2_pl.schema import check_metrics
 from gpt2_pl.tasks import PoemGenerator
-from gpt2_pl.tasks.poem import poem_scores
-from gpt2_pl.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt2_pl.verse import RHYMES, Poem, VerseGuide, lines_of, rhyme, rhyme_share
+from gpt2_pl.tasks.poetry import poem_scores
+from gpt2_pl.text import metrics as scores
+from gpt2_pl.text.poems import RHYMES, Poem, VerseGuide, lines_of, rhyme, rhyme_share
+from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2_pl.utils.schema import check_metrics
 
 CONFIG = ROOT / "configs"
 LONG = "--data.max_length=600"

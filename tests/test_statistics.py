@@ -5,7 +5,7 @@ import pytest
 from torch import tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from gpt2_pl.statistics import confusion_scores, interval, loss_scores, resampled, seed_noise
+from gpt2_pl.experiments.inference import confusion_scores, interval, loss_scores, resampled, seed_noise
 
 
 def outcomes(generator, n):

@@ -12,13 +12,14 @@ from conftest import ROOT, metrics, peft_puts_virtual_tokens, weights
 from test_cli import refused
 from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from datamodules import IMDB
+from gpt2_pl.commands import main
+from gpt2_pl.datamodules import IMDB
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2
 from gpt2_pl.pretrained import digest
 from gpt2_pl.surgery import LoRA, PeftAdapter, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import SentimentClassifier
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 CONFIGS = ROOT / "configs"
 SURGERIES = {
@@ -99,7 +100,7 @@ def test_other_contradictions(fit, capsys, tmp_path):
         line = refused(lambda extra: fit("full", extra=["--model.train_base=null", *extra]), capsys, extra)
         assert all(word in line for word in words), line
     quick = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", CONFIGS / "strategy/lora.yaml"]
-    line = refused(lambda: fit.__closure__ and __import__("cli").main([*map(str, quick)]), capsys)
+    line = refused(lambda: fit.__closure__ and main([*map(str, quick)]), capsys)
     assert "model.config starts at random" in line
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
@@ -164,7 +165,7 @@ def test_surgery_from_a_checkpoint_is_this_librarys_alone(fit, capsys, run, tmp_
     content = torch.load(checkpoint, weights_only=True)
     content["hyper_parameters"]["surgery"] = [{"class_path": "os.system", "init_args": {"command": "touch evil"}}]
     torch.save(content, tmp_path / "evil.ckpt")
-    line = refused(run, capsys, "test", "--data=datamodules.IMDB", "--ckpt_path", tmp_path / "evil.ckpt")
+    line = refused(run, capsys, "test", "--data=gpt2_pl.datamodules.IMDB", "--ckpt_path", tmp_path / "evil.ckpt")
     assert "os.system" in line
     with pytest.raises(InputError, match=r"there is no 'os\.system'"):
         SentimentClassifier.load_from_checkpoint(tmp_path / "evil.ckpt", weights_only=True)
@@ -209,7 +210,7 @@ def logits(task, ids):
 def test_peft_loads_what_we_export_and_we_load_it_back(name, base, tmp_path):
     if name in ("prefix", "network"):
         peft_puts_virtual_tokens()
-    from gpt2_pl.surgery import peft as exchange
+    from gpt2_pl.surgery import peft_format as exchange
 
     task = trained(base, SURGERIES[name])
     ours = logits(task, IDS)
@@ -233,7 +234,7 @@ def test_peft_loads_what_we_export_and_we_load_it_back(name, base, tmp_path):
 
 @pytest.mark.parametrize("name", SURGERIES)
 def test_language_models_are_exchanged_too(name, base, tmp_path):
-    from gpt2_pl.surgery import peft as exchange
+    from gpt2_pl.surgery import peft_format as exchange
 
     core = trained(base, SURGERIES[name]).core
     if name == "embedding":  # theirs does not adapt the head that is tied to it
@@ -275,7 +276,7 @@ def test_adapters_that_peft_made_load_here(rank_of, base, tmp_path):
     ],
 )
 def test_adapters_that_do_not_load(change, message, base, tmp_path):
-    from gpt2_pl.surgery import peft as exchange
+    from gpt2_pl.surgery import peft_format as exchange
 
     folder = tmp_path / "adapter"
     exchange.save(LoRA().apply(GPT2.from_pretrained(base)), folder, str(base))
@@ -290,7 +291,7 @@ def test_adapters_that_do_not_load(change, message, base, tmp_path):
 
 def test_an_adapter_of_another_shape(base, tmp_path):
     from gpt2_pl.model import GPT2Config
-    from gpt2_pl.surgery import peft as exchange
+    from gpt2_pl.surgery import peft_format as exchange
 
     other = GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=48, n_layer=3, n_head=2))
     exchange.save(LoRA(layers=0).apply(other), tmp_path / "wide", None)

@@ -13,9 +13,9 @@ from forked import Forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import refused
 
-from cli import main
-from commands.plan import Plan
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.sweep.config import Plan
 
 QUICK = "{data.n_train: 60, trainer.enable_progress_bar: false, trainer.precision: 32-true, trainer.max_epochs: 2}"
 FILE = f"""
@@ -292,8 +292,10 @@ def metrics_of(folder):
 def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
     file(FILE.replace("[1, 2]", "[1]"))
     code = (
-        "from pathlib import Path; from commands.plan import Plan; from commands.jobs import RunJob\n"
-        "RunJob()(Plan.read(Path('s.yaml')).arms[0].runs()[0])"
+        "from pathlib import Path; from gpt2_pl.commands import main\n"
+        "from gpt2_pl.experiments.sweep.config import Plan\n"
+        "from gpt2_pl.experiments.sweep.executor import RunJob\n"
+        "RunJob(main)(Plan.read(Path('s.yaml')).arms[0].runs()[0])"
     )
     (tmp_path / "make.py").write_text(code)
     both = [Forked([tmp_path / "make.py"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
@@ -404,7 +406,7 @@ def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
 def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
     """A trial without all of its settings, a torn last line, losses that are no numbers, a best that changes."""
     pytest.importorskip("optuna")
-    from commands.search import Study
+    from gpt2_pl.experiments.sweep.search import Study
 
     search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: {low: 0.001, high: 0.01}}}, "
     path = file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
@@ -465,7 +467,7 @@ def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_pat
 
 def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
     """The script that submitit writes for sbatch; the cluster is a program that only notes it."""
-    from commands.jobs import make_launcher
+    from gpt2_pl.experiments.sweep.executor import make_launcher
 
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -478,14 +480,14 @@ def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     plan = Plan.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
-    launcher = make_launcher(plan, None)
+    launcher = make_launcher(plan, None, main)
     job = launcher.submit(plan.arms[0].runs()[0], 0)
     assert job.job_id == "7"
     script = (tmp_path / "script").read_text()
     for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=s"):
         assert f"#SBATCH {line}" in script
     with pytest.raises(InputError, match=r"slurm: .*nonsense"):
-        make_launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None)
+        make_launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None, main)
 
 
 def test_sweep_from_another_folder_says_from_where_its_files_count(run, capsys, tmp_path):

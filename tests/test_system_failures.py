@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import cli
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError, RunError, describe_failure, is_full
-from gpt2_pl.files import check_place, existing_file, room, whole_file
+from gpt2_pl.filesystem import check_place, existing_file, room, whole_file
 
 QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.precision=32-true",
          "--trainer.max_epochs=1"]  # fmt: skip
@@ -131,7 +131,7 @@ def test_room_names_the_file_that_was_written_and_leaves_errors_of_others_alone(
 def trained_once(tmp_path_factory):
     before, place = Path.cwd(), tmp_path_factory.mktemp("trained")
     os.chdir(place)
-    cli.main(["fit", *QUICK, "--trainer.enable_progress_bar=false"])
+    main(["fit", *QUICK, "--trainer.enable_progress_bar=false"])
     os.chdir(before)
     return place / "lightning_logs"
 
@@ -172,7 +172,7 @@ def test_every_error_of_writing_is_one_line_in_every_command(trained, run, capsy
         def fails(descriptor, number=number):
             raise failure(number)
 
-        monkeypatch.setattr("gpt2_pl.files.os.fsync", fails)
+        monkeypatch.setattr("gpt2_pl.filesystem.os.fsync", fails)
         line = ends_in_one_line(run, capsys, command, trained)
         assert os.strerror(number) in line or (number == errno.ENOSPC and "there is no room to write" in line), line
         shutil.rmtree(tmp_path / "o", ignore_errors=True)
@@ -205,11 +205,11 @@ def test_every_error_of_reading_is_one_line(command, trained, run, capsys, monke
     ("command", "moment"),
     [
         ("fit", "gpt2_pl.tasks.SentimentClassifier.training_step"),
-        ("fit", "datamodules.toy.ToySentiment.setup"),
+        ("fit", "gpt2_pl.datamodules.synthetic.ToySentiment.setup"),
         ("test", "gpt2_pl.tasks.SentimentClassifier.test_step"),
-        ("classify", "commands.classify.classify"),
-        ("compare", "commands.compare.plots"),
-        ("export", "commands.export.export_hf"),
+        ("classify", "gpt2_pl.commands.classify.classify"),
+        ("compare", "gpt2_pl.commands.compare.plots"),
+        ("export", "gpt2_pl.commands.export.export_hf"),
     ],
 )
 @pytest.mark.parametrize("how", [lambda *_, **__: torch.empty(10**15), lambda *_, **__: bytearray(10**15)],
@@ -232,7 +232,7 @@ def test_lightning_logs_that_is_no_folder_is_refused_in_one_line(what, command, 
         Path("lightning_logs").symlink_to("/nonexistent/disk" if what == "dangling" else "lightning_logs")
     Path("s.yaml").write_text(f"tasks: {{t: {{configs: [{QUICK[0][9:]}], strategies: {{full: {{configs: []}}}}}}}}")
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, *(QUICK if command == "fit" else ["s.yaml"])])
+        main([command, *(QUICK if command == "fit" else ["s.yaml"])])
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gpt2-pl")]
     assert line.startswith("gpt2-pl: error: name: lightning_logs/")
@@ -335,7 +335,9 @@ def test_a_deleted_working_folder_is_one_line(fake):
 
 
 def test_a_process_that_may_open_few_files_ends_in_one_line(fake):
-    limited = "import resource, cli; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); cli.main()"
+    limited = (
+        "import resource; from gpt2_pl.commands import main; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); main()"
+    )
     done = subprocess.run([sys.executable, "-c", limited, "compare", "lightning_logs/a", "--out", "few"], cwd=fake,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
                           check=False)  # fmt: skip

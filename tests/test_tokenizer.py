@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.tokenizer import encode_stream, load_tokenizer
+from gpt2_pl.text.tokenizer import encode_stream, load_tokenizer
 
 A, B = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
 X = {"SpecialToken": {"id": "[X]", "type_id": 0}}

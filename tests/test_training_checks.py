@@ -9,8 +9,8 @@ import torch
 from test_cli import CONFIGS, refused
 from test_end_of_training import TINY
 
-import cli
-from commands.training_checks import check_optimizer
+from gpt2_pl.commands import main
+from gpt2_pl.commands.training_checks import check_optimizer
 from gpt2_pl.errors import InputError
 
 SST5 = ["--config", CONFIGS / "task/sst5.yaml", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
@@ -27,7 +27,7 @@ def callback(name, **arguments):
         (["--trainer.max_epochs=0"], "trainer.max_epochs is 0, and fit would train nothing"),
         (["--trainer.max_steps=0"], "trainer.max_steps is 0, and fit would train nothing"),
         (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, and fit would train nothing"),
-        ([callback("BackboneFinetuning")], "use callbacks.GradualUnfreezing"),
+        ([callback("BackboneFinetuning")], "use gpt2_pl.callbacks.GradualUnfreezing"),
         ([callback("LearningRateFinder")], "LearningRateFinder sets an attribute that tasks do not have"),
         ([callback("BatchSizeFinder")], "BatchSizeFinder changes the batch size"),
         ([callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)], "ModelPruning replaces weights"),
@@ -144,8 +144,10 @@ def test_optimizer_that_refuses_the_shapes_of_parameters_ends_in_one_line(run, c
 def test_own_progress_bar_is_used_in_place_of_the_runs(name, run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     made = []
-    monkeypatch.setattr("commands.train.GPT2CLI._run_subcommand", lambda self, _: made.append(self.trainer))
-    cli.main([*map(str, TINY), callback(f"lightning.pytorch.callbacks.{name}")])
+    monkeypatch.setattr(
+        "gpt2_pl.commands.lightning_cli.GPT2CLI._run_subcommand", lambda self, _: made.append(self.trainer)
+    )
+    main([*map(str, TINY), callback(f"lightning.pytorch.callbacks.{name}")])
     (trainer,) = made
     assert type(trainer.progress_bar_callback).__name__ == name
     assert not any(type(one).__name__ in ("EpochLines", "RunProgressBar") for one in trainer.callbacks)
@@ -166,9 +168,9 @@ def test_advertisements_and_deprecations_of_libraries_are_not_shown(caplog):
             warnings.warn_explicit("own", category, "mine.py", 1, module="mine")
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as shown:
-        patch.setattr("commands.train.GPT2CLI._run_subcommand", speak)
+        patch.setattr("gpt2_pl.commands.lightning_cli.GPT2CLI._run_subcommand", speak)
         warnings.simplefilter("always")
-        cli.main([*map(str, TINY), "--trainer.logger=false", "--trainer.enable_checkpointing=false"])
+        main([*map(str, TINY), "--trainer.logger=false", "--trainer.enable_checkpointing=false"])
     assert "Tip" not in caplog.text
     assert "something of the run" in caplog.text
     assert [str(one.message) for one in shown if str(one.message) in ("old", "own")] == ["own", "own"]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from test_sentiment import trainer
 
-from datamodules import ToySentiment
+from gpt2_pl.datamodules import ToySentiment
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.optim import AdamW
@@ -283,7 +283,7 @@ def test_switches_of_the_step_are_the_configured_ones(saved, tmp_path):
 
 def test_state_of_every_torch_optimizer_has_the_layout_of_its_first_step():
     """Each layout against a step on the parameters themselves."""
-    from gpt2_pl.training_state import _layouts
+    from gpt2_pl.tasks.training_state import _layouts
 
     for make in (make for name, make in OPTIMIZERS.items() if name != "third"):
         parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (8,), (2, 9))]

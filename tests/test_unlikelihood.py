@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
 
-from datamodules import TextCorpus
 from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl.datamodules import TextCorpus
 from gpt2_pl.losses import (
     IGNORED,
     cross_entropy,
@@ -23,7 +23,7 @@ from gpt2_pl.losses import (
 )
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import LanguageModel
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 V = 9
 

@@ -10,7 +10,7 @@ from gpt2_pl.heads import last_text_position, pool
 from gpt2_pl.kv_cache import KVCache
 from gpt2_pl.model import GPT2, GPT2Config, gather_positions
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
-from gpt2_pl.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 SHAPE = GPT2Config(vocab_size=50, n_positions=24, n_embd=24, n_layer=3, n_head=3, dropout=0.0)
 IDS = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(5))

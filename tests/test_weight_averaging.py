@@ -9,7 +9,7 @@ from test_cli import refused
 from test_end_of_training import STOP, TINY, same, state
 from test_sentiment import trainer
 
-from datamodules import ToySentiment
+from gpt2_pl.datamodules import ToySentiment
 from gpt2_pl.surgery import LoRA
 from gpt2_pl.tasks import SentimentClassifier
 

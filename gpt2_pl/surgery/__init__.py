@@ -2,8 +2,8 @@
 
 from gpt2_pl.surgery.base import Surgery, build
 from gpt2_pl.surgery.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
-from gpt2_pl.surgery.peft import PeftAdapter
-from gpt2_pl.surgery.virtual import PrefixTuning, PromptTuning
+from gpt2_pl.surgery.peft_format import PeftAdapter
+from gpt2_pl.surgery.virtual_tokens import PrefixTuning, PromptTuning
 
 __all__ = [
     "Adapter",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.registry import Registered, class_path
+from gpt2_pl.utils.registry import Registered, class_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -134,7 +134,7 @@ def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) 
     if tokenizer is None:
         if model.source is None:
             raise InputError(f"init_text {text!r} needs a tokenizer: give apply() one, or load the model from a folder")
-        from gpt2_pl.tokenizer import load_tokenizer
+        from gpt2_pl.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model.source, "init_text")
     ids: Sequence[int] = tokenizer.encode(text).ids

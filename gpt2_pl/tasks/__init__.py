@@ -1,9 +1,9 @@
 """LightningModules: one for each task."""
 
 from gpt2_pl.tasks.base import Task
-from gpt2_pl.tasks.language_model import LanguageModel
+from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.tasks.paraphrase import ParaphraseDetector
-from gpt2_pl.tasks.poem import PoemGenerator
+from gpt2_pl.tasks.poetry import PoemGenerator
 from gpt2_pl.tasks.sentiment import SentimentClassifier
 
 __all__ = ["LanguageModel", "ParaphraseDetector", "PoemGenerator", "SentimentClassifier", "Task"]

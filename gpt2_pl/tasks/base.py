@@ -21,21 +21,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
-from gpt2_pl import checkpoint as checkpoints
 from gpt2_pl import pretrained
-from gpt2_pl.allocator import keep_freed_memory
 from gpt2_pl.errors import InputError
-from gpt2_pl.kernels.attention import set_cudnn_sdp
+from gpt2_pl.filesystem import resolve
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
-from gpt2_pl.registry import Registered, class_path
 from gpt2_pl.surgery import Adapter, Surgery, build
 from gpt2_pl.surgery.base import is_plain
 from gpt2_pl.tasks import averaging
+from gpt2_pl.tasks import checkpoint as checkpoints
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
-from gpt2_pl.tasks.sharding import shard
-from gpt2_pl.tokenizer import check_fits
-from gpt2_pl.training_state import check_progress, check_training_state
+from gpt2_pl.tasks.fsdp import shard
+from gpt2_pl.tasks.training_state import check_progress, check_training_state
+from gpt2_pl.text.tokenizer import check_fits
+from gpt2_pl.utils.registry import Registered, class_path
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
@@ -89,8 +88,9 @@ class Task(Registered, LightningModule):
         train_base: whether the GPT-2's own weights train, unless a surgery freezes or unfreezes some; by default they
             do if there is no surgery.
         frozen_base_dropout: whether a frozen GPT-2 applies ``dropout`` in training, as peft does. It is frozen if none
-            of its own weights trains in the whole run; weights that :class:`~callbacks.GradualUnfreezing` freezes for a
-            stage still count as trained. The dropout of adapters and of the head is not affected.
+            of its own weights trains in the whole run; weights that
+            :class:`~gpt2_pl.callbacks.GradualUnfreezing` freezes for a stage still count as trained.
+            The dropout of adapters and of the head is not affected.
         optimizer: makes the optimizer from parameter groups.
         schedule: the learning rate over training.
         compile: compile each block, and a language model's loss, with ``torch.compile``.
@@ -128,7 +128,7 @@ class Task(Registered, LightningModule):
         if dropout is not None and not 0.0 <= dropout < 1.0:
             raise InputError(f"model.dropout is {dropout}; it must be in [0, 1)")
         if base is not None:
-            folder = pretrained.resolve(base, "model.base")
+            folder = resolve(base, "model.base")
             self.config = pretrained.read_config(folder, dropout)
             pretrained.check(folder, self.config)
         else:
@@ -146,7 +146,6 @@ class Task(Registered, LightningModule):
         self.hparams["config"] = None if config is None else asdict(self.config)
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
         self.gpt2: GPT2 | None = None
-        self._used_cudnn = True
         self._restored: dict[str, Any] | None = None  # a checkpoint whose training state is to be checked
         self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
         self._step_mean = StepMean()
@@ -181,7 +180,7 @@ class Task(Registered, LightningModule):
         """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
         with torch.device("meta"):
             skeleton = _built(self.config)
-        skeleton.source = None if self.base is None else str(pretrained.resolve(self.base, "model.base"))
+        skeleton.source = None if self.base is None else str(resolve(self.base, "model.base"))
         with torch.random.fork_rng(devices=[]):  # what it draws here would shift all that is drawn later
             self._apply_surgery(skeleton)
         if self.base is None and self.base_is_frozen:
@@ -236,22 +235,14 @@ class Task(Registered, LightningModule):
             shard(self.gpt2, self.device_mesh)
 
     def setup(self, stage: str) -> None:
-        """Check that the data's tokens are the model's, and prepare the process for steps that take much memory."""
-        keep_freed_memory()
+        """Check that the data's tokens are the model's, and start all metrics anew."""
         self._logged.clear()
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()  # a run that broke off leaves what it had added
-        if not self.same_shapes:
-            self._used_cudnn = set_cudnn_sdp(False)
         if hasattr(self.datamodule, "tokenizer"):
             self.check_tokenizer(self.datamodule.tokenizer)
         averaging.create_averages(self, stage)
-
-    def teardown(self, stage: str) -> None:
-        """Leave the process as it was."""
-        if not self.same_shapes:
-            set_cudnn_sdp(self._used_cudnn)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer with tokens that the GPT-2 does not have."""

@@ -13,9 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
 from gpt2_pl.metrics import Gathered, Mean, finite
-from gpt2_pl.plots import confusion_image
 from gpt2_pl.tasks.base import Task
-from gpt2_pl.tasks.sharding import shard_head
+from gpt2_pl.tasks.fsdp import shard_head
+from gpt2_pl.utils.plots import confusion_image
 
 Batch = dict[str, Any]
 

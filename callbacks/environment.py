@@ -1,0 +1,38 @@
+"""Process-wide settings that make training faster."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gpt2_pl.kernels.attention import set_cudnn_sdp
+from gpt2_pl.kernels.malloc import keep_freed_memory
+
+
+class Environment(Callback):
+    """Set up the process for steps that take and free much memory, and restore what can be restored afterwards.
+
+    glibc keeps freed memory in the process. On a GPU the cuDNN backend of attention is disabled for tasks whose batches
+    vary in length, because it compiles a plan for every new shape.
+
+    Args:
+        keep_memory: whether freed memory stays in the process; this cannot be undone within the process.
+    """
+
+    def __init__(self, keep_memory: bool = True) -> None:
+        self.keep_memory = keep_memory
+        self._cudnn_was_enabled: bool | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Apply the settings."""
+        if self.keep_memory:
+            keep_freed_memory()
+        if not getattr(pl_module, "same_shapes", True):
+            was_enabled = set_cudnn_sdp(False)
+            if self._cudnn_was_enabled is None:
+                self._cudnn_was_enabled = was_enabled
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the backend of attention."""
+        if self._cudnn_was_enabled is not None:
+            set_cudnn_sdp(self._cudnn_was_enabled)
+            self._cudnn_was_enabled = None

@@ -1,0 +1,59 @@
+"""List, print and copy the configuration files that come with the library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gpt2_pl.commands.parser import Arguments
+from gpt2_pl.configs import KINDS, config_path, description, packaged_configs
+from gpt2_pl.errors import InputError
+from gpt2_pl.filesystem import check_new
+
+_TITLES = {"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sweep": "Sweeps", "": "Whole runs"}
+
+
+def main(args: list[str]) -> None:
+    """Run ``gpt2-pl configs``."""
+    parser = Arguments(prog="gpt2-pl configs", description=__doc__)
+    actions = parser.add_subparsers(dest="action", metavar="list|show|copy", parser_class=Arguments)
+    actions.add_parser("list", help="list them with a line each (the default)", description="List all of them.")
+    show = actions.add_parser("show", help="print a file", description="Print a configuration file.")
+    copy = actions.add_parser("copy", help="copy a file", description="Copy a configuration file, to change the copy.")
+    for action in (show, copy):
+        action.add_argument("name", metavar="NAME", help="such as task/sst5")
+    copy.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="where to (default: the working folder)")
+    given = parser.parse_args(args)
+    if given.action == "show":
+        print(config_path(given.name, "NAME").read_text(encoding="utf-8"), end="")
+    elif given.action == "copy":
+        print(_copy(config_path(given.name, "NAME"), Path(given.folder)))
+    else:
+        _print_list()
+
+
+def _copy(file: Path, folder: Path) -> Path:
+    """Copy a file into a folder and return the copy.
+
+    Raises:
+        InputError: there is no such folder, or it holds a file of that name.
+    """
+    if not folder.is_dir():
+        raise InputError(f"FOLDER must be an existing folder, got {str(folder)!r}")
+    check_new(folder / file.name, "FOLDER")
+    return Path(shutil.copyfile(file, folder / file.name))
+
+
+def _print_list() -> None:
+    """Print every file's name and first sentence, by kind."""
+    files = packaged_configs()
+    width = max(map(len, files))
+    for kind in (*KINDS, ""):
+        print(f"{_TITLES[kind]}:")
+        for name, file in files.items():
+            if name.rpartition("/")[0] == kind:
+                print(f"  {name:{width}}  {description(file)}".rstrip())
+        print()
+    print(
+        "gpt2-pl fit --config task/sst5 --config strategy/lora --model.base gpt2 --data.train_file F --data.val_file F"
+    )

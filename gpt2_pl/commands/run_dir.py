@@ -1,0 +1,83 @@
+"""The files that say how a run was made, and its TensorBoard logger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
+from gpt2_pl.commands.process import interrupts
+from gpt2_pl.filesystem import whole_file
+
+
+class RunLogger(TensorBoardLogger):
+    """A TensorBoardLogger that writes into the run's folder, and takes the folder when it is first used."""
+
+    def __init__(self, folder: RunFolder, name: str, root: Path) -> None:
+        super().__init__(root, name=name, default_hp_metric=False)
+        self.folder = folder
+
+    @property
+    def version(self) -> str:
+        """The name of the run's folder."""
+        return self.folder.version
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The SummaryWriter.
+
+        Raises:
+            RunError: the folder cannot be made.
+        """
+        self.folder.take()
+        return super().experiment
+
+
+class RunFiles(SaveConfigCallback):
+    """Writes config.yaml and tokenizer.json into the run's folder.
+
+    That waits until a checkpoint is restored: one that is refused leaves its run as it was.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them once, where there is a run's folder."""
+        if self.already_saved:
+            return
+        self.already_saved = True
+        self.config = self.config.clone()
+        self.config.version = None  # of this one call, and not a setting of the run's
+        if trainer.state.fn == "fit":
+            self.config.ckpt_path = None
+        folder = run_folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / self.config_filename)
+            self.save_config(trainer, pl_module, str(trainer.state.fn))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where nothing trains."""
+        if trainer.state.fn != "fit":
+            self.on_train_start(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let a second Ctrl-C end the process: Lightning has turned the signal off at the first."""
+        interrupts.rearm()
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the tokenizer, so that the run's model can be used without its data."""
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        folder = run_folder(trainer)
+        if folder is not None and tokenizer is not None:
+            with whole_file(folder / "tokenizer.json") as file:
+                file.write(tokenizer.to_str())

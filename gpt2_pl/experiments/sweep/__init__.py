@@ -1,0 +1,1 @@
+"""Sweeps: grids of tasks, strategies and seeds."""

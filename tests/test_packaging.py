@@ -1,0 +1,98 @@
+"""One installed name, gpt2_pl: from an uninstalled checkout, and from a wheel in another folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+from gpt2_pl.configs import config_path, packaged_configs
+from gpt2_pl.errors import InputError
+
+
+def call(library, folder, *args):
+    """Run the command line in a folder, from an uninstalled checkout or from where a wheel was unpacked."""
+    if library == ROOT:
+        program = [ROOT / "cli.py"]
+    else:  # the checkout may be on the path of whoever runs the tests
+        path = f"[{str(library)!r}, *(p for p in sys.path if p != {str(ROOT)!r})]"
+        program = ["-P", "-c", f"import sys; sys.path = {path}; from gpt2_pl.commands import main; main()"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *program, *map(str, args)], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout, unpacked as an installer does it."""
+    pytest.importorskip("setuptools", "77")
+    folder = tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
+                           capture_output=True, check=False).stdout.split("\n")  # fmt: skip
+    if not files[0]:
+        pytest.skip("not a checkout")
+    for name in files:
+        if not name.startswith(("tests/", "benchmarks/results/", "lightning_logs/")) and (ROOT / name).is_file():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=folder / "source", text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    with zipfile.ZipFile(folder / done.stdout.split()[-1]) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_wheel_holds_one_package_with_all_sources_and_configurations(wheel):
+    assert {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")} == {"gpt2_pl"}
+    expected = {path.relative_to(ROOT / "gpt2_pl") for path in (ROOT / "gpt2_pl").rglob("*.py")}
+    for folder in ("datamodules", "callbacks", "configs"):
+        expected |= {path.relative_to(ROOT) for ext in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{ext}")}
+    found = {path.relative_to(wheel / "gpt2_pl") for path in (wheel / "gpt2_pl").rglob("*.*") if path.is_file()}
+    assert found == {*expected, (wheel / "gpt2_pl" / "py.typed").relative_to(wheel / "gpt2_pl")}
+
+
+@pytest.fixture(params=["checkout", "wheel"])
+def library(request):
+    return ROOT if request.param == "checkout" else request.getfixturevalue("wheel")
+
+
+def test_configuration_by_name_beside_own_packages_is_read_anywhere(library, tmp_path):
+    """The user's own callbacks/ and datamodules/ are found, and do not hide the library's."""
+    for name in ("callbacks", "datamodules"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    own = "from lightning.pytorch import Callback\nclass Own(Callback): ...\n"
+    (tmp_path / "callbacks" / "mine.py").write_text(own)
+    done = call(library, tmp_path, "fit", "--config", "quickstart", "--config=strategy/ulmfit.yaml",
+                "--trainer.callbacks+=callbacks.mine.Own", "--print_config")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("callbacks.mine.Own", "gpt2_pl.callbacks.GradualUnfreezing", "gpt2_pl.datamodules.ToySentiment"):
+        assert f"class_path: {name}\n" in done.stdout
+
+
+def test_configs_lists_shows_and_copies(library, tmp_path):
+    listed = call(library, tmp_path, "configs", "list")
+    assert listed.returncode == 0, listed.stderr
+    assert all(f"\n  {name} " in listed.stdout for name in packaged_configs())
+    shown = call(library, tmp_path, "configs", "show", "strategy/lora").stdout
+    assert shown == (ROOT / "configs/strategy/lora.yaml").read_text(encoding="utf-8")
+    assert call(library, tmp_path, "configs", "copy", "strategy/lora").stdout == "lora.yaml\n"
+    assert (tmp_path / "lora.yaml").read_text(encoding="utf-8") == shown
+    again = call(library, tmp_path, "configs", "copy", "strategy/lora")
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+
+
+def test_config_path_takes_a_file_before_a_name_and_suggests_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("task/sst5", "task/sst5.yaml", "configs/task/sst5.yaml"):
+        assert config_path(name) == ROOT / "configs/task/sst5.yaml"
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "sst5.yaml").touch()
+    assert config_path("task/sst5.yaml").resolve() == tmp_path / "task/sst5.yaml"
+    for name, near in (("strategy/lorra", "strategy/lora"), ("sst", "task/sst5")):
+        with pytest.raises(InputError, match=rf"config: there is no file {name}; did you mean {near}\?"):
+            config_path(name)

@@ -1,4 +1,4 @@
-"""From hidden states to class scores: pooling, the linear head, the verbaliser."""
+"""From hidden states to class scores: pooling, the linear head, the verbalizer."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ClassificationHead(nn.Module):
         return self.linear(features)
 
 
-class Verbaliser(nn.Module):
+class Verbalizer(nn.Module):
     """Classes as words (Schick & Schütze 2021): the language-model score of one token per class.
 
     It has no parameters: the tied token embedding scores, so it also works without any training.

@@ -81,7 +81,7 @@ def test_a_base_given_for_a_checkpoint_that_needs_none(fit, run, base, capsys, t
         (("full", "linear_probe"), ["full.yaml", "linear_probe.yaml", "train_base"]),
         (("linear_probe", "full"), ["full.yaml", "linear_probe.yaml", "train_base"]),
         (("lora", "linear_probe"), ["lora.yaml", "linear_probe.yaml", "linear probe"]),
-        (("linear_probe", "prefix"), ["prefix.yaml", "linear_probe.yaml", "linear probe"]),
+        (("linear_probe", "prefix_tuning"), ["prefix_tuning.yaml", "linear_probe.yaml", "linear probe"]),
     ],
 )
 def test_files_that_contradict_each_other(strategies, words, fit, capsys, tmp_path):
@@ -94,7 +94,7 @@ def test_files_that_contradict_each_other(strategies, words, fit, capsys, tmp_pa
 
 def test_a_verbaliser_in_which_nothing_would_train(fit, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        fit("linear_probe", extra=["--model.head=verbaliser", "--model.words=[' a', ' b']"])
+        fit("linear_probe", extra=["--model.head=verbalizer", "--model.words=[' a', ' b']"])
     assert "nothing would train" in capsys.readouterr().err
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 

@@ -28,19 +28,23 @@ TINY = [
 
 
 # What a strategy asks for and a task does not have: one line says so.
-WORDS = ("prompt_words", "verbaliser")
+WORDS = ("hard_prompt", "verbalizer")
 MEANINGLESS = {
     **{(task, "linear_probe"): "head_dropout" for task in ("text", "sonnets")},
-    **{(task, name): "pooling" for task in ("text", "sonnets") for name in ("ulmfit", "mean_masks", "mix_masks")},
-    **{(task, "prompt_words"): "template" for task in ("text", "sonnets")},
-    **{(task, "verbaliser"): "head" for task in ("text", "sonnets")},
+    **{
+        (task, name): "pooling"
+        for task in ("text", "sonnets")
+        for name in ("ulmfit", "multi_sample_dropout", "mixed_pooling")
+    },
+    **{(task, "hard_prompt"): "template" for task in ("text", "sonnets")},
+    **{(task, "verbalizer"): "head" for task in ("text", "sonnets")},
     **{
         (task, name): "unlikelihood"
         for task in ("sst5", "imdb", "quora")
         for name in ("unlikelihood", "sequence_unlikelihood")
     },
     **{(task, words): "sentence1" for task in ("sst5", "imdb") for words in WORDS},
-    ("sst5", "verbaliser"): "2 words",
+    ("sst5", "verbalizer"): "2 words",
 }
 
 
@@ -318,6 +322,6 @@ def test_what_nothing_has_trained_is_scored_with_a_word_of_it(run, base, data_fl
     settings = [f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64"]
     run("validate", *settings)
     assert "no ckpt_path is given: what is scored has not been trained" in capsys.readouterr().err
-    words = ["--model.head=verbaliser", "--model.words=[' bad', ' good']", "--model.word_ids=[5, 6]"]
+    words = ["--model.head=verbalizer", "--model.words=[' bad', ' good']", "--model.word_ids=[5, 6]"]
     run("validate", *settings, *words)
     assert "ckpt_path" not in capsys.readouterr().err

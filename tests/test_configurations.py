@@ -18,7 +18,7 @@ from gpt2_pl.errors import InputError
 CONFIGS = ROOT / "configs"
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")
 BENEATH = {  # what a strategy's file lies over
-    **dict.fromkeys(("prompt_words", "verbaliser"), "quora"),
+    **dict.fromkeys(("hard_prompt", "verbalizer"), "quora"),
     **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "ulmfit_lm"), "text"),
 }
 

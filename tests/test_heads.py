@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2
-from gpt2_pl.heads import ClassificationHead, Verbaliser, classification_loss, last_text_position, pool
+from gpt2_pl.heads import ClassificationHead, Verbalizer, classification_loss, last_text_position, pool
 
 
 def padded(rows, T, side):
@@ -61,7 +61,7 @@ def test_verbaliser_equals_the_language_model(base):
     ours, theirs = GPT2.from_pretrained(base).eval(), GPT2LMHeadModel.from_pretrained(base).eval()
     ids, mask = torch.randint(400, (3, 8)), torch.ones(3, 8, dtype=torch.long)
     mask[1, 5:], mask[2, 1:] = 0, 0
-    head = Verbaliser([7, 300])
+    head = Verbalizer([7, 300])
     with torch.no_grad():
         logits = head(ours(ids, positions=last_text_position(mask)).squeeze(1), ours.wte.weight)
         for i in range(3):

@@ -265,7 +265,7 @@ def test_a_step_costs_what_it_trains():
 def test_stages_in_which_nothing_would_train(toy_base):
     surgery = [LoRA(rank=2, targets=["c_attn"])]
     watch = Watch()
-    task = classifier(base=toy_base, surgery=surgery, head="verbaliser", words=["a", "b", "c"])
+    task = classifier(base=toy_base, surgery=surgery, head="verbalizer", words=["a", "b", "c"])
     trainer(max_epochs=2, callbacks=[GradualUnfreezing(blocks_per_stage=2), watch]).fit(task, data())
     assert {int(name.split(".")[2]) for name in watch.trains[0]} == {2, 3}  # the first stage had neither head nor ln_f
     assert {int(name.split(".")[2]) for name in watch.trains[-1]} == {0, 1, 2, 3}

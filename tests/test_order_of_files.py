@@ -12,8 +12,8 @@ CONFIGS = ROOT / "configs"
 TASKS = sorted((CONFIGS / "task").glob("*.yaml"))
 LOST = {  # of strategies whose file stands before the task's
     "dora": "model.optimizer.init_args.lr", "linear_probe": "model.optimizer.init_args.lr",
-    "mean_masks": "model.pooling", "prompt_words": "data.template", "ulmfit": "model.pooling",
-    "prefix": "model.optimizer.init_args.lr",
+    "multi_sample_dropout": "model.pooling", "hard_prompt": "data.template", "ulmfit": "model.pooling",
+    "prefix_tuning": "model.optimizer.init_args.lr",
     "ulmfit_lm": "model.schedule.class_path",
 }  # fmt: skip
 

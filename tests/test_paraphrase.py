@@ -236,7 +236,7 @@ def test_options_out_of_range(options, message):
 
 
 def test_the_verbaliser_gives_the_logits_of_transformers_without_training(run, base, pair_flags):
-    folder = run("validate", "--config", CONFIG / "task/quora.yaml", "--config", CONFIG / "strategy/verbaliser.yaml",
+    folder = run("validate", "--config", CONFIG / "task/quora.yaml", "--config", CONFIG / "strategy/verbalizer.yaml",
                  f"--model.base={base}", *pair_flags, "--trainer.accelerator=cpu",
                  "--trainer.precision=32-true")  # fmt: skip
     tokenizer, theirs = load_tokenizer(base), GPT2LMHeadModel.from_pretrained(base).eval()
@@ -385,7 +385,7 @@ def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
 
 def test_a_verbaliser_has_no_dropout_of_its_own():
     with pytest.raises(InputError, match=r"model\.n_masks and head_dropout are of the linear head"):
-        ParaphraseDetector(config=SHAPE, head="verbaliser", words=["a", "b"], n_masks=3)
+        ParaphraseDetector(config=SHAPE, head="verbalizer", words=["a", "b"], n_masks=3)
 
 
 def test_batches_of_other_loaders_have_their_rows_numbered():

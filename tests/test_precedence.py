@@ -50,7 +50,7 @@ EXCLUDED = {
     "base": {"config": None, "words": None, "word_ids": None, "head": "linear"},
     "config": {"base": None, "surgery": None, "words": None, "word_ids": None, "head": "linear", "train_base": True},
     "words": {"config": None, "surgery": None, "pooling": "last", "n_masks": 1, "head_dropout": None,
-              "head": "verbaliser", "train_base": True},
+              "head": "verbalizer", "train_base": True},
 }  # fmt: skip
 
 

@@ -23,12 +23,12 @@ CONFIGS = ROOT / "configs"
 TASKS = ("imdb", "quora", "sonnets", "text")
 # What a strategy is of, where it is not of every task.
 OF = {
-    "prompt_words": ("quora",), "verbaliser": ("quora",), "unlikelihood": ("sonnets", "text"), "ulmfit_lm": ("text",),
+    "hard_prompt": ("quora",), "verbalizer": ("quora",), "unlikelihood": ("sonnets", "text"), "ulmfit_lm": ("text",),
     "sequence_unlikelihood": ("sonnets", "text"),
-    **dict.fromkeys(("mean_masks", "mix_masks", "ulmfit", "linear_probe"), ("imdb", "quora")),
+    **dict.fromkeys(("multi_sample_dropout", "mixed_pooling", "ulmfit", "linear_probe"), ("imdb", "quora")),
 }  # fmt: skip
 NAMES = [path.stem for path in STRATEGIES]
-HYBRIDS = ["lora+llrd", "prefix+lora", "ulmfit+lora", "prompt_words+lora_ffn", "prefix+unlikelihood"]
+HYBRIDS = ["lora+llrd", "prefix_tuning+lora", "ulmfit+lora", "hard_prompt+lora_ffn", "prefix_tuning+unlikelihood"]
 CASES = [
     f"{task}/{name}"
     for name in (*NAMES, *HYBRIDS)
@@ -88,8 +88,8 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 
 
 def test_two_processes_equal_one(differences):
-    cases = ["imdb/full", "imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix", "sonnets/unlikelihood", "text/ulmfit_lm",
-             "quora/prompt_words", "quora/linear_probe"]  # fmt: skip
+    cases = ["imdb/full", "imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood", "text/ulmfit_lm",
+             "quora/hard_prompt", "quora/linear_probe"]  # fmt: skip
     assert differences(cases, 2) == {}
 
 
@@ -102,7 +102,7 @@ def test_two_processes_that_share_the_weights_equal_one(differences):
         "imdb/full",
         "imdb/ulmfit+lora",
         "quora/lora_embedding",
-        "imdb/prefix",
+        "imdb/prefix_tuning",
         "sonnets/unlikelihood",
         "text/ulmfit_lm",
     ]

@@ -177,7 +177,7 @@ def test_a_linear_probe_computes_its_features_once(base, files):
         {"pooling": "mean"},
         {"pooling": "concat", "head_dropout": 0.3, "n_masks": 3, "average": "logits"},
         {"pooling": "mix", "mix": 0.5, "label_smoothing": 0.1},
-        {"head": "verbaliser", "words": ["b", "l", "w"]},
+        {"head": "verbalizer", "words": ["b", "l", "w"]},
         {"activation_checkpointing": True},
         {"compile": True},
     ],
@@ -245,8 +245,8 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
     [
         ({"head_dropout": 1.0}, "model.head_dropout is 1.0"),
         ({"num_classes": 1}, "model.num_classes is 1"),
-        ({"head": "verbaliser"}, "go together"),
-        ({"head": "verbaliser", "words": ["a"]}, "has 1 words"),
+        ({"head": "verbalizer"}, "go together"),
+        ({"head": "verbalizer", "words": ["a"]}, "has 1 words"),
         ({"base": "x"}, "got both"),
         ({"config": None}, "got neither"),
         ({"dropout": 1.5}, "model.dropout is 1.5"),
@@ -303,7 +303,7 @@ def test_gradients_go_after_a_step_and_not_before(accumulate, there):
 
 
 def test_words_of_several_tokens_are_refused():
-    task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbaliser", words=["a", "b", "quixotic"])
+    task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", words=["a", "b", "quixotic"])
     with pytest.raises(InputError, match=r"'quixotic' is \d tokens"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
 

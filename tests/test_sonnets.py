@@ -281,7 +281,7 @@ def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
     assert much[-1]["train/unlikelihood"] < 0.9 * little[-1]["train/unlikelihood"]
     assert little[-1]["train/loss"] < little[0]["train/loss"]
     both = metrics(run(*sonnets, "--trainer.max_epochs=3", "--config", CONFIG / "strategy/sequence_unlikelihood.yaml",
-                       "--config", CONFIG / "strategy/prefix.yaml"))["epochs"]  # fmt: skip
+                       "--config", CONFIG / "strategy/prefix_tuning.yaml"))["epochs"]  # fmt: skip
     assert any("train/sequence_unlikelihood" in epoch for epoch in both)
     assert all(epoch["train/loss"] > 0 for epoch in both)
 

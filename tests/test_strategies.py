@@ -67,7 +67,7 @@ def test_hybrids_are_two_files(fit):
 
 
 def test_surgery_of_two_files_is_done_in_order(fit):
-    config = used(fit("prefix", "lora"))["model"]["init_args"]["surgery"]
+    config = used(fit("prefix_tuning", "lora"))["model"]["init_args"]["surgery"]
     assert [entry["class_path"].split(".")[-1] for entry in config] == ["PrefixTuning", "LoRA"]
 
 
@@ -77,12 +77,12 @@ def test_surgery_of_two_files_is_done_in_order(fit):
         (("lora", "dora"), ["h.0.attn.c_attn", "two LoRA"]),
         (("full", "lora"), ["train_base", "full fine-tuning", "LoRA", "h.0.attn.c_attn.weight"]),
         (("lora", "full"), ["train_base", "LoRA"]),
-        (("prompt", "prompt"), ["two PromptTuning"]),
-        (("prefix", "prefix"), ["two PrefixTuning"]),
+        (("prompt_tuning", "prompt_tuning"), ["two PromptTuning"]),
+        (("prefix_tuning", "prefix_tuning"), ["two PrefixTuning"]),
         (("ulmfit", "llrd"), ["two DiscriminativeLR"]),
         (("ulmfit", "linear_probe"), ["GradualUnfreezing", "train_base"]),
         (("linear_probe", "llrd"), ["DiscriminativeLR", "train_base"]),
-        (("prefix", "llrd"), ["DiscriminativeLR", "frozen GPT-2"]),
+        (("prefix_tuning", "llrd"), ["DiscriminativeLR", "frozen GPT-2"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
@@ -108,7 +108,7 @@ def test_other_contradictions(fit, capsys, tmp_path):
 # Checkpoints
 
 
-@pytest.mark.parametrize("strategy", ["lora", "dora", "prefix", "prompt", "linear_probe"])
+@pytest.mark.parametrize("strategy", ["lora", "dora", "prefix_tuning", "prompt_tuning", "linear_probe"])
 def test_a_frozen_base_is_not_saved_and_must_be_the_same(strategy, fit, run, base, capsys, tmp_path, data_flags):
     folder = fit(strategy)
     account, checkpoint = metrics(folder), folder / "checkpoints/best.ckpt"
@@ -324,7 +324,7 @@ def test_exported_runs_load_in_transformers(strategy, fit, run, base):
 
 
 def test_exported_runs_load_in_peft(fit, run, base):
-    folder = fit("prompt")
+    folder = fit("prompt_tuning")
     out = folder.parent / "peft"
     run("export", folder, "--format=peft", "--out", out)
     plain = GPT2ForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
@@ -354,7 +354,7 @@ def test_the_two_stages_of_ulmfit(fit, run, base, files, data_flags):
 @pytest.mark.parametrize(
     ("strategy", "args", "words"),
     [
-        ("prefix", ["--format=hf"], ["cannot be merged", "--format peft"]),
+        ("prefix_tuning", ["--format=hf"], ["cannot be merged", "--format peft"]),
         ("full", ["--format=peft"], ["train_base", "--format hf"]),
         ("ulmfit", ["--format=hf"], ["pooling 'concat'", "--backbone"]),
         ("full", ["--format=hf", "--ckpt_path=/nowhere.ckpt"], ["/nowhere.ckpt"]),

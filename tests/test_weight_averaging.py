@@ -88,7 +88,7 @@ def test_ema_beside_a_frozen_base_averages_what_trains_and_keeps_the_base(base, 
             assert torch.equal(parameter, record.steps[0][name])
 
 
-@pytest.mark.parametrize("strategy", ["lora", "prefix", "prompt", "linear_probe"])
+@pytest.mark.parametrize("strategy", ["lora", "prefix_tuning", "prompt_tuning", "linear_probe"])
 def test_ema_beside_a_frozen_base_resumes_and_scores(strategy, run, base, data_flags):
     settings = [
         "fit", "--config", CONFIGS / "task/imdb.yaml", "--config", CONFIGS / f"strategy/{strategy}.yaml",
@@ -110,7 +110,7 @@ def test_ema_of_a_tuned_threshold_and_a_verbaliser_keeps_their_values(run, base,
     """An average of token ids may be another token, and one of thresholds is none that was tuned."""
     rows = [f"--data.{split}_file={file}" for split, file in pair_files.items()]
     folder = run(
-        "fit", "--config", CONFIGS / "task/quora.yaml", "--config", CONFIGS / "strategy/verbaliser.yaml",
+        "fit", "--config", CONFIGS / "task/quora.yaml", "--config", CONFIGS / "strategy/verbalizer.yaml",
         f"--model.base={base}", "--data.max_length=64", *rows, "--trainer.accelerator=cpu", "--trainer.max_epochs=2",
         "--model.threshold=f1", callback("EMAWeightAveraging", decay=0.9), "--trainer.precision=32-true",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.heads import ClassificationHead, Pooling, Verbaliser, classification_loss, last_text_position, pool
+from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classification_loss, last_text_position, pool
 from gpt2_pl.metrics import Gathered, Mean, finite
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.fsdp import shard_head
@@ -34,8 +34,8 @@ class Classifier(Task):
         num_classes: number of classes K; on the command line the datamodule's.
         pooling: ``last`` token, ``mean``, ``max``, ``mix`` of mean and last, or ``concat`` of last, max and mean.
         mix: weight of the mean in ``mix``.
-        head: ``linear`` layer, or ``verbaliser``: the language-model scores of one word per class.
-        words: the verbaliser's words in the order of the classes, each one token, such as " bad", " good".
+        head: ``linear`` layer, or ``verbalizer``: the language-model scores of one word per class.
+        words: the verbalizer's words in the order of the classes, each one token, such as " bad", " good".
         word_ids: their tokens; by default the datamodule's tokenizer says.
         head_dropout: dropout in front of the linear layer; by default as in the GPT-2.
         n_masks: dropout masks per row (multi-sample dropout).
@@ -55,7 +55,7 @@ class Classifier(Task):
         num_classes: int,
         pooling: Pooling = "last",
         mix: float = 0.7,
-        head: Literal["linear", "verbaliser"] = "linear",
+        head: Literal["linear", "verbalizer"] = "linear",
         words: list[str] | None = None,
         word_ids: list[int] | None = None,
         head_dropout: float | None = None,
@@ -74,17 +74,17 @@ class Classifier(Task):
         ):
             if not good:
                 raise InputError(f"model.{key} is {value}, which is out of range")
-        if (head == "verbaliser") != (words is not None):
-            raise InputError("model.head verbaliser and model.words go together; give both or neither")
+        if (head == "verbalizer") != (words is not None):
+            raise InputError("model.head verbalizer and model.words go together; give both or neither")
         if words is not None and (len(words) != num_classes or pooling != "last"):
             raise InputError(
-                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbaliser takes one word for "
+                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbalizer takes one word for "
                 f"each of the {num_classes} classes and pooling 'last'"
             )
-        if head == "verbaliser" and (n_masks != 1 or head_dropout):
-            raise InputError("model.n_masks and head_dropout are of the linear head; the verbaliser has no dropout")
-        if head == "verbaliser" and not self.train_base and not self.surgery:
-            raise InputError("model.head verbaliser has no parameters: with train_base: false nothing would train")
+        if head == "verbalizer" and (n_masks != 1 or head_dropout):
+            raise InputError("model.n_masks and head_dropout are of the linear head; the verbalizer has no dropout")
+        if head == "verbalizer" and not self.train_base and not self.surgery:
+            raise InputError("model.head verbalizer has no parameters: with train_base: false nothing would train")
         self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
         self.head_name, self.words = head, words
         self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
@@ -109,13 +109,13 @@ class Classifier(Task):
             if self.device_mesh is not None:
                 shard_head(self.head, self.device_mesh)
         else:
-            self.head = Verbaliser(self._word_ids())
+            self.head = Verbalizer(self._word_ids())
 
     def _word_ids(self) -> list[int]:
         if (given := self.hparams["word_ids"]) is not None:
             return list(given)
         if self.datamodule is None:
-            raise InputError("model.head verbaliser needs a datamodule with a tokenizer to look its words up")
+            raise InputError("model.head verbalizer needs a datamodule with a tokenizer to look its words up")
         encode = self.datamodule.tokenizer.encode
         ids = [encode(word, add_special_tokens=False).ids for word in self.words or []]
         for word, tokens in zip(self.words or [], ids, strict=True):
@@ -140,7 +140,7 @@ class Classifier(Task):
     def forward(self, batch: Batch, split: str | None = None) -> Tensor:
         """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
         features = self.features[split][batch["row"]] if split in self.features else self.encode(batch)
-        if isinstance(self.head, Verbaliser):
+        if isinstance(self.head, Verbalizer):
             return self.head(features, self.core.head_weight)
         assert self.head is not None
         return self.head(features)

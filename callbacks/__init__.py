@@ -6,12 +6,12 @@ from gpt2_pl.callbacks.environment import Environment
 from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
 from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
 from gpt2_pl.callbacks.pictures import PictureWriter
-from gpt2_pl.callbacks.poems import PoemWriter
 from gpt2_pl.callbacks.prediction_writer import PredictionWriter
 from gpt2_pl.callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
 from gpt2_pl.callbacks.reproducibility import Reproducibility
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.callbacks.run_summary import RunSummary
+from gpt2_pl.callbacks.samples import SampleWriter
 
 __all__ = [
     "DiscriminativeLR",
@@ -22,7 +22,6 @@ __all__ = [
     "GradualUnfreezing",
     "Patience",
     "PictureWriter",
-    "PoemWriter",
     "PredictionWriter",
     "Reproducibility",
     "RunCheckpoint",
@@ -30,6 +29,7 @@ __all__ = [
     "RunModelSummary",
     "RunProgressBar",
     "RunSummary",
+    "SampleWriter",
     "WholeCheckpoints",
     "run_folder",
 ]

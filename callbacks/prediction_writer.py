@@ -1,27 +1,24 @@
-"""What the model said of every row, or how well it foresaw it, as a file."""
+"""Files of what a model has to say of every row."""
 
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.filesystem import whole_file
-from gpt2_pl.tasks.classification import Classifier
-from gpt2_pl.tasks.poetry import PoemGenerator
-from gpt2_pl.text.poems import Poem
+from gpt2_pl.tasks.base import Task
 
 
 class PredictionWriter(Callback):
-    """Writes a file of every row into the run folder, for validation during training that of the best epoch by the
-    task's ``monitor``.
+    """Writes a task's table of the rows of every evaluation into the run's folder, as ``<name>_<split>.csv``.
 
-    Of a classifier it is ``predictions_<split>.csv``: each row's number in its file (from 1), text, label, prediction
-    and the probability of each class. Of a poem generator it is ``losses_<split>.csv``: each poem's number, how many
-    tokens were scored, and the sum of their losses in nats.
+    During training that is the validation of the best epoch, by the task's ``monitor``. A classifier's table is
+    ``predictions``: every row's number in its file (from 1), its text and label, the prediction and the probability of
+    each class. A poem generator's is ``losses``: every poem's number, how many tokens were scored, and the sum of their
+    losses in nats. See :meth:`Task.row_table() <gpt2_pl.tasks.Task.row_table>`.
     """
 
     def __init__(self) -> None:
@@ -56,34 +53,11 @@ class PredictionWriter(Callback):
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if not isinstance(pl_module, Classifier | PoemGenerator):
-            return
-        outcomes = pl_module.outcomes.rows()
+        table = pl_module.row_table(split) if isinstance(pl_module, Task) else None
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or folder is None:
+        if table is None or folder is None or not trainer.is_global_zero:
             return
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if isinstance(pl_module, PoemGenerator):
-            self._write_losses(folder / f"losses_{split}.csv", outcomes, datamodule.poems[split])
-            return
-        names = datamodule.labels
-        with whole_file(folder / f"predictions_{split}.csv") as file:
+        with whole_file(folder / f"{table.name}_{split}.csv") as file:
             writer = csv.writer(file)
-            labelled = ["label"] if split != "predict" else []
-            writer.writerow(["row", "text", *labelled, "prediction", *(f"p({name})" for name in names)])
-            said = pl_module.decide(outcomes["probability"], split).tolist()
-            for row, label, probability, decision in zip(
-                *(outcomes[k].tolist() for k in ("row", "label", "probability")), said, strict=True
-            ):
-                truth = [names[label]] if labelled else []
-                shown = (f"{p:.6f}" for p in probability)
-                number, text = datamodule.number(split, row), datamodule.text(split, row)
-                writer.writerow([number, text, *truth, names[decision], *shown])
-
-    @staticmethod
-    def _write_losses(path: Path, outcomes: dict[str, Any], poems: list[Poem]) -> None:
-        with whole_file(path) as file:
-            writer = csv.writer(file)
-            writer.writerow(["poem", "n_tokens", "loss"])
-            for row, n_tokens, loss in zip(*(outcomes[k].tolist() for k in ("row", "n_tokens", "loss")), strict=True):
-                writer.writerow([poems[row].number, n_tokens, f"{loss:.6f}"])
+            writer.writerow(table.columns)
+            writer.writerows(table.rows)

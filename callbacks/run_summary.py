@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
 from gpt2_pl.callbacks.pictures import log_text
 from gpt2_pl.callbacks.run_folder import run_folder
-from gpt2_pl.callbacks.throughput import peak_flops, training_flops
+from gpt2_pl.callbacks.throughput import peak_flops
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.filesystem import whole_file
 from gpt2_pl.pretrained import provenance
-from gpt2_pl.tasks.language_modeling import LanguageModel
+from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.machine import peak_process_memory
 
 Scores = dict[str, float]
@@ -132,12 +133,15 @@ class RunSummary(Callback):
                 logger.log_metrics(speed, step=trainer.global_step)
 
     def _flops(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        """The share of the machine that a token per second takes; None but where a whole GPT-2 trains on text."""
-        if not isinstance(pl_module, LanguageModel) or not pl_module.train_base or not self.examples:
+        """The share of the machine's peak that a token per second takes; None where the operations are not known."""
+        if not isinstance(pl_module, Task) or not self.examples:
+            return None
+        flops = pl_module.training_flops_per_token(self.tokens / self.examples)
+        if flops is None:
             return None
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         peak = peak_flops(pl_module.device, dtype) * trainer.world_size
-        return training_flops(pl_module.config, self.tokens / self.examples) / peak
+        return flops / peak
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the epoch."""
@@ -254,12 +258,15 @@ class RunSummary(Callback):
         of process 0, which alone asks."""
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
+        metric_info: Any = pl_module.metric_info
         seconds, cpu_seconds = self._spent()
         return {
             "task": type(pl_module).__name__,
             "configs": self.files,
             "monitor": pl_module.monitor,
             "mode": pl_module.mode,
+            "primary": pl_module.primary or pl_module.monitor,
+            "metrics": {name: asdict(info) for name, info in metric_info.items()},
             "scores": self.final_scores(pl_module),
             "score_signatures": getattr(pl_module, "score_signatures", {}),
             "epochs": self.epochs,

@@ -7,24 +7,8 @@ from functools import cache
 
 import torch
 
-from gpt2_pl.model import GPT2Config
-
 # Dense bfloat16 operations per second, from the makers' data sheets.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12}
-
-
-def training_flops(config: GPT2Config, context: float) -> float:
-    """Floating-point operations per token of a forward and a backward pass that trains every weight.
-
-    6 per weight that multiplies, the vocabulary included, and 12 L C T for attention (Chowdhery et al. 2022, appendix
-    B), without what is recomputed.
-
-    Args:
-        config: the GPT-2's shape.
-        context: tokens in a row, T.
-    """
-    L, C = config.n_layer, config.n_embd
-    return 6.0 * (12 * L * C * C + config.vocab_size * C) + 12.0 * L * C * context
 
 
 @cache

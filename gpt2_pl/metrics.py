@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """How the values of a metric are read and shown.
+
+    Args:
+        higher_is_better: None for a metric that describes and does not judge, such as a number of lines.
+        percent: whether the values are shares, which tables show in percent.
+        shown: whether the table of epochs has a column of it.
+    """
+
+    higher_is_better: bool | None = True
+    percent: bool = False
+    shown: bool = False
 
 
 class Gathered(Metric):

@@ -430,9 +430,9 @@ def test_options_that_are_missing(command, run, capsys):
 def test_prompts_beyond_the_context_are_named_before_any_is_continued(
     poems, trained, run, capsys, tmp_path, monkeypatch
 ):
-    import gpt2_pl.tasks.poetry
+    from gpt2_pl.tasks import LanguageModel
 
-    monkeypatch.setattr(gpt2_pl.tasks.poetry, "continue_prompts", None)  # would be called
+    monkeypatch.setattr(LanguageModel, "continue_prompts", None)  # would be called
     file, out = tmp_path / "prompts.txt", tmp_path / "out.txt"
     file.write_text(
         "1\n\na film\n\n2\n\n" + "a long film " * 200 + "\n" if poems else "a film\n" + "a long film " * 200
@@ -545,7 +545,7 @@ def test_a_bad_row_a_thousand_rows_in_leaves_no_file(trained, run, capsys, tmp_p
 def test_what_fails_in_the_middle_leaves_no_file(command, trained, prompts, run, tmp_path, monkeypatch):
     import gpt2_pl.commands.classify
     import gpt2_pl.pretrained
-    import gpt2_pl.tasks.poetry
+    from gpt2_pl.tasks import LanguageModel
 
     def breaks(*args, **kwargs):
         raise RuntimeError("in the middle")
@@ -555,7 +555,7 @@ def test_what_fails_in_the_middle_leaves_no_file(command, trained, prompts, run,
     calls = iter([gpt2_pl.commands.classify.classify])
     later = lambda *args: next(calls, breaks)(*args)  # noqa: E731
     monkeypatch.setattr(gpt2_pl.commands.classify, "classify", later)
-    monkeypatch.setattr(gpt2_pl.tasks.poetry, "continue_prompts", breaks)
+    monkeypatch.setattr(LanguageModel, "continue_prompts", breaks)
     monkeypatch.setattr(gpt2_pl.pretrained, "save", breaks)
     place = tmp_path / "place"
     place.mkdir()

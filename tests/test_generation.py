@@ -262,13 +262,12 @@ def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
 
 def test_a_rows_text_does_not_depend_on_the_room_of_others(base):
     from gpt2_pl.tasks import LanguageModel
-    from gpt2_pl.tasks.poetry import continue_prompts
 
     task = LanguageModel(base=str(base))
     task.configure_model()
     tokenizer = load_tokenizer(base)
     prompts = [tokenizer.encode("a film").ids, tokenizer.encode("the plot is boring and " * 9).ids[:58], [5, 6, 7]]
-    write = lambda p, s: continue_prompts(task, tokenizer, p, s, 40, top_p=0.9)  # noqa: E731
+    write = lambda p, s: task.continue_prompts(tokenizer, p, s, 40, top_p=0.9)  # noqa: E731
     together = write(prompts, [1, 2, 3])
     assert together == [write([prompt], [seed])[0] for seed, prompt in enumerate(prompts, start=1)]
     assert len(together[1]) <= 6 < len(together[0])

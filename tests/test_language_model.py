@@ -10,12 +10,12 @@ from conftest import ROOT, metrics
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config
-from gpt2_pl.callbacks.throughput import training_flops
 from gpt2_pl.datamodules import TextCorpus
 from gpt2_pl.datamodules.batching import PackedRows
 from gpt2_pl.errors import InputError
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.tasks import LanguageModel
+from gpt2_pl.tasks.language_modeling import training_flops
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 

@@ -88,8 +88,8 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 
 
 def test_two_processes_equal_one(differences):
-    cases = ["imdb/full", "imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood", "text/ulmfit_lm",
-             "quora/hard_prompt", "quora/linear_probe"]  # fmt: skip
+    cases = ["imdb/full", "imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood",
+             "text/ulmfit_lm", "quora/hard_prompt", "quora/linear_probe"]  # fmt: skip
     assert differences(cases, 2) == {}
 
 

@@ -19,7 +19,7 @@ from gpt2_pl.kernels.attention import set_cudnn_sdp
 
 if TYPE_CHECKING:
     from gpt2_pl.datamodules.readers import Source
-    from gpt2_pl.tasks.classification import Classifier
+    from gpt2_pl.tasks.protocols import TextClassifier
 
 _CHUNK = 64  # batches that are read, sorted by length and written together
 _ENDINGS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
@@ -68,13 +68,13 @@ def main(args: list[str]) -> None:
     from gpt2_pl.commands.lightning_cli import best_precision
     from gpt2_pl.datamodules.prompt_template import Template
     from gpt2_pl.datamodules.readers import read_file
-    from gpt2_pl.tasks.classification import Classifier
+    from gpt2_pl.tasks.protocols import TextClassifier
     from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
 
     checkpoint = given.ckpt_path or best_checkpoint(given.run)
     task = load(checkpoint, given.base)
-    if not isinstance(task, Classifier):
-        raise InputError(f"{checkpoint} is a {type(task).__name__}, which classifies nothing")
+    if not isinstance(task, TextClassifier):
+        raise InputError(f"{checkpoint} is of a {type(task).__name__}, which classifies no text")
     if not task.wording:
         raise InputError(
             f"{checkpoint} does not say which template it learned with; train it with data of this library"
@@ -120,7 +120,7 @@ def main(args: list[str]) -> None:
     print(printable(f"{given.out}: {n_classified} rows{skipped}"))
 
 
-def check_wording(task: Classifier, checkpoint: Path) -> None:
+def check_wording(task: TextClassifier, checkpoint: Path) -> None:
     """Refuse a checkpoint whose wording is none, or is of another model.
 
     Raises:
@@ -176,7 +176,7 @@ def reader(source: Source, columns: dict[str, list[str]], skip: bool) -> Callabl
     return texts
 
 
-def classify(task: Classifier, ids: list[list[int]], batch_size: int) -> list[tuple[int, list[float]]]:
+def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> list[tuple[int, list[float]]]:
     """Return the class of every text and the probabilities of all classes, in the order of the texts.
 
     Args:
@@ -194,7 +194,7 @@ def classify(task: Classifier, ids: list[list[int]], batch_size: int) -> list[tu
     probability = torch.empty(len(ids), task.num_classes)
     for numbers in evaluation_batches(rows.lengths, batch_size):
         batch = {key: tensor.to(task.device) for key, tensor in rows.batch(numbers).items()}
-        probability[torch.from_numpy(numbers)] = task.probability(batch).cpu()
+        probability[torch.from_numpy(numbers)] = task.probability(batch).float().cpu()
     return list(zip(task.decide(probability).tolist(), probability.tolist(), strict=True))
 
 

@@ -88,13 +88,13 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     import torch
 
     from gpt2_pl import pretrained
-    from gpt2_pl.surgery import LoRA
+    from gpt2_pl.surgery.base import merge
     from gpt2_pl.surgery.peft_format import bias_as_shift
 
     core = task.core
     if core.n_virtual:
         raise InputError("a prefix or soft prompt cannot be merged into the weights; use --format peft")
-    LoRA.merge(core)
+    merge(core)
     head = None if backbone else _head(task, "; --backbone leaves the head out")
     end = _save_tokenizer(run, folder, core.config.n_positions, core.config.vocab_size)
     settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}

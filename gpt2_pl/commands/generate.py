@@ -50,8 +50,7 @@ def main(args: list[str]) -> None:
 
     from gpt2_pl.commands.export import load
     from gpt2_pl.generation import check_settings
-    from gpt2_pl.tasks import LanguageModel
-    from gpt2_pl.tasks.poetry import continue_prompts
+    from gpt2_pl.tasks.protocols import TextGenerator
     from gpt2_pl.text.poems import LineLimit, Poem, VerseGuide, lines_of
     from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
 
@@ -65,8 +64,8 @@ def main(args: list[str]) -> None:
     prompts, numbers = read_prompts(given.prompt_file, given.poems)
     checkpoint = given.ckpt_path or best_checkpoint(given.run)
     task = load(checkpoint, given.base)
-    if not isinstance(task, LanguageModel):
-        raise InputError(f"{checkpoint} is a {type(task).__name__}, which continues no text")
+    if not isinstance(task, TextGenerator):
+        raise InputError(f"{checkpoint} is of a {type(task).__name__}, which generates no text")
     tokenizer = load_tokenizer(given.run, "RUN")
     check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     task.eval().to(
@@ -96,8 +95,7 @@ def main(args: list[str]) -> None:
     texts = [""] * len(ids)
     for start in track(range(0, len(order), given.batch_size), "Generating", transient=True):
         batch = order[start : start + given.batch_size]
-        written = continue_prompts(
-            task,
+        written = task.continue_prompts(
             tokenizer,
             [ids[i] for i in batch],
             seeds=[(given.seed * _SEEDS + i) % 2**63 for i in batch],

@@ -39,7 +39,6 @@ from gpt2_pl.callbacks import (
     FiniteLoss,
     Patience,
     PictureWriter,
-    PoemWriter,
     PredictionWriter,
     Reproducibility,
     RunCheckpoint,
@@ -47,6 +46,7 @@ from gpt2_pl.callbacks import (
     RunModelSummary,
     RunProgressBar,
     RunSummary,
+    SampleWriter,
     WholeCheckpoints,
     run_folder,
 )
@@ -356,7 +356,14 @@ class GPT2CLI(LightningCLI):
             if trainer["logger"] is True:
                 trainer["logger"] = RunLogger(self.folder, config["name"], root)
         self.summary = RunSummary(self.config_settings(), self.line.files)
-        callbacks += [Environment(), Reproducibility(), self.summary, PredictionWriter(), PoemWriter(), PictureWriter()]
+        callbacks += [
+            Environment(),
+            Reproducibility(),
+            self.summary,
+            PredictionWriter(),
+            SampleWriter(),
+            PictureWriter(),
+        ]
         configured = trainer["callbacks"] or []
         configured = configured if isinstance(configured, list) else [configured]
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,10 @@ from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.inference import Difference, interval, resampled, seed_noise
 from gpt2_pl.experiments.run import Run
 
+_UNDESCRIBED: dict[str, dict[str, Any]] = {  # metrics of runs whose metrics.json describes none
+    **{name: {"higher_is_better": False} for name in ("loss", "perplexity")},
+    **{name: {"percent": True} for name in ("accuracy", "macro_f1", "f1", "precision", "recall")},
+}
 _LONGEST_SETTING, _MOST = 200, 20  # characters of a setting's value in a label, and settings in one
 
 
@@ -87,14 +91,21 @@ class Comparison:
     groups: list[Group]
     notes: list[str] = field(default_factory=list)
 
+    def metric(self, name: str) -> Mapping[str, Any]:
+        """Return how the runs' task describes the metric of a score; see :class:`~gpt2_pl.metrics.MetricInfo`."""
+        metric = name.partition("/")[2]
+        described = (run.account.get("metrics") or {} for group in self.groups for run in group.runs)
+        return next((metrics[metric] for metrics in described if metric in metrics), _UNDESCRIBED.get(metric, {}))
+
     def higher_is_better(self, name: str) -> bool:
-        """Whether more of a score is better."""
-        return not name.endswith(("loss", "perplexity", "seq_rep_4"))
+        """Return whether more of a score is better, or not known to be worse."""
+        return self.metric(name).get("higher_is_better") is not False
 
     @property
     def decisive(self) -> str:
-        """The score that strategies are judged by: the monitored one, or of poems their perplexity in the test."""
-        return "test/perplexity" if self.monitor == "val/loss" and "test/perplexity" in self.scores() else self.monitor
+        """The score that strategies are judged by: the task's primary one where runs have it, else the monitored."""
+        primary = self.groups[0].runs[0].account.get("primary") if self.groups else None
+        return str(primary) if primary in self.scores() else self.monitor
 
     def best(self) -> Group:
         """The group that is best on average."""

@@ -24,7 +24,6 @@ _COSTS = {  # name -> heading, divisor, digits
     "cpu_seconds": ("CPU minutes", 60, 1),
     "seconds_to_best": ("minutes to best", 60, 1),
 }
-_PERCENT = ("accuracy", "f1", "precision", "recall")
 _LONGEST_TEXT = 1000  # characters of others' text in one place of a report
 
 
@@ -77,7 +76,7 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             [
                 group.label,
                 str(len(group.runs)),
-                *(_score(group, name) for name in names),
+                *(_score(comparison, group, name) for name in names),
                 *([_best(comparison, group)] if has_best else []),
                 *(_number(group.cost(name), divisor, digits) for name, (_, divisor, digits) in _COSTS.items()),
             ]
@@ -95,8 +94,8 @@ def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     for group in comparison.groups[1:]:
         row = [group.label]
         for name in names:
-            row.append(_difference(group.over_texts.get(name), name, True))
-            row.append(_difference(group.over_seeds.get(name), name, False))
+            row.append(_difference(comparison, group.over_texts.get(name), name, True))
+            row.append(_difference(comparison, group.over_seeds.get(name), name, False))
         cells.append(row)
     return headings, cells if names else []
 
@@ -105,28 +104,33 @@ def _heading(name: str) -> str:
     return name.replace("val/", "").replace("_", " ")
 
 
-def _scaled(name: str, value: float) -> str:
-    percent = any(part in name for part in _PERCENT)
-    return f"{100 * value:.1f}" if percent else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+def _scaled(comparison: Comparison, name: str, value: float) -> str:
+    return (
+        f"{100 * value:.1f}"
+        if comparison.metric(name).get("percent")
+        else f"{value:.3g}"
+        if abs(value) < 10
+        else f"{value:.1f}"
+    )
 
 
-def _score(group: Group, name: str) -> str:
+def _score(comparison: Comparison, group: Group, name: str) -> str:
     mean, spread = group.mean(name), group.spread(name)
     if mean is None:
         return ""
-    return _scaled(name, mean) + (f" ± {_scaled(name, spread)}" if spread is not None else "")
+    return _scaled(comparison, name, mean) + (f" ± {_scaled(comparison, name, spread)}" if spread is not None else "")
 
 
 def _best(comparison: Comparison, group: Group) -> str:
     name = comparison.decisive
     values = group.values(name)
-    return _scaled(name, (max if comparison.higher_is_better(name) else min)(values)) if values else ""
+    return _scaled(comparison, name, (max if comparison.higher_is_better(name) else min)(values)) if values else ""
 
 
-def _difference(found: Difference | None, name: str, with_mean: bool) -> str:
+def _difference(comparison: Comparison, found: Difference | None, name: str, with_mean: bool) -> str:
     if found is None:
         return ""
-    mean, low, high = (_scaled(name, value) for value in found[:3])
+    mean, low, high = (_scaled(comparison, name, value) for value in found[:3])
     signed = ["+" * (not text.startswith("-")) + text for text in (mean, low, high)]
     p = f"p {found.p:.3f}" if found.p >= 0.001 else "p < 0.001"
     return f"{signed[0] + ' ' if with_mean else ''}[{signed[1]}, {signed[2]}], {p}"
@@ -166,9 +170,9 @@ def short_rows(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]
 def _told(comparison: Comparison, group: Group) -> str:
     """A group in a few words: score, difference, cost."""
     name, first = comparison.decisive, comparison.groups[0]
-    text = f"{group.label}: {_score(group, name)}"
+    text = f"{group.label}: {_score(comparison, group, name)}"
     if (found := group.over_seeds.get(name, group.over_texts.get(name))) is not None:
-        text += f", {_difference(found, name, True)}" + ("" if name in group.over_seeds else " over texts")
+        text += f", {_difference(comparison, found, name, True)}" + ("" if name in group.over_seeds else " over texts")
     share = (group.cost("trainable") or 0.0) / (first.cost("total") or math.inf)
     minutes = group.cost("cpu_seconds")
     return f"{text}; {share:.1%} of the parameters" + ("" if minutes is None else f", {minutes / 60:.1f} CPU minutes")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +132,8 @@ class Run:
     @cached_property
     def judged(self) -> dict[str, Judged]:
         """What is known of the rows of each split, ``val`` and ``test``, that was evaluated row by row."""
-        found = {split: _judged(self.folder, split) for split in ("val", "test")}
+        metrics = tuple(self.account.get("metrics") or ())
+        found = {split: _judged(self.folder, split, metrics) for split in ("val", "test")}
         return {split: judged for split, judged in found.items() if judged is not None}
 
 
@@ -151,13 +153,13 @@ class Judged(NamedTuple):
     score: Score
 
 
-def _judged(folder: Path, split: str) -> Judged | None:
+def _judged(folder: Path, split: str, metrics: Sequence[str]) -> Judged | None:
     """What a run's file of rows says; None where there is none, or one without labels."""
     csv.field_size_limit(sys.maxsize)
     for file, read in ((folder / f"losses_{split}.csv", _losses), (folder / f"predictions_{split}.csv", _predictions)):
         if file.is_file():
             try:
-                found = read(file, split)
+                found = read(file, split, metrics)
             except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
                 raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
             if found is not None and not len(found.features):
@@ -166,7 +168,7 @@ def _judged(folder: Path, split: str) -> Judged | None:
     return None
 
 
-def _losses(file: Path, split: str) -> Judged:
+def _losses(file: Path, split: str, metrics: Sequence[str]) -> Judged:
     digest = hashlib.sha256()
     with file.open(encoding="utf-8", newline="") as lines:
         poems = list(csv.DictReader(lines))
@@ -175,8 +177,8 @@ def _losses(file: Path, split: str) -> Judged:
     return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
 
 
-def _predictions(file: Path, split: str) -> Judged | None:
-    digest, cells = hashlib.sha256(), []
+def _predictions(file: Path, split: str, metrics: Sequence[str]) -> Judged | None:
+    digest, cells, values = hashlib.sha256(), [], []
     with file.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
         columns = list(table.fieldnames or ())
@@ -186,6 +188,14 @@ def _predictions(file: Path, split: str) -> Judged | None:
             raise ValueError("its header names a column twice")
         number = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
         K = len(number)
+        if not K and (own := [name for name in columns if name in metrics]):
+            for row in table:
+                digest.update(f"{row['text']}\0{row['label']}\0".encode())
+                values.append([*(float(row[name]) for name in own), 1.0])
+            names = tuple(f"{split}/{name}" for name in own)
+            return Judged(
+                digest.hexdigest()[:12], np.array(values), names, lambda sums: sums[..., :-1] / sums[..., -1:]
+            )
         if not 2 <= K <= _MOST_CLASSES:
             raise ValueError(f"it has {K} classes; rows are compared of 2 to {_MOST_CLASSES} classes")
         for row in table:

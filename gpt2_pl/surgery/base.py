@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.kernels.prepacked_linear import Linear, MergeableLayer
 from gpt2_pl.utils.registry import Registered, class_path
 
 if TYPE_CHECKING:
@@ -127,6 +128,43 @@ def freeze_base(model: GPT2) -> None:
     for name, parameter in model.named_parameters():
         if name in model.base_names:
             parameter.requires_grad_(False)
+
+
+def merge(model: GPT2) -> GPT2:
+    """Fold every adapter into its layer, which is then a plain one: nothing of an adapter is computed any more.
+
+    An adapter is a module in the place of a linear layer or of the token embedding, with a ``weight`` and a method
+    ``merged() -> (weight, bias)``; see :class:`~gpt2_pl.kernels.prepacked_linear.MergeableLayer`. The adapters are kept
+    for :func:`unmerge`, outside ``parameters()`` and ``state_dict()``.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Module) or not isinstance(module, MergeableLayer):
+            continue
+        with torch.no_grad():
+            weight, bias = module.merged()
+        trains = bool(getattr(module, "weight", weight).requires_grad)
+        plain: Linear | nn.Embedding
+        with torch.device("meta"):
+            if isinstance(module, nn.Embedding):
+                plain = nn.Embedding(*weight.shape)
+            else:
+                plain = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+                if bias is not None:
+                    plain.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=trains)
+        plain.weight = nn.Parameter(weight, requires_grad=trains)
+        plain.train(module.training)
+        plain.__dict__["_unmerged"] = module.eval()
+        model.set_submodule(name, plain)
+    return model
+
+
+def unmerge(model: GPT2) -> GPT2:
+    """Undo :func:`merge`: the adapters, and bitwise the weights, from before."""
+    for name, module in list(model.named_modules()):
+        if "_unmerged" in module.__dict__:
+            adapted = module.__dict__["_unmerged"].to(module.weight.device)
+            model.set_submodule(name, adapted.train(module.training))
+    return model
 
 
 def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) -> Tensor:

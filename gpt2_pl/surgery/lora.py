@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.kernels.dropout import dropout_unscaled
 from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
-from gpt2_pl.surgery.base import Surgery, freeze_base
+from gpt2_pl.surgery.base import Surgery, freeze_base, merge, unmerge
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -261,31 +261,10 @@ class LoRA(Surgery):
 
     @staticmethod
     def merge(model: GPT2) -> GPT2:
-        """Fold every adapter into its layer, which is then a plain one: nothing of an adapter is computed any more.
-
-        The layers as they were are kept aside for :meth:`unmerge`, outside ``parameters()`` and ``state_dict()``.
-        """
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Adapter):
-                plain: Linear | nn.Embedding
-                with torch.device("meta"):
-                    if isinstance(module, LoRALinear):
-                        plain = Linear(module.in_features, module.out_features)
-                        plain.bias = module.bias
-                    else:
-                        plain = nn.Embedding(module.num_embeddings, module.embedding_dim)
-                trains = module.weight.requires_grad
-                plain.weight = nn.Parameter(module.merged()[0].detach(), requires_grad=trains)
-                plain.train(module.training)
-                plain.__dict__["_unmerged"] = module.eval()
-                model.set_submodule(name, plain)
-        return model
+        """Fold every adapter into its layer; see :func:`~gpt2_pl.surgery.base.merge`."""
+        return merge(model)
 
     @staticmethod
     def unmerge(model: GPT2) -> GPT2:
-        """Undo :meth:`merge`: the adapters, and bitwise the weights, from before."""
-        for name, module in list(model.named_modules()):
-            if "_unmerged" in module.__dict__:
-                adapted = module.__dict__["_unmerged"].to(module.weight.device)
-                model.set_submodule(name, adapted.train(module.training))
-        return model
+        """Undo :meth:`merge`."""
+        return unmerge(model)

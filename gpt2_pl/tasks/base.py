@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import resolve
+from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
@@ -32,6 +33,7 @@ from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks import checkpoint as checkpoints
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.fsdp import shard
+from gpt2_pl.tasks.protocols import PromptedData, RowTable, TokenizedData
 from gpt2_pl.tasks.training_state import check_progress, check_training_state
 from gpt2_pl.text.tokenizer import check_fits
 from gpt2_pl.utils.registry import Registered, class_path
@@ -80,6 +82,8 @@ def _layers(model: GPT2) -> dict[str, NamedParameters]:
 class Task(Registered, LightningModule):
     """A GPT-2 under Lightning. Subclasses add a head, a loss and metrics.
 
+    A checkpoint holds the template and the class names of the data, and is refused with others.
+
     Args:
         base: pretrained GPT-2, a Hugging Face folder or hub id.
         config: shape of a GPT-2 to train from a random start, instead of ``base``.
@@ -101,10 +105,16 @@ class Task(Registered, LightningModule):
             it, or settings that contradict each other.
     """
 
-    monitor: ClassVar[str]  # the score that decides which checkpoint is best
-    mode: ClassVar[Literal["min", "max"]] = "max"
-    table_scores: ClassVar[tuple[str, ...]] = ("loss",)  # what the end-of-run table shows of every epoch
-    same_shapes: ClassVar[bool] = False  # whether nearly all batches are as long as one another
+    #: The metrics that are logged as ``<split>/<name>``, by name.
+    metric_info: ClassVar[dict[str, MetricInfo]] = {"loss": MetricInfo(higher_is_better=False, shown=True)}
+    #: The score that decides which checkpoint is best.
+    monitor: ClassVar[str] = "val/loss"
+    #: The score by which runs are compared, where they have it; by default ``monitor``.
+    primary: ClassVar[str | None] = None
+    #: Whether nearly all batches have the same length.
+    same_shapes: ClassVar[bool] = False
+    #: The name of the file that :meth:`samples` are written to.
+    samples_name: ClassVar[str] = "samples"
 
     def __init__(
         self,
@@ -149,6 +159,9 @@ class Task(Registered, LightningModule):
         self._restored: dict[str, Any] | None = None  # a checkpoint whose training state is to be checked
         self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
         self._step_mean = StepMean()
+        self.wording: dict[str, Any] | None = (
+            None  # template, labels and max_length that a loaded checkpoint learned with
+        )
 
     def _apply_surgery(self, model: GPT2) -> None:
         """Let ``train_base`` set what trains by default, apply all surgery in order, and record what trains after it.
@@ -213,6 +226,17 @@ class Task(Registered, LightningModule):
         """The trainer's datamodule; None without one."""
         return getattr(self._trainer, "datamodule", None)
 
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether the checkpoint with the highest or with the lowest value of ``monitor`` is best."""
+        info = self.metric_info.get(self.monitor.partition("/")[2])
+        return "min" if info is not None and info.higher_is_better is False else "max"
+
+    @property
+    def table_scores(self) -> tuple[str, ...]:
+        """The metrics that the table of epochs shows."""
+        return tuple(name for name, info in self.metric_info.items() if info.shown)
+
     # Building
 
     def configure_model(self) -> None:
@@ -240,7 +264,7 @@ class Task(Registered, LightningModule):
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()  # a run that broke off leaves what it had added
-        if hasattr(self.datamodule, "tokenizer"):
+        if isinstance(self.datamodule, TokenizedData):
             self.check_tokenizer(self.datamodule.tokenizer)
         averaging.create_averages(self, stage)
 
@@ -277,6 +301,33 @@ class Task(Registered, LightningModule):
             Pictures (H, W, 3), from 0 to 255, by name. All processes call this; all but the first may return none.
         """
         return {}
+
+    def row_table(self, split: str) -> RowTable | None:
+        """Return what the model has to say of every row of an evaluation, for a callback to write.
+
+        Args:
+            split: ``val``, ``test`` or ``predict``.
+
+        Returns:
+            None for a task without such a table. All processes call this; only the first one's is written.
+        """
+        return None
+
+    def samples(self, split: str) -> dict[str, str]:
+        """Return texts that the model wrote in an evaluation, by name, for a callback to show and to write.
+
+        Args:
+            split: ``val`` or ``test``.
+        """
+        return {}
+
+    def training_flops_per_token(self, context: float) -> float | None:
+        """Return the floating-point operations of a training step per token; None where they are not known.
+
+        Args:
+            context: tokens in a row, on average.
+        """
+        return None
 
     def layer_groups(self) -> dict[str, NamedParameters]:
         """The layers from input to output, and their named parameters.
@@ -436,6 +487,8 @@ class Task(Registered, LightningModule):
                     f"the checkpoint names the class {class_path(cls)}, which no other program can import: move it "
                     "into a module of its own"
                 )
+        if isinstance(self.datamodule, PromptedData):
+            checkpoint["wording"] = self.datamodule.wording()
         averaging.compact(checkpoint, self)
         stored = checkpoint["hyper_parameters"]
         for name in [name for name, value in stored.items() if name in _OF_CODE or not is_plain(value)]:
@@ -452,8 +505,8 @@ class Task(Registered, LightningModule):
         """Compare base, names and shapes before anything is copied; put back the weights of a frozen base.
 
         Raises:
-            InputError: a checkpoint of another task, on another base, of a model of another shape, or with weights that
-                are no finite numbers.
+            InputError: a checkpoint of another task, on another base, of a model of another shape, with weights that
+                are not finite, or learned with another template or with other class names than the data's.
         """
         task, base = checkpoint.get("task"), checkpoint.get("base") or {}
         if task != (own := class_path(type(self))):
@@ -490,6 +543,7 @@ class Task(Registered, LightningModule):
                 raise InputError(f"the checkpoint's {name} is of {tensor.dtype}; it must be of {kinds[0]}")
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
+        self._check_wording(checkpoint.get("wording"))
         if self.device_mesh is None:  # a sharded model loads what is there, and keeps the rest
             found.update(frozen)
         if self._trainer is not None:
@@ -498,6 +552,18 @@ class Task(Registered, LightningModule):
             self._restored = checkpoint if self.trainer.training else None
             if self.trainer.strategy.restore_checkpoint_after_setup:  # there are optimizers already
                 self._check_training_state()
+
+    def _check_wording(self, wording: dict[str, Any] | None) -> None:
+        """Keep the template and the class names of a checkpoint, and refuse data with others."""
+        self.wording = wording
+        if not wording or not isinstance(self.datamodule, PromptedData):
+            return
+        here = self.datamodule.wording()
+        for key in ("template", "labels"):
+            if (learned := wording.get(key)) != here[key]:
+                raise InputError(
+                    f"data.{key} is {here[key]!r}, and the checkpoint learned with {learned!r}; give it that"
+                )
 
     def on_fit_start(self) -> None:
         """Check the training state of a checkpoint, once there are optimizers and before it enters them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -12,9 +13,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classification_loss, last_text_position, pool
-from gpt2_pl.metrics import Gathered, Mean, finite
+from gpt2_pl.metrics import Gathered, Mean, MetricInfo, finite
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.fsdp import shard_head
+from gpt2_pl.tasks.protocols import LabelledData, ReadableData, RowData, RowTable, TokenizedData
 from gpt2_pl.utils.plots import confusion_image
 
 Batch = dict[str, Any]
@@ -27,8 +29,6 @@ class Classifier(Task):
     ``row`` (B,), their rows' numbers, and are padded on the right; others may be padded on either side. With a frozen
     GPT-2 and a datamodule of ours the pooled features of every row are computed once, before the first epoch, and
     training only reads them (a linear probe).
-
-    A checkpoint remembers the template and the class names it learned with, and is refused beside others.
 
     Args:
         num_classes: number of classes K; on the command line the datamodule's.
@@ -48,7 +48,11 @@ class Classifier(Task):
     """
 
     monitor = "val/accuracy"
-    table_scores: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1")
+    metric_info: ClassVar[dict[str, MetricInfo]] = {
+        "loss": MetricInfo(higher_is_better=False, shown=True),
+        "accuracy": MetricInfo(percent=True, shown=True),
+        "macro_f1": MetricInfo(percent=True, shown=True),
+    }
 
     def __init__(
         self,
@@ -92,8 +96,6 @@ class Classifier(Task):
         self.head: nn.Module | None = None
         self.metrics = nn.ModuleDict({f"{split}_metrics": self._make_metrics() for split in ("train", "val", "test")})
         self.outcomes = Gathered("row", "label", "probability")
-        # template, labels and max_length that a loaded checkpoint learned with
-        self.wording: dict[str, Any] | None = None
         self.features: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
@@ -114,7 +116,7 @@ class Classifier(Task):
     def _word_ids(self) -> list[int]:
         if (given := self.hparams["word_ids"]) is not None:
             return list(given)
-        if self.datamodule is None:
+        if not isinstance(self.datamodule, TokenizedData):
             raise InputError("model.head verbalizer needs a datamodule with a tokenizer to look its words up")
         encode = self.datamodule.tokenizer.encode
         ids = [encode(word, add_special_tokens=False).ids for word in self.words or []]
@@ -221,7 +223,7 @@ class Classifier(Task):
     def on_fit_start(self) -> None:
         """With a frozen GPT-2, compute the features of all rows, for all epochs."""
         super().on_fit_start()
-        if not self.is_probe or not hasattr(self.datamodule, "evaluation_dataloader"):
+        if not self.is_probe or not isinstance(self.datamodule, ReadableData):
             return
         self.core.eval()
         for split in ("train", "val"):
@@ -240,30 +242,6 @@ class Classifier(Task):
     def on_fit_end(self) -> None:
         """Let go of the features."""
         self.features = {}
-
-    # Checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the words in which the model is asked."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["wording"] = self.datamodule.wording() if hasattr(self.datamodule, "wording") else None
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every task.
-
-        Raises:
-            InputError: also where the data would ask in other words than the model learned, or name other classes.
-        """
-        super().on_load_checkpoint(checkpoint)
-        self.wording = checkpoint.get("wording")
-        if not self.wording or not hasattr(self.datamodule, "wording"):
-            return
-        here = self.datamodule.wording()
-        for key in ("template", "labels"):
-            if (learned := self.wording.get(key)) != here[key]:
-                raise InputError(
-                    f"data.{key} is {here[key]!r}, and the checkpoint learned with {learned!r}; give it that"
-                )
 
     # Metrics
 
@@ -298,9 +276,30 @@ class Classifier(Task):
         counts = cast(Metric, self._metrics(split)["confusion"]).compute()
         if not self.trainer.is_global_zero:
             return {}
-        names = getattr(self.datamodule, "labels", None) or list(map(str, range(self.num_classes)))
         title = split if split == "test" else f"{split}, epoch {self.current_epoch + 1}"
-        return {"confusion": confusion_image(counts.cpu().numpy(), names, title)}
+        return {"confusion": confusion_image(counts.cpu().numpy(), self._label_names(), title)}
+
+    def _label_names(self) -> list[str]:
+        """The names of the classes; their numbers where the data names none."""
+        labels = self.datamodule.labels if isinstance(self.datamodule, LabelledData) else None
+        return labels or list(map(str, range(self.num_classes)))
+
+    def row_table(self, split: str) -> RowTable:
+        """Return the prediction and the class probabilities of every row, with its number, text and label."""
+        outcomes, names = self.outcomes.rows(), self._label_names()
+        decisions = self.decide(outcomes["probability"], split)
+        data = self.datamodule if isinstance(self.datamodule, RowData) else None
+        known = split != "predict"
+
+        def rows() -> Iterator[list[object]]:
+            columns = (outcomes[key].tolist() for key in ("row", "label", "probability"))
+            for row, label, probability, decision in zip(*columns, decisions.tolist(), strict=True):
+                source = [row + 1, ""] if data is None else [data.number(split, row), data.text(split, row)]
+                shares = (f"{share:.6f}" for share in probability)
+                yield [*source, *([names[label]] if known else []), names[decision], *shares]
+
+        header = ["row", "text", *(["label"] if known else []), "prediction", *(f"p({name})" for name in names)]
+        return RowTable("predictions", header, rows())
 
     def _reset_confusion(self, split: str) -> None:
         """Start the counts anew; Lightning does so for the metrics that are logged."""

@@ -14,11 +14,28 @@ from torchmetrics import Metric
 from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORED, cross_entropy, language_model_loss, repetition_loss
-from gpt2_pl.metrics import Mean, finite
+from gpt2_pl.metrics import Mean, MetricInfo, finite
+from gpt2_pl.model import GPT2Config
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.protocols import TokenizedData
 from gpt2_pl.text.poems import token_texts
+from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 Batch = dict[str, Any]
+
+
+def training_flops(config: GPT2Config, context: float) -> float:
+    """Return the floating-point operations per token of a forward and a backward pass that trains every weight.
+
+    6 per weight that multiplies, the vocabulary included, and 12 L C T for attention (Chowdhery et al. 2022, appendix
+    B), without what is recomputed.
+
+    Args:
+        config: the GPT-2's shape.
+        context: tokens in a row, T.
+    """
+    L, C = config.n_layer, config.n_embd
+    return 6.0 * (12 * L * C * C + config.vocab_size * C) + 12.0 * L * C * context
 
 
 class Perplexity(Mean):
@@ -53,9 +70,12 @@ class LanguageModel(Task):
         InputError: a value out of range, or a sequence that is longer than the model has room for.
     """
 
-    monitor = "val/loss"
-    mode = "min"
-    table_scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    metric_info: ClassVar[dict[str, MetricInfo]] = {
+        "loss": MetricInfo(higher_is_better=False, shown=True),
+        "perplexity": MetricInfo(higher_is_better=False, shown=True),
+        **dict.fromkeys(("unlikelihood", "sequence_unlikelihood"), MetricInfo(higher_is_better=False)),
+    }
+    primary = "test/perplexity"
     same_shapes: ClassVar[bool] = True
 
     def __init__(
@@ -173,7 +193,7 @@ class LanguageModel(Task):
         """The tokens that may be repeated."""
         if self._ignored_ids is not None or not self.unlikelihood_ignores:
             return self._ignored_ids or []
-        if not hasattr(self.datamodule, "tokenizer"):
+        if not isinstance(self.datamodule, TokenizedData):
             raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
         texts = [text.strip(" ") for text in token_texts(self.datamodule.tokenizer)]
         wanted = [text.strip(" ") for text in self.unlikelihood_ignores]
@@ -182,6 +202,50 @@ class LanguageModel(Task):
                 raise InputError(f"model.unlikelihood_ignores: {text!r} is no token of the tokenizer")
         self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted]
         return self._ignored_ids
+
+    def training_flops_per_token(self, context: float) -> float | None:
+        """Return those of :func:`training_flops`; None where the base is frozen."""
+        return training_flops(self.config, context) if self.train_base else None
+
+    def continue_prompts(
+        self, tokenizer: Any, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, **settings: Any
+    ) -> list[list[int]]:
+        """Return the tokens that continue each prompt, up to the end of text.
+
+        Args:
+            tokenizer: the model's.
+            prompts: token ids of each.
+            seeds: of each.
+            max_new_tokens: of each; fewer where the context has no room for so many behind it.
+            **settings: as in :func:`~gpt2_pl.generation.generate`.
+
+        Raises:
+            InputError: an empty prompt, one that fills the context, or a tokenizer without an end of text.
+        """
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text")
+        rooms = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
+        for prompt, room in zip(prompts, rooms, strict=True):
+            if not prompt or room < 1:
+                raise InputError(
+                    f"a prompt has {len(prompt)} tokens; it needs 1 to {self.max_length - 1}, the model has no more "
+                    "room"
+                )
+        new: list[list[int]] = [[] for _ in prompts]
+        for room in sorted(set(rooms)):  # a row's text must not depend on the room that others have
+            rows = [i for i, other in enumerate(rooms) if other == room]
+            longest = max(len(prompts[i]) for i in rows)
+            padding = [longest - len(prompts[i]) for i in rows]
+            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=self.device)
+            mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=self.device)
+            own = [seeds[i] for i in rows]
+            ends = {"eos_token_id": end, "pad_token_id": end}
+            text = generate(self.core, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
+            for i, row in zip(rows, text.tolist(), strict=True):
+                continuation = row[longest:]
+                new[i] = continuation[: continuation.index(end)] if end in continuation else continuation
+        return new
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Enter a batch in the validation metrics."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryF1Score, BinaryPrecision, BinaryRecall
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.metrics import best_threshold
+from gpt2_pl.metrics import MetricInfo, best_threshold
 from gpt2_pl.tasks.classification import Classifier
 
 
@@ -31,7 +31,12 @@ class ParaphraseDetector(Classifier):
         InputError: more classes than two, or a threshold that is not between 0 and 1.
     """
 
-    table_scores: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "f1")
+    metric_info: ClassVar[dict[str, MetricInfo]] = {
+        **Classifier.metric_info,
+        "f1": MetricInfo(percent=True, shown=True),
+        **dict.fromkeys(("precision", "recall", "tuned_accuracy", "tuned_f1"), MetricInfo(percent=True)),
+        "threshold": MetricInfo(higher_is_better=None),
+    }
     decision_threshold: Tensor
 
     def __init__(self, num_classes: int = 2, threshold: float | Literal["accuracy", "f1"] = 0.5, **kwargs: Any) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, ClassVar
 
-import torch
-
 from gpt2_pl.errors import InputError
-from gpt2_pl.generation import generate
 from gpt2_pl.losses import cross_entropy
-from gpt2_pl.metrics import Gathered
+from gpt2_pl.metrics import Gathered, MetricInfo
 from gpt2_pl.tasks.language_modeling import LanguageModel
+from gpt2_pl.tasks.protocols import PoemData, RowTable
 from gpt2_pl.text.metrics import (
     chrf,
     chrf_signature,
@@ -23,7 +21,6 @@ from gpt2_pl.text.metrics import (
     words,
 )
 from gpt2_pl.text.poems import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
-from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 
 class PoemGenerator(LanguageModel):
@@ -48,7 +45,14 @@ class PoemGenerator(LanguageModel):
         InputError: a value out of range.
     """
 
+    metric_info: ClassVar[dict[str, MetricInfo]] = {
+        **LanguageModel.metric_info,
+        **dict.fromkeys(("chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "rhyme"), MetricInfo()),
+        **dict.fromkeys(("seq_rep_4", "greedy_seq_rep_4"), MetricInfo(higher_is_better=False)),
+        **dict.fromkeys(("lines", "seed_perplexity", "seed_distinct", "seed_rhyme"), MetricInfo(higher_is_better=None)),
+    }
     same_shapes: ClassVar[bool] = False
+    samples_name = "poems"
 
     def __init__(
         self,
@@ -122,17 +126,17 @@ class PoemGenerator(LanguageModel):
         for start in range(0, len(poems), data.eval_batch_size):
             part = slice(start, start + data.eval_batch_size)
             seeds = [poem.number for poem in poems[part]]
-            new += continue_prompts(self, data.tokenizer, prompts[part], seeds, self.max_new_tokens, **settings)
+            new += self.continue_prompts(data.tokenizer, prompts[part], seeds, self.max_new_tokens, **settings)
         return list(zip(prompts, new, strict=True))
 
     def on_validation_epoch_end(self) -> None:
         """Write a few validation poems."""
-        if not self.trainer.sanity_checking and hasattr(self.datamodule, "poems"):
+        if not self.trainer.sanity_checking and isinstance(self.datamodule, PoemData):
             self.written = self.write(self.datamodule.poems["val"][: self.n_shown]) if self.n_shown else []
 
     def on_test_epoch_end(self) -> None:
         """Write every test poem, and score them."""
-        if not hasattr(self.datamodule, "poems"):
+        if not isinstance(self.datamodule, PoemData):
             return
         poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
         self.written = self.write(poems)
@@ -142,51 +146,18 @@ class PoemGenerator(LanguageModel):
         scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
 
+    def row_table(self, split: str) -> RowTable | None:
+        """Return the number of scored tokens and the sum of their losses, in nats, of every poem."""
+        outcomes, data = self.outcomes.rows(), self.datamodule
+        if not isinstance(data, PoemData):
+            return None
+        columns = (outcomes[key].tolist() for key in ("row", "n_tokens", "loss"))
+        rows = ([data.poems[split][i].number, n, f"{loss:.6f}"] for i, n, loss in zip(*columns, strict=True))
+        return RowTable("losses", ["poem", "n_tokens", "loss"], rows)
 
-def continue_prompts(
-    task: LanguageModel,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    seeds: list[int],
-    max_new_tokens: int,
-    **settings: Any,
-) -> list[list[int]]:
-    """The tokens that continue each prompt, up to the end of text.
-
-    Args:
-        task: a language model.
-        tokenizer: its tokenizer.
-        prompts: token ids of each.
-        seeds: of each.
-        max_new_tokens: of each, where there is so much room behind it.
-        **settings: as in :func:`~gpt2_pl.generation.generate`.
-
-    Raises:
-        InputError: an empty prompt, one that fills the context, or a tokenizer without an end of text.
-    """
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None:
-        raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text")
-    rooms = [min(max_new_tokens, task.max_length - len(prompt)) for prompt in prompts]
-    for prompt, room in zip(prompts, rooms, strict=True):
-        if not prompt or room < 1:
-            raise InputError(
-                f"a prompt has {len(prompt)} tokens; it needs 1 to {task.max_length - 1}, the model has no more room"
-            )
-    found: list[list[int]] = [[] for _ in prompts]
-    for room in sorted(set(rooms)):  # a row's text must not depend on the room that others have
-        rows = [i for i, other in enumerate(rooms) if other == room]
-        longest = max(len(prompts[i]) for i in rows)
-        padding = [longest - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=task.device)
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=task.device)
-        own = [seeds[i] for i in rows]
-        ends = {"eos_token_id": end, "pad_token_id": end}
-        text = generate(task.core, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
-        for i, row in zip(rows, text.tolist(), strict=True):
-            new = row[longest:]
-            found[i] = new[: new.index(end)] if end in new else new
-    return found
+    def samples(self, split: str) -> dict[str, str]:
+        """Return the poems written in an evaluation, each with its number before it."""
+        return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in self.written}
 
 
 def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:

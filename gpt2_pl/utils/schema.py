@@ -190,6 +190,14 @@ class DataDescription(Schema):
     labels: list[Text] | None = None
 
 
+class MetricDescription(Schema):
+    """How a metric is read and shown."""
+
+    higher_is_better: bool | None = None
+    percent: bool = False
+    shown: bool = False
+
+
 class Metrics(Schema):
     """The account of a run, metrics.json."""
 
@@ -198,6 +206,8 @@ class Metrics(Schema):
     configs: list[Annotated[Text, _VISIBLE]] | None = None
     monitor: Name | None = None
     mode: Literal["min", "max"] | None = None
+    primary: Name | None = None
+    metrics: dict[Name, MetricDescription] | None = None
     scores: _Scores | None = None
     score_signatures: dict[Name, Name] | None = None
     epochs: Annotated[list[_Epoch], Field(max_length=100_000)] | None = None

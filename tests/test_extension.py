@@ -1,0 +1,141 @@
+"""A package outside the library, tests/extension/stars, through every command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, metrics
+
+from gpt2_pl.commands import main
+from gpt2_pl.experiments.comparison import compare
+from gpt2_pl.experiments.run import Run
+from gpt2_pl.surgery import Surgery
+from gpt2_pl.tasks import Task
+
+
+def forget():
+    """Unload the package, as a new process has it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "stars"]:
+        del sys.modules[name]
+    for root in (Task, Surgery):
+        for path in [path for path in root._classes if path.startswith("stars.")]:
+            del root._classes[path]
+
+
+@pytest.fixture
+def stars(run, base, data_flags, tmp_path, monkeypatch):
+    """Runs a command in a folder that holds the package, which no module has imported yet."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree(ROOT / "tests/extension/stars", tmp_path / "stars")
+    (tmp_path / "stars.yaml").write_text(yaml.safe_dump({
+        "model": {"class_path": "stars.task.StarRegressor", "init_args": {
+            "base": str(base), "dropout": 0.1,
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}},
+        "data": {"class_path": "stars.data.Stars", "init_args": {
+            **{flag.partition("=")[0].removeprefix("--data."): flag.partition("=")[2] for flag in data_flags},
+            "max_length": 24, "batch_size": 16}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [{"class_path": "stars.callbacks.StepFile"}]},
+    }))  # fmt: skip
+
+    def command(*args):
+        forget()
+        return run(*args)
+
+    yield command
+    forget()
+
+
+STRATEGIES = {
+    "bitfit": ["--model.surgery+=stars.surgery.BitFit"],
+    "ia3": ["--model.surgery+=stars.surgery.IA3"],
+    "both": ["--model.surgery+=stars.surgery.BitFit", "--model.surgery+=stars.surgery.IA3"],
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_extension_task_strategy_data_and_callback_go_through_every_command(name, stars, tmp_path, files, capsys):
+    folder = stars("fit", "--config=stars.yaml", *STRATEGIES[name], f"--name={name}", "--seed_everything=1")
+    assert (tmp_path / "steps.txt").read_text() == "7"
+    record = metrics(folder)
+    assert record["metrics"]["mae"] == {"higher_is_better": False, "percent": False, "shown": True}
+    assert record["mode"] == "min"
+    best, last = (folder / "checkpoints" / f"{kind}.ckpt" for kind in ("best", "last"))
+    stored = torch.load(best, weights_only=True)["state_dict"]
+    kinds = {"bitfit": ("bias",), "ia3": ("scale",), "both": ("bias", "scale")}[name]
+    assert {key for key in stored if not key.startswith("head.")}
+    assert all(key.endswith(kinds) for key in stored if not key.startswith("head."))
+    assert record["parameters"]["trainable"] == sum(tensor.numel() for tensor in stored.values())
+
+    stars("fit", "--config", folder / "config.yaml", "--ckpt_path", last, "--trainer.max_epochs=2")
+    assert [epoch["epoch"] for epoch in metrics(folder)["epochs"]] == [1, 2]
+    stars("test", "--config", folder / "config.yaml", "--ckpt_path", best)
+    tested = stars(
+        "predict", "--config", folder / "config.yaml", "--ckpt_path", best, f"--data.predict_file={files['test']}"
+    )
+    with (tested / "predictions_predict.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 35
+    stars("classify", folder, f"--input={files['test']}", f"--out={tmp_path / 'out.jsonl'}", "--plugin=stars.task",
+          "--plugin=stars.surgery")  # fmt: skip
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 35
+    if name != "ia3":
+        return
+    stars("export", folder, "--format=hf", f"--out={tmp_path / 'hf'}", "--plugin=stars.task", "--plugin=stars.surgery")
+    from transformers import GPT2Model
+
+    task = Task.find("stars.task.StarRegressor").load_from_checkpoint(best).eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        theirs = GPT2Model.from_pretrained(tmp_path / "hf").eval()(ids).last_hidden_state
+        torch.testing.assert_close(theirs, task.core(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_extension_adapter_of_a_language_model_generates_and_exports(stars, base, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a film of rain and light\n" * 60)
+    flags = ["--data.tokenizer=null", f"--model.base={base}", f"--data.train_file={text}", f"--data.val_file={text}",
+             "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]  # fmt: skip
+    folder = stars("fit", "--config=task/text", *flags, "--model.surgery+=stars.surgery.IA3", "--name=text")
+    (tmp_path / "prompts.txt").write_text("a film\n")
+    out = tmp_path / "out.txt"
+    stars("generate", folder, f"--prompt_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--plugin=stars.surgery",
+          "--max_new_tokens=5", "--temperature=0")  # fmt: skip
+    assert out.read_text().startswith("a film")
+    stars("export", folder, "--format=hf", f"--out={tmp_path / 'hf'}", "--plugin=stars.surgery")
+    from transformers import GPT2LMHeadModel
+
+    tokens = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False
+    )
+    assert tokens.shape == (1, 8)
+
+
+def test_extension_sweep_is_run_and_compared_by_the_tasks_own_metric(stars, tmp_path):
+    (tmp_path / "bitfit.yaml").write_text("model:\n  surgery+:\n  - class_path: stars.surgery.BitFit\n")
+    (tmp_path / "frozen.yaml").write_text("model:\n  train_base: false\n")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
+        "name": "own", "seeds": [1, 2], "tasks": {"stars": {"configs": ["stars.yaml"], "strategies": {
+            "bitfit": {"configs": ["bitfit.yaml"]}, "frozen": {"configs": ["frozen.yaml"]}}}},
+    }))  # fmt: skip
+    forget()
+    main(["sweep", "sweep.yaml"])
+    folders = sorted((tmp_path / "lightning_logs/own").glob("**/metrics.json"))
+    assert len(folders) == 4
+    (comparison,) = compare([Run.read(file.parent) for file in folders])
+    assert comparison.decisive == "val/mae"
+    assert not comparison.higher_is_better("val/mae")
+    best = min(comparison.groups, key=lambda group: group.mean("val/mae"))
+    assert comparison.best() is best
+    group = comparison.groups[1]
+    found = group.over_texts["val/mae"]
+    assert found.mean == pytest.approx(group.mean("val/mae") - comparison.groups[0].mean("val/mae"), abs=1e-5)
+    assert found.low < found.mean < found.high
+    rows = list(csv.DictReader((folders[0].parent / "predictions_val.csv").open()))
+    mean = np.mean([float(row["mae"]) for row in rows])
+    assert mean == pytest.approx(json.loads(folders[0].read_text())["scores"]["val/mae"], abs=1e-5)

@@ -1,5 +1,6 @@
 """One installed name, gpt2_pl: from an uninstalled checkout, and from a wheel in another folder."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT
+from transformers import GPT2ForSequenceClassification
 
 from gpt2_pl.configs import config_path, packaged_configs
 from gpt2_pl.errors import InputError
@@ -27,7 +29,6 @@ def call(library, folder, *args):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The wheel of this checkout, unpacked as an installer does it."""
-    pytest.importorskip("setuptools", "77")
     folder = tmp_path_factory.mktemp("wheel")
     files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
                            capture_output=True, check=False).stdout.split("\n")  # fmt: skip
@@ -37,11 +38,21 @@ def wheel(tmp_path_factory):
         if not name.startswith(("tests/", "benchmarks/results/", "lightning_logs/")) and (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
-    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, folder], cwd=folder / "source", text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        folder,
+    ]  # a source distribution, and from it a wheel
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}  # it warns
+    done = subprocess.run(build, cwd=folder / "source", env=environment, text=True, check=False, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout
-    with zipfile.ZipFile(folder / done.stdout.split()[-1]) as archive:
+    assert "warning" not in done.stdout.lower(), done.stdout
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
 
@@ -96,3 +107,26 @@ def test_config_path_takes_a_file_before_a_name_and_suggests_the_nearest(tmp_pat
     for name, near in (("strategy/lorra", "strategy/lora"), ("sst", "task/sst5")):
         with pytest.raises(InputError, match=rf"config: there is no file {name}; did you mean {near}\?"):
             config_path(name)
+
+
+def test_wheel_quickstart_sweep_and_export_run_outside_the_checkout(wheel, tmp_path):
+    """In a folder with packages of the user's own of the names that the checkout's folders have."""
+    for name in ("callbacks", "datamodules", "configs", "commands"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not the library')\n")
+    short = ["--data.n_train=64", "--trainer.max_epochs=1"]
+    done = call(wheel, tmp_path, "fit", "--config=quickstart", *short)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "lightning_logs/quickstart/version_0"
+    assert json.loads((folder / "metrics.json").read_text())["configs"] == ["quickstart"]
+    done = call(wheel, tmp_path, "export", folder, "--format=hf", "--out=hf")
+    assert done.returncode == 0, done.stderr
+    GPT2ForSequenceClassification.from_pretrained(tmp_path / "hf")
+    (tmp_path / "s.yaml").write_text(
+        "name: s\nseeds: [1]\n"
+        "set: {trainer.max_epochs: 1, data.n_train: 64}\n"
+        "tasks:\n  toy:\n    configs: [quickstart]\n    strategies: {full: {}}\n"
+    )
+    done = call(wheel, tmp_path, "sweep", "s.yaml")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lightning_logs/s/toy/full/seed_1/metrics.json").is_file()

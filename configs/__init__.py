@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import takewhile
@@ -61,4 +62,4 @@ def description(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     text = " ".join(line.removeprefix("#").strip() for line in comment)
-    return text.partition(". ")[0].removesuffix(".")
+    return re.split(r"(?<!et al)\. ", text, maxsplit=1)[0].removesuffix(".")

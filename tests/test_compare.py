@@ -247,6 +247,7 @@ def poem_run(folder, strategy, seed, losses):
     account = json.loads((folder / "metrics.json").read_text())
     scores = {"val/loss": float(np.mean(losses)), "test/perplexity": float(np.exp(np.mean(losses)))}
     account |= {"task": "PoemGenerator", "monitor": "val/loss", "mode": "min", "scores": scores,
+                "primary": "test/perplexity", "metrics": {"perplexity": {"higher_is_better": False}},
                 "epochs": [{"epoch": 1, "val/loss": scores["val/loss"]}]}  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(account))
     (folder / "predictions_val.csv").unlink()

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from transformers import GPT2ForSequenceClassification
 
+from gpt2_pl.commands import main
 from gpt2_pl.configs import config_path, packaged_configs
 from gpt2_pl.errors import InputError
 
@@ -130,3 +131,22 @@ def test_wheel_quickstart_sweep_and_export_run_outside_the_checkout(wheel, tmp_p
     done = call(wheel, tmp_path, "sweep", "s.yaml")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lightning_logs/s/toy/full/seed_1/metrics.json").is_file()
+
+
+def test_fit_help_begins_with_how_to_choose_and_fits_a_terminal(capsys):
+    main(["fit", "--help"])
+    introduction, _, keys = capsys.readouterr().out.partition("usage: ")
+    for line in ("gpt2-pl configs ", "gpt2-pl fit --config task/sst5", "--model.surgery.help gpt2_pl.surgery.LoRA"):
+        assert line in introduction
+    assert all(len(line) <= 100 for line in introduction.splitlines())
+    assert "--trainer.max_epochs" in keys
+    main(["fit", "--model.surgery.help", "gpt2_pl.surgery.LoRA"])
+    assert "targets" in capsys.readouterr().out
+
+
+def test_configs_list_names_every_file_in_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    assert "Hu et al. 2022" in " ".join(" ".join(lines).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from pathlib import Path
 
 from gpt2_pl.commands.parser import Arguments
@@ -47,12 +48,14 @@ def _copy(file: Path, folder: Path) -> Path:
 def _print_list() -> None:
     """Print every file's name and first sentence, by kind."""
     files = packaged_configs()
-    width = max(map(len, files))
+    width, columns = max(map(len, files)), max(shutil.get_terminal_size().columns, 60)
     for kind in (*KINDS, ""):
         print(f"{_TITLES[kind]}:")
         for name, file in files.items():
             if name.rpartition("/")[0] == kind:
-                print(f"  {name:{width}}  {description(file)}".rstrip())
+                print(textwrap.fill(
+                    f"  {name:{width}}  {description(file)}", columns, subsequent_indent=" " * (width + 4)
+                ))  # fmt: skip
         print()
     print(
         "gpt2-pl fit --config task/sst5 --config strategy/lora --model.base gpt2 --data.train_file F --data.val_file F"

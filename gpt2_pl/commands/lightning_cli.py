@@ -99,6 +99,12 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    introduction = ""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help: how to choose a run's parts, then the keys."""
+        return self.introduction + super().format_help(*args, **kwargs)
+
     def print_usage(self, file: Any = None) -> None:
         """Print nothing."""
 
@@ -117,6 +123,23 @@ class Parser(LightningArgumentParser):
         """
         with whole_file(Path(path)) as file:
             file.write(self.dump(namespace, skip_none=False))
+
+
+_INTRODUCTION = """A run is a task, a strategy and a trainer, each a configuration. Later ones
+replace keys of earlier ones, and flags do so too:
+
+  gpt2-pl {command} --config task/sst5 --config strategy/lora --config trainer/cpu --data.batch_size 32
+
+To choose, and to see the options of what is chosen:
+
+  gpt2-pl configs                        list tasks, strategies and trainers
+  gpt2-pl configs show strategy/lora     print one; copy instead of show copies it
+  gpt2-pl {command} --model.help gpt2_pl.tasks.SentimentClassifier       a task
+  gpt2-pl {command} --data.help gpt2_pl.datamodules.SST5                 its data
+  gpt2-pl {command} --model.surgery.help gpt2_pl.surgery.LoRA            a strategy
+  gpt2-pl {command} --config task/sst5 --print_config    all settings, without a run
+
+"""
 
 
 class GPT2CLI(LightningCLI):
@@ -173,6 +196,9 @@ class GPT2CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys of the run itself."""
+        if isinstance(parser, Parser):
+            parser.introduction = _INTRODUCTION.format(command=self.line.command)
+            parser.usage = f"gpt2-pl {self.line.command} --config CONFIG [--config CONFIG ...] [--KEY VALUE ...]"
         parser.add_argument("--name", type=str, default="run", help=f"the run's folder: {RUNS}/NAME/version_N")
         parser.add_argument(
             "--version",

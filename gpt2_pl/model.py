@@ -239,33 +239,43 @@ class GPT2(nn.Module):
         x = self.wte(input_ids)  # (B, T, C)
         if cache is None or cache.length == 0:
             x, cache = self._prepend_virtual_tokens(x, cache)
-        start = 0 if cache is None else cache.length  # the position of x among the keys
-        prompt_length = x.size(1) - input_ids.size(1)
-        N = start + x.size(1)
+        start = 0 if cache is None else cache.length  # tokens read before, virtual ones included
+        keys = torch.arange(self._check_length(start + x.size(1)), device=x.device)  # (N,)
+        mask, padding_mask = self._masks(attention_mask, keys, start)
+        if position_ids is None:
+            counted = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
+            position_ids = counted[..., start:]
+        n_prompt = x.size(1) - input_ids.size(1)
+        x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
+        for i in range(len(self.h) - 1):
+            x = self._block(i, x, mask, None, cache)
+        if positions is None:
+            return self.ln_f(self._block(-1, x, mask, None, cache)[:, n_prompt:])
+        positions = positions + n_prompt
+        mask = attention_mask_4d(positions + start, keys, padding_mask)
+        return self.ln_f(self._block(-1, x, mask, positions, cache))
+
+    def _check_length(self, N: int) -> int:
+        """Return the number of tokens, and refuse more than the context has room for."""
         if self.config.n_positions < N:
             virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
             raise ValueError(
                 f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}"
             )
-        keys = torch.arange(N, device=x.device)
-        padding_mask = mask = None
-        if attention_mask is not None and attention_mask.dim() == 4:
-            mask = attention_mask
-        elif attention_mask is not None:
-            padding_mask = F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)  # (B, N)
-        if position_ids is None:
-            counted = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
-            position_ids = counted[..., start:]
-        if mask is None and (padding_mask is not None or x.size(1) not in (1, N)):
-            mask = attention_mask_4d(keys[start:].unsqueeze(0), keys, padding_mask)
-        x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
-        for i in range(len(self.h) - 1):
-            x = self._block(i, x, mask, None, cache)
-        if positions is None:
-            return self.ln_f(self._block(-1, x, mask, None, cache)[:, prompt_length:])
-        positions = positions + prompt_length
-        mask = attention_mask_4d(positions + start, keys, padding_mask)
-        return self.ln_f(self._block(-1, x, mask, positions, cache))
+        return N
+
+    def _masks(self, attention_mask: Tensor | None, keys: Tensor, start: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mask of the blocks, None where causal attention needs none, and the padding mask (B, N)."""
+        if attention_mask is None:
+            padding_mask = None
+        elif attention_mask.dim() == 4:
+            return attention_mask, None
+        else:
+            padding_mask = F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
+        queries = keys[start:]
+        if padding_mask is None and len(queries) in (1, len(keys)):
+            return None, None
+        return attention_mask_4d(queries.unsqueeze(0), keys, padding_mask), padding_mask
 
     def _prepend_virtual_tokens(
         self, x: Tensor, cache: KVCache | PrefixCache | None

@@ -124,3 +124,16 @@ def test_help_is_quick():
         subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, env=os.environ, check=True, capture_output=True)
         times.append(time.perf_counter() - start)
     assert statistics.median(times) < 4
+
+
+CONCRETE = {"Classifier", "SentimentClassifier", "ParaphraseDetector", "LanguageModel", "PoemGenerator"}
+
+
+@pytest.mark.parametrize("folder", ["callbacks", "gpt2_pl/commands"])
+def test_callbacks_and_commands_name_no_concrete_task(folder):
+    """What they need of a task is a member of Task or a protocol, so that tasks of others are served as ours are."""
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        named = {node.id for node in nodes if isinstance(node, ast.Name)} & CONCRETE
+        named |= {name.rpartition(".")[2] for name in imported(file)} & CONCRETE
+        assert not named, f"{file} names {named}"

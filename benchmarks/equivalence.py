@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = {  # a strategy's file -> the task it is run on, where it is not sentiment
     "hard_prompt": "quora",
     "prompt_words": "quora",
+    "verbalizer": "quora",
+    "verbaliser": "quora",
     "ulmfit_lm": "text",
     "unlikelihood": "sonnets",
     "sequence_unlikelihood": "sonnets",
@@ -36,6 +38,7 @@ RENAMED_FILES = {  # old name -> new name, so that renamed strategies are compar
     "prefix": "prefix_tuning",
     "verbaliser": "verbalizer",
 }
+SHORT = ["--model.sequence_prefix=20", "--model.sequence_length=30"]  # for a model of 96 positions
 STEPS = ["--trainer.limit_train_batches=5", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
@@ -130,6 +133,7 @@ def run(tree: Path, data: Path, out: Path, only: str | None) -> None:
         name = RENAMED_FILES.get(file.stem, file.stem)
         for precision in ("default", "32-true"):
             extra = [] if precision == "default" else [f"--trainer.precision={precision}"]
+            extra += SHORT if name == "sequence_unlikelihood" else []
             folder = fit(f"{name}-{precision}", *command(task, file.stem, *STEPS, *extra))
             if folder is not None and task == "sonnets":
                 written = Path(f"{name}-{precision}.txt")

@@ -432,7 +432,7 @@ def test_prompts_beyond_the_context_are_named_before_any_is_continued(
 ):
     from gpt2_pl.tasks import LanguageModel
 
-    monkeypatch.setattr(LanguageModel, "continue_prompts", None)  # would be called
+    monkeypatch.setattr(LanguageModel, "continue_prompts", pytest.fail)
     file, out = tmp_path / "prompts.txt", tmp_path / "out.txt"
     file.write_text(
         "1\n\na film\n\n2\n\n" + "a long film " * 200 + "\n" if poems else "a film\n" + "a long film " * 200

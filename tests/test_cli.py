@@ -307,7 +307,7 @@ def test_without_a_logger_nothing_is_written_over(run, base, data_flags, tmp_pat
         (["--config={task}/sst5.yaml", "--trainer.limit_val_batches=0"], "give --early_stopping_patience null"),
         (["--config={task}/sst5.yaml", "--data.template=Review: {{sentence}}"], "--data.template '\"Review:"),
         (["--config={task}/sst5.yaml", "--data.labels=[yes, no, maybe, so, much]"], "--data.labels '[\"no"),
-        (["--config={strategy}/full.yaml", "--data.train_file=f"], "the task's file comes first"),
+        (["--config={strategy}/full.yaml", "--data.train_file=f"], "the task comes first"),
     ],
 )
 def test_advice(args, words, run, capsys, base, data_flags):

@@ -205,7 +205,7 @@ def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
         (sst5, file("data: {init_args: {batch_siz: 3}}")): "batch_size",
         (lora, file("modl: {base: x}")): "model",
         (sst5, file(rank)): "rank",
-        (f"--config={CONFIGS}/task/sst.yaml",): "sst5.yaml",
+        (f"--config={CONFIGS}/task/sst.yaml",): f"{CONFIGS}/task/sst5.yaml",
     }.items():  # fmt: skip
         assert f"did you mean {nearest}?" in str(parse(*args)), args
         if args[-1].startswith("--config") and "sst.yaml" not in args[-1]:

@@ -59,7 +59,7 @@ _INSTALLED = (
     sysconfig.get_path("purelib"),
     "<",
 )
-_TASK_FIRST = "the task's file comes first: --config configs/task/sst5.yaml --config configs/strategy/full.yaml"
+_TASK_FIRST = "the task comes first: --config task/sst5 --config strategy/full"
 _ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # until a task is given
 
 

@@ -199,7 +199,7 @@ def test_strategy_before_task(run, capsys):
 
 
 def test_nothing_given(run, capsys):
-    assert "configs/task/sst5.yaml" in refused(run, capsys, "fit")
+    assert "--config task/sst5" in refused(run, capsys, "fit")
     assert "unknown command 'train'" in refused(run, capsys, "train")
 
 

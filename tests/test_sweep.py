@@ -491,5 +491,7 @@ def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
 
 
 def test_sweep_from_another_folder_says_from_where_its_files_count(run, capsys, tmp_path):
-    line = refused(run, capsys, "sweep", ROOT / "configs/sweep/example.yaml", "--dry_run")
-    assert f"there is no file configs/quickstart.yaml; its path counts from the working folder, {tmp_path}" in line
+    own = (ROOT / "configs/sweep/example.yaml").read_text().replace("configs/quickstart.yaml", "mine/own.yaml")
+    (tmp_path / "s.yaml").write_text(own)
+    line = refused(run, capsys, "sweep", "s.yaml", "--dry_run")
+    assert f"there is no file mine/own.yaml; its path counts from the working folder, {tmp_path}" in line

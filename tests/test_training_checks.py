@@ -55,7 +55,7 @@ def test_monitor_that_is_not_logged_ends_training_in_one_line(name, run, capsys)
         run(*TINY, callback(name, monitor="val/acc"))
     assert ended.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("gpt2-pl: error: trainer: ")
+    assert line.startswith("gpt2-pl: error: trainer.callbacks: ")
     assert "val/acc" in line
     assert "val/accuracy" in line
 

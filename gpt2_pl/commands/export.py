@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.parser import Arguments, best_checkpoint
-from gpt2_pl.errors import InputError, describe_failure, printable
+from gpt2_pl.errors import InputError, describe_failure, listing, printable
 from gpt2_pl.filesystem import check_new, room, whole_file
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 from gpt2_pl.utils.documents import read_json
+from gpt2_pl.utils.registry import class_path
 
 if TYPE_CHECKING:
     from gpt2_pl.heads import ClassificationHead
@@ -33,7 +34,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
     parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
-    parser.add_argument("--backbone", action="store_true", help="hf: leave the classification head out")
+    parser.add_argument("--backbone", action="store_true", help="leave the task's head out")
     given = parser.parse_args(args)
     check_new(given.out)
     task = load(given.ckpt_path or best_checkpoint(given.run), given.base)
@@ -41,7 +42,7 @@ def main(args: list[str]) -> None:
         if given.format == "hf":
             export_hf(task, folder, given.run, given.backbone)
         else:
-            export_peft(task, folder)
+            export_peft(task, folder, given.backbone)
     print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
 
 
@@ -84,6 +85,15 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     """Write the whole model for transformers, with its tokenizer, adapters merged.
 
     A classifier on the last token becomes ``GPT2ForSequenceClassification``; everything else a language model.
+
+    Args:
+        task: the trained task, which is changed.
+        folder: where to write.
+        run: the run's folder, which holds the tokenizer.
+        backbone: leave the task's head out.
+
+    Raises:
+        InputError: a head or surgery that the format has no place for.
     """
     import torch
 
@@ -93,9 +103,12 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
 
     core = task.core
     if core.n_virtual:
-        raise InputError("a prefix or soft prompt cannot be merged into the weights; use --format peft")
+        raise InputError(
+            "a prefix or soft prompt cannot be merged into the weights; --format peft holds one, where nothing else "
+            "was trained or added"
+        )
+    head = None if backbone else _head(task)
     merge(core)
-    head = None if backbone else _head(task, "; --backbone leaves the head out")
     end = _save_tokenizer(run, folder, core.config.n_positions, core.config.vocab_size)
     settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     settings |= _provenance(run)
@@ -126,25 +139,42 @@ def _provenance(run: Path) -> dict[str, Any]:
         return {}
 
 
-def export_peft(task: Task, folder: Path) -> None:
-    """Write what was added to the base for peft."""
+def export_peft(task: Task, folder: Path, backbone: bool = False) -> None:
+    """Write what was added to the base for peft; with ``backbone``, without the task's head."""
+    from gpt2_pl.pretrained import digest
     from gpt2_pl.surgery import peft_format
 
+    core, otherwise = task.core, peft_format.other_format(task.core)
     if not task.base_is_frozen:
-        raise InputError("the base itself was trained (train_base); an adapter would not hold that: use --format hf")
-    peft_format.save(task.core, folder, task.base, _head(task))
+        raise InputError(f"the base itself was trained (train_base); an adapter would not hold that{otherwise}")
+    head = None if backbone else _head(task)
+    peft_format.save(core, folder, task.base, head)
+    if digest(core) != task.base_digest:
+        raise InputError(f"surgery changed the base's own weights; an adapter would not hold that{otherwise}")
 
 
-def _head(task: Task, otherwise: str = "") -> ClassificationHead | None:
-    """The task's linear head, which must be one that transformers has."""
+def _head(task: Task) -> ClassificationHead | None:
+    """Return the task's linear head; None if the task has no parameters besides the GPT-2's.
+
+    Raises:
+        InputError: a head that transformers does not have.
+    """
     from gpt2_pl.heads import ClassificationHead
 
     head: Any = getattr(task, "head", None)
-    if not isinstance(head, ClassificationHead):
-        return None
-    if (pooling := getattr(task, "pooling", None)) != "last":
-        raise InputError(f"transformers' classifier reads the last token; this one has pooling {pooling!r}{otherwise}")
-    return head
+    is_ours = isinstance(head, ClassificationHead)
+    kept = ("head.linear.weight", "head.linear.bias") if is_ours else ()
+    if foreign := [name for name, _ in task.head_parameters() if name not in kept]:
+        raise InputError(
+            f"transformers has no place for {listing(foreign)}, the head of {class_path(type(task))}; --backbone "
+            "leaves it out"
+        )
+    if is_ours and (pooling := getattr(task, "pooling", None)) != "last":
+        raise InputError(
+            f"transformers' classifier reads the last token; this one has pooling {pooling!r}; --backbone leaves the "
+            "head out"
+        )
+    return head if is_ours else None
 
 
 def _labels(task: Task, n: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Changes made to a GPT-2 before it trains: LoRA, prefix-tuning, prompt tuning, adapters saved by peft."""
 
-from gpt2_pl.surgery.base import Surgery, build
+from gpt2_pl.kernels.prepacked_linear import MergeableLayer
+from gpt2_pl.surgery.base import Surgery, build, merge, unmerge
 from gpt2_pl.surgery.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.peft_format import PeftAdapter
 from gpt2_pl.surgery.virtual_tokens import PrefixTuning, PromptTuning
@@ -10,9 +11,12 @@ __all__ = [
     "LoRA",
     "LoRAEmbedding",
     "LoRALinear",
+    "MergeableLayer",
     "PeftAdapter",
     "PrefixTuning",
     "PromptTuning",
     "Surgery",
     "build",
+    "merge",
+    "unmerge",
 ]

@@ -130,16 +130,45 @@ def freeze_base(model: GPT2) -> None:
             parameter.requires_grad_(False)
 
 
+def plain_layer(model: GPT2, path: str, surgery: str) -> nn.Module:
+    """Return the linear layer or token embedding at ``path``, if no other surgery has taken its place.
+
+    Args:
+        model: the GPT-2.
+        path: such as ``h.0.mlp.c_fc`` or ``wte``.
+        surgery: the name of the surgery that is to adapt it, for error messages.
+
+    Raises:
+        InputError: a layer of another class, which computes something else, or none.
+    """
+    modules = dict(model.named_modules())
+    layer = modules.get(path)
+    if layer is not None and type(layer) in (nn.Linear, Linear, nn.Embedding):
+        return layer
+    where, rest = path, ""
+    while where not in modules:
+        where, _, rest = where.rpartition(".")
+    fault = f"which has no {rest}" if rest else f"which {surgery} cannot adapt"
+    raise InputError(
+        f"{surgery}: {where} is a {class_path(type(modules[where]))}, {fault}; put {surgery} before the surgery that "
+        "made it, or choose other targets"
+    )
+
+
 def merge(model: GPT2) -> GPT2:
     """Fold every adapter into its layer, which is then a plain one: nothing of an adapter is computed any more.
 
     An adapter is a module in the place of a linear layer or of the token embedding, with a ``weight`` and a method
-    ``merged() -> (weight, bias)``; see :class:`~gpt2_pl.kernels.prepacked_linear.MergeableLayer`. The adapters are kept
-    for :func:`unmerge`, outside ``parameters()`` and ``state_dict()``.
+    ``merged() -> (weight, bias)``; see :class:`~gpt2_pl.surgery.MergeableLayer`. The adapters are kept for
+    :func:`unmerge`, outside ``parameters()`` and ``state_dict()``.
     """
+    merged: list[str] = []
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Module) or not isinstance(module, MergeableLayer):
             continue
+        if merged and name.startswith(f"{merged[-1]}."):  # a part of that adapter, which has merged it
+            continue
+        merged.append(name)
         with torch.no_grad():
             weight, bias = module.merged()
         trains = bool(getattr(module, "weight", weight).requires_grad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.kernels.dropout import dropout_unscaled
 from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
-from gpt2_pl.surgery.base import Surgery, freeze_base, merge, unmerge
+from gpt2_pl.surgery.base import Surgery, freeze_base, merge, plain_layer, unmerge
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -218,11 +218,11 @@ class LoRA(Surgery):
         chosen = self._chosen_layers()
         paths = [(f"h.{i}.{name}", t) for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()]
         for path in [path for path, _ in paths] + (["wte"] if "wte" in self.targets else []):
-            if isinstance(model.get_submodule(path), Adapter):
+            if isinstance(dict(model.named_modules()).get(path), Adapter):
                 raise InputError(f"LoRA: {path} has an adapter already: two LoRA surgeries target it")
+            plain_layer(model, path, "LoRA")
         for path, thirds in paths:
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
+            linear: Any = model.get_submodule(path)
             adapted = LoRALinear(linear, self.rank, scaling, self.dropout, thirds, self.dora, self.b_lr_ratio)
             model.set_submodule(path, adapted.train(linear.training))
         if "wte" in self.targets:

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, listing
 from gpt2_pl.filesystem import whole_file
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.pretrained import write_tensors
-from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
+from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, plain_layer
 from gpt2_pl.surgery.lora import Adapter, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
 from gpt2_pl.utils.documents import read_json
@@ -57,10 +57,18 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         head: a classification head on the last token; without one the adapter is for language modelling.
 
     Raises:
-        InputError: nothing was added, things that peft keeps in different adapters, or an adapted embedding without a
-            head: peft does not adapt the language-model head that is tied to it.
+        InputError: nothing was added, tensors that peft's format has no place for, things that peft keeps in different
+            adapters, or an adapted embedding without a head: peft does not adapt the language-model head that is tied
+            to it.
     """
     adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
+    known = set(model.base_names)
+    known |= {f"{name}.{key}" for name in adapters for key in ("lora_A", "lora_B", "lora_magnitude")}
+    for name, part, cls in (("prefix", model.prefix, Prefix), ("prompt", model.prompt, Prompt)):
+        if isinstance(part, cls):
+            known |= {f"{name}.{key}" for key in part.state_dict()}
+    if foreign := model.state_dict().keys() - known:
+        raise InputError(f"peft's format has no place for {listing(foreign)}{other_format(model)}")
     parts = {"LoRA": adapters, "a prefix": model.prefix, "a soft prompt": model.prompt}
     present = [name for name, part in parts.items() if part]
     if len(present) != 1:
@@ -91,6 +99,11 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
     write_tensors(kept, folder / _WEIGHTS)
     with whole_file(folder / _CONFIG) as file:
         file.write(json.dumps(config, indent=2) + "\n")
+
+
+def other_format(model: GPT2) -> str:
+    """Advice where a model has more than peft's format holds: the other format, which holds no virtual tokens."""
+    return "; no format holds that beside virtual tokens" if model.n_virtual else "; use --format hf"
 
 
 def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -229,6 +242,8 @@ class PeftAdapter(Surgery):
             linear = dict(model.named_modules()).get(name)
             if isinstance(linear, LoRALinear):
                 raise InputError(f"{self.folder}: {name} has an adapter already")
+            if linear is not None:
+                plain_layer(model, name, "PeftAdapter")
             A, B, magnitude = (
                 tensors.get(f"{path}.{key}") for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
             )
@@ -255,6 +270,7 @@ class PeftAdapter(Surgery):
         rank = A.size(0)
         if isinstance(model.wte, LoRAEmbedding):
             raise InputError(f"{self.folder}: wte has an adapter already")
+        plain_layer(model, "wte", "PeftAdapter")
         if A.shape != (rank, model.config.vocab_size) or B.shape != (model.config.n_embd, rank) or config.use_dora:
             raise InputError(f"{self.folder}: the adapter of transformer.wte does not fit {model.wte}")
         module = LoRAEmbedding(model.wte, rank, _scaling(config, "transformer.wte", rank)).train(model.wte.training)

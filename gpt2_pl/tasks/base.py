@@ -16,13 +16,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from gpt2_pl import pretrained
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, listing
 from gpt2_pl.filesystem import resolve
 from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.model import GPT2, GPT2Config
@@ -61,6 +61,12 @@ def _built(config: GPT2Config) -> GPT2:
         return GPT2(config)
     except (RuntimeError, MemoryError):
         raise InputError(f"model.config: there is no memory for a GPT-2 of this shape: {config}") from None
+
+
+def _written_twice(model: GPT2) -> str | None:
+    """The name of a weight that trains although LoRA adapts it; None if there is none."""
+    adapters = ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
+    return next((f"{name}.weight" for name, adapter in adapters if adapter.weight.requires_grad), None)
 
 
 def _layers(model: GPT2) -> dict[str, NamedParameters]:
@@ -133,7 +139,7 @@ class Task(Registered, LightningModule):
         if (base is None) == (config is None):
             raise InputError(
                 "model: give either base (a pretrained GPT-2: folder or hub id) or config (a shape to train from "
-                f"a random start); got {'neither' if base is None else 'both'}"
+                f"a random start); got {'neither' if base is None else 'both: --model.config null leaves config out'}"
             )
         if dropout is not None and not 0.0 <= dropout < 1.0:
             raise InputError(f"model.dropout is {dropout}; it must be in [0, 1)")
@@ -168,8 +174,14 @@ class Task(Registered, LightningModule):
 
         The record is made once: callbacks that freeze parameters for a part of the training do not change what the
         optimizer and the checkpoints hold. Names are relative to the GPT-2.
+
+        Raises:
+            InputError: a surgery does not fit the model, replaces it, or removes what another one added.
         """
         published = list(model.parameters())
+        identities = set(map(id, published))
+        added: dict[str, nn.Parameter] = {}
+        self._freezing: list[str] = []  # surgery, not of LoRA's kind, that freezes every published parameter
         for parameter in published:
             parameter.requires_grad_(self.train_base)
         for surgery in self.surgery:
@@ -180,9 +192,17 @@ class Task(Registered, LightningModule):
             if surgery.freezes_base:
                 for parameter, trains in zip(published, before, strict=True):
                     parameter.requires_grad_(trains)
+            elif any(before) and not any(parameter.requires_grad for parameter in published):
+                self._freezing.append(class_path(type(surgery)))
+            left = set(map(id, model.parameters()))
+            if lost := [name for name, parameter in added.items() if id(parameter) not in left]:
+                raise InputError(
+                    f"surgery {class_path(type(surgery))} removes {listing(lost)}, which surgery before it added; its "
+                    "modules must keep the layers that they replace, or replace others"
+                )
+            added = {name: p for name, p in model.named_parameters() if id(p) not in identities}
         self.trained_names, self.frozen_names = frozenset[str](), frozenset[str]()
         self.base_is_frozen = not any(parameter.requires_grad for parameter in published)
-        identities = set(map(id, published))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 self.trained_names |= {name}
@@ -191,23 +211,44 @@ class Task(Registered, LightningModule):
 
     def _check_surgery(self) -> None:
         """Operate on a model without weights: what cannot be done is refused before anything is loaded."""
+        skeleton = self._skeleton()
+        if self.base is None and self.base_is_frozen:
+            raise self._random_and_frozen()
+        if name := _written_twice(skeleton):
+            what = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
+            raise InputError(f"{what} and LoRA both write {name}; leave one of them out")
+        if self.train_base and self.base_is_frozen and self._freezing:
+            rank_zero_warn(
+                f"train_base: true has no effect: {self._freezing[0]} freezes the whole base; with freezes_base = True "
+                "in that class a task restores what trained before"
+            )
+        self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
+        self.n_virtual = skeleton.n_virtual
+        self.layer_names = [*_layers(skeleton), "head"]  # of layer_groups(), before it is built
+
+    def _skeleton(self) -> GPT2:
+        """Build a GPT-2 without weights, surgery applied."""
         with torch.device("meta"):
             skeleton = _built(self.config)
         skeleton.source = None if self.base is None else str(resolve(self.base, "model.base"))
         with torch.random.fork_rng(devices=[]):  # what it draws here would shift all that is drawn later
             self._apply_surgery(skeleton)
-        if self.base is None and self.base_is_frozen:
-            raise InputError(
-                "model.config starts at random, and with surgery or train_base: false it would stay so; "
-                "give model.base, or train_base: true"
-            )
-        for name, module in skeleton.named_modules():
-            if isinstance(module, Adapter) and module.weight.requires_grad:
-                what = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
-                raise InputError(f"{what} and LoRA both write {name}.weight; leave one of them out")
-        self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
-        self.n_virtual = skeleton.n_virtual
-        self.layer_names = [*_layers(skeleton), "head"]  # of layer_groups(), before it is built
+        return skeleton
+
+    def _random_and_frozen(self) -> InputError:
+        """Return the error for a GPT-2 from a random start of which nothing trains, with what would help."""
+        advice = "give a trained GPT-2: --model.base FOLDER_OR_ID --model.config null"
+        names = ", ".join(class_path(type(surgery)) for surgery in self.surgery)
+        cause = f"surgery ({names})" if self.surgery else "train_base: false"
+        if self._freezing:  # train_base is true already
+            cause = f"{self._freezing[0]}, which freezes all of it despite train_base: true,"
+        self.train_base = True
+        skeleton = self._skeleton()
+        if self._freezing:
+            advice += f"; or set freezes_base = True in {self._freezing[0]}, and train_base: true"
+        elif not _written_twice(skeleton):
+            advice += "; or train_base: true"
+        return InputError(f"model.config starts at random, and with {cause} it would stay so; {advice}")
 
     @property
     def max_length(self) -> int:

@@ -23,6 +23,7 @@ class PredictionWriter(Callback):
 
     def __init__(self) -> None:
         self.best: float | None = None
+        self.wrote = False  #: whether this process has written a file
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""
@@ -61,3 +62,4 @@ class PredictionWriter(Callback):
             writer = csv.writer(file)
             writer.writerow(table.columns)
             writer.writerows(table.rows)
+        self.wrote = True

@@ -243,3 +243,55 @@ def test_fit_strategy_on_the_quickstart_is_refused_with_words_that_lead_on(run, 
     args = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--config", ROOT / "configs/strategy/lora.yaml"]
     assert "--model.config null" in refused(run, capsys, *args)
     assert "got both: --model.config null leaves config out" in refused(run, capsys, *args, f"--model.base={base}")
+
+
+PLAIN = """
+import torch
+from torch import nn
+from gpt2_pl.tasks import Task
+
+class Plain(Task):
+    def __init__(self, num_classes: int = 3, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters("num_classes")
+        self.num_classes = num_classes
+        self.scores = nn.Linear(self.config.n_embd, num_classes)
+
+    def forward(self, batch):
+        last = batch["attention_mask"].sum(1, keepdim=True) - 1
+        return self.scores(self.core(batch["input_ids"], positions=last).squeeze(1))
+
+    def training_step(self, batch, batch_idx):
+        losses = nn.functional.cross_entropy(self(batch), batch["labels"], reduction="none")
+        return self.mean_loss(losses.sum(), len(losses), batch, batch_idx)[0]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", nn.functional.cross_entropy(self(batch), batch["labels"]))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+"""
+
+
+def test_commands_task_without_row_table_and_protocols_is_told_what_is_missing(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "plain_task.py").write_text(PLAIN)
+    small = ["--data.n_train=32", "--trainer.max_epochs=1", "--model.config.n_layer=1", "--model.config.n_embd=16"]
+    folder = run("fit", "--config", ROOT / "configs/quickstart.yaml", "--model=plain_task.Plain", *small)
+    checkpoint = folder / "checkpoints/best.ckpt"
+    assert "no predictions were written" not in capsys.readouterr().out
+    run("predict", "--config", folder / "config.yaml", "--ckpt_path", checkpoint)
+    out = capsys.readouterr().out
+    assert "predict is done" in out
+    assert "; no predictions were written: plain_task.Plain gives no row_table" in out
+    (tmp_path / "in.txt").write_text("x\n")
+    for command, what in (
+        (["classify", folder, "--input", tmp_path / "in.csv"],
+         "classifies no text: plain_task.Plain lacks decide, probability (see gpt2_pl.tasks.protocols.TextClassifier)"),
+        (["generate", folder, "--prompt_file", tmp_path / "in.txt"],
+         "generates no text: plain_task.Plain lacks continue_prompts (see gpt2_pl.tasks.protocols.TextGenerator)"),
+        (["export", folder, "--format=hf"], "no place for scores.bias, scores.weight, the head of plain_task.Plain"),
+    ):  # fmt: skip
+        ending = {"classify": ".csv", "generate": ".txt", "export": ""}[command[0]]
+        assert what in refused(run, capsys, *command, "--out", tmp_path / f"out{ending}", "--plugin=plain_task")
+        assert not (tmp_path / f"out{ending}").exists()

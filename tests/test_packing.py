@@ -81,6 +81,28 @@ def test_layers_without_a_bias_are_packed_too(model):
         torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
 
 
+class Scaled(nn.Module):
+    """An adapter without ``merged`` that reads the weight of the layer it has replaced."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2.0 * F.linear(x, self.layer.weight, self.layer.bias)
+
+
+@torch.no_grad()
+def test_prepacked_weights_module_of_another_package_is_computed_as_it_is(model):
+    model.h[0].mlp.c_fc = Scaled(model.h[0].mlp.c_fc)
+    ids = torch.randint(61, (3, 9))
+    before = model(ids)
+    with prepacked(model, MIN_CALLS):
+        assert isinstance(model.h[0].mlp.c_proj, PrepackedLinear)
+        torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-4)
+    assert generate(model, ids, max_new_tokens=MIN_CALLS, temperature=0).shape == (3, 9 + MIN_CALLS)
+
+
 def test_the_layers_come_back_when_generation_fails(model):
     modules = list(model.modules())
 

@@ -68,13 +68,15 @@ def main(args: list[str]) -> None:
     from gpt2_pl.commands.lightning_cli import best_precision
     from gpt2_pl.datamodules.prompt_template import Template
     from gpt2_pl.datamodules.readers import read_file
-    from gpt2_pl.tasks.protocols import TextClassifier
+    from gpt2_pl.tasks.protocols import TextClassifier, lacks
     from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
 
     checkpoint = given.ckpt_path or best_checkpoint(given.run)
     task = load(checkpoint, given.base)
     if not isinstance(task, TextClassifier):
-        raise InputError(f"{checkpoint} is of a {type(task).__name__}, which classifies no text")
+        raise InputError(
+            f"{checkpoint} is of a {type(task).__name__}, which classifies no text: {lacks(task, TextClassifier)}"
+        )
     if not task.wording:
         raise InputError(
             f"{checkpoint} does not say which template it learned with; train it with data of this library"

@@ -50,7 +50,7 @@ def main(args: list[str]) -> None:
 
     from gpt2_pl.commands.export import load
     from gpt2_pl.generation import check_settings
-    from gpt2_pl.tasks.protocols import TextGenerator
+    from gpt2_pl.tasks.protocols import TextGenerator, lacks
     from gpt2_pl.text.poems import LineLimit, Poem, VerseGuide, lines_of
     from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
 
@@ -65,7 +65,9 @@ def main(args: list[str]) -> None:
     checkpoint = given.ckpt_path or best_checkpoint(given.run)
     task = load(checkpoint, given.base)
     if not isinstance(task, TextGenerator):
-        raise InputError(f"{checkpoint} is of a {type(task).__name__}, which generates no text")
+        raise InputError(
+            f"{checkpoint} is of a {type(task).__name__}, which generates no text: {lacks(task, TextGenerator)}"
+        )
     tokenizer = load_tokenizer(given.run, "RUN")
     check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     task.eval().to(

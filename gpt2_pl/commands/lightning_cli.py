@@ -31,6 +31,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gpt2_pl.callbacks import (
     EndOfTraining,
@@ -73,6 +74,7 @@ from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.averaging import blocks_resuming
 from gpt2_pl.utils.documents import check_yaml
+from gpt2_pl.utils.registry import class_path
 
 _load_yaml = jsonargparse.get_loader("yaml")
 
@@ -411,7 +413,7 @@ class GPT2CLI(LightningCLI):
             if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
                 validates = trainer["limit_val_batches"] != 0
                 callbacks += self._checkpoints(monitor if validates else None, mode, config["checkpoint_every_n_steps"])
-                self.summary.test_follows = self.datamodule.has("test")
+                self.summary.test_follows = self.can_test
                 plugins = trainer["plugins"] or []
                 plugins = plugins if isinstance(plugins, list) else [plugins]
                 if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -498,13 +500,18 @@ class GPT2CLI(LightningCLI):
             kwargs["return_predictions"] = False
         return {**kwargs, "weights_only": True}
 
+    @property
+    def can_test(self) -> bool:
+        """Whether there is a test set and the task has a test step."""
+        return self.datamodule.has("test") and is_overridden("test_step", self.model)
+
     def after_fit(self) -> None:
-        """Test the best checkpoint where there is a test set, then say what was run and where it lies."""
+        """Test the best checkpoint where there is something to test, then say what was run and where it lies."""
         trainer, tested = self.trainer, getattr(self, "tested", None)
         if trainer.interrupted:
             return
         ending = self._ending()  # before the test resets what is known of training
-        if tested is not None and tested.best_model_path and self.datamodule.has("test"):
+        if tested is not None and tested.best_model_path and self.can_test:
             if tested.monitor is None and trainer.is_global_zero:
                 print("gpt2-pl: trainer.limit_val_batches is 0: last.ckpt is tested", file=sys.stderr)
             path = tested.best_model_path
@@ -515,7 +522,15 @@ class GPT2CLI(LightningCLI):
         """Say where the scores lie."""
         self._report()
 
-    after_test = after_predict = after_validate
+    after_test = after_validate
+
+    def after_predict(self) -> None:
+        """Say where the predictions lie, or that the task gives none to write."""
+        writers = (callback for callback in self.trainer.callbacks if isinstance(callback, PredictionWriter))  # type: ignore[attr-defined]
+        if any(writer.wrote for writer in writers):
+            self._report()
+        else:
+            self._report(f"; no predictions were written: {class_path(type(self.model))} gives no row_table")
 
     def _report(self, ending: str = "") -> None:
         folder = run_folder(self.trainer)
@@ -537,7 +552,7 @@ class GPT2CLI(LightningCLI):
             checkpoints = (Path(folder, "checkpoints", f"{name}.ckpt") for name in ("best", "last"))
             if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
                 console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
-                again = "test" if self.datamodule.has("test") else "validate"
+                again = "test" if self.can_test else "validate"
                 command = shlex.join(["gpt2-pl", again, "--config", f"{folder}/config.yaml", "--ckpt_path", str(best)])
                 console.print(f"Score it again:  {printable(command)}", soft_wrap=True, highlight=False, markup=False)
             for logger in self.trainer.loggers:

@@ -219,11 +219,14 @@ def _can_replace_linears(module: nn.Module) -> bool:
 
 
 def _linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield parent, name and layer of every linear layer and mergeable layer, without the parts of the latter."""
+    """Yield parent, name and layer of every linear layer and mergeable layer.
+
+    The parts of the latter are left out, and those of modules of other packages, which may read a layer's weight.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear | MergeableLayer):
             yield module, name, child
-        else:
+        elif type(child).__module__.partition(".")[0] in ("torch", "gpt2_pl"):
             yield from _linear_layers(child)
 
 

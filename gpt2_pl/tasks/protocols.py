@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import get_annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from gpt2_pl.utils.registry import class_path
 
 
 class RowTable(NamedTuple):
@@ -115,3 +118,16 @@ class TextGenerator(Protocol):
     ) -> list[list[int]]:
         """Return the tokens that continue each prompt."""
         ...
+
+
+def lacks(task: object, protocol: type) -> str:
+    """Describe which members of a protocol a task does not have, for error messages.
+
+    Args:
+        task: an object that is no instance of ``protocol``.
+        protocol: one of the classes of this module.
+    """
+    classes = [cls for cls in protocol.__mro__ if cls.__module__ == __name__]
+    members = {name for cls in classes for name in (*get_annotations(cls), *vars(cls)) if not name.startswith("_")}
+    missing = sorted(name for name in members if not hasattr(task, name))
+    return f"{class_path(type(task))} lacks {', '.join(missing)} (see {__name__}.{protocol.__name__})"

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.surgery import LoRA, LoRAEmbedding, LoRALinear, PrefixTuning
+from gpt2_pl.surgery import DoRALinear, LoRA, LoRAEmbedding, LoRALinear, PrefixTuning
 from gpt2_pl.surgery.lora import TARGETS
 
 SHAPE = GPT2Config(vocab_size=50, n_positions=24, n_embd=24, n_layer=3, n_head=3, dropout=0.0)
@@ -32,7 +32,7 @@ def stirred(model, seed=1):
                 module.lora_A.normal_(std=0.1, generator=generator)
             if isinstance(module, LoRALinear):
                 module.lora_B.normal_(std=0.2, generator=generator)
-                if module.lora_magnitude is not None:
+                if isinstance(module, DoRALinear):
                     module.lora_magnitude.mul_(1 + 0.2 * torch.rand(len(module.lora_magnitude), generator=generator))
     return model
 
@@ -89,7 +89,7 @@ def test_equal_to_peft_forward_and_gradient(options, tmp_path):
         if isinstance(module, peft.tuners.lora.LoraLayer):
             mine = adapters.pop(name.removeprefix("base_model.model.transformer."))
             pairs += [(mine.lora_A, module.lora_A["default"].weight), (mine.lora_B, module.lora_B["default"].weight)]
-            if mine.lora_magnitude is not None:
+            if isinstance(mine, DoRALinear):
                 pairs.append((mine.lora_magnitude, module.lora_magnitude_vector["default"].weight))
     assert pairs
     assert not adapters
@@ -284,7 +284,7 @@ def test_settings_of_the_wrong_kind(options, message):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_inputs_of_any_shape_device_and_dtype(dora):
-    layer = LoRALinear(nn.Linear(8, 12), rank=2, scaling=2.0, dora=dora)
+    layer = (DoRALinear if dora else LoRALinear)(nn.Linear(8, 12), rank=2, scaling=2.0)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 3, 8)
     y = layer(x)

@@ -2,12 +2,13 @@
 
 from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.surgery.base import Surgery, build, merge, unmerge
-from gpt2_pl.surgery.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
+from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRA, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.peft_format import PeftAdapter
 from gpt2_pl.surgery.virtual_tokens import PrefixTuning, PromptTuning
 
 __all__ = [
     "Adapter",
+    "DoRALinear",
     "LoRA",
     "LoRAEmbedding",
     "LoRALinear",

@@ -40,21 +40,14 @@ class LoRALinear(Linear):
     ``weight`` and ``bias`` are those of the layer it replaces, under the same names. A is (n r, in) and B (out', r)
     for n adapted thirds of the output, or n = 1 and all of it; B starts at zero, so that nothing changes at first.
 
-    With DoRA (Liu et al. 2024, eqs. 5 and 11) the adapted rows of W + s B A give only the direction, and
-    ``lora_magnitude`` (out',), which starts at their norms in W, the length; the norm counts as a constant in the
-    backward pass.
-
     Args:
         linear: the layer to adapt; its parameters are taken over.
         rank: r.
         scaling: s.
         dropout: probability for the adapter's input, in training.
         thirds: which thirds of the output are adapted, each with its own A and B; None for all of it together.
-        dora: weight-decomposed adaptation.
         b_lr_ratio: learning rate of B in units of A's (LoRA+).
     """
-
-    lora_magnitude: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,7 +56,6 @@ class LoRALinear(Linear):
         scaling: float,
         dropout: float = 0.0,
         thirds: list[int] | None = None,
-        dora: bool = False,
         b_lr_ratio: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)  # not Linear's: the parameters are there already
@@ -75,10 +67,6 @@ class LoRALinear(Linear):
         self.lora_A = nn.Parameter(self.weight.new_empty(n * rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_parameter("lora_magnitude", None)
-        if dora:
-            norms = torch.linalg.vector_norm(self.weight.detach(), dim=1).chunk(1 if thirds is None else 3)
-            self.lora_magnitude = nn.Parameter(torch.cat([norms[i] for i in thirds or [0]]))
 
     def spread_B(self) -> Tensor:
         """B as a matrix (out, n r) that acts on A's whole output."""
@@ -97,14 +85,41 @@ class LoRALinear(Linear):
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
-        weight = self.weight + self.delta()
-        if self.lora_magnitude is not None:
-            weight = weight * self.row_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
-        return weight, self.bias
+        return self.weight + self.delta(), self.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y = W x + b + s B A drop(x), (..., in) -> (..., out)."""
+        x = cast_to_autocast_dtype(input).reshape(-1, self.in_features)  # once, for W's product and for A's
+        output = self._add_low_rank(x, self._low_rank(x))
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """s A drop(x), (N, in) -> (N, n r)."""
+        kept, scale = dropout_unscaled(x, self.dropout, self.training)
+        return F.linear(kept, self.lora_A) * (scale * self.scaling)
+
+    def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
+        """W x + b + B low_rank, (N, in) and (N, n r) -> (N, out)."""
+        output = self.affine(x, self.bias)
+        B = self.spread_B().to(output.dtype)
+        return output.addmm_(low_rank, B.T.contiguous())  # so, a CPU has its gradients sooner
+
+
+class DoRALinear(LoRALinear):
+    """LoRA that trains the magnitudes of the weight's rows apart from their directions (Liu et al. 2024, eqs. 5, 11).
+
+    y = g * (W x + s B A drop(x)) + b with g = m / |W + s B A|, row by row. ``lora_magnitude`` m (out',) starts at the
+    norms of W's adapted rows, so that nothing changes at first; |W + s B A| is a constant in the backward pass.
+    Arguments are those of :class:`LoRALinear`.
+    """
+
+    def __init__(self, linear: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        super().__init__(linear, *args, **kwargs)
+        norms = torch.linalg.vector_norm(self.weight.detach(), dim=1).chunk(1 if self.thirds is None else 3)
+        self.lora_magnitude = nn.Parameter(torch.cat([norms[i] for i in self.thirds or [0]]))
 
     def row_scale(self, norm: Tensor) -> Tensor:
-        """DoRA's factor of every row (out,), for the norms (out,) of W + s B A; 1 where nothing is adapted."""
-        assert self.lora_magnitude is not None
+        """g (out,), for the norms (out,) of W + s B A; 1 in rows that are not adapted."""
         if self.thirds is None:
             return self.lora_magnitude / norm
         factors = list(torch.ones_like(norm).chunk(3))
@@ -113,21 +128,16 @@ class LoRALinear(Linear):
             factors[third] = magnitude / norms[third]
         return torch.cat(factors)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        rows = cast_to_autocast_dtype(input).reshape(-1, self.in_features)  # once, for W's product and for A's
-        kept, scale = dropout_unscaled(rows, self.dropout, self.training)
-        low = F.linear(kept, self.lora_A) * (scale * self.scaling)  # (rows, n r)
-        if self.lora_magnitude is None:
-            output = self.affine(rows, self.bias)
-            B = self.spread_B().to(output.dtype)
-            output = output.addmm_(low, B.T.contiguous())  # so, a CPU has its gradients sooner
-        else:
-            with torch.no_grad():
-                norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
-            output = self.affine(rows, None) + F.linear(low, self.spread_B())
-            output = output * self.row_scale(norm) + self.bias
-        return output.view(*input.shape[:-1], self.out_features)
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
+        weight, bias = super().merged()
+        return weight * self.row_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1), bias
+
+    def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
+        output = self.affine(x, None) + F.linear(low_rank, self.spread_B())
+        return output * self.row_scale(norm) + self.bias
 
 
 class LoRAEmbedding(nn.Embedding):
@@ -223,7 +233,8 @@ class LoRA(Surgery):
             plain_layer(model, path, "LoRA")
         for path, thirds in paths:
             linear: Any = model.get_submodule(path)
-            adapted = LoRALinear(linear, self.rank, scaling, self.dropout, thirds, self.dora, self.b_lr_ratio)
+            kind = DoRALinear if self.dora else LoRALinear
+            adapted = kind(linear, self.rank, scaling, self.dropout, thirds, self.b_lr_ratio)
             model.set_submodule(path, adapted.train(linear.training))
         if "wte" in self.targets:
             model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.b_lr_ratio).train(model.wte.training)

@@ -24,7 +24,7 @@ from gpt2_pl.filesystem import whole_file
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.pretrained import write_tensors
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, plain_layer
-from gpt2_pl.surgery.lora import Adapter, LoRAEmbedding, LoRALinear
+from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
 from gpt2_pl.utils.documents import read_json
 
@@ -120,11 +120,11 @@ def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, An
         ranks[path], alphas[path] = B.size(1), module.scaling * B.size(1)
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B
-        if module.lora_magnitude is not None:
+        if isinstance(module, DoRALinear):
             norm = torch.linalg.vector_norm(module.weight + module.delta(), dim=1)
             tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.row_scale(norm) * norm
     linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
-    decomposed = {module.lora_magnitude is not None for module in linear} or {False}
+    decomposed = {isinstance(module, DoRALinear) for module in linear} or {False}
     if len(decomposed) > 1 or (True in decomposed and len(linear) < len(adapters)):
         raise InputError("the model has LoRA and DoRA adapters; a peft adapter holds one of them")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -254,10 +254,11 @@ class PeftAdapter(Surgery):
             if not fits or (magnitude is None) == bool(config.use_dora):
                 raise InputError(f"{self.folder}: the adapter of {path} does not fit a layer of {linear}")
             scaling = _scaling(config, path, rank)
-            module = LoRALinear(linear, rank, scaling, config.lora_dropout or 0.0, dora=magnitude is not None)
+            kind = LoRALinear if magnitude is None else DoRALinear
+            module = kind(linear, rank, scaling, config.lora_dropout or 0.0)
             with torch.no_grad():
                 module.lora_A.copy_(A), module.lora_B.copy_(B)
-                if magnitude is not None and module.lora_magnitude is not None:
+                if magnitude is not None and isinstance(module, DoRALinear):
                     module.lora_magnitude.copy_(magnitude)
             modules[name] = module.train(linear.training)
             used |= {f"{path}.{key}" for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}

@@ -7,9 +7,11 @@ import sys
 import zipfile
 
 import pytest
+import yaml
 from conftest import ROOT
 from transformers import GPT2ForSequenceClassification
 
+import gpt2_pl
 from gpt2_pl.commands import main
 from gpt2_pl.configs import config_path, packaged_configs
 from gpt2_pl.errors import InputError
@@ -150,3 +152,8 @@ def test_configs_list_names_every_file_in_eighty_columns(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[:-1])) <= 80
     assert "Hu et al. 2022" in " ".join(" ".join(lines).split())
+
+
+def test_citation_has_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == gpt2_pl.__version__

@@ -17,6 +17,7 @@ from gpt2_pl.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from gpt2_pl.tasks.base import Task
+    from gpt2_pl.tasks.checkpointed import CheckpointedModule
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -94,7 +95,7 @@ def blocks_resuming(trainer: Trainer) -> bool:
     return any(swa._initialized for swa in _configured(trainer, StochasticWeightAveraging))
 
 
-def compact(checkpoint: dict[str, Any], task: Task) -> None:
+def compact(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
     """Keep only trained parameters in ``current_model_state``, and drop the averages that cannot be resumed.
 
     Lightning has put the averages in ``state_dict``. Buffers there become the model's: they are not averaged.
@@ -108,7 +109,7 @@ def compact(checkpoint: dict[str, Any], task: Task) -> None:
             state["average_model_state"] = None
 
 
-def expand(checkpoint: dict[str, Any], task: Task, where: str) -> None:
+def expand(checkpoint: dict[str, Any], task: CheckpointedModule, where: str) -> None:
     """Complete ``current_model_state`` from ``state_dict``, and refuse what cannot be resumed.
 
     Args:
@@ -150,7 +151,7 @@ def expand(checkpoint: dict[str, Any], task: Task, where: str) -> None:
     checkpoint["current_model_state"] = {**state, **current}
 
 
-def _trained_names(task: Task) -> set[str]:
+def _trained_names(task: CheckpointedModule) -> set[str]:
     """Return the names in ``state_dict`` of all parameters that are not frozen weights of the base."""
     frozen = {f"gpt2.{name}" for name in task.frozen_names}
     return {name for name, _ in task.named_parameters(remove_duplicate=False)} - frozen

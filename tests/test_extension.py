@@ -34,15 +34,13 @@ def stars(run, base, data_flags, tmp_path, monkeypatch):
     """Runs a command in a folder that holds the package, which no module has imported yet."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     shutil.copytree(ROOT / "tests/extension/stars", tmp_path / "stars")
-    (tmp_path / "stars.yaml").write_text(yaml.safe_dump({
-        "model": {"class_path": "stars.task.StarRegressor", "init_args": {
-            "base": str(base), "dropout": 0.1,
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}},
-        "data": {"class_path": "stars.data.Stars", "init_args": {
-            **{flag.partition("=")[0].removeprefix("--data."): flag.partition("=")[2] for flag in data_flags},
-            "max_length": 24, "batch_size": 16}},
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [{"class_path": "stars.callbacks.StepFile"}]},
-    }))  # fmt: skip
+    settings = yaml.safe_load((ROOT / "tests/extension/stars.yaml").read_text())
+    settings["model"]["init_args"]["base"] = str(base)
+    for flag in data_flags:
+        key, _, path = flag.removeprefix("--data.").partition("=")
+        settings["data"]["init_args"][key] = path
+    settings["trainer"]["accelerator"] = "cpu"
+    (tmp_path / "stars.yaml").write_text(yaml.safe_dump(settings))
 
     def command(*args):
         forget()

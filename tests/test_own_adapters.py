@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -295,3 +297,19 @@ def test_commands_task_without_row_table_and_protocols_is_told_what_is_missing(r
         ending = {"classify": ".csv", "generate": ".txt", "export": ""}[command[0]]
         assert what in refused(run, capsys, *command, "--out", tmp_path / f"out{ending}", "--plugin=plain_task")
         assert not (tmp_path / f"out{ending}").exists()
+
+
+def test_readme_strategy_and_adapter_train_merge_and_combine(base, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 2
+    (tmp_path / "readme_mine.py").write_text("\n".join(blocks))
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("readme_mine")
+    biases = built(base, [mine.BitFit()])
+    assert biases.trained_names == {name for name in biases.core.base_names if name.endswith("bias")}
+    task = built(base, [LoRA(rank=2), mine.IA3()])
+    assert {name.rpartition(".")[2] for name in task.trained_names} == {"lora_A", "lora_B", "scale"}
+    assert task.base_is_frozen
+    with torch.no_grad():
+        expected = task.core(IDS)
+        torch.testing.assert_close(merge(task.core)(IDS), expected)

@@ -81,7 +81,7 @@ class TextData(LightningDataModule):
         model: Any = getattr(self.trainer, "lightning_module", None)
         if hasattr(model, "check_tokenizer"):
             model.check_tokenizer(self.tokenizer)
-        self.setup()
+        self.setup(None)
         if self.trainer is not None and self.trainer.state.fn == "fit" and self.has("test"):
             self.setup("test")
         for split in self.encoded:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +17,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "generate"]
 
-_ROOT = Path(__file__).parents[1]
-if (_ROOT / "datamodules" / "batching.py").is_file():
-    # A checkout: datamodules, callbacks and configs lie beside this folder.
-    __path__.append(str(_ROOT))
+_ROOT = Path(__file__).resolve().parents[1]
+_BESIDE = {f"gpt2_pl.{name}": _ROOT / name for name in ("datamodules", "callbacks", "configs")}
+
+
+class _CheckoutFinder:
+    """Finds the packages that lie beside this folder in a checkout, and in it once they are installed."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the specification of one of these packages; None for any other module."""
+        folder = _BESIDE.get(name)
+        if folder is None:
+            return None
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+IS_CHECKOUT = (_ROOT / "datamodules" / "batching.py").is_file()
+if IS_CHECKOUT:
+    sys.meta_path.append(_CheckoutFinder)
 
 _HOMES = {
     "GPT2": "gpt2_pl.model",

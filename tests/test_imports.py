@@ -1,6 +1,7 @@
 """The import rule: every part of the library imports from the layers below it; the core does without Lightning."""
 
 import ast
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -72,6 +73,13 @@ def test_import_of_library_is_from_a_layer_below(part, file):
 def test_import_of_lightning_is_outside_the_core(part, file):
     if part not in LIGHTNING:
         assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in imported(file))
+
+
+@pytest.mark.parametrize("name", ["cli", "gpt2_pl", "tests", "benchmarks", "constraints"])
+def test_package_of_checkout_has_no_other_file_of_the_root(name):
+    assert importlib.util.find_spec(f"gpt2_pl.{name}") is None
+    for mapped in MAPPED:
+        assert importlib.util.find_spec(f"gpt2_pl.{mapped}").origin == str(ROOT / mapped / "__init__.py")
 
 
 def test_every_module_can_be_the_first_that_is_imported():

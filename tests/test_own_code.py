@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 
@@ -394,6 +395,93 @@ def test_commands_own_strategy_is_tested_and_exported(fit, run, mine, tmp_path, 
     assert "base itself was trained" in refused(
         run, capsys, "export", folder, "--format=peft", "--out", tmp_path / "peft", f"--plugin={mine}"
     )
+
+
+FAULTY = """
+from dataclasses import dataclass
+from lightning.pytorch import Callback
+from gpt2_pl.datamodules import ToySentiment
+from gpt2_pl.surgery import Surgery
+from gpt2_pl.tasks import SentimentClassifier
+
+def helper(model):
+    model.load_state_dict({})  # fault: surgery mine.InTorch RuntimeError
+
+@dataclass
+class Typo(Surgery):
+    def apply(self, model, tokenizer=None):
+        return model.blocks  # fault: surgery mine.Typo AttributeError
+
+@dataclass
+class Meta(Surgery):
+    def apply(self, model, tokenizer=None):
+        float(model.ln_f.weight.sum())  # fault: surgery mine.Meta RuntimeError
+
+@dataclass
+class InTorch(Surgery):
+    def apply(self, model, tokenizer=None):
+        helper(model)
+
+class Init(Surgery):
+    def __init__(self, n: int = 1):
+        try:
+            self.n = {}["n"]
+        except KeyError as error:
+            raise TypeError("n") from error  # fault: surgery mine.Init TypeError
+
+    def apply(self, model, tokenizer=None): ...
+
+class OwnTask(SentimentClassifier):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.nowhere  # fault: model mine.OwnTask AttributeError
+
+class OwnData(ToySentiment):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        open("nowhere")  # fault: data mine.OwnData FileNotFoundError
+
+class OwnCallback(Callback):
+    def __init__(self, n: int = 1):
+        assert n > 1  # fault: callbacks mine.OwnCallback AssertionError
+
+class OwnHook(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        open("nowhere")  # fault: callbacks mine.OwnHook FileNotFoundError
+"""
+KEYS = {"surgery": "model.surgery", "model": "model", "data": "data", "callbacks": "trainer.callbacks"}
+FAULTS = [(n, *line.split()[-3:]) for n, line in enumerate(FAULTY.split("\n"), 1) if " # fault: " in line]
+
+
+@pytest.mark.parametrize(("number", "key", "name", "kind"), FAULTS, ids=[name for _, _, name, _ in FAULTS])
+def test_fault_in_own_code_is_one_line_with_file_line_and_class(number, key, name, kind, run, mine, tmp_path, capsys):
+    (tmp_path / f"{mine}.py").write_text(FAULTY)
+    name = name.replace("mine", mine)
+    flag = f"--{KEYS[key]}{'+' if key in ('surgery', 'callbacks') else ''}={name}"
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config=quickstart", "--data.n_train=40", flag)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"gpt2-pl: error: {KEYS[key]}: {name}: {tmp_path / mine}.py, line {number}: {kind}: "), line
+
+
+def test_fault_in_own_code_with_traceback_shows_it_before_the_line(run, mine, tmp_path, capsys, monkeypatch):
+    (tmp_path / f"{mine}.py").write_text(FAULTY)
+    monkeypatch.setenv("GPT2_PL_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        run("fit", "--config=quickstart", f"--model.surgery+={mine}.InTorch")
+    *shown, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpt2-pl: error: model.surgery: {mine}.InTorch: ")
+    assert "Traceback (most recent call last):" in shown
+    assert any(text.endswith("in load_state_dict") for text in shown)
+
+
+def test_build_fault_in_own_class_names_file_and_line(mine, tmp_path, monkeypatch):
+    (tmp_path / f"{mine}.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(mine)
+    with pytest.raises(InputError, match=rf"surgery Init: .*{mine}\.py, line \d+: TypeError: n"):
+        build({"class_path": f"{mine}.Init"})
 
 
 EVIL = "import pathlib; pathlib.Path({marker!r}).write_text('run')\n"

@@ -75,16 +75,18 @@ def library(request):
 
 
 def test_configuration_by_name_beside_own_packages_is_read_anywhere(library, tmp_path):
-    """The user's own callbacks/ and datamodules/ are found, and do not hide the library's."""
+    """The user's own callbacks/ and datamodules/, with and without __init__.py, and the library's are found."""
     for name in ("callbacks", "datamodules"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "callbacks" / "__init__.py").touch()
     own = "from lightning.pytorch import Callback\nclass Own(Callback): ...\n"
     (tmp_path / "callbacks" / "mine.py").write_text(own)
+    own = "from gpt2_pl.datamodules import ToySentiment\nclass Own(ToySentiment): ...\n"
+    (tmp_path / "datamodules" / "mine.py").write_text(own)
     done = call(library, tmp_path, "fit", "--config", "quickstart", "--config=strategy/ulmfit.yaml",
-                "--trainer.callbacks+=callbacks.mine.Own", "--print_config")  # fmt: skip
+                "--data=datamodules.mine.Own", "--trainer.callbacks+=callbacks.mine.Own", "--print_config")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for name in ("callbacks.mine.Own", "gpt2_pl.callbacks.GradualUnfreezing", "gpt2_pl.datamodules.ToySentiment"):
+    for name in ("callbacks.mine.Own", "gpt2_pl.callbacks.GradualUnfreezing", "datamodules.mine.Own"):
         assert f"class_path: {name}\n" in done.stdout
 
 

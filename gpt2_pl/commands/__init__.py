@@ -114,6 +114,10 @@ def _end(error: Exception) -> NoReturn:
 
     if is_interrupt(error):
         raise KeyboardInterrupt from None
+    if os.environ.get("GPT2_PL_TRACEBACK", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
     if isinstance(error, ArgumentError):
         _fail(" ".join(str(error).split()))
     cause: BaseException | None = error  # the parser wraps what a class raises in errors of its own

@@ -65,7 +65,7 @@ from gpt2_pl.commands.dumps import NOTES, readable
 from gpt2_pl.commands.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.run_dir import RunFiles, RunLogger
 from gpt2_pl.commands.training_checks import check_optimizer, check_processes, check_training
-from gpt2_pl.errors import InputError, causes, printable
+from gpt2_pl.errors import InputError, causes, describe_failure, printable
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.run_lock import RunLock
 from gpt2_pl.filesystem import check_place, whole_file
@@ -336,7 +336,7 @@ class GPT2CLI(LightningCLI):
 
         try:
             super().instantiate_classes()
-        except (ImportError, ValueError) as error:
+        except Exception as error:
             if (reason := explain_instantiation(error, self.line)) is None:
                 raise
             raise InputError(reason) from error
@@ -457,8 +457,13 @@ class GPT2CLI(LightningCLI):
                 print(f"gpt2-pl: stopped by SIGTERM{self._resume_advice()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:
-            from gpt2_pl.commands.messages import explain_use
+            from gpt2_pl.commands.messages import explain_fault, explain_use
 
+            fault = explain_fault(error, self.line)
+            if fault is not None and (isinstance(error, MisconfigurationException) or describe_failure(error)):
+                raise InputError(fault) from error  # its own line would name neither file nor class
+            if fault is not None:
+                raise
             if (reason := explain_use(error, self.line, self.config[subcommand], self.trainer)) is not None:
                 raise InputError(reason) from error
             message = " ".join(str(error).split())

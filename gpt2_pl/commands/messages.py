@@ -6,23 +6,29 @@ import inspect
 import json
 import pydoc
 import re
-import sysconfig
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gpt2_pl.commands.config_merge import CommandLine
 from gpt2_pl.commands.plugins import CLASS_MODULES, nearest_class
-from gpt2_pl.errors import InputError, RunError, causes, describe_failure, did_you_mean, shorten
+from gpt2_pl.errors import (
+    OF_THE_MACHINE,
+    InputError,
+    RunError,
+    causes,
+    describe_failure,
+    did_you_mean,
+    error_number,
+    shorten,
+)
 from gpt2_pl.tasks.checkpoint import arguments
+from gpt2_pl.utils.user_code import find_fault, is_installed
 
 _NOISE = (
     "Does not validate against",
@@ -51,13 +57,6 @@ _CLASS = "a class path"
 _OF_ARGUMENTS = (  # what unsuitable arguments of a class raise where it does not check them
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
     *(MisconfigurationException, RuntimeError, TypeError, ValueError),
-)
-_OWN = {"gpt2_pl", "cli"}
-_INSTALLED = (
-    str(Path(lightning.__file__).parents[1]),
-    sysconfig.get_path("stdlib"),
-    sysconfig.get_path("purelib"),
-    "<",
 )
 _TASK_FIRST = "the task comes first: --config task/sst5 --config strategy/full"
 _ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # until a task is given
@@ -137,6 +136,25 @@ def explain(message: str, line: CommandLine, parser: ArgumentParser) -> str:
     return f"{where}{key} must be {' or '.join(expected)}, got {value}{reasons}{near}{hint}"
 
 
+def explain_fault(error: Exception, line: CommandLine) -> str | None:
+    """Describe in one line an exception in the user's own code: the key and the class, then file, line and reason.
+
+    Args:
+        error: what was raised, or what jsonargparse raised from it.
+        line: what was parsed.
+
+    Returns:
+        The line; None where the exception does not come from code of the user's own, or is a failure of the machine.
+    """
+    fault = find_fault(error)
+    if fault is None or any(isinstance(c, MemoryError) or error_number(c) in OF_THE_MACHINE for c in causes(error)):
+        return None
+    for cls in map(type, fault.objects):
+        if where := _stating_class(line, cls.__name__):
+            return f"{where}{cls.__module__}.{cls.__qualname__}: {fault.text}"
+    return fault.text
+
+
 def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
     """Describe in one line why a class of the configuration could not be instantiated.
 
@@ -149,6 +167,8 @@ def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
     """
     reason = next((cause for cause in causes(error) if isinstance(cause, InputError | RunError | ImportError)), None)
     message = str(error)
+    if (fault := explain_fault(error, line)) is not None:
+        return fault
     if isinstance(reason, InputError | RunError) or not (reason or message.startswith("Does not validate against")):
         return None
     problems = list(_problems(message))
@@ -199,7 +219,7 @@ def explain_use(error: Exception, line: CommandLine, config: Any, trainer: Train
     user = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         this = frame.f_locals.get("self")
-        if not _is_of_library(frame):
+        if not is_installed(frame):
             user = None
         elif any(this is one for one in objects) and type(this).__module__.startswith(("lightning.", "torch.")):
             user = this
@@ -222,12 +242,6 @@ def _stated_arguments(config: Any, cls: type) -> str:
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     changed = [f"{name}: {shorten(value)}" for name, value in found.items() if value != defaults.get(name)]
     return ", ".join(changed) or "its defaults"
-
-
-def _is_of_library(frame: FrameType) -> bool:
-    """Whether code is installed, or Python's, and not of this library."""
-    top = frame.f_globals.get("__name__", "").partition(".")[0]
-    return top not in _OWN and frame.f_code.co_filename.startswith(_INSTALLED)
 
 
 def _problems(message: str) -> Iterator[_Problem]:

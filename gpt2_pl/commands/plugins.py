@@ -14,6 +14,7 @@ from types import ModuleType
 
 import gpt2_pl
 from gpt2_pl.errors import InputError, nearest
+from gpt2_pl.utils.user_code import PACKAGES, located
 
 CLASS_MODULES = {  # keys whose values may be classes' names, and the modules that have such classes
     "model": ("gpt2_pl.tasks",),
@@ -30,13 +31,16 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def add_working_folder() -> None:
-    """Append the working folder to ``sys.path``: behind installed packages, which it therefore cannot replace."""
-    folder, checkout = os.getcwd(), str(Path(gpt2_pl.__file__).parents[1])
+    """Append the working folder to ``sys.path``: behind installed packages, which it therefore cannot replace.
+
+    A checkout of this library is removed: its ``callbacks/`` and ``datamodules/`` would hide the user's own folders of
+    these names, and :mod:`gpt2_pl`, once it is imported, finds its parts without it.
+    """
+    folder, checkout = os.getcwd(), os.path.realpath(Path(gpt2_pl.__file__).parents[1])
     if folder not in sys.path:
         sys.path.append(folder)
-    if checkout in gpt2_pl.__path__ and checkout in sys.path and checkout != folder:
-        # Its callbacks/ and datamodules/ must not hide the user's own packages of these names.
-        sys.path[:] = [*(path for path in sys.path if path != checkout), checkout]
+    if gpt2_pl.IS_CHECKOUT and checkout != os.path.realpath(folder):
+        sys.path[:] = [path for path in sys.path if os.path.realpath(path) != checkout]
 
 
 def import_plugin(name: str) -> ModuleType:
@@ -101,6 +105,7 @@ def nearest_class(key: str, path: str) -> str:
 
 def _import(name: str, what: str) -> ModuleType | None:
     """Import a module; None if there is none of that name."""
+    PACKAGES.add(name.partition(".")[0])
     try:
         return importlib.import_module(name)
     except Exception as error:
@@ -110,7 +115,4 @@ def _import(name: str, what: str) -> ModuleType | None:
         file, line = (frames[-1].filename, frames[-1].lineno) if len(frames) > 1 else (name, None)
         if isinstance(error, SyntaxError):
             file, line = error.filename or file, error.lineno
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{what} cannot be imported: {file}, line {line}: {type(error).__name__}: {reason[:300]}"
-        ) from error
+        raise InputError(f"{what} cannot be imported: {located(error, file, line)}") from error

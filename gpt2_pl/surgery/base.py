@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpt2_pl.errors import InputError
 from gpt2_pl.kernels.prepacked_linear import Linear, MergeableLayer
 from gpt2_pl.utils.registry import Registered, class_path
+from gpt2_pl.utils.user_code import find_fault
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,7 +121,9 @@ def build(settings: Surgery | dict[str, Any]) -> Surgery:
     except InputError:
         raise
     except Exception as error:  # whatever the class makes of arguments from a file
-        raise InputError(f"surgery {cls.__name__}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        fault = find_fault(error)
+        reason = fault.text if fault is not None else " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"surgery {cls.__name__}: {reason}") from error
 
 
 def freeze_base(model: GPT2) -> None:

@@ -40,6 +40,8 @@ def config_path(name: str, key: str = "config") -> Path:
             return packaged[plain]
         if near := _nearest(name, plain, packaged):
             raise InputError(f"{error}; did you mean {near}?") from None
+        if "there is no " in str(error):
+            raise InputError(f"{error}; `gpt2-pl configs` lists those that come with the library") from None
         raise
 
 

@@ -13,6 +13,7 @@ from transformers import GPT2ForSequenceClassification
 
 import gpt2_pl
 from gpt2_pl.commands import main
+from gpt2_pl.commands.process import program
 from gpt2_pl.configs import config_path, packaged_configs
 from gpt2_pl.errors import InputError
 
@@ -99,7 +100,9 @@ def test_configs_lists_shows_and_copies(library, tmp_path):
     assert call(library, tmp_path, "configs", "copy", "strategy/lora").stdout == "lora.yaml\n"
     assert (tmp_path / "lora.yaml").read_text(encoding="utf-8") == shown
     again = call(library, tmp_path, "configs", "copy", "strategy/lora")
-    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    assert (again.returncode, again.stderr.partition("error: ")[2].partition(";")[0]) == (2, "lora.yaml exists already")
+    assert listed.stdout.endswith("--data.val_file F\n")
+    assert (f"python {ROOT}/cli.py fit" if library == ROOT else "gpt2-pl fit") in listed.stdout.splitlines()[-1]
 
 
 def test_config_path_takes_a_file_before_a_name_and_suggests_the_nearest(tmp_path, monkeypatch):
@@ -144,8 +147,78 @@ def test_fit_help_begins_with_how_to_choose_and_fits_a_terminal(capsys):
         assert line in introduction
     assert all(len(line) <= 100 for line in introduction.splitlines())
     assert "--trainer.max_epochs" in keys
-    main(["fit", "--model.surgery.help", "gpt2_pl.surgery.LoRA"])
-    assert "targets" in capsys.readouterr().out
+
+
+OWN = """
+from gpt2_pl.surgery import Surgery, LoRA
+class Bare(Surgery):
+    \"\"\"Train nothing.\"\"\"
+    def apply(self, model, tokenizer=None): ...
+class Wide(Surgery):
+    \"\"\"Train less.
+
+    Args:
+        size: of it.
+    \"\"\"
+    def __init__(self, size: int = 3): self.size = size
+    def apply(self, model, tokenizer=None): ...
+"""
+
+
+@pytest.mark.parametrize("option", ["--model.surgery.help", "--model.surgery+.help"])
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        ("gpt2_pl.surgery.LoRA", ["--model.surgery.targets", "--model.surgery.rank RANK", "the rank of an adapter"]),
+        ("own_help.Wide", ["Train less", "--model.surgery.size SIZE", "of it. (type: int, default: 3)"]),
+        ("own_help.Bare", ["Train nothing", "It has no arguments"]),
+    ],
+)
+def test_help_of_class_shows_its_description_and_flags_that_exist(option, cls, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_help.py").write_text(OWN)
+    main(["fit", option, cls])
+    shown = capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "own_help", raising=False)
+    assert f"Help for --model.surgery.help={cls}\n" in shown
+    assert all(word in " ".join(shown.split()) for word in words), shown
+    assert "--surgery" not in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--model.surgery.help=nope.X", "model.surgery: there is no module 'nope'"),
+        ("--model.surgery+=nope.below.X", "model.surgery+: there is no module 'nope.below'"),
+        ("--model.surgery+=json.Lora", "model.surgery+: there is no class 'json.Lora'; did you mean"),
+        ("--config=nope", "config: there is no file nope; `gpt2-pl configs` lists"),
+    ],
+)
+def test_name_that_is_not_there_is_said_to_be_a_module_a_class_or_a_file(option, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", option])
+    assert words in capsys.readouterr().err
+
+
+def test_configs_without_a_file_of_that_name_names_the_list(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["configs", "show", "nope"])
+    assert "NAME: there is no file nope; `gpt2-pl configs` lists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        ("/bin/gpt2-pl", ["gpt2-pl"]),
+        ("cli.py", ["python", "cli.py"]),
+        ("../lib/cli.py", ["python", "../lib/cli.py"]),
+        ("/site/gpt2_pl/__main__.py", ["python", "-m", "gpt2_pl"]),
+    ],
+)
+def test_program_is_the_one_that_was_started(started, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started, "fit"])
+    assert program() == words
 
 
 def test_configs_list_names_every_file_in_eighty_columns(capsys, monkeypatch):

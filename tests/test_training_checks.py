@@ -1,6 +1,7 @@
 """Trainers with which a task cannot be trained are refused in one line, before any data are read."""
 
 import logging
+import re
 import warnings
 from importlib.util import find_spec
 
@@ -55,8 +56,7 @@ def test_monitor_that_is_not_logged_ends_training_in_one_line(name, run, capsys)
         run(*TINY, callback(name, monitor="val/acc"))
     assert ended.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("gpt2-pl: error: trainer.callbacks: ")
-    assert "val/acc" in line
+    assert line.startswith(f"gpt2-pl: error: trainer.callbacks: {name} cannot be used with monitor: 'val/acc'")
     assert "val/accuracy" in line
 
 
@@ -85,21 +85,25 @@ class Log(CSVLogger):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["--trainer.logger=lacking.Log"], "trainer.logger: lacking.Log: Requirement 'no_such_package>=1.0' not met."),
+        (
+            ["--trainer.logger=lacking.Log"],
+            r"trainer.logger: lacking\.Log: \S+/lacking\.py, line 11: ModuleNotFoundError: "
+            r"Requirement 'no_such_package>=1\.0' not met\. Try pip install",
+        ),
         (
             ["--trainer.callbacks=[lacking.Watch]"],
-            "trainer.callbacks: lacking.Watch: No module named 'no_such_package'",
+            r"trainer.callbacks: lacking\.Watch: \S+/lacking\.py, line 7: ModuleNotFoundError: No module named ",
         ),
         (
             [callback("Timer", duration="x")],
-            "trainer.callbacks: lightning.pytorch.callbacks.Timer: `Timer(duration='x')`",
+            r"trainer\.callbacks: lightning\.pytorch\.callbacks\.Timer: `Timer\(duration='x'\)`",
         ),
     ],
 )
 def test_class_that_cannot_be_instantiated_is_named_in_one_line(settings, words, run, capsys, tmp_path):
     (tmp_path / "lacking.py").write_text(LACKS_A_PACKAGE)
     line = refused(run, capsys, *TINY, *settings)
-    assert words in line
+    assert re.search(words, line), line
     assert not (tmp_path / "lightning_logs").exists()
 
 

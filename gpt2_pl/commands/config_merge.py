@@ -70,6 +70,7 @@ class CommandLine:
         self.without_value: list[str] = []
         while rest:
             typed = [rest.pop(0)]
+            typed[0] = typed[0].replace("+.help", ".help", 1) if typed[0].startswith("--") else typed[0]
             name, equals, value = typed[0].partition("=")
             if not equals and name.startswith("-") and rest and not rest[0].startswith("--"):
                 typed.append(value := rest.pop(0))
@@ -160,7 +161,7 @@ class CommandLine:
             import_plugin(name)
         for source in self.sources:
             for key, value in source.settings.items():
-                is_class = key.endswith("class_path") or key.removesuffix("+") in CLASS_MODULES
+                is_class = key.endswith((".class_path", ".help")) or key.removesuffix("+") in CLASS_MODULES
                 values = [value] if isinstance(value, str) and is_class else []
                 values += [one for one in value if isinstance(one, str)] if isinstance(value, list) and is_class else []
                 for path in [*values, *_class_paths(value)]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
 
 from gpt2_pl.commands.parser import Arguments
+from gpt2_pl.commands.process import program
 from gpt2_pl.configs import KINDS, config_path, description, packaged_configs
 from gpt2_pl.errors import InputError
-from gpt2_pl.filesystem import check_new
+from gpt2_pl.filesystem import check_place
 
 _TITLES = {"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sweep": "Sweeps", "": "Whole runs"}
 
@@ -41,8 +43,11 @@ def _copy(file: Path, folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"FOLDER must be an existing folder, got {str(folder)!r}")
-    check_new(folder / file.name, "FOLDER")
-    return Path(shutil.copyfile(file, folder / file.name))
+    copy = folder / file.name
+    check_place(copy, "FOLDER")
+    if copy.exists():
+        raise InputError(f"{copy} exists already; move it, or give another FOLDER")
+    return Path(shutil.copyfile(file, copy))
 
 
 def _print_list() -> None:
@@ -57,6 +62,5 @@ def _print_list() -> None:
                     f"  {name:{width}}  {description(file)}", columns, subsequent_indent=" " * (width + 4)
                 ))  # fmt: skip
         print()
-    print(
-        "gpt2-pl fit --config task/sst5 --config strategy/lora --model.base gpt2 --data.train_file F --data.val_file F"
-    )
+    example = "fit --config task/sst5 --config strategy/lora --model.base gpt2 --data.train_file F --data.val_file F"
+    print(f"{shlex.join(program())} {example}")

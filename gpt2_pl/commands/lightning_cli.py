@@ -62,7 +62,7 @@ from gpt2_pl.commands.config_merge import (
     with_hyperparameters,
 )
 from gpt2_pl.commands.dumps import NOTES, readable
-from gpt2_pl.commands.process import LAUNCHER, interrupts, rank
+from gpt2_pl.commands.process import LAUNCHER, interrupts, program, rank
 from gpt2_pl.commands.run_dir import RunFiles, RunLogger
 from gpt2_pl.commands.training_checks import check_optimizer, check_processes, check_training
 from gpt2_pl.errors import InputError, causes, describe_failure, printable
@@ -102,6 +102,19 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     introduction = ""
+    help_key = ""  # of the option --KEY.help that is given; nested parsers do not know the keys above theirs
+
+    def add_class_arguments(self, class_type: Any, nested_key: Any = None, **kwargs: Any) -> Any:
+        """Add a class's arguments; for ``--KEY.help CLASS`` by their whole keys, and with the class's description."""
+        is_help = (self.description or "").startswith(f"Help for --{nested_key}.help=")
+        if is_help and f".{self.help_key}".endswith(f".{nested_key}"):
+            self.description = (self.description or "").replace(f"--{nested_key}", f"--{self.help_key}", 1)
+            nested_key = self.help_key
+        added = super().add_class_arguments(class_type, nested_key, **kwargs)
+        if is_help and not added:  # no group of arguments shows the description
+            title = (inspect.getdoc(class_type) or str(class_type)).partition("\n")[0].rstrip(".")
+            self.add_argument_group(title, "It has no arguments.")
+        return added
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help: how to choose a run's parts, then the keys."""
@@ -150,6 +163,8 @@ class GPT2CLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.line = CommandLine(args)
         self.line.import_classes()
+        options = (source.name for source in self.line.sources if not source.is_file)
+        Parser.help_key = next((name.removesuffix(".help") for name in options if name.endswith(".help")), "")
         self.checkpoint = self.line.checkpoint()
         for warning in check_order(self.line):
             if rank() == 0:
@@ -484,7 +499,7 @@ class GPT2CLI(LightningCLI):
             return " before the first checkpoint"
         if blocks_resuming(self.trainer):
             return "; it cannot be resumed, because StochasticWeightAveraging has begun to average"
-        command = shlex.join(["gpt2-pl", "fit", "--config", f"{folder}/config.yaml", "--ckpt_path", str(last)])
+        command = shlex.join([*program(), "fit", "--config", f"{folder}/config.yaml", "--ckpt_path", str(last)])
         return f"; go on with {printable(command)}"
 
     def _ending(self) -> str:
@@ -558,7 +573,7 @@ class GPT2CLI(LightningCLI):
             if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
                 console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
                 again = "test" if self.can_test else "validate"
-                command = shlex.join(["gpt2-pl", again, "--config", f"{folder}/config.yaml", "--ckpt_path", str(best)])
+                command = shlex.join([*program(), again, "--config", f"{folder}/config.yaml", "--ckpt_path", str(best)])
                 console.print(f"Score it again:  {printable(command)}", soft_wrap=True, highlight=False, markup=False)
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

@@ -70,17 +70,20 @@ def import_class(path: str, key: str, where: str = "") -> None:
     Raises:
         InputError: there is no such class, or its module fails when it is imported.
     """
-    module = path
-    while _DOTTED.fullmatch(path) and (module := module.rpartition(".")[0]):  # a class may be within a class
-        if (found := _import(module, f"{where}{key}: {path}")) is not None:
-            try:
-                operator.attrgetter(path[len(module) + 1 :])(found)
-            except AttributeError:
-                break
+    module, found = path, None
+    while found is None and _DOTTED.fullmatch(path) and (module := module.rpartition(".")[0]):  # or a class in a class
+        found = _import(module, f"{where}{key}: {path}")
+    if found is not None:
+        try:
+            operator.attrgetter(path[len(module) + 1 :])(found)
             return
+        except AttributeError:
+            pass
     if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # a file may hold the arguments
+        key = key.removesuffix(".help")
         name = key.replace("model.init_args.", "model.").removesuffix(".class_path").removesuffix("+")
-        raise InputError(f"{where}{key}: there is no class {path!r}{nearest_class(name, path)}")
+        what = f"class {path!r}" if found is not None else f"module {path.rpartition('.')[0]!r}"
+        raise InputError(f"{where}{key}: there is no {what}{nearest_class(name, path)}")
 
 
 def nearest_class(key: str, path: str) -> str:

@@ -21,6 +21,17 @@ if os.name == "nt":
 LAUNCHER = "GPT2_PL_LAUNCHER"  # the variable that tells a rank the id of the process that launched it
 _POLL = 1.0  # seconds
 
+
+def program() -> list[str]:
+    """Return the words that start this program as it was started: from a checkout, as a module, or installed."""
+    started = sys.argv[0]
+    if os.path.basename(started) == "cli.py":
+        return ["python", started]
+    if os.path.basename(started) == "__main__.py":
+        return ["python", "-m", "gpt2_pl"]
+    return ["gpt2-pl"]
+
+
 # Standard streams
 
 

@@ -15,6 +15,7 @@ import psutil
 
 from gpt2_pl.commands import main as run_command
 from gpt2_pl.commands.parser import Arguments
+from gpt2_pl.commands.process import program
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.sweep.config import Plan
@@ -66,7 +67,8 @@ def main(args: list[str]) -> None:
             print(printable(f"{run.folder} failed: {reason}"), file=sys.stderr)
         print("the same command tries again what failed", file=sys.stderr)
         raise SystemExit(1)
-    print(f"all runs are finished; set them side by side: gpt2-pl compare {RUNS / plan.name} --out FOLDER")
+    compare = shlex.join([*program(), "compare", str(RUNS / plan.name)])
+    print(f"all runs are finished; set them side by side: {compare} --out FOLDER")
 
 
 def _tell(plan: Plan) -> None:
@@ -81,7 +83,7 @@ def _tell(plan: Plan) -> None:
             for one in filter(None, (run.base, run)):
                 if one not in told:
                     state = "finished" if one.finished else "goes on" if one.last.is_file() else "to do"
-                    print(printable(f"{state:8} gpt2-pl {shlex.join(one.command())}"))
+                    print(printable(f"{state:8} {shlex.join([*program(), *one.command()])}"))
                     told.add(one)
 
 

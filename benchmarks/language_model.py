@@ -24,10 +24,10 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
-    from gpt2_pl.callbacks.throughput import peak_flops
     from gpt2_pl.kernels.malloc import keep_freed_memory
     from gpt2_pl.losses import cross_entropy, language_model_loss
     from gpt2_pl.tasks.language_modeling import training_flops
+    from gpt2_pl.utils.peak_flops import peak_flops
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,12 +23,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
 from gpt2_pl.callbacks.pictures import log_text
 from gpt2_pl.callbacks.run_folder import run_folder
-from gpt2_pl.callbacks.throughput import peak_flops
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.filesystem import whole_file
 from gpt2_pl.pretrained import provenance
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.machine import peak_process_memory
+from gpt2_pl.utils.peak_flops import peak_flops
 
 Scores = dict[str, float]
 

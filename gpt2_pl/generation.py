@@ -92,10 +92,10 @@ def generate(
     prepacked = prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens)
     with torch.inference_mode(), _evaluating(model), prepacked as head:
         fresh = ids[:, :T]
-        positions: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
+        output_positions: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
             if decode is None:
-                hidden = model(fresh, mask[:, :n] if padded else None, positions=positions, cache=cache)
+                hidden = model(fresh, mask[:, :n] if padded else None, output_positions=output_positions, cache=cache)
                 logits = head(hidden[:, -1]).float()
                 if captures:
                     decode = DecodeStep(model, head, cache, mask[:, :T])
@@ -124,7 +124,7 @@ def generate(
                 done |= stop(ids[:, : n + 1], mask[:, : n + 1])
             if bool(done.all()):
                 return ids[:, : n + int(mask[:, n].any())]
-            fresh, positions = ids[:, n : n + 1], None
+            fresh, output_positions = ids[:, n : n + 1], None
     return ids
 
 

@@ -77,7 +77,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        output_positions: Tensor | None = None,
         cache: KVCacheLayer | PrefixLayer | None = None,
     ) -> Tensor:
         """Compute the attention of the tokens, or of some of them.
@@ -86,15 +86,15 @@ class CausalSelfAttention(nn.Module):
             x: (B, T, C).
             mask: boolean (B or 1, 1, T or R, N), True where attention is allowed. If None, attention is causal; this
                 requires either T == N or a single query at the last position.
-            positions: (B, R), the tokens whose output is needed; None for all.
+            output_positions: (B, R), the tokens whose output is needed; None for all.
             cache: keys and values in front of those of ``x``.
 
         Returns:
-            (B, T, C), or (B, R, C) with ``positions``.
+            (B, T, C), or (B, R, C) with ``output_positions``.
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
-        if positions is not None:
-            q = gather_positions(q, positions)  # (B, R, C)
+        if output_positions is not None:
+            q = gather_positions(q, output_positions)  # (B, R, C)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, N, hd)
@@ -133,12 +133,12 @@ class Block(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        output_positions: Tensor | None = None,
         cache: KVCacheLayer | PrefixLayer | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, R, C) with ``positions``; see :meth:`CausalSelfAttention.forward`."""
-        residual = x if positions is None else gather_positions(x, positions)
-        x = dropout_add(self.attn(self.ln_1(x), mask, positions, cache), residual, self.dropout, self.training)
+        """x (B, T, C) -> (B, T, C), or (B, R, C) with ``output_positions``; see :meth:`CausalSelfAttention.forward`."""
+        residual = x if output_positions is None else gather_positions(x, output_positions)
+        x = dropout_add(self.attn(self.ln_1(x), mask, output_positions, cache), residual, self.dropout, self.training)
         return dropout_add(self.mlp(self.ln_2(x)), x, self.dropout, self.training)
 
 
@@ -157,6 +157,14 @@ def attention_mask_4d(queries: Tensor, keys: Tensor, padding_mask: Tensor | None
     if padding_mask is not None:
         mask = (mask & padding_mask.unsqueeze(1)) | (keys == queries.unsqueeze(-1))
     return mask.unsqueeze(1)
+
+
+def _block_mask(keys: Tensor, start: int, padding_mask: Tensor | None) -> Tensor | None:
+    """Return the attention mask of the queries from ``start`` on; None where causal attention needs none."""
+    queries = keys[start:]
+    if padding_mask is None and len(queries) in (1, len(keys)):
+        return None
+    return attention_mask_4d(queries.unsqueeze(0), keys, padding_mask)
 
 
 class GPT2(nn.Module):
@@ -212,7 +220,7 @@ class GPT2(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        positions: Tensor | None = None,
+        output_positions: Tensor | None = None,
         cache: KVCache | PrefixCache | None = None,
     ) -> Tensor:
         """Compute the hidden states after the last layer norm.
@@ -225,13 +233,13 @@ class GPT2(nn.Module):
                 Or a ready boolean mask (B, 1, T, N) over all keys, True where attention is allowed, together with
                 ``position_ids``.
             position_ids: (B, T), the positions of the tokens; by default they follow from ``attention_mask``.
-            positions: (B, R), the tokens whose hidden state is needed. The last block computes nothing else.
+            output_positions: (B, R), the tokens whose hidden state is needed. The last block computes nothing else.
             cache: keys and values of the tokens read before; ``input_ids`` are then the tokens that follow, and
                 ``attention_mask`` covers all of them, (B, read before + T).
 
         Returns:
-            (B, T, C), or (B, R, C) with ``positions``: one state for every token of the text, none for a prefix or a
-            soft prompt. Outputs at padding positions are undefined.
+            (B, T, C), or (B, R, C) with ``output_positions``: one state for every token of the text, none for a prefix
+            or a soft prompt. Outputs at padding positions are undefined.
 
         Raises:
             ValueError: more tokens than ``n_positions``, virtual ones and those read before included.
@@ -240,8 +248,14 @@ class GPT2(nn.Module):
         if cache is None or cache.length == 0:
             x, cache = self._prepend_virtual_tokens(x, cache)
         start = 0 if cache is None else cache.length  # tokens read before, virtual ones included
-        keys = torch.arange(self._check_length(start + x.size(1)), device=x.device)  # (N,)
-        mask, padding_mask = self._masks(attention_mask, keys, start)
+        N = start + x.size(1)
+        self._check_length(N)
+        keys = torch.arange(N, device=x.device)  # (N,)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask, padding_mask = attention_mask, None
+        else:
+            padding_mask = self._padding_mask(attention_mask)
+            mask = _block_mask(keys, start, padding_mask)
         if position_ids is None:
             counted = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
             position_ids = counted[..., start:]
@@ -249,33 +263,25 @@ class GPT2(nn.Module):
         x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
         for i in range(len(self.h) - 1):
             x = self._block(i, x, mask, None, cache)
-        if positions is None:
+        if output_positions is None:
             return self.ln_f(self._block(-1, x, mask, None, cache)[:, n_prompt:])
-        positions = positions + n_prompt
-        mask = attention_mask_4d(positions + start, keys, padding_mask)
-        return self.ln_f(self._block(-1, x, mask, positions, cache))
+        output_positions = output_positions + n_prompt
+        mask = attention_mask_4d(output_positions + start, keys, padding_mask)
+        return self.ln_f(self._block(-1, x, mask, output_positions, cache))
 
-    def _check_length(self, N: int) -> int:
-        """Return the number of tokens, and refuse more than the context has room for."""
+    def _check_length(self, N: int) -> None:
+        """Refuse more tokens than the context has room for."""
         if self.config.n_positions < N:
             virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
             raise ValueError(
                 f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}"
             )
-        return N
 
-    def _masks(self, attention_mask: Tensor | None, keys: Tensor, start: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the mask of the blocks, None where causal attention needs none, and the padding mask (B, N)."""
+    def _padding_mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Return ``attention_mask`` as booleans (B, N), with the virtual tokens, which every row has; None for None."""
         if attention_mask is None:
-            padding_mask = None
-        elif attention_mask.dim() == 4:
-            return attention_mask, None
-        else:
-            padding_mask = F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
-        queries = keys[start:]
-        if padding_mask is None and len(queries) in (1, len(keys)):
-            return None, None
-        return attention_mask_4d(queries.unsqueeze(0), keys, padding_mask), padding_mask
+            return None
+        return F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
 
     def _prepend_virtual_tokens(
         self, x: Tensor, cache: KVCache | PrefixCache | None
@@ -296,10 +302,10 @@ class GPT2(nn.Module):
         i: int,
         x: Tensor,
         mask: Tensor | None,
-        positions: Tensor | None,
+        output_positions: Tensor | None,
         cache: KVCache | PrefixCache | None,
     ) -> Tensor:
-        inputs = (x, mask, positions, None if cache is None else cache.layers[i])
+        inputs = (x, mask, output_positions, None if cache is None else cache.layers[i])
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.h[i], *inputs, use_reentrant=False)
         return self.h[i](*inputs)

@@ -22,8 +22,8 @@ from gpt2_pl.errors import InputError, listing, shorten
 from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, resolve, whole_file
 from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.utils.documents import read_json
 from gpt2_pl.utils.registry import class_path
+from gpt2_pl.utils.yaml_json import read_json
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask that old checkpoints carry

@@ -35,7 +35,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Model
     ("gpt2_pl/model.py", "mask = keys <= queries.unsqueeze(-1)", "mask = keys < queries.unsqueeze(-1)", "model"),
     ("gpt2_pl/model.py", "padding_mask.cumsum(-1) - 1", "padding_mask.cumsum(-1)", "model"),
-    ("gpt2_pl/model.py", "positions = positions + prompt_length", "pass", "virtual"),
+    ("gpt2_pl/model.py", "output_positions = output_positions + n_prompt", "pass", "virtual"),
     ("gpt2_pl/model.py", "std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual", "std = 0.02 if residual", "model"),
     ("gpt2_pl/kernels/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
     ("gpt2_pl/kernels/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
@@ -66,7 +66,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/checkpointing.py", "state[key] = _moved(state[key], own)", "pass", "resuming"),
     ("datamodules/batching.py", "range(self.next_batch(), len(batches))", "range(len(batches))", "accumulation"),
     ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
-    ("gpt2_pl/commands/run_dir.py", "self.config.ckpt_path = None", "pass", "resuming"),
+    ("gpt2_pl/commands/support/run_dir.py", "self.config.ckpt_path = None", "pass", "resuming"),
     # Optimizer steps and frozen bases
     ("gpt2_pl/tasks/accumulation.py", "trainer.world_size * trainer.accumulate_grad_batches / self", "trainer.world_size / self", "accumulation"),
     ("gpt2_pl/tasks/accumulation.py", "self._counts.pop()", "pass", "accumulation"),
@@ -77,7 +77,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/finetuning.py", "batch_idx - batch_idx % trainer.accumulate_grad_batches", "batch_idx", "accumulation"),
     ("gpt2_pl/tasks/base.py", "self.gpt2.set_dropout(0.0)", "pass", "frozen_base"),
     ("gpt2_pl/tasks/language_modeling.py", 'input_ids=batch["input_ids"],', "", "unlikelihood"),
-    ("gpt2_pl/commands/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "resuming"),
+    ("gpt2_pl/commands/support/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "resuming"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),
     ("gpt2_pl/filesystem.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "faults"),
     ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoints"),

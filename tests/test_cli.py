@@ -13,7 +13,7 @@ from conftest import ROOT, metrics, weights
 
 from gpt2_pl.callbacks import RunFolder
 from gpt2_pl.commands import main
-from gpt2_pl.commands.run_dir import RunLogger
+from gpt2_pl.commands.support.run_dir import RunLogger
 from gpt2_pl.datamodules.synthetic import toy_reviews
 from gpt2_pl.text.tokenizer import load_tokenizer
 

@@ -11,8 +11,8 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
 
 from gpt2_pl.commands import main
-from gpt2_pl.commands.config_merge import CommandLine
-from gpt2_pl.commands.messages import explain
+from gpt2_pl.commands.support.config_merge import CommandLine
+from gpt2_pl.commands.support.messages import explain
 from gpt2_pl.errors import InputError
 
 CONFIGS = ROOT / "configs"

@@ -55,8 +55,8 @@ def test_hidden_states_are_those_of_the_cpu(model, side, surgery):
     with torch.no_grad():
         here, there = model(ids, mask), on_gpu(ids.cuda(), mask.cuda()).cpu()
         torch.testing.assert_close(there[mask.bool()], here[mask.bool()], atol=1e-4, rtol=1e-4)
-        there = on_gpu(ids.cuda(), mask.cuda(), positions=at.cuda()).cpu()
-        torch.testing.assert_close(there, model(ids, mask, positions=at), atol=1e-4, rtol=1e-4)
+        there = on_gpu(ids.cuda(), mask.cuda(), output_positions=at.cuda()).cpu()
+        torch.testing.assert_close(there, model(ids, mask, output_positions=at), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -63,7 +63,7 @@ def test_verbaliser_equals_the_language_model(base):
     mask[1, 5:], mask[2, 1:] = 0, 0
     head = Verbalizer([7, 300])
     with torch.no_grad():
-        logits = head(ours(ids, positions=last_text_position(mask)).squeeze(1), ours.wte.weight)
+        logits = head(ours(ids, output_positions=last_text_position(mask)).squeeze(1), ours.wte.weight)
         for i in range(3):
             expected = theirs(ids[i : i + 1, : mask[i].sum()]).logits[0, -1, [7, 300]]
             torch.testing.assert_close(logits[0, i], expected, atol=1e-5, rtol=0)

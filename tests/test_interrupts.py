@@ -94,7 +94,7 @@ def test_ctrl_c_in_other_commands_is_one_line_and_leaves_nothing(command, run, c
 def test_ctrl_c_that_a_destructor_swallows_is_raised_again():
     done = python("""
 import os, signal, time
-from gpt2_pl.commands.process import interrupts
+from gpt2_pl.commands.support.process import interrupts
 interrupts.install()
 class Finalized:
     def __del__(self):
@@ -115,7 +115,7 @@ except KeyboardInterrupt:
 def test_second_ctrl_c_ends_at_once_with_the_line():
     done = python("""
 import os, signal, time
-from gpt2_pl.commands.process import interrupts
+from gpt2_pl.commands.support.process import interrupts
 interrupts.install()
 interrupts.advice = lambda: "; go on"
 try:

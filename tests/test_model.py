@@ -59,7 +59,7 @@ def test_classification_logits_equal_transformers(tmp_path):
     for row, length in enumerate((17, 5, 1, 9)):
         ids[row, length:], mask[row, length:] = 0, 0
     with torch.no_grad():
-        features = ours(ids, positions=last_text_position(mask)).squeeze(1)
+        features = ours(ids, output_positions=last_text_position(mask)).squeeze(1)
         logits = features @ theirs.score.weight.T
         torch.testing.assert_close(logits, theirs(ids, attention_mask=mask).logits, atol=1e-4, rtol=0)
 
@@ -91,7 +91,7 @@ def test_reading_at_positions_equals_reading_everything(model, masked):
     if mask is not None:
         mask[0, :4] = 0
     at = torch.tensor([[10, 4], [3, 3], [0, 9]])
-    whole, part = model(ids, mask), model(ids, mask, positions=at)
+    whole, part = model(ids, mask), model(ids, mask, output_positions=at)
     torch.testing.assert_close(part, gather_positions(whole, at), atol=1e-5, rtol=0)
     gradients = [
         torch.autograd.grad(x.square().sum(), model.h[0].attn.c_attn.weight)[0]

@@ -5,7 +5,7 @@ import yaml
 from conftest import ROOT, metrics
 from test_cli import refused
 
-from gpt2_pl.commands.config_merge import CommandLine, check_order
+from gpt2_pl.commands.support.config_merge import CommandLine, check_order
 from gpt2_pl.errors import InputError
 
 CONFIGS = ROOT / "configs"

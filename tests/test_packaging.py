@@ -13,7 +13,7 @@ from transformers import GPT2ForSequenceClassification
 
 import gpt2_pl
 from gpt2_pl.commands import main
-from gpt2_pl.commands.process import program
+from gpt2_pl.commands.support.process import program
 from gpt2_pl.configs import config_path, packaged_configs
 from gpt2_pl.errors import InputError
 

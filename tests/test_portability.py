@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, metrics
 
 from gpt2_pl import filesystem
-from gpt2_pl.commands import config_merge
+from gpt2_pl.commands.support import config_merge
 from gpt2_pl.errors import InputError
 from gpt2_pl.utils import machine
 

@@ -157,7 +157,7 @@ def test_a_rank_whose_launcher_is_killed_before_they_meet_ends(tmp_path):
 
 RANK = """
 import os, subprocess, sys, time
-from gpt2_pl.commands.process import LAUNCHER, watch_launcher
+from gpt2_pl.commands.support.process import LAUNCHER, watch_launcher
 if sys.argv[1] == "launcher":
     names = {"torchrun": {"TORCHELASTIC_RUN_ID": "x"}, "lightning": {LAUNCHER: str(os.getpid())}, "none": {}}
     environment = {**os.environ, "LOCAL_RANK": "1", **names[sys.argv[2]]}

@@ -11,7 +11,7 @@ from test_cli import CONFIGS, refused
 from test_end_of_training import TINY
 
 from gpt2_pl.commands import main
-from gpt2_pl.commands.training_checks import check_optimizer
+from gpt2_pl.commands.support.training_checks import check_optimizer
 from gpt2_pl.errors import InputError
 
 SST5 = ["--config", CONFIGS / "task/sst5.yaml", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]

@@ -68,11 +68,11 @@ def test_pooling_skips_virtual_tokens(model):
 def test_positions_asked_for(model):
     at = torch.tensor([[6, 0], [10, 4], [3, 3]])
     torch.testing.assert_close(
-        model(IDS, MASK, positions=at), gather_positions(model(IDS, MASK), at), atol=1e-5, rtol=1e-5
+        model(IDS, MASK, output_positions=at), gather_positions(model(IDS, MASK), at), atol=1e-5, rtol=1e-5
     )
     at = last_text_position(MASK)
     torch.testing.assert_close(
-        model(IDS, positions=at)[::2], gather_positions(model(IDS), at)[::2], atol=1e-5, rtol=1e-5
+        model(IDS, output_positions=at)[::2], gather_positions(model(IDS), at)[::2], atol=1e-5, rtol=1e-5
     )
 
 

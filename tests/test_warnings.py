@@ -5,7 +5,7 @@ import warnings
 import pytest
 from conftest import ROOT
 
-from gpt2_pl.commands.process import shorten_warnings
+from gpt2_pl.commands.support.process import shorten_warnings
 
 QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "40", "--trainer.limit_train_batches=1"]
 

@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gpt2_pl.commands.process import guard_streams, interrupts, output_failure, shorten_warnings, watch_launcher
+from gpt2_pl.commands.support.process import guard_streams, interrupts, output_failure, shorten_warnings, watch_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from gpt2_pl.commands.parser import Arguments, best_checkpoint
+from gpt2_pl.commands.support.parser import Arguments, best_checkpoint
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.filesystem import check_new, whole_file
 from gpt2_pl.kernels.attention import set_cudnn_sdp

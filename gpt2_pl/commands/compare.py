@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from gpt2_pl.commands.parser import Arguments, similar_run
+from gpt2_pl.commands.support.parser import Arguments, similar_run
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.report import (
@@ -26,7 +26,7 @@ from gpt2_pl.experiments.report import (
 )
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.filesystem import check_place, existing_file, whole_file
-from gpt2_pl.utils.documents import read_yaml
+from gpt2_pl.utils.yaml_json import read_yaml
 
 
 def main(args: list[str]) -> None:

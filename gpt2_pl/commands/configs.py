@@ -7,8 +7,8 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from gpt2_pl.commands.parser import Arguments
-from gpt2_pl.commands.process import program
+from gpt2_pl.commands.support.parser import Arguments
+from gpt2_pl.commands.support.process import program
 from gpt2_pl.configs import KINDS, config_path, description, packaged_configs
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import check_place

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.commands.parser import Arguments, best_checkpoint
+from gpt2_pl.commands.support.parser import Arguments, best_checkpoint
 from gpt2_pl.errors import InputError, describe_failure, listing, printable
 from gpt2_pl.filesystem import check_new, room, whole_file
 from gpt2_pl.text.tokenizer import END_OF_TEXT
-from gpt2_pl.utils.documents import read_json
 from gpt2_pl.utils.registry import class_path
+from gpt2_pl.utils.yaml_json import read_json
 
 if TYPE_CHECKING:
     from gpt2_pl.heads import ClassificationHead

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt2_pl.commands.parser import Arguments, best_checkpoint
+from gpt2_pl.commands.support.parser import Arguments, best_checkpoint
 from gpt2_pl.errors import InputError, printable, shorten
 from gpt2_pl.filesystem import check_new, existing_file, read_text, whole_file
 

@@ -51,7 +51,7 @@ from gpt2_pl.callbacks import (
     WholeCheckpoints,
     run_folder,
 )
-from gpt2_pl.commands.config_merge import (
+from gpt2_pl.commands.support.config_merge import (
     CommandLine,
     check_name,
     check_order,
@@ -61,10 +61,10 @@ from gpt2_pl.commands.config_merge import (
     run_of,
     with_hyperparameters,
 )
-from gpt2_pl.commands.dumps import NOTES, readable
-from gpt2_pl.commands.process import LAUNCHER, interrupts, program, rank
-from gpt2_pl.commands.run_dir import RunFiles, RunLogger
-from gpt2_pl.commands.training_checks import check_optimizer, check_processes, check_training
+from gpt2_pl.commands.support.dumps import NOTES, readable
+from gpt2_pl.commands.support.process import LAUNCHER, interrupts, program, rank
+from gpt2_pl.commands.support.run_dir import RunFiles, RunLogger
+from gpt2_pl.commands.support.training_checks import check_optimizer, check_processes, check_training
 from gpt2_pl.errors import InputError, causes, describe_failure, printable
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.run_lock import RunLock
@@ -73,8 +73,8 @@ from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.averaging import blocks_resuming
-from gpt2_pl.utils.documents import check_yaml
 from gpt2_pl.utils.registry import class_path
+from gpt2_pl.utils.yaml_json import check_yaml
 
 _load_yaml = jsonargparse.get_loader("yaml")
 
@@ -124,7 +124,7 @@ class Parser(LightningArgumentParser):
         """Print nothing."""
 
     def dump(self, namespace: Any, *args: Any, **kwargs: Any) -> str:
-        """Dump a configuration so that it can be read back; see :func:`gpt2_pl.commands.dumps.readable`."""
+        """Dump a configuration so that it can be read back; see :func:`gpt2_pl.commands.support.dumps.readable`."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=NOTES)
             text = super().dump(namespace, *args, **kwargs)
@@ -250,7 +250,7 @@ class GPT2CLI(LightningCLI):
         Raises:
             InputError: naming the file, the key and the nearest name.
         """
-        from gpt2_pl.commands.messages import check_keys, explain
+        from gpt2_pl.commands.support.messages import check_keys, explain
 
         own = self._parser(self.line.command)
         check_keys(self.line, own)
@@ -347,7 +347,7 @@ class GPT2CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; a number of classes that is not the data's is refused."""
-        from gpt2_pl.commands.messages import explain_instantiation
+        from gpt2_pl.commands.support.messages import explain_instantiation
 
         try:
             super().instantiate_classes()
@@ -472,7 +472,7 @@ class GPT2CLI(LightningCLI):
                 print(f"gpt2-pl: stopped by SIGTERM{self._resume_advice()}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:
-            from gpt2_pl.commands.messages import explain_fault, explain_use
+            from gpt2_pl.commands.support.messages import explain_fault, explain_use
 
             fault = explain_fault(error, self.line)
             if fault is not None and (isinstance(error, MisconfigurationException) or describe_failure(error)):

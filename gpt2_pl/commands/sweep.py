@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from gpt2_pl.commands import main as run_command
-from gpt2_pl.commands.parser import Arguments
-from gpt2_pl.commands.process import program
+from gpt2_pl.commands.support.parser import Arguments
+from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.sweep.config import Plan

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.experiments.inference import Score, confusion_scores, loss_scores
-from gpt2_pl.utils.documents import read_json, read_yaml
+from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
 RUNS = Path("lightning_logs")  # the folder of runs, below the working folder
 

@@ -26,7 +26,7 @@ from gpt2_pl.pretrained import write_tensors
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, plain_layer
 from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
-from gpt2_pl.utils.documents import read_json
+from gpt2_pl.utils.yaml_json import read_json
 
 if TYPE_CHECKING:
     import os

@@ -136,7 +136,7 @@ class Classifier(Task):
         mask = batch["attention_mask"]
         needed = None if "row" in batch else mask  # right padding needs none, and our datamodules pad there
         if self.pooling == "last":
-            return self.core(batch["input_ids"], needed, positions=last_text_position(mask)).squeeze(1)
+            return self.core(batch["input_ids"], needed, output_positions=last_text_position(mask)).squeeze(1)
         return pool(self.core(batch["input_ids"], needed), mask, self.pooling, self.mix)
 
     def forward(self, batch: Batch, split: str | None = None) -> Tensor:

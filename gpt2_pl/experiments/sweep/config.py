@@ -15,7 +15,7 @@ from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.experiments.sweep.run import PlannedRun
 from gpt2_pl.filesystem import existing_file
-from gpt2_pl.utils.documents import read_yaml
+from gpt2_pl.utils.yaml_json import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+,=-]{0,198}[A-Za-z0-9_+,=-])?")  # Windows drops dots at the end
 _KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")

@@ -12,7 +12,7 @@ from typing import Any
 from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.run import RUNS
-from gpt2_pl.utils.documents import read_json
+from gpt2_pl.utils.yaml_json import read_json
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.sweep.config import Arm, as_flags
 from gpt2_pl.experiments.sweep.run import PlannedRun
 from gpt2_pl.filesystem import whole_file
-from gpt2_pl.utils.documents import read_json
+from gpt2_pl.utils.yaml_json import read_json
 
 
 def journal(arm: Arm) -> Path:

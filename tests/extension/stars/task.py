@@ -41,7 +41,7 @@ class StarRegressor(Task):
 
     def forward(self, batch):
         last = batch["attention_mask"].sum(1, keepdim=True) - 1
-        return self.head(self.core(batch["input_ids"], positions=last).squeeze(1)).squeeze(-1)
+        return self.head(self.core(batch["input_ids"], output_positions=last).squeeze(1)).squeeze(-1)
 
     def _step(self, batch, split):
         rating = self(batch)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2_pl.commands.plugins import import_plugin
+from gpt2_pl.commands.support.plugins import import_plugin
 from gpt2_pl.errors import InputError, did_you_mean, nearest
 from gpt2_pl.experiments.run import RUNS
 

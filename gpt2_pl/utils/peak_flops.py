@@ -1,4 +1,4 @@
-"""How close training comes to what the machine could do."""
+"""What a machine could compute at most, beside which training is measured."""
 
 from __future__ import annotations
 

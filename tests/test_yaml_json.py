@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.utils.documents import MAX_DEPTH, check_yaml, load_yaml, read_json, read_yaml
+from gpt2_pl.utils.yaml_json import MAX_DEPTH, check_yaml, load_yaml, read_json, read_yaml
 
 LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)

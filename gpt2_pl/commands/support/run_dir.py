@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
-from gpt2_pl.commands.process import interrupts
+from gpt2_pl.commands.support.process import interrupts
 from gpt2_pl.filesystem import whole_file
 
 

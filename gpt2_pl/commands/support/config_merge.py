@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gpt2_pl.commands.plugins import CLASS_MODULES, add_working_folder, import_class, import_plugin
+from gpt2_pl.commands.support.plugins import CLASS_MODULES, add_working_folder, import_class, import_plugin
 from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.run import RUNS
@@ -18,7 +18,7 @@ from gpt2_pl.filesystem import existing_file
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.checkpoint import read
-from gpt2_pl.utils.documents import DuplicateKeyError, load_yaml, read_yaml
+from gpt2_pl.utils.yaml_json import DuplicateKeyError, load_yaml, read_yaml
 
 
 class Source(NamedTuple):

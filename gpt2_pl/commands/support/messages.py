@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gpt2_pl.commands.config_merge import CommandLine
-from gpt2_pl.commands.plugins import CLASS_MODULES, nearest_class
+from gpt2_pl.commands.support.config_merge import CommandLine
+from gpt2_pl.commands.support.plugins import CLASS_MODULES, nearest_class
 from gpt2_pl.errors import (
     OF_THE_MACHINE,
     InputError,

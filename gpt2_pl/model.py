@@ -251,9 +251,8 @@ class GPT2(nn.Module):
         N = start + x.size(1)
         self._check_length(N)
         keys = torch.arange(N, device=x.device)  # (N,)
-        if attention_mask is not None and attention_mask.dim() == 4:
-            mask, padding_mask = attention_mask, None
-        else:
+        mask, padding_mask = attention_mask, None
+        if attention_mask is None or attention_mask.dim() != 4:
             padding_mask = self._padding_mask(attention_mask)
             mask = _block_mask(keys, start, padding_mask)
         if position_ids is None:

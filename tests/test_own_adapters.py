@@ -261,7 +261,7 @@ class Plain(Task):
 
     def forward(self, batch):
         last = batch["attention_mask"].sum(1, keepdim=True) - 1
-        return self.scores(self.core(batch["input_ids"], positions=last).squeeze(1))
+        return self.scores(self.core(batch["input_ids"], output_positions=last).squeeze(1))
 
     def training_step(self, batch, batch_idx):
         losses = nn.functional.cross_entropy(self(batch), batch["labels"], reduction="none")

@@ -214,6 +214,7 @@ def test_configs_without_a_file_of_that_name_names_the_list(capsys):
         ("cli.py", ["python", "cli.py"]),
         ("../lib/cli.py", ["python", "../lib/cli.py"]),
         ("/site/gpt2_pl/__main__.py", ["python", "-m", "gpt2_pl"]),
+        ("/site/other/__main__.py", ["gpt2-pl"]),
     ],
 )
 def test_program_is_the_one_that_was_started(started, words, monkeypatch):

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _READER_LEFT = {errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET}  # of a pipe, a terminal, a socket
@@ -24,10 +25,10 @@ _POLL = 1.0  # seconds
 
 def program() -> list[str]:
     """Return the words that start this program as it was started: from a checkout, as a module, or installed."""
-    started = sys.argv[0]
-    if os.path.basename(started) == "cli.py":
-        return ["python", started]
-    if os.path.basename(started) == "__main__.py":
+    started = Path(sys.argv[0])
+    if started.name == "cli.py":
+        return ["python", sys.argv[0]]
+    if started.parts[-2:] == ("gpt2_pl", "__main__.py"):
         return ["python", "-m", "gpt2_pl"]
     return ["gpt2-pl"]
 

@@ -157,6 +157,11 @@ def describe_failure(error: BaseException) -> str | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that there is no memory left, on the machine or on a device."""
+    return _describe_memory(error) is not None
+
+
 def _describe_memory(error: BaseException) -> str | None:
     text, where, advice = str(error), "", ""
     if isinstance(error, RuntimeError):  # torch's and other libraries' in C++

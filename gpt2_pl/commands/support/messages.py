@@ -25,6 +25,7 @@ from gpt2_pl.errors import (
     describe_failure,
     did_you_mean,
     error_number,
+    is_out_of_memory,
     shorten,
 )
 from gpt2_pl.tasks.checkpoint import arguments
@@ -147,7 +148,7 @@ def explain_fault(error: Exception, line: CommandLine) -> str | None:
         The line; None where the exception does not come from code of the user's own, or is a failure of the machine.
     """
     fault = find_fault(error)
-    if fault is None or any(isinstance(c, MemoryError) or error_number(c) in OF_THE_MACHINE for c in causes(error)):
+    if fault is None or any(is_out_of_memory(c) or error_number(c) in OF_THE_MACHINE for c in causes(error)):
         return None
     for cls in map(type, fault.objects):
         if where := _stating_class(line, cls.__name__):

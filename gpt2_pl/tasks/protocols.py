@@ -13,10 +13,11 @@ from gpt2_pl.utils.registry import class_path
 
 
 class RowTable(NamedTuple):
-    """What a task has to say of every row of a split, to be written as ``<name>_<split>.csv``.
+    """A task's outputs for the rows of a split, to be written as ``<name>_<split>.csv``.
 
-    A column that has the name of one of the task's metrics holds every row's value of it, whose mean is the score:
-    :mod:`~gpt2_pl.experiments` computes intervals from such columns.
+    ``gpt2-pl compare`` computes intervals from a table named ``predictions`` with the columns ``text``, ``label`` and
+    ``prediction``: from the classes where there are columns ``p(<class>)``, otherwise from the columns that have the
+    names of the task's metrics. Such a column holds the metric of every row, and its mean is the score.
 
     Args:
         name: of the file, such as ``predictions``.

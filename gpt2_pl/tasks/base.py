@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError, listing
 from gpt2_pl.filesystem import resolve
-from gpt2_pl.metrics import MetricInfo
+from gpt2_pl.metrics import Gathered, MetricInfo
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
@@ -542,9 +542,20 @@ class Task(Registered, CheckpointedModule):
         self._logged.discard("train")
 
     def on_validation_epoch_start(self) -> None:
-        """The scores of another evaluation."""
+        """Start the scores and the rows' outputs of an evaluation anew."""
         self._logged.discard("val")
+        self._reset_row_outputs()
 
     def on_test_epoch_start(self) -> None:
-        """The scores of another evaluation."""
+        """Start the scores and the rows' outputs of an evaluation anew."""
         self._logged.discard("test")
+        self._reset_row_outputs()
+
+    def on_predict_epoch_start(self) -> None:
+        """Start the rows' outputs anew."""
+        self._reset_row_outputs()
+
+    def _reset_row_outputs(self) -> None:
+        for metric in self.children():
+            if isinstance(metric, Gathered):
+                metric.reset()

@@ -249,20 +249,6 @@ class Classifier(Task):
         """Start the confusion matrix anew, once callbacks have had it."""
         self._reset_confusion("train")
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the outcomes of the evaluation before."""
-        super().on_validation_epoch_start()
-        self.outcomes.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the outcomes of the evaluation before."""
-        super().on_test_epoch_start()
-        self.outcomes.reset()
-
-    def on_predict_epoch_start(self) -> None:
-        """Forget the outcomes of the evaluation before."""
-        self.outcomes.reset()
-
     def on_validation_epoch_end(self) -> None:
         """Start the confusion matrix anew, once callbacks have had it."""
         self._reset_confusion("val")

@@ -90,16 +90,6 @@ class PoemGenerator(LanguageModel):
         """Enter a batch in the test metrics."""
         self._evaluation_step(batch, "test")
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the outcomes of the evaluation before."""
-        super().on_validation_epoch_start()
-        self.outcomes.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the outcomes of the evaluation before."""
-        super().on_test_epoch_start()
-        self.outcomes.reset()
-
     def write(self, poems: list[Poem]) -> list[Poem]:
         """Continue the openings of poems, each from a seed of its own, its number.
 

@@ -69,17 +69,6 @@ class StarRegressor(Task):
         self.outcomes.update(row=batch["row"], label=torch.full_like(batch["row"], -1), rating=rating)
         return rating
 
-    def on_validation_epoch_start(self):
-        super().on_validation_epoch_start()
-        self.outcomes.reset()
-
-    def on_test_epoch_start(self):
-        super().on_test_epoch_start()
-        self.outcomes.reset()
-
-    def on_predict_epoch_start(self):
-        self.outcomes.reset()
-
     # For callbacks and commands
 
     def row_table(self, split):

@@ -19,9 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import torch
+from helpers import forked
 
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules.synthetic import toy_pairs, toy_reviews

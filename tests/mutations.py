@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it becomes, the tests to ask
     # Losses
-    ("gpt2_pl/losses.py", "total = -log_likelihood.sum()", "total = log_likelihood.sum()", "language_model"),
+    ("gpt2_pl/losses.py", "total = -log_likelihood.sum()", "total = log_likelihood.sum()", "language_modeling"),
     ("gpt2_pl/losses.py", "return total + alpha * unlikelihood", "return total + unlikelihood", "unlikelihood"),
     ("gpt2_pl/losses.py", "odds = (alpha * p / (1.0 - p))", "odds = (alpha * p)", "unlikelihood"),
     ("gpt2_pl/losses.py", ".scatter_add_(-1, candidates, odds)", "", "unlikelihood"),
-    ("gpt2_pl/losses.py", "grad_weight += (gradient.T @ states)[:V]", "grad_weight = (gradient.T @ states)[:V]", "language_model"),
+    ("gpt2_pl/losses.py", "grad_weight += (gradient.T @ states)[:V]", "grad_weight = (gradient.T @ states)[:V]", "language_modeling"),
     ("gpt2_pl/losses.py", "& usable.unsqueeze(1) & ~is_target", "& usable.unsqueeze(1)", "unlikelihood"),
     ("gpt2_pl/losses.py", "counts &= j > t - window", "counts &= j >= t - window", "unlikelihood"),
     ("gpt2_pl/losses.py", "& (following.unsqueeze(1) > t)", "", "unlikelihood"),
@@ -35,7 +35,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Model
     ("gpt2_pl/model.py", "mask = keys <= queries.unsqueeze(-1)", "mask = keys < queries.unsqueeze(-1)", "model"),
     ("gpt2_pl/model.py", "padding_mask.cumsum(-1) - 1", "padding_mask.cumsum(-1)", "model"),
-    ("gpt2_pl/model.py", "output_positions = output_positions + n_prompt", "pass", "virtual"),
+    ("gpt2_pl/model.py", "output_positions = output_positions + n_prompt", "pass", "virtual_tokens"),
     ("gpt2_pl/model.py", "std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual", "std = 0.02 if residual", "model"),
     ("gpt2_pl/kernels/attention.py", "ctx.scale = q.size(-1) ** -0.5", "ctx.scale = q.size(-1) ** -1.0", "attention"),
     ("gpt2_pl/kernels/attention.py", "grad = (grad * ctx.scale).to", "grad = grad.to", "attention"),
@@ -50,23 +50,23 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/surgery/lora.py", "factors[third] = magnitude / norms[third]", "factors[third] = magnitude", "lora"),
     ("gpt2_pl/surgery/lora.py", "F.linear(low * self.scaling, self.lora_B)", "F.linear(low, self.lora_B)", "lora"),
     ("gpt2_pl/surgery/lora.py", "        freeze_base(model)\n        return model\n\n    def _chosen_layers", "        return model\n\n    def _chosen_layers", "lora"),
-    ("gpt2_pl/surgery/virtual_tokens.py", "return table.permute(1, 2, 3, 0, 4)", "return table.permute(1, 2, 3, 0, 4).flip(1)", "virtual"),
-    ("gpt2_pl/surgery/virtual_tokens.py", "prefix.table.copy_(_keys_and_values(model, ids.to(device)))", "pass", "virtual"),
-    ("gpt2_pl/tasks/base.py", "with torch.random.fork_rng(devices=[]):", "if True:", "ranks strategies virtual"),
-    ("callbacks/finetuning.py", "parameter.requires_grad_(i <= stage)", "parameter.requires_grad_(i < stage)", "layers strategies"),
-    ("callbacks/finetuning.py", "progress = epoch + batch / n_batches", "progress = epoch", "layers strategies"),
+    ("gpt2_pl/surgery/virtual_tokens.py", "return table.permute(1, 2, 3, 0, 4)", "return table.permute(1, 2, 3, 0, 4).flip(1)", "virtual_tokens"),
+    ("gpt2_pl/surgery/virtual_tokens.py", "prefix.table.copy_(_keys_and_values(model, ids.to(device)))", "pass", "virtual_tokens"),
+    ("gpt2_pl/tasks/base.py", "with torch.random.fork_rng(devices=[]):", "if True:", "ranks strategies virtual_tokens"),
+    ("callbacks/finetuning.py", "parameter.requires_grad_(i <= stage)", "parameter.requires_grad_(i < stage)", "finetuning strategies"),
+    ("callbacks/finetuning.py", "progress = epoch + batch / n_batches", "progress = epoch", "finetuning strategies"),
     # Optimizer, schedules
     ("gpt2_pl/optim.py", "1.0 - lr * group", "1.0 + lr * group", "optim"),
     ("gpt2_pl/optim.py", "math.sqrt(1.0 - beta2**step)", "1.0", "optim"),
     ("gpt2_pl/optim.py", "return max(0.0, 1.0 - step / total)", "return 1.0 - 0.5 * step / total", "optim"),
     ("gpt2_pl/optim.py", 'and not name.endswith("wpe.weight")', "", "optim"),
     # Resuming
-    ("callbacks/checkpointing.py", "if trainer.is_last_batch or (every", "if (every", "resuming faults"),
-    ("callbacks/checkpointing.py", "trainer.should_stop = True", "pass", "resuming"),
-    ("callbacks/checkpointing.py", "state[key] = _moved(state[key], own)", "pass", "resuming"),
+    ("callbacks/checkpointing.py", "if trainer.is_last_batch or (every", "if (every", "checkpointing faults"),
+    ("callbacks/checkpointing.py", "trainer.should_stop = True", "pass", "checkpointing"),
+    ("callbacks/checkpointing.py", "state[key] = _moved(state[key], own)", "pass", "checkpointing"),
     ("datamodules/batching.py", "range(self.next_batch(), len(batches))", "range(len(batches))", "accumulation"),
-    ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes data"),
-    ("gpt2_pl/commands/support/run_dir.py", "self.config.ckpt_path = None", "pass", "resuming"),
+    ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes classification_data"),
+    ("gpt2_pl/commands/support/run_dir.py", "self.config.ckpt_path = None", "pass", "checkpointing"),
     # Optimizer steps and frozen bases
     ("gpt2_pl/tasks/accumulation.py", "trainer.world_size * trainer.accumulate_grad_batches / self", "trainer.world_size / self", "accumulation"),
     ("gpt2_pl/tasks/accumulation.py", "self._counts.pop()", "pass", "accumulation"),
@@ -77,17 +77,17 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/finetuning.py", "batch_idx - batch_idx % trainer.accumulate_grad_batches", "batch_idx", "accumulation"),
     ("gpt2_pl/tasks/base.py", "self.gpt2.set_dropout(0.0)", "pass", "frozen_base"),
     ("gpt2_pl/tasks/language_modeling.py", 'input_ids=batch["input_ids"],', "", "unlikelihood"),
-    ("gpt2_pl/commands/support/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "resuming"),
-    ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "resuming checkpoints"),
+    ("gpt2_pl/commands/support/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "checkpointing"),
+    ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "checkpointing checkpoint"),
     ("gpt2_pl/filesystem.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "faults"),
-    ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoints"),
+    ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoint"),
     # Scores and statistics
     ("gpt2_pl/tasks/base.py", "self._logged.clear()", "pass", "sentiment"),
-    ("gpt2_pl/experiments/inference.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "statistics"),
-    ("gpt2_pl/experiments/inference.py", "p = min(1.0, 2 * min(", "p = min(1.0, min(", "statistics"),
-    ("gpt2_pl/experiments/inference.py", "f1.sum(-1) / seen.sum(-1)", "f1.mean(-1)", "statistics"),
+    ("gpt2_pl/experiments/inference.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "inference"),
+    ("gpt2_pl/experiments/inference.py", "p = min(1.0, 2 * min(", "p = min(1.0, min(", "inference"),
+    ("gpt2_pl/experiments/inference.py", "f1.sum(-1) / seen.sum(-1)", "f1.mean(-1)", "inference"),
     ("gpt2_pl/metrics.py", "scores[upper <= lower] = -1.0", "pass", "paraphrase heads"),
-    ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "sonnets"),
+    ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "poetry"),
     # Generation
     ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "generation"),
     ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
@@ -114,7 +114,7 @@ def main() -> int:
             if whole.count(old) != 1:
                 raise SystemExit(f"{name} holds {old!r} {whole.count(old)} times; it must be there once")
             (copy / name).write_text(whole.replace(old, new))
-            noticed = any(_fails(copy, f"tests/test_{test}.py") for test in tests.split())
+            noticed = any(_fails(copy, str(next(copy.rglob(f"test_{test}.py")))) for test in tests.split())
             (copy / name).write_text(whole)
             unnoticed += not noticed
             print(f"{'noticed' if noticed else 'UNNOTICED':9}  {name}: {old!r} -> {new!r}", flush=True)

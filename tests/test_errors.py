@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from helpers.refusals import refused
+from helpers.runs import fake_run
 from safetensors.torch import load_file, save_file
-from test_cli import refused
-from test_compare import fake_run
 
 from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError, RunError, printable, shorten

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 from conftest import ROOT
-from forked import Forked, run
+from helpers.forked import Forked, run
 
 SCRIPT = """
 import os, sys, threading

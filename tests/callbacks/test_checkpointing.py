@@ -1,0 +1,321 @@
+"""Runs that go on: in their own folder, with the best checkpoint and the patience that they had."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, metrics, weights
+from helpers.refusals import refused
+
+from gpt2_pl.callbacks import RunSummary, WholeCheckpoints
+from gpt2_pl.tasks import SentimentClassifier
+
+QUICK = [
+    "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--trainer.precision=32-true",
+    "--model.optimizer.init_args.lr=1e-3",
+]  # fmt: skip
+
+
+def same_checkpoint(a, b):
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def outcome(folder):
+    """What of an account two equal runs share."""
+    account = metrics(folder)
+    return {key: account[key] for key in ("status", "scores", "epochs", "parameters", "steps", "seed")}
+
+
+def test_it_goes_on_in_its_own_folder(run):
+    whole = run(*QUICK, "--trainer.max_epochs=3", "--name=whole")
+    half = run(
+        *QUICK, "--trainer.max_epochs=3", "--name=half", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1"
+    )
+    half_account = metrics(half)
+    assert len(half_account["epochs"]) == 1
+    resumed = run(*QUICK, "--trainer.max_epochs=3", f"--ckpt_path={half}/checkpoints/last.ckpt")
+    assert resumed == half
+    assert outcome(resumed) == outcome(whole)
+    for name in ("best.ckpt", "last.ckpt"):
+        assert same_checkpoint(whole / "checkpoints" / name, half / "checkpoints" / name)
+    assert [path.name for path in half.parent.iterdir()] == ["version_0"]
+
+
+def test_the_best_epoch_may_lie_before_the_stop(run):
+    """The rate that follows the first epoch ruins the model: the best checkpoint is the first epoch's."""
+    ruin = ["--model.schedule=gpt2_pl.optim.Constant", "--trainer.max_epochs=3", "--model.optimizer.init_args.lr=0.3"]
+    whole = run(*QUICK, *ruin, "--name=whole")
+    half = run(*QUICK, *ruin, "--name=half", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=2")
+    assert len(metrics(half)["epochs"]) == 2
+    elsewhere = run(*QUICK, *ruin, "--name=elsewhere", f"--ckpt_path={half}/checkpoints/last.ckpt")
+    assert elsewhere.parent.name == "elsewhere"
+    resumed = run(*QUICK, *ruin, f"--ckpt_path={half}/checkpoints/last.ckpt")
+    for folder in (elsewhere, resumed):
+        assert outcome(folder) == outcome(whole)
+        assert same_checkpoint(whole / "checkpoints/best.ckpt", folder / "checkpoints/best.ckpt")
+
+
+@pytest.fixture
+def stopped(run):
+    """A run that was stopped after its first epoch of two."""
+    return run(*QUICK, "--trainer.max_epochs=2", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1")
+
+
+def changed(file, change):
+    """Write a checkpoint again, its content changed in place."""
+    content = torch.load(file, weights_only=True)
+    change(content)
+    torch.save(content, file)
+
+
+def test_a_checkpoint_cannot_have_files_of_others_copied(stopped, run, tmp_path):
+    secret = tmp_path / "secret"
+    (secret / "checkpoints").mkdir(parents=True)
+    for name in ("checkpoints/id_rsa", "checkpoints/best.ckpt", "salaries_val.csv", "predictions_val.csv"):
+        (secret / name).write_text("secret")
+    (stopped / "predictions_val.csv").unlink()
+    (stopped / "predictions_val.csv").symlink_to(secret / "salaries_val.csv")
+    (stopped / "salaries_val.csv").write_text("secret")
+    for name in ("id_rsa", "best.ckpt"):
+
+        def change(content, name=name):
+            for key, state in content["callbacks"].items():
+                if key.startswith("RunCheckpoint"):
+                    best = str(secret / "checkpoints" / name)
+                    state.update(dirpath=str(secret / "checkpoints"), best_model_path=best, best_k_models={best: 1.0})
+
+        changed(stopped / "checkpoints/last.ckpt", change)
+        more = [f"--name={name}", f"--ckpt_path={stopped}/checkpoints/last.ckpt"]
+        folder = run(*QUICK, "--trainer.max_epochs=2", *more)
+        assert folder.parent.name == name
+        assert metrics(folder)["status"] == "finished"
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert b"secret" not in path.read_bytes().replace(str(secret).encode(), b""), path
+    assert not (folder / "salaries_val.csv").exists()
+
+
+def test_a_best_checkpoint_that_is_none_is_not_copied(stopped, run, capsys):
+    (stopped / "checkpoints/best.ckpt").write_text("secret")
+    more = ["--name=elsewhere", f"--ckpt_path={stopped}/checkpoints/last.ckpt"]
+    line = refused(run, capsys, *QUICK, "--trainer.max_epochs=2", *more)
+    assert "best.ckpt is not a checkpoint of this library" in line
+    assert not list(stopped.parents[1].glob("elsewhere/*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "epoch_progress.total is missing"),
+        (lambda content: content["optimizer_states"][0].update(param_groups=[]), "param_groups must be a list of"),
+        (lambda content: content.pop("optimizer_states"), "holds a model alone"),
+        (lambda content: content["lr_schedulers"].__setitem__(0, {}), "lr_schedulers[0]."),
+    ],
+    ids=["loops", "param_groups", "no optimizer", "schedule"],
+)
+def test_what_lightning_cannot_restore_is_one_line(change, words, stopped, run, capsys):
+    checkpoint = stopped / "checkpoints/last.ckpt"
+    changed(checkpoint, change)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: ckpt_path: ")
+    assert "last.ckpt: " in line
+    assert words in line
+
+
+def test_a_run_stopped_between_training_and_its_test(run):
+    folder = run(*QUICK, "--trainer.max_epochs=2")
+    expected = outcome(folder)
+    assert "test/accuracy" in expected["scores"]
+    (folder / "metrics.json").unlink()
+    (folder / "predictions_test.csv").unlink()
+    resumed = run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert resumed == folder
+    assert outcome(resumed) == expected
+    assert (folder / "predictions_test.csv").is_file()
+
+
+def test_patience_that_has_ended_has_ended(run):
+    stop = ["--trainer.max_epochs=6", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0"]
+    folder = run(*QUICK, *stop)
+    expected = outcome(folder)
+    assert len(expected["epochs"]) == 2
+    resumed = run(*QUICK, *stop, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert outcome(resumed) == expected
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path, capsys):
+    run(*QUICK, "--trainer.max_epochs=1")
+    named = [*QUICK, "--trainer.max_epochs=1", "--version=mine"]
+    run(*named)
+    before = (tmp_path / "lightning_logs/quickstart/mine/metrics.json").read_text()
+    with pytest.raises(SystemExit):
+        run(*named)
+    assert (tmp_path / "lightning_logs/quickstart/mine/metrics.json").read_text() == before
+    assert "quickstart/mine holds a run already" in capsys.readouterr().err
+
+
+def test_checkpoints_are_whole_or_not_there(run, monkeypatch, capsys):
+    """A disk that fills up while a checkpoint is written leaves the one before it."""
+    folder = run(*QUICK, "--trainer.max_epochs=1")
+    checkpoint = folder / "checkpoints/last.ckpt"
+    before = checkpoint.read_bytes()
+    save = torch.save
+
+    def fill(content, file, *args, **kwargs):
+        save(content, file, *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(SystemExit):
+        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    assert "there is no room to write" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+class PowerCut(BaseException):
+    """The process is gone."""
+
+
+def test_stopped_after_the_last_step_of_an_epoch_that_no_validation_follows(run, monkeypatch):
+    settings = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--trainer.val_check_interval=4"]
+    whole = run(*settings, "--name=whole")  # of the six steps of an epoch it validates after the fourth
+    assert metrics(whole)["steps"] == 12
+
+    def cut(*_):
+        raise PowerCut
+
+    with monkeypatch.context() as power:
+        power.setattr(RunSummary, "on_train_epoch_end", cut)
+        with pytest.raises(PowerCut):
+            run(*settings, "--name=half", "--checkpoint_every_n_steps=1")
+    half = whole.parents[1] / "half/version_0"
+    resumed = run(*settings, f"--ckpt_path={half}/checkpoints/last.ckpt")
+    assert resumed == half
+    assert metrics(half)["steps"] == 12
+    assert same_checkpoint(whole / "checkpoints/last.ckpt", half / "checkpoints/last.ckpt")
+    of_validation = [
+        [
+            {name: value for name, value in epoch.items() if not name.startswith("train/")}
+            for epoch in metrics(r)["epochs"]
+        ]
+        for r in (whole, half)
+    ]
+    assert of_validation[0] == of_validation[1]
+    assert [len(epoch) for epoch in of_validation[0]] == [4, 4]
+
+
+def test_an_epoch_without_validation_has_no_scores_of_it(run):
+    folder = run(*QUICK, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2")
+    account = metrics(folder)
+    assert ["val/accuracy" in epoch for epoch in account["epochs"]] == [False, True, True]  # the last is always scored
+    assert account["scores"]["best_epoch"] in (2, 3)
+
+
+def last_of(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stop", ["--trainer.max_epochs=2", "--trainer.max_steps=8"])
+def test_steps_are_saved_besides_epochs(run, stop):
+    """Six steps an epoch: whether N divides them or not, the last checkpoint is the one of a run without N."""
+    settings = [*QUICK, stop, "--data.batch_size=16"]
+    whole = run(*settings, "--name=whole")
+    expected = last_of(whole)
+    assert expected["global_step"] == metrics(whole)["steps"]
+    for every in (1, 4, 6, 8, 100):
+        folder = run(*settings, f"--name=every_{every}", f"--checkpoint_every_n_steps={every}")
+        last = last_of(folder)
+        assert (last["global_step"], last["epoch"]) == (expected["global_step"], expected["epoch"])
+        assert last["callbacks"]["RunSummary"]["epochs"] == expected["callbacks"]["RunSummary"]["epochs"]
+        assert same_checkpoint(whole / "checkpoints/last.ckpt", folder / "checkpoints/last.ckpt")
+
+
+def test_what_is_saved_when(run, monkeypatch):
+    saved = []
+    save = WholeCheckpoints.save_checkpoint
+
+    def note(self, checkpoint, path, *args, **kwargs):
+        saved.append((checkpoint["global_step"], Path(path).name))
+        save(self, checkpoint, path, *args, **kwargs)
+
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", note)
+    several = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--checkpoint_every_n_steps=4"]
+    run(*several)
+    assert [step for step, name in saved if name == "last.ckpt"] == [4, 6, 8, 12]
+    saved.clear()
+    run(*several, "--trainer.accumulate_grad_batches=2", "--checkpoint_every_n_steps=1")  # three steps an epoch
+    assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nobody_is_told_that_batches_are_not_resumed(run, recwarn):
+    settings = [*QUICK, "--data.batch_size=16"]  # six steps an epoch
+    folder = run(*settings, "--trainer.max_steps=4")
+    run(*settings, "--trainer.max_steps=8", "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert [str(warning.message) for warning in recwarn if "resum" in str(warning.message)] == []
+
+
+def contents(folder):
+    """The files of a run but TensorBoard's, and what they hold."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--model.config.n_layer=4"], "h.3"),
+        (["--model.optimizer.init_args.lr=0.01"], "model.optimizer is"),
+        (["--model.pooling=mean"], "model.pooling is mean; the run that goes on has last"),
+        (["--data.n_train=90"], "data.n_train is 90; the run that goes on has 96"),
+        (["--seed_everything=2"], "seed_everything is 2; the run that goes on has 1"),
+        (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
+    ],
+)
+def test_a_run_that_is_not_gone_on_with_stays_as_it_was(change, words, run, capsys):
+    folder = run(*QUICK, "--trainer.max_epochs=1")
+    before = contents(folder)
+    checkpoint = f"--ckpt_path={folder}/checkpoints/last.ckpt"
+    assert words in refused(run, capsys, *QUICK, "--trainer.max_epochs=2", checkpoint, *change)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_resumed_run_is_scored_in_a_folder_of_its_own(run):
+    folder = run(*QUICK, "--trainer.max_epochs=1", "--version=version_7")
+    resumed = run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert resumed == folder
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["version"] is settings["ckpt_path"] is None
+    before = contents(folder)
+    scored = run("test", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt")
+    assert scored.name == "version_8"
+    assert contents(folder) == before
+    test = {name: value for name, value in metrics(folder)["scores"].items() if name.startswith("test/")}
+    assert metrics(scored)["scores"] == test
+
+
+def test_a_checkpoint_within_the_second_epoch_resumes(run, monkeypatch):
+    """There, Lightning's counts of the validation before it are behind one another."""
+    step, steps = SentimentClassifier.training_step, []
+
+    def interrupt(task, batch, batch_idx):
+        steps.append(batch_idx)
+        if len(steps) == 6:  # of 4 an epoch
+            raise KeyboardInterrupt
+        return step(task, batch, batch_idx)
+
+    monkeypatch.setattr(SentimentClassifier, "training_step", interrupt)
+    settings = ["--data.batch_size=24", "--checkpoint_every_n_steps=1", "--trainer.max_epochs=2", "--name=a"]
+    with pytest.raises(SystemExit):
+        run(*QUICK, *settings)
+    monkeypatch.setattr(SentimentClassifier, "training_step", step)
+    folder = run(*QUICK, *settings, "--ckpt_path=lightning_logs/a/version_0/checkpoints/last.ckpt")
+    whole = run(*QUICK, *settings, "--name=whole")
+    assert same_checkpoint(folder / "checkpoints/last.ckpt", whole / "checkpoints/last.ckpt")

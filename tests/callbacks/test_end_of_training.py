@@ -1,0 +1,252 @@
+"""How training ends: validated, tested, and so that it can be continued as if it had not ended."""
+
+import math
+
+import pytest
+import torch
+from conftest import metrics
+from helpers.refusals import refused
+from helpers.stops import STOP, TINY, same, state
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+
+from gpt2_pl.commands import main
+from gpt2_pl.errors import InputError
+from gpt2_pl.optim import Linear
+from gpt2_pl.tasks import SentimentClassifier
+
+ENDS = {
+    "max_steps": ["--trainer.max_steps=8"],
+    "max_steps with patience": ["--trainer.max_steps=1", "--early_stopping_patience=1"],
+    "check_val_every_n_epoch": ["--trainer.check_val_every_n_epoch=5"],
+    "interval beyond the end": ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=500"],
+    "interval with a remainder": ["--trainer.val_check_interval=4"],
+    "time interval": ["--trainer.val_check_interval=01:00:00:00"],
+    "max_time": ["--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1", "--trainer.check_val_every_n_epoch=2"],
+    "endless": ["--trainer.max_epochs=-1", "--trainer.max_steps=7"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """The optimizer steps after which fit validated."""
+    steps = []
+    loop = _EvaluationLoop.run
+
+    def watched(self):
+        if self.trainer.state.fn == "fit" and self.trainer.validating:
+            steps.append(self.trainer.global_step)
+        return loop(self)
+
+    monkeypatch.setattr(_EvaluationLoop, "run", watched)
+    return steps
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_fit_ending_between_validations_validates_and_tests(end, run, validated):
+    folder = run(*TINY, *end)
+    account = metrics(folder)
+    last = account["epochs"][-1]
+    assert account["status"] == "finished"
+    assert validated[-1] == account["steps"]
+    assert "val/accuracy" in last
+    assert {"val/accuracy", "test/accuracy", "best_epoch"} <= account["scores"].keys()
+    assert (folder / "checkpoints/best.ckpt").is_file()
+    assert (folder / "predictions_val.csv").is_file()
+    if end != ENDS["interval with a remainder"]:  # there the epoch's row holds the better of its validations
+        scored = run("validate", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+        assert metrics(scored)["scores"]["val/loss"] == pytest.approx(last["val/loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "end", [["--trainer.max_steps=12"], ["--trainer.max_epochs=2"], ["--trainer.fast_dev_run=true"]], ids=str
+)
+def test_fit_ending_at_a_validation_does_not_validate_twice(end, run, validated):
+    main([*TINY, *end, "--trainer.enable_progress_bar=false"])
+    assert len(set(validated)) == len(validated) > 0
+
+
+CONTINUED = {
+    "max_steps": (["--trainer.max_steps=4"], []),
+    "second epoch": (["--trainer.max_steps=9"], []),
+    "accumulated": (["--trainer.max_steps=2"], ["--trainer.accumulate_grad_batches=2"]),
+    "at a validation": (["--trainer.max_steps=4"], ["--trainer.val_check_interval=2"]),
+    "before a validation": (["--trainer.max_steps=3"], ["--trainer.val_check_interval=2"]),
+    "stopped": ([STOP], []),
+    "stopped, several rates": (
+        [STOP],
+        [
+            "--model.schedule={class_path: gpt2_pl.optim.Cosine, init_args: {warmup: 0.3}}",
+            "--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR, init_args: {decay: 0.7}}]",
+        ],
+    ),
+    "stopped between steps": ([STOP], ["--trainer.accumulate_grad_batches=4"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wholes():
+    """Checkpoints and rows of runs that were not stopped, by their settings."""
+    return {}
+
+
+@pytest.mark.parametrize(("end", "settings"), CONTINUED.values(), ids=CONTINUED)
+def test_run_ended_within_an_epoch_continues_exactly(end, settings, run, wholes):
+    if str(settings) not in wholes:
+        whole = run(*TINY, *settings, "--name=whole")
+        wholes[str(settings)] = state(whole), metrics(whole)["epochs"]
+    expected, rows = wholes[str(settings)]
+    ended = run(*TINY, *settings, *end, "--name=ended")
+    n_ended = metrics(ended)["steps"]
+    resumed = run(*TINY, *settings, f"--ckpt_path={ended}/checkpoints/last.ckpt")
+    assert resumed == ended
+    assert 0 < n_ended < metrics(resumed)["steps"]
+    found = state(resumed)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert same(expected[key], found[key]), key
+    loops = [content["loops"]["fit_loop"] for content in (expected, found)]
+    for key in ("epoch_progress", "epoch_loop.state_dict", "epoch_loop.automatic_optimization.optim_progress"):
+        assert same(loops[0][key], loops[1][key]), key
+    assert [row["epoch"] for row in metrics(resumed)["epochs"]] == [1, 2]
+    if "--trainer.val_check_interval=2" not in settings:  # else a row holds the best of several validations
+        assert metrics(resumed)["epochs"][1]["val/loss"] == rows[1]["val/loss"]
+
+
+def test_run_ended_within_an_epoch_resumed_without_more_steps_is_tested(run):
+    folder = run(*TINY, "--trainer.max_steps=4")
+    expected = metrics(folder)
+    (folder / "metrics.json").unlink()
+    resumed = run(*TINY, "--trainer.max_steps=4", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert resumed == folder
+    assert metrics(resumed)["scores"] == expected["scores"]
+    assert metrics(resumed)["epochs"] == expected["epochs"]
+
+
+def test_fit_without_validation_tests_the_last_checkpoint(run, capsys):
+    folder = run(*TINY, "--trainer.limit_val_batches=0")
+    account = metrics(folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert account["scores"].keys() >= {"test/accuracy"}
+    assert "best_epoch" not in account["scores"]
+    printed = capsys.readouterr()
+    assert "trainer.limit_val_batches is 0: last.ckpt is tested" in printed.err
+    assert "/checkpoints/last.ckpt" in printed.out.split("Score it again:")[1]
+    scored = run("test", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert metrics(scored)["scores"]["test/accuracy"] == account["scores"]["test/accuracy"]
+
+
+class Sigterm(Callback):
+    """As if SIGTERM had arrived in the last step."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer._signal_connector.received_sigterm = trainer.global_step == 4
+
+
+def test_fit_asked_to_end_does_not_validate(run):
+    with pytest.raises(SystemExit) as ended:
+        run(*TINY, "--trainer.max_steps=4", "--trainer.callbacks+=test_end_of_training.Sigterm")
+    assert ended.value.code == 143
+
+
+def test_early_stopping_of_ones_own_stays_stopped_when_resumed(run):
+    stop = "{class_path: EarlyStopping, init_args: {monitor: val/accuracy, mode: max, patience: 1}}"
+    settings = [*TINY, "--trainer.max_epochs=6", "--model.optimizer.init_args.lr=0.0", f"--trainer.callbacks=[{stop}]"]
+    folder = run(*settings)
+    expected = metrics(folder)
+    assert len(expected["epochs"]) == 2
+    resumed = run(*settings, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert metrics(resumed)["epochs"] == expected["epochs"]
+
+
+def test_patience_is_the_resumed_runs_own(run):
+    settings = [*TINY, "--trainer.max_epochs=4", "--model.optimizer.init_args.lr=0.0"]
+    folder = run(*settings, "--early_stopping_patience=1")
+    assert len(metrics(folder)["epochs"]) == 2
+    resumed = run(*settings, "--early_stopping_patience=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert len(metrics(resumed)["epochs"]) == 3
+
+
+class Rates(Callback):
+    """Notes the rate of every step, as its number and the rate."""
+
+    seen: list[tuple[int, float]] = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize("stopped_at", [[], [STOP]], ids=["finished", "unfinished"])
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("Linear", lambda step, total: (step + 1) / 3 if step < 2 else 1 - (step - 2) / (total - 2)),
+        ("Cosine", lambda s, total: (s + 1) / 3 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / (total - 2))),
+    ],
+)
+def test_extended_run_uses_the_schedule_of_its_new_length(schedule, factor, stopped_at, run):
+    """Of a run of two epochs that is continued to four, no step has the rate 0 at which the shorter one ends."""
+    schedule = f"--model.schedule={{class_path: gpt2_pl.optim.{schedule}, init_args: {{warmup: 2}}}}"
+    folder = run(*TINY, schedule, *stopped_at)
+    n_done = metrics(folder)["steps"]
+    Rates.seen.clear()
+    rates = "--trainer.callbacks=[{class_path: test_end_of_training.Rates}]"
+    longer = [*TINY, schedule, rates, "--trainer.max_epochs=4"]
+    run(*longer, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert [step for step, _ in Rates.seen] == list(range(n_done, 24))
+    for step, rate in Rates.seen:
+        assert rate == pytest.approx(1e-3 * factor(step, 24), rel=1e-12)
+
+
+ENDLESS = ["--trainer.max_time=00:00:00:00", "--trainer.min_epochs=2"]
+
+
+@pytest.mark.parametrize("epochs", ["-1", "null"])
+@pytest.mark.parametrize("warmup", ["0", "4"])
+def test_run_without_a_length_trains_at_a_constant_rate(warmup, epochs, run):
+    Rates.seen.clear()
+    folder = run(*TINY, *ENDLESS, f"--trainer.max_epochs={epochs}", f"--model.schedule.init_args.warmup={warmup}",
+                 "--trainer.callbacks=[{class_path: test_end_of_training.Rates}]")  # fmt: skip
+    assert metrics(folder)["steps"] == 12
+    expected = [1e-3 * min(1.0, (step + 1) / (int(warmup) + 1)) for step in range(12)]
+    assert [rate for _, rate in Rates.seen] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs"),
+    [
+        ("gpt2_pl.optim.Linear", "-1"),
+        ("gpt2_pl.optim.Cosine", "null"),
+        ("gpt2_pl.optim.SlantedTriangular", "-1"),
+        ("{class_path: gpt2_pl.optim.Constant, init_args: {warmup: 0.1}}", "null"),
+    ],
+)
+def test_schedule_over_a_run_without_a_length_is_refused(schedule, epochs, run, capsys):
+    line = refused(run, capsys, *TINY, *ENDLESS, f"--trainer.max_epochs={epochs}", f"--model.schedule={schedule}")
+    assert "trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule" in line
+
+
+def test_schedule_over_batches_of_unknown_number_is_refused(base):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    task = SentimentClassifier(base=str(base), num_classes=2, schedule=Linear())
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(InputError, match=r"max_steps must be a number above 0 with model\.schedule Linear"):
+        trainer.fit(task, torch.utils.data.DataLoader(Stream()))
+
+
+def test_fit_that_stops_early_says_so_and_resumed_that_nothing_was_left(run, capsys):
+    folder = run(*TINY, "--trainer.max_epochs=9", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0")
+    assert metrics(folder)["steps"] == 12
+    assert "stopped early, val/accuracy has not improved in 1 validation\n" in capsys.readouterr().out
+    again = ["fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
+    run(*again)
+    assert "nothing was left to train: stopped early, val/accuracy" in capsys.readouterr().out
+
+
+def test_fit_of_a_finished_run_says_that_nothing_was_left(run, capsys):
+    folder = run(*TINY)
+    assert "nothing was left" not in capsys.readouterr().out
+    run("fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert "nothing was left to train: the checkpoint is at or beyond trainer.max_epochs" in capsys.readouterr().out

@@ -1,0 +1,328 @@
+"""Every key of every shipped configuration, mistyped once and given a value of another kind once."""
+
+import contextlib
+import os
+import re
+
+import pytest
+import yaml
+from helpers.configs import CONFIGS
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningCLI
+
+from gpt2_pl.commands import main
+from gpt2_pl.commands.support.config_merge import CommandLine
+from gpt2_pl.commands.support.messages import explain
+from gpt2_pl.errors import InputError
+
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")
+BENEATH = {  # what a strategy's file lies over
+    **dict.fromkeys(("hard_prompt", "verbalizer"), "quora"),
+    **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "ulmfit_lm"), "text"),
+}
+
+
+def beneath(file, base, flags):
+    """The command line on which a file is one of several."""
+    task = (
+        [] if file.parent.name != "strategy" else ["--config", CONFIGS / f"task/{BENEATH.get(file.stem, 'sst5')}.yaml"]
+    )
+    if file.parent.name == "trainer":
+        task = ["--config", CONFIGS / "quickstart.yaml"]
+    quick = file.stem.startswith("quickstart") or file.parent.name == "trainer"
+    return task, [] if quick else [f"--model.base={base}", "--data.max_length=40", *flags[:1]]
+
+
+@pytest.fixture
+def built(monkeypatch, run):
+    """Read the command line and build everything, but run nothing; gives what was built."""
+    found = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: found.append(self))
+
+    def built(*args):
+        with contextlib.suppress(ValueError):  # there is no run's folder
+            run("fit", *args)
+        return found[-1]
+
+    return built
+
+
+def places(value, path=()):
+    """Every key of nested settings as a path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        if isinstance(key, str):
+            yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def found_in(settings, path):
+    for key in path:
+        settings = settings[key]
+    return settings
+
+
+def cases():
+    """Every key once: one that several files have, in the first of them for each class or group that it belongs to."""
+    seen = set()
+    for file in FILES:
+        settings = yaml.safe_load(file.read_text())
+        for path in places(settings):
+            owner = found_in(settings, path[:-2]).get("class_path") if path[-2:-1] == ("init_args",) else None
+            if owner is None or path[0] == "data" or path[:2] == path[:-1]:  # tasks and data share their keys
+                owner = ".".join(key.rstrip("+") for key in path[:-1] if isinstance(key, str))
+            if (key := (owner, path[-1])) not in seen:
+                seen.add(key)
+                yield file, path
+
+
+CASES = [pytest.param(*case, id=f"{case[0].stem}:{'.'.join(map(str, case[1]))}") for case in cases()]
+
+
+def refused(built, capsys, *args):
+    with pytest.raises(SystemExit) as stopped:
+        built(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("gpt2-pl: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(("file", "path"), CASES)
+def test_a_mistyped_key_is_named(file, path, built, base, data_flags, capsys, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    above, key = found_in(settings, path[:-1]), path[-1]
+    wrong = f"{key.rstrip('+')}x{'+' if key.endswith('+') else ''}"
+    above[wrong] = above.pop(key)
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(settings))
+    before, after = beneath(file, base, data_flags)
+    line = refused(built, capsys, *before, "--config", changed, *after)
+    assert wrong.rstrip("+") in line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_flags_are_not_shortened(built, capsys, tmp_path):
+    """Every key cut anywhere: what looks at flags before they are parsed knows them by their names."""
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+    names = {name for action in cli._parser("fit")._actions for name in action.option_strings}
+    assert {"--ckpt_path", "--config", "--name", "--trainer.max_epochs"} <= names
+    long = {name for name in names if name.startswith("--") and not name.endswith(".help")}
+    for name in {whole[:end] for whole in long for end in range(3, len(whole))} - names:
+        with pytest.raises(ArgumentError, match=f"unrecognized arguments: {name}=x|Key '{name[2:]}' is not"):
+            cli.parser.parse_args(["fit", f"{name}=x"])
+    for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):
+        assert flag.partition("=")[0] in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    for given, words in (
+        ("-c/nowhere.yaml", "-c/nowhere.yaml is no flag"),
+        ("-c=/nowhere.yaml", "no file /nowhere.yaml"),
+    ):
+        assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", given)
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.fixture
+def parse(built):
+    """Parse a command line, without building anything; gives the message, or None where all is accepted."""
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+
+    def parse(*args):
+        try:
+            cli.line = CommandLine(["fit", *map(str, args)])
+            cli.line.import_classes()
+            cli.parse_arguments(cli.parser, cli.line.arguments)
+        except InputError as error:
+            return str(error)
+        return None
+
+    return parse
+
+
+OF_KIND = {  # what a value of each kind cannot be
+    bool: ("nonsense", {"a": [1]}),
+    int: ("nonsense", [], {"a": [1]}),
+    float: ("nonsense", True, [], {"a": [1]}),
+    str: (True, {"a": [1]}),
+    list: (7, 1.5, True, "nonsense"),
+    dict: (7, 1.5, True, [], "nonsense"),
+    type(None): ({"a": [1]},),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize("value", [7, 1.5, True, None, [], {}, "nonsense", {"a": [1]}], ids=str)
+def test_value_of_another_kind_is_accepted_or_refused_in_one_line_that_names_its_key(value, parse, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    for file, path in (case.values for case in CASES):
+        settings = yaml.safe_load(file.read_text())
+        above, key = found_in(settings, path[:-1]), path[-1]
+        kind = type(above[key])
+        above[key] = value
+        changed.write_text(yaml.safe_dump(settings))
+        message = parse(*beneath(file, "unused", ["unused"])[0], f"--config={changed}")
+        if message is None:
+            assert value not in OF_KIND[kind], (file, path)
+        else:
+            assert "\n" not in message, (file, path, message)
+            assert key.rstrip("+") in message or "has no argument 'a'" in message, (file, path, message)
+            assert not re.search("Errors:|Subtypes|Namespace|Given value|<class", message), (file, path, message)
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
+    def file(text):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text)
+        return f"--config={path}"
+
+    sst5, lora = f"--config={CONFIGS}/task/sst5.yaml", f"--config={CONFIGS}/strategy/lora.yaml"
+    rank = "model: {init_args: {surgery+: [{class_path: gpt2_pl.surgery.LoRA, init_args: {rnk: 3}}]}}"
+    for args, nearest in {
+        ("--model=SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
+        ("--model=gpt2_pl.tasks.SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
+        ("--data=gpt2_pl.datamodules.SST",): "gpt2_pl.datamodules.SST5",
+        (sst5, "--model.poolin=last"): "pooling",
+        (sst5, "--model.pooling=lst"): "last",
+        (sst5, "--model.optimizer=torch.optim.AdmW"): "torch.optim.AdamW",
+        (sst5, "--model.optimizer=torch.optm.AdamW"): "torch.optim.AdamW",
+        (sst5, "--model.optimizer=AdmW"): "torch.optim.AdamW",
+        (sst5, "--model.optimizer.lrr=3"): "lr",
+        (sst5, "--model.surgery+=LoRAA"): "gpt2_pl.surgery.LoRA",
+        (sst5, "--model.schedule=gpt2_pl.optm.Linear"): "gpt2_pl.optim.Linear",
+        (sst5, "--model.config={n_embdd: 128}"): "n_embd",
+        (sst5, "--trainer.max_epoch=3"): "--trainer.max_epochs",
+        (sst5, "--trainr.max_epochs=3"): "--trainer.max_epochs",
+        (sst5, "--earlystopping_patience=3"): "--early_stopping_patience",
+        (sst5, "--bad_batches=skp"): "skip",
+        (sst5, "--trainer.logger=CSVLoger"): "lightning.pytorch.loggers.CSVLogger",
+        (sst5, "--trainer.callbacks+=gpt2_pl.callbacks.GradualUnfreezng"): "gpt2_pl.callbacks.GradualUnfreezing",
+        (sst5, file("trainer: {logger: {class_path: lightning.pytorch.logger.CSVLogger}}")):
+            "lightning.pytorch.loggers.CSVLogger",
+        (sst5, file("trainer: {max_epoch: 3}")): "trainer.max_epochs",
+        (sst5, file("trainr: {}")): "trainer",
+        (sst5, file("data: {init_args: {batch_siz: 3}}")): "batch_size",
+        (lora, file("modl: {base: x}")): "model",
+        (sst5, file(rank)): "rank",
+        (f"--config={CONFIGS}/task/sst.yaml",): f"{CONFIGS}/task/sst5.yaml",
+    }.items():  # fmt: skip
+        assert f"did you mean {nearest}?" in str(parse(*args)), args
+        if args[-1].startswith("--config") and "sst.yaml" not in args[-1]:
+            assert str(parse(*args)).startswith(f"{args[-1].removeprefix('--config=')}: ")
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_text_that_yaml_reads_as_something_else_is_answered_by_how_to_quote_it(parse, tmp_path):
+    sst5, labels = f"--config={CONFIGS}/task/sst5.yaml", tmp_path / "labels.yaml"
+    for text, value in {"[no, yes]": "False", "[1, 2]": "1", "[1.5, a]": "1.5", "[a, null]": "None"}.items():
+        assert f"data.labels must be text, got {value}; quote" in parse(sst5, f"--data.labels={text}")
+        labels.write_text(f"data: {{init_args: {{labels: {text}}}}}")
+        assert parse(sst5, f"--config={labels}").startswith(f"{labels}: data.labels must be text, got {value}; quote")
+    assert parse(sst5, '--data.labels=["no", "1", "2.5", "null", "true"]') is None
+    assert parse(sst5, "--data.template=Review: {sentence}").endswith(
+        "--data.template '\"Review: {sentence}\"' as a flag"
+    )
+    assert parse(sst5, '--data.template="Review: {sentence}"') is None
+
+
+@pytest.mark.parametrize(
+    ("args", "nearest"),
+    [
+        (["tests"], "test"),
+        (["classify", "--ckpt_pth=x"], "--ckpt_path"),
+        (["compare", "--ou", "x", "y"], "--out"),
+        (["generate", "--max_new_token=3", "--temperature=-1"], "--max_new_tokens"),
+        (["sweep", "--dry_rn"], "--dry_run"),
+    ],
+)
+def test_misspelt_option_of_a_command_is_answered_by_the_nearest(args, nearest, capsys):
+    with pytest.raises(SystemExit):
+        main(args)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"did you mean {nearest}?" in line
+
+
+def test_unknown_words_of_the_parser_are_kept_on_one_line(built):
+    cli = built("--config", CONFIGS / "quickstart.yaml")
+    for text in ("", "\n", 'Parser key "model":', 'Parser key "a":\n  something\n  else', "no key at all\n  - x"):
+        line = explain(text, cli.line, cli._parser("fit"))
+        assert "\n" not in line
+        assert all(word in line for word in ("something", "else", "no key", "x") if word in text)
+        assert bool(line) == bool(text.strip())
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.config={n_embd: 128, n_head: 5}", "model.config: n_embd is 128, which n_head = 5 does not divide"),
+        ("--model.config={n_layer: 0}", "model.config: n_layer is 0"),
+        ("--model.config={dropout: 2}", "model.config: dropout is 2"),
+        (
+            "--model.config={n_embd: 1000000000000, n_head: 1}",
+            "model.config: there is no memory for a GPT-2 of this shape",
+        ),
+        ("--model.optimizer.init_args.lr=-1", "model.optimizer: Invalid learning rate"),
+        ("--model.optimizer.init_args.betas=[2, 2]", "model.optimizer: Invalid beta"),
+    ],
+)
+def test_values_out_of_range_are_found_before_anything_is_written(flag, words, built, capsys, tmp_path):
+    assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model.config={vocab_size: 1000000000000}", "model.config: there is no memory for a GPT-2 of this shape"),
+        ("--trainer.val_check_interval=500", "trainer: `val_check_interval` (500) must be less than or equal to"),
+    ],
+)
+def test_values_that_only_the_machine_or_the_data_refuse(flag, words, run, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", f"--config={CONFIGS}/quickstart.yaml", flag)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment"),
+    [
+        *((f"--{key}={value}", {}) for key, values in {
+            "seed_everything": (-1, 99999999999999), "checkpoint_every_n_steps": (-3, 0),
+            "early_stopping_patience": (-1, 0), "trainer.devices": (0, "x"), "trainer.accelerator": ("foo",),
+            "trainer.strategy": ("foo",), "trainer.limit_train_batches": (-1,), "trainer.val_check_interval": (0, -1),
+            "trainer.accumulate_grad_batches": (0,), "trainer.gradient_clip_algorithm": ("foo",),
+            "trainer.max_epochs": (-2,), "trainer.max_steps": (-7,), "trainer.max_time": ("x",),
+            "trainer.num_nodes": (0,), "trainer.profiler": ("foo",), "trainer.default_root_dir": ("/dev/null",),
+        }.items() for value in values),
+        ("--trainer.devices=1", {"SLURM_NTASKS": "2"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_keys_that_no_file_holds(flag, environment, built, capsys, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
+    words = environment or {flag.removeprefix("--").partition("=")[0].rpartition(".")[2]}
+    assert all(word.removeprefix("SLURM_").lower() in line for word in words), line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((f"ckpt_path: {value}", "ckpt_path") for value in ("3", "[a]", "{a: b}", "true")),
+        ("model: &a {init_args: {x: *a}}", "lies within what it stands for"),
+        ("trainer: &a {x: *a}", "lies within what it stands for"),
+    ],
+)
+def test_files_of_other_kinds(text, words, built, capsys, tmp_path):
+    file = tmp_path / "other.yaml"
+    file.write_text(text)
+    assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", "--config", file)
+
+
+def test_a_seed_of_the_environment_is_not_the_runs(built, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "x")
+    built("--config", CONFIGS / "quickstart.yaml", "--seed_everything=false")
+    assert "PL_GLOBAL_SEED" not in os.environ

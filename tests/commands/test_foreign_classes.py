@@ -1,0 +1,80 @@
+"""Arguments of Lightning's and torch's classes that cannot be used end a command with one line that names the key."""
+
+import json
+import sys
+import types
+
+import pytest
+from conftest import ROOT
+from helpers.refusals import refused
+from lightning.pytorch.callbacks import Callback
+
+QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "40", "--trainer.max_epochs", "1"]
+SHORT = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val", "test")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("logger CSVLogger save_dir=x flush_logs_every_n_steps=0",
+         ["trainer.logger: CSVLogger cannot be used with save_dir: 'x', flush_logs_every_n_steps: 0: ZeroDivision"]),
+        ("logger TensorBoardLogger save_dir=x dict_kwargs={foo:1}", ["trainer.logger: TensorBoardLogger", "'foo'"]),
+        ("callbacks+ ModelSummary max_depth=-5", ["trainer.callbacks: ModelSummary", "max_depth: -5"]),
+        ("callbacks+ ModelCheckpoint filename={x", ["trainer.callbacks: ModelCheckpoint", "filename: '{x'"]),
+        ("callbacks+ EarlyStopping monitor=nope", ["trainer.callbacks: EarlyStopping", "monitor: 'nope'", "val/loss"]),
+        ("strategy DDPStrategy process_group_backend=foo", ["trainer.strategy: DDPStrategy", "backend type foo"]),
+    ],
+)  # fmt: skip
+def test_arguments_that_fail_at_first_use_are_one_line_with_key_and_values(flags, words, run, capsys):
+    key, name, *arguments = flags.split()
+    shown = [f"--trainer.{key.removesuffix('+')}.{one}".replace(":1", ": 1") for one in arguments]
+    line = refused(run, capsys, *QUICK, *SHORT, f"--trainer.{key}={name}", *shown)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--trainer.callbacks+=ModelPruning", "lightning.pytorch.callbacks.ModelPruning needs pruning_fn; give "
+         "--trainer.callbacks.pruning_fn VALUE"),
+        ("--trainer.callbacks=[{class_path: EarlyStopping}]", "EarlyStopping needs monitor"),
+        ("--trainer.plugins=TransformerEnginePrecision", "TransformerEnginePrecision needs weights_dtype"),
+        ("--trainer.plugins=[MixedPrecision]", "MixedPrecision needs precision and device"),
+        ("--trainer.logger=CSVLogger", "CSVLogger needs save_dir"),
+        ("--model.surgery+=gpt2_pl.surgery.PeftAdapter", "PeftAdapter needs folder"),
+    ],
+)  # fmt: skip
+def test_class_without_required_arguments_is_one_short_line(flag, words, run, capsys):
+    line = refused(run, capsys, *QUICK, flag)
+    assert f"error: {flag.partition('=')[0].strip('-+')}: " in line
+    assert words in line
+    assert len(line) < 250
+
+
+def test_missing_package_of_a_plugin_is_named_alone(run, capsys):
+    line = refused(run, capsys, *QUICK, "--trainer.plugins=lightning.pytorch.plugins.environments.MPIEnvironment")
+    assert "mpi4py" in line
+    assert "subclass" not in line
+
+
+class Faulty(Callback):
+    """A callback of the user's own with a fault in its code."""
+
+    def on_train_start(self, *_):
+        """Fail."""
+        raise KeyError("own fault")
+
+
+def test_fault_in_own_callback_keeps_its_traceback(run, monkeypatch):
+    module = types.ModuleType("own_faults")
+    module.Faulty = Faulty
+    monkeypatch.setitem(sys.modules, "own_faults", module)
+    monkeypatch.setattr(Faulty, "__module__", "own_faults")
+    callbacks = json.dumps([{"class_path": "own_faults.Faulty"}])
+    with pytest.raises(KeyError, match="own fault"):
+        run(*QUICK, *SHORT, f"--trainer.callbacks+={callbacks}")
+
+
+@pytest.mark.parametrize("plugins", ["HalfPrecision", "[DoublePrecision]"])
+def test_precision_plugin_takes_the_place_of_the_default_precision(plugins, run, tmp_path):
+    run("fit", *QUICK[1:], *SHORT, "--trainer.precision=null", f"--trainer.plugins={plugins}", "--data.template=null")

@@ -1,0 +1,181 @@
+"""Trainers with which a task cannot be trained are refused in one line, before any data are read."""
+
+import logging
+import re
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+from helpers.configs import CONFIGS
+from helpers.refusals import refused
+from helpers.stops import TINY
+
+from gpt2_pl.commands import main
+from gpt2_pl.commands.support.training_checks import check_optimizer
+from gpt2_pl.errors import InputError
+
+SST5 = ["--config", CONFIGS / "task/sst5.yaml", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+NO_VALIDATION = "--trainer.limit_val_batches=0"
+
+
+def callback(name, **arguments):
+    return f"--trainer.callbacks=[{{class_path: {name}, init_args: {arguments}}}]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--trainer.max_epochs=0"], "trainer.max_epochs is 0, and fit would train nothing"),
+        (["--trainer.max_steps=0"], "trainer.max_steps is 0, and fit would train nothing"),
+        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, and fit would train nothing"),
+        ([callback("BackboneFinetuning")], "use gpt2_pl.callbacks.GradualUnfreezing"),
+        ([callback("LearningRateFinder")], "LearningRateFinder sets an attribute that tasks do not have"),
+        ([callback("BatchSizeFinder")], "BatchSizeFinder changes the batch size"),
+        ([callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)], "ModelPruning replaces weights"),
+        ([callback("ModelCheckpoint", filename="best")], "would write checkpoints/best.ckpt"),
+        ([callback("ModelCheckpoint", save_last="link")], "would write checkpoints/last.ckpt"),
+        ([callback("EarlyStopping", monitor="val/loss"), NO_VALIDATION], "EarlyStopping monitors 'val/loss'"),
+        ([callback("ModelCheckpoint", monitor="val/loss"), NO_VALIDATION], "ModelCheckpoint monitors 'val/loss'"),
+        (
+            [callback("GradientAccumulationScheduler", scheduling={0: 2}), "--trainer.accumulate_grad_batches=2"],
+            "both say how many batches make an optimizer step",
+        ),
+        (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "got one that starts them by spawn"),
+        (["--trainer.strategy=ddp_fork", "--trainer.devices=2"], "got one that starts them by fork"),
+        (["--trainer.strategy=ddp_notebook", "--trainer.devices=2"], "got one that starts them by fork"),
+    ],
+)
+def test_trainer_that_a_task_cannot_be_trained_with_is_refused(settings, words, run, capsys, tmp_path):
+    assert words in refused(run, capsys, *TINY, *settings)
+    assert not list(tmp_path.glob("lightning_logs/*/version_0/metrics.json"))
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
+def test_monitor_that_is_not_logged_ends_training_in_one_line(name, run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(*TINY, callback(name, monitor="val/acc"))
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"gpt2-pl: error: trainer.callbacks: {name} cannot be used with monitor: 'val/acc'")
+    assert "val/accuracy" in line
+
+
+@pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"])
+def test_share_of_batches_below_one_batch_is_refused_before_training(key, run, base, data_flags, capsys, tmp_path):
+    rows = ["fit", *SST5, f"--model.base={base}", "--data.max_length=40", "--data.labels=['0', '1']", *data_flags]
+    line = refused(run, capsys, *rows, f"--trainer.{key}=0.01")
+    assert f"trainer.{key} must be a number of batches, or a share of them that is at least one batch, got 0.01" in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+LACKS_A_PACKAGE = """
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+class Watch(Callback):
+    def __init__(self, depth: int = 1):
+        import no_such_package
+
+class Log(CSVLogger):
+    def __init__(self, save_dir: str = "logs"):
+        raise ModuleNotFoundError("Requirement 'no_such_package>=1.0' not met.\\nTry pip install")
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["--trainer.logger=lacking.Log"],
+            r"trainer.logger: lacking\.Log: \S+/lacking\.py, line 11: ModuleNotFoundError: "
+            r"Requirement 'no_such_package>=1\.0' not met\. Try pip install",
+        ),
+        (
+            ["--trainer.callbacks=[lacking.Watch]"],
+            r"trainer.callbacks: lacking\.Watch: \S+/lacking\.py, line 7: ModuleNotFoundError: No module named ",
+        ),
+        (
+            [callback("Timer", duration="x")],
+            r"trainer\.callbacks: lightning\.pytorch\.callbacks\.Timer: `Timer\(duration='x'\)`",
+        ),
+    ],
+)
+def test_class_that_cannot_be_instantiated_is_named_in_one_line(settings, words, run, capsys, tmp_path):
+    (tmp_path / "lacking.py").write_text(LACKS_A_PACKAGE)
+    line = refused(run, capsys, *TINY, *settings)
+    assert re.search(words, line), line
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="the package is installed")
+def test_precision_whose_package_is_not_installed_is_refused_in_one_line(run, capsys):
+    assert "transformer_engine" in refused(run, capsys, *TINY, "--trainer.precision=transformer-engine")
+
+
+class Closure(torch.optim.SGD):
+    """Needs a closure, as optimizers do that evaluate the loss more than once a step."""
+
+    def step(self, closure):
+        return closure()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (torch.optim.LBFGS, r"model.optimizer: LBFGS doesn't support .*as torch.optim.AdamW takes them"),
+        (torch.optim.SparseAdam, "model.optimizer: SparseAdam does not support dense gradients"),
+        (Closure, "model.optimizer: Closure evaluates the loss more than once a step"),
+        (lambda groups: torch.optim.Adam(groups, lr=-1), "model.optimizer: Invalid learning rate"),
+    ],
+)
+def test_optimizer_that_a_task_cannot_use_is_refused(optimizer, words):
+    with pytest.raises(InputError, match=words):
+        check_optimizer(optimizer)
+
+
+def test_every_other_optimizer_of_torch_is_accepted():
+    for name in ("Adafactor", "Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop",
+                 "Rprop", "SGD", *(["Muon"] if hasattr(torch.optim, "Muon") else [])):  # fmt: skip
+        check_optimizer(getattr(torch.optim, name))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_optimizer_that_refuses_the_shapes_of_parameters_ends_in_one_line(run, capsys):
+    assert "model.optimizer: Muon only supports 2D" in refused(run, capsys, *TINY, "--model.optimizer=torch.optim.Muon")
+
+
+@pytest.mark.parametrize("name", ["TQDMProgressBar", "RichProgressBar"])
+def test_own_progress_bar_is_used_in_place_of_the_runs(name, run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(
+        "gpt2_pl.commands.lightning_cli.GPT2CLI._run_subcommand", lambda self, _: made.append(self.trainer)
+    )
+    main([*map(str, TINY), callback(f"lightning.pytorch.callbacks.{name}")])
+    (trainer,) = made
+    assert type(trainer.progress_bar_callback).__name__ == name
+    assert not any(type(one).__name__ in ("EpochLines", "RunProgressBar") for one in trainer.callbacks)
+    line = refused(
+        run, capsys, *TINY, callback(f"lightning.pytorch.callbacks.{name}")
+    )  # with enable_progress_bar false
+    assert "enable_progress_bar=False" in line
+
+
+def test_advertisements_and_deprecations_of_libraries_are_not_shown(caplog):
+    trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def speak(self, _):
+        trainer_log.info("💡 Tip: try installing [litmodels]")
+        trainer_log.info("something of the run")
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.warn_explicit("old", category, "fit_loop.py", 1, module="lightning.pytorch.loops")
+            warnings.warn_explicit("own", category, "mine.py", 1, module="mine")
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as shown:
+        patch.setattr("gpt2_pl.commands.lightning_cli.GPT2CLI._run_subcommand", speak)
+        warnings.simplefilter("always")
+        main([*map(str, TINY), "--trainer.logger=false", "--trainer.enable_checkpointing=false"])
+    assert "Tip" not in caplog.text
+    assert "something of the run" in caplog.text
+    assert [str(one.message) for one in shown if str(one.message) in ("old", "own")] == ["own", "own"]

@@ -1,0 +1,360 @@
+"""gpt2-pl compare: groups, figures against loops, what is left out and why, what it writes."""
+
+import csv
+import json
+import os
+import re
+import statistics
+import time
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from conftest import started as start
+from helpers.runs import fake_run
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.comparison import compare
+from gpt2_pl.experiments.run import Run
+
+CONFIG = ROOT / "configs"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    generator = np.random.default_rng(0)
+    both = generator.random(400) < 0.6
+    folders = []
+    for strategy, share in (("lora", 0.45), ("full", 0.15)):
+        for seed in (1, 2, 3):
+            right = both | (generator.random(400) < share)
+            folders.append(fake_run(tmp_path / f"runs/{strategy}/version_{seed}", strategy, seed, right))
+    return folders
+
+
+def test_groups_and_figures(runs):
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    full, lora = comparison.groups
+    assert (full.label, lora.label) == ("full", "lora")
+    scores = [json.loads((folder / "metrics.json").read_text())["scores"]["val/accuracy"] for folder in runs[:3]]
+    assert lora.mean("val/accuracy") == pytest.approx(statistics.mean(scores))
+    assert lora.spread("val/accuracy") == pytest.approx(statistics.stdev(scores))
+    assert lora.cost("examples_per_second") == 52.0
+    assert lora.cost("seconds_to_best") == 60.0
+    assert full.over_texts == {}
+    difference = lora.mean("val/accuracy") - full.mean("val/accuracy")
+    assert lora.over_texts["val/accuracy"].mean == pytest.approx(difference)
+    assert 0 < lora.over_texts["val/accuracy"].low < difference < lora.over_texts["val/accuracy"].high
+    assert lora.over_texts["val/accuracy"].p < 0.01
+    assert not comparison.notes
+
+
+def test_what_is_left_out_and_what_is_repeated(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    extra = [
+        fake_run(tmp_path / "a", "dora", 1, right, status="running"),
+        fake_run(tmp_path / "b", "dora", 1, right, base="other"),
+        fake_run(tmp_path / "c", "dora", 1, right, text="other texts"),
+        fake_run(tmp_path / "d", "dora", 1, right),
+        fake_run(tmp_path / "e", "dora", 1, right),
+        fake_run(tmp_path / "f", "dora", 2, right),
+        fake_run(tmp_path / "g", "dora", 2, ~right),
+    ]
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, *extra]])
+    assert [group.label for group in comparison.groups] == ["full", "dora", "lora"]
+    assert [run.folder.name for run in comparison.groups[1].runs] == ["d", "f"]
+    notes = {re.search(r"/(\w) ", note)[1]: note for note in comparison.notes}
+    assert "not a finished training run (running)" in notes["a"]
+    assert "other base than most (other)" in notes["b"]
+    assert "other texts than most" in notes["c"]
+    assert notes["e"].endswith("seed 1: the same scores to the last digit")
+    assert notes["g"].endswith("seed 2: OTHER SCORES")
+
+
+def test_settings_tell_groups_of_one_strategy_apart(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    fake_run(tmp_path / "x", "lora", 1, right, lr=0.5)
+    named = fake_run(tmp_path / "y", "own", 1, right, configs=False)
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "x", named]])
+    assert [group.label for group in comparison.groups] == ["full", "lora (lr 0.001)", "lora (lr 0.5)", "own"]
+
+
+def test_guards_that_did_nothing_do_not_tell_groups_apart(runs):
+    for folder, skipped in zip(runs[:3], (0, 0, 4), strict=True):
+        account = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps({**account, "skipped_steps": skipped}))
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "bad_batches": "skip"}))
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    labels = {group.label: [run.account["seed"] for run in group.runs] for group in comparison.groups}
+    assert labels == {"full": [1, 2, 3], "lora (skipped_steps None)": [1, 2], "lora (skipped_steps 4)": [3]}
+
+
+def test_what_the_command_writes(runs, run, tmp_path, capsys):
+    cli = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
+    from gpt2_pl.commands import main
+
+    main([str(part) for part in cli])
+    shown = capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == {"report.md", "report.html", "report.csv", "report.json", "ParaphraseDetector_curves.png",
+                     "ParaphraseDetector_costs.png"}  # fmt: skip
+    text = (tmp_path / "report/report.md").read_text()
+    assert text in shown
+    assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
+    assert "| full | 3 |" in text
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert 'src="http' not in page
+    with (tmp_path / "report/report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    found = json.loads((tmp_path / "report/report.json").read_text())
+    assert [group["strategy"] for group in found[0]["groups"]] == ["full", "lora"]
+    assert {float(row["val/accuracy"]) for row in rows if row["strategy"] == "lora"} == set(
+        found[0]["groups"][1]["scores"]["val/accuracy"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json is not JSON"),
+        (lambda folder: (folder / "config.yaml").unlink(), "has no config.yaml"),
+        (lambda folder: (folder / "metrics.json").unlink(), "is no run's folder"),
+    ],
+)
+def test_folders_that_are_no_runs(break_it, words, runs, tmp_path, capsys):
+    from gpt2_pl.commands import main
+
+    break_it(runs[0])
+    with pytest.raises(SystemExit):
+        main(["compare", str(runs[0]), "--out", str(tmp_path / "report")])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_it_starts_without_torch(tmp_path):
+    before = os.times()
+    done = start(tmp_path, "compare", "--help")
+    assert done.returncode == 0
+    assert sum(os.times()[2:4]) - sum(before[2:4]) < 3.0  # of the processor; under one was measured
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.json", "config.yaml"):
+        (tmp_path / "run" / name).write_text("{}")
+    done = start(tmp_path, "compare", "run", "--out", "x", PYTHONPROFILEIMPORTTIME="1")
+    assert "gpt2_pl.experiments.comparison" in done.stderr
+    assert not re.search(r"\| +(torch|lightning|transformers|datasets)$", done.stderr, flags=re.M)
+
+
+def test_real_runs(run, base, pair_flags, tmp_path):
+    for name in ("full", "lora"):
+        files = ["--config", CONFIG / "task/quora.yaml", "--config", CONFIG / f"strategy/{name}.yaml"]
+        run("fit", *files, *pair_flags, f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1")
+    (comparison,) = compare([Run.read(folder) for folder in tmp_path.glob("lightning_logs/quora/version_*")])
+    assert [group.label for group in comparison.groups] == ["full", "lora"]
+    assert set(comparison.groups[1].over_texts) == {
+        f"{split}/{name}" for split in ("val", "test") for name in ("accuracy", "macro_f1", "f1")
+    }
+    assert comparison.groups[0].cost("trainable") > comparison.groups[1].cost("trainable")
+
+
+def test_training_on_more_rows_is_another_group_and_the_baseline_stays(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    fake_run(tmp_path / "more", "full", 1, right, rows={"train": 900, "val": 400})
+    fake_run(tmp_path / "dora", "dora", 1, right)
+    everything = [Run.read(folder) for folder in [*runs, tmp_path / "more", tmp_path / "dora"]]
+    (comparison,) = compare(everything)
+    labels = [group.label for group in comparison.groups]
+    assert labels == ["full (training_rows 100)", "full (training_rows 900)", "dora", "lora"]
+    assert not comparison.notes
+    (comparison,) = compare(everything, "full (training_rows 900)")
+    assert comparison.groups[0].label == "full (training_rows 900)"
+    with pytest.raises(InputError, match="baseline: no run is 'nonsense'; there are dora, full, lora"):
+        compare(everything, "nonsense")
+    (comparison,) = compare(everything[:3] + everything[-1:])  # lora and dora
+    assert comparison.notes == ["no run is the baseline 'full'; differences are to dora"]
+
+
+def test_a_run_given_twice_is_one_run(runs):
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, runs[0], runs[0].parent / "." / runs[0].name]])
+    assert not comparison.notes
+
+
+@pytest.mark.parametrize(("key", "value"), [("context", 512), ("stride", 64)])
+def test_compare_perplexities_of_another_context_are_left_out(key, value, runs):
+    """Their contexts can be as many as those of the others."""
+    for folder in runs:
+        account = json.loads((folder / "metrics.json").read_text())
+        account["data"].update({"context": 256, "stride": 256, **({key: value} if folder == runs[0] else {})})
+        (folder / "metrics.json").write_text(json.dumps(account))
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    assert comparison.notes == [f"{runs[0]} is left out: other {key} than most ({value})"]
+
+
+def test_runs_without_the_score_are_left_out(runs):
+    account = json.loads((runs[0] / "metrics.json").read_text())
+    del account["scores"]["val/accuracy"]
+    (runs[0] / "metrics.json").write_text(json.dumps(account))
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    assert comparison.notes == [f"{runs[0]} is left out: it has no val/accuracy"]
+
+
+def test_a_base_that_was_trained_first_is_the_same_base_and_costs_what_it_took(runs, tmp_path):
+    folder = fake_run(tmp_path / "ulmfit", "ulmfit", 1, np.arange(400) % 3 > 0, base="adapted")
+    account = json.loads((folder / "metrics.json").read_text())
+    account["base"] |= {"origin": "abc", "recipe": "text+ulmfit_lm", "seconds": 30.0, "cpu_seconds": 45.0}
+    (folder / "metrics.json").write_text(json.dumps({**account, "cpu_seconds": 100.0}))
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, folder]])
+    assert not comparison.notes
+    (group,) = (group for group in comparison.groups if group.label == "ulmfit")
+    assert group.cost("seconds") == 120.0
+    assert group.cost("seconds_to_best") == 90.0
+    assert group.cost("cpu_seconds") == 145.0
+
+
+def poem_run(folder, strategy, seed, losses):
+    """A run of poems whose losses per token are these."""
+    fake_run(folder, strategy, seed, [True])
+    account = json.loads((folder / "metrics.json").read_text())
+    scores = {"val/loss": float(np.mean(losses)), "test/perplexity": float(np.exp(np.mean(losses)))}
+    account |= {"task": "PoemGenerator", "monitor": "val/loss", "mode": "min", "scores": scores,
+                "primary": "test/perplexity", "metrics": {"perplexity": {"higher_is_better": False}},
+                "epochs": [{"epoch": 1, "val/loss": scores["val/loss"]}]}  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(account))
+    (folder / "predictions_val.csv").unlink()
+    for split in ("val", "test"):
+        rows = "".join(f"{i},100,{100 * loss}\n" for i, loss in enumerate(losses))
+        (folder / f"losses_{split}.csv").write_text(f"poem,n_tokens,loss\n{rows}")
+
+
+def test_poems_differ_in_perplexity(tmp_path):
+    generator = np.random.default_rng(0)
+    of_poem = generator.normal(4.5, 0.3, 12)
+    for seed in (1, 2):
+        for strategy, more in (("full", 0.0), ("prefix", 0.05), ("lora", 0.001)):
+            poem_run(tmp_path / f"{strategy}{seed}", strategy, seed, of_poem + more + generator.normal(0, 0.005, 12))
+    (comparison,) = compare([Run.read(folder) for folder in sorted(tmp_path.iterdir())])
+    full, lora, prefix = comparison.groups
+    assert comparison.decisive == "test/perplexity"
+    found = prefix.over_texts["test/perplexity"]
+    assert found.mean == pytest.approx(prefix.mean("test/perplexity") - full.mean("test/perplexity"), rel=1e-6)
+    assert 0 < found.low < found.mean < found.high
+    assert found.p < 0.01
+    assert prefix.over_seeds["val/loss"].mean == pytest.approx(0.05, abs=0.01)
+    assert comparison.best() is full
+    assert lora.over_seeds["test/perplexity"].p > 0.05
+
+
+def test_what_to_use(runs, tmp_path):
+    """The best, and the cheapest that is not shown to be worse."""
+    text = (np.arange(400) % 8 > 5).astype(bool)
+    fake_run(tmp_path / "bad", "prompt", 1, text)
+    for folder, count in ((runs[3], 10**6), (runs[4], 10**6), (runs[5], 10**6), (tmp_path / "bad", 10)):
+        account = json.loads((folder / "metrics.json").read_text())
+        account["parameters"] = {"trainable": count, "total": 10**6}
+        (folder / "metrics.json").write_text(json.dumps(account))
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "bad"]])
+    assert comparison.best().label == comparison.cheapest().label == "lora"
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "bad"]], "lora")
+    assert comparison.cheapest().label == "lora"
+
+
+def test_a_report_with_a_preface_and_figures_from_elsewhere(runs, tmp_path, capsys):
+    from gpt2_pl.commands import main
+
+    (tmp_path / "preface.md").write_text("# Results\n\nWhat was learned.\n")
+    other = {
+        "ParaphraseDetector": [{"what": "full", "figures": "accuracy 89.9", "source": "a report, <other> weights"}]
+    }
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(other))
+    command = ["compare", tmp_path / "runs", "--out", tmp_path / "plots", "--markdown", tmp_path / "RESULTS.md",
+               "--preface", tmp_path / "preface.md", "--elsewhere", tmp_path / "elsewhere.yaml"]  # fmt: skip
+    main([str(part) for part in command])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("# Results")
+    assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
+    assert "![ParaphraseDetector: curves](plots/ParaphraseDetector_curves.png)" in text
+    assert "| full | accuracy 89.9 | a report, &lt;other> weights |" in text
+    assert "a report, &lt;other&gt; weights" in (tmp_path / "plots/report.html").read_text()
+    assert not (tmp_path / "plots/report.md").exists()
+    first = text
+    main([str(part) for part in command])
+    assert (tmp_path / "RESULTS.md").read_text() == first
+    (tmp_path / "elsewhere.yaml").write_text("ParaphraseDetector: [{what: full}]")
+    with pytest.raises(SystemExit):
+        main([str(part) for part in command])
+    assert "must give every task a list of {what, figures, source}" in capsys.readouterr().err
+
+
+def test_two_hundred_runs_in_seconds(tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(200):
+        fake_run(tmp_path / f"{i}", f"s{i // 4}", i % 4, generator.random(1101) < 0.5)
+    since = time.perf_counter()
+    (comparison,) = compare([Run.read(tmp_path / f"{i}") for i in range(200)])
+    assert len(comparison.groups) == 50
+    assert time.perf_counter() - since < 60.0  # under ten when nothing else runs
+
+
+def test_runs_that_were_stopped_and_others_that_differ_unseen(runs, tmp_path):
+    """A resumed run is one of its group; other rows to train on, limits of training or bases are other groups."""
+    right = np.arange(400) % 3 > 0
+
+    def variant(name, settings=None, account=None):
+        folder = fake_run(tmp_path / name, "full", 4, right)
+        content = yaml.safe_load((folder / "config.yaml").read_text())
+        for key, value in (settings or {}).items():
+            content[key] = {**content[key], **value}
+        (folder / "config.yaml").write_text(yaml.safe_dump(content))
+        stored = json.loads((folder / "metrics.json").read_text())
+        for key, value in (account or {}).items():
+            stored[key] = {**stored[key], **value}
+        (folder / "metrics.json").write_text(json.dumps(stored))
+        return Run.read(folder)
+
+    whole = [Run.read(folder) for folder in runs[3:]]
+    model = {"model": {"class_path": "T", "init_args": {"optimizer": {"init_args": {"lr": 1e-3}}, "surgery": []}}}
+    (comparison,) = compare([*whole, variant("resumed", model)])
+    assert [len(group.runs) for group in comparison.groups] == [4]
+    for other in (
+        variant("limited", {"trainer": {"limit_train_batches": 0.1}}),
+        variant("elsewhere", account={"data": {"files": {"train": ["other.csv"], "val": "dev.csv"}}}),
+        variant("based", account={"base": {"digest": "other", "origin": "abc", "recipe": "text+ulmfit_lm"}}),
+    ):
+        (comparison,) = compare([*whole, other])
+        assert sorted(len(group.runs) for group in comparison.groups) == [1, 3]
+
+
+def test_nothing_is_recommended_that_was_not_compared(runs, tmp_path):
+    probe = fake_run(tmp_path / "probe", "linear_probe", 1, np.zeros(400, bool))
+    (comparison,) = compare([Run.read(folder) for folder in [runs[3], probe]])
+    assert comparison.groups[1].over_seeds == {}  # one seed of each says nothing of others
+    assert comparison.cheapest() is None
+    assert comparison.groups[1].over_texts["val/accuracy"].p < 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("row,text,label,prediction,p(a)\n1,x,b,a,1\n", "is broken"),
+     ("row,text,label,prediction,p(a),p(b)\n", "has no rows")],
+)  # fmt: skip
+def test_files_of_rows_that_are_broken(text, message, runs, capsys, tmp_path):
+    from gpt2_pl.commands import main
+
+    (runs[0] / "predictions_val.csv").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["compare", *map(str, runs), "--out", str(tmp_path / "report")])
+    error = capsys.readouterr().err
+    assert f"{runs[0]}/predictions_val.csv {message}" in error
+
+
+def test_a_group_without_outcomes_does_not_take_those_of_others(runs, tmp_path):
+    right = np.arange(400) % 3 > 0
+    bare = fake_run(tmp_path / "bare", "dora", 1, right)
+    for folder in runs:
+        (folder / "predictions_test.csv").write_text((folder / "predictions_val.csv").read_text())
+    (comparison,) = compare([Run.read(folder) for folder in [*runs, bare]])
+    assert "test/accuracy" in comparison.groups[2].over_texts
+    assert "dora has no differences in test: not all of its runs have the outcomes of those rows" in comparison.notes

@@ -1,0 +1,498 @@
+"""gpt2-pl sweep: what a file asks for, and that it is run once, whatever happens meanwhile."""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, metrics
+from helpers.forked import Forked
+from helpers.refusals import refused
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt2_pl.commands import main
+from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.sweep.config import Plan
+
+QUICK = "{data.n_train: 60, trainer.enable_progress_bar: false, trainer.precision: 32-true, trainer.max_epochs: 2}"
+FILE = f"""
+name: s
+set: {QUICK}
+seeds: [1, 2]
+tasks:
+  toy:
+    configs: [{ROOT}/configs/quickstart.yaml]
+    strategies:
+      full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        (tmp_path / "s.yaml").write_text(text)
+        return tmp_path / "s.yaml"
+
+    return write
+
+
+def start(folder, *args):
+    """The sweep in a process of its own, whose jobs end with it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return Forked([ROOT / "cli.py", "sweep", "s.yaml", *args], cwd=folder, env=environment)
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+
+
+# What a file asks for
+
+
+def test_the_grid(file):
+    plan = Plan.read(
+        file(
+            f"""
+set: {{trainer.max_epochs: 3}}
+seeds: [1, 2]
+strategies: [full]
+tasks:
+  one:
+    configs: [{ROOT}/configs/task/sst5.yaml]
+    set: {{data.train_file: '${{HOME}}/a.csv'}}
+    strategies:
+      llrd+lora:
+        configs: [{ROOT}/configs/strategy/llrd.yaml, {ROOT}/configs/strategy/lora.yaml]
+        set: {{trainer.max_epochs: 4}}
+        seeds: [7]
+        grid: {{model.optimizer.init_args.lr: [1.0e-3, 2.0e-3], data.batch_size: [8]}}
+""".replace("strategies: [full]", f"strategies: {{full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}}}")
+        )
+    )
+    assert plan.name == "s"
+    runs = [run for arm in plan.arms for run in arm.runs()]
+    assert [(run.strategy, run.version) for run in runs] == [
+        ("full", "seed_1"), ("full", "seed_2"),
+        ("llrd+lora,lr=0.001,batch_size=8", "seed_7"), ("llrd+lora,lr=0.002,batch_size=8", "seed_7"),
+    ]  # fmt: skip
+    command = runs[3].command()
+    assert [part.rpartition("/")[2] for part in command if part.startswith("--config")] == [
+        "sst5.yaml", "llrd.yaml", "lora.yaml"
+    ]  # fmt: skip
+    flags = [part for part in command[1:] if not part.startswith("--config")]
+    assert flags == [
+        "--trainer.max_epochs=3", f"--data.train_file={os.environ['HOME']}/a.csv", "--trainer.max_epochs=4",
+        "--model.optimizer.init_args.lr=0.002", "--data.batch_size=8", "--seed_everything=7",
+        "--name=s/one/llrd+lora,lr=0.002,batch_size=8", "--version=seed_7",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "the file is a list; it must be a mapping"),
+        ("tasks: {toy: {config: []}}", "tasks.toy.config is no key; did you mean configs? there are configs, set"),
+        (
+            "tasks: {toy: {configs: [nowhere.yaml], strategies: [full]}}",
+            "tasks.toy.configs: there is no file nowhere.yaml",
+        ),
+        ("tasks: {sst9: {strategies: [full]}}", "tasks.sst9.configs: there is no file configs/task/sst9.yaml"),
+        (FILE.replace("[1, 2]", "[1, 1]"), "seeds is [1, 1]; it must be a list of different whole numbers"),
+        (FILE.replace("name: s", "name: ../s"), "name is '../s'; it must be a name of up to 200 letters"),
+        (FILE.replace("full:", "../full:"), "tasks.toy.strategies: '../full' is no name"),
+        (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment has no NOWHERE_TO_BE_FOUND"),
+        (FILE + "        base: x\n", "is not YAML"),
+        (
+            FILE.replace("full: {", "full: {base: x, "),
+            "tasks.toy.strategies.full.base is 'x'; the task's bases are none",
+        ),
+        (FILE.replace("full: {", "full: {grid: {a: 3}, "), "grid is {'a': 3}; it must give every key a list"),
+        (FILE.replace("full: {", "full: {set: {name: x}, "), "full.set.name is the sweep's own to say"),
+        (FILE.replace("full: {", "full: {search: {space: {a: 3}}, "), "full.search.space.a is 3; it must be a list"),
+        (FILE.replace("full: {", "full: {search: {space: {a: {low: 0, high: 1, log: true}}}, "), "space.a is"),
+        (FILE + "at_once: 0", "at_once is 0; it must be a whole number of at least 1"),
+        (FILE + "slurm: yes", "slurm is True; it must be a mapping"),
+        (FILE + "slurm: {tasks_per_node: 2}", "slurm.tasks_per_node is 2; a run of a sweep is one task on one node"),
+        ("tasks: {}", "tasks is {}; it must name its parts"),
+        (FILE.replace("full: {", "full: {grid: {seed_everything: [1]}, "), "grid.seed_everything is the sweep's own"),
+        (FILE.replace("full: {", "full: {search: {space: {name: [a]}}, "), "space.name is the sweep's own to say"),
+        (FILE.replace("full: {", "full: {search: {space: {a: {low: 1, high: 2, log: true, step: 1}}}, "), "space.a is"),
+        (FILE.replace("full: {", "full: {set: {3: 4}, "), "full.set: 3 is no key of a run"),
+        (FILE.replace("full: {", "full: {set: {'version=../../x': 4}, "), "'version=../../x' is no key of a run"),
+        (FILE.replace("full: {", "full: {set: {nam: ../x}, "), "'nam' is no key of a run"),
+        (FILE.replace("full: {", "full: {set: {trainer.default_root_dir: /x}, "), "root_dir is the sweep's own"),
+        (FILE.replace("full: {", "full: {set: {trainer: {default_root_dir: /x}}, "), "trainer is the sweep's own"),
+        (FILE.replace("full: {", "full: {set: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
+        (FILE.replace("full: {", "full: {set: {data.n_train: !!binary aaaa}, "), "set.data.n_train is"),
+        (FILE.replace("full: {", 'full: {set: {data.n_train: "\\ud800"}, '), "is not YAML"),
+        (FILE.replace("full: {", "full: {set: &a {data.n_train: *a}, "), "*a lies within what it stands for"),
+        (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
+        (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
+        (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),
+        (FILE.replace("full:", f"{'x' * 300}:"), "is no name"),
+        (FILE.replace("full.yaml", f"{'x' * 300}.yaml"), "there is no file"),
+        (FILE + f"      Full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "two runs have one folder, "),
+        (FILE + f"      full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "the key 'full' is given twice"),
+        (
+            FILE.replace("full: {", "full: {grid: {data.n_train: [60, '60']}, "),
+            "s/toy/full,n_train=60/seed_1: toy.full",
+        ),
+        (
+            FILE.replace("full: {", "full: {grid: {data.n_train: [60]}, ") + "      full,n_train=60: {configs: []}\n",
+            "two runs have one folder, lightning_logs/s/toy/full,n_train=60/seed_1",
+        ),
+        (
+            FILE + f"  Toy: {{configs: [{ROOT}/configs/quickstart.yaml], strategies: {{full: {{configs: []}}}}}}\n",
+            "lightning_logs/s/toy/full/seed_1 and lightning_logs/s/Toy/full/seed_1: toy.full, seed 1 and Toy.full",
+        ),
+        (FILE + "  two: {configs: [], strategies: [full, full]}\n", "tasks.two.strategies names 'full' twice"),
+        ("[" * 5000, "nested more than 100 deep"),
+    ],
+)
+def test_what_cannot_be_run(text, message, file):
+    path = file(text)
+    with pytest.raises(InputError) as error:
+        Plan.read(path)
+    assert str(error.value).startswith(f"{path}")
+    assert message in str(error.value)
+
+
+def test_cells_whose_folders_are_linked_are_refused(file, tmp_path, capsys):
+    path = file(FILE + f"      lora: {{configs: [{ROOT}/configs/strategy/full.yaml]}}\n")
+    (tmp_path / "lightning_logs/s/toy/full").mkdir(parents=True)
+    Plan.read(path)
+    (tmp_path / "lightning_logs/s/toy/lora").symlink_to("full")
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(path)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "two runs have one folder, lightning_logs/s/toy/full/seed_1 and lightning_logs/s/toy/lora/seed_1" in line
+
+
+def test_bases_that_several_strategies_start_from_are_no_conflict(file):
+    text = FILE.replace("    strategies:\n", "    bases: {b: {configs: []}}\n    strategies:\n")
+    text = text.replace("full: {", "full: {base: b, ") + "      other: {base: b, configs: []}\n"
+    assert len(Plan.read(file(text)).arms) == 2
+    text = text.replace("{b: {configs: []}}", "{b: {configs: []}, B: {configs: []}}").replace(
+        "other: {base: b", "other: {base: B"
+    )
+    with pytest.raises(InputError, match=r"two runs have one folder, lightning_logs/s.bases/toy/b/seed_1 and "):
+        Plan.read(file(text))
+
+
+def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
+    search = "full: {search: {trials: 3, space: {data.batch_size: [8, 16]}}, "
+    path = file(FILE + f"      other: {{configs: [{ROOT}/configs/strategy/llrd.yaml]}}\n".replace("full: {", search))
+    main(["sweep", str(path), "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("to do    gpt2-pl fit --config=") for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("metrics.json", text) for text in ("{", "[]", "3", '{"epochs": 3}', '{"monitor": [1]}', "\xff", "[" * 100_000)]
+    + [("sweep.json", text) for text in ("{", "[]", "{}", '{"flags": [1]}', "\xff",
+                                        '{"flags": {"a": 1}, "files": {}, "base": null, "threads": 1}')],
+    ids=range(13),
+)  # fmt: skip
+def test_files_of_runs_that_are_broken(name, text, file, tmp_path, capsys):
+    folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"status": "finished"}')
+    (folder / name).write_text(text, encoding="latin-1")
+    for extra in ([], ["--dry_run"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["sweep", str(file(FILE)), *extra])
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"lightning_logs/s/toy/full/seed_1/{name}" in line
+        assert line.endswith("; delete lightning_logs/s/toy/full/seed_1")
+
+
+# Running
+
+
+def test_it_runs_what_is_missing_and_then_nothing(file, tmp_path):
+    file(FILE)
+    done = start(tmp_path, "--at_once=2")
+    out, error = done.communicate(timeout=200)
+    assert done.returncode == 0, error
+    assert out.count(": begins") == 2
+    folders = [tmp_path / f"lightning_logs/s/toy/full/seed_{seed}" for seed in (1, 2)]
+    assert [metrics(folder)["seed"] for folder in folders] == [1, 2]
+    assert all(metrics(folder)["status"] == "finished" for folder in folders)
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+    out, _ = start(tmp_path).communicate(timeout=60)
+    assert "begins" not in out
+    assert "all runs are finished" in out
+    assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+
+    file(FILE.replace("max_epochs: 2", "max_epochs: 3"))
+    changed = start(tmp_path)
+    _, error = changed.communicate(timeout=60)
+    assert changed.returncode == 2
+    assert "was run with other settings (trainer.max_epochs was '2' and is '3')" in error
+
+
+def wait_for(found, seconds=100.0):
+    deadline = time.monotonic() + seconds
+    while not found() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found()
+
+
+def epochs_begun(folder):
+    """How often a run's job validated an epoch, over all of its processes, from TensorBoard's files."""
+    scalars = EventAccumulator(str(folder)).Reload().Scalars("val/accuracy")
+    return len(scalars)
+
+
+def test_killed_at_any_moment_it_is_completed_and_nothing_runs_twice(file, tmp_path):
+    """The sweep and its jobs are killed while jobs start, after an epoch, and after a run; then the sweep alone."""
+    file(FILE.replace("[1, 2]", "[1, 2, 3]").replace("max_epochs: 2", "max_epochs: 8"))
+    logs = tmp_path / "lightning_logs"
+    runs = [logs / f"s/toy/full/seed_{seed}" for seed in (1, 2, 3)]
+    moments = [
+        lambda: list(logs.glob("s.sweep/jobs/*_log.out")),
+        lambda: (runs[0] / "checkpoints/last.ckpt").is_file(),
+        lambda: (runs[0] / "predictions_test.csv").is_file(),
+    ]
+    for moment in moments:
+        process = start(tmp_path, "--at_once=1")
+        wait_for(moment)
+        kill(process)
+    process = start(tmp_path, "--at_once=1")
+    wait_for(lambda: (runs[1] / "checkpoints/last.ckpt").is_file() or metrics_of(runs[1]))
+    os.kill(process.pid, signal.SIGKILL)  # its job lives on
+    process.wait()
+    last = start(tmp_path, "--at_once=2")
+    out, error = last.communicate(timeout=300)
+    assert last.returncode == 0, error
+    assert "all runs are finished" in out
+    for folder in runs:
+        assert metrics(folder)["status"] == "finished"
+        assert [epoch["epoch"] for epoch in metrics(folder)["epochs"]] == list(range(1, 9))
+    assert epochs_begun(runs[2]) == epochs_begun(runs[1]) == 8  # never killed themselves, run once
+    assert epochs_begun(runs[0]) <= 8 + 2  # of each kill it may have repeated the epoch that it was in
+    assert len(list(runs[0].parent.iterdir())) == 3
+
+
+def metrics_of(folder):
+    return (folder / "metrics.json").is_file()
+
+
+def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
+    file(FILE.replace("[1, 2]", "[1]"))
+    code = (
+        "from pathlib import Path; from gpt2_pl.commands import main\n"
+        "from gpt2_pl.experiments.sweep.config import Plan\n"
+        "from gpt2_pl.experiments.sweep.executor import RunJob\n"
+        "RunJob(main)(Plan.read(Path('s.yaml')).arms[0].runs()[0])"
+    )
+    (tmp_path / "make.py").write_text(code)
+    both = [Forked([tmp_path / "make.py"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    outs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("gpt2-pl fit" in out for out in outs) == [False, True]
+
+
+def test_a_run_that_fails_is_told_and_tried_again(file, tmp_path):
+    bad = "      bad: {configs: [], set: {data.nonsense: 1}, seeds: [1]}\n"
+    file(FILE.replace("[1, 2]", "[1]") + bad)
+    process = start(tmp_path, "--at_once=2")
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "toy bad seed 1: failed" in out
+    assert "toy full seed 1: finished, val/accuracy" in out
+    assert "lightning_logs/s/toy/bad/seed_1 failed: " in error
+    assert "nonsense" in error
+    out, _ = start(tmp_path).communicate(timeout=200)
+    assert out.count("begins") == 1
+
+
+def test_bases_are_made_first_and_once_a_seed(file, tmp_path, base):
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("sentence\tsentiment\n" + "".join(f"a fine film number {i}\t{i % 2}\n" for i in range(40)))
+    files = f"data.train_file: {reviews}, data.val_file: {reviews}, trainer.max_epochs: 1, trainer.accelerator: cpu"
+    config = ROOT / "configs"
+    file(f"""
+name: s
+set: {{model.base: {base}, {files}, trainer.enable_progress_bar: false, data.max_length: 24}}
+seeds: [1]
+tasks:
+  imdb:
+    configs: [{config}/task/imdb.yaml]
+    bases:
+      adapted: {{configs: [{config}/task/text.yaml], set: {{data.column: sentence}}}}
+    strategies:
+      full: {{configs: [{config}/strategy/full.yaml]}}
+      ulmfit: {{configs: [{config}/strategy/ulmfit.yaml], base: adapted}}
+      llrd: {{configs: [{config}/strategy/llrd.yaml], base: adapted}}
+""")
+    process = start(tmp_path, "--at_once=2")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    logs = tmp_path / "lightning_logs"
+    made = metrics(logs / "s.bases/imdb/adapted/seed_1")
+    full, ulmfit, llrd = (metrics(logs / f"s/imdb/{name}/seed_1") for name in ("full", "ulmfit", "llrd"))
+    assert ulmfit["base"]["digest"] == llrd["base"]["digest"] != full["base"]["digest"]
+    assert ulmfit["base"]["origin"] == full["base"]["digest"] == made["base"]["digest"]
+    assert ulmfit["base"]["seconds"] == made["seconds"]
+    logs_of_jobs = [path.read_text() for path in (logs / "s.sweep/jobs").glob("*_log.out")]
+    assert sum(text.count("--name=s.bases/imdb/adapted") for text in logs_of_jobs) == 1
+
+
+def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
+    pytest.importorskip("optuna")
+    search = "full: {search: {trials: 3, space: {model.optimizer.init_args.lr: [0.0, 3.0e-3]}}, "
+    file(FILE.replace("full: {", search).replace("[1, 2]", "[5]").replace("60,", "400,"))
+    first = start(tmp_path, "--at_once=1")
+    journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
+    deadline = time.monotonic() + 100
+    while not list(journal.parent.glob("full/trial_1/metrics.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kill(first)
+    process = start(tmp_path, "--at_once=2")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    trials = sorted((tmp_path / "lightning_logs/s.search/toy/full").iterdir())
+    assert [path.name for path in trials] == [f"trial_{n}" for n in range(3)]
+    scores = {path.name: metrics(path)["scores"]["val/accuracy"] for path in trials}
+    key = "model.optimizer.init_args.lr"
+    rates = {path.name: json.loads((path / "sweep.json").read_text())["flags"][key] for path in trials}
+    best = max(scores, key=scores.get)
+    run = json.loads((tmp_path / "lightning_logs/s/toy/full/seed_5/sweep.json").read_text())
+    assert run["flags"][key] == rates[best]
+    assert set(rates.values()) <= {"0.0", "0.003"}
+    again = start(tmp_path)
+    out, _ = again.communicate(timeout=60)
+    assert "begins" not in out
+    file((tmp_path / "s.yaml").read_text().replace("3.0e-3", "4.0e-3"))
+    other = start(tmp_path)
+    _, error = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "was searched with another space or other settings" in error
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the sweep", "Ctrl-C in its terminal"])
+def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
+    file(FILE.replace("max_epochs: 2", "max_epochs: 2000"))
+    process = start(tmp_path, "--at_once=1")
+    folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
+    wait_for(lambda: (folder / "checkpoints/last.ckpt").is_file())
+    jobs = psutil.Process(process.pid).children(recursive=True)
+    assert len(jobs) >= 2
+    if how == "Ctrl-C in its terminal":  # which reaches all processes of the group
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "gpt2-pl: stopped; the same command goes on\n"
+    assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
+    assert metrics(folder)["status"] == "interrupted"  # it saved the step that it had reached
+    reached = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert reached >= metrics(folder)["steps"] - 1
+
+
+def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
+    """A trial without all of its settings, a torn last line, losses that are no numbers, a best that changes."""
+    pytest.importorskip("optuna")
+    from gpt2_pl.experiments.sweep.search import Study
+
+    search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: {low: 0.001, high: 0.01}}}, "
+    path = file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
+    begun = Study(Plan.read(path).arms[0])
+    begun.study.ask()
+    journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole[: len(whole) // 3].rpartition(b"\n")[0] + b'\n{"op')
+    journal.write_bytes(whole + b'{"op')
+    search = Study(Plan.read(path).arms[0])
+    first, second = search.next(), search.next()
+    assert [run.version for run in (first, second)] == ["trial_1", "trial_2"]
+    assert all(any("lr=" in flag for flag in run.flags) for run in (first, second))
+    assert search.next() is None
+
+    def score(run, value, last=False):
+        run.folder.mkdir(parents=True)
+        account = {"status": "finished", "monitor": "val/accuracy", "mode": "max", "scores": {"val/accuracy": value}}
+        (run.folder / "metrics.json").write_text(json.dumps(account))
+
+    score(first, float("nan"))
+    search.ended(first)
+    assert not search.settled
+    score(second, 0.5)
+    search.ended(second)
+    assert search.settled
+    assert search.next() is None
+    best = search.arm.found
+    (run,) = search.arm.runs()
+    score(run, 0.5)
+    (run.folder / "sweep.json").write_text(json.dumps(run.record()))
+    more = Study(Plan.read(file(path.read_text().replace("trials: 2", "trials: 3"))).arms[0])
+    third, fourth = more.next(), more.next()  # of the trials that failed, one is made again
+    assert {third.version, fourth.version} == {"trial_3", "trial_4"}
+    score(third, 0.4)
+    more.ended(third)
+    score(fourth, 0.9)
+    with pytest.raises(InputError, match="was run with other settings"):
+        more.ended(fourth)
+    assert more.arm.found != best
+
+
+def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_path):
+    path = file(FILE)
+    run = Plan.read(path).arms[0].runs()[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / ".sweep.json.abc.part").write_text("{")
+    run.check()
+    (run.folder / "metrics.json").write_text(json.dumps({"status": "failed"}))
+    run.check()
+    (run.folder / "metrics.json").write_text(json.dumps({"status": "finished"}))
+    with pytest.raises(InputError, match="is not a run of this sweep"):
+        run.check()
+    record = run.record()
+    (run.folder / "sweep.json").write_text(json.dumps({**record, "flags": dict(reversed(record["flags"].items()))}))
+    run.check()
+
+
+def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
+    """The script that submitit writes for sbatch; the cluster is a program that only notes it."""
+    from gpt2_pl.experiments.sweep.executor import make_launcher
+
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, code in (
+        ("srun", "exit 0"),
+        ("sbatch", 'cp "$1" script; echo Submitted batch job 7'),
+        ("sacct", "exit 0"),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    plan = Plan.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
+    launcher = make_launcher(plan, None, main)
+    job = launcher.submit(plan.arms[0].runs()[0], 0)
+    assert job.job_id == "7"
+    script = (tmp_path / "script").read_text()
+    for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=s"):
+        assert f"#SBATCH {line}" in script
+    with pytest.raises(InputError, match=r"slurm: .*nonsense"):
+        make_launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None, main)
+
+
+def test_sweep_from_another_folder_says_from_where_its_files_count(run, capsys, tmp_path):
+    own = (ROOT / "configs/sweep/example.yaml").read_text().replace("configs/quickstart.yaml", "mine/own.yaml")
+    (tmp_path / "s.yaml").write_text(own)
+    line = refused(run, capsys, "sweep", "s.yaml", "--dry_run")
+    assert "there is no file mine/own.yaml; " in line
+    assert f"; its path counts from the working folder, {tmp_path}" in line

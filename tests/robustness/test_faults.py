@@ -1,0 +1,250 @@
+"""Processes that are killed, asked to end, or find no room; losses that are no numbers."""
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, metrics, process, started, weights
+from helpers import forked
+from helpers.fault_injection import differences, outcome
+from helpers.faults import QUICK, faults
+from lightning.pytorch import Callback
+from torch import nn
+
+from gpt2_pl.commands.lightning_cli import GPT2CLI
+from gpt2_pl.filesystem import whole_file
+from gpt2_pl.metrics import finite
+from gpt2_pl.tasks import LanguageModel, SentimentClassifier
+
+STEPS = [*QUICK, "--checkpoint_every_n_steps=4"]
+STAGES = [*QUICK, "--early_stopping_patience=1", f"--config={ROOT}/configs/strategy/ulmfit.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("seed", "arguments", "kinds"),
+    [
+        (1, STEPS, ["training_step", "validation_step", "in last.ckpt", "after last.ckpt", "before metrics.json"]),
+        (2, STAGES, ["before training_step", "before last.ckpt", "in best.ckpt", "test_step"]),
+    ],
+    ids=["steps", "stages and patience"],
+)
+def test_killed_at_a_moment_of_each_kind_and_gone_on(seed, arguments, kinds, tmp_path):
+    """One moment each in steps, validation and test, and while files are written and renamed."""
+    cases = faults(tmp_path, len(kinds), seed, arguments, FAULT_KINDS=",".join(kinds))
+    assert {case["killed"] for case in cases} == {-9}
+    assert not [case for case in cases if case["went_on"] or case["wrong"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "arguments"), [(1, STEPS), (2, STAGES)], ids=["steps", "stages and patience"])
+def test_killed_at_any_moment_and_gone_on(seed, arguments, tmp_path):
+    """Fifteen moments each: in steps, validation and test, and while every kind of file is written and renamed."""
+    cases = faults(tmp_path, 15, seed, arguments)
+    assert {case["killed"] for case in cases} == {-9}
+    assert not [case for case in cases if case["went_on"] or case["wrong"]]
+
+
+def test_a_file_is_replaced_and_never_rewritten(tmp_path):
+    for text in ("before", "after"):
+        with whole_file(tmp_path / "file") as file:
+            file.write(text)
+        if text == "before":
+            os.link(tmp_path / "file", tmp_path / "reader")
+    assert [(tmp_path / name).read_text() for name in ("file", "reader")] == ["after", "before"]
+
+
+def test_asked_to_end_it_saves_and_goes_on(tmp_path):
+    """SIGTERM in a training step and in validation."""
+    cases = faults(tmp_path, 4, 3, QUICK, FAULT_SIGNAL="SIGTERM", FAULT_KINDS="training_step,validation_step")
+    assert {case["killed"] for case in cases} == {143}
+    assert not [case for case in cases if case["went_on"] or case["wrong"]]
+
+
+def test_what_sigterm_leaves(tmp_path):
+    """The step that it reached is in the checkpoint, though checkpoints are written once an epoch."""
+    code = (
+        "import os, signal, sys; from gpt2_pl.tasks.classification import Classifier\n"
+        "from gpt2_pl.commands import main\n"
+        "step, n = Classifier.training_step, iter(range(1000))\n"
+        "def end(task, batch, i):\n"
+        "    if next(n) == 15: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(task, batch, i)\n"
+        "Classifier.training_step = end; main(sys.argv[1:])"
+    )
+    (tmp_path / "end.py").write_text(code)
+    done = forked.run([tmp_path / "end.py", "fit", *QUICK], cwd=tmp_path)
+    assert done.returncode == 143
+    run = tmp_path / "lightning_logs/quickstart/version_0"
+    last = f"{run.relative_to(tmp_path)}/checkpoints/last.ckpt"
+    assert (
+        f"go on with gpt2-pl fit --config lightning_logs/quickstart/version_0/config.yaml --ckpt_path {last}"
+        in done.stderr
+    )
+    assert torch.load(tmp_path / last, weights_only=True)["global_step"] == 16  # 12 steps an epoch
+    assert metrics(run)["status"] == "interrupted"
+
+
+def test_a_disk_that_fills_up(run, capsys, monkeypatch):
+    """Files may not grow to the size of a checkpoint: the first epoch's stays, and is gone on from."""
+    folder = run("fit", *QUICK, "--trainer.max_epochs=1")
+    checkpoint = folder / "checkpoints/last.ckpt"
+    before = checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("fit", *QUICK, f"--ckpt_path={checkpoint}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: there is no room to write lightning_logs/quickstart/version_0/checkpoints/")
+    assert line.endswith("what was there before is as it was; free some space and go on")
+    assert checkpoint.read_bytes() == before
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+    run("fit", *QUICK, f"--ckpt_path={checkpoint}")
+    assert len(metrics(folder)["epochs"]) == 3
+
+
+@pytest.fixture
+def small_disk():
+    """A function that makes files fail to grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_room(run, capsys, *args):
+    """The one line that a command ends with on a full disk."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("gpt2-pl: error: there is no room to ")
+    return line
+
+
+def test_a_disk_without_room_for_the_configuration(run, small_disk, capsys):
+    """A run that goes on writes its config.yaml anew: the one that was there stays."""
+    folder = run("fit", *QUICK, "--trainer.max_epochs=1")
+    before = (folder / "config.yaml").read_bytes()
+    small_disk(len(before) // 2)
+    line = no_room(run, capsys, "fit", *QUICK, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    assert "lightning_logs/quickstart/version_0/config.yaml" in line
+    assert (folder / "config.yaml").read_bytes() == before
+    assert not list(folder.glob(".*"))
+
+
+def test_an_export_without_room_leaves_nothing(run, base, small_disk, capsys, tmp_path, data_flags):
+    shared = ["fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}", "--data.max_length=32",
+              *data_flags, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]  # fmt: skip
+    whole = run(*shared, "--name=whole")
+    lora = run(*shared, f"--config={ROOT}/configs/strategy/lora.yaml", "--name=lora")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, kind, size in ((whole, "hf", 20_000), (lora, "peft", 2000)):  # the tokenizer's file has room
+        small_disk(size)
+        line = no_room(run, capsys, "export", folder, "--format", kind, "--out", tmp_path / "o")
+        assert f"{tmp_path}/.o.part/" in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_cache_without_room_is_named(ending, run, base, small_disk, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"sentence": f"a long film, the {i}th", "sentiment": i % 2} for i in range(2000)]
+    file = tmp_path / f"rows.{ending}"
+    if ending == "csv":
+        file.write_text("sentence,sentiment\n" + "".join(f'"{row["sentence"]}",{row["sentiment"]}\n' for row in rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small_disk(3000)
+    line = no_room(run, capsys, "fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}",
+                   f"--data.train_file={file}", "--data.max_length=32")  # fmt: skip
+    assert str(tmp_path / "cache") in line
+
+
+def test_equal_settings_give_equal_runs_to_the_last_digit(tmp_path):
+    """Two whole runs in processes of their own, which hash text differently: scores, predictions and weights."""
+    found = []
+    for name, begin in (("one", process), ("two", started)):
+        (tmp_path / name).mkdir()
+        done = begin(tmp_path / name, "fit", *QUICK, "--trainer.max_epochs=2", OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(outcome(tmp_path / name))
+    assert found[0][2]
+    assert differences(*found) == []
+
+
+class Poison(Callback):
+    """Makes the loss of one step a NaN or infinite."""
+
+    def __init__(self, step, value):
+        self.step, self.value = step, value
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        at = trainer.global_step == self.step
+        if at and not isinstance(pl_module.head.linear.bias, nn.Parameter):
+            raise AssertionError
+        self.kept = pl_module.head.linear.bias.detach().clone() if at else None
+        if at:
+            pl_module.head.linear.bias.data[0] = self.value
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.kept is not None:
+            pl_module.head.linear.bias.data.copy_(self.kept)
+            self.before = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.kept is not None:
+            self.unchanged = all(torch.equal(a, b) for a, b in zip(self.before, pl_module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monkeypatch):
+    poison(monkeypatch, Poison(14, value))
+    with pytest.raises(SystemExit) as stop:
+        run("fit", *QUICK)
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("gpt2-pl: error: the loss is ")
+    assert "at epoch 2, step 15, rows " in line
+    assert len(line.partition("rows ")[2].partition(";")[0].split(", ")) == 10
+    assert "the last good checkpoint is lightning_logs/quickstart/version_0/checkpoints/last.ckpt" in line
+    assert "--bad_batches skip" in line
+    folder = Path("lightning_logs/quickstart/version_0")
+    assert metrics(folder)["status"] == "failed"
+    assert all(t.isfinite().all() for t in weights(folder / "checkpoints/last.ckpt").values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_steps_of_such_losses_are_left_out_and_counted(value, run, monkeypatch):
+    callback = Poison(14, value)
+    poison(monkeypatch, callback)
+    folder = run("fit", *QUICK, "--bad_batches=skip")
+    assert callback.unchanged
+    account = metrics(folder)
+    assert account["skipped_steps"] == 1
+    assert account["status"] == "finished"
+    assert all(torch.tensor(value).isfinite() for epoch in account["epochs"] for value in epoch.values())
+
+
+def poison(monkeypatch, callback):
+    """Add a callback to the trainer of the command line."""
+    instantiate = GPT2CLI._instantiate_trainer
+    monkeypatch.setattr(GPT2CLI, "_instantiate_trainer", lambda cli, config, callbacks: instantiate(
+        cli, config, [callback, *callbacks]))  # fmt: skip
+
+
+def test_losses_that_are_no_numbers_show_in_validation(base):
+    for task in (SentimentClassifier(base=str(base), num_classes=2), LanguageModel(base=str(base))):
+        metric = task.metrics["val_metrics"]["loss"]
+        metric.update(*finite(torch.tensor([1.0, torch.nan]), "val"))
+        assert metric.compute().isnan()
+        metric = task.metrics["train_metrics"]["loss"]
+        metric.update(*finite(torch.tensor([1.0, torch.nan, torch.inf, 3.0]), "train"))
+        assert metric.compute() == 2.0

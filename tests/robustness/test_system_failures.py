@@ -1,0 +1,352 @@
+"""What the system refuses (disks, files, memory, streams) is one line or nothing, in every command."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from gpt2_pl.commands import main
+from gpt2_pl.errors import InputError, RunError, describe_failure, is_full
+from gpt2_pl.filesystem import check_place, existing_file, room, whole_file
+
+QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.precision=32-true",
+         "--trainer.max_epochs=1"]  # fmt: skip
+COMMANDS = ("fit", "test", "classify", "compare", "export")
+# Numbers without a name are not of every system.
+ERRORS = [getattr(errno, name) for name in ("EIO", "ENOSPC", "EROFS", "ESTALE", "EMFILE", "EACCES", "ENAMETOOLONG")]
+
+
+def failure(number, path=None):
+    return OSError(number, os.strerror(number), *([] if path is None else [str(path)]))
+
+
+# What an error says
+
+
+def raised(make):
+    """An error as it is when it arrives at the command line."""
+    try:
+        make()
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+def from_worker():
+    """What torch's DataLoader raises in place of what a worker has raised."""
+    from torch._utils import ExceptionWrapper
+
+    try:
+        raise failure(errno.EIO, "rows.arrow")
+    except OSError:
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    pickle.loads(pickle.dumps(wrapper)).reraise()
+
+
+def from_rust():
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, "/nonexistent/folder/file")
+
+
+def wrapped():
+    try:
+        raise failure(errno.ENOSPC)
+    except OSError as error:
+        raise ValueError("a library's own") from error
+
+
+def while_handling():
+    try:
+        raise failure(errno.ESTALE, "a")
+    except OSError:
+        raise ValueError("a library's own")  # noqa: B904
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: os.open("/nonexistent/a", os.O_RDONLY), "/nonexistent/a: No such file or directory"),
+        (lambda: os.rename("/nonexistent/a", "/b"), "/nonexistent/a -> /b: No such file or directory"),
+        (wrapped, os.strerror(errno.ENOSPC)),
+        (while_handling, f"a: {os.strerror(errno.ESTALE)}"),
+        (from_worker, os.strerror(errno.EIO)),
+        (from_rust, os.strerror(errno.ENOENT)),
+        (lambda: torch.empty(10**15), "there is not enough memory for another 4000000000000000 bytes; a smaller batch"),
+        (lambda: np.empty(10**15), "there is not enough memory for another 7.11 PiB"),
+        (lambda: bytearray(10**15), "there is not enough memory"),
+    ],
+)
+def test_describe_failure_of_the_system(make, line):
+    described = describe_failure(raised(make))
+    assert described is not None
+    assert described.startswith(line)
+    assert "\n" not in described
+
+
+def test_describe_failure_of_a_device():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total of ...\nmore")
+    assert describe_failure(error).startswith("there is not enough memory on the device for another 20.00 MiB; ")
+
+
+def probed():
+    try:
+        os.stat("/nonexistent")
+    except OSError:
+        raise KeyError("a fault of the program")  # noqa: B904
+
+
+@pytest.mark.parametrize("make", [lambda: {}["a"], probed, lambda: torch.zeros(2) @ torch.zeros(3),
+                                  lambda: os.close(10**6)])  # fmt: skip
+def test_describe_failure_of_a_fault_of_the_program_is_none(make):
+    assert describe_failure(raised(make)) is None
+
+
+def test_room_names_the_file_that_was_written_and_leaves_errors_of_others_alone(tmp_path):
+    path = tmp_path / "out"
+    for number in (errno.ENOSPC, errno.EIO):
+        with pytest.raises(Exception, match=f"{path}"), room(path):
+            raise failure(number)
+    with pytest.raises(OSError, match="input"), room(path):  # of a file that was read meanwhile
+        raise failure(errno.EIO, "input")
+    with pytest.raises(InputError, match="row 3"), room(path):
+        raise InputError("row 3 cannot be read") from failure(errno.EIO)
+    assert is_full(failure(errno.ENOSPC))
+    assert not is_full(failure(errno.EIO))
+
+
+# Every command
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    before, place = Path.cwd(), tmp_path_factory.mktemp("trained")
+    os.chdir(place)
+    main(["fit", *QUICK, "--trainer.enable_progress_bar=false"])
+    os.chdir(before)
+    return place / "lightning_logs"
+
+
+@pytest.fixture
+def trained(trained_once, run, tmp_path):
+    """A run's folder, in the working folder."""
+    shutil.copytree(trained_once, tmp_path / "lightning_logs")
+    (tmp_path / "rows.csv").write_text("sentence\na fine film\n")
+    return Path("lightning_logs/quickstart/version_0")
+
+
+def arguments(command, folder):
+    return {
+        "fit": QUICK,
+        "test": [f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt"],
+        "classify": [folder, "--input", "rows.csv", "--out", "o.csv"],
+        "compare": [folder, "--out", "o"],
+        "export": [folder, "--format", "hf", "--out", "o"],
+    }[command]
+
+
+def ends_in_one_line(run, capsys, command, folder):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(command, *arguments(command, folder))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("gpt2-pl: ", "Traceback"))]
+    assert len(lines) == 1, lines
+    assert stop.value.code in (1, 2)
+    return lines[0]
+
+
+def test_every_error_of_writing_is_one_line_in_every_command(trained, run, capsys, monkeypatch, tmp_path):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    for i, number in enumerate(ERRORS):
+        command = COMMANDS[i % len(COMMANDS)]
+
+        def fails(descriptor, number=number):
+            raise failure(number)
+
+        monkeypatch.setattr("gpt2_pl.filesystem.os.fsync", fails)
+        line = ends_in_one_line(run, capsys, command, trained)
+        assert os.strerror(number) in line or (number == errno.ENOSPC and "there is no room to write" in line), line
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        assert not list(tmp_path.rglob(".*.part"))
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_every_error_of_reading_is_one_line(command, trained, run, capsys, monkeypatch, tmp_path):
+    """Of files of the run, when they are opened and when they are looked for."""
+    folders = (trained, trained.resolve())
+    for i, number in enumerate(ERRORS):
+        name = ("open", "stat")[i % 2]
+        real = getattr(Path, name)
+
+        def fails(path, *args, real=real, number=number, **kwargs):
+            if any(folder in path.parents for folder in folders):
+                raise failure(number, path)
+            return real(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, fails)
+            line = ends_in_one_line(run, capsys, command, trained)
+        assert os.strerror(number) in line or "there is no" in line, line
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+@pytest.mark.parametrize(
+    ("command", "moment"),
+    [
+        ("fit", "gpt2_pl.tasks.SentimentClassifier.training_step"),
+        ("fit", "gpt2_pl.datamodules.synthetic.ToySentiment.setup"),
+        ("test", "gpt2_pl.tasks.SentimentClassifier.test_step"),
+        ("classify", "gpt2_pl.commands.classify.classify"),
+        ("compare", "gpt2_pl.commands.compare.plots"),
+        ("export", "gpt2_pl.commands.export.export_hf"),
+    ],
+)
+@pytest.mark.parametrize("how", [lambda *_, **__: torch.empty(10**15), lambda *_, **__: bytearray(10**15)],
+                         ids=["tensor", "bytes"])  # fmt: skip
+def test_no_memory_is_one_line(how, command, moment, trained, run, capsys, monkeypatch):
+    monkeypatch.setattr(moment, how)
+    assert "there is not enough memory" in ends_in_one_line(run, capsys, command, trained)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("command", ["fit", "sweep"])
+@pytest.mark.parametrize("what", ["dangling", "loop", "file"])
+def test_lightning_logs_that_is_no_folder_is_refused_in_one_line(what, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if what == "file":
+        Path("lightning_logs").touch()
+    else:
+        Path("lightning_logs").symlink_to("/nonexistent/disk" if what == "dangling" else "lightning_logs")
+    Path("s.yaml").write_text(f"tasks: {{t: {{configs: [{QUICK[0][9:]}], strategies: {{full: {{configs: []}}}}}}}}")
+    with pytest.raises(SystemExit) as stop:
+        main([command, *(QUICK if command == "fit" else ["s.yaml"])])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gpt2-pl")]
+    assert line.startswith("gpt2-pl: error: name: lightning_logs/")
+    assert f"{tmp_path}/lightning_logs is " in line
+    if what == "dangling":
+        assert line.endswith("lightning_logs is a link to /nonexistent/disk, which does not exist")
+
+
+def test_check_place_of_a_path_through_a_dangling_link_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path in (tmp_path / "link", tmp_path / "link/a/b"):
+        with pytest.raises(InputError, match=f"out: {path} cannot be made: {tmp_path}/link is a link to"):
+            check_place(path, "out")
+    check_place(tmp_path / "a/b", "out")
+
+
+def test_existing_file_that_cannot_be_looked_at_says_why(tmp_path, monkeypatch):
+    def stale(path):
+        raise failure(errno.ESTALE, path)
+
+    monkeypatch.setattr(Path, "is_file", stale)
+    with pytest.raises(InputError, match=f"input: a cannot be read: {os.strerror(errno.ESTALE)}"):
+        existing_file("a", "input")
+
+
+def test_whole_file_on_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("before")
+    monkeypatch.setattr(Path, "replace", lambda part, target: (_ for _ in ()).throw(failure(errno.EIO)))
+    said = "cannot be written: Input/output error; what was there before is as it was"
+    with pytest.raises(RunError, match=said), whole_file(path) as file:
+        file.write("after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
+
+
+# Streams, in processes of their own
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """A run's folder that compare reads in a moment."""
+    from helpers.runs import fake_run
+
+    folder = tmp_path_factory.mktemp("fake")
+    fake_run(folder / "lightning_logs/a/version_0", "full", 1, [1, 0, 1])
+    return folder
+
+
+def shell(folder, command, **environment):
+    """Run a line of bash in which ``gpt2-pl`` is this checkout's."""
+    script = f'gpt2-pl() {{ {sys.executable} {ROOT / "cli.py"} "$@"; }}; {command}'
+    return subprocess.run(["bash", "-c", script], cwd=folder, env={**os.environ, **environment}, capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("gpt2-pl --help | head -1 >head; exit ${PIPESTATUS[0]}", 0),
+        ("gpt2-pl --help | true; exit ${PIPESTATUS[0]}", 0),
+        ("gpt2-pl compare lightning_logs/a --out closed | true; exit ${PIPESTATUS[0]}", 0),
+        ("gpt2-pl compare lightning_logs/a --out none >&-", 0),
+        ("gpt2-pl compare lightning_logs/a --out neither >&- 2>&- <&-", 0),
+        ("gpt2-pl compare lightning_logs/nothing --out x 2>&-", 2),
+        ("gpt2-pl compare lightning_logs/nothing --out x 2>/dev/full", 2),
+        ("gpt2-pl nonsense 2>&1 >&- | true; exit ${PIPESTATUS[0]}", 2),
+    ],
+)
+def test_streams_that_nobody_reads_are_no_error(command, status, fake):
+    done = shell(fake, command)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_streams_that_nobody_reads_do_not_cut_short_what_is_written(fake):
+    for how in ("| true", ">&- 2>&-"):
+        out = fake / f"whole{len(how)}"
+        shell(fake, f"gpt2-pl compare lightning_logs/a --out {out} {how}")
+        assert {"report.md", "report.html", "report.csv", "report.json"} <= {path.name for path in out.iterdir()}
+        json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("args", ["--help", "compare lightning_logs/a --out full", "compare --help"])
+def test_output_to_a_full_disk_is_an_error_of_one_line(args, fake):
+    done = shell(fake, f"gpt2-pl {args} >/dev/full")
+    assert (done.returncode, done.stderr) == (1, "gpt2-pl: error: standard output: No space left on device\n")
+
+
+def test_output_in_an_encoding_without_the_character_is_escaped(fake):
+    done = shell(fake, "gpt2-pl compare lightning_logs/a --out \u00fc", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].startswith(r"\xfc: ")
+
+
+def test_a_deleted_working_folder_is_one_line(fake):
+    for command in ("compare a --out b", "fit --config x.yaml", "sweep s.yaml"):
+        done = shell(fake, f"mkdir gone && cd gone && rmdir ../gone && gpt2-pl {command}")
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]
+        assert line.startswith("gpt2-pl: error: the working folder cannot be used: ")
+
+
+def test_a_process_that_may_open_few_files_ends_in_one_line(fake):
+    limited = (
+        "import resource; from gpt2_pl.commands import main; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", limited, "compare", "lightning_logs/a", "--out", "few"], cwd=fake,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+                          check=False)  # fmt: skip
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\n") == 1
+    assert "Too many open files" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the address space")
+def test_a_process_without_memory_ends_in_one_line(fake):
+    done = shell(fake, "ulimit -v 400000; gpt2-pl fit --config x.yaml")
+    assert (done.returncode, done.stderr) == (1, "gpt2-pl: error: there is not enough memory\n")

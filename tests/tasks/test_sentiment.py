@@ -1,0 +1,303 @@
+"""SentimentClassifier: its learning against transformers, its metrics against loops, its options."""
+
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, metrics
+from helpers.trainers import trainer
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import GPT2ForSequenceClassification
+
+from gpt2_pl import GPT2Config
+from gpt2_pl.callbacks import PictureWriter, Reproducibility
+from gpt2_pl.datamodules import IMDB, SST5, ToySentiment
+from gpt2_pl.errors import InputError
+from gpt2_pl.optim import Linear
+from gpt2_pl.tasks import SentimentClassifier
+from gpt2_pl.utils import plots
+
+CONFIG = ROOT / "configs"
+SHAPE = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, dropout=0.1)
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+def compare_with_transformers(base, data, steps, lr):
+    """Both learn from the same weights, rows and order, without dropout; the largest difference of their losses."""
+    seed_everything(4, verbose=False)
+    task = SentimentClassifier(
+        base=str(base),
+        num_classes=data.num_classes,
+        dropout=0.0,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
+        schedule=Linear(),
+    )
+    task.configure_model()
+    theirs = GPT2ForSequenceClassification.from_pretrained(
+        base, num_labels=data.num_classes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=0
+    )
+    with torch.no_grad():
+        task.head.linear.weight.copy_(theirs.score.weight)
+    task.head.linear.bias.requires_grad_(False)  # theirs has none
+    losses = Losses()
+    trainer(max_steps=steps, callbacks=[Reproducibility(), losses], limit_val_batches=0).fit(task, data)
+
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    loader, expected = data.train_dataloader(), []
+    while len(expected) < steps:
+        for batch in loader:
+            logits = theirs(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = F.cross_entropy(logits, batch["labels"])
+            loss.backward()
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            expected.append(loss.item())
+            if len(expected) == steps:
+                break
+        loader.set_epoch(loader.epoch + 1)
+    assert len(losses.losses) == steps
+    return max(abs(a - b) for a, b in zip(losses.losses, expected, strict=True)), expected
+
+
+def test_the_loss_curve_is_that_of_transformers(base, files):
+    data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
+    difference, losses = compare_with_transformers(base, data, 50, 1e-3)
+    assert difference < 1e-3
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_loss_curve_on_sst5_is_that_of_transformers(shared):
+    base, file = str(shared / "base" / "gpt2-tiny"), str(shared / "data" / "ids-sst-train.csv")
+    difference, _ = compare_with_transformers(base, SST5(train_file=file, tokenizer=base, batch_size=16), 50, 1e-4)
+    assert difference < 1e-3
+
+
+def test_scores_and_predictions_equal_loops(run, base, data_flags):
+    folder = run("fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=64",
+                 *data_flags, "--trainer.max_epochs=2", "--trainer.accelerator=cpu")  # fmt: skip
+    account = metrics(folder)
+    for split in ("val", "test"):
+        with (folder / f"predictions_{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["row"]) for row in rows] == list(range(1, {"val": 33, "test": 35}[split] + 1))
+        right = sum(row["label"] == row["prediction"] for row in rows)
+        assert account["scores"][f"{split}/accuracy"] == pytest.approx(right / len(rows), abs=1e-6)
+        f1 = []
+        for name in ("negative", "positive"):
+            hits = sum(row["label"] == row["prediction"] == name for row in rows)
+            asked = sum(row["label"] == name for row in rows) + sum(row["prediction"] == name for row in rows)
+            f1.append(2 * hits / asked if asked else 0.0)
+        assert account["scores"][f"{split}/macro_f1"] == pytest.approx(sum(f1) / 2, abs=1e-6)
+
+
+class Scores(Callback):
+    """The training accuracy that every epoch ends with. Before the step ``stop_at`` it saves and breaks off."""
+
+    def __init__(self, stop_at=None, file=None):
+        self.stop_at, self.file, self.accuracy = stop_at, file, []
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.stop_at:
+            trainer.save_checkpoint(self.file)
+            raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.accuracy.append(float(trainer.callback_metrics["train/accuracy"]))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_epochs_scores_are_of_all_its_steps_and_logged_once(resumed, monkeypatch, tmp_path):
+    data, file = ToySentiment(n_train=96, vocab_size=300, batch_size=16), tmp_path / "broken_off.ckpt"
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.0)
+    task = SentimentClassifier(config=config, num_classes=3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+    logged, log = [], task.log
+    monkeypatch.setattr(task, "log", lambda name, *args, **kwargs: (logged.append(name), log(name, *args, **kwargs)))
+    with pytest.raises(SystemExit):
+        trainer(max_epochs=2, callbacks=[Scores(stop_at=2, file=file)]).fit(task, data)
+    logged.clear()
+    scores = Scores()
+    trainer(max_epochs=2, callbacks=[scores]).fit(task, data, ckpt_path=file if resumed else None, weights_only=True)
+    task.eval()
+    with torch.no_grad():
+        hits = [task(batch).mean(0).argmax(-1) == batch["labels"] for batch in data.evaluation_dataloader("train")]
+    assert scores.accuracy[1] == pytest.approx(torch.cat(hits).float().mean().item())  # at a rate of 0, always the same
+    if not resumed:
+        assert scores.accuracy[0] == scores.accuracy[1]
+    steps = 10 if resumed else 12
+    assert [logged.count(name) for name in ("train/accuracy", "val/accuracy", "train/step_loss")] == [2, 2, steps]
+
+
+def test_a_linear_probe_computes_its_features_once(base, files):
+    data = IMDB(train_file=str(files["train"]), val_file=str(files["val"]), tokenizer=str(base), batch_size=16)
+    task = SentimentClassifier(
+        base=str(base), num_classes=2, train_base=False, head_dropout=0.0,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    )  # fmt: skip
+    calls = []
+    encode = task.encode
+    task.encode = lambda batch: calls.append(len(batch["row"])) or encode(batch)
+    losses = Losses()
+    trainer(max_epochs=3, callbacks=[losses]).fit(task, data)
+    assert sum(calls) == 97 + 33
+    assert len(losses.losses) == 3 * 7
+    again = SentimentClassifier(
+        base=str(base), num_classes=2, train_base=False, head_dropout=0.0,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    )  # fmt: skip
+    again.configure_model()
+    again.eval()
+    batch = next(iter(data.evaluation_dataloader("val")))
+    with torch.no_grad():
+        torch.testing.assert_close(again.encode(batch), task.encode(batch))  # the base has not changed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "mean"},
+        {"pooling": "concat", "head_dropout": 0.3, "n_masks": 3, "average": "logits"},
+        {"pooling": "mix", "mix": 0.5, "label_smoothing": 0.1},
+        {"head": "verbalizer", "words": ["b", "l", "w"]},
+        {"activation_checkpointing": True},
+        {"compile": True},
+    ],
+)
+def test_options_train(options):
+    task = SentimentClassifier(
+        config=SHAPE, num_classes=3, optimizer=lambda groups: torch.optim.AdamW(groups, lr=5e-3), **options
+    )
+    losses = Losses()
+    data = ToySentiment(n_train=256, vocab_size=400, batch_size=32)
+    trainer(max_epochs=8, callbacks=[losses, Reproducibility()]).fit(task, data)
+    assert sum(losses.losses[-8:]) < 0.95 * sum(losses.losses[:8])
+
+
+@pytest.mark.parametrize("average", ["loss", "logits"])
+def test_the_loss_of_a_step_is_that_of_the_options(average):
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, dropout=0.0)
+    task = SentimentClassifier(config=config, num_classes=3, pooling="mix", mix=0.2, head_dropout=0.5, n_masks=4,
+                               average=average, label_smoothing=0.3)  # fmt: skip
+    task.configure_model()
+    task.head.linear.weight.data.mul_(20.0)
+    lengths, labels = [9, 1, 4], torch.tensor([2, 0, 1])
+    ids, mask = torch.randint(50, (3, 9)), (torch.arange(9) < torch.tensor(lengths).unsqueeze(1)).long()
+    with torch.no_grad():
+        rows = [task.core(ids[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+    features, logits, losses = [], [], Losses()
+    task.head.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
+    task.head.register_forward_hook(lambda _, args, out: logits.append(out.detach()))
+    loader = torch.utils.data.DataLoader(
+        [{"input_ids": ids, "attention_mask": mask, "labels": labels}], batch_size=None
+    )
+    trainer(max_steps=1, callbacks=[losses], limit_val_batches=0).fit(task, loader)
+    torch.testing.assert_close(features[0], torch.stack([0.2 * row.mean(0) + 0.8 * row[-1] for row in rows]))
+    assert logits[0].shape == (4, 3, 3)
+    drawn = logits[0] if average == "loss" else logits[0].mean(0, keepdim=True)
+    of_masks = [F.cross_entropy(z, labels, label_smoothing=0.3).item() for z in drawn]
+    assert losses.losses == pytest.approx([sum(of_masks) / len(of_masks)])
+
+
+def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_path, monkeypatch):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    data, logger = ToySentiment(n_train=160, vocab_size=300), TensorBoardLogger(tmp_path)
+    task = SentimentClassifier(config=config, num_classes=3)
+    task.configure_model()
+    task.head.linear.weight.data.mul_(50.0)
+    figures = {}
+    draw = plots.confusion_figure
+    monkeypatch.setattr(plots, "confusion_figure", lambda *args: figures.setdefault(args[2], draw(*args)))
+    trainer(logger=logger, callbacks=[PictureWriter()]).test(task, data)
+    counts = {(i, j): 0 for i in range(3) for j in range(3)}
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            for label, said in zip(batch["labels"], task.eval().probability(batch).argmax(-1), strict=True):
+                counts[int(label), int(said)] += 1
+    assert counts != {(j, i): n for (i, j), n in counts.items()}
+    (axes, *_) = figures["test"].axes
+    shown = {(int(y), int(x)): int(text.get_text()) for text in axes.texts for x, y in [text.get_position()]}
+    assert shown == counts
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["negative", "neutral", "positive"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_dropout": 1.0}, "model.head_dropout is 1.0"),
+        ({"num_classes": 1}, "model.num_classes is 1"),
+        ({"head": "verbalizer"}, "go together"),
+        ({"head": "verbalizer", "words": ["a"]}, "has 1 words"),
+        ({"base": "x"}, "got both"),
+        ({"config": None}, "got neither"),
+        ({"dropout": 1.5}, "model.dropout is 1.5"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(InputError, match=message):
+        SentimentClassifier(**{"config": SHAPE, "num_classes": 3, **options})
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_at_any_precision(precision):
+    # Lightning itself refuses to clip for a fused optimizer under any mixed precision.
+    norms = []
+
+    class Noting(torch.optim.AdamW):
+        def step(self, closure):
+            def noting():
+                loss = closure()  # the passes, and the clipping
+                norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]]).item())
+                return loss
+
+            return super().step(noting)
+
+    for clip in (None, 1e-3):
+        seed_everything(0, verbose=False)
+        task = SentimentClassifier(config=SHAPE, num_classes=3, optimizer=lambda groups: Noting(groups, fused=True))
+        data = ToySentiment(n_train=192, vocab_size=400)
+        settings = {"precision": precision, "gradient_clip_val": clip, "limit_val_batches": 0}
+        trainer(max_steps=3, **settings).fit(task, data)
+    assert max(norms[:3]) > 0.01
+    assert 0 < max(norms[3:]) < 1.1e-3
+
+
+class Gradients(Callback):
+    """Whether there are gradients after every batch."""
+
+    def __init__(self):
+        self.there = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        there = {p.grad is not None for p in pl_module.parameters()}
+        assert len(there) == 1
+        self.there += there
+
+
+@pytest.mark.parametrize(("accumulate", "there"), [(1, [False] * 4), (2, [True, False] * 2)])
+def test_gradients_go_after_a_step_and_not_before(accumulate, there):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    task, watch = SentimentClassifier(config=config, num_classes=3), Gradients()
+    fitting = trainer(max_steps=4 // accumulate, callbacks=[watch], accumulate_grad_batches=accumulate)
+    fitting.fit(task, ToySentiment(n_train=96, vocab_size=300, batch_size=16))
+    assert watch.there == there
+
+
+def test_words_of_several_tokens_are_refused():
+    task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", words=["a", "b", "quixotic"])
+    with pytest.raises(InputError, match=r"'quixotic' is \d tokens"):
+        trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
+
+
+def test_a_tokenizer_that_is_not_the_bases(base):
+    task = SentimentClassifier(base=str(base), num_classes=3)
+    with pytest.raises(InputError, match="vocab_size 400"):
+        trainer(max_epochs=1).fit(task, ToySentiment(n_train=400, vocab_size=450))

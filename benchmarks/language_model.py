@@ -24,8 +24,8 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
-    from gpt2_pl.kernels.malloc import keep_freed_memory
-    from gpt2_pl.losses import cross_entropy, language_model_loss
+    from gpt2_pl.kernels.malloc import disable_malloc_trim
+    from gpt2_pl.losses import cross_entropy, unlikelihood_cross_entropy
     from gpt2_pl.tasks.language_modeling import training_flops
     from gpt2_pl.utils.peak_flops import peak_flops
 
@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> Figures:
         shape = TheirConfig(n_embd=width, n_layer=blocks, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         model = GPT2LMHeadModel(shape).to(device).train()
     else:
-        keep_freed_memory()  # as callbacks.Environment does
+        disable_malloc_trim()  # as callbacks.Environment does
         model = GPT2(config).to(device).train()
         for block in model.h if args.compile else ():
             block.compile(dynamic=True)
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> Figures:
                 total, n = cross_entropy(model(ids[:, :-1]), model.head_weight, ids[:, 1:], compiled=args.compile)
                 loss = total / n
             else:
-                total, n, _ = language_model_loss(
+                total, n, _ = unlikelihood_cross_entropy(
                     model(ids[:, :-1]), model.head_weight, ids[:, 1:], 1.0, compiled=args.compile
                 )
                 loss = total / n

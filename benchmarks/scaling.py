@@ -28,12 +28,12 @@ def measure(args: argparse.Namespace) -> Figures:
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
-    from gpt2_pl.kernels.malloc import keep_freed_memory
+    from gpt2_pl.kernels.malloc import disable_malloc_trim
     from gpt2_pl.losses import cross_entropy
 
     size, B, T = POINTS[args.arm]
     C, L, H = SIZES[size]
-    keep_freed_memory()  # as callbacks.Environment does
+    disable_malloc_trim()  # as callbacks.Environment does
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT2(GPT2Config(n_embd=C, n_layer=L, n_head=H)).to(device).train()

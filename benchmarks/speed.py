@@ -204,9 +204,9 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
     import torch
 
     from gpt2_pl import GPT2Config
-    from gpt2_pl.kernels.malloc import keep_freed_memory
+    from gpt2_pl.kernels.malloc import disable_malloc_trim
 
-    keep_freed_memory()
+    disable_malloc_trim()
     config, dtype = GPT2Config(), torch.bfloat16 if args.precision == "bf16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     C, H, L = config.n_embd, config.n_head, config.n_layer

@@ -14,7 +14,7 @@ from harness import Figures, arguments, compare, now, turns_here
 
 from gpt2_pl import GPT2Config
 from gpt2_pl.callbacks import GradualUnfreezing
-from gpt2_pl.kernels.malloc import keep_freed_memory
+from gpt2_pl.kernels.malloc import disable_malloc_trim
 from gpt2_pl.tasks import SentimentClassifier
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = SentimentClassifier(config=GPT2Config(), num_classes=5)
-    keep_freed_memory()  # as callbacks.Environment does
+    disable_malloc_trim()  # as callbacks.Environment does
     task.configure_model()
     task.to(device)
     layers = task.layer_groups()

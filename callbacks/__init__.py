@@ -1,10 +1,10 @@
 """Lightning callbacks: how training goes, and the account it leaves."""
 
-from gpt2_pl.callbacks.checkpointing import Patience, RunCheckpoint, WholeCheckpoints
+from gpt2_pl.callbacks.checkpointing import AtomicCheckpointIO, ResumableEarlyStopping, ResumableModelCheckpoint
 from gpt2_pl.callbacks.end_of_training import EndOfTraining
 from gpt2_pl.callbacks.environment import Environment
 from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
-from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
+from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.pictures import PictureWriter
 from gpt2_pl.callbacks.prediction_writer import PredictionWriter
 from gpt2_pl.callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
@@ -14,22 +14,22 @@ from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.callbacks.samples import SampleWriter
 
 __all__ = [
+    "AtomicCheckpointIO",
     "DiscriminativeLR",
     "EndOfTraining",
     "Environment",
     "EpochLines",
-    "FiniteLoss",
     "GradualUnfreezing",
-    "Patience",
+    "NonFiniteLossGuard",
     "PictureWriter",
     "PredictionWriter",
     "Reproducibility",
-    "RunCheckpoint",
+    "ResumableEarlyStopping",
+    "ResumableModelCheckpoint",
     "RunFolder",
     "RunModelSummary",
     "RunProgressBar",
     "RunSummary",
     "SampleWriter",
-    "WholeCheckpoints",
     "run_folder",
 ]

@@ -13,14 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from gpt2_pl.callbacks.run_folder import run_folder
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.checkpoint import read
 
 _ROWS = ("predictions_val.csv", "losses_val.csv")  # what the best model said of every row
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints beside their place and renames them, without a second copy in memory.
 
     Lightning's own go through a temporary folder, which may lie on another disk: a process that ends while they are
@@ -29,11 +29,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; the file that was there stays until the new one is whole."""
-        with whole_file(Path(path), "wb") as file:
+        with atomic_write(Path(path), "wb") as file:
             torch.save(checkpoint, file)
 
 
-class RunCheckpoint(ModelCheckpoint):
+class ResumableModelCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint from which a run ends as if it had not been stopped.
 
     It remembers its best when the run goes on, also from another working directory or folder: Lightning forgets the
@@ -118,7 +118,7 @@ def _moved(path: str, own: Path) -> str:
     return str(own) if Path(path).name == own.name else ""
 
 
-class Patience(EarlyStopping):
+class ResumableEarlyStopping(EarlyStopping):
     """Early stopping that waits for the first validation, and whose patience may change when a run is resumed."""
 
     def __init__(self, monitor: str, **kwargs: Any) -> None:

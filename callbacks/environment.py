@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.kernels.attention import set_cudnn_sdp
-from gpt2_pl.kernels.malloc import keep_freed_memory
+from gpt2_pl.kernels.malloc import disable_malloc_trim
 
 
 class Environment(Callback):
@@ -25,8 +25,8 @@ class Environment(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Apply the settings."""
         if self.keep_memory:
-            keep_freed_memory()
-        if not getattr(pl_module, "same_shapes", True):
+            disable_malloc_trim()
+        if not getattr(pl_module, "fixed_length_batches", True):
             was_enabled = set_cudnn_sdp(False)
             if self._cudnn_was_enabled is None:
                 self._cudnn_was_enabled = was_enabled

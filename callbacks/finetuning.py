@@ -37,7 +37,7 @@ def layers_of(module: LightningModule, callback: Callback) -> Layers:
     return layers.layer_groups()
 
 
-def check_alone(callback: Callback, callbacks: Sequence[Callback], module: LightningModule) -> None:
+def require_single(callback: Callback, callbacks: Sequence[Callback], module: LightningModule) -> None:
     """Refuse a second callback of the same kind, and a model in which there is nothing for it to do."""
     name = type(callback).__name__
     if sum(type(other) is type(callback) for other in callbacks) > 1:
@@ -85,11 +85,13 @@ class GradualUnfreezing(Callback):
             raise InputError(f"GradualUnfreezing: epochs_per_stage is {epochs_per_stage}; it must be above 0")
         self.stages, self.blocks_per_stage, self.epochs_per_stage = stages, blocks_per_stage, epochs_per_stage
         self.stage: int | None = None
-        self._joins: list[list[nn.Parameter]] = []  # parameters by the stage that they join at; the last list never
+        self._params_by_stage: list[
+            list[nn.Parameter]
+        ] = []  # parameters by the stage that they join at; the last list never
 
     def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
         """Refuse what contradicts this callback, before anything is built."""
-        check_alone(self, callbacks, module)
+        require_single(self, callbacks, module)
         if (names := getattr(module, "layer_names", None)) is not None:
             self.stage_layers(list(names))
 
@@ -124,9 +126,9 @@ class GradualUnfreezing(Callback):
         for i, names in enumerate(stages):
             for name in names:
                 joined[name] = i
-        self._joins = [[] for _ in range(len(stages) + 1)]
+        self._params_by_stage = [[] for _ in range(len(stages) + 1)]
         for name, parameters in layers.items():
-            self._joins[joined[name]] += [p for _, p in parameters if p.requires_grad]
+            self._params_by_stage[joined[name]] += [p for _, p in parameters if p.requires_grad]
         self.stage = None
 
     def _warn_of_late_stages(self, stages: list[list[str]], max_epochs: int | None) -> None:
@@ -160,7 +162,7 @@ class GradualUnfreezing(Callback):
     def stage_at(self, epoch: int, batch: int, n_batches: float) -> int:
         """The stage, from 0, in which a batch is trained."""
         progress = epoch + batch / n_batches
-        return min(int(progress / self.epochs_per_stage + 1e-9), len(self._joins) - 2)
+        return min(int(progress / self.epochs_per_stage + 1e-9), len(self._params_by_stage) - 2)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze and unfreeze where a stage begins, or training resumes within one; never within an optimizer step."""
@@ -169,7 +171,7 @@ class GradualUnfreezing(Callback):
         if stage == self.stage:
             return
         self.stage = stage
-        for i, parameters in enumerate(self._joins):
+        for i, parameters in enumerate(self._params_by_stage):
             for parameter in parameters:
                 parameter.requires_grad_(i <= stage)
 
@@ -179,10 +181,10 @@ class GradualUnfreezing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave everything trainable that was so before."""
-        for parameters in self._joins:
+        for parameters in self._params_by_stage:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-        self._joins = []
+        self._params_by_stage = []
 
 
 def _default_stages(layers: list[str], blocks_per_stage: int) -> list[list[str]]:
@@ -234,7 +236,7 @@ class DiscriminativeLR(Callback):
 
     def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
         """Refuse what contradicts this callback, before anything is built."""
-        check_alone(self, callbacks, module)
+        require_single(self, callbacks, module)
         if (names := getattr(module, "layer_names", None)) is not None:
             self.scales(list(names))
 

@@ -16,7 +16,7 @@ from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.tasks.base import Task
 
 
-class FiniteLoss(Callback):
+class NonFiniteLossGuard(Callback):
     """Stops training at a loss that is NaN or infinite, before it reaches the weights, or leaves such batches out.
 
     The error names the step, the rows of the batch and the last good checkpoint. With several processes all of them
@@ -26,17 +26,17 @@ class FiniteLoss(Callback):
     by a :class:`~gpt2_pl.tasks.base.Task` with the mean over their rows. Where none is left, no step is made.
 
     Args:
-        bad_batches: ``error``, or ``skip`` such batches; ``skipped`` counts them.
+        on_non_finite_loss: ``error``, or ``skip`` such batches; ``skipped`` counts them.
 
     Raises:
         InputError: another value.
         RunError: in training, at such a loss.
     """
 
-    def __init__(self, bad_batches: Literal["error", "skip"] = "error") -> None:
-        if bad_batches not in ("error", "skip"):
-            raise InputError(f"bad_batches is {bad_batches!r}; it must be error or skip")
-        self.bad_batches = bad_batches
+    def __init__(self, on_non_finite_loss: Literal["error", "skip"] = "error") -> None:
+        if on_non_finite_loss not in ("error", "skip"):
+            raise InputError(f"on_non_finite_loss is {on_non_finite_loss!r}; it must be error or skip")
+        self.on_non_finite_loss = on_non_finite_loss
         self.skipped = 0
         self._batch: Any = None
         self._fitting = False
@@ -69,8 +69,8 @@ class FiniteLoss(Callback):
         if good:
             self._good += 1
             return
-        if self.bad_batches == "error":
-            raise RunError(self._told(trainer, loss))
+        if self.on_non_finite_loss == "error":
+            raise RunError(self._format_message(trainer, loss))
         self.skipped += 1
         self._kept = {p: p.grad.clone() for p in _parameters(trainer) if p.grad is not None}
         if isinstance(pl_module, Task):
@@ -100,11 +100,11 @@ class FiniteLoss(Callback):
             optimizer.zero_grad(set_to_none=True)
         self._good = 0
 
-    def _told(self, trainer: Trainer, loss: Tensor) -> str:
+    def _format_message(self, trainer: Trainer, loss: Tensor) -> str:
         rows = self._batch["row"].tolist() if isinstance(self._batch, dict) and "row" in self._batch else []
         datamodule: Any = getattr(trainer, "datamodule", None)
         if hasattr(datamodule, "number"):
-            rows = [datamodule.number("train", row) for row in rows]
+            rows = [datamodule.row_number("train", row) for row in rows]
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         folder = run_folder(trainer)
         last = None if folder is None else Path(folder, "checkpoints", "last.ckpt")
@@ -114,7 +114,7 @@ class FiniteLoss(Callback):
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}"
         return (
             f"the loss is {loss.item()} at {where}, rows {shown}; {good}; try a lower learning rate, or leave such "
-            "batches out with --bad_batches skip"
+            "batches out with --on_non_finite_loss skip"
         )
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
 from gpt2_pl.callbacks.run_folder import run_folder
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.plots import png
 
 
@@ -35,7 +35,7 @@ class PictureWriter(Callback):
         pictures: Any = getattr(pl_module, "pictures", None)
         for name, picture in pictures(split).items() if callable(pictures) else ():
             if not log_picture(trainer, f"{split}/{name}", picture) and (folder := run_folder(trainer)) is not None:
-                with whole_file(folder / f"{name}_{split}.png", "wb") as file:
+                with atomic_write(folder / f"{name}_{split}.png", "wb") as file:
                     file.write(png(picture))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.callbacks.run_folder import run_folder
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
 
 
@@ -58,7 +58,7 @@ class PredictionWriter(Callback):
         folder = run_folder(trainer)
         if table is None or folder is None or not trainer.is_global_zero:
             return
-        with whole_file(folder / f"{table.name}_{split}.csv") as file:
+        with atomic_write(folder / f"{table.name}_{split}.csv") as file:
             writer = csv.writer(file)
             writer.writerow(table.columns)
             writer.writerows(table.rows)

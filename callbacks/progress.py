@@ -189,7 +189,7 @@ class EpochLines(Callback):
         """Print the line, on one process."""
         if not trainer.is_global_zero:
             return
-        names = getattr(pl_module, "table_scores", ("loss",))
+        names = getattr(pl_module, "displayed_metrics", ("loss",))
         metrics = self._epoch_scores(trainer)
         scores = [
             f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found)

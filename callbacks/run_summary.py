@@ -20,11 +20,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from gpt2_pl.callbacks.non_finite_loss import FiniteLoss
+from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.pictures import log_text
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.errors import InputError, RunError
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.pretrained import provenance
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.machine import peak_process_memory
@@ -49,7 +49,7 @@ class RunSummary(Callback):
         self.examples = self.tokens = 0  # trained on, all processes together
         self.training_seconds = 0.0  # of them, spent in training batches
         self.peak_memory_before = 0  # of the processes of a run that was stopped
-        self.validated: Scores = {}  # in the epoch that is under way
+        self.val_metrics: Scores = {}  # in the epoch that is under way
         self.layers: list[dict[str, Any]] = []  # what trained, at the end of the last epoch
         self.cpu_seconds = 0.0  # of all of this process's threads, in those seconds
         self.test_follows = False  # the run is finished only when its best checkpoint has been tested
@@ -68,7 +68,7 @@ class RunSummary(Callback):
         seconds, cpu_seconds = self._spent()
         return {
             "epochs": self.epochs,
-            "validated": self.validated,
+            "val_metrics": self.val_metrics,
             "layers": self.layers,
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -150,14 +150,14 @@ class RunSummary(Callback):
         epoch = trainer.current_epoch + 1
         if self.epochs and self.epochs[-1]["epoch"] == epoch:  # the run ended within this epoch, and was continued
             self._keep_better(pl_module, _of_split(self.epochs.pop(), "val/"))
-        self.epochs.append({"epoch": epoch, **scores, **self.validated})
-        self.validated = {}
+        self.epochs.append({"epoch": epoch, **scores, **self.val_metrics})
+        self.val_metrics = {}
         self._log_layers(trainer, pl_module)
         self._write(trainer, pl_module, "running")
 
     def _log_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what of every layer trained in this epoch, and at what rate; tell loggers when it has changed."""
-        before, self.layers = self.layers, layer_account(trainer, pl_module)
+        before, self.layers = self.layers, layer_table(trainer, pl_module)
         count = sum(layer["trainable"] for layer in self.layers)
         for logger in trainer.loggers:
             logger.log_metrics({"trainable_parameters": count}, step=trainer.global_step)
@@ -183,7 +183,11 @@ class RunSummary(Callback):
             stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
             with suppress(RunError):  # a full disk, of which the exception tells
                 self._write(trainer, pl_module, "interrupted" if stopped else "failed")
-        if isinstance(exception, _RESTORING) and not isinstance(exception, InputError) and _restores(exception):
+        if (
+            isinstance(exception, _RESTORING)
+            and not isinstance(exception, InputError)
+            and _raised_while_restoring(exception)
+        ):
             reason = (str(exception).strip() or type(exception).__name__).splitlines()[0]
             what = f"{type(exception).__name__}: {reason[:200]}"
             raise InputError(f"ckpt_path: {trainer.ckpt_path} cannot be gone on with: {what}") from exception
@@ -211,8 +215,8 @@ class RunSummary(Callback):
 
     def _keep_better(self, pl_module: LightningModule, scores: Scores) -> None:
         """Let the epoch's row hold its best validation, which is the one that ``best.ckpt`` may be of."""
-        if not self.validated or _goodness(pl_module, scores) > _goodness(pl_module, self.validated):
-            self.validated = scores
+        if not self.val_metrics or _goodness(pl_module, scores) > _goodness(pl_module, self.val_metrics):
+            self.val_metrics = scores
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the test scores."""
@@ -236,7 +240,10 @@ class RunSummary(Callback):
         if not (trainer.is_global_zero and self.settings):
             return
         strategy = "+".join(Path(file).stem for file in self.files if Path(file).parent.name == "strategy")
-        settings = {"strategy": strategy, **{key: value for key, value in _flat(self.settings) if value is not None}}
+        settings = {
+            "strategy": strategy,
+            **{key: value for key, value in flatten_dict(self.settings) if value is not None},
+        }
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _write_hparams(Path(logger.log_dir) / "final", settings, scores, trainer.global_step)
@@ -249,11 +256,11 @@ class RunSummary(Callback):
             return
         best = folder / "checkpoints" / "best.ckpt"
         size = best.stat().st_size if best.is_file() else None
-        account = {"status": status, **self.account(trainer, pl_module), "checkpoint_bytes": size}
-        with whole_file(folder / "metrics.json") as file:
-            json.dump(account, file, indent=2)
+        record = {"status": status, **self.build_record(trainer, pl_module), "checkpoint_bytes": size}
+        with atomic_write(folder / "metrics.json") as file:
+            json.dump(record, file, indent=2)
 
-    def account(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def build_record(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What ``metrics.json`` holds. Seconds are wall-clock, CPU seconds of all threads, memory is in bytes; all are
         of process 0, which alone asks."""
         parameters = list(pl_module.parameters())
@@ -303,7 +310,7 @@ class RunSummary(Callback):
         from rich.table import Table
 
         table = Table(title="Scores by epoch", caption=getattr(pl_module, "table_caption", None))
-        columns = [f"{split}/{name}" for name in table_scores(pl_module) for split in ("train", "val")]
+        columns = [f"{split}/{name}" for name in displayed_metrics(pl_module) for split in ("train", "val")]
         table.add_column("epoch", justify="right")
         for column in columns:
             table.add_column(column.replace("/", " ").replace("macro_f1", "macro F1"), justify="right")
@@ -333,12 +340,12 @@ def _goodness(pl_module: LightningModule, scores: Mapping[str, float]) -> float:
     return -math.inf if math.isnan(value) else value if pl_module.mode == "max" else -value
 
 
-def table_scores(pl_module: Any) -> tuple[str, ...]:
+def displayed_metrics(pl_module: Any) -> tuple[str, ...]:
     """The scores of an epoch that are shown."""
-    return getattr(pl_module, "table_scores", ("loss",))
+    return getattr(pl_module, "displayed_metrics", ("loss",))
 
 
-def layer_account(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+def layer_table(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
     """Of every layer: its parameters, how many of them train now, and the peak rates of its optimizer groups."""
     named: Any = getattr(pl_module, "layer_groups", dict)
     rates: dict[int, float] = {}
@@ -366,7 +373,7 @@ _RESTORES = (
 )
 
 
-def _restores(exception: BaseException) -> bool:
+def _raised_while_restoring(exception: BaseException) -> bool:
     """Whether it was raised while Lightning restored a checkpoint."""
     frames = traceback.extract_tb(exception.__traceback__)
     return any(f.name.startswith(name) and f.filename.endswith(file) for f in frames for name, file in _RESTORES)
@@ -421,7 +428,7 @@ _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "
 def _skipped(trainer: Trainer) -> int:
     """Steps that were left out because their loss was no number."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return sum(callback.skipped for callback in callbacks if isinstance(callback, FiniteLoss))
+    return sum(callback.skipped for callback in callbacks if isinstance(callback, NonFiniteLossGuard))
 
 
 def peak_memory() -> int:
@@ -431,13 +438,13 @@ def peak_memory() -> int:
     return peak_process_memory()
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten_dict(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested settings as dotted names and plain values."""
     pairs: list[tuple[str, Any]] = []
     for key, value in settings.items():
         name = f"{prefix}{key}".replace(".init_args.", ".").removesuffix(".class_path")
         if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{key}.")
+            pairs += flatten_dict(value, f"{prefix}{key}.")
         else:
             pairs.append((name, value if isinstance(value, bool | int | float | str | None) else str(value)))
     return pairs

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from gpt2_pl.callbacks.pictures import log_text
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.errors import printable
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
 
 
@@ -31,7 +31,7 @@ class SampleWriter(Callback):
         folder = run_folder(trainer)
         samples = pl_module.samples(split) if isinstance(pl_module, Task) and trainer.is_global_zero else {}
         if samples and folder is not None:
-            with whole_file(folder / f"{pl_module.samples_name}_{split}.txt") as file:
+            with atomic_write(folder / f"{pl_module.samples_name}_{split}.txt") as file:
                 file.write("\n".join(samples.values()))
         for name, text in samples.items():
             lines = map(printable, text.split("\n"))

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.filesystem import existing_file
+from gpt2_pl.filesystem import require_file
 
 KINDS = ("task", "strategy", "trainer", "sweep")  # subfolders; files beside them are whole runs
 _ROOT = Path(__file__).parent
@@ -34,7 +34,7 @@ def config_path(name: str, key: str = "config") -> Path:
     plain = name.removeprefix("configs/").removesuffix(".yaml")
     packaged = packaged_configs()
     try:
-        return existing_file(name, key)
+        return require_file(name, key)
     except InputError as error:
         if plain in packaged:
             return packaged[plain]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
 
-from gpt2_pl.datamodules.batching import EvaluationLoader, TokenRows, TrainingLoader
+from gpt2_pl.datamodules.batching import EvaluationLoader, TokenDataset, TrainingLoader
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import load_tokenizer
 
@@ -57,7 +57,7 @@ class TextData(LightningDataModule):
         self.max_length = max_length
         self.batch_size, self.eval_batch_size, self.val_fraction = batch_size, eval_batch_size, val_fraction
         self._tokenizer: Tokenizer | None = None
-        self.encoded: dict[str, TokenRows] = {}
+        self.encoded: dict[str, TokenDataset] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,7 +82,7 @@ class TextData(LightningDataModule):
         if hasattr(model, "check_tokenizer"):
             model.check_tokenizer(self.tokenizer)
         self.setup(None)
-        if self.trainer is not None and self.trainer.state.fn == "fit" and self.has("test"):
+        if self.trainer is not None and self.trainer.state.fn == "fit" and self.has_split("test"):
             self.setup("test")
         for split in self.encoded:
             self._check_enough(split, self._process()[1])
@@ -95,7 +95,7 @@ class TextData(LightningDataModule):
                 self.encoded[split] = self._encode(split)
 
     @abstractmethod
-    def _encode(self, split: str) -> TokenRows:
+    def _encode(self, split: str) -> TokenDataset:
         """Read and tokenise a split."""
 
     def _splits(self, stage: str | None) -> list[str]:
@@ -103,13 +103,13 @@ class TextData(LightningDataModule):
             stage = self.trainer.state.fn.value
         wanted = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
         if stage is None:
-            return [split for split in SPLITS if self.has(split)]
+            return [split for split in SPLITS if self.has_split(split)]
         for split in (splits := wanted[stage]):
-            if not self.has(split):
+            if not self.has_split(split):
                 raise InputError(f"data.{split}_file is not given, and {stage} needs one")
         return splits
 
-    def has(self, split: str) -> bool:
+    def has_split(self, split: str) -> bool:
         """Whether there is data for the split: train, val, test or predict."""
         if self.hub_id is not None and split != "predict":
             return split in self.HUB_SPLITS or split == "val"
@@ -148,11 +148,11 @@ class TextData(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled batches, a function of the seed (``seed_everything``) and the epoch."""
-        rank, world = self._process()
-        self._check_enough("train", world)
+        rank, world_size = self._process()
+        self._check_enough("train", world_size)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         place = (self._next_batch, self._step_batches)
-        loader = TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world, *place)
+        loader = TrainingLoader(self.encoded["train"], self.batch_size, seed, rank, world_size, *place)
         loader.reshuffles = not getattr(self.trainer, "overfit_batches", 0)
         return loader
 
@@ -161,10 +161,10 @@ class TextData(LightningDataModule):
 
         The first batches stand for all of them where the trainer evaluates a part (``limit_val_batches`` and the like).
         """
-        rank, world = self._process()
-        self._check_enough(split, world)
+        rank, world_size = self._process()
+        self._check_enough(split, world_size)
         limit = 1.0 if split == "train" else getattr(self.trainer, f"limit_{split}_batches", 1.0)
-        return EvaluationLoader(self.encoded[split], self.eval_batch_size, rank, world, limit)
+        return EvaluationLoader(self.encoded[split], self.eval_batch_size, rank, world_size, limit)
 
     def val_dataloader(self) -> EvaluationLoader:
         """The validation rows, each once."""
@@ -178,10 +178,10 @@ class TextData(LightningDataModule):
         """The rows to predict, each once."""
         return self.evaluation_dataloader("predict")
 
-    def _check_enough(self, split: str, world: int) -> None:
-        if len(self.encoded[split]) < world:
+    def _check_enough(self, split: str, world_size: int) -> None:
+        if len(self.encoded[split]) < world_size:
             raise InputError(
-                f"the {split} split has {len(self.encoded[split])} rows for {world} processes; each needs one"
+                f"the {split} split has {len(self.encoded[split])} rows for {world_size} processes; each needs one"
             )
 
     def _check_limit(self, split: str) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 Batch = dict[str, Any]
 Rows = NDArray[np.int64]
 
-POOL = 400  # batches whose rows are sorted by length together; larger pads less and mixes less
+MEGABATCH_MULT = 400  # batches whose rows are sorted by length together; larger pads less and mixes less
 
 
-class TokenRows:
+class TokenDataset:
     """Token ids of all rows of a split, one after the other, with where each row ends.
 
     Args:
@@ -42,22 +42,22 @@ class TokenRows:
         """The token ids of a row."""
         return self.values[self.offsets[n] : self.offsets[n + 1]]
 
-    def select(self, rows: Rows) -> TokenRows:
+    def select(self, rows: Rows) -> TokenDataset:
         """Some of the rows, in the order given, each as often as it is given."""
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], lengths.cumsum()])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
-        return TokenRows(self.values[index], offsets, None if self.labels is None else self.labels[rows])
+        return TokenDataset(self.values[index], offsets, None if self.labels is None else self.labels[rows])
 
     @staticmethod
-    def joined(parts: Sequence[TokenRows]) -> TokenRows:
+    def concatenate(parts: Sequence[TokenDataset]) -> TokenDataset:
         """All rows of several, which have labels all or none."""
         if len(parts) == 1:
             return parts[0]
         lengths = np.concatenate([part.lengths for part in parts])
         values = np.concatenate([part.values[part.offsets[0] : part.offsets[-1]] for part in parts])
         labels = [part.labels for part in parts if part.labels is not None]
-        return TokenRows(values, np.concatenate([[0], lengths.cumsum()]), np.concatenate(labels) if labels else None)
+        return TokenDataset(values, np.concatenate([[0], lengths.cumsum()]), np.concatenate(labels) if labels else None)
 
     def batch(self, rows: Rows) -> Batch:
         """Rows as tensors, padded on the right to the longest of them.
@@ -79,7 +79,7 @@ class TokenRows:
         return batch
 
 
-def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: int, world: int = 1) -> list[Rows]:
+def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: int, world_size: int = 1) -> list[Rows]:
     """The global batches of one epoch, rows of similar length together: a function of the seed and the epoch.
 
     Rows are shuffled, sorted by length within pools of ``POOL`` batches, cut into batches, and the batches shuffled.
@@ -97,18 +97,18 @@ def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: i
         than ``world``. Without that, every row occurs exactly once.
     """
     generator = np.random.default_rng([seed % 2**63, epoch])
-    size = batch_size * world
+    size = batch_size * world_size
     order, rest = np.split(generator.permutation(len(lengths)), [len(lengths) // size * size])
-    batches = [rest] if len(rest) >= world else []
-    for start in range(0, len(order), size * POOL):
-        pool = order[start : start + size * POOL]
+    batches = [rest] if len(rest) >= world_size else []
+    for start in range(0, len(order), size * MEGABATCH_MULT):
+        pool = order[start : start + size * MEGABATCH_MULT]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + size] for i in range(0, len(pool), size)]
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
 def evaluation_batches(
-    lengths: NDArray[Any], batch_size: int, rank: int = 0, world: int = 1, limit: int | float = 1.0
+    lengths: NDArray[Any], batch_size: int, rank: int = 0, world_size: int = 1, limit: int | float = 1.0
 ) -> list[Rows]:
     """The batches of process ``rank``: every row in one batch of one process, rows of similar length together.
 
@@ -127,7 +127,7 @@ def evaluation_batches(
         limit: the batches that will be evaluated: a number, or a share of all batches (a float), as for Lightning's
             ``limit_val_batches``.
     """
-    sizes = _global_batch_sizes(len(lengths), batch_size, world)
+    sizes = _global_batch_sizes(len(lengths), batch_size, world_size)
     n = int(len(sizes) * limit) if isinstance(limit, float) else limit
     if n >= len(sizes):
         order = np.argsort(-lengths, kind="stable")
@@ -137,18 +137,18 @@ def evaluation_batches(
         n_rows = sum(sizes[:n])
         sample = ((np.arange(n_rows) + 0.5) * (len(lengths) / max(n_rows, 1))).astype(np.int64)  # evenly spaced
         order = np.concatenate([by_length[sample], np.delete(by_length, sample)])
-    return [rows[rank::world] for rows in np.split(order, np.cumsum(sizes)[:-1])] if sizes else []
+    return [rows[rank::world_size] for rows in np.split(order, np.cumsum(sizes)[:-1])] if sizes else []
 
 
-def _global_batch_sizes(n_rows: int, batch_size: int, world: int) -> list[int]:
+def _global_batch_sizes(n_rows: int, batch_size: int, world_size: int) -> list[int]:
     """Rows in the batches of all processes together, of which each process has one or more."""
-    n_full, rest = divmod(n_rows, batch_size * world)
-    if rest == 0 or rest >= world:
-        return [batch_size * world] * n_full + ([rest] if rest else [])
-    return [len(part) for part in np.array_split(np.empty(n_rows), min(n_full + 1, n_rows // world))]
+    n_full, rest = divmod(n_rows, batch_size * world_size)
+    if rest == 0 or rest >= world_size:
+        return [batch_size * world_size] * n_full + ([rest] if rest else [])
+    return [len(part) for part in np.array_split(np.empty(n_rows), min(n_full + 1, n_rows // world_size))]
 
 
-class PackedRows(TokenRows):
+class PackedTokenDataset(TokenDataset):
     """A stream of tokens cut into contexts of T, each token predicting the next; the last context may be shorter.
 
     Args:
@@ -174,7 +174,7 @@ class PackedRows(TokenRows):
         return self.values[self.starts[n] : self.ends[n]]
 
     def batch(self, rows: Rows) -> Batch:
-        """Contexts as tensors; beside those of :class:`TokenRows`, ``targets`` (B, T), -100 where none is predicted."""
+        """Return contexts as tensors: those of :class:`TokenDataset`, and ``targets`` (B, T), -100 where ignored."""
         batch = super().batch(rows)
         targets = np.full(batch["input_ids"].shape, -100, dtype=np.int64)
         for i, n in enumerate(rows):
@@ -195,10 +195,10 @@ class EvaluationLoader:
     """
 
     def __init__(
-        self, rows: TokenRows, batch_size: int, rank: int = 0, world: int = 1, limit: int | float = 1.0
+        self, rows: TokenDataset, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | float = 1.0
     ) -> None:
         self.rows = rows
-        self.batches = evaluation_batches(rows.lengths, batch_size, rank, world, limit)
+        self.batches = evaluation_batches(rows.lengths, batch_size, rank, world_size, limit)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -228,16 +228,16 @@ class TrainingLoader:
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: TokenDataset,
         batch_size: int,
         seed: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         next_batch: Callable[[], int] = lambda: 0,
         step_batches: Callable[[int], slice] = lambda i: slice(i, i + 1),
     ) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world, self.next_batch, self.step_batches = rank, world, next_batch, step_batches
+        self.rank, self.world_size, self.next_batch, self.step_batches = rank, world_size, next_batch, step_batches
         self.epoch = 0
         self.reshuffles = True  # in every epoch; otherwise each has the batches of the first
 
@@ -251,20 +251,20 @@ class TrainingLoader:
         self.epoch = epoch if self.reshuffles else 0
 
     def __len__(self) -> int:
-        size = self.batch_size * self.world
+        size = self.batch_size * self.world_size
         whole, rest = divmod(len(self.rows), size)
-        return whole + (rest >= self.world)
+        return whole + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
-        batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world)
+        batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world_size)
         for i in range(self.next_batch(), len(batches)):
             rows, step = batches[i], np.concatenate(batches[self.step_batches(i)])
             counts = {"global_rows": len(rows), "step_rows": len(step)}
             counts["global_tokens"] = int(self.rows.lengths[rows].sum())
             if (n_targets := self.rows.n_targets) is not None:
                 counts.update(global_targets=int(n_targets[rows].sum()), step_targets=int(n_targets[step].sum()))
-            yield {**self.rows.batch(rows[self.rank :: self.world]), **counts}
+            yield {**self.rows.batch(rows[self.rank :: self.world_size]), **counts}
 
 
 def padding_share(batches: list[Tensor]) -> float:

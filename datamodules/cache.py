@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gpt2_pl.errors import RunError, printable
-from gpt2_pl.filesystem import is_full, room, whole_file
+from gpt2_pl.filesystem import atomic_write, is_full, reraise_disk_full
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,7 +77,7 @@ def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tupl
         file = _writable(file)
         contents = _read(file)
     if contents is None:
-        with whole_file(file, "wb") as out:
+        with atomic_write(file, "wb") as out:
             digested = _Digested(out)
             write(cast("IO[bytes]", digested))
             out.write(digested.digest.digest())
@@ -119,7 +119,7 @@ class _Digested:
 
 def _writable(file: Path) -> Path:
     """The path itself where a file can be written there, else one in a temporary folder."""
-    with room(file):
+    with reraise_disk_full(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.is_dir():

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gpt2_pl import __version__
 from gpt2_pl.datamodules.base import TextData
-from gpt2_pl.datamodules.batching import TokenRows
+from gpt2_pl.datamodules.batching import TokenDataset
 from gpt2_pl.datamodules.cache import cached
 from gpt2_pl.datamodules.prompt_template import Template
-from gpt2_pl.datamodules.readers import Row, Source, label_of, read_file, read_hub, require_columns, text_of
+from gpt2_pl.datamodules.readers import Row, RowSource, parse_label, parse_text, read_file, read_hub, require_columns
 from gpt2_pl.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class TextClassification(TextData):
             ``oversample`` repeats rows of the smaller ones.
         split_seed: decides which rows all these are.
         quoting: whether double quotes enclose values in delimited files; by default in all but MRPC's.
-        bad_rows: ``error``, or ``skip`` rows without text, with a label that is none, that are not UTF-8, have too many
-            or too few values, or are no JSON object. The run's account says how many.
+        on_invalid_row: ``error``, or ``skip`` rows without text, with an unknown label, that are not UTF-8, have too
+            many or too few values, or are not a JSON object. metrics.json counts them.
 
     Raises:
         InputError: at ``prepare_data``, a file, column, label or text that cannot be used, by file and row.
@@ -97,7 +97,7 @@ class TextClassification(TextData):
         balance: Literal["oversample", "undersample"] | None = None,
         split_seed: int = 0,
         quoting: bool | None = None,
-        bad_rows: Literal["error", "skip"] = "error",
+        on_invalid_row: Literal["error", "skip"] = "error",
     ) -> None:
         if isinstance(train_file, list) and not train_file:
             raise InputError("data.train_file is an empty list; give a file, or several")
@@ -111,7 +111,7 @@ class TextClassification(TextData):
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise InputError(f"data.labels is {self.labels}; there must be two or more different names")
         self.template = Template(template)
-        self.hub_config, self.quoting, self.bad_rows = hub_config, quoting, bad_rows
+        self.hub_config, self.quoting, self.on_invalid_row = hub_config, quoting, on_invalid_row
         self.train_fraction, self.balance, self.split_seed = train_fraction, balance, split_seed
         self.rows: dict[str, Dataset] = {}  # the texts of each split, by field
         self.skipped: dict[str, int] = {}  # how many rows of each source cannot be used
@@ -123,11 +123,13 @@ class TextClassification(TextData):
 
     # Reading and encoding
 
-    def _sources(self, split: str) -> list[Source]:
+    def _sources(self, split: str) -> list[RowSource]:
         """All rows of a split that has data of its own."""
         if (files := self.files[split]) is not None:
             files = [files] if isinstance(files, str) else files
-            return [read_file(file, f"data.{split}_file", self.quoting, self.bad_rows == "skip") for file in files]
+            return [
+                read_file(file, f"data.{split}_file", self.quoting, self.on_invalid_row == "skip") for file in files
+            ]
         assert self.hub_id is not None
         return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id", self.hub_config)]
 
@@ -138,27 +140,27 @@ class TextClassification(TextData):
             return self.columns.get(name, name)
         return next((alias for alias in self.ALIASES.get(name, ()) if alias in columns), name)
 
-    def _variants(self, split: str) -> list[dict[str, str]]:
+    def _field_permutations(self, split: str) -> list[dict[str, str]]:
         """Which of a row's fields stand in each field of the template: once as they are, and other ways to train on."""
         return [{field: field for field in self.template.fields}]
 
-    def _encode(self, split: str) -> TokenRows:
+    def _encode(self, split: str) -> TokenDataset:
         import datasets
 
         sources = self._sources("train" if split == "val" and not self._has_own_val() else split)
         parts, rows = [], []
-        for variant in self._variants(split):
+        for variant in self._field_permutations(split):
             pairs = [self._encode_source(source, variant, split != "predict") for source in sources]
-            encoded = TokenRows.joined([part for part, _ in pairs])
+            encoded = TokenDataset.concatenate([part for part, _ in pairs])
             texts = datasets.concatenate_datasets([kept for _, kept in pairs])
-            if (chosen := self._chosen(split, len(encoded))) is not None:
+            if (chosen := self._split_indices(split, len(encoded))) is not None:
                 encoded, texts = encoded.select(chosen), texts.select(chosen)
             parts.append(encoded)
             rows.append(texts)
-        encoded, texts = TokenRows.joined(parts), datasets.concatenate_datasets(rows)
+        encoded, texts = TokenDataset.concatenate(parts), datasets.concatenate_datasets(rows)
         if split == "train" and not self._has_own_val():
-            held_out = {self._content(row) for row in self._rows_of("val").select_columns(self.template.fields)}
-            contents = map(self._content, texts.select_columns(self.template.fields))
+            held_out = {self._dedup_key(row) for row in self._rows_of("val").select_columns(self.template.fields)}
+            contents = map(self._dedup_key, texts.select_columns(self.template.fields))
             apart = np.flatnonzero([content not in held_out for content in contents])
             encoded, texts = encoded.select(apart), texts.select(apart)
         if split == "train" and self.balance is not None:
@@ -174,11 +176,13 @@ class TextClassification(TextData):
             self.encoded[split] = self._encode(split)
         return self.rows[split]
 
-    def _content(self, row: Mapping[str, str]) -> Hashable:
+    def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
         """What makes a row the same as another."""
         return tuple(row[field].strip() for field in self.template.fields)
 
-    def _encode_source(self, source: Source, variant: dict[str, str], labelled: bool) -> tuple[TokenRows, Dataset]:
+    def _encode_source(
+        self, source: RowSource, variant: dict[str, str], labelled: bool
+    ) -> tuple[TokenDataset, Dataset]:
         """Encode the usable rows of a source, and give their texts by field."""
         fields = {field: self.column(name, source.columns) for field, name in variant.items()}
         label_column = self.column(self.label_column, source.columns) if labelled else None
@@ -187,7 +191,7 @@ class TextClassification(TextData):
             raise InputError(f"data.columns: two fields of the template read one column: {fields}")
         labels, max_length, tokenizer = self.labels if labelled else None, self._max_length(), self.tokenizer.to_str()
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
-        key += [label_column, labels, max_length, tokenizer, self.bad_rows]
+        key += [label_column, labels, max_length, tokenizer, self.on_invalid_row]
         rows = cached("rows", key, _schema(fields), lambda: self._batches(source, fields, label_column))
         reasons = rows.data.column(_REASON)
         encoded = _token_rows(rows)
@@ -200,7 +204,7 @@ class TextClassification(TextData):
             encoded.labels = None
         return encoded, rows.select_columns([*fields, _NUMBER])
 
-    def _batches(self, source: Source, fields: dict[str, str], label_column: str | None) -> Iterator[pa.RecordBatch]:
+    def _batches(self, source: RowSource, fields: dict[str, str], label_column: str | None) -> Iterator[pa.RecordBatch]:
         """Read, check and encode the rows of a source. Those that are left out come without tokens, with the reason."""
         import pyarrow as pa
 
@@ -219,21 +223,21 @@ class TextClassification(TextData):
             yield pa.RecordBatch.from_pydict(values, schema=schema)
 
     def _checked(
-        self, source: Source, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
+        self, source: RowSource, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
     ) -> _Example:
         """Check the texts and the label of a row."""
         if isinstance(row, str):
             return _Example(number, reason=row)
         try:
-            texts = {field: text_of(row, column, source.name, number) for field, column in fields.items()}
-            label = label_of(row, label_column, self.labels, source.name, number) if label_column else _NO_LABEL
+            texts = {field: parse_text(row, column, source.name, number) for field, column in fields.items()}
+            label = parse_label(row, label_column, self.labels, source.name, number) if label_column else _NO_LABEL
         except InputError as error:
-            if self.bad_rows == "error":
+            if self.on_invalid_row == "error":
                 raise
             return _Example(number, reason=str(error).removeprefix(printable(f"{source.name}, ")))
         return _Example(number, texts, label)
 
-    def _tokenized(self, source: Source, batch: list[_Example]) -> list[_Example]:
+    def _tokenized(self, source: RowSource, batch: list[_Example]) -> list[_Example]:
         """Return examples with their token ids; those without any have a reason to be skipped."""
         texts = [example.texts for example in batch if example.reason is None]
         ids = iter(self.template.encode(texts, self.tokenizer, self._max_length()))
@@ -243,7 +247,7 @@ class TextClassification(TextData):
                 example = example._replace(ids=next(ids))
                 if not example.ids:
                     reason = f"row {example.number}: {self.template.no_token(example.texts)}"
-                    if self.bad_rows == "error":
+                    if self.on_invalid_row == "error":
                         raise InputError(f"{source.name}, {reason}")
                     example = _Example(example.number, reason=reason)
             examples.append(example)
@@ -258,7 +262,7 @@ class TextClassification(TextData):
         if len(skipped) == total:
             raise InputError(f"{source} has no rows that can be used")
 
-    def _chosen(self, split: str, n: int) -> np.ndarray | None:
+    def _split_indices(self, split: str, n: int) -> np.ndarray | None:
         """Which of the n rows read belong to the split; None for all of them."""
         if split not in ("train", "val") or (split == "val" and self._has_own_val()):
             return None
@@ -269,7 +273,7 @@ class TextClassification(TextData):
         n_train = max(1, round((n - n_val) * self.train_fraction))
         return None if n_train == n else np.sort(order[n_val : n_val + n_train])
 
-    def number(self, split: str, row: int) -> int:
+    def row_number(self, split: str, row: int) -> int:
         """The number of a row, from 1, in its file."""
         return self.rows[split][row][_NUMBER]
 
@@ -277,7 +281,7 @@ class TextClassification(TextData):
         """The text of a row's template fields, as the source holds it."""
         return " | ".join(self.rows[split][row][field].strip() for field in self.template.fields)
 
-    def wording(self) -> dict[str, Any]:
+    def prompt_spec(self) -> dict[str, Any]:
         """How a model is asked, and what it can answer: the template, the names that its fields' columns may have, the
         class names, how many tokens a text may have, and whether quotes enclose values."""
         columns = {
@@ -298,7 +302,7 @@ class TextClassification(TextData):
             "class": type(self).__name__,
             "files": {split: file for split, file in self.files.items() if file is not None},
             "hub_id": self.hub_id,
-            **self.wording(),
+            **self.prompt_spec(),
             "rows": {split: len(rows) for split, rows in self.encoded.items()},
             "skipped": self.skipped,
             "batch_size": self.batch_size,
@@ -335,6 +339,6 @@ def _schema(fields: Iterable[str]) -> pa.Schema:
     return pa.schema([(_NUMBER, pa.int64()), *texts, tokens, (_LABEL, pa.int64()), (_REASON, pa.large_string())])
 
 
-def _token_rows(rows: Dataset) -> TokenRows:
+def _token_rows(rows: Dataset) -> TokenDataset:
     column = rows.data.column(_TOKENS).combine_chunks()
-    return TokenRows(column.values.to_numpy(), column.offsets.to_numpy(), np.asarray(rows.data.column(_LABEL)))
+    return TokenDataset(column.values.to_numpy(), column.offsets.to_numpy(), np.asarray(rows.data.column(_LABEL)))

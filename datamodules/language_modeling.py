@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from gpt2_pl import __version__
 from gpt2_pl.datamodules.base import TextData
-from gpt2_pl.datamodules.batching import PackedRows
+from gpt2_pl.datamodules.batching import PackedTokenDataset
 from gpt2_pl.datamodules.cache import cached_file
-from gpt2_pl.datamodules.readers import Source, read_file, read_hub, require_columns
+from gpt2_pl.datamodules.readers import RowSource, read_file, read_hub, require_columns
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.filesystem import existing_file
+from gpt2_pl.filesystem import require_file
 from gpt2_pl.text.tokenizer import END_OF_TEXT, encode_stream, train_tokenizer
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class TextCorpus(TextData):
         most = "" if max_length is None else f", which is {max_length}"
         raise InputError(f"data.stride must be between 1 and data.max_length{most}, got {self.stride}")
 
-    def has(self, split: str) -> bool:
+    def has_split(self, split: str) -> bool:
         """Whether there is text for the split: train, val or test."""
         if self.hub_id is not None:
             return split in self.HUB_SPLITS
@@ -164,7 +164,7 @@ class TextCorpus(TextData):
                 for text in self._row_texts(source):
                     yield from _pieces(io.StringIO(text))
 
-    def _encode(self, split: str) -> PackedRows:
+    def _encode(self, split: str) -> PackedTokenDataset:
         source = "train" if split == "val" and not self._has_own_val() else split
         tokens = self._tokens(source)
         if not self._has_own_val() and source == "train":
@@ -173,7 +173,7 @@ class TextCorpus(TextData):
         if len(tokens) < 2:
             raise InputError(f"the {split} text has {len(tokens)} tokens; it needs two or more (data.val_fraction?)")
         self._check_stride(self._max_length())
-        return PackedRows(tokens, self._max_length(), None if split == "train" else self.stride)
+        return PackedTokenDataset(tokens, self._max_length(), None if split == "train" else self.stride)
 
     def _tokens(self, split: str) -> NDArray[Any]:
         """All tokens of a split's own files, mapped from a cache file."""
@@ -189,23 +189,23 @@ class TextCorpus(TextData):
         contents, _ = cached_file("tokens.bin", [*key, self.column, self.tokenizer.to_str()], write)
         return np.frombuffer(contents, dtype)
 
-    def _sources(self, split: str) -> list[TextFile | Source]:
+    def _sources(self, split: str) -> list[TextFile | RowSource]:
         """A split's own files or hub dataset."""
         if self.hub_id is not None:
             return [self._with_column(read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id"))]
         key = f"data.{split}_file"
         return [
-            TextFile(existing_file(file, key), key)
+            TextFile(require_file(file, key), key)
             if Path(file).suffix.lower() == ".txt"
             else self._with_column(read_file(file, key))
             for file in self.files[split]
         ]
 
-    def _with_column(self, source: Source) -> Source:
+    def _with_column(self, source: RowSource) -> RowSource:
         require_columns(source, [self.column], keys="data.column")
         return source
 
-    def _token_pieces(self, source: TextFile | Source) -> Iterator[list[int]]:
+    def _token_pieces(self, source: TextFile | RowSource) -> Iterator[list[int]]:
         """The tokens of a source, a part at a time; every text that has tokens ends with ``<|endoftext|>``.
 
         Special tokens that the tokenizer's post-processor puts around a text are left out.
@@ -226,7 +226,7 @@ class TextCorpus(TextData):
                 for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
                     yield from _ended([encoding.ids], end)
 
-    def _row_texts(self, source: Source) -> Iterator[str]:
+    def _row_texts(self, source: RowSource) -> Iterator[str]:
         """The texts of rows that have one."""
         for number, row in source.read([self.column]):
             text = row[self.column] if isinstance(row, dict) else None
@@ -257,7 +257,9 @@ class TextCorpus(TextData):
             "hub_id": self.hub_id,
             "column": self.column,
             "rows": {split: len(rows) for split, rows in self.encoded.items()},
-            "tokens": {split: int(cast(PackedRows, rows).n_targets.sum()) for split, rows in self.encoded.items()},
+            "tokens": {
+                split: int(cast(PackedTokenDataset, rows).n_targets.sum()) for split, rows in self.encoded.items()
+            },
             "context": self._max_length(),
             "stride": self.stride or self._max_length(),
             "batch_size": self.batch_size,

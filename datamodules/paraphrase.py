@@ -42,7 +42,7 @@ class QuoraPairs(TextClassification):
         label_column: str = "is_duplicate",
         labels: list[str] | None = None,
         template: str = TEMPLATE,
-        symmetric: bool = False,
+        swap_pairs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -53,16 +53,16 @@ class QuoraPairs(TextClassification):
             template=template,
             **kwargs,
         )
-        if symmetric and len(self.template.fields) != 2:
-            raise InputError(f"data.symmetric swaps the two fields of the template; it is {template!r}")
-        self.symmetric = symmetric
+        if swap_pairs and len(self.template.fields) != 2:
+            raise InputError(f"data.swap_pairs swaps the two fields of the template; it is {template!r}")
+        self.swap_pairs = swap_pairs
 
-    def _variants(self, split: str) -> list[dict[str, str]]:
-        variants = super()._variants(split)
-        if self.symmetric and split == "train":
+    def _field_permutations(self, split: str) -> list[dict[str, str]]:
+        variants = super()._field_permutations(split)
+        if self.swap_pairs and split == "train":
             first, second = self.template.fields
             variants.append({first: second, second: first})
         return variants
 
-    def _content(self, row: Mapping[str, str]) -> Hashable:
+    def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
         return frozenset(row[field].strip() for field in self.template.fields)  # whichever comes first

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.errors import InputError, RunError, shorten
-from gpt2_pl.filesystem import existing_file, room
+from gpt2_pl.filesystem import require_file, reraise_disk_full
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,7 @@ _BATCH = 1000  # rows that are decoded at a time
 Row = dict[str, Any]
 
 
-class Source(ABC):
+class RowSource(ABC):
     """Rows with named columns, which can be read any number of times.
 
     Args:
@@ -86,7 +86,7 @@ class Source(ABC):
             raise InputError(f"{self.key}: {self.name} has no rows{' that can be read' if number else ''}")
 
 
-class Rows(Source):
+class Rows(RowSource):
     """Rows in memory.
 
     Args:
@@ -112,7 +112,7 @@ class Rows(Source):
         return ({column: row[column] for column in columns} for row in self.rows)
 
 
-class HubSplit(Source):
+class HubSplit(RowSource):
     """A split of a hub dataset.
 
     Args:
@@ -145,7 +145,7 @@ class HubSplit(Source):
             yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-class _File(Source):
+class _File(RowSource):
     """A local file; its contents decide its fingerprint, whatever its name and its time."""
 
     def __init__(self, path: Path, key: str, skip_bad: bool) -> None:
@@ -340,7 +340,7 @@ def _parse(text: bytes) -> Any:
     """
     try:
         whole = text.decode().lstrip(_BYTE_ORDER_MARK)
-        value = json.loads(whole, object_pairs_hook=_unique, parse_int=_parse_int)
+        value = json.loads(whole, object_pairs_hook=_reject_duplicate_keys, parse_int=_parse_int)
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are not text
     except UnicodeError:
@@ -350,7 +350,7 @@ def _parse(text: bytes) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"it has {shorten(_repeated(name for name, _ in pairs))} twice")
@@ -424,7 +424,7 @@ _FORMATS = {".csv": DelimitedText, ".tsv": DelimitedText, ".txt": DelimitedText,
             ".jsonl": JSONLines, ".json": JSONLines, ".parquet": ParquetFile}  # fmt: skip
 
 
-def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool = False) -> Source:
+def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool = False) -> RowSource:
     """Open a local file of rows, by its name: no character of it stands for others.
 
     Args:
@@ -436,7 +436,7 @@ def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool =
     Raises:
         InputError: no such file, another format, no contents, or a header that cannot be read.
     """
-    path = existing_file(file, key)
+    path = require_file(file, key)
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise InputError(f"{key}: {file} does not end in one of {', '.join(_FORMATS)}")
@@ -449,7 +449,7 @@ def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool =
         raise InputError(f"{key}: {file} cannot be read: {error.strerror}") from None
 
 
-def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Source:
+def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> RowSource:
     """Open one split of a hub dataset, in one of its configurations where it has several.
 
     Raises:
@@ -460,7 +460,7 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> So
 
     datasets.disable_progress_bars()
     try:
-        with room(Path(datasets.config.HF_DATASETS_CACHE)):
+        with reraise_disk_full(Path(datasets.config.HF_DATASETS_CACHE)):
             dataset = datasets.load_dataset(hub_id, config, split=split)
             return HubSplit(dataset, f"{hub_id} ({split})", key)
     except RunError:
@@ -474,7 +474,7 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> So
 
 
 def require_columns(
-    source: Source,
+    source: RowSource,
     texts: Sequence[str],
     label: str | None = None,
     keys: str = "data.columns and data.label_column",
@@ -517,7 +517,7 @@ def _can_hold(kind: pa.DataType, numbers: bool) -> bool:
     return any(is_kind(kind) for is_kind in (*text, *(number if numbers else ())))
 
 
-def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> str:
+def parse_text(row: Mapping[str, Any], column: str, source: str, number: int) -> str:
     """The text in a column of row ``number`` (from 1, the header not counted).
 
     Raises:
@@ -529,7 +529,7 @@ def text_of(row: Mapping[str, Any], column: str, source: str, number: int) -> st
     return text
 
 
-def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], source: str, number: int) -> int:
+def parse_label(row: Mapping[str, Any], column: str, names: Sequence[str], source: str, number: int) -> int:
     """The class index in a column of row ``number``, given as one of the class names or as an index.
 
     Where a name is a number, a number is a name, of equal value (``4.0`` is ``4``), and never an index.

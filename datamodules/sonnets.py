@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_pl.datamodules.base import TextData
-from gpt2_pl.datamodules.batching import Batch, Rows, TokenRows
+from gpt2_pl.datamodules.batching import Batch, Rows, TokenDataset
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import read_text
 from gpt2_pl.text.poems import Poem
@@ -44,7 +44,7 @@ def read_poems(file: str, key: str) -> list[Poem]:
     return list(poems.values())
 
 
-class PoemRows(TokenRows):
+class PoemDataset(TokenDataset):
     """Tokens of poems and, for each, the token that follows it, or -100 where nothing is predicted.
 
     Args:
@@ -59,9 +59,9 @@ class PoemRows(TokenRows):
         self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
 
     def batch(self, rows: Rows) -> Batch:
-        """Poems as tensors; beside those of :class:`TokenRows`, ``targets`` (B, T), -100 at padding."""
+        """Poems as tensors; beside those of :class:`TokenDataset`, ``targets`` (B, T), -100 at padding."""
         batch = super().batch(rows)
-        targets = TokenRows(self.targets, self.offsets).batch(rows)["input_ids"]
+        targets = TokenDataset(self.targets, self.offsets).batch(rows)["input_ids"]
         return {**batch, "targets": targets.masked_fill(batch["attention_mask"] == 0, -100)}
 
 
@@ -111,10 +111,10 @@ class Sonnets(TextData):
         self.prompt_lines, self.train_fraction, self.split_seed = prompt_lines, train_fraction, split_seed
         self.poems: dict[str, list[Poem]] = {}
 
-    def _encode(self, split: str) -> PoemRows:
+    def _encode(self, split: str) -> PoemDataset:
         source = "train" if split == "val" and not self._has_own_val() else split
         poems = read_poems(str(self.files[source]), f"data.{source}_file")
-        self.poems[split] = poems = [poems[i] for i in self._chosen(split, len(poems))]
+        self.poems[split] = poems = [poems[i] for i in self._split_indices(split, len(poems))]
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
             raise InputError(f"data.tokenizer has no {END_OF_TEXT}, which stands behind a poem")
@@ -145,9 +145,9 @@ class Sonnets(TextData):
             values += ids[:-1]
             targets.append(wanted)
             lengths.append(len(ids) - 1)
-        return PoemRows(np.array(values), np.cumsum(lengths), np.concatenate(targets))
+        return PoemDataset(np.array(values), np.cumsum(lengths), np.concatenate(targets))
 
-    def _chosen(self, split: str, n: int) -> list[int]:
+    def _split_indices(self, split: str, n: int) -> list[int]:
         """Which of the n poems read belong to the split."""
         if split == "test" or (split == "val" and self._has_own_val()):
             return list(range(n))

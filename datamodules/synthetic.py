@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpt2_pl.datamodules import paraphrase, sentiment
 from gpt2_pl.datamodules.classification import TextClassification
-from gpt2_pl.datamodules.readers import Rows, Source
+from gpt2_pl.datamodules.readers import Rows, RowSource
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import train_tokenizer
 
@@ -116,7 +116,7 @@ class ToyRows(TextClassification):
             raise InputError(f"data.n_train is {n_train}; it must be at least 8")
         self.n_train, self.vocab_size, self.data_seed = n_train, vocab_size, data_seed
 
-    def has(self, split: str) -> bool:
+    def has_split(self, split: str) -> bool:
         """Every split is there; prediction reads the test rows."""
         return True
 
@@ -128,7 +128,7 @@ class ToyRows(TextClassification):
         rows = type(self).WRITE(n + 2 * (n // 4), self.data_seed)
         return rows[sizes.get(split, slice(n * 5 // 4, None))]
 
-    def _sources(self, split: str) -> list[Source]:
+    def _sources(self, split: str) -> list[RowSource]:
         return [Rows(self._texts(split), f"toy rows ({split})")]
 
     def _make_tokenizer(self) -> Tokenizer:

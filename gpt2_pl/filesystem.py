@@ -30,7 +30,7 @@ _WINDOWS, _ATTEMPTS = os.name == "nt", 20
 _LONGEST_NAME, _LONGEST_PATH = 230, 3900  # bytes; systems have 255 and 4095, and a part's name has 20 more
 
 
-def existing_file(path: str | Path, key: str) -> Path:
+def require_file(path: str | Path, key: str) -> Path:
     """The path of a file that is there. A ``~`` at its start is the user's folder unless a file has that very name.
 
     Raises:
@@ -74,23 +74,23 @@ def read_text(path: str | Path, key: str) -> str:
         InputError: naming ``key``, the option that held the path: there is no such file, or it is not UTF-8.
     """
     try:
-        return existing_file(path, key).read_text(encoding="utf-8").lstrip("\ufeff")
+        return require_file(path, key).read_text(encoding="utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{key}: {path} is not UTF-8 text: {error}") from None
 
 
-def check_new(path: Path, key: str = "out") -> None:
+def require_absent(path: Path, key: str = "out") -> None:
     """Refuse, before anything is computed, a file or folder that exists or that could not be made.
 
     Raises:
         InputError: naming ``key``, the option that held the path.
     """
-    check_place(path, key)
+    require_writable(path, key)
     if path.exists():
         raise InputError(f"{key}: {path} exists already; give one that does not")
 
 
-def check_place(path: Path, key: str) -> None:
+def require_writable(path: Path, key: str) -> None:
     """Refuse, before anything is computed, a place where no file or folder can be made.
 
     Raises:
@@ -121,7 +121,7 @@ def check_place(path: Path, key: str) -> None:
 
 
 @contextmanager
-def room(path: Path) -> Iterator[None]:
+def reraise_disk_full(path: Path) -> Iterator[None]:
     """Report what fails while ``path`` is written.
 
     Raises:
@@ -160,7 +160,7 @@ def _replace(part: Path, path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
+def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
     """Write a file beside its place and rename it when all is written: nobody ever reads half of it.
 
     Several processes may write the same file; what one of them leaves unfinished is deleted.
@@ -175,7 +175,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
     """
     part = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    with room(path):
+    with reraise_disk_full(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             opened = part.open(mode, **text)
@@ -195,7 +195,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[Any]:
                 part.unlink(missing_ok=True)
 
 
-def resolve(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
+def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
     """The local folder of a pretrained GPT-2: ``path_or_id`` itself, or the hub's download of that id.
 
     Args:

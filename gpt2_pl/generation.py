@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
 
 
-Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
+LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Logits (B, V), token ids so far (B, N) and which of them are text (B, N) -> logits (B, V)."""
 
 
@@ -31,12 +31,12 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
+    no_repeat_ngram_size: int = 0,
     eos_token_id: int | None = None,
     pad_token_id: int = 0,
     seed: int | Sequence[int] | None = None,
-    processors: Sequence[Processor] = (),
-    stop: Callable[[Tensor, Tensor], Tensor] | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    stopping_criteria: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Continue a batch of prompts, one token at a time, every block keeping the keys and values it has computed.
 
@@ -51,15 +51,16 @@ def generate(
         top_p: draw from the likeliest tokens that together have at least this probability (Holtzman et al. 2020).
         repetition_penalty: divides positive logits of tokens already there and multiplies negative ones (Keskar et al.
             2019).
-        no_repeat_ngram: no n-gram of this length occurs twice; 0 for any. Where this, or a processor, leaves a row no
-            token at all, the row ends: it is padded from there on.
+        no_repeat_ngram_size: no n-gram of this length occurs twice; 0 for any. Where this, or a processor, leaves a
+            row no token at all, the row ends: it is padded from there on.
         eos_token_id: ends a row; it is part of the row.
         pad_token_id: what stands behind a row that has ended.
         seed: of the random draws, the same for every row or one for each. In float32, a row's text depends on its
             prompt and its seed alone, not on the other rows; in bfloat16, logits are rounded differently in batches of
             other shapes, which may tip a draw. None draws from torch's own generator.
-        processors: change the logits before temperature, top-k and top-p; they run in inference mode, as ``stop`` does.
-        stop: (ids (B, N), mask (B, N)) -> (B,), whether each row has come to its end.
+        logits_processors: change the logits before temperature, top-k and top-p. They are called in inference mode.
+        stopping_criteria: maps ids (B, N) and mask (B, N) to booleans (B,), True for rows that end. It is called in
+            inference mode.
 
     Returns:
         (B, T + new): the prompts, padded on the left, and what was generated.
@@ -67,7 +68,7 @@ def generate(
     Raises:
         ValueError: a value out of range, an empty prompt, or more tokens than ``n_positions``.
     """
-    check_settings(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram, max_new_tokens)
+    validate_sampling(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, max_new_tokens)
     B, T = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if not bool((mask.sum(1) > 0).all()):
@@ -90,41 +91,43 @@ def generate(
     cache = KVCache(len(model.h), N)
     captures, decode = supports_cuda_graph(model, max_new_tokens), None
     prepacked = prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens)
-    with torch.inference_mode(), _evaluating(model), prepacked as head:
-        fresh = ids[:, :T]
+    with torch.inference_mode(), _eval_mode(model), prepacked as head:
+        next_ids = ids[:, :T]
         output_positions: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
         for n in range(T, T + max_new_tokens):
             if decode is None:
-                hidden = model(fresh, mask[:, :n] if padded else None, output_positions=output_positions, cache=cache)
+                hidden = model(
+                    next_ids, mask[:, :n] if padded else None, output_positions=output_positions, cache=cache
+                )
                 logits = head(hidden[:, -1]).float()
                 if captures:
                     decode = DecodeStep(model, head, cache, mask[:, :T])
             else:
-                logits = decode(fresh).to(torch.float32, copy=True)
-            sofar, text = ids[:, :n], mask[:, :n]
+                logits = decode(next_ids).to(torch.float32, copy=True)
+            row_ids, row_mask = ids[:, :n], mask[:, :n]
             if repetition_penalty != 1.0:
-                logits = _penalised(logits, sofar, text, repetition_penalty)
-            if no_repeat_ngram:
-                logits = _without_repeats(logits, sofar, text, no_repeat_ngram)
-            for process in processors:
-                logits = process(logits, sofar, text)
+                logits = _apply_repetition_penalty(logits, row_ids, row_mask, repetition_penalty)
+            if no_repeat_ngram_size:
+                logits = _ban_repeated_ngrams(logits, row_ids, row_mask, no_repeat_ngram_size)
+            for process in logits_processors:
+                logits = process(logits, row_ids, row_mask)
             best = logits.amax(-1, keepdim=True)
             exhausted = best.isneginf()  # (B, 1): no token may follow
             if uniform is None:
                 chosen = logits.argmax(-1)
             else:  # without the maximum, whose row would overflow or be NaN
                 scaled = (logits - best).masked_fill(exhausted, 0.0) / temperature
-                chosen = _drawn(scaled, uniform[:, n - T], top_k, top_p)
+                chosen = _sample_tokens(scaled, uniform[:, n - T], top_k, top_p)
             done |= exhausted.squeeze(-1)
             ids[:, n] = torch.where(done, pad_token_id, chosen)
             mask[:, n] = (~done).long()
             if eos_token_id is not None:
                 done |= chosen == eos_token_id
-            if stop is not None:
-                done |= stop(ids[:, : n + 1], mask[:, : n + 1])
+            if stopping_criteria is not None:
+                done |= stopping_criteria(ids[:, : n + 1], mask[:, : n + 1])
             if bool(done.all()):
                 return ids[:, : n + int(mask[:, n].any())]
-            fresh, output_positions = ids[:, n : n + 1], None
+            next_ids, output_positions = ids[:, n : n + 1], None
     return ids
 
 
@@ -173,7 +176,7 @@ class DecodeStep:
 
 
 @contextmanager
-def _evaluating(model: GPT2) -> Iterator[None]:
+def _eval_mode(model: GPT2) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -182,12 +185,12 @@ def _evaluating(model: GPT2) -> Iterator[None]:
         model.train(was_training)
 
 
-def check_settings(
+def validate_sampling(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     repetition_penalty: float,
-    no_repeat_ngram: int,
+    no_repeat_ngram_size: int,
     max_new_tokens: int,
 ) -> None:
     """Raise a ValueError that names the first setting of :func:`generate` that is out of range."""
@@ -197,7 +200,7 @@ def check_settings(
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
         ("repetition_penalty", repetition_penalty, least <= repetition_penalty <= most, f"from {least} to {most}"),
-        ("no_repeat_ngram", no_repeat_ngram, no_repeat_ngram >= 0, "at least 0"),
+        ("no_repeat_ngram_size", no_repeat_ngram_size, no_repeat_ngram_size >= 0, "at least 0"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ):
         if not good:
@@ -214,7 +217,7 @@ def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: to
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 
-def kept(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor]:
+def top_k_top_p_filter(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor]:
     """Sort tokens by probability and keep the first of them, as top-k and top-p say.
 
     Of the ``top_k`` likeliest tokens top-p keeps as many as it takes to reach ``top_p``, including the one that crosses
@@ -250,15 +253,15 @@ def _sort_descending(probability: Tensor) -> tuple[Tensor, Tensor]:
     return (-torch.stack(values)).view(torch.float32), torch.stack(tokens)
 
 
-def _drawn(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+def _sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Draw one token a row (B,), from its logits (B, V) and its random number in [0, 1) (B,) alone."""
     if top_k is None and (top_p is None or top_p == 1.0):
-        return _inverse(logits.softmax(-1), uniform)
-    probability, tokens = kept(logits, top_k, top_p)
-    return tokens.gather(-1, _inverse(probability, uniform).unsqueeze(-1)).squeeze(-1)
+        return _inverse_cdf(logits.softmax(-1), uniform)
+    probability, tokens = top_k_top_p_filter(logits, top_k, top_p)
+    return tokens.gather(-1, _inverse_cdf(probability, uniform).unsqueeze(-1)).squeeze(-1)
 
 
-def _inverse(probability: Tensor, uniform: Tensor) -> Tensor:
+def _inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
     """The first place (B,) where the cumulative sum of ``probability`` (B, M) passes ``uniform`` (B,) of its total."""
     cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
@@ -266,18 +269,18 @@ def _inverse(probability: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(place, torch.searchsorted(cumulative, total)).squeeze(-1)  # the product may round up to total
 
 
-def _penalised(logits: Tensor, ids: Tensor, text: Tensor, penalty: float) -> Tensor:
+def _apply_repetition_penalty(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Tensor:
     # A count decides: the padding's token may be one of the text's too.
-    there = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, ids, text) > 0
+    there = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, ids, mask) > 0
     return torch.where(there, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _without_repeats(logits: Tensor, ids: Tensor, text: Tensor, n: int) -> Tensor:
+def _ban_repeated_ngrams(logits: Tensor, ids: Tensor, mask: Tensor, n: int) -> Tensor:
     """Logits of -inf for every token that would end an n-gram which the row has already."""
     if ids.size(1) < n:
         return logits
     windows = ids.unfold(1, n, 1)  # (B, N - n + 1, n)
     last = ids[:, ids.size(1) - n + 1 :]  # (B, n - 1): what the next token would follow
-    same = (windows[..., :-1] == last.unsqueeze(1)).all(-1) & text.unfold(1, n, 1).bool().all(-1)
+    same = (windows[..., :-1] == last.unsqueeze(1)).all(-1) & mask.unfold(1, n, 1).bool().all(-1)
     banned = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, windows[..., -1], same.long()) > 0
     return logits.masked_fill(banned, -torch.inf)

@@ -13,13 +13,13 @@ from gpt2_pl.kernels.dropout import dropout
 Pooling = Literal["last", "mean", "max", "mix", "concat"]
 
 
-def last_text_position(attention_mask: Tensor) -> Tensor:
+def last_token_index(attention_mask: Tensor) -> Tensor:
     """Where the text of every row ends: (B, T) -> (B, 1). The mask decides, never a token id."""
     T = attention_mask.size(1)
     return (attention_mask * torch.arange(1, T + 1, device=attention_mask.device)).argmax(1, keepdim=True)
 
 
-def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mix: float = 0.7) -> Tensor:
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mean_weight: float = 0.7) -> Tensor:
     """One vector a row from the hidden states of its text tokens.
 
     Args:
@@ -27,7 +27,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mix: float = 
         attention_mask: (B, T), 1 for text, on whichever side the padding is.
         pooling: ``last`` token, ``mean``, ``max``, ``mix`` = a mean + (1 - a) last, ``concat`` = [last; max; mean]
             (Howard & Ruder 2018, section 3.3).
-        mix: a.
+        mean_weight: a.
 
     Returns:
         (B, C), or (B, 3 C) for ``concat``.
@@ -37,39 +37,39 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mix: float = 
     text = attention_mask.unsqueeze(-1).bool()  # (B, T, 1)
     parts = {}
     if pooling in ("last", "mix", "concat"):
-        at = last_text_position(attention_mask).unsqueeze(-1).expand(-1, 1, hidden.size(-1))
+        at = last_token_index(attention_mask).unsqueeze(-1).expand(-1, 1, hidden.size(-1))
         parts["last"] = hidden.gather(1, at).squeeze(1)
     if pooling in ("max", "concat"):
         parts["max"] = hidden.masked_fill(~text, -torch.inf).amax(1)
     if pooling in ("mean", "mix", "concat"):
         parts["mean"] = hidden.masked_fill(~text, 0.0).sum(1) / text.sum(1)
     if pooling == "mix":
-        return mix * parts["mean"] + (1.0 - mix) * parts["last"]
+        return mean_weight * parts["mean"] + (1.0 - mean_weight) * parts["last"]
     return torch.cat(list(parts.values()), dim=-1)
 
 
 class ClassificationHead(nn.Module):
-    """Dropout and a linear layer; with ``n_masks`` > 1, multi-sample dropout (Inoue 2019).
+    """Dropout and a linear layer; with ``num_dropout_samples`` > 1, multi-sample dropout (Inoue 2019).
 
     Args:
         n_features: width of the pooled vector.
         num_classes: number of classes K.
         dropout: probability, in training.
-        n_masks: dropout masks drawn per row. Outside training there is one pass without dropout.
+        num_dropout_samples: dropout masks drawn per row. Outside training there is one pass without dropout.
     """
 
-    def __init__(self, n_features: int, num_classes: int, dropout: float = 0.0, n_masks: int = 1) -> None:
+    def __init__(self, n_features: int, num_classes: int, dropout: float = 0.0, num_dropout_samples: int = 1) -> None:
         super().__init__()
-        if n_masks < 1:
-            raise ValueError(f"n_masks is {n_masks}; it must be at least 1")
-        self.dropout, self.n_masks = dropout, n_masks
+        if num_dropout_samples < 1:
+            raise ValueError(f"num_dropout_samples is {num_dropout_samples}; it must be at least 1")
+        self.dropout, self.num_dropout_samples = dropout, num_dropout_samples
         self.linear = nn.Linear(n_features, num_classes)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, n_features) -> logits (n, B, K), n = ``n_masks`` in training and 1 otherwise."""
-        n = self.n_masks if self.training and self.dropout else 1
+        """(B, n_features) -> logits (n, B, K), n = ``num_dropout_samples`` in training and 1 otherwise."""
+        n = self.num_dropout_samples if self.training and self.dropout else 1
         features = dropout(features.expand(n, *features.shape), self.dropout, self.training)
         return self.linear(features)
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # a target that counts for nothing, as in torch
-CLAMP = 1e-5  # the least 1 - p that unlikelihood takes the logarithm of
-CHUNKS = {"cpu": 512, "cuda": 8192}  # positions whose logits are held at a time
-MULTIPLES = {"cuda": 64}  # of entries, to which a vocabulary is filled up: products of odd widths are slow there
+IGNORE_INDEX = -100  # a target that counts for nothing, as in torch
+MIN_COMPLEMENT = 1e-5  # the least 1 - p that unlikelihood takes the logarithm of
+CHUNK_SIZE = {"cpu": 512, "cuda": 8192}  # positions whose logits are held at a time
+VOCAB_PAD_MULTIPLE = {"cuda": 64}  # the vocabulary is padded to a multiple: odd widths are slow on a GPU
 
 
-def _outcome(
+def _chunk_loss_and_grad(
     logits: Tensor,
     target: Tensor,
     likelihood: bool,
@@ -41,9 +41,9 @@ def _outcome(
     odds = None
     if candidates is not None and is_candidate is not None:
         p = log_p.gather(-1, candidates).exp()  # (n, M)
-        unlikelihood = -(1.0 - p).clamp(min=CLAMP).log().masked_fill(~is_candidate, 0.0).sum()
+        unlikelihood = -(1.0 - p).clamp(min=MIN_COMPLEMENT).log().masked_fill(~is_candidate, 0.0).sum()
         # of -log(1 - p_c) by logit k: p_c / (1 - p_c) ([k = c] - p_k)
-        odds = (alpha * p / (1.0 - p)).masked_fill(~is_candidate | (1.0 - p < CLAMP), 0.0)
+        odds = (alpha * p / (1.0 - p)).masked_fill(~is_candidate | (1.0 - p < MIN_COMPLEMENT), 0.0)
         share = share - odds.sum(-1, keepdim=True)
     total = -log_likelihood.sum() if likelihood else log_p.new_zeros(())
     if not trains:
@@ -65,10 +65,10 @@ def _outcome(
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_outcome)
+    return torch.compile(_chunk_loss_and_grad)
 
 
-class _ChunkedLoss(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies and unlikelihoods, with both gradients computed in the forward pass, chunk by chunk."""
 
     @staticmethod
@@ -88,9 +88,9 @@ class _ChunkedLoss(torch.autograd.Function):
         # Under autocast a matrix product is made in its dtype; the softmax always in float32 or above.
         device, V = hidden.device.type, len(weight)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        chunk = CHUNKS.get(device, CHUNKS["cpu"]) if chunk is None else chunk
-        outcome = _compiled() if compiled else _outcome
-        missing = -V % MULTIPLES.get(device, 1)
+        chunk = CHUNK_SIZE.get(device, CHUNK_SIZE["cpu"]) if chunk is None else chunk
+        outcome = _compiled() if compiled else _chunk_loss_and_grad
+        missing = -V % VOCAB_PAD_MULTIPLE.get(device, 1)
         table = F.pad(weight.to(dtype), (0, 0, 0, missing)) if missing else weight.to(dtype)  # (V or more, C)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         unlikelihood = torch.zeros_like(total)
@@ -123,11 +123,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*grads, *(None,) * 7)
 
 
-def _predicted(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _select_targets(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states (N, C), weight and targets (N,) where something is predicted, and where that is, (B, T)."""
     if not torch.is_grad_enabled():  # of which a function's context does not know
         hidden, weight = hidden.detach(), weight.detach()
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     if bool(counted.all()):  # nothing need be copied
         return hidden.flatten(0, 1), weight, targets.flatten(), counted
     return hidden[counted], weight, targets[counted], counted
@@ -152,8 +152,8 @@ def cross_entropy(
     Returns:
         The sum of the losses, in nats, and the number of targets.
     """
-    states, weight, own, counted = _predicted(hidden, weight, targets)
-    total, _ = _ChunkedLoss.apply(states, weight, own, chunk, True, 0.0, None, None, compiled)
+    states, weight, own, counted = _select_targets(hidden, weight, targets)
+    total, _ = _ChunkedCrossEntropy.apply(states, weight, own, chunk, True, 0.0, None, None, compiled)
     return total, counted.sum()
 
 
@@ -177,13 +177,13 @@ def negative_candidates(
         each token at its last occurrence, so that it counts once.
     """
     T = targets.size(1)
-    tokens = F.pad(targets[:, : T - 1], (1, 0), value=IGNORED) if input_ids is None else input_ids
+    tokens = F.pad(targets[:, : T - 1], (1, 0), value=IGNORE_INDEX) if input_ids is None else input_ids
     position = torch.arange(T, device=targets.device)
     equal = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (B, T, T)
     later = equal & (position.unsqueeze(1) < position)
     following = torch.where(later.any(2), later.int().argmax(2), T)  # (B, T): where each token occurs next
     t, j = position.unsqueeze(1), position  # (T, 1), (T,)
-    usable = tokens != IGNORED
+    usable = tokens != IGNORE_INDEX
     for token in ignore_token_ids:
         usable = usable & (tokens != token)
     is_target = targets.unsqueeze(2) == tokens.unsqueeze(1)
@@ -193,7 +193,7 @@ def negative_candidates(
     return tokens.clamp(min=0).unsqueeze(1), counts
 
 
-def language_model_loss(
+def unlikelihood_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -220,16 +220,16 @@ def language_model_loss(
     Returns:
         The sum of the losses, the number of targets, and the sum of the unlikelihoods by itself, without ``alpha``.
     """
-    states, weight, own, counted = _predicted(hidden, weight, targets)
+    states, weight, own, counted = _select_targets(hidden, weight, targets)
     tokens, counts = negative_candidates(targets, ignore_token_ids, window, input_ids)
     candidates = tokens.expand(-1, targets.size(1), -1)[counted]
-    total, unlikelihood = _ChunkedLoss.apply(
+    total, unlikelihood = _ChunkedCrossEntropy.apply(
         states, weight, own, chunk, True, alpha, candidates, counts[counted], compiled
     )
     return total, counted.sum(), unlikelihood
 
 
-def repetition_loss(
+def sequence_unlikelihood_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int | None = None, compiled: bool = False
 ) -> Tensor:
     """Sequence-level unlikelihood of generated text (Welleck et al. 2020, eq. 6).
@@ -247,9 +247,9 @@ def repetition_loss(
     Returns:
         The mean over the tokens.
     """
-    states, weight, own, counted = _predicted(hidden, weight, targets)
+    states, weight, own, counted = _select_targets(hidden, weight, targets)
     repeated = repeated_ngrams(targets, n)[counted]
-    total, _ = _ChunkedLoss.apply(
+    total, _ = _ChunkedCrossEntropy.apply(
         states, weight, own, chunk, False, 1.0, own.unsqueeze(-1), repeated.unsqueeze(-1), compiled
     )
     return total / counted.sum().clamp(min=1)
@@ -263,7 +263,7 @@ def repeated_ngrams(ids: Tensor, n: int) -> Tensor:
         return repeated
     windows = ids.unfold(1, n, 1)  # (B, W, n)
     same = (windows.unsqueeze(1) == windows.unsqueeze(2)).all(-1)  # (B, W, W)
-    again = same.tril(-1).any(-1) & (windows != IGNORED).all(-1)  # (B, W): one like it begins earlier
+    again = same.tril(-1).any(-1) & (windows != IGNORE_INDEX).all(-1)  # (B, W): one like it begins earlier
     for i in range(n):
         repeated[:, i : T - n + 1 + i] |= again
     return repeated
@@ -275,14 +275,14 @@ def unlikelihood_loss(
     alpha: float = 1.0,
     ignore_token_ids: Collection[int] = (),
     window: int | None = None,
-    ignore_index: int = IGNORED,
+    ignore_index: int = IGNORE_INDEX,
     input_ids: Tensor | None = None,
 ) -> Tensor:
     """Likelihood and token-level unlikelihood (Welleck et al. 2020, eq. 4): of every target,
 
     L_t = -log p(x_t) - alpha * sum over c in C_t of log(1 - p(c)), C_t = {x_1 .. x_(t-1)} without x_t.
 
-    Training goes through :func:`language_model_loss`, which gives the same from hidden states in little memory.
+    Training goes through :func:`unlikelihood_cross_entropy`, which gives the same from hidden states in little memory.
 
     Args:
         logits: (B, T, V), those at t predict ``targets`` at t.
@@ -297,12 +297,12 @@ def unlikelihood_loss(
     Returns:
         The mean over the targets, a scalar; 1 - p is at least 1e-5.
     """
-    targets = targets.masked_fill(targets == ignore_index, IGNORED)
-    counted = targets != IGNORED
+    targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
+    counted = targets != IGNORE_INDEX
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     likelihood = F.cross_entropy(logits[counted], targets[counted], reduction="sum")
     tokens, counts = negative_candidates(targets, ignore_token_ids, window, input_ids)
     p = logits.log_softmax(-1).gather(-1, tokens.expand(-1, targets.size(1), -1)).exp()  # (B, T, T)
     counts = counts & counted.unsqueeze(-1)
-    unlikelihood = -(1.0 - p).clamp(min=CLAMP).log().masked_fill(~counts, 0.0).sum()
+    unlikelihood = -(1.0 - p).clamp(min=MIN_COMPLEMENT).log().masked_fill(~counts, 0.0).sum()
     return (likelihood + alpha * unlikelihood) / counted.sum().clamp(min=1)

@@ -25,7 +25,7 @@ class MetricInfo:
     shown: bool = False
 
 
-class Gathered(Metric):
+class RowOutputs(Metric):
     """Values of every row of a split, such as what the model said of it, gathered over processes.
 
     Args:
@@ -62,7 +62,7 @@ class Gathered(Metric):
         return {name: tensor[order].cpu() for name, tensor in whole.items()}
 
 
-class Mean(Metric):
+class WeightedMean(Metric):
     """The weighted mean of values, in which a NaN shows.
 
     torchmetrics' own leaves NaN out, and told not to, leaves out the weights (1.9).

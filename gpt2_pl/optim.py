@@ -137,7 +137,7 @@ class Schedule:
         raise NotImplementedError
 
 
-class Constant(Schedule):
+class ConstantWithWarmup(Schedule):
     """Linear warmup, then 1.
 
     Args:
@@ -152,7 +152,7 @@ class Constant(Schedule):
     @property
     def needs_total(self) -> bool:
         """Whether the warmup is a share of all steps, or the rate decays to the end of training."""
-        return type(self) is not Constant or 0 < self.warmup < 1
+        return type(self) is not ConstantWithWarmup or 0 < self.warmup < 1
 
     def _after_warmup(self, step: int, total: int) -> float:
         return 1.0
@@ -165,14 +165,14 @@ class Constant(Schedule):
         return self._after_warmup(step - warmup, max(total - warmup, 1))
 
 
-class Linear(Constant):
+class LinearWithWarmup(ConstantWithWarmup):
     """Linear warmup, then linear decay to 0 at the end of training."""
 
     def _after_warmup(self, step: int, total: int) -> float:
         return max(0.0, 1.0 - step / total)
 
 
-class Cosine(Constant):
+class CosineWithWarmup(ConstantWithWarmup):
     """Linear warmup, then half a cosine down to ``floor`` (Loshchilov & Hutter 2017, eq. 5, one period).
 
     Args:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2_pl.errors import InputError, listing, shorten
-from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, resolve, whole_file
+from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, atomic_write, resolve_checkpoint_dir
 from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.utils.registry import class_path
@@ -170,7 +170,7 @@ def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GP
         InputError: the folder or id cannot be had, or does not hold every tensor of the model its config.json
             describes, in the right shape, finite, and nothing else. Nothing is ever left at random.
     """
-    folder = resolve(path_or_id)
+    folder = resolve_checkpoint_dir(path_or_id)
     config = read_config(folder, dropout)
     check(folder, config)
     with torch.device("meta"):
@@ -250,7 +250,7 @@ def save(
         state["score.weight"] = score.detach().float().cpu().contiguous()
         config["architectures"] = ["GPT2ForSequenceClassification"]
     write_tensors(state, folder / WEIGHTS)
-    with whole_file(folder / "config.json") as file:
+    with atomic_write(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2) + "\n")
 
 
@@ -288,8 +288,8 @@ def _why_added(model: GPT2, plain: GPT2, name: str) -> str:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, whole or not at all; see :func:`whole_file` for what is raised."""
-    with whole_file(path, "wb") as file:
+    """Write a safetensors file, whole or not at all; see :func:`atomic_write` for what is raised."""
+    with atomic_write(path, "wb") as file:
         try:
             save_file(tensors, file.name, metadata={"format": "pt"})
         except SafetensorError as error:  # which names the system's error in its text alone
@@ -298,7 +298,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
             raise OSError(int(found[1]), str(error)) from None
 
 
-def digest(model: GPT2) -> str:
+def weights_sha256(model: GPT2) -> str:
     """SHA-256 over the names, shapes and float32 values of the published tensors: the identity of a base.
 
     Equal for equal weights, wherever they were loaded from and in however many shards, and whatever surgery added.

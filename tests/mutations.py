@@ -28,7 +28,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/losses.py", "counts &= j > t - window", "counts &= j >= t - window", "unlikelihood"),
     ("gpt2_pl/losses.py", "& (following.unsqueeze(1) > t)", "", "unlikelihood"),
     ("gpt2_pl/losses.py", "again = same.tril(-1)", "again = same", "unlikelihood"),
-    ("gpt2_pl/tasks/language_modeling.py", "targets[:, : P - 1] = IGNORED", "pass", "unlikelihood"),
+    ("gpt2_pl/tasks/language_modeling.py", "targets[:, : P - 1] = IGNORE_INDEX", "pass", "unlikelihood"),
     ("gpt2_pl/tasks/language_modeling.py", "self._ignored(),", "[],", "unlikelihood"),
     ("gpt2_pl/heads.py", "labels.repeat(n)", "labels.repeat_interleave(n)", "heads"),
     ("gpt2_pl/tasks/accumulation.py", "return trainer.world_size *", "return", "accumulation"),
@@ -46,7 +46,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Surgery
     ("gpt2_pl/surgery/lora.py", "self.lora_A) * (scale * self.scaling)", "self.lora_A) * self.scaling", "lora"),
     ("gpt2_pl/surgery/lora.py", "height : (third + 1) * height, i * self.rank", "height : (third + 1) * height, 0 * self.rank", "lora"),
-    ("gpt2_pl/surgery/lora.py", "return self.scaling * self.spread_B()", "return self.spread_B()", "lora"),
+    ("gpt2_pl/surgery/lora.py", "return self.scaling * self.zero_padded_B()", "return self.zero_padded_B()", "lora"),
     ("gpt2_pl/surgery/lora.py", "factors[third] = magnitude / norms[third]", "factors[third] = magnitude", "lora"),
     ("gpt2_pl/surgery/lora.py", "F.linear(low * self.scaling, self.lora_B)", "F.linear(low, self.lora_B)", "lora"),
     ("gpt2_pl/surgery/lora.py", "        freeze_base(model)\n        return model\n\n    def _chosen_layers", "        return model\n\n    def _chosen_layers", "lora"),
@@ -57,15 +57,15 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/finetuning.py", "progress = epoch + batch / n_batches", "progress = epoch", "finetuning strategies"),
     # Optimizer, schedules
     ("gpt2_pl/optim.py", "1.0 - lr * group", "1.0 + lr * group", "optim"),
-    ("gpt2_pl/optim.py", "math.sqrt(1.0 - beta2**step)", "1.0", "optim"),
+    ("gpt2_pl/optim.py", "(1.0 - beta2**step)", "1.0", "optim"),
     ("gpt2_pl/optim.py", "return max(0.0, 1.0 - step / total)", "return 1.0 - 0.5 * step / total", "optim"),
     ("gpt2_pl/optim.py", 'and not name.endswith("wpe.weight")', "", "optim"),
     # Resuming
     ("callbacks/checkpointing.py", "if trainer.is_last_batch or (every", "if (every", "checkpointing faults"),
-    ("callbacks/checkpointing.py", "trainer.should_stop = True", "pass", "checkpointing"),
+    ("callbacks/end_of_training.py", "            trainer.should_stop = True", "            pass", "checkpointing end_of_training"),
     ("callbacks/checkpointing.py", "state[key] = _moved(state[key], own)", "pass", "checkpointing"),
     ("datamodules/batching.py", "range(self.next_batch(), len(batches))", "range(len(batches))", "accumulation"),
-    ("datamodules/batching.py", "rows[self.rank :: self.world]", "rows", "processes classification_data"),
+    ("datamodules/batching.py", "rows[self.rank :: self.world_size]", "rows", "processes classification_data"),
     ("gpt2_pl/commands/support/run_dir.py", "self.config.ckpt_path = None", "pass", "checkpointing"),
     # Optimizer steps and frozen bases
     ("gpt2_pl/tasks/accumulation.py", "trainer.world_size * trainer.accumulate_grad_batches / self", "trainer.world_size / self", "accumulation"),
@@ -79,8 +79,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/tasks/language_modeling.py", 'input_ids=batch["input_ids"],', "", "unlikelihood"),
     ("gpt2_pl/commands/support/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "checkpointing"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "checkpointing checkpoint"),
-    ("gpt2_pl/filesystem.py", "part.replace(path)", "path.write_bytes(part.read_bytes())", "faults"),
-    ("gpt2_pl/tasks/base.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoint"),
+    ("gpt2_pl/filesystem.py", "            _replace(part, path)", "            path.write_bytes(part.read_bytes())", "faults"),
+    ("gpt2_pl/tasks/checkpointed.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoint"),
     # Scores and statistics
     ("gpt2_pl/tasks/base.py", "self._logged.clear()", "pass", "sentiment"),
     ("gpt2_pl/experiments/inference.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "inference"),

@@ -96,7 +96,7 @@ def test_extension_task_strategy_data_and_callback_go_through_every_command(name
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         theirs = GPT2Model.from_pretrained(tmp_path / "hf").eval()(ids).last_hidden_state
-        torch.testing.assert_close(theirs, task.core(ids), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs, task.backbone(ids), rtol=1e-4, atol=1e-5)
 
 
 def test_extension_adapter_of_a_language_model_generates_and_exports(stars, base, tmp_path):
@@ -131,7 +131,7 @@ def test_extension_sweep_is_run_and_compared_by_the_tasks_own_metric(stars, tmp_
     folders = sorted((tmp_path / "lightning_logs/own").glob("**/metrics.json"))
     assert len(folders) == 2
     (comparison,) = compare([Run.read(file.parent) for file in folders])
-    assert comparison.decisive == "val/mae"
+    assert comparison.primary_metric == "val/mae"
     assert not comparison.higher_is_better("val/mae")
     best = min(comparison.groups, key=lambda group: group.mean("val/mae"))
     assert comparison.best() is best

@@ -9,9 +9,9 @@ from conftest import peft_puts_virtual_tokens
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate
-from gpt2_pl.generation import _drawn, _sort_descending, _uniform, kept
+from gpt2_pl.generation import _sample_tokens, _sort_descending, _uniform, top_k_top_p_filter
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
-from gpt2_pl.text.poems import LineLimit, VerseGuide, lines_of
+from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, split_lines
 from gpt2_pl.text.tokenizer import load_tokenizer
 
 SHAPE = GPT2Config(vocab_size=60, n_positions=96, n_embd=32, n_layer=3, n_head=4, dropout=0.1)
@@ -105,8 +105,8 @@ def test_greedy_with_adapters_is_that_of_peft(kind, model, tmp_path):
     [
         ({}, {}),
         ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
-        ({"no_repeat_ngram": 2}, {"no_repeat_ngram_size": 2}),
-        ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+        ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
+        ({"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 1}),
         ({"eos_token_id": 7, "pad_token_id": 0}, {"eos_token_id": 7}),
     ],
 )
@@ -134,7 +134,7 @@ def test_padding_on_the_right_is_moved_to_the_left(model):
 @pytest.mark.parametrize("top_k", [None, 30, 700])
 def test_the_kept_set_is_that_of_a_sort(top_p, V, scale, top_k):
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(V)) * scale
-    probability, tokens = kept(logits, top_k, top_p)
+    probability, tokens = top_k_top_p_filter(logits, top_k, top_p)
     for row, p, token in zip(logits.double().numpy(), probability, tokens, strict=True):
         order = np.argsort(-row, kind="stable")[:top_k]
         expected = np.exp(row[order] - row[order].max())
@@ -147,7 +147,7 @@ def test_the_kept_set_is_that_of_a_sort(top_p, V, scale, top_k):
 
 
 def test_at_least_one_token_is_kept():
-    probability, tokens = kept(torch.tensor([[0.0, 9.0, 1.0]]), top_p=1e-9)
+    probability, tokens = top_k_top_p_filter(torch.tensor([[0.0, 9.0, 1.0]]), top_p=1e-9)
     assert tokens[probability > 0].tolist() == [1]
 
 
@@ -213,9 +213,9 @@ def test_the_guide_ends_long_lines_and_poems_end_at_fourteen(base):
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=400, n_positions=700, n_embd=16, n_layer=1, n_head=2))
     prompt = tokenizer.encode("a fine film\nnot so fine a film\nthe camera is cold\n").ids
-    settings = {"max_new_tokens": 650, "temperature": 0.7, "seed": 3, "stop": LineLimit(tokenizer)}
-    guide = VerseGuide(tokenizer, 400, line_length=30, strength=20.0)
-    guided = generate(model, torch.tensor([prompt]), processors=[guide], **settings)[0].tolist()
+    settings = {"max_new_tokens": 650, "temperature": 0.7, "seed": 3, "stopping_criteria": MaxLinesCriteria(tokenizer)}
+    guide = LineLengthProcessor(tokenizer, 400, line_length=30, strength=20.0)
+    guided = generate(model, torch.tensor([prompt]), logits_processors=[guide], **settings)[0].tolist()
     text = tokenizer.decode(guided, skip_special_tokens=False)
     assert text.count("\n") == 14
     assert len(text.split("\n")) == 15
@@ -226,7 +226,7 @@ def test_the_guide_ends_long_lines_and_poems_end_at_fourteen(base):
 
 def test_the_guide_counts_characters_since_the_last_line_end(base):
     tokenizer = load_tokenizer(base)
-    guide = VerseGuide(tokenizer, line_length=10, strength=1.0, shortest=5)
+    guide = LineLengthProcessor(tokenizer, line_length=10, strength=1.0, shortest=5)
     end = tokenizer.encode("\n").ids[0]
     rows = [tokenizer.encode(text).ids for text in ("ab\nabc", "ab\n0123456789" + "x" * 20, "0123456\n01234567")]
     T = max(map(len, rows))
@@ -242,9 +242,9 @@ def test_the_guide_counts_characters_since_the_last_line_end(base):
 
 
 def test_lines_of_a_text():
-    assert lines_of("one\n\n  two \r\nthree<|endoftext|>four\n") == ["one", "two", "three"]
-    assert len(lines_of("a\n" * 20)) == 14
-    assert lines_of("one\rtwo\x0cthree\u2028four") == ["one", "two", "three", "four"]  # as they are read from a file
+    assert split_lines("one\n\n  two \r\nthree<|endoftext|>four\n") == ["one", "two", "three"]
+    assert len(split_lines("a\n" * 20)) == 14
+    assert split_lines("one\rtwo\x0cthree\u2028four") == ["one", "two", "three", "four"]  # as they are read from a file
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 300, "top_p": 0.95}, {}])
@@ -255,7 +255,8 @@ def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
     limits = settings.get("top_k"), settings.get("top_p")
     for u in uniform:
         alone, beside = (
-            _drawn(rows, u.expand(len(rows)), *limits) for rows in (row, torch.cat([row, torch.zeros_like(row)]))
+            _sample_tokens(rows, u.expand(len(rows)), *limits)
+            for rows in (row, torch.cat([row, torch.zeros_like(row)]))
         )
         assert alone[0] == beside[0]
 
@@ -278,14 +279,17 @@ def test_a_vocabulary_that_is_larger_than_the_tokenizers(base):
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=450, n_positions=200, n_embd=16, n_layer=1, n_head=2))
     prompt = torch.tensor([tokenizer.encode("a fine film\n").ids])
-    settings = {"processors": [VerseGuide(tokenizer, 450)], "stop": LineLimit(tokenizer, 450)}
+    settings = {
+        "logits_processors": [LineLengthProcessor(tokenizer, 450)],
+        "stopping_criteria": MaxLinesCriteria(tokenizer, 450),
+    }
     found = generate(model, prompt, max_new_tokens=120, seed=1, **settings)
     assert found.size(1) > prompt.size(1)
 
 
 def test_blank_lines_are_no_lines(base):
     tokenizer = load_tokenizer(base)
-    limit = LineLimit(tokenizer, n_lines=3)
+    limit = MaxLinesCriteria(tokenizer, n_lines=3)
     for text, ended in (
         ("a\nb\n\n\n", False),
         ("a\n \nb\n", False),
@@ -297,7 +301,7 @@ def test_blank_lines_are_no_lines(base):
         ids = torch.tensor([tokenizer.encode(text).ids])
         padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
         mask = torch.tensor([[0, 0] + [1] * ids.size(1)])
-        assert bool(limit(padded, mask)) == ended == (len(lines_of(text)) == 3 and text.endswith("\n")), text
+        assert bool(limit(padded, mask)) == ended == (len(split_lines(text)) == 3 and text.endswith("\n")), text
 
 
 def test_generation_compiled_and_in_bfloat16(model):
@@ -351,7 +355,7 @@ def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, 
         logits[7] = logits[9] = logits.max()
     elif kind == "equal":
         logits = torch.zeros(V)
-    count = torch.bincount(_drawn(logits.expand(n, -1), uniform, top_k, top_p), minlength=V).numpy()
+    count = torch.bincount(_sample_tokens(logits.expand(n, -1), uniform, top_k, top_p), minlength=V).numpy()
     expected = nucleus(logits, top_k, top_p)
     assert not count[expected == 0].any()
     count, expected = count[expected > 0], n * expected[expected > 0]
@@ -375,7 +379,7 @@ def test_sort_descending_is_a_stable_sort(V):
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (None, 0.9), (5, None), (5, 0.9)])
 def test_drawing_reads_no_values_and_has_fixed_shapes(top_k, top_p):
     logits, uniform = torch.empty(3, 50, device="meta"), torch.empty(3, device="meta")  # as in a CUDA graph
-    assert _drawn(logits, uniform, top_k, top_p).shape == (3,)
+    assert _sample_tokens(logits, uniform, top_k, top_p).shape == (3,)
 
 
 WAYS = {
@@ -400,7 +404,13 @@ def test_generate_where_every_token_would_repeat_an_ngram_ends_the_row(n, way):
     V, pad = 3, 3
     model, prompts = tiny_vocabulary(V + 1), [[1], [0, 2], [2, 2, 1, 0]]
     ban_pad = lambda logits, sofar, text: logits.index_fill(1, torch.tensor([pad]), -torch.inf)  # noqa: E731
-    settings = {"max_new_tokens": 50, "no_repeat_ngram": n, "pad_token_id": pad, "processors": [ban_pad], **WAYS[way]}
+    settings = {
+        "max_new_tokens": 50,
+        "no_repeat_ngram_size": n,
+        "pad_token_id": pad,
+        "logits_processors": [ban_pad],
+        **WAYS[way],
+    }
     alone = [generate(model, torch.tensor([prompt]), **settings)[0].tolist() for prompt in prompts]
     for prompt, text in zip(prompts, alone, strict=True):
         grams = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
@@ -421,7 +431,7 @@ def test_generate_where_every_token_would_repeat_an_ngram_ends_the_row(n, way):
 
 def test_generate_where_nothing_may_follow_the_prompt_adds_no_token():
     prompt = torch.tensor([[0, 1, 2], [2, 1, 0]])
-    assert torch.equal(generate(tiny_vocabulary(3), prompt, max_new_tokens=5, no_repeat_ngram=1), prompt)
+    assert torch.equal(generate(tiny_vocabulary(3), prompt, max_new_tokens=5, no_repeat_ngram_size=1), prompt)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -436,10 +446,10 @@ def test_generate_where_a_processor_bans_all_tokens_of_a_row_ends_that_row(way, 
         return logits
 
     settings = {"max_new_tokens": 12, "eos_token_id": eos, "pad_token_id": pad, **WAYS[way]}
-    found = generate(model, ids, processors=[ban], **settings)
+    found = generate(model, ids, logits_processors=[ban], **settings)
     assert found.size(1) == 5 + 12
     assert found[0, 8:].tolist() == [pad] * 9
     assert eos not in found[:, 5:]
-    assert torch.equal(generate(model, ids[:1], processors=[ban], **settings), found[:1, :8])
+    assert torch.equal(generate(model, ids[:1], logits_processors=[ban], **settings), found[:1, :8])
     one = lambda logits, sofar, text: torch.full_like(logits, -torch.inf).index_fill(1, torch.tensor([eos]), -1e30)  # noqa: E731
-    assert generate(model, ids, processors=[one], **settings)[:, 5:].tolist() == [[eos]] * 2
+    assert generate(model, ids, logits_processors=[one], **settings)[:, 5:].tolist() == [[eos]] * 2

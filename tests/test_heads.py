@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2
-from gpt2_pl.heads import ClassificationHead, Verbalizer, classification_loss, last_text_position, pool
+from gpt2_pl.heads import ClassificationHead, Verbalizer, classification_loss, last_token_index, pool
 
 
 def padded(rows, T, side):
@@ -42,7 +42,7 @@ def test_one_token_is_last_mean_and_max():
 
 @pytest.mark.parametrize("average", ["loss", "logits"])
 def test_multi_sample_dropout(average):
-    head = ClassificationHead(8, 3, dropout=0.5, n_masks=4)
+    head = ClassificationHead(8, 3, dropout=0.5, num_dropout_samples=4)
     features, labels = torch.randn(6, 8), torch.randint(3, (6,))
     logits = head(features)
     assert logits.shape == (4, 6, 3)
@@ -63,7 +63,7 @@ def test_verbaliser_equals_the_language_model(base):
     mask[1, 5:], mask[2, 1:] = 0, 0
     head = Verbalizer([7, 300])
     with torch.no_grad():
-        logits = head(ours(ids, output_positions=last_text_position(mask)).squeeze(1), ours.wte.weight)
+        logits = head(ours(ids, output_positions=last_token_index(mask)).squeeze(1), ours.wte.weight)
         for i in range(3):
             expected = theirs(ids[i : i + 1, : mask[i].sum()]).logits[0, -1, [7, 300]]
             torch.testing.assert_close(logits[0, i], expected, atol=1e-5, rtol=0)

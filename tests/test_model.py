@@ -6,7 +6,7 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config
-from gpt2_pl.heads import last_text_position
+from gpt2_pl.heads import last_token_index
 from gpt2_pl.model import gather_positions
 
 # The four published shapes scaled down (their heads and blocks), and one of odd sizes.
@@ -59,7 +59,7 @@ def test_classification_logits_equal_transformers(tmp_path):
     for row, length in enumerate((17, 5, 1, 9)):
         ids[row, length:], mask[row, length:] = 0, 0
     with torch.no_grad():
-        features = ours(ids, output_positions=last_text_position(mask)).squeeze(1)
+        features = ours(ids, output_positions=last_token_index(mask)).squeeze(1)
         logits = features @ theirs.score.weight.T
         torch.testing.assert_close(logits, theirs(ids, attention_mask=mask).logits, atol=1e-4, rtol=0)
 

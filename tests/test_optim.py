@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from gpt2_pl import GPT2, AdamW, GPT2Config
-from gpt2_pl.optim import Constant, Cosine, Linear, SlantedTriangular, decays, parameter_groups
+from gpt2_pl.optim import (
+    ConstantWithWarmup,
+    CosineWithWarmup,
+    LinearWithWarmup,
+    SlantedTriangular,
+    decays,
+    parameter_groups,
+)
 
 
 def parameters(seed=0):
@@ -76,10 +83,10 @@ def test_warmup_then_linear_or_cosine(warmup):
     for t in range(total):
         rise = (t + 1) / (steps + 1)
         share = (t - steps) / (total - steps)
-        assert Linear(warmup).factor(t, total) == pytest.approx(rise if t < steps else 1 - share)
+        assert LinearWithWarmup(warmup).factor(t, total) == pytest.approx(rise if t < steps else 1 - share)
         cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2
-        assert Cosine(warmup, floor=0.1).factor(t, total) == pytest.approx(rise if t < steps else cosine)
-        assert Constant(warmup).factor(t, total) == pytest.approx(min(rise, 1))
+        assert CosineWithWarmup(warmup, floor=0.1).factor(t, total) == pytest.approx(rise if t < steps else cosine)
+        assert ConstantWithWarmup(warmup).factor(t, total) == pytest.approx(min(rise, 1))
 
 
 def test_decay_falls_on_matrices_only():

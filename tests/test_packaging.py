@@ -132,7 +132,7 @@ def test_wheel_quickstart_sweep_and_export_run_outside_the_checkout(wheel, tmp_p
     GPT2ForSequenceClassification.from_pretrained(tmp_path / "hf")
     (tmp_path / "s.yaml").write_text(
         "name: s\nseeds: [1]\n"
-        "set: {trainer.max_epochs: 1, data.n_train: 64}\n"
+        "overrides: {trainer.max_epochs: 1, data.n_train: 64}\n"
         "tasks:\n  toy:\n    configs: [quickstart]\n    strategies: {full: {}}\n"
     )
     done = call(wheel, tmp_path, "sweep", "s.yaml")

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from gpt2_pl.commands.support.parser import Arguments, similar_run
+from gpt2_pl.commands.support.parser import CommandParser, similar_run
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.report import (
@@ -25,13 +25,13 @@ from gpt2_pl.experiments.report import (
     write_csv,
 )
 from gpt2_pl.experiments.run import Run
-from gpt2_pl.filesystem import check_place, existing_file, whole_file
+from gpt2_pl.filesystem import atomic_write, require_file, require_writable
 from gpt2_pl.utils.yaml_json import read_yaml
 
 
 def main(args: list[str]) -> None:
     """Compare runs and write report.md, report.html, report.csv, report.json and the plots into a folder."""
-    parser = Arguments(prog="gpt2-pl compare", description=__doc__)
+    parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="runs' folders, or folders above them")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--baseline", help="the strategy that differences are to; by default full, or else the first")
@@ -41,9 +41,9 @@ def main(args: list[str]) -> None:
         "--elsewhere", type=Path, help="a YAML file of others' figures: by task, a list of {what, figures, source}"
     )
     given = parser.parse_args(args)
-    check_place(given.out / "report.md", "out")
+    require_writable(given.out / "report.md", "out")
     if given.markdown is not None:
-        check_place(given.markdown, "markdown")
+        require_writable(given.markdown, "markdown")
     preface = _read(given.preface, "preface")
     elsewhere = _elsewhere(given.elsewhere)
     folders = [folder for path in given.runs for folder in run_folders(path)]
@@ -56,7 +56,7 @@ def main(args: list[str]) -> None:
     for comparison in comparisons:
         links = {name: (folder / _picture(comparison, name)).as_posix() for name in plot_names(comparison)}
         text.append(markdown(comparison, links, elsewhere.get(comparison.task, [])))
-    with whole_file(report) as file:
+    with atomic_write(report) as file:
         file.write("\n".join(filter(None, text)))
     print(printable("\n".join(filter(None, text)), keep="\n\t"), flush=True)
     _write_rest(comparisons, elsewhere, given.out)
@@ -71,16 +71,16 @@ def _write_rest(comparisons: list[Comparison], elsewhere: dict[str, list[dict[st
     for comparison in comparisons:
         pictures = plots(comparison)
         for name, picture in pictures.items():
-            with whole_file(out / _picture(comparison, name), "wb") as file:
+            with atomic_write(out / _picture(comparison, name), "wb") as file:
                 file.write(picture)
         pages.append(page(comparison, pictures, elsewhere.get(comparison.task, [])))
     for name, content in (
         ("report.html", PAGE.format(body="\n".join(pages))),
         ("report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
     ):
-        with whole_file(out / name) as file:
+        with atomic_write(out / name) as file:
             file.write(content)
-    with whole_file(out / "report.csv") as file:
+    with atomic_write(out / "report.csv") as file:
         write_csv(comparisons, csv.writer(file))
 
 
@@ -97,7 +97,7 @@ def _read(path: Path | None, key: str) -> str:
 
 def _elsewhere(path: Path | None) -> dict[str, list[dict[str, str]]]:
     """Figures from elsewhere, by task."""
-    content = ({} if path is None else read_yaml(existing_file(path, "elsewhere"))) or {}
+    content = ({} if path is None else read_yaml(require_file(path, "elsewhere"))) or {}
     good = isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values())
     rows = [row for rows in content.values() for row in rows] if good else [None]
     if not all(isinstance(row, dict) and row.keys() == {"what", "figures", "source"} for row in rows):

@@ -7,19 +7,19 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from gpt2_pl.commands.support.parser import Arguments
+from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.configs import KINDS, config_path, description, packaged_configs
 from gpt2_pl.errors import InputError
-from gpt2_pl.filesystem import check_place
+from gpt2_pl.filesystem import require_writable
 
 _TITLES = {"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sweep": "Sweeps", "": "Whole runs"}
 
 
 def main(args: list[str]) -> None:
     """Run ``gpt2-pl configs``."""
-    parser = Arguments(prog="gpt2-pl configs", description=__doc__)
-    actions = parser.add_subparsers(dest="action", metavar="list|show|copy", parser_class=Arguments)
+    parser = CommandParser(prog="gpt2-pl configs", description=__doc__)
+    actions = parser.add_subparsers(dest="action", metavar="list|show|copy", parser_class=CommandParser)
     actions.add_parser("list", help="list them with a line each (the default)", description="List all of them.")
     show = actions.add_parser("show", help="print a file", description="Print a configuration file.")
     copy = actions.add_parser("copy", help="copy a file", description="Copy a configuration file, to change the copy.")
@@ -44,7 +44,7 @@ def _copy(file: Path, folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"FOLDER must be an existing folder, got {str(folder)!r}")
     copy = folder / file.name
-    check_place(copy, "FOLDER")
+    require_writable(copy, "FOLDER")
     if copy.exists():
         raise InputError(f"{copy} exists already; move it, or give another FOLDER")
     return Path(shutil.copyfile(file, copy))

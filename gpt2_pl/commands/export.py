@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.commands.support.parser import Arguments, best_checkpoint
+from gpt2_pl.commands.support.parser import CommandParser, best_checkpoint
 from gpt2_pl.errors import InputError, describe_failure, listing, printable
-from gpt2_pl.filesystem import check_new, room, whole_file
+from gpt2_pl.filesystem import atomic_write, require_absent, reraise_disk_full
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 from gpt2_pl.utils.registry import class_path
 from gpt2_pl.utils.yaml_json import read_json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(args: list[str]) -> None:
     """Write RUN's best checkpoint in another program's format."""
-    parser = Arguments(plugins=True, prog="gpt2-pl export", description=__doc__)
+    parser = CommandParser(plugins=True, prog="gpt2-pl export", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--format",
@@ -36,9 +36,9 @@ def main(args: list[str]) -> None:
     parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
     parser.add_argument("--backbone", action="store_true", help="leave the task's head out")
     given = parser.parse_args(args)
-    check_new(given.out)
+    require_absent(given.out)
     task = load(given.ckpt_path or best_checkpoint(given.run), given.base)
-    with whole_folder(given.out) as folder:
+    with atomic_directory(given.out) as folder:
         if given.format == "hf":
             export_hf(task, folder, given.run, given.backbone)
         else:
@@ -68,12 +68,12 @@ def load(checkpoint: Path, base: str | None = None) -> Task:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when all is written, and vanishes when that fails."""
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        with room(out):
+        with reraise_disk_full(out):
             part.mkdir(parents=True)
             yield part
             part.rename(out)
@@ -99,28 +99,28 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
 
     from gpt2_pl import pretrained
     from gpt2_pl.surgery.base import merge
-    from gpt2_pl.surgery.peft_format import bias_as_shift
+    from gpt2_pl.surgery.peft_format import fold_bias_into_ln_f
 
-    core = task.core
-    if core.n_virtual:
+    gpt2 = task.backbone
+    if gpt2.n_virtual:
         raise InputError(
             "a prefix or soft prompt cannot be merged into the weights; --format peft holds one, where nothing else "
             "was trained or added"
         )
     head = None if backbone else _head(task)
-    merge(core)
-    end = _save_tokenizer(run, folder, core.config.n_positions, core.config.vocab_size)
+    merge(gpt2)
+    end = _save_tokenizer(run, folder, gpt2.config.n_positions, gpt2.config.vocab_size)
     settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     settings |= _provenance(run)
     if head is None:
-        pretrained.save(core, folder, settings=settings)
+        pretrained.save(gpt2, folder, settings=settings)
         return
     labels = _labels(task, head.linear.out_features)
     settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
     settings["label2id"] = {label: i for i, label in enumerate(labels)}
-    with torch.no_grad():
-        core.ln_f.bias.add_(bias_as_shift(head.linear.weight, head.linear.bias))  # transformers' head has no bias
-    pretrained.save(core, folder, score=head.linear.weight, settings=settings)
+    with torch.no_grad():  # transformers' head has no bias
+        gpt2.ln_f.bias.add_(fold_bias_into_ln_f(head.linear.weight, head.linear.bias))
+    pretrained.save(gpt2, folder, score=head.linear.weight, settings=settings)
 
 
 def _provenance(run: Path) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def _provenance(run: Path) -> dict[str, Any]:
     from gpt2_pl.utils.schema import check_metrics
 
     try:
-        account = check_metrics(read_json(run / "metrics.json"), "metrics.json")
-        base = account["base"]
-        spent = {key: account[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
+        record = check_metrics(read_json(run / "metrics.json"), "metrics.json")
+        base = record["base"]
+        spent = {key: record[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
         origin = base.get("origin", base["digest"])
-        recipe = "+".join(Path(file).stem for file in account["configs"]) or str(run.parent.name)
+        recipe = "+".join(Path(file).stem for file in record["configs"]) or str(run.parent.name)
         return {} if origin is None else {PROVENANCE: {"origin": origin, "recipe": recipe, **spent}}
     except (InputError, KeyError, TypeError):
         return {}
@@ -141,15 +141,15 @@ def _provenance(run: Path) -> dict[str, Any]:
 
 def export_peft(task: Task, folder: Path, backbone: bool = False) -> None:
     """Write what was added to the base for peft; with ``backbone``, without the task's head."""
-    from gpt2_pl.pretrained import digest
+    from gpt2_pl.pretrained import weights_sha256
     from gpt2_pl.surgery import peft_format
 
-    core, otherwise = task.core, peft_format.other_format(task.core)
+    gpt2, otherwise = task.backbone, peft_format.other_format(task.backbone)
     if not task.base_is_frozen:
         raise InputError(f"the base itself was trained (train_base); an adapter would not hold that{otherwise}")
     head = None if backbone else _head(task)
-    peft_format.save(core, folder, task.base, head)
-    if digest(core) != task.base_digest:
+    peft_format.save(gpt2, folder, task.base, head)
+    if weights_sha256(gpt2) != task.base_digest:
         raise InputError(f"surgery changed the base's own weights; an adapter would not hold that{otherwise}")
 
 
@@ -179,23 +179,23 @@ def _head(task: Task) -> ClassificationHead | None:
 
 def _labels(task: Task, n: int) -> list[str]:
     """The class names that the model learned with, or numbers."""
-    labels = (getattr(task, "wording", None) or {}).get("labels") or []
+    labels = (getattr(task, "prompt_spec", None) or {}).get("labels") or []
     return labels if len(labels) == n else [str(i) for i in range(n)]
 
 
 def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) -> int | None:
     """Copy the run's tokenizer; returns the id of its end of text, which also serves for padding."""
-    from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
+    from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
     if not (run / "tokenizer.json").is_file():
         raise InputError(f"{run} has no tokenizer.json; runs of this library have one")
     tokenizer = load_tokenizer(run, "RUN")
-    check_fits(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
-    with whole_file(folder / "tokenizer.json") as file:
+    validate_vocab_size(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
+    with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True))
     end = tokenizer.token_to_id(END_OF_TEXT)
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": n_positions, **special}
-    with whole_file(folder / "tokenizer_config.json") as file:
+    with atomic_write(folder / "tokenizer_config.json") as file:
         file.write(json.dumps(settings, indent=2) + "\n")
     return end

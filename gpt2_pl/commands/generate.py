@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt2_pl.commands.support.parser import Arguments, best_checkpoint
+from gpt2_pl.commands.support.parser import CommandParser, best_checkpoint
 from gpt2_pl.errors import InputError, printable, shorten
-from gpt2_pl.filesystem import check_new, existing_file, read_text, whole_file
+from gpt2_pl.filesystem import atomic_write, read_text, require_absent, require_file
 
 _SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
 
 
 def main(args: list[str]) -> None:
     """Write what a run's model makes of every prompt of a file."""
-    parser = Arguments(plugins=True, prog="gpt2-pl generate", description=__doc__)
+    parser = CommandParser(plugins=True, prog="gpt2-pl generate", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--prompt_file",
@@ -31,15 +31,17 @@ def main(args: list[str]) -> None:
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--no_repeat_ngram", type=int, default=0)
+    parser.add_argument("--no_repeat_ngram_size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--poems", action="store_true", help="the prompts are poems, each with its number before it")
-    parser.add_argument("--no_guide", action="store_true", help="poems: do not favour line ends in long lines")
+    parser.add_argument(
+        "--no_line_length_bias", action="store_true", help="poems: do not favour line ends in long lines"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile each block first, which takes a while")
     given = parser.parse_args(args)
-    check_new(given.out)
+    require_absent(given.out)
     if given.out.suffix.lower() not in (".txt", ".jsonl"):
         raise InputError(f"out: {given.out} does not end in .txt or .jsonl")
     if given.batch_size < 1:
@@ -49,16 +51,17 @@ def main(args: list[str]) -> None:
     from rich.progress import track
 
     from gpt2_pl.commands.export import load
-    from gpt2_pl.generation import check_settings
+    from gpt2_pl.generation import validate_sampling
     from gpt2_pl.tasks.protocols import TextGenerator, lacks
-    from gpt2_pl.text.poems import LineLimit, Poem, VerseGuide, lines_of
-    from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
+    from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, split_lines
+    from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
     settings: dict[str, Any] = {
-        key: getattr(given, key) for key in ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram")
+        key: getattr(given, key)
+        for key in ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
     }
     try:
-        check_settings(**settings, max_new_tokens=given.max_new_tokens)
+        validate_sampling(**settings, max_new_tokens=given.max_new_tokens)
     except ValueError as error:
         raise InputError(str(error)) from None
     prompts, numbers = read_prompts(given.prompt_file, given.poems)
@@ -69,18 +72,18 @@ def main(args: list[str]) -> None:
             f"{checkpoint} is of a {type(task).__name__}, which generates no text: {lacks(task, TextGenerator)}"
         )
     tokenizer = load_tokenizer(given.run, "RUN")
-    check_fits(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
+    validate_vocab_size(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
     task.eval().to(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=torch.bfloat16 if given.precision == "bf16" else torch.float32,
     )
     if given.compile:
-        for block in task.core.h:
+        for block in task.backbone.h:
             block.compile(dynamic=True)
     if numbers is not None:
         V = task.config.vocab_size
-        settings["stop"] = LineLimit(tokenizer, V)
-        settings["processors"] = [] if given.no_guide else [VerseGuide(tokenizer, V)]
+        settings["stopping_criteria"] = MaxLinesCriteria(tokenizer, V)
+        settings["logits_processors"] = [] if given.no_line_length_bias else [LineLengthProcessor(tokenizer, V)]
     ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]  # as in training
     for prompt, found in enumerate(ids, start=1):
         if not found:
@@ -107,16 +110,16 @@ def main(args: list[str]) -> None:
         for i, new in zip(batch, written, strict=True):
             texts[i] = tokenizer.decode([*ids[i], *new], skip_special_tokens=False)
     if numbers is not None:
-        poems = [Poem(number, lines_of(text)) for number, text in zip(numbers, texts, strict=True)]
+        poems = [Poem(number, split_lines(text)) for number, text in zip(numbers, texts, strict=True)]
         texts = [poem.text for poem in poems]
-    with whole_file(given.out) as file:
+    with atomic_write(given.out) as file:
         if given.out.suffix.lower() == ".jsonl":
             rows: list[dict[str, Any]] = [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
             for row, number in zip(rows, numbers or [], strict=False):
                 row["number"] = number
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif numbers is not None:
-            file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
+            file.generate_poems("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
         else:
             file.writelines(f"{text}\n\n" for text in texts)
     print(printable(f"{given.out}: {len(texts)} texts"))
@@ -130,7 +133,7 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     """
     from gpt2_pl.datamodules.sonnets import read_poems
 
-    path = existing_file(file, "prompt_file")
+    path = require_file(file, "prompt_file")
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise InputError(f"prompt_file: {file} does not end in .txt or .jsonl")
     text = read_text(file, "prompt_file")

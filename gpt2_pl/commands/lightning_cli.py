@@ -34,21 +34,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gpt2_pl.callbacks import (
+    AtomicCheckpointIO,
     EndOfTraining,
     Environment,
     EpochLines,
-    FiniteLoss,
-    Patience,
+    NonFiniteLossGuard,
     PictureWriter,
     PredictionWriter,
     Reproducibility,
-    RunCheckpoint,
+    ResumableEarlyStopping,
+    ResumableModelCheckpoint,
     RunFolder,
     RunModelSummary,
     RunProgressBar,
     RunSummary,
     SampleWriter,
-    WholeCheckpoints,
     run_folder,
 )
 from gpt2_pl.commands.support.config_merge import (
@@ -57,18 +57,18 @@ from gpt2_pl.commands.support.config_merge import (
     check_order,
     check_ranges,
     check_same_settings,
-    refuse_contradictions,
-    run_of,
+    run_to_resume,
+    validate_strategy_combination,
     with_hyperparameters,
 )
 from gpt2_pl.commands.support.dumps import NOTES, readable
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, program, rank
-from gpt2_pl.commands.support.run_dir import RunFiles, RunLogger
+from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
 from gpt2_pl.commands.support.training_checks import check_optimizer, check_processes, check_training
 from gpt2_pl.errors import InputError, causes, describe_failure, printable
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.run_lock import RunLock
-from gpt2_pl.filesystem import check_place, whole_file
+from gpt2_pl.filesystem import atomic_write, require_writable
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
@@ -136,7 +136,7 @@ class Parser(LightningArgumentParser):
         Raises:
             RunError: there is no room for it; the file that was there is as it was.
         """
-        with whole_file(Path(path)) as file:
+        with atomic_write(Path(path)) as file:
             file.write(self.dump(namespace, skip_none=False))
 
 
@@ -179,7 +179,7 @@ class GPT2CLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 parser_class=Parser,
-                save_config_callback=RunFiles,
+                save_config_callback=SaveRunConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"exit_on_error": False},
                 seed_everything_default=0,
@@ -237,7 +237,7 @@ class GPT2CLI(LightningCLI):
             help="also write checkpoints/last.ckpt every N optimizer steps, and not after every epoch only",
         )
         parser.add_argument(
-            "--bad_batches",
+            "--on_non_finite_loss",
             type=Literal["error", "skip"],
             default="error",
             help="what to do at a loss that is NaN or infinite: stop, or leave the step out and count it",
@@ -289,7 +289,7 @@ class GPT2CLI(LightningCLI):
                 raise InputError(f"version is {config.version}; it must be a number from 0 or a folder's name")
             if re.fullmatch(r"\d{1,9}", config.version):  # as Lightning names the folder of a number
                 config.version = f"version_{int(config.version)}"
-        refuse_contradictions(self.line)
+        validate_strategy_combination(self.line)
         for key in ("model", "data"):
             if config.get(key) is None:
                 raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
@@ -309,12 +309,12 @@ class GPT2CLI(LightningCLI):
         if trainer.logger is None:
             trainer.logger = True
         root = Path(trainer.default_root_dir or ".") / RUNS
-        stopped = None if self.checkpoint is None else run_of(Path(self.checkpoint), root)
+        stopped = None if self.checkpoint is None else run_to_resume(Path(self.checkpoint), root)
         if self.subcommand == "fit" and stopped is not None and not self.line.has_flag("name", "version"):
             config.name, config.version = str(stopped.parent), stopped.name
         folder = root / config.name / str(config.version)
         if trainer.logger is not False and not trainer.fast_dev_run:
-            check_place(folder if config.version is not None else folder.parent, "name")
+            require_writable(folder if config.version is not None else folder.parent, "name")
             if config.version is not None and rank() == 0:
                 self.lock = RunLock(folder)
                 for part in folder.rglob(".*.part") if stopped == folder.relative_to(root) else ():
@@ -397,7 +397,7 @@ class GPT2CLI(LightningCLI):
             self.folder = RunFolder(root, config["name"], config["version"], self.lock)
             callbacks.append(self.folder)
             if trainer["logger"] is True:
-                trainer["logger"] = RunLogger(self.folder, config["name"], root)
+                trainer["logger"] = RunTensorBoardLogger(self.folder, config["name"], root)
         self.summary = RunSummary(self.config_settings(), self.line.files)
         callbacks += [
             Environment(),
@@ -421,10 +421,10 @@ class GPT2CLI(LightningCLI):
         if trainer["logger"]:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit":
-            callbacks.append(FiniteLoss(config["bad_batches"]))
+            callbacks.append(NonFiniteLossGuard(config["on_non_finite_loss"]))
             monitor, mode = self.model.monitor, self.model.mode
             if config["early_stopping_patience"] is not None:
-                callbacks.append(Patience(monitor, patience=config["early_stopping_patience"], mode=mode))
+                callbacks.append(ResumableEarlyStopping(monitor, patience=config["early_stopping_patience"], mode=mode))
             if trainer["enable_checkpointing"] is not False and not trainer["fast_dev_run"]:
                 validates = trainer["limit_val_batches"] != 0
                 callbacks += self._checkpoints(monitor if validates else None, mode, config["checkpoint_every_n_steps"])
@@ -432,7 +432,7 @@ class GPT2CLI(LightningCLI):
                 plugins = trainer["plugins"] or []
                 plugins = plugins if isinstance(plugins, list) else [plugins]
                 if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                    trainer["plugins"] = [*plugins, WholeCheckpoints()]
+                    trainer["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             made = self._instantiate_trainer(trainer, callbacks)
         except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
@@ -440,16 +440,18 @@ class GPT2CLI(LightningCLI):
             raise InputError(f"trainer: {message}") from None
         order: list[Callback] = made.callbacks  # type: ignore[attr-defined]
         order.remove(self.summary)  # its account begins behind config.yaml, and ends before the checkpoints
-        behind = sum(not isinstance(callback, RunCheckpoint) for callback in order)
+        behind = sum(not isinstance(callback, ResumableModelCheckpoint) for callback in order)
         last_validation: list[Callback] = [EndOfTraining()] if self.subcommand == "fit" else []
         order[behind:behind] = [*last_validation, self.summary, *([] if has_bar else [EpochLines()])]
         return made
 
-    def _checkpoints(self, monitor: str | None, mode: str, every_n_steps: int | None) -> list[RunCheckpoint]:
+    def _checkpoints(self, monitor: str | None, mode: str, every_n_steps: int | None) -> list[ResumableModelCheckpoint]:
         """``best`` by ``monitor``, where there is one, and ``last``; the first of them is what will be tested."""
         shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-        best = [] if monitor is None else [RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)]
-        last = RunCheckpoint(
+        best = (
+            [] if monitor is None else [ResumableModelCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)]
+        )
+        last = ResumableModelCheckpoint(
             filename="last", every_n_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
         )
         self.tested, *_ = checkpoints = [*best, last]
@@ -523,7 +525,7 @@ class GPT2CLI(LightningCLI):
     @property
     def can_test(self) -> bool:
         """Whether there is a test set and the task has a test step."""
-        return self.datamodule.has("test") and is_overridden("test_step", self.model)
+        return self.datamodule.has_split("test") and is_overridden("test_step", self.model)
 
     def after_fit(self) -> None:
         """Test the best checkpoint where there is something to test, then say what was run and where it lies."""

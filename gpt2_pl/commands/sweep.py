@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from gpt2_pl.commands import main as run_command
-from gpt2_pl.commands.support.parser import Arguments
+from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.run import RUNS
-from gpt2_pl.experiments.sweep.config import Plan
-from gpt2_pl.experiments.sweep.executor import Launcher, locked, make_launcher
-from gpt2_pl.experiments.sweep.run import PlannedRun
-from gpt2_pl.experiments.sweep.search import Study, journal
-from gpt2_pl.filesystem import check_place
+from gpt2_pl.experiments.sweep.config import SweepConfig
+from gpt2_pl.experiments.sweep.executor import Executor, locked, make_executor
+from gpt2_pl.experiments.sweep.run import SweepRun
+from gpt2_pl.experiments.sweep.search import HyperparameterSearch, journal
+from gpt2_pl.filesystem import require_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,27 +32,29 @@ _POLL, _GRACE = 1.0, 30.0  # seconds
 
 def main(args: list[str]) -> None:
     """Run what a sweep's file asks for and is not finished."""
-    parser = Arguments(prog="gpt2-pl sweep", description=__doc__)
+    parser = CommandParser(prog="gpt2-pl sweep", description=__doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="the sweep's file; configs/sweep has examples")
-    parser.add_argument("--at_once", type=int, help="runs at the same time; by default the file's, or one a GPU")
+    parser.add_argument("--max_parallel", type=int, help="runs at the same time; by default the file's, or one a GPU")
     parser.add_argument("--dry_run", action="store_true", help="say what would be run, and run nothing")
     given = parser.parse_args(args)
-    if given.at_once is not None and given.at_once < 1:
-        raise InputError(f"at_once is {given.at_once}; it must be at least 1")
-    plan = Plan.read(given.file)
-    check_place(RUNS / plan.name, "name")
+    if given.max_parallel is not None and given.max_parallel < 1:
+        raise InputError(f"max_parallel is {given.max_parallel}; it must be at least 1")
+    plan = SweepConfig.read(given.file)
+    require_writable(RUNS / plan.name, "name")
     for arm in plan.arms:
         if arm.search is None:
             for run in arm.runs():
                 run.check()
     if given.dry_run:
-        _tell(plan)
+        _print_plan(plan)
         return
     with locked(RUNS / f"{plan.name}.sweep" / "lock") as alone:
         if not alone:
             raise InputError(f"{given.file}: this sweep is being run by another process")
-        launcher = make_launcher(plan, given.at_once, run_command)
-        sweep = _Sweep(plan, {id(arm): Study(arm) for arm in plan.arms if arm.search is not None}, launcher)
+        launcher = make_executor(plan, given.max_parallel, run_command)
+        sweep = _Sweep(
+            plan, {id(arm): HyperparameterSearch(arm) for arm in plan.arms if arm.search is not None}, launcher
+        )
         with _stopping():
             try:
                 sweep.run()
@@ -71,7 +73,7 @@ def main(args: list[str]) -> None:
     print(f"all runs are finished; set them side by side: {compare} --out FOLDER")
 
 
-def _tell(plan: Plan) -> None:
+def _print_plan(plan: SweepConfig) -> None:
     """Say what would be run."""
     told = set()
     for arm in plan.arms:
@@ -104,11 +106,11 @@ def _stopping() -> Iterator[None]:
 class _Sweep:
     """Keeps the launcher's places busy, and says how far everything is."""
 
-    def __init__(self, plan: Plan, searches: dict[int, Study], launcher: Launcher) -> None:
+    def __init__(self, plan: SweepConfig, searches: dict[int, HyperparameterSearch], launcher: Executor) -> None:
         self.plan, self.searches, self.launcher = plan, searches, launcher
-        self.failures: dict[PlannedRun, str] = {}
-        self.running: dict[int, tuple[PlannedRun, Any]] = {}  # place -> run and job
-        self.begun: set[PlannedRun] = set()
+        self.failures: dict[SweepRun, str] = {}
+        self.running: dict[int, tuple[SweepRun, Any]] = {}  # place -> run and job
+        self.begun: set[SweepRun] = set()
         self.since = time.monotonic()
 
     def run(self) -> None:
@@ -159,14 +161,14 @@ class _Sweep:
             self.begun.add(run)
             self.running[place] = (run, self.launcher.submit(run, place))
             if not console.is_terminal:
-                console.print(f"{_called(run)}: begins", highlight=False)
+                console.print(f"{_run_name(run)}: begins", highlight=False)
 
-    def _next(self) -> PlannedRun | None:
+    def _next(self) -> SweepRun | None:
         """What to begin next: searches, then one seed of every arm before the next seed."""
         for search in self.searches.values():
-            if not search.settled and (run := search.next()) is not None:
+            if not search.finished and (run := search.next()) is not None:
                 return run
-        arms = [arm for arm in self.plan.arms if id(arm) not in self.searches or self.searches[id(arm)].settled]
+        arms = [arm for arm in self.plan.arms if id(arm) not in self.searches or self.searches[id(arm)].finished]
         rows = [arm.runs() for arm in arms]
         for i in range(max(map(len, rows), default=0)):
             for runs in rows:
@@ -181,12 +183,12 @@ class _Sweep:
             del self.running[place]
             for search in self.searches.values():
                 if run.name == search.arm.trial(0, {}).name:
-                    search.ended(run)
+                    search.report_result(run)
             if not run.finished:
-                self.failures[run] = _reason(job)
+                self.failures[run] = _failure_reason(job)
             if not console.is_terminal:
-                state = _state(run, False, run in self.failures)
-                console.print(f"{_called(run)}: {state}", highlight=False, markup=False)
+                state = _status(run, False, run in self.failures)
+                console.print(f"{_run_name(run)}: {state}", highlight=False, markup=False)
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -203,22 +205,22 @@ class _Sweep:
         versions = list(dict.fromkeys(run.version for _, runs in rows for run in runs))
         for arm, runs in rows:
             search = self.searches.get(id(arm))
-            if search is not None and not search.settled:
+            if search is not None and not search.finished:
                 table.add_row(arm.task, arm.strategy, f"search: {search.n_done} of {search.trials} trials")
                 continue
-            states = {run.version: Text(_state(run, run in active, run in self.failures)) for run in runs}
+            states = {run.version: Text(_status(run, run in active, run in self.failures)) for run in runs}
             table.add_row(arm.task, arm.strategy, *(states.get(version, "") for version in versions))
         return table
 
 
-def _called(run: PlannedRun) -> str:
+def _run_name(run: SweepRun) -> str:
     return f"{run.task} {run.strategy} {run.version.replace('_', ' ')}"
 
 
-def _state(run: PlannedRun, active: bool, failed: bool) -> str:
+def _status(run: SweepRun, active: bool, failed: bool) -> str:
     """How far a run is, in a few words."""
-    account = run.account()
-    monitor, scores, epochs = account.get("monitor"), account.get("scores") or {}, account.get("epochs") or []
+    record = run.metrics()
+    monitor, scores, epochs = record.get("monitor"), record.get("scores") or {}, record.get("epochs") or []
     score = f", {printable(monitor)} {scores[monitor]:.4g}" if monitor in scores else ""
     if failed:
         return "failed"
@@ -229,7 +231,7 @@ def _state(run: PlannedRun, active: bool, failed: bool) -> str:
     return f"stopped after epoch {len(epochs)}" if epochs else ""
 
 
-def _reason(job: Any) -> str:
+def _failure_reason(job: Any) -> str:
     """The last line of what a job wrote, and where the rest is."""
     path = job.paths.stdout
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Score = Callable[[NDArray[Any]], NDArray[Any]]  # sums over rows (..., F) -> scores (...)
 
 
-class Difference(NamedTuple):
+class EffectEstimate(NamedTuple):
     """A difference of two scores of the same rows, its interval, and how likely so large a one is by chance."""
 
     mean: float
@@ -20,7 +20,7 @@ class Difference(NamedTuple):
     p: float
 
 
-def resampled(
+def paired_bootstrap(
     groups: Sequence[Sequence[NDArray[Any]]], score: Score, n_resamples: int = 5_000, seed: int = 0
 ) -> NDArray[Any]:
     """Scores of groups of models over rows drawn again with replacement, the same draws for all: a paired bootstrap
@@ -81,12 +81,12 @@ def seed_noise(groups: Sequence[NDArray[Any]], n_draws: int, seed: int = 0) -> N
     return np.sqrt(squares / freedom) * np.random.default_rng(seed).standard_t(freedom, (n_draws, 1))
 
 
-def interval(mean: float, draws: NDArray[Any], confidence: float = 0.95) -> Difference:
+def percentile_interval(mean: float, draws: NDArray[Any], confidence: float = 0.95) -> EffectEstimate:
     """A difference with the percentile interval and the two-sided p of its draws (R,)."""
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     p = min(1.0, 2 * min(float(np.mean(draws <= 0)), float(np.mean(draws >= 0))))
-    return Difference(float(mean), float(low), float(high), float(p))
+    return EffectEstimate(float(mean), float(low), float(high), float(p))
 
 
 def loss_scores(sums: NDArray[Any]) -> NDArray[Any]:

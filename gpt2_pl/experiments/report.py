@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt2_pl.errors import printable
-from gpt2_pl.experiments.comparison import Comparison, Group
-from gpt2_pl.experiments.inference import Difference
+from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.inference import EffectEstimate
 from gpt2_pl.utils.plots import drawing, plain
 
 _COSTS = {  # name -> heading, divisor, digits
@@ -114,20 +114,20 @@ def _scaled(comparison: Comparison, name: str, value: float) -> str:
     )
 
 
-def _score(comparison: Comparison, group: Group, name: str) -> str:
-    mean, spread = group.mean(name), group.spread(name)
+def _score(comparison: Comparison, group: RunGroup, name: str) -> str:
+    mean, spread = group.mean(name), group.std(name)
     if mean is None:
         return ""
     return _scaled(comparison, name, mean) + (f" ± {_scaled(comparison, name, spread)}" if spread is not None else "")
 
 
-def _best(comparison: Comparison, group: Group) -> str:
-    name = comparison.decisive
+def _best(comparison: Comparison, group: RunGroup) -> str:
+    name = comparison.primary_metric
     values = group.values(name)
     return _scaled(comparison, name, (max if comparison.higher_is_better(name) else min)(values)) if values else ""
 
 
-def _difference(comparison: Comparison, found: Difference | None, name: str, with_mean: bool) -> str:
+def _difference(comparison: Comparison, found: EffectEstimate | None, name: str, with_mean: bool) -> str:
     if found is None:
         return ""
     mean, low, high = (_scaled(comparison, name, value) for value in found[:3])
@@ -162,14 +162,14 @@ def short_rows(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]
     for comparison in comparisons:
         if comparison.groups:
             found = (comparison.groups[0], comparison.best(), comparison.cheapest())
-            told = ["not known" if group is None else _told(comparison, group) for group in found]
-            cells.append([comparison.task, _heading(comparison.decisive), *told])
+            told = ["not known" if group is None else _summarize_group(comparison, group) for group in found]
+            cells.append([comparison.task, _heading(comparison.primary_metric), *told])
     return headings, cells
 
 
-def _told(comparison: Comparison, group: Group) -> str:
+def _summarize_group(comparison: Comparison, group: RunGroup) -> str:
     """A group in a few words: score, difference, cost."""
-    name, first = comparison.decisive, comparison.groups[0]
+    name, first = comparison.primary_metric, comparison.groups[0]
     text = f"{group.label}: {_score(comparison, group, name)}"
     if (found := group.over_seeds.get(name, group.over_texts.get(name))) is not None:
         text += f", {_difference(comparison, found, name, True)}" + ("" if name in group.over_seeds else " over texts")
@@ -216,7 +216,7 @@ def _elsewhere_rows(elsewhere: Sequence[Mapping[str, str]]) -> tuple[list[str], 
 
 
 def _about(comparison: Comparison) -> str:
-    measure = comparison.measure
+    measure = comparison.comparison_key
     if not measure:
         return "No run of this task can be compared."
     rows = "" if measure["rows"] is None else f" ({measure['rows']:,} rows)"
@@ -230,7 +230,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "task": comparison.task,
         "monitor": comparison.monitor,
-        "measure": comparison.measure,
+        "measure": comparison.comparison_key,
         "notes": comparison.notes,
         "groups": [
             {
@@ -253,10 +253,10 @@ def write_csv(comparisons: list[Comparison], table: Any) -> None:
     for comparison in comparisons:
         for group in comparison.groups:
             for run in group.runs:
-                alone = Group(group.label, [run])
-                figures = [run.account["scores"].get(name, "") for name in scores]
+                alone = RunGroup(group.label, [run])
+                figures = [run.record["scores"].get(name, "") for name in scores]
                 costs = [alone.cost(name) for name in _COSTS]
-                texts = (_cell(comparison.task), _cell(group.label), run.account.get("seed"), _cell(run.folder))
+                texts = (_cell(comparison.task), _cell(group.label), run.record.get("seed"), _cell(run.folder))
                 table.writerow([*texts, *figures, *costs])
 
 
@@ -275,17 +275,17 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
     if not comparison.groups:
         return {}
     name = comparison.monitor
-    decisive = comparison.decisive
+    primary_metric = comparison.primary_metric
     curves = Figure(figsize=(7, 4.5))  # margins are given: to find them takes longer than to draw
     curves.subplots_adjust(left=0.12, right=0.98, bottom=0.11, top=0.93)
     axes = curves.subplots()
     for i, group in enumerate(comparison.groups):
         for n, run in enumerate(group.runs):
-            points = [(epoch["epoch"], epoch[name]) for epoch in run.account["epochs"] if name in epoch]
+            points = [(epoch["epoch"], epoch[name]) for epoch in run.record["epochs"] if name in epoch]
             axes.plot(*zip(*points, strict=True), color=f"C{i % 10}", marker="o", markersize=3, alpha=0.8,
                       linestyle="-" if i < 10 else "--", label=_shown(group.label) if n == 0 else None)  # fmt: skip
     axes.set(xlabel="epoch", ylabel=_shown(name), title=f"{_shown(comparison.task)}: learning curves")
-    lengths = [run.account["epochs"][-1]["epoch"] for group in comparison.groups for run in group.runs]
+    lengths = [run.record["epochs"][-1]["epoch"] for group in comparison.groups for run in group.runs]
     if max(lengths) > 5 * min(lengths):
         axes.set_xscale("log", base=2)
     axes.legend(fontsize=8)
@@ -295,17 +295,17 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
     for axis, cost in zip(panels, ("trainable", "cpu_seconds"), strict=True):
         heading, divisor, _ = _COSTS[cost]
         for i, group in enumerate(comparison.groups):
-            mean, value = group.mean(decisive), group.cost(cost)
+            mean, value = group.mean(primary_metric), group.cost(cost)
             if mean is not None and value:
                 axis.errorbar(
-                    value / divisor, mean, group.spread(decisive) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3
+                    value / divisor, mean, group.std(primary_metric) or 0.0, fmt="o", color=f"C{i % 10}", capsize=3
                 )
                 axis.annotate(
                     _shown(group.label), (value / divisor, mean), fontsize=7, xytext=(4, 4), textcoords="offset points"
                 )
         axis.set(xlabel=f"{heading} parameters" if cost == "trainable" else heading, xscale="log")
         axis.margins(x=0.25)
-    panels[0].set_ylabel(_shown(decisive))
+    panels[0].set_ylabel(_shown(primary_metric))
     costs.suptitle(f"{_shown(comparison.task)}: score against cost")
     pictures = {}
     for shown, figure in zip(plot_names(comparison), (curves, costs), strict=True):

@@ -22,8 +22,8 @@ from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
 RUNS = Path("lightning_logs")  # the folder of runs, below the working folder
 
-_APART = re.compile(  # where things lie and what is shown, not what was done
-    r"data\..*(_file|tokenizer)$|model\.(base|word_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
+_LOCATION_KEYS = re.compile(  # where things lie and what is shown, not what was done
+    r"data\..*(_file|tokenizer)$|model\.(base|label_token_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
     r"enable_progress_bar|enable_model_summary|enable_checkpointing|enable_autolog_hparams|log_every_n_steps|barebones)$"
 )
 
@@ -38,17 +38,17 @@ class Run:
 
     Args:
         folder: it.
-        account: its ``metrics.json``.
+        record: its ``metrics.json``.
         settings: its ``config.yaml``.
     """
 
     folder: Path
-    account: dict[str, Any]
+    record: dict[str, Any]
     settings: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Read a run's account and settings.
+        """Read a run's record and settings.
 
         Raises:
             InputError: the folder has none, or they are broken.
@@ -58,7 +58,7 @@ class Run:
                 raise InputError(f"{folder} has no {name}; a run's folder is lightning_logs/NAME/version_N")
         from gpt2_pl.utils.schema import check_metrics
 
-        account = check_metrics(read_json(folder / "metrics.json"), str(folder / "metrics.json"))
+        record = check_metrics(read_json(folder / "metrics.json"), str(folder / "metrics.json"))
         file = folder / "config.yaml"
         settings = read_yaml(file)
         parts = [settings.get(key) for key in ("model", "data", "trainer")] if isinstance(settings, dict) else [0]
@@ -68,12 +68,12 @@ class Run:
             json.dumps(settings, ensure_ascii=False, sort_keys=True, default=str).encode()
         except (TypeError, ValueError) as error:  # keys of several kinds, halves of surrogate pairs
             raise InputError(f"{file} cannot be compared: {error}") from None
-        return cls(folder, account, settings)
+        return cls(folder, record, settings)
 
     @property
     def strategy(self) -> str:
         """The strategy files that it was laid together from, or its name without a seed's number."""
-        files = [Path(file) for file in self.account.get("configs") or []]
+        files = [Path(file) for file in self.record.get("configs") or []]
         stems = [file.stem for file in files if file.parent.name == "strategy"]
         return "+".join(stems) or re.sub(r"[-_](seed)?[0-9]+$", "", str(self.settings.get("name"))) or "run"
 
@@ -92,29 +92,29 @@ class Run:
             elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
                 for i, inner in enumerate(value):
                     walk(f"{name}.{i}", inner)
-            elif value is not None and value != [] and not _APART.match(name):
+            elif value is not None and value != [] and not _LOCATION_KEYS.match(name):
                 found[name] = value
 
         for key in ("model", "data", "trainer"):
             walk(key, self.settings.get(key) or {})
-        data = self.account.get("data") or {}
+        data = self.record.get("data") or {}
         walk("data.training_rows", (data.get("rows") or {}).get("train"))
         walk("data.training_files", _name((data.get("files") or {}).get("train") or []))
-        walk("base.trained_with", (self.account.get("base") or {}).get("recipe"))
+        walk("base.trained_with", (self.record.get("base") or {}).get("recipe"))
         for key in ("device", "processes"):
-            walk(key, self.account.get(key))
+            walk(key, self.record.get(key))
         walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
-        walk("skipped_steps", self.account.get("skipped_steps") or None)
+        walk("skipped_steps", self.record.get("skipped_steps") or None)
         return found
 
     @property
-    def measure(self) -> dict[str, Any]:
+    def comparison_key(self) -> dict[str, Any]:
         """What it must share with others to be compared with them."""
-        data = self.account.get("data") or {}
+        data = self.record.get("data") or {}
         files = data.get("files") or {}
-        base = self.account.get("base") or {}
+        base = self.record.get("base") or {}
         return {
-            "task": self.account.get("task"),
+            "task": self.record.get("task"),
             "data": _name(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
             "rows": (data.get("rows") or {}).get(self.split),
             "texts": self.judged[self.split].digest if self.split in self.judged else None,
@@ -127,17 +127,17 @@ class Run:
     @property
     def split(self) -> str:
         """The split whose score chose the best epoch."""
-        return str(self.account.get("monitor")).partition("/")[0]
+        return str(self.record.get("monitor")).partition("/")[0]
 
     @cached_property
-    def judged(self) -> dict[str, Judged]:
+    def judged(self) -> dict[str, RowScores]:
         """What is known of the rows of each split, ``val`` and ``test``, that was evaluated row by row."""
-        metrics = tuple(self.account.get("metrics") or ())
-        found = {split: _judged(self.folder, split, metrics) for split in ("val", "test")}
+        metrics = tuple(self.record.get("metrics") or ())
+        found = {split: _read_row_scores(self.folder, split, metrics) for split in ("val", "test")}
         return {split: judged for split, judged in found.items() if judged is not None}
 
 
-class Judged(NamedTuple):
+class RowScores(NamedTuple):
     """The outcome of every row of a split.
 
     Args:
@@ -153,7 +153,7 @@ class Judged(NamedTuple):
     score: Score
 
 
-def _judged(folder: Path, split: str, metrics: Sequence[str]) -> Judged | None:
+def _read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
     """What a run's file of rows says; None where there is none, or one without labels."""
     csv.field_size_limit(sys.maxsize)
     for file, read in ((folder / f"losses_{split}.csv", _losses), (folder / f"predictions_{split}.csv", _predictions)):
@@ -168,16 +168,16 @@ def _judged(folder: Path, split: str, metrics: Sequence[str]) -> Judged | None:
     return None
 
 
-def _losses(file: Path, split: str, metrics: Sequence[str]) -> Judged:
+def _losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
     digest = hashlib.sha256()
     with file.open(encoding="utf-8", newline="") as lines:
         poems = list(csv.DictReader(lines))
     digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
     losses = np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])
-    return Judged(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
+    return RowScores(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
 
 
-def _predictions(file: Path, split: str, metrics: Sequence[str]) -> Judged | None:
+def _predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
     digest, cells, values = hashlib.sha256(), [], []
     with file.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
@@ -193,7 +193,7 @@ def _predictions(file: Path, split: str, metrics: Sequence[str]) -> Judged | Non
                 digest.update(f"{row['text']}\0{row['label']}\0".encode())
                 values.append([*(float(row[name]) for name in own), 1.0])
             names = tuple(f"{split}/{name}" for name in own)
-            return Judged(
+            return RowScores(
                 digest.hexdigest()[:12], np.array(values), names, lambda sums: sums[..., :-1] / sums[..., -1:]
             )
         if not 2 <= K <= _MOST_CLASSES:
@@ -204,7 +204,7 @@ def _predictions(file: Path, split: str, metrics: Sequence[str]) -> Judged | Non
     confusion = np.zeros((len(cells), K * K), np.float32)
     confusion[np.arange(len(cells)), cells] = 1.0
     names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if K == 2 else []))
-    return Judged(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
+    return RowScores(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
 
 
 def _name(files: Any) -> str:

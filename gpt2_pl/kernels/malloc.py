@@ -11,7 +11,7 @@ LARGEST_BEFORE = 2**25  # bytes; the most that older ones take
 NEVER = -1
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Let freed memory stay with the process, where the C library is glibc; elsewhere nothing happens.
 
     glibc returns every freed tensor above 32 MB, and whatever lies free at the end of the heap, to the system, which

@@ -46,7 +46,7 @@ class LoRALinear(Linear):
         scaling: s.
         dropout: probability for the adapter's input, in training.
         thirds: which thirds of the output are adapted, each with its own A and B; None for all of it together.
-        b_lr_ratio: learning rate of B in units of A's (LoRA+).
+        loraplus_lr_ratio: learning rate of B in units of A's (LoRA+).
     """
 
     def __init__(
@@ -55,37 +55,41 @@ class LoRALinear(Linear):
         rank: int,
         scaling: float,
         dropout: float = 0.0,
-        thirds: list[int] | None = None,
-        b_lr_ratio: float = 1.0,
+        qkv_slices: list[int] | None = None,
+        loraplus_lr_ratio: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)  # not Linear's: the parameters are there already
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.scaling, self.dropout, self.b_lr_ratio = rank, scaling, dropout, b_lr_ratio
-        self.thirds = thirds
-        n, rows = (1, self.out_features) if thirds is None else (len(thirds), len(thirds) * self.out_features // 3)
+        self.rank, self.scaling, self.dropout, self.loraplus_lr_ratio = rank, scaling, dropout, loraplus_lr_ratio
+        self.qkv_slices = qkv_slices
+        n, rows = (
+            (1, self.out_features)
+            if qkv_slices is None
+            else (len(qkv_slices), len(qkv_slices) * self.out_features // 3)
+        )
         self.lora_A = nn.Parameter(self.weight.new_empty(n * rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def spread_B(self) -> Tensor:
+    def zero_padded_B(self) -> Tensor:
         """B as a matrix (out, n r) that acts on A's whole output."""
-        if self.thirds is None:
+        if self.qkv_slices is None:
             return self.lora_B
         height = self.out_features // 3
-        spread = self.lora_B.new_zeros(self.out_features, len(self.thirds) * self.rank)
-        for i, third in enumerate(self.thirds):
+        spread = self.lora_B.new_zeros(self.out_features, len(self.qkv_slices) * self.rank)
+        for i, third in enumerate(self.qkv_slices):
             block = self.lora_B[i * height : (i + 1) * height]
             spread[third * height : (third + 1) * height, i * self.rank : (i + 1) * self.rank] = block
         return spread
 
-    def delta(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         """s B A, (out, in)."""
-        return self.scaling * self.spread_B() @ self.lora_A
+        return self.scaling * self.zero_padded_B() @ self.lora_A
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
-        return self.weight + self.delta(), self.bias
+        return self.weight + self.delta_weight(), self.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """y = W x + b + s B A drop(x), (..., in) -> (..., out)."""
@@ -101,7 +105,7 @@ class LoRALinear(Linear):
     def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
         """W x + b + B low_rank, (N, in) and (N, n r) -> (N, out)."""
         output = self.affine(x, self.bias)
-        B = self.spread_B().to(output.dtype)
+        B = self.zero_padded_B().to(output.dtype)
         return output.addmm_(low_rank, B.T.contiguous())  # so, a CPU has its gradients sooner
 
 
@@ -115,29 +119,29 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Linear, *args: Any, **kwargs: Any) -> None:
         super().__init__(linear, *args, **kwargs)
-        norms = torch.linalg.vector_norm(self.weight.detach(), dim=1).chunk(1 if self.thirds is None else 3)
-        self.lora_magnitude = nn.Parameter(torch.cat([norms[i] for i in self.thirds or [0]]))
+        norms = torch.linalg.vector_norm(self.weight.detach(), dim=1).chunk(1 if self.qkv_slices is None else 3)
+        self.lora_magnitude = nn.Parameter(torch.cat([norms[i] for i in self.qkv_slices or [0]]))
 
-    def row_scale(self, norm: Tensor) -> Tensor:
+    def dora_scale(self, norm: Tensor) -> Tensor:
         """g (out,), for the norms (out,) of W + s B A; 1 in rows that are not adapted."""
-        if self.thirds is None:
+        if self.qkv_slices is None:
             return self.lora_magnitude / norm
         factors = list(torch.ones_like(norm).chunk(3))
-        magnitudes, norms = self.lora_magnitude.chunk(len(self.thirds)), norm.chunk(3)
-        for third, magnitude in zip(self.thirds, magnitudes, strict=True):
+        magnitudes, norms = self.lora_magnitude.chunk(len(self.qkv_slices)), norm.chunk(3)
+        for third, magnitude in zip(self.qkv_slices, magnitudes, strict=True):
             factors[third] = magnitude / norms[third]
         return torch.cat(factors)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
         weight, bias = super().merged()
-        return weight * self.row_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1), bias
+        return weight * self.dora_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1), bias
 
     def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(self.weight + self.delta(), dim=1)
-        output = self.affine(x, None) + F.linear(low_rank, self.spread_B())
-        return output * self.row_scale(norm) + self.bias
+            norm = torch.linalg.vector_norm(self.weight + self.delta_weight(), dim=1)
+        output = self.affine(x, None) + F.linear(low_rank, self.zero_padded_B())
+        return output * self.dora_scale(norm) + self.bias
 
 
 class LoRAEmbedding(nn.Embedding):
@@ -150,15 +154,15 @@ class LoRAEmbedding(nn.Embedding):
         embedding: the embedding to adapt; its weight is taken over.
         rank: r.
         scaling: s.
-        b_lr_ratio: learning rate of B in units of A's (LoRA+).
+        loraplus_lr_ratio: learning rate of B in units of A's (LoRA+).
     """
 
-    def __init__(self, embedding: nn.Embedding, rank: int, scaling: float, b_lr_ratio: float = 1.0) -> None:
+    def __init__(self, embedding: nn.Embedding, rank: int, scaling: float, loraplus_lr_ratio: float = 1.0) -> None:
         nn.Module.__init__(self)  # not Embedding's: the weight is there already
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx, self.sparse = None, False  # which DistributedDataParallel asks of an embedding
         self.weight = embedding.weight
-        self.rank, self.scaling, self.b_lr_ratio = rank, scaling, b_lr_ratio
+        self.rank, self.scaling, self.loraplus_lr_ratio = rank, scaling, loraplus_lr_ratio
         self.lora_A = nn.Parameter(self.weight.new_zeros(rank, self.num_embeddings))
         self.lora_B = nn.Parameter(self.weight.new_empty(self.embedding_dim, rank))
         nn.init.normal_(self.lora_B)
@@ -190,7 +194,7 @@ class LoRA(Surgery):
         rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         dora: weight-decomposed adaptation (Liu et al. 2024).
         layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
-        b_lr_ratio: learning rate of B in units of A's (LoRA+, Hayou et al. 2024).
+        loraplus_lr_ratio: learning rate of B in units of A's (LoRA+, Hayou et al. 2024).
 
     Raises:
         InputError: a value out of range; at ``apply``, targets or blocks that the model does not have, or a layer
@@ -203,10 +207,10 @@ class LoRA(Surgery):
     alpha: float = 16
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["c_attn"])
-    rslora: bool = False
-    dora: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
     layers: list[int] | int | str | None = None
-    b_lr_ratio: float = 1.0
+    loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
@@ -215,29 +219,29 @@ class LoRA(Surgery):
             ("rank", self.rank, isinstance(self.rank, int) and self.rank >= 1),
             ("alpha", self.alpha, self.alpha > 0),
             ("dropout", self.dropout, 0.0 <= self.dropout < 1.0),
-            ("b_lr_ratio", self.b_lr_ratio, self.b_lr_ratio > 0),
+            ("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0),
         ):
             if not good:
                 raise InputError(f"LoRA: {key} is {value}, which is out of range")
-        if self.dora and "wte" in self.targets:
+        if self.use_dora and "wte" in self.targets:
             raise InputError("LoRA: dora has no form for wte; adapt wte by a LoRA of its own, without dora")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Put adapters beside the target layers and freeze the published parameters; see :class:`Surgery`."""
-        scaling = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        scaling = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
         chosen = self._chosen_layers()
         paths = [(f"h.{i}.{name}", t) for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()]
         for path in [path for path, _ in paths] + (["wte"] if "wte" in self.targets else []):
             if isinstance(dict(model.named_modules()).get(path), Adapter):
                 raise InputError(f"LoRA: {path} has an adapter already: two LoRA surgeries target it")
             plain_layer(model, path, "LoRA")
-        for path, thirds in paths:
+        for path, qkv_slices in paths:
             linear: Any = model.get_submodule(path)
-            kind = DoRALinear if self.dora else LoRALinear
-            adapted = kind(linear, self.rank, scaling, self.dropout, thirds, self.b_lr_ratio)
+            kind = DoRALinear if self.use_dora else LoRALinear
+            adapted = kind(linear, self.rank, scaling, self.dropout, qkv_slices, self.loraplus_lr_ratio)
             model.set_submodule(path, adapted.train(linear.training))
         if "wte" in self.targets:
-            model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.b_lr_ratio).train(model.wte.training)
+            model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.loraplus_lr_ratio).train(model.wte.training)
         freeze_base(model)
         return model
 
@@ -250,10 +254,10 @@ class LoRA(Surgery):
         layers: dict[str, list[int] | None] = {}
         for target in filter(TARGETS.__contains__, self.targets):
             name, third = TARGETS[target]
-            thirds = layers.get(name, [])
-            if (third is None and name in layers) or thirds is None or third in thirds:
+            qkv_slices = layers.get(name, [])
+            if (third is None and name in layers) or qkv_slices is None or third in qkv_slices:
                 raise InputError(f"LoRA: the targets {self.targets} name {name} twice")
-            layers[name] = None if third is None else sorted([*thirds, third])
+            layers[name] = None if third is None else sorted([*qkv_slices, third])
         return layers
 
     def _chosen_blocks(self, n: int) -> list[int]:

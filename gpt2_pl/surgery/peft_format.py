@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError, listing
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.pretrained import write_tensors
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, plain_layer
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def bias_as_shift(weight: Tensor, bias: Tensor) -> Tensor:
+def fold_bias_into_ln_f(weight: Tensor, bias: Tensor) -> Tensor:
     """The shift d (C,) of the hidden states that gives a head (K, C) its bias c (K,): W d = c."""
     shift = torch.linalg.pinv(weight.double()) @ bias.double()
     if not torch.allclose(weight.double() @ shift, bias.double(), atol=1e-6):
@@ -92,12 +92,12 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
         tensors[f"{prefix}score.weight"] = weight
         tensors[f"{prefix}transformer.ln_f.weight"] = model.ln_f.weight.detach()
-        tensors[f"{prefix}transformer.ln_f.bias"] = model.ln_f.bias.detach() + bias_as_shift(weight, bias)
+        tensors[f"{prefix}transformer.ln_f.bias"] = model.ln_f.bias.detach() + fold_bias_into_ln_f(weight, bias)
         config["modules_to_save"] = ["score", "ln_f"]
     folder = Path(folder)
     kept = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_tensors(kept, folder / _WEIGHTS)
-    with whole_file(folder / _CONFIG) as file:
+    with atomic_write(folder / _CONFIG) as file:
         file.write(json.dumps(config, indent=2) + "\n")
 
 
@@ -116,13 +116,13 @@ def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, An
             tensors[f"base_model.model.{path}.lora_embedding_A"] = module.lora_A
             tensors[f"base_model.model.{path}.lora_embedding_B"] = module.lora_B
             continue
-        B = module.spread_B()
+        B = module.zero_padded_B()
         ranks[path], alphas[path] = B.size(1), module.scaling * B.size(1)
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B
         if isinstance(module, DoRALinear):
-            norm = torch.linalg.vector_norm(module.weight + module.delta(), dim=1)
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.row_scale(norm) * norm
+            norm = torch.linalg.vector_norm(module.weight + module.delta_weight(), dim=1)
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.dora_scale(norm) * norm
     linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
     decomposed = {isinstance(module, DoRALinear) for module in linear} or {False}
     if len(decomposed) > 1 or (True in decomposed and len(linear) < len(adapters)):
@@ -153,7 +153,7 @@ def _virtual(model: GPT2) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     if model.prefix is not None:
         assert isinstance(model.prefix, Prefix)
-        table = model.prefix.plain()
+        table = model.prefix.prompt_embeddings()
         return {"prompt_embeddings": table}, {**config, "peft_type": "PREFIX_TUNING", "prefix_projection": False}
     assert isinstance(model.prompt, Prompt)
     return {"prompt_embeddings": model.prompt()}, {**config, "peft_type": "PROMPT_TUNING"}

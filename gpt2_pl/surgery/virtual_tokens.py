@@ -40,13 +40,13 @@ class Prefix(nn.Module):
             nn.init.normal_(self.embedding)
             self.network = nn.Sequential(nn.Linear(config.n_embd, hidden), nn.Tanh(), nn.Linear(hidden, width))
 
-    def plain(self) -> Tensor:
+    def prompt_embeddings(self) -> Tensor:
         """The table (P, 2 L C): of every virtual token, key and value of block 0, key and value of block 1, ..."""
         return self.table if hasattr(self, "table") else self.network(self.embedding)
 
     def forward(self) -> Tensor:
         """Keys and values (L, 2, H, P, hd)."""
-        table = self.plain().view(self.length, self.n_layer, 2, self.n_head, -1)
+        table = self.prompt_embeddings().view(self.length, self.n_layer, 2, self.n_head, -1)
         return table.permute(1, 2, 3, 0, 4)
 
 

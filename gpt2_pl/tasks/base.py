@@ -20,23 +20,23 @@ from torchmetrics import Metric
 
 from gpt2_pl import pretrained
 from gpt2_pl.errors import InputError, listing
-from gpt2_pl.filesystem import resolve
-from gpt2_pl.metrics import Gathered, MetricInfo
+from gpt2_pl.filesystem import resolve_checkpoint_dir
+from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.optim import Linear, NamedParameters, Schedule, parameter_groups
+from gpt2_pl.optim import LinearWithWarmup, NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter, Surgery, build
 from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.checkpointed import CheckpointedModule
 from gpt2_pl.tasks.fsdp import shard
 from gpt2_pl.tasks.protocols import RowTable, TokenizedData
-from gpt2_pl.text.tokenizer import check_fits
+from gpt2_pl.text.tokenizer import validate_vocab_size
 from gpt2_pl.utils.registry import Registered, class_path
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
-def _built(config: GPT2Config) -> GPT2:
+def _build_model(config: GPT2Config) -> GPT2:
     """A GPT-2 of random weights.
 
     Raises:
@@ -103,7 +103,7 @@ class Task(Registered, CheckpointedModule):
     #: The score by which runs are compared, where they have it; by default ``monitor``.
     primary: ClassVar[str | None] = None
     #: Whether nearly all batches have the same length.
-    same_shapes: ClassVar[bool] = False
+    fixed_length_batches: ClassVar[bool] = False
     #: The name of the file that :meth:`samples` are written to.
     samples_name: ClassVar[str] = "samples"
 
@@ -129,7 +129,7 @@ class Task(Registered, CheckpointedModule):
         if dropout is not None and not 0.0 <= dropout < 1.0:
             raise InputError(f"model.dropout is {dropout}; it must be in [0, 1)")
         if base is not None:
-            folder = resolve(base, "model.base")
+            folder = resolve_checkpoint_dir(base, "model.base")
             self.config = pretrained.read_config(folder, dropout)
             pretrained.check(folder, self.config)
         else:
@@ -141,7 +141,7 @@ class Task(Registered, CheckpointedModule):
         self.train_base = not self.surgery if train_base is None else train_base
         self.frozen_base_dropout = frozen_base_dropout
         self._check_surgery()
-        self.make_optimizer, self.schedule = optimizer, schedule or Linear()
+        self.make_optimizer, self.schedule = optimizer, schedule or LinearWithWarmup()
         self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
         self.save_hyperparameters(ignore=["optimizer", "schedule", "surgery"], logger=False)
         self.hparams["config"] = None if config is None else asdict(self.config)
@@ -150,7 +150,7 @@ class Task(Registered, CheckpointedModule):
         self._restored: dict[str, Any] | None = None  # a checkpoint whose training state is to be checked
         self._logged: set[str] = set()  # the splits whose scores the trainer has for this epoch
         self._step_mean = StepMean()
-        self.wording: dict[str, Any] | None = (
+        self.prompt_spec: dict[str, Any] | None = (
             None  # template, labels and max_length that a loaded checkpoint learned with
         )
 
@@ -214,8 +214,8 @@ class Task(Registered, CheckpointedModule):
     def _skeleton(self) -> GPT2:
         """Build a GPT-2 without weights, surgery applied."""
         with torch.device("meta"):
-            skeleton = _built(self.config)
-        skeleton.source = None if self.base is None else str(resolve(self.base, "model.base"))
+            skeleton = _build_model(self.config)
+        skeleton.source = None if self.base is None else str(resolve_checkpoint_dir(self.base, "model.base"))
         with torch.random.fork_rng(devices=[]):  # what it draws here would shift all that is drawn later
             self._apply_surgery(skeleton)
         return skeleton
@@ -241,7 +241,7 @@ class Task(Registered, CheckpointedModule):
         return self.config.n_positions - self.n_virtual
 
     @property
-    def core(self) -> GPT2:
+    def backbone(self) -> GPT2:
         """The GPT-2, once ``configure_model`` has built it."""
         if self.gpt2 is None:
             raise RuntimeError("the model is not built yet: call configure_model() first")
@@ -254,7 +254,7 @@ class Task(Registered, CheckpointedModule):
         return "min" if info is not None and info.higher_is_better is False else "max"
 
     @property
-    def table_scores(self) -> tuple[str, ...]:
+    def displayed_metrics(self) -> tuple[str, ...]:
         """The metrics that the table of epochs shows."""
         return tuple(name for name, info in self.metric_info.items() if info.shown)
 
@@ -266,9 +266,9 @@ class Task(Registered, CheckpointedModule):
             return
         if self.base is not None:
             self.gpt2 = pretrained.load(self.base, dropout=self.config.dropout)
-            self.base_digest = pretrained.digest(self.gpt2)
+            self.base_digest = pretrained.weights_sha256(self.gpt2)
         else:
-            self.gpt2 = _built(self.config)
+            self.gpt2 = _build_model(self.config)
         self.gpt2.activation_checkpointing = self.activation_checkpointing
         self._apply_surgery(self.gpt2)
         if not self.frozen_base_dropout and self.base_is_frozen:
@@ -292,17 +292,17 @@ class Task(Registered, CheckpointedModule):
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer with tokens that the GPT-2 does not have."""
         where = f"model.base {self.base}" if self.base else "model.config"
-        check_fits(tokenizer, self.config.vocab_size, where, "data.tokenizer")
+        validate_vocab_size(tokenizer, self.config.vocab_size, where, "data.tokenizer")
 
     def train(self, mode: bool = True) -> Task:
         """Training mode; a GPT-2 in which nothing trains stays in evaluation mode, without dropout."""
         super().train(mode)
-        if self.gpt2 is not None and self.is_probe:
+        if self.gpt2 is not None and self.backbone_frozen:
             self.gpt2.eval()
         return self
 
     @property
-    def is_probe(self) -> bool:
+    def backbone_frozen(self) -> bool:
         """Whether nothing in the GPT-2 trains and none of it is random, so that its features can be computed once."""
         return not self.trained_names and not self.frozen_base_dropout
 
@@ -356,12 +356,12 @@ class Task(Registered, CheckpointedModule):
         They are ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` where there is
         one, whatever else surgery added to the GPT-2 itself, by its attribute's name, and ``head``.
         """
-        return {**_layers(self.core), "head": self.head_parameters()}
+        return {**_layers(self.backbone), "head": self.head_parameters()}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over groups per layer, decay rule and rate, and the schedule over all steps of the run."""
         adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, Adapter)]
-        rates = {f"{name}.lora_B": m.b_lr_ratio for name, m in adapters}
+        rates = {f"{name}.lora_B": m.loraplus_lr_ratio for name, m in adapters}
         trained = {f"gpt2.{name}" for name in self.trained_names}
         trained |= {name for name, parameter in self.head_parameters() if parameter.requires_grad}
         groups = parameter_groups(self.layer_groups(), rates, trained)
@@ -409,8 +409,8 @@ class Task(Registered, CheckpointedModule):
             raise InputError(
                 f"trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
                 f"{type(self.schedule).__name__}, whose rates depend on the length of training (trainer.max_time may "
-                "end it earlier); without a length, give --model.schedule gpt2_pl.optim.Constant with a warmup of 0 "
-                "or in steps"
+                "end it earlier); without a length, give --model.schedule gpt2_pl.optim.ConstantWithWarmup with a "
+                "warmup of 0 or in steps"
             )
 
     def _set_resumed_rates(self) -> None:
@@ -557,5 +557,5 @@ class Task(Registered, CheckpointedModule):
 
     def _reset_row_outputs(self) -> None:
         for metric in self.children():
-            if isinstance(metric, Gathered):
+            if isinstance(metric, RowOutputs):
                 metric.reset()

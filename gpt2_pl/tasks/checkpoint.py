@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.filesystem import existing_file
+from gpt2_pl.filesystem import require_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.utils.registry import Registered, class_path
 
 if TYPE_CHECKING:
     from gpt2_pl.utils.schema import Schema
 
-_CALLED = ("optimizer", "schedule")  # arguments of a task that are code; no checkpoint holds them
+_CODE_ARGUMENTS = ("optimizer", "schedule")  # arguments of a task that are code; no checkpoint holds them
 _LEGACY = ("hparams", "module_arguments", "hparams_type")  # more hyperparameters, of which Lightning also makes a task
 _PATHS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path")  # of Lightning's ModelCheckpoint
 
@@ -45,7 +45,7 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
     Raises:
         InputError: no such file; one that is no checkpoint, would execute code, or was written by another program.
     """
-    file = existing_file(str(path), key)
+    file = require_file(str(path), key)
     _check_archive(file, f"{key}: {path}")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -106,7 +106,7 @@ def _hyperparameters_of(task: type) -> type[Schema]:
 
     from gpt2_pl.utils.schema import Hyperparameters
 
-    known = {key: kind for key, kind in arguments(task).items() if key not in _CALLED}
+    known = {key: kind for key, kind in arguments(task).items() if key not in _CODE_ARGUMENTS}
     fields: Any = {
         key: (kind if _is_plain_type(kind) else Any, None)
         for key, kind in known.items()
@@ -233,7 +233,7 @@ def _check_sizes(content: dict[str, Any], name: str) -> None:
                 refuse(f"hyper_parameters.config.{key}", f"at most {limit}", found)
     sizes = [(key.startswith("gpt2."), size) for key, tensor in shapes.items() for size in tensor]
     of_head = max((size for of_core, size in sizes if not of_core), default=0)
-    limit = max(of_head, len(stored.get("words") or stored.get("word_ids") or []))
+    limit = max(of_head, len(stored.get("label_words") or stored.get("label_token_ids") or []))
     if isinstance(value := stored.get("num_classes"), int) and value > limit:
         refuse("hyper_parameters.num_classes", f"at most {limit}", value)
     limit = max([_MAX_SIZE, *(size for _, size in sizes)])

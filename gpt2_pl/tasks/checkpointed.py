@@ -25,10 +25,15 @@ from gpt2_pl.utils.registry import class_path
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
 _OF_CODE = ("optimizer", "schedule")  # arguments that the configuration gives and no checkpoint holds
-_OF_TRAINING = ("dropout", "b_lr_ratio", "init_text", "folder")  # settings of surgery that change no trained model
+_TRAINING_ONLY = (
+    "dropout",
+    "loraplus_lr_ratio",
+    "init_text",
+    "folder",
+)  # settings of surgery that change no trained model
 
 
-def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _drop_keys(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Settings of a surgery without some of its arguments."""
     return {**settings, "init_args": {k: v for k, v in settings["init_args"].items() if k not in names}}
 
@@ -52,7 +57,7 @@ class CheckpointedModule(LightningModule):
     config: GPT2Config
     surgery: list[Surgery]
     frozen_names: frozenset[str]
-    wording: dict[str, Any] | None
+    prompt_spec: dict[str, Any] | None
     _restored: dict[str, Any] | None  # a checkpoint whose training state is to be checked
 
     @property
@@ -99,14 +104,14 @@ class CheckpointedModule(LightningModule):
                     "into a module of its own"
                 )
         if isinstance(self.datamodule, PromptedData):
-            checkpoint["wording"] = self.datamodule.wording()
+            checkpoint["prompt_spec"] = self.datamodule.prompt_spec()
         averaging.compact(checkpoint, self)
         stored = checkpoint["hyper_parameters"]
         for name in [name for name, value in stored.items() if name in _OF_CODE or not is_plain(value)]:
             del stored[name]  # a subclass may have saved more than a checkpoint can hold
         stored.update(config=None, surgery=surgery)
         if complete:
-            surgery = [_without(settings, ("init_text",)) for settings in surgery]  # it is done
+            surgery = [_drop_keys(settings, ("init_text",)) for settings in surgery]  # it is done
             stored.update(base=None, config=asdict(self.config), surgery=surgery)
         else:
             for name in self.frozen_names:
@@ -141,7 +146,7 @@ class CheckpointedModule(LightningModule):
                 found.pop(name, None)
         stored = checkpoint.get("surgery") or []  # in the hyperparameters those given now have taken their place
         given = [surgery.settings() for surgery in self.surgery]
-        then, now = ([_without(s, _OF_TRAINING) for s in surgery] for surgery in (stored, given))
+        then, now = ([_drop_keys(s, _TRAINING_ONLY) for s in surgery] for surgery in (stored, given))
         if then != now:
             raise InputError(f"the checkpoint was trained with model.surgery {then}; here it is {now}")
         for name in sorted(wanted.keys() | found.keys()):
@@ -154,7 +159,7 @@ class CheckpointedModule(LightningModule):
                 raise InputError(f"the checkpoint's {name} is of {tensor.dtype}; it must be of {kinds[0]}")
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
-        self._check_wording(checkpoint.get("wording"))
+        self._check_wording(checkpoint.get("prompt_spec"))
         if self.device_mesh is None:  # a sharded model loads what is there, and keeps the rest
             found.update(frozen)
         if self._trainer is not None:
@@ -164,14 +169,14 @@ class CheckpointedModule(LightningModule):
             if self.trainer.strategy.restore_checkpoint_after_setup:  # there are optimizers already
                 self._check_training_state()
 
-    def _check_wording(self, wording: dict[str, Any] | None) -> None:
+    def _check_wording(self, prompt_spec: dict[str, Any] | None) -> None:
         """Keep the template and the class names of a checkpoint, and refuse data with others."""
-        self.wording = wording
-        if not wording or not isinstance(self.datamodule, PromptedData):
+        self.prompt_spec = prompt_spec
+        if not prompt_spec or not isinstance(self.datamodule, PromptedData):
             return
-        here = self.datamodule.wording()
+        here = self.datamodule.prompt_spec()
         for key in ("template", "labels"):
-            if (learned := wording.get(key)) != here[key]:
+            if (learned := prompt_spec.get(key)) != here[key]:
                 raise InputError(
                     f"data.{key} is {here[key]!r}, and the checkpoint learned with {learned!r}; give it that"
                 )

@@ -12,8 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classification_loss, last_text_position, pool
-from gpt2_pl.metrics import Gathered, Mean, MetricInfo, finite
+from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classification_loss, last_token_index, pool
+from gpt2_pl.metrics import MetricInfo, RowOutputs, WeightedMean, finite
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.fsdp import shard_head
 from gpt2_pl.tasks.protocols import LabelledData, ReadableData, RowData, RowTable, TokenizedData
@@ -33,12 +33,12 @@ class Classifier(Task):
     Args:
         num_classes: number of classes K; on the command line the datamodule's.
         pooling: ``last`` token, ``mean``, ``max``, ``mix`` of mean and last, or ``concat`` of last, max and mean.
-        mix: weight of the mean in ``mix``.
+        mean_weight: weight of the mean in ``mix``.
         head: ``linear`` layer, or ``verbalizer``: the language-model scores of one word per class.
-        words: the verbalizer's words in the order of the classes, each one token, such as " bad", " good".
-        word_ids: their tokens; by default the datamodule's tokenizer says.
+        label_words: the verbalizer's words in the order of the classes, each one token, such as " bad", " good".
+        label_token_ids: their tokens; by default the datamodule's tokenizer says.
         head_dropout: dropout in front of the linear layer; by default as in the GPT-2.
-        n_masks: dropout masks per row (multi-sample dropout).
+        num_dropout_samples: dropout masks per row (multi-sample dropout).
         average: what multi-sample dropout averages, ``loss`` or ``logits``.
         label_smoothing: share of the label's weight that is spread over all classes.
         **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
@@ -58,12 +58,12 @@ class Classifier(Task):
         self,
         num_classes: int,
         pooling: Pooling = "last",
-        mix: float = 0.7,
+        mean_weight: float = 0.7,
         head: Literal["linear", "verbalizer"] = "linear",
-        words: list[str] | None = None,
-        word_ids: list[int] | None = None,
+        label_words: list[str] | None = None,
+        label_token_ids: list[int] | None = None,
         head_dropout: float | None = None,
-        n_masks: int = 1,
+        num_dropout_samples: int = 1,
         average: Literal["loss", "logits"] = "loss",
         label_smoothing: float = 0.0,
         **kwargs: Any,
@@ -71,31 +71,33 @@ class Classifier(Task):
         super().__init__(**kwargs)
         for key, value, good in (
             ("num_classes", num_classes, num_classes >= 2),
-            ("mix", mix, 0.0 <= mix <= 1.0),
+            ("mean_weight", mean_weight, 0.0 <= mean_weight <= 1.0),
             ("head_dropout", head_dropout, head_dropout is None or 0.0 <= head_dropout < 1.0),
-            ("n_masks", n_masks, n_masks >= 1),
+            ("num_dropout_samples", num_dropout_samples, num_dropout_samples >= 1),
             ("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0),
         ):
             if not good:
                 raise InputError(f"model.{key} is {value}, which is out of range")
-        if (head == "verbalizer") != (words is not None):
-            raise InputError("model.head verbalizer and model.words go together; give both or neither")
-        if words is not None and (len(words) != num_classes or pooling != "last"):
+        if (head == "verbalizer") != (label_words is not None):
+            raise InputError("model.head verbalizer and model.label_words go together; give both or neither")
+        if label_words is not None and (len(label_words) != num_classes or pooling != "last"):
             raise InputError(
-                f"model.words has {len(words)} words and pooling is {pooling!r}; the verbalizer takes one word for "
-                f"each of the {num_classes} classes and pooling 'last'"
+                f"model.label_words has {len(label_words)} words and pooling is {pooling!r}; the verbalizer takes one "
+                f"word for each of the {num_classes} classes and pooling 'last'"
             )
-        if head == "verbalizer" and (n_masks != 1 or head_dropout):
-            raise InputError("model.n_masks and head_dropout are of the linear head; the verbalizer has no dropout")
+        if head == "verbalizer" and (num_dropout_samples != 1 or head_dropout):
+            raise InputError(
+                "model.num_dropout_samples and head_dropout are of the linear head; the verbalizer has no dropout"
+            )
         if head == "verbalizer" and not self.train_base and not self.surgery:
             raise InputError("model.head verbalizer has no parameters: with train_base: false nothing would train")
-        self.num_classes, self.pooling, self.mix = num_classes, pooling, mix
-        self.head_name, self.words = head, words
+        self.num_classes, self.pooling, self.mean_weight = num_classes, pooling, mean_weight
+        self.head_name, self.label_words = head, label_words
         self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
-        self.n_masks, self.average, self.label_smoothing = n_masks, average, label_smoothing
+        self.num_dropout_samples, self.average, self.label_smoothing = num_dropout_samples, average, label_smoothing
         self.head: nn.Module | None = None
         self.metrics = nn.ModuleDict({f"{split}_metrics": self._make_metrics() for split in ("train", "val", "test")})
-        self.outcomes = Gathered("row", "label", "probability")
+        self.outcomes = RowOutputs("row", "label", "probability")
         self.features: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
@@ -105,7 +107,7 @@ class Classifier(Task):
             return
         if self.head_name == "linear":
             width = self.config.n_embd * (3 if self.pooling == "concat" else 1)
-            self.head = ClassificationHead(width, self.num_classes, self.head_dropout, self.n_masks)
+            self.head = ClassificationHead(width, self.num_classes, self.head_dropout, self.num_dropout_samples)
             for surgery in self.surgery:
                 surgery.load_head(self.head)
             if self.device_mesh is not None:
@@ -114,19 +116,19 @@ class Classifier(Task):
             self.head = Verbalizer(self._word_ids())
 
     def _word_ids(self) -> list[int]:
-        if (given := self.hparams["word_ids"]) is not None:
+        if (given := self.hparams["label_token_ids"]) is not None:
             return list(given)
         if not isinstance(self.datamodule, TokenizedData):
             raise InputError("model.head verbalizer needs a datamodule with a tokenizer to look its words up")
         encode = self.datamodule.tokenizer.encode
-        ids = [encode(word, add_special_tokens=False).ids for word in self.words or []]
-        for word, tokens in zip(self.words or [], ids, strict=True):
+        ids = [encode(word, add_special_tokens=False).ids for word in self.label_words or []]
+        for word, tokens in zip(self.label_words or [], ids, strict=True):
             if len(tokens) != 1:
                 raise InputError(
-                    f"model.words: {word!r} is {len(tokens)} tokens; a class is one token, such as ' good'"
+                    f"model.label_words: {word!r} is {len(tokens)} tokens; a class is one token, such as ' good'"
                 )
         found = [tokens[0] for tokens in ids]
-        self.hparams["word_ids"] = found
+        self.hparams["label_token_ids"] = found
         return found
 
     # Computing
@@ -136,14 +138,14 @@ class Classifier(Task):
         mask = batch["attention_mask"]
         needed = None if "row" in batch else mask  # right padding needs none, and our datamodules pad there
         if self.pooling == "last":
-            return self.core(batch["input_ids"], needed, output_positions=last_text_position(mask)).squeeze(1)
-        return pool(self.core(batch["input_ids"], needed), mask, self.pooling, self.mix)
+            return self.backbone(batch["input_ids"], needed, output_positions=last_token_index(mask)).squeeze(1)
+        return pool(self.backbone(batch["input_ids"], needed), mask, self.pooling, self.mean_weight)
 
     def forward(self, batch: Batch, split: str | None = None) -> Tensor:
         """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
         features = self.features[split][batch["row"]] if split in self.features else self.encode(batch)
         if isinstance(self.head, Verbalizer):
-            return self.head(features, self.core.head_weight)
+            return self.head(features, self.backbone.head_weight)
         assert self.head is not None
         return self.head(features)
 
@@ -152,7 +154,7 @@ class Classifier(Task):
         logits = self(batch, split).float()
         losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
         probability = logits.detach().mean(0).softmax(-1)
-        said = self.decide(probability, split)
+        said = self.predict_class(probability, split)
         counted = finite(losses.detach(), split)
         metrics = cast(dict[str, Metric], self._metrics(split))
         for name, metric in metrics.items():
@@ -160,7 +162,7 @@ class Classifier(Task):
         self.log_scores(split, {name: metric for name, metric in metrics.items() if name != "confusion"})
         return losses, probability
 
-    def decide(self, probability: Tensor, split: str | None = None) -> Tensor:
+    def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
         """The class (B,) that probabilities (B, K) amount to; ``split`` is None for rows of no split."""
         return probability.argmax(-1)
 
@@ -177,7 +179,7 @@ class Classifier(Task):
         unchecked: dict[str, Any] = {"validate_args": False}  # to look at every label makes a GPU wait
         return nn.ModuleDict(
             {
-                "loss": Mean(),
+                "loss": WeightedMean(),
                 "accuracy": MulticlassAccuracy(K, average="micro", **unchecked),
                 "macro_f1": MulticlassF1Score(K, average="macro", **unchecked),
                 "confusion": MulticlassConfusionMatrix(K, **unchecked),
@@ -199,13 +201,13 @@ class Classifier(Task):
         """Enter a batch in the test metrics."""
         self._evaluation_step(batch, "test")
 
-    def probability(self, batch: Batch) -> Tensor:
+    def predict_proba(self, batch: Batch) -> Tensor:
         """Class probabilities (B, K)."""
         return self(batch).float().mean(0).softmax(-1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities (B, K)."""
-        probability = self.probability(batch)
+        probability = self.predict_proba(batch)
         row = self._row_numbers(batch)
         self.outcomes.update(row=row, label=torch.full_like(row, -1), probability=probability)
         return probability
@@ -223,9 +225,9 @@ class Classifier(Task):
     def on_fit_start(self) -> None:
         """With a frozen GPT-2, compute the features of all rows, for all epochs."""
         super().on_fit_start()
-        if not self.is_probe or not isinstance(self.datamodule, ReadableData):
+        if not self.backbone_frozen or not isinstance(self.datamodule, ReadableData):
             return
-        self.core.eval()
+        self.backbone.eval()
         for split in ("train", "val"):
             loader = self.datamodule.evaluation_dataloader(split)
             table: Tensor | None = None
@@ -273,14 +275,14 @@ class Classifier(Task):
     def row_table(self, split: str) -> RowTable:
         """Return the prediction and the class probabilities of every row, with its number, text and label."""
         outcomes, names = self.outcomes.rows(), self._label_names()
-        decisions = self.decide(outcomes["probability"], split)
+        decisions = self.predict_class(outcomes["probability"], split)
         data = self.datamodule if isinstance(self.datamodule, RowData) else None
         known = split != "predict"
 
         def rows() -> Iterator[list[object]]:
             columns = (outcomes[key].tolist() for key in ("row", "label", "probability"))
             for row, label, probability, decision in zip(*columns, decisions.tolist(), strict=True):
-                source = [row + 1, ""] if data is None else [data.number(split, row), data.text(split, row)]
+                source = [row + 1, ""] if data is None else [data.row_number(split, row), data.text(split, row)]
                 shares = (f"{share:.6f}" for share in probability)
                 yield [*source, *([names[label]] if known else []), names[decision], *shares]
 

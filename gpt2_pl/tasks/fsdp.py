@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _OPTIONS = StateDictOptions(full_state_dict=True, strict=False)
 
 
-class FullySharded(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's strategy for sharded models, over all processes of all machines.
 
     A checkpoint is one file, as without sharding, and either is read where the other was written. Lightning would

@@ -13,12 +13,12 @@ from torchmetrics import Metric
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
-from gpt2_pl.losses import IGNORED, cross_entropy, language_model_loss, repetition_loss
-from gpt2_pl.metrics import Mean, MetricInfo, finite
+from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_loss, unlikelihood_cross_entropy
+from gpt2_pl.metrics import MetricInfo, WeightedMean, finite
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.protocols import TokenizedData
-from gpt2_pl.text.poems import token_texts
+from gpt2_pl.text.poems import decode_vocab
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 Batch = dict[str, Any]
@@ -38,7 +38,7 @@ def training_flops(config: GPT2Config, context: float) -> float:
     return 6.0 * (12 * L * C * C + config.vocab_size * C) + 12.0 * L * C * context
 
 
-class Perplexity(Mean):
+class Perplexity(WeightedMean):
     """exp of the mean loss per token."""
 
     def compute(self) -> Tensor:
@@ -76,7 +76,7 @@ class LanguageModel(Task):
         **dict.fromkeys(("unlikelihood", "sequence_unlikelihood"), MetricInfo(higher_is_better=False)),
     }
     primary = "test/perplexity"
-    same_shapes: ClassVar[bool] = True
+    fixed_length_batches: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class LanguageModel(Task):
         self.decoded_last_step = False
         self.metrics = nn.ModuleDict(
             {
-                f"{split}_metrics": nn.ModuleDict({"loss": Mean(), "perplexity": Perplexity()})
+                f"{split}_metrics": nn.ModuleDict({"loss": WeightedMean(), "perplexity": Perplexity()})
                 for split in ("train", "val", "test")
             }
         )
@@ -123,15 +123,15 @@ class LanguageModel(Task):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of a batch's losses and its number of targets."""
-        hidden, weight = self.core(batch["input_ids"]), self.core.head_weight
+        hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
         return cross_entropy(hidden, weight, batch["targets"], compiled=self.compile_blocks)
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
         total, n_targets = self(batch)
-        self._enter(split, total.detach(), n_targets)
+        self._update_metrics(split, total.detach(), n_targets)
         return total, n_targets
 
-    def _enter(self, split: str, total: Tensor, n_targets: Tensor) -> None:
+    def _update_metrics(self, split: str, total: Tensor, n_targets: Tensor) -> None:
         mean, weight = finite(total / n_targets.clamp(min=1), split)
         metrics = cast(dict[str, Metric], self.metrics[f"{split}_metrics"])
         for metric in metrics.values():
@@ -140,13 +140,13 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
-        self.decoded_last_step = self._decodes_this_step()
+        self.decoded_last_step = self._is_sequence_step()
         if self.decoded_last_step:
             return self._sequence_step(batch, batch_idx)
         if self.unlikelihood:
-            total, n_targets, unlikelihood = language_model_loss(
-                self.core(batch["input_ids"]),
-                self.core.head_weight,
+            total, n_targets, unlikelihood = unlikelihood_cross_entropy(
+                self.backbone(batch["input_ids"]),
+                self.backbone.head_weight,
                 batch["targets"],
                 self.unlikelihood,
                 self._ignored(),
@@ -154,7 +154,7 @@ class LanguageModel(Task):
                 compiled=self.compile_blocks,
                 input_ids=batch["input_ids"],
             )
-            self._enter("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
+            self._update_metrics("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
             self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))
         else:
             total, n_targets = self._step(batch, "train")
@@ -162,7 +162,7 @@ class LanguageModel(Task):
         self.log("train/step_loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         return loss
 
-    def _decodes_this_step(self) -> bool:
+    def _is_sequence_step(self) -> bool:
         """Whether this step is one of sequence-level unlikelihood: a function of the seed and the step."""
         if self.sequence_unlikelihood == 0.0:
             return False
@@ -175,13 +175,13 @@ class LanguageModel(Task):
         shortest, P = torch.stack(lengths.aminmax()).tolist()
         prefix = batch["input_ids"][:, :P]
         mask = None if shortest == P else torch.arange(P, device=prefix.device) < lengths.unsqueeze(1)
-        text = generate(self.core, prefix, mask, max_new_tokens=self.sequence_length, temperature=0.0)
+        text = generate(self.backbone, prefix, mask, max_new_tokens=self.sequence_length, temperature=0.0)
         if mask is not None:  # `generate` pads on the left
             mask = F.pad(mask.flip(1), (0, self.sequence_length - 1), value=True)
         targets = text[:, 1:].clone()
-        targets[:, : P - 1] = IGNORED
-        hidden, weight = self.core(text[:, :-1], mask), self.core.head_weight
-        loss = repetition_loss(hidden, weight, targets, compiled=self.compile_blocks)
+        targets[:, : P - 1] = IGNORE_INDEX
+        hidden, weight = self.backbone(text[:, :-1], mask), self.backbone.head_weight
+        loss = sequence_unlikelihood_loss(hidden, weight, targets, compiled=self.compile_blocks)
         self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
         return self.mean_loss(loss * len(text), len(text), batch, batch_idx)[0]
 
@@ -195,7 +195,7 @@ class LanguageModel(Task):
             return self._ignored_ids or []
         if not isinstance(self.datamodule, TokenizedData):
             raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
-        texts = [text.strip(" ") for text in token_texts(self.datamodule.tokenizer)]
+        texts = [text.strip(" ") for text in decode_vocab(self.datamodule.tokenizer)]
         wanted = [text.strip(" ") for text in self.unlikelihood_ignores]
         for text in wanted:
             if text not in texts:
@@ -241,7 +241,7 @@ class LanguageModel(Task):
             mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=self.device)
             own = [seeds[i] for i in rows]
             ends = {"eos_token_id": end, "pad_token_id": end}
-            text = generate(self.core, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
+            text = generate(self.backbone, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
             for i, row in zip(rows, text.tolist(), strict=True):
                 continuation = row[longest:]
                 new[i] = continuation[: continuation.index(end)] if end in continuation else continuation

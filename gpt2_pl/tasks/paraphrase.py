@@ -58,7 +58,7 @@ class ParaphraseDetector(Classifier):
             metrics[name] = kind(validate_args=False)
         return metrics
 
-    def decide(self, probability: Tensor, split: str | None = None) -> Tensor:
+    def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
         """The class (B,): 1 where its probability reaches the threshold."""
         untuned = self.tuned_for is not None and split in ("train", "val")
         return (probability[:, 1] >= (0.5 if untuned else self.decision_threshold.to(probability.device))).long()

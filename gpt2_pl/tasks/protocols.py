@@ -41,7 +41,7 @@ class TokenizedData(Protocol):
 class RowData(Protocol):
     """Data whose rows are those of a file."""
 
-    def number(self, split: str, row: int) -> int:
+    def row_number(self, split: str, row: int) -> int:
         """Return the number of a row in its file, from 1."""
         ...
 
@@ -61,7 +61,7 @@ class LabelledData(Protocol):
 class PromptedData(Protocol):
     """Data that is put into a template."""
 
-    def wording(self) -> dict[str, Any]:
+    def prompt_spec(self) -> dict[str, Any]:
         """Return the template, the names of its columns and of the classes, and the longest text in tokens."""
         ...
 
@@ -89,7 +89,7 @@ class TextClassifier(Protocol):
     """A task that puts texts in classes; ``gpt2-pl classify`` uses it."""
 
     num_classes: int
-    wording: dict[str, Any] | None  #: of the data that it was trained on
+    prompt_spec: dict[str, Any] | None  #: of the data that it was trained on
 
     @property
     def max_length(self) -> int:
@@ -101,11 +101,11 @@ class TextClassifier(Protocol):
         """Where the model lies."""
         ...
 
-    def probability(self, batch: dict[str, Any]) -> Tensor:
+    def predict_proba(self, batch: dict[str, Any]) -> Tensor:
         """Return the class probabilities (B, K) of a batch."""
         ...
 
-    def decide(self, probability: Tensor, split: str | None = None) -> Tensor:
+    def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
         """Return the class (B,) that probabilities (B, K) amount to."""
         ...
 

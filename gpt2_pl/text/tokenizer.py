@@ -133,9 +133,9 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers.models import BPE
 
-    from gpt2_pl.filesystem import resolve
+    from gpt2_pl.filesystem import resolve_checkpoint_dir
 
-    folder = resolve(path_or_id, key)
+    folder = resolve_checkpoint_dir(path_or_id, key)
     name = f"{key}: the tokenizer in {folder}"
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     with _without_stderr():
@@ -225,7 +225,7 @@ def _try(tokenizer: Tokenizer, name: str) -> None:
         raise InputError(f"{name} makes no token of any text")
 
 
-def check_fits(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:
+def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:
     """Refuse a tokenizer with tokens that a model does not have.
 
     Args:

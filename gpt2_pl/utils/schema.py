@@ -288,7 +288,7 @@ class BaseReference(Schema):
     complete: bool | None = None
 
 
-class Wording(Schema):
+class PromptSpec(Schema):
     """How a classifier was asked; a datamodule of somebody else's may say more."""
 
     model_config = ConfigDict(extra="allow")
@@ -304,7 +304,7 @@ class RunSummaryState(Schema):
     """State of gpt2_pl.callbacks.RunSummary."""
 
     epochs: list[_Epoch] | None = None
-    validated: _Scores | None = None
+    val_metrics: _Scores | None = None
     layers: list[Layer] | None = None
     seconds: Figure | None = None
     cpu_seconds: Figure | None = None
@@ -320,8 +320,8 @@ class PredictionWriterState(Schema):
     best: Score | None = None
 
 
-class FiniteLossState(Schema):
-    """State of gpt2_pl.callbacks.FiniteLoss."""
+class NonFiniteLossGuardState(Schema):
+    """State of gpt2_pl.callbacks.NonFiniteLossGuard."""
 
     skipped: Count
 
@@ -372,10 +372,10 @@ class WeightAveragingState(Schema):
 CALLBACKS: dict[str, type[Schema]] = {  # by class, what its state must be
     "RunSummary": RunSummaryState,
     "PredictionWriter": PredictionWriterState,
-    "FiniteLoss": FiniteLossState,
-    "Patience": EarlyStoppingState,
+    "NonFiniteLossGuard": NonFiniteLossGuardState,
+    "ResumableEarlyStopping": EarlyStoppingState,
     "EarlyStopping": EarlyStoppingState,
-    "RunCheckpoint": ModelCheckpointState,
+    "ResumableModelCheckpoint": ModelCheckpointState,
     "ModelCheckpoint": ModelCheckpointState,
     "StochasticWeightAveraging": StochasticWeightAveragingState,
     "WeightAveraging": WeightAveragingState,
@@ -447,7 +447,7 @@ class Checkpoint(Schema):
     hparams_name: Literal["kwargs"] | None = None
     base: BaseReference
     surgery: list[SurgerySettings] | None = None
-    wording: Wording | None = None
+    prompt_spec: PromptSpec | None = None
     epoch: Count | None = None
     global_step: Count | None = None
     callbacks: dict[Text, dict[str, Any]] | None = None

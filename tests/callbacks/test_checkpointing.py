@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT, metrics, weights
 from helpers.refusals import refused
 
-from gpt2_pl.callbacks import RunSummary, WholeCheckpoints
+from gpt2_pl.callbacks import AtomicCheckpointIO, RunSummary
 from gpt2_pl.tasks import SentimentClassifier
 
 QUICK = [
@@ -45,7 +45,11 @@ def test_it_goes_on_in_its_own_folder(run):
 
 def test_the_best_epoch_may_lie_before_the_stop(run):
     """The rate that follows the first epoch ruins the model: the best checkpoint is the first epoch's."""
-    ruin = ["--model.schedule=gpt2_pl.optim.Constant", "--trainer.max_epochs=3", "--model.optimizer.init_args.lr=0.3"]
+    ruin = [
+        "--model.schedule=gpt2_pl.optim.ConstantWithWarmup",
+        "--trainer.max_epochs=3",
+        "--model.optimizer.init_args.lr=0.3",
+    ]
     whole = run(*QUICK, *ruin, "--name=whole")
     half = run(*QUICK, *ruin, "--name=half", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=2")
     assert len(metrics(half)["epochs"]) == 2
@@ -82,7 +86,7 @@ def test_a_checkpoint_cannot_have_files_of_others_copied(stopped, run, tmp_path)
 
         def change(content, name=name):
             for key, state in content["callbacks"].items():
-                if key.startswith("RunCheckpoint"):
+                if key.startswith("ResumableModelCheckpoint"):
                     best = str(secret / "checkpoints" / name)
                     state.update(dirpath=str(secret / "checkpoints"), best_model_path=best, best_k_models={best: 1.0})
 
@@ -239,13 +243,13 @@ def test_steps_are_saved_besides_epochs(run, stop):
 
 def test_what_is_saved_when(run, monkeypatch):
     saved = []
-    save = WholeCheckpoints.save_checkpoint
+    save = AtomicCheckpointIO.save_checkpoint
 
     def note(self, checkpoint, path, *args, **kwargs):
         saved.append((checkpoint["global_step"], Path(path).name))
         save(self, checkpoint, path, *args, **kwargs)
 
-    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", note)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", note)
     several = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--checkpoint_every_n_steps=4"]
     run(*several)
     assert [step for step, name in saved if name == "last.ckpt"] == [4, 6, 8, 12]

@@ -76,7 +76,7 @@ CONTINUED = {
     "stopped, several rates": (
         [STOP],
         [
-            "--model.schedule={class_path: gpt2_pl.optim.Cosine, init_args: {warmup: 0.3}}",
+            "--model.schedule={class_path: gpt2_pl.optim.CosineWithWarmup, init_args: {warmup: 0.3}}",
             "--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR, init_args: {decay: 0.7}}]",
         ],
     ),
@@ -179,8 +179,11 @@ class Rates(Callback):
 @pytest.mark.parametrize(
     ("schedule", "factor"),
     [
-        ("Linear", lambda step, total: (step + 1) / 3 if step < 2 else 1 - (step - 2) / (total - 2)),
-        ("Cosine", lambda s, total: (s + 1) / 3 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / (total - 2))),
+        ("LinearWithWarmup", lambda step, total: (step + 1) / 3 if step < 2 else 1 - (step - 2) / (total - 2)),
+        (
+            "CosineWithWarmup",
+            lambda s, total: (s + 1) / 3 if s < 2 else 0.5 + 0.5 * math.cos(math.pi * (s - 2) / (total - 2)),
+        ),
     ],
 )
 def test_extended_run_uses_the_schedule_of_its_new_length(schedule, factor, stopped_at, run):
@@ -214,10 +217,10 @@ def test_run_without_a_length_trains_at_a_constant_rate(warmup, epochs, run):
 @pytest.mark.parametrize(
     ("schedule", "epochs"),
     [
-        ("gpt2_pl.optim.Linear", "-1"),
-        ("gpt2_pl.optim.Cosine", "null"),
+        ("gpt2_pl.optim.LinearWithWarmup", "-1"),
+        ("gpt2_pl.optim.CosineWithWarmup", "null"),
         ("gpt2_pl.optim.SlantedTriangular", "-1"),
-        ("{class_path: gpt2_pl.optim.Constant, init_args: {warmup: 0.1}}", "null"),
+        ("{class_path: gpt2_pl.optim.ConstantWithWarmup, init_args: {warmup: 0.1}}", "null"),
     ],
 )
 def test_schedule_over_a_run_without_a_length_is_refused(schedule, epochs, run, capsys):

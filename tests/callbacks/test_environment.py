@@ -12,7 +12,7 @@ SHAPE = {"vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head
 @pytest.fixture
 def kept(monkeypatch):
     calls = []
-    monkeypatch.setattr(environment, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(environment, "disable_malloc_trim", lambda: calls.append(1))
     return calls
 
 

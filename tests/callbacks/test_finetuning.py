@@ -12,7 +12,7 @@ from gpt2_pl.callbacks import DiscriminativeLR, GradualUnfreezing, Reproducibili
 from gpt2_pl.datamodules import ToySentiment
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2, Block
-from gpt2_pl.optim import Constant, Linear, parameter_groups
+from gpt2_pl.optim import ConstantWithWarmup, LinearWithWarmup, parameter_groups
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import SentimentClassifier
 from gpt2_pl.text.tokenizer import train_tokenizer
@@ -38,7 +38,10 @@ def toy_base(tmp_path_factory):
 def classifier(**options):
     seed_everything(0, verbose=False)
     options = options if "base" in options else {"config": SHAPE, **options}
-    make = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), "schedule": Constant()}
+    make = {
+        "optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1),
+        "schedule": ConstantWithWarmup(),
+    }
     return SentimentClassifier(num_classes=3, **{**make, **options})
 
 
@@ -57,11 +60,11 @@ def test_default_stages_of_gpt2_small():
 
 def test_stages_by_fractions_of_epochs():
     callback = GradualUnfreezing(epochs_per_stage=0.5)
-    callback._joins = [[], [], [], []]  # three stages, and what never joins
+    callback._params_by_stage = [[], [], [], []]  # three stages, and what never joins
     stages = [callback.stage_at(epoch, batch, 10) for epoch in range(3) for batch in range(10)]
     assert stages == [0] * 5 + [1] * 5 + [2] * 20
     callback = GradualUnfreezing(epochs_per_stage=0.1)
-    callback._joins = [[]] * 12
+    callback._params_by_stage = [[]] * 12
     assert [callback.stage_at(0, batch, 10) for batch in range(10)] == list(range(10))
 
 
@@ -111,7 +114,7 @@ def test_unfreezing_at_once_is_plain_training():
     finals = []
     for callbacks in ([], [GradualUnfreezing(stages=[["embeddings", "block.0-3", "ln_f", "head"]])],
                       [DiscriminativeLR(decay=1.0)]):  # fmt: skip
-        task = classifier(schedule=Linear(warmup=0.1))
+        task = classifier(schedule=LinearWithWarmup(warmup=0.1))
         trainer(max_epochs=1, callbacks=[*callbacks, Reproducibility()]).fit(task, data())
         finals.append(task.state_dict())
     for other in finals[1:]:
@@ -132,7 +135,7 @@ def rates(task, *callbacks, **settings):
 
 
 def test_rates_fall_from_layer_to_layer():
-    seen = rates(classifier(schedule=Linear()), DiscriminativeLR(decay=0.5, head_scale=3.0))
+    seen = rates(classifier(schedule=LinearWithWarmup()), DiscriminativeLR(decay=0.5, head_scale=3.0))
     expected = {"embeddings": 1 / 16, "block.0": 1 / 8, "block.1": 1 / 4, "block.2": 1 / 2, "block.3": 1, "head": 3}
     for layer, scale in {**expected, "ln_f": 1}.items():
         for name in (f"{layer}/no_decay", layer):
@@ -142,7 +145,7 @@ def test_rates_fall_from_layer_to_layer():
 
 
 def test_the_blocks_multiplier_applies_to_its_adapters(toy_base):
-    lora = LoRA(rank=2, targets=["c_attn"], b_lr_ratio=4.0)
+    lora = LoRA(rank=2, targets=["c_attn"], loraplus_lr_ratio=4.0)
     seen = rates(classifier(base=toy_base, surgery=[lora]), DiscriminativeLR(decay=0.5))
     first = {name: values[0] for name, values in seen.items()}
     expected = {"head": 1e-2, "head/no_decay": 1e-2}
@@ -152,7 +155,7 @@ def test_the_blocks_multiplier_applies_to_its_adapters(toy_base):
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(toy_base):
-    for surgery in ([], [LoRA()], [PrefixTuning(3, hidden=5), LoRA(b_lr_ratio=2.0)], [PromptTuning(3)]):
+    for surgery in ([], [LoRA()], [PrefixTuning(3, hidden=5), LoRA(loraplus_lr_ratio=2.0)], [PromptTuning(3)]):
         task = classifier(base=toy_base, surgery=surgery)
         task.configure_model()
         layers = task.layer_groups()
@@ -245,7 +248,7 @@ def test_a_step_costs_what_it_trains():
 def test_stages_in_which_nothing_would_train(toy_base):
     surgery = [LoRA(rank=2, targets=["c_attn"])]
     watch = Watch()
-    task = classifier(base=toy_base, surgery=surgery, head="verbalizer", words=["a", "b", "c"])
+    task = classifier(base=toy_base, surgery=surgery, head="verbalizer", label_words=["a", "b", "c"])
     trainer(max_epochs=2, callbacks=[GradualUnfreezing(blocks_per_stage=2), watch]).fit(task, data())
     assert {int(name.split(".")[2]) for name in watch.trains[0]} == {2, 3}  # the first stage had neither head nor ln_f
     assert {int(name.split(".")[2]) for name in watch.trains[-1]} == {0, 1, 2, 3}

@@ -138,6 +138,6 @@ def test_row_of_an_epoch_holds_its_best_number(mode, values, best):
     summary, module = RunSummary({}, []), SimpleNamespace(monitor="val/x", mode=mode)
     for value in values:
         summary._keep_better(module, {"val/x": value})
-    assert summary.validated == {"val/x": best}
+    assert summary.val_metrics == {"val/x": best}
     summary.epochs = [{"epoch": 1, "val/x": math.nan}, {"epoch": 2, "val/x": best}, {"epoch": 3}]
     assert summary.best_epoch(module)["epoch"] == 2

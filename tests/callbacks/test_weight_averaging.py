@@ -94,7 +94,7 @@ def test_ema_beside_a_frozen_base_resumes_and_scores(strategy, run, base, data_f
         "fit", "--config", CONFIGS / "task/imdb.yaml", "--config", CONFIGS / f"strategy/{strategy}.yaml",
         f"--model.base={base}", "--data.max_length=40", *data_flags, "--trainer.accelerator=cpu",
         "--trainer.max_epochs=2", "--trainer.precision=32-true", "--data.batch_size=32", EMA,
-        "--model.schedule={class_path: gpt2_pl.optim.Constant, init_args: {warmup: 0}}",
+        "--model.schedule={class_path: gpt2_pl.optim.ConstantWithWarmup, init_args: {warmup: 0}}",
     ]  # fmt: skip
     whole = run(*settings)
     resumed = run(*settings, last(run(*settings, "--trainer.max_steps=3")))

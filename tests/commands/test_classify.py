@@ -104,9 +104,9 @@ def test_bad_input_is_refused_before_anything_is_written(trained, run, capsys, b
     assert "runs below it are" in refused(run, capsys, tmp_path, "--input", bad, "--out", out)
     assert not out.exists()
 
-    run("classify", trained, "--input", bad, "--out", out, "--bad_rows", "skip")
+    run("classify", trained, "--input", bad, "--out", out, "--on_invalid_row", "skip")
     assert "300 rows; 1 rows that cannot be used are left out" in capsys.readouterr().out
-    run("classify", trained, "--input", stray, "--out", tmp_path / "stray_out.csv", "--bad_rows", "skip")
+    run("classify", trained, "--input", stray, "--out", tmp_path / "stray_out.csv", "--on_invalid_row", "skip")
     assert [row["row"] for row in table(tmp_path / "stray_out.csv")] == ["1", "3"]
 
     words = run("fit", "--config", CONFIG / "task/text.yaml", f"--model.base={base}", "--data.column=sentence",
@@ -166,11 +166,20 @@ def test_classify_row_without_tokens_is_named_or_left_out(trained, run, tmp_path
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "in.csv, row 2: the tokenizer gives no token for one of the texts 'zz', 'the film'" in line
     assert not (tmp_path / "out.csv").exists()
-    run(*classify, "--bad_rows", "skip")
+    run(*classify, "--on_invalid_row", "skip")
     assert capsys.readouterr().out.strip().endswith("2 rows; 2 rows that cannot be used are left out")
     assert [row["row"] for row in table(tmp_path / "out.csv")] == ["1", "3"]
     write(tmp_path / "in.csv", rows[1:2])
     with pytest.raises(SystemExit):
-        run("classify", trained, "--input", tmp_path / "in.csv", "--out", tmp_path / "none.csv", "--bad_rows", "skip")
+        run(
+            "classify",
+            trained,
+            "--input",
+            tmp_path / "in.csv",
+            "--out",
+            tmp_path / "none.csv",
+            "--on_invalid_row",
+            "skip",
+        )
     assert "has no rows that can be used" in capsys.readouterr().err
     assert not (tmp_path / "none.csv").exists()

@@ -15,7 +15,7 @@ from helpers.refusals import refused
 
 from gpt2_pl.callbacks import RunFolder
 from gpt2_pl.commands import main
-from gpt2_pl.commands.support.run_dir import RunLogger
+from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger
 from gpt2_pl.datamodules.synthetic import toy_reviews
 from gpt2_pl.text.tokenizer import load_tokenizer
 
@@ -140,16 +140,16 @@ def test_the_base_is_not_needed_to_test_or_predict(run, base, files, data_flags,
 
 def test_flag_over_file_over_checkpoint(run, tmp_path):
     quick = ["--config", CONFIGS / "quickstart.yaml", *TINY]
-    first = run("fit", *quick, "--model.label_smoothing=0.1", "--model.mix=0.2")
+    first = run("fit", *quick, "--model.label_smoothing=0.1", "--model.mean_weight=0.2")
     checkpoint = first / "checkpoints/last.ckpt"
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("model: {init_args: {mix: 0.3, label_smoothing: 0.2}}")
+    overlay.write_text("model: {init_args: {mean_weight: 0.3, label_smoothing: 0.2}}")
     second = run("validate", *quick[:-1], "--config", overlay, "--model.label_smoothing=0.3", "--ckpt_path", checkpoint)
     used = yaml.safe_load((second / "config.yaml").read_text())["model"]["init_args"]
-    assert (used["label_smoothing"], used["mix"]) == (0.3, 0.3)
+    assert (used["label_smoothing"], used["mean_weight"]) == (0.3, 0.3)
     third = run("validate", *quick[:-1], "--ckpt_path", checkpoint)
     used = yaml.safe_load((third / "config.yaml").read_text())["model"]["init_args"]
-    assert (used["label_smoothing"], used["mix"]) == (0.1, 0.2)
+    assert (used["label_smoothing"], used["mean_weight"]) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_early_stopping(run):
 
 
 def test_resuming_at_the_end_of_an_epoch(run):
-    quick = ["--config", CONFIGS / "quickstart.yaml", *TINY, "--model.schedule=gpt2_pl.optim.Constant"]
+    quick = ["--config", CONFIGS / "quickstart.yaml", *TINY, "--model.schedule=gpt2_pl.optim.ConstantWithWarmup"]
     whole = run("fit", *quick, "--trainer.max_epochs=2")
     half = run("fit", *quick)
     resumed = run("fit", *quick, "--trainer.max_epochs=2", "--ckpt_path", half / "checkpoints/last.ckpt")
@@ -269,7 +269,7 @@ def test_hparams_page_shows_every_task_with_its_final_scores(run, tmp_path):
 
 
 def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
-    loggers = [RunLogger(RunFolder(tmp_path, "run"), "run", tmp_path) for _ in range(2)]
+    loggers = [RunTensorBoardLogger(RunFolder(tmp_path, "run"), "run", tmp_path) for _ in range(2)]
     assert [logger.version for logger in loggers] == ["version_0"] * 2
     assert not list(tmp_path.iterdir())
     folders = [logger.experiment.log_dir for logger in loggers]
@@ -312,6 +312,6 @@ def test_what_nothing_has_trained_is_scored_with_a_word_of_it(run, base, data_fl
     settings = [f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64"]
     run("validate", *settings)
     assert "no ckpt_path is given: what is scored has not been trained" in capsys.readouterr().err
-    words = ["--model.head=verbalizer", "--model.words=[' bad', ' good']", "--model.word_ids=[5, 6]"]
+    words = ["--model.head=verbalizer", "--model.label_words=[' bad', ' good']", "--model.label_token_ids=[5, 6]"]
     run("validate", *settings, *words)
     assert "ckpt_path" not in capsys.readouterr().err

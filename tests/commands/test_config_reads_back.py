@@ -135,4 +135,4 @@ def test_optimizer_and_schedule_by_class_path_read_back(run):
     settings = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
     assert settings["optimizer"]["class_path"] == "torch.optim.SGD"
     assert settings["optimizer"]["init_args"]["momentum"] == 0.5
-    assert settings["schedule"] == {"class_path": "gpt2_pl.optim.Constant", "init_args": {"warmup": 0.0}}
+    assert settings["schedule"] == {"class_path": "gpt2_pl.optim.ConstantWithWarmup", "init_args": {"warmup": 0.0}}

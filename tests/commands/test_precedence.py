@@ -40,16 +40,17 @@ def prompt(length):
 VALUES = {
     "config": [{**SHAPE, "n_head": n} for n in (1, 2, 4)],
     "surgery": [prompt(2), prompt(3), prompt(4)],
-    "words": [[" a", " b"], [" c", " d"], [" e", " f"]],
-    "word_ids": [[1, 2], [3, 4], [5, 6]],
-    "schedule": [{"class_path": "gpt2_pl.optim.Linear", "init_args": {"warmup": w}} for w in (0.1, 0.2, 0.3)],
+    "label_words": [[" a", " b"], [" c", " d"], [" e", " f"]],
+    "label_token_ids": [[1, 2], [3, 4], [5, 6]],
+    "schedule": [{"class_path": "gpt2_pl.optim.LinearWithWarmup", "init_args": {"warmup": w}} for w in (0.1, 0.2, 0.3)],
     "optimizer": [{"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}} for lr in (1e-3, 2e-3, 3e-3)],
 }
 # What excludes one another: a model starts from a base or from a shape, and answers in words or by a linear head.
 EXCLUDED = {
-    "base": {"config": None, "words": None, "word_ids": None, "head": "linear"},
-    "config": {"base": None, "surgery": None, "words": None, "word_ids": None, "head": "linear", "train_base": True},
-    "words": {"config": None, "surgery": None, "pooling": "last", "n_masks": 1, "head_dropout": None,
+    "base": {"config": None, "label_words": None, "label_token_ids": None, "head": "linear"},
+    "config": {"base": None, "surgery": None, "label_words": None, "label_token_ids": None, "head": "linear",
+               "train_base": True},
+    "label_words": {"config": None, "surgery": None, "pooling": "last", "num_dropout_samples": 1, "head_dropout": None,
               "head": "verbalizer", "train_base": True},
 }  # fmt: skip
 
@@ -101,8 +102,8 @@ CASES = [
     *((task, "base") for task in TASKS),
     (SentimentClassifier, "config"),
     (PoemGenerator, "config"),
-    (SentimentClassifier, "words"),
-    (ParaphraseDetector, "words"),
+    (SentimentClassifier, "label_words"),
+    (ParaphraseDetector, "label_words"),
 ]
 
 
@@ -134,7 +135,7 @@ def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
         cli = build("fit", *(["--config", file] if stated else []), *typed, *data)
         found = used(cli)["model"]["init_args"]
         for name, source in sources.items():
-            if name == "word_ids" and source == 0:
+            if name == "label_token_ids" and source == 0:
                 continue  # a checkpoint's are looked up again
             if name in ("optimizer", "schedule"):
                 if source:
@@ -189,7 +190,7 @@ def test_files_and_flags_in_any_order_the_later_one_wins(build, tmp_path, capsys
 
 def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
     checkpoint = tmp_path / "some.ckpt"
-    stored = {"base": str(base), "config": None, "surgery": [], "mix": 0.2, "label_smoothing": 0.3}
+    stored = {"base": str(base), "config": None, "surgery": [], "mean_weight": 0.2, "label_smoothing": 0.3}
     torch.save(
         {
             "task": "gpt2_pl.tasks.SentimentClassifier",
@@ -202,12 +203,16 @@ def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
     )
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({
-        "model": {"class_path": "gpt2_pl.tasks.SentimentClassifier", "init_args": {"base": str(base), "mix": 0.4}},
+        "model": {"class_path": "gpt2_pl.tasks.SentimentClassifier",
+                  "init_args": {"base": str(base), "mean_weight": 0.4}},
         "data": {"class_path": "gpt2_pl.datamodules.IMDB"}, "ckpt_path": str(checkpoint),
     }))  # fmt: skip
     settings = used(build("fit", "--config", file))
     assert settings["ckpt_path"] == str(checkpoint)
-    assert (settings["model"]["init_args"]["mix"], settings["model"]["init_args"]["label_smoothing"]) == (0.4, 0.3)
+    assert (settings["model"]["init_args"]["mean_weight"], settings["model"]["init_args"]["label_smoothing"]) == (
+        0.4,
+        0.3,
+    )
 
 
 @pytest.mark.parametrize("variant", ["base", "config"])

@@ -15,7 +15,7 @@ from gpt2_pl import GPT2Config
 from gpt2_pl.datamodules import IMDB, SST5, TextClassification, ToySentiment
 from gpt2_pl.datamodules.batching import (
     EvaluationLoader,
-    TokenRows,
+    TokenDataset,
     TrainingLoader,
     evaluation_batches,
     padding_share,
@@ -104,7 +104,7 @@ def test_a_template_without_room(base):
 def token_rows(n, seed=0):
     lengths = np.random.default_rng(seed).integers(1, 60, n)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenRows(np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(n) % 5)
+    return TokenDataset(np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(n) % 5)
 
 
 def test_a_batch_is_its_rows_padded_on_the_right():

@@ -57,7 +57,7 @@ def test_a_packed_layer_computes_what_the_layer_does(dtype, shape, biased):
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("surgery", [None, {}, {"dora": True}], ids=["plain", "lora", "dora"])
+@pytest.mark.parametrize("surgery", [None, {}, {"use_dora": True}], ids=["plain", "lora", "dora"])
 @torch.no_grad()
 def test_a_packed_model_computes_what_the_model_does_and_is_as_before_afterwards(model, surgery):
     if surgery is not None:
@@ -110,7 +110,7 @@ def test_the_layers_come_back_when_generation_fails(model):
         raise KeyError("a processor's own")
 
     with pytest.raises(KeyError, match="own"):
-        generate(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=MIN_CALLS, processors=[fail])
+        generate(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=MIN_CALLS, logits_processors=[fail])
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
 
 
@@ -342,7 +342,7 @@ def test_where_it_does_not_pay_layers_are_pytorchs(kernels, why):
 @pytest.mark.parametrize("strategy", ["full", "lora", "dora", "checkpointed full", "checkpointed lora"])
 def test_a_model_trains_packed_as_it_does_otherwise(model, kernels, monkeypatch, strategy):
     if "full" not in strategy:
-        adapted(model, dora=strategy == "dora")
+        adapted(model, use_dora=strategy == "dora")
     model.config = replace(SHAPE, dropout=0.0)
     for module in model.train().modules():
         if hasattr(module, "dropout"):

@@ -155,8 +155,8 @@ def test_cache_key_covers_every_option(base, tmp_path, cache):
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     options = [{}, {"template": "It is {sentence}"}, {"labels": ["x", "0", "1"]}, {"labels": ["1", "0"]},
-               {"max_length": 3}, {"columns": {"sentence": "more"}}, {"quoting": False, "bad_rows": "skip"},
-               {"bad_rows": "skip"}, {"tokenizer": str(other)}]  # fmt: skip
+               {"max_length": 3}, {"columns": {"sentence": "more"}}, {"quoting": False, "on_invalid_row": "skip"},
+               {"on_invalid_row": "skip"}, {"tokenizer": str(other)}]  # fmt: skip
 
     def outcome(option):
         module = data(base, file, **option)
@@ -171,7 +171,7 @@ def test_cache_key_covers_every_option(base, tmp_path, cache):
         for old in cache.glob("*.arrow"):
             old.unlink()
         assert outcome(option) == found
-    assert len({repr(found) for found in together}) == len(options) - 1  # bad_rows: skip, where none is bad
+    assert len({repr(found) for found in together}) == len(options) - 1  # on_invalid_row: skip, where none is bad
 
 
 def test_file_that_grows_while_it_is_read_is_refused(base, tmp_path, cache):
@@ -301,10 +301,10 @@ def test_parquet_with_a_name_twice_or_broken_text_is_refused(base, tmp_path):
     pq.write_table(pa.table({"sentence": words, "label": pa.array([1, 1, 0])}), file)
     with pytest.raises(InputError, match=r"rows\.parquet, row 2 cannot be read: it is not UTF-8"):
         data(base, file).setup()
-    module = data(base, file, bad_rows="skip")
+    module = data(base, file, on_invalid_row="skip")
     with pytest.warns(match="1 of 3 rows are skipped: row 2 cannot be read: it is not UTF-8"):
         assert texts(module) == ["film", "plot"]
-    assert [module.number("test", i) for i in range(2)] == [1, 3]
+    assert [module.row_number("test", i) for i in range(2)] == [1, 3]
 
 
 def test_hub_split_is_read_by_type_as_files_are(base, monkeypatch):
@@ -322,7 +322,7 @@ def test_hub_split_is_read_by_type_as_files_are(base, monkeypatch):
     module.setup("test")
     assert [row["sentence"] for row in module.rows["test"]] == [row["sentence"] for row in rows]
     assert module.encoded["test"].labels.tolist() == [row["label"] for row in rows]
-    assert [module.number("test", i) for i in (0, 2499)] == [1, 2500]
+    assert [module.row_number("test", i) for i in (0, 2499)] == [1, 2500]
 
 
 # Time
@@ -523,5 +523,5 @@ def test_rows_are_encoded_as_one_by_one_whatever_the_batches(base, tmp_path, mon
     for i, pair in enumerate(pairs):
         (ids,) = module.template.encode([pair], module.tokenizer, 30)
         assert rows.values[rows.offsets[i] : rows.offsets[i + 1]].tolist() == ids
-        assert module.number("test", i) == i + 1
+        assert module.row_number("test", i) == i + 1
     assert np.array_equal(rows.labels, [pair["is_duplicate"] for pair in pairs])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics
 
-from gpt2_pl.metrics import Gathered
+from gpt2_pl.metrics import RowOutputs
 
 CONFIG = ROOT / "configs"
 POEM = "{0}\n\na day\na night\na star\nso bright\n\n"
@@ -21,7 +21,7 @@ def table(file):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_gathered_rows_keep_their_shape(n):
-    metric = Gathered("row", "probability", "one")
+    metric = RowOutputs("row", "probability", "one")
     expected = {"row": torch.arange(n), "probability": torch.rand(n, 3), "one": torch.rand(n, 1)}
     metric.update(**{name: values.flip(0) for name, values in expected.items()})
     found = metric.rows()

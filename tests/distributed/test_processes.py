@@ -160,7 +160,8 @@ def test_poems_and_unlikelihood_in_two_processes_equal_one(tmp_path, poem_flags)
         "fit", f"--config={ROOT}/configs/task/sonnets.yaml", f"--config={ROOT}/configs/strategy/unlikelihood.yaml",
         f"--model.base={tmp_path / 'base'}", *poem_flags, "--data.train_fraction=0.889", "--model.dropout=0.0",
         "--model.sequence_unlikelihood=0.5", "--model.sequence_prefix=20", "--model.sequence_length=20",
-        "--model.n_shown=1", "--model.max_new_tokens=30", "--trainer.max_epochs=2", "--trainer.precision=32-true",
+        "--model.num_val_samples=1", "--model.max_new_tokens=30", "--trainer.max_epochs=2",
+        "--trainer.precision=32-true",
         "--trainer.enable_progress_bar=false", "--model.optimizer.init_args.lr=1e-4",
     ]  # fmt: skip
     ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]

@@ -60,7 +60,7 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
         "sonnets": [
             *flags(dict.fromkeys(poem_files, poem_files["train"])),
             "--data.train_fraction=0.889",
-            "--model.n_shown=1",
+            "--model.num_val_samples=1",
             "--model.max_new_tokens=5",
         ],
         "text": [f"--data.{split}_file={files[split]}" for split in ("train", "val")]

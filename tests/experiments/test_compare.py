@@ -39,7 +39,7 @@ def test_groups_and_figures(runs):
     assert (full.label, lora.label) == ("full", "lora")
     scores = [json.loads((folder / "metrics.json").read_text())["scores"]["val/accuracy"] for folder in runs[:3]]
     assert lora.mean("val/accuracy") == pytest.approx(statistics.mean(scores))
-    assert lora.spread("val/accuracy") == pytest.approx(statistics.stdev(scores))
+    assert lora.std("val/accuracy") == pytest.approx(statistics.stdev(scores))
     assert lora.cost("examples_per_second") == 52.0
     assert lora.cost("seconds_to_best") == 60.0
     assert full.over_texts == {}
@@ -85,9 +85,9 @@ def test_guards_that_did_nothing_do_not_tell_groups_apart(runs):
         account = json.loads((folder / "metrics.json").read_text())
         (folder / "metrics.json").write_text(json.dumps({**account, "skipped_steps": skipped}))
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-        (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "bad_batches": "skip"}))
+        (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "on_non_finite_loss": "skip"}))
     (comparison,) = compare([Run.read(folder) for folder in runs])
-    labels = {group.label: [run.account["seed"] for run in group.runs] for group in comparison.groups}
+    labels = {group.label: [run.record["seed"] for run in group.runs] for group in comparison.groups}
     assert labels == {"full": [1, 2, 3], "lora (skipped_steps None)": [1, 2], "lora (skipped_steps 4)": [3]}
 
 
@@ -237,7 +237,7 @@ def test_poems_differ_in_perplexity(tmp_path):
             poem_run(tmp_path / f"{strategy}{seed}", strategy, seed, of_poem + more + generator.normal(0, 0.005, 12))
     (comparison,) = compare([Run.read(folder) for folder in sorted(tmp_path.iterdir())])
     full, lora, prefix = comparison.groups
-    assert comparison.decisive == "test/perplexity"
+    assert comparison.primary_metric == "test/perplexity"
     found = prefix.over_texts["test/perplexity"]
     assert found.mean == pytest.approx(prefix.mean("test/perplexity") - full.mean("test/perplexity"), rel=1e-6)
     assert 0 < found.low < found.mean < found.high

@@ -5,7 +5,13 @@ import pytest
 from torch import tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from gpt2_pl.experiments.inference import confusion_scores, interval, loss_scores, resampled, seed_noise
+from gpt2_pl.experiments.inference import (
+    confusion_scores,
+    loss_scores,
+    paired_bootstrap,
+    percentile_interval,
+    seed_noise,
+)
 
 
 def outcomes(generator, n):
@@ -24,8 +30,8 @@ def accuracy(sums):
 def difference(a, b, seed, n_resamples=500):
     """The interval of two models' difference in accuracy, from their outcomes (N,)."""
     rows = [[np.stack([model, np.ones_like(model)], 1)] for model in (a, b)]
-    draws = resampled(rows, accuracy, n_resamples, seed)[..., 0]
-    return interval((b - a).mean(), draws[:, 1] - draws[:, 0])
+    draws = paired_bootstrap(rows, accuracy, n_resamples, seed)[..., 0]
+    return percentile_interval((b - a).mean(), draws[:, 1] - draws[:, 0])
 
 
 def test_intervals_cover_a_known_difference():
@@ -55,10 +61,10 @@ def test_intervals_over_texts_and_seeds_cover_too(deviation):
             shares = 0.6 + deviation * generator.standard_normal(3)
             groups.append([np.clip(hard * 0.5 + generator.random(300) * 0.5, 0, 1) < share for share in shares])
         rows = [[np.stack([model, np.ones(300)], 1) for model in group] for group in groups]
-        of_texts = resampled(rows, accuracy, 300, seed=i)[..., 0]
+        of_texts = paired_bootstrap(rows, accuracy, 300, seed=i)[..., 0]
         scores = [np.array([[model.mean()] for model in group]) for group in groups]
         noise = np.sqrt(2 / 3) * seed_noise(scores, 300, seed=i)
-        found = interval(0.0, of_texts[:, 1] - of_texts[:, 0] + noise[:, 0])
+        found = percentile_interval(0.0, of_texts[:, 1] - of_texts[:, 0] + noise[:, 0])
         covered += found.low <= 0.0 <= found.high
     assert covered / draws >= 0.93
 
@@ -95,7 +101,7 @@ def test_resampled_scores_are_those_of_rows_drawn_one_by_one():
     generator = np.random.default_rng(4)
     label = generator.integers(0, 2, 60)
     models = [as_confusion(label, np.where(generator.random(60) < 0.7, label, 1 - label), 2) for _ in range(3)]
-    texts = resampled([models[:2], models[2:]], confusion_scores, n_resamples=50, seed=5)
+    texts = paired_bootstrap([models[:2], models[2:]], confusion_scores, n_resamples=50, seed=5)
     drawn = np.random.default_rng(5).integers(0, 60, (50, 60))
     for r, rows in enumerate(drawn):
         each = [confusion_scores(sum(model[row] for row in rows)) for model in models]
@@ -119,8 +125,8 @@ def test_intervals_of_macro_f1_cover_a_known_difference():
     covered, draws = 0, 1000
     for i in range(draws):
         rows = generator.integers(0, 400_000, 300)
-        texts = resampled([[a[rows]], [b[rows]]], confusion_scores, n_resamples=400, seed=i)
-        found = interval(0.0, texts[:, 1, 1] - texts[:, 0, 1])
+        texts = paired_bootstrap([[a[rows]], [b[rows]]], confusion_scores, n_resamples=400, seed=i)
+        found = percentile_interval(0.0, texts[:, 1, 1] - texts[:, 0, 1])
         covered += found.low <= true <= found.high
     assert 0.93 <= covered / draws <= 0.97
 
@@ -134,4 +140,4 @@ def test_perplexity_is_that_of_all_tokens():
 
 def test_resampling_refuses_models_of_other_rows():
     with pytest.raises(ValueError, match="same"):
-        resampled([[np.ones((3, 2))], [np.ones((2, 2))]], loss_scores)
+        paired_bootstrap([[np.ones((3, 2))], [np.ones((2, 2))]], loss_scores)

@@ -15,12 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.sweep.config import Plan
+from gpt2_pl.experiments.sweep.config import SweepConfig
 
 QUICK = "{data.n_train: 60, trainer.enable_progress_bar: false, trainer.precision: 32-true, trainer.max_epochs: 2}"
 FILE = f"""
 name: s
-set: {QUICK}
+overrides: {QUICK}
 seeds: [1, 2]
 tasks:
   toy:
@@ -56,20 +56,20 @@ def kill(process):
 
 
 def test_the_grid(file):
-    plan = Plan.read(
+    plan = SweepConfig.read(
         file(
             f"""
-set: {{trainer.max_epochs: 3}}
+overrides: {{trainer.max_epochs: 3}}
 seeds: [1, 2]
 strategies: [full]
 tasks:
   one:
     configs: [{ROOT}/configs/task/sst5.yaml]
-    set: {{data.train_file: '${{HOME}}/a.csv'}}
+    overrides: {{data.train_file: '${{HOME}}/a.csv'}}
     strategies:
       llrd+lora:
         configs: [{ROOT}/configs/strategy/llrd.yaml, {ROOT}/configs/strategy/lora.yaml]
-        set: {{trainer.max_epochs: 4}}
+        overrides: {{trainer.max_epochs: 4}}
         seeds: [7]
         grid: {{model.optimizer.init_args.lr: [1.0e-3, 2.0e-3], data.batch_size: [8]}}
 """.replace("strategies: [full]", f"strategies: {{full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}}}")
@@ -113,25 +113,28 @@ tasks:
             "tasks.toy.strategies.full.base is 'x'; the task's bases are none",
         ),
         (FILE.replace("full: {", "full: {grid: {a: 3}, "), "grid is {'a': 3}; it must give every key a list"),
-        (FILE.replace("full: {", "full: {set: {name: x}, "), "full.set.name is the sweep's own to say"),
+        (FILE.replace("full: {", "full: {overrides: {name: x}, "), "full.overrides.name is the sweep's own to say"),
         (FILE.replace("full: {", "full: {search: {space: {a: 3}}, "), "full.search.space.a is 3; it must be a list"),
         (FILE.replace("full: {", "full: {search: {space: {a: {low: 0, high: 1, log: true}}}, "), "space.a is"),
-        (FILE + "at_once: 0", "at_once is 0; it must be a whole number of at least 1"),
+        (FILE + "max_parallel: 0", "max_parallel is 0; it must be a whole number of at least 1"),
         (FILE + "slurm: yes", "slurm is True; it must be a mapping"),
         (FILE + "slurm: {tasks_per_node: 2}", "slurm.tasks_per_node is 2; a run of a sweep is one task on one node"),
         ("tasks: {}", "tasks is {}; it must name its parts"),
         (FILE.replace("full: {", "full: {grid: {seed_everything: [1]}, "), "grid.seed_everything is the sweep's own"),
         (FILE.replace("full: {", "full: {search: {space: {name: [a]}}, "), "space.name is the sweep's own to say"),
         (FILE.replace("full: {", "full: {search: {space: {a: {low: 1, high: 2, log: true, step: 1}}}, "), "space.a is"),
-        (FILE.replace("full: {", "full: {set: {3: 4}, "), "full.set: 3 is no key of a run"),
-        (FILE.replace("full: {", "full: {set: {'version=../../x': 4}, "), "'version=../../x' is no key of a run"),
-        (FILE.replace("full: {", "full: {set: {nam: ../x}, "), "'nam' is no key of a run"),
-        (FILE.replace("full: {", "full: {set: {trainer.default_root_dir: /x}, "), "root_dir is the sweep's own"),
-        (FILE.replace("full: {", "full: {set: {trainer: {default_root_dir: /x}}, "), "trainer is the sweep's own"),
-        (FILE.replace("full: {", "full: {set: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
-        (FILE.replace("full: {", "full: {set: {data.n_train: !!binary aaaa}, "), "set.data.n_train is"),
-        (FILE.replace("full: {", 'full: {set: {data.n_train: "\\ud800"}, '), "is not YAML"),
-        (FILE.replace("full: {", "full: {set: &a {data.n_train: *a}, "), "*a lies within what it stands for"),
+        (FILE.replace("full: {", "full: {overrides: {3: 4}, "), "full.overrides: 3 is no key of a run"),
+        (FILE.replace("full: {", "full: {overrides: {'version=../../x': 4}, "), "'version=../../x' is no key of a run"),
+        (FILE.replace("full: {", "full: {overrides: {nam: ../x}, "), "'nam' is no key of a run"),
+        (FILE.replace("full: {", "full: {overrides: {trainer.default_root_dir: /x}, "), "root_dir is the sweep's own"),
+        (
+            FILE.replace("full: {", "full: {overrides: {trainer: {default_root_dir: /x}}, "),
+            "trainer is the sweep's own",
+        ),
+        (FILE.replace("full: {", "full: {overrides: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
+        (FILE.replace("full: {", "full: {overrides: {data.n_train: !!binary aaaa}, "), "overrides.data.n_train is"),
+        (FILE.replace("full: {", 'full: {overrides: {data.n_train: "\\ud800"}, '), "is not YAML"),
+        (FILE.replace("full: {", "full: {overrides: &a {data.n_train: *a}, "), "*a lies within what it stands for"),
         (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
         (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
         (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),
@@ -158,7 +161,7 @@ tasks:
 def test_what_cannot_be_run(text, message, file):
     path = file(text)
     with pytest.raises(InputError) as error:
-        Plan.read(path)
+        SweepConfig.read(path)
     assert str(error.value).startswith(f"{path}")
     assert message in str(error.value)
 
@@ -166,7 +169,7 @@ def test_what_cannot_be_run(text, message, file):
 def test_cells_whose_folders_are_linked_are_refused(file, tmp_path, capsys):
     path = file(FILE + f"      lora: {{configs: [{ROOT}/configs/strategy/full.yaml]}}\n")
     (tmp_path / "lightning_logs/s/toy/full").mkdir(parents=True)
-    Plan.read(path)
+    SweepConfig.read(path)
     (tmp_path / "lightning_logs/s/toy/lora").symlink_to("full")
     with pytest.raises(SystemExit) as stop:
         main(["sweep", str(path)])
@@ -176,14 +179,14 @@ def test_cells_whose_folders_are_linked_are_refused(file, tmp_path, capsys):
 
 
 def test_bases_that_several_strategies_start_from_are_no_conflict(file):
-    text = FILE.replace("    strategies:\n", "    bases: {b: {configs: []}}\n    strategies:\n")
+    text = FILE.replace("    strategies:\n", "    pretrain: {b: {configs: []}}\n    strategies:\n")
     text = text.replace("full: {", "full: {base: b, ") + "      other: {base: b, configs: []}\n"
-    assert len(Plan.read(file(text)).arms) == 2
+    assert len(SweepConfig.read(file(text)).arms) == 2
     text = text.replace("{b: {configs: []}}", "{b: {configs: []}, B: {configs: []}}").replace(
         "other: {base: b", "other: {base: B"
     )
-    with pytest.raises(InputError, match=r"two runs have one folder, lightning_logs/s.bases/toy/b/seed_1 and "):
-        Plan.read(file(text))
+    with pytest.raises(InputError, match=r"two runs have one folder, lightning_logs/s.pretrain/toy/b/seed_1 and "):
+        SweepConfig.read(file(text))
 
 
 def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
@@ -222,7 +225,7 @@ def test_files_of_runs_that_are_broken(name, text, file, tmp_path, capsys):
 
 def test_it_runs_what_is_missing_and_then_nothing(file, tmp_path):
     file(FILE)
-    done = start(tmp_path, "--at_once=2")
+    done = start(tmp_path, "--max_parallel=2")
     out, error = done.communicate(timeout=200)
     assert done.returncode == 0, error
     assert out.count(": begins") == 2
@@ -266,14 +269,14 @@ def test_killed_at_any_moment_it_is_completed_and_nothing_runs_twice(file, tmp_p
         lambda: (runs[0] / "predictions_test.csv").is_file(),
     ]
     for moment in moments:
-        process = start(tmp_path, "--at_once=1")
+        process = start(tmp_path, "--max_parallel=1")
         wait_for(moment)
         kill(process)
-    process = start(tmp_path, "--at_once=1")
+    process = start(tmp_path, "--max_parallel=1")
     wait_for(lambda: (runs[1] / "checkpoints/last.ckpt").is_file() or metrics_of(runs[1]))
     os.kill(process.pid, signal.SIGKILL)  # its job lives on
     process.wait()
-    last = start(tmp_path, "--at_once=2")
+    last = start(tmp_path, "--max_parallel=2")
     out, error = last.communicate(timeout=300)
     assert last.returncode == 0, error
     assert "all runs are finished" in out
@@ -305,9 +308,9 @@ def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
 
 
 def test_a_run_that_fails_is_told_and_tried_again(file, tmp_path):
-    bad = "      bad: {configs: [], set: {data.nonsense: 1}, seeds: [1]}\n"
+    bad = "      bad: {configs: [], overrides: {data.nonsense: 1}, seeds: [1]}\n"
     file(FILE.replace("[1, 2]", "[1]") + bad)
-    process = start(tmp_path, "--at_once=2")
+    process = start(tmp_path, "--max_parallel=2")
     out, error = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "toy bad seed 1: failed" in out
@@ -325,42 +328,42 @@ def test_bases_are_made_first_and_once_a_seed(file, tmp_path, base):
     config = ROOT / "configs"
     file(f"""
 name: s
-set: {{model.base: {base}, {files}, trainer.enable_progress_bar: false, data.max_length: 24}}
+overrides: {{model.base: {base}, {files}, trainer.enable_progress_bar: false, data.max_length: 24}}
 seeds: [1]
 tasks:
   imdb:
     configs: [{config}/task/imdb.yaml]
-    bases:
-      adapted: {{configs: [{config}/task/text.yaml], set: {{data.column: sentence}}}}
+    pretrain:
+      adapted: {{configs: [{config}/task/text.yaml], overrides: {{data.column: sentence}}}}
     strategies:
       full: {{configs: [{config}/strategy/full.yaml]}}
       ulmfit: {{configs: [{config}/strategy/ulmfit.yaml], base: adapted}}
       llrd: {{configs: [{config}/strategy/llrd.yaml], base: adapted}}
 """)
-    process = start(tmp_path, "--at_once=2")
+    process = start(tmp_path, "--max_parallel=2")
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     logs = tmp_path / "lightning_logs"
-    made = metrics(logs / "s.bases/imdb/adapted/seed_1")
+    made = metrics(logs / "s.pretrain/imdb/adapted/seed_1")
     full, ulmfit, llrd = (metrics(logs / f"s/imdb/{name}/seed_1") for name in ("full", "ulmfit", "llrd"))
     assert ulmfit["base"]["digest"] == llrd["base"]["digest"] != full["base"]["digest"]
     assert ulmfit["base"]["origin"] == full["base"]["digest"] == made["base"]["digest"]
     assert ulmfit["base"]["seconds"] == made["seconds"]
     logs_of_jobs = [path.read_text() for path in (logs / "s.sweep/jobs").glob("*_log.out")]
-    assert sum(text.count("--name=s.bases/imdb/adapted") for text in logs_of_jobs) == 1
+    assert sum(text.count("--name=s.pretrain/imdb/adapted") for text in logs_of_jobs) == 1
 
 
 def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
     pytest.importorskip("optuna")
     search = "full: {search: {trials: 3, space: {model.optimizer.init_args.lr: [0.0, 3.0e-3]}}, "
     file(FILE.replace("full: {", search).replace("[1, 2]", "[5]").replace("60,", "400,"))
-    first = start(tmp_path, "--at_once=1")
+    first = start(tmp_path, "--max_parallel=1")
     journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
     deadline = time.monotonic() + 100
     while not list(journal.parent.glob("full/trial_1/metrics.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     kill(first)
-    process = start(tmp_path, "--at_once=2")
+    process = start(tmp_path, "--max_parallel=2")
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     trials = sorted((tmp_path / "lightning_logs/s.search/toy/full").iterdir())
@@ -385,7 +388,7 @@ def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
 @pytest.mark.parametrize("how", ["SIGTERM to the sweep", "Ctrl-C in its terminal"])
 def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
     file(FILE.replace("max_epochs: 2", "max_epochs: 2000"))
-    process = start(tmp_path, "--at_once=1")
+    process = start(tmp_path, "--max_parallel=1")
     folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
     wait_for(lambda: (folder / "checkpoints/last.ckpt").is_file())
     jobs = psutil.Process(process.pid).children(recursive=True)
@@ -406,17 +409,17 @@ def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
 def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
     """A trial without all of its settings, a torn last line, losses that are no numbers, a best that changes."""
     pytest.importorskip("optuna")
-    from gpt2_pl.experiments.sweep.search import Study
+    from gpt2_pl.experiments.sweep.search import HyperparameterSearch
 
     search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: {low: 0.001, high: 0.01}}}, "
     path = file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
-    begun = Study(Plan.read(path).arms[0])
+    begun = HyperparameterSearch(SweepConfig.read(path).arms[0])
     begun.study.ask()
     journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole[: len(whole) // 3].rpartition(b"\n")[0] + b'\n{"op')
     journal.write_bytes(whole + b'{"op')
-    search = Study(Plan.read(path).arms[0])
+    search = HyperparameterSearch(SweepConfig.read(path).arms[0])
     first, second = search.next(), search.next()
     assert [run.version for run in (first, second)] == ["trial_1", "trial_2"]
     assert all(any("lr=" in flag for flag in run.flags) for run in (first, second))
@@ -428,30 +431,30 @@ def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
         (run.folder / "metrics.json").write_text(json.dumps(account))
 
     score(first, float("nan"))
-    search.ended(first)
-    assert not search.settled
+    search.report_result(first)
+    assert not search.finished
     score(second, 0.5)
-    search.ended(second)
-    assert search.settled
+    search.report_result(second)
+    assert search.finished
     assert search.next() is None
     best = search.arm.found
     (run,) = search.arm.runs()
     score(run, 0.5)
     (run.folder / "sweep.json").write_text(json.dumps(run.record()))
-    more = Study(Plan.read(file(path.read_text().replace("trials: 2", "trials: 3"))).arms[0])
+    more = HyperparameterSearch(SweepConfig.read(file(path.read_text().replace("trials: 2", "trials: 3"))).arms[0])
     third, fourth = more.next(), more.next()  # of the trials that failed, one is made again
     assert {third.version, fourth.version} == {"trial_3", "trial_4"}
     score(third, 0.4)
-    more.ended(third)
+    more.report_result(third)
     score(fourth, 0.9)
     with pytest.raises(InputError, match="was run with other settings"):
-        more.ended(fourth)
+        more.report_result(fourth)
     assert more.arm.found != best
 
 
 def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_path):
     path = file(FILE)
-    run = Plan.read(path).arms[0].runs()[0]
+    run = SweepConfig.read(path).arms[0].runs()[0]
     run.folder.mkdir(parents=True)
     (run.folder / ".sweep.json.abc.part").write_text("{")
     run.check()
@@ -467,7 +470,7 @@ def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_pat
 
 def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
     """The script that submitit writes for sbatch; the cluster is a program that only notes it."""
-    from gpt2_pl.experiments.sweep.executor import make_launcher
+    from gpt2_pl.experiments.sweep.executor import make_executor
 
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -479,15 +482,15 @@ def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
         (tools / name).write_text(f"#!/bin/sh\n{code}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    plan = Plan.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
-    launcher = make_launcher(plan, None, main)
+    plan = SweepConfig.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
+    launcher = make_executor(plan, None, main)
     job = launcher.submit(plan.arms[0].runs()[0], 0)
     assert job.job_id == "7"
     script = (tmp_path / "script").read_text()
     for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=s"):
         assert f"#SBATCH {line}" in script
     with pytest.raises(InputError, match=r"slurm: .*nonsense"):
-        make_launcher(Plan.read(file(FILE + "slurm: {nonsense: 1}")), None, main)
+        make_executor(SweepConfig.read(file(FILE + "slurm: {nonsense: 1}")), None, main)
 
 
 def test_sweep_from_another_folder_says_from_where_its_files_count(run, capsys, tmp_path):

@@ -9,8 +9,8 @@ from conftest import ROOT, metrics
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, generate
-from gpt2_pl.heads import last_text_position
-from gpt2_pl.losses import cross_entropy, language_model_loss
+from gpt2_pl.heads import last_token_index
+from gpt2_pl.losses import cross_entropy, unlikelihood_cross_entropy
 from gpt2_pl.surgery import LoRA, PrefixTuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -51,7 +51,7 @@ def gradients(model, loss):
 def test_hidden_states_are_those_of_the_cpu(model, side, surgery):
     adapt(model, surgery)
     ids, mask = padded(side)
-    on_gpu, at = copy.deepcopy(model).cuda(), last_text_position(mask)
+    on_gpu, at = copy.deepcopy(model).cuda(), last_token_index(mask)
     with torch.no_grad():
         here, there = model(ids, mask), on_gpu(ids.cuda(), mask.cuda()).cpu()
         torch.testing.assert_close(there[mask.bool()], here[mask.bool()], atol=1e-4, rtol=1e-4)
@@ -85,17 +85,17 @@ def test_losses_are_those_of_the_cpu():
     hidden, weight = torch.randn(3, 40, 64, requires_grad=True), torch.randn(1003, 64, requires_grad=True)
     targets = torch.randint(1003, (3, 40))
     targets[1, 30:] = -100
-    here = language_model_loss(hidden, weight, targets, 0.5)
+    here = unlikelihood_cross_entropy(hidden, weight, targets, 0.5)
     expected = torch.autograd.grad(here[0], (hidden, weight))
     for chunk in (None, 7):
-        there = language_model_loss(hidden.cuda(), weight.cuda(), targets.cuda(), 0.5, chunk=chunk)
+        there = unlikelihood_cross_entropy(hidden.cuda(), weight.cuda(), targets.cuda(), 0.5, chunk=chunk)
         for a, b in zip(here, there, strict=True):
             torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(torch.autograd.grad(there[0], (hidden, weight)), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("surgery", [None, LoRA(rank=4), PrefixTuning(length=5)])
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"no_repeat_ngram": 2}])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"no_repeat_ngram_size": 2}])
 def test_what_is_generated_is_what_the_cpu_generates(model, settings, surgery):
     adapt(model, surgery)
     model.eval()

@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2_pl import GPT2Config
-from gpt2_pl.callbacks import FiniteLoss
+from gpt2_pl.callbacks import NonFiniteLossGuard
 from gpt2_pl.datamodules import IMDB, Sonnets, TextCorpus
-from gpt2_pl.losses import IGNORED
+from gpt2_pl.losses import IGNORE_INDEX
 from gpt2_pl.tasks import LanguageModel, PoemGenerator, SentimentClassifier, Task
-from gpt2_pl.tasks.fsdp import FullySharded
+from gpt2_pl.tasks.fsdp import FSDP2Strategy
 
 V = 400
 SHAPE = GPT2Config(vocab_size=V, n_positions=512, n_embd=24, n_layer=2, n_head=2, dropout=0.0)
@@ -128,7 +128,7 @@ def foreign(task: str, sizes: list[list[int]], rank: int, world: int) -> DataLoa
         if task == "classifier":
             batch["labels"] = torch.randint(2, (len(lengths),), generator=generator)
         else:
-            batch["targets"] = ids[:, 1:].masked_fill(mask == 0, IGNORED)
+            batch["targets"] = ids[:, 1:].masked_fill(mask == 0, IGNORE_INDEX)
         batches.append(batch)
     return DataLoader(batches[rank::world], batch_size=None)  # type: ignore[arg-type]
 
@@ -164,7 +164,7 @@ def fit(
     """
     warnings.filterwarnings("ignore")
     steps = Steps(poisoned or [])
-    others: list[Callback] = [steps, FiniteLoss("skip"), *(callbacks or [])]
+    others: list[Callback] = [steps, NonFiniteLossGuard("skip"), *(callbacks or [])]
     if isinstance(accumulate, dict):
         others.append(GradientAccumulationScheduler({int(epoch): n for epoch, n in accumulate.items()}))
     else:
@@ -174,7 +174,7 @@ def fit(
         del settings["precision"]
         settings.update(precision=None, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
     trainer = Trainer(**{
-        "accelerator": "cpu", "devices": world, "strategy": FullySharded() if strategy == "fsdp" else strategy,
+        "accelerator": "cpu", "devices": world, "strategy": FSDP2Strategy() if strategy == "fsdp" else strategy,
         "max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False,
         "precision": "32-true", "callbacks": others, **quiet, **settings,
     })  # fmt: skip
@@ -190,7 +190,7 @@ def fit(
 def joined(batches: list[Batch]) -> Batch:
     """One batch of the rows of all, padded on the right."""
     T = max(batch["input_ids"].size(1) for batch in batches)
-    filler = {"targets": IGNORED}
+    filler = {"targets": IGNORE_INDEX}
     return {
         key: torch.cat([
             F.pad(batch[key], (0, T - batch[key].size(1)), value=filler.get(key, 0)) if batch[key].dim() > 1
@@ -205,7 +205,7 @@ def token_unlikelihood(logits: Tensor, batch: Batch) -> Tensor:
     p, total = logits.softmax(-1), logits.new_zeros(())
     for i, (ids, targets) in enumerate(zip(batch["input_ids"].tolist(), batch["targets"].tolist(), strict=True)):
         for t, target in enumerate(targets):
-            if target != IGNORED:
+            if target != IGNORE_INDEX:
                 candidates = sorted(set(ids[: t + 1]) - {target})
                 total = total - (1.0 - p[i, t, candidates]).log().sum()
     return total
@@ -220,10 +220,10 @@ def one_batch(task: str, batches: list[Batch], options: dict[str, Any] | None = 
     if task == "classifier":
         F.cross_entropy(module(batch)[0], batch["labels"]).backward()
     else:
-        logits = module.core.logits(module.core(batch["input_ids"]))
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORED)
+        logits = module.backbone.logits(module.backbone(batch["input_ids"]))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE_INDEX)
         if alpha := (options or {}).get("unlikelihood"):
-            loss = loss + alpha * token_unlikelihood(logits, batch) / (batch["targets"] != IGNORED).sum()
+            loss = loss + alpha * token_unlikelihood(logits, batch) / (batch["targets"] != IGNORE_INDEX).sum()
         loss.backward()
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
@@ -266,7 +266,7 @@ def main(folder: Path) -> None:
                         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
                     )  # fmt: skip
-                    steps = fit(**case, world=2, rank=rank)
+                    steps = fit(**case, world_size=2, rank=rank)
                     torch.save((steps.gradients, steps.of), folder / f"{number}_{rank}.pt")
                     status = 0
                 except BaseException:

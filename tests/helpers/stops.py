@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 TINY = [
     "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--data.batch_size=16",
     "--model.config={vocab_size: 512, n_positions: 64, n_embd: 16, n_layer: 1, n_head: 2, dropout: 0.1}",
-    "--model.schedule={class_path: gpt2_pl.optim.Constant, init_args: {warmup: 0}}", "--trainer.max_epochs=2",
+    "--model.schedule={class_path: gpt2_pl.optim.ConstantWithWarmup, init_args: {warmup: 0}}", "--trainer.max_epochs=2",
     "--trainer.log_every_n_steps=1",
 ]  # fmt: skip  # six steps an epoch
 

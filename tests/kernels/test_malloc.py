@@ -13,8 +13,8 @@ from gpt2_pl.kernels import malloc
 
 CODE = """
 import resource, torch
-from gpt2_pl.kernels.malloc import keep_freed_memory
-keep_freed_memory()
+from gpt2_pl.kernels.malloc import disable_malloc_trim
+disable_malloc_trim()
 for _ in range(20):  # glibc needs a few before it finds the freed one again
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -53,6 +53,6 @@ def test_an_older_library_is_asked_for_less_and_never_for_half(refused, monkeypa
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library)
-    malloc.keep_freed_memory()
+    malloc.disable_malloc_trim()
     threshold = [value for value in (malloc.LARGEST, malloc.LARGEST_BEFORE) if value not in refused][:1]
     assert taken == ({malloc.M_MMAP_THRESHOLD: threshold[0], malloc.M_TRIM_THRESHOLD: -1} if threshold else {})

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2_pl.datamodules import IMDB, TextClassification, TextCorpus
-from gpt2_pl.datamodules.readers import label_of, read_file
+from gpt2_pl.datamodules.readers import parse_label, read_file
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 
@@ -297,10 +297,10 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
     file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": i % 2}) for i, text in enumerate(said)))
     with pytest.raises(InputError, match=r"rows\.jsonl, row 2: 'sentence' is 3; it must hold text"):
         IMDB(test_file=str(file), tokenizer=str(base)).setup()
-    data = IMDB(test_file=str(file), tokenizer=str(base), bad_rows="skip")
+    data = IMDB(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
     data.setup()
     assert [data.text("test", i) for i in range(3)] == ["fine", "0", "bad"]
-    assert [data.number("test", i) for i in range(3)] == [1, 3, 5]
+    assert [data.row_number("test", i) for i in range(3)] == [1, 3, 5]
     assert data.encoded["test"].labels.tolist() == [0, 0, 0]
     with pytest.raises(InputError, match="'sentence' is 3"):
         TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
@@ -313,11 +313,11 @@ def test_row_without_tokens_is_named_or_left_out(base, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("sentence,sentiment\nfine,1\nzzz,0\nbad,0\n")
     with pytest.raises(InputError, match=r"rows\.csv, row 2: the tokenizer gives no token for the text 'zzz'"):
-        IMDB(test_file=str(file), tokenizer=str(tmp_path), bad_rows="error").setup()
-    data = IMDB(test_file=str(file), tokenizer=str(tmp_path), bad_rows="skip")
+        IMDB(test_file=str(file), tokenizer=str(tmp_path), on_invalid_row="error").setup()
+    data = IMDB(test_file=str(file), tokenizer=str(tmp_path), on_invalid_row="skip")
     with pytest.warns(UserWarning, match=r"1 of 3 rows are skipped: row 2: the tokenizer gives no token"):
         data.setup()
-    assert [data.number("test", i) for i in range(2)] == [1, 3]
+    assert [data.row_number("test", i) for i in range(2)] == [1, 3]
     assert data.encoded["test"].labels.tolist() == [1, 0]
 
 
@@ -331,7 +331,7 @@ def test_a_label_is_a_class_or_refused_by_row(value):
     index = re.fullmatch(r"0*([01])(\.0+)?", text, flags=re.ASCII)
     expected = {"no": 0, "yes": 1}.get(text, None if index is None else int(index[1]))
     try:
-        assert label_of({"label": value}, "label", ["no", "yes"], "rows.csv", 7) == expected
+        assert parse_label({"label": value}, "label", ["no", "yes"], "rows.csv", 7) == expected
     except InputError as error:
         assert expected is None
         assert str(error).startswith("rows.csv, row 7: the label in 'label' is")
@@ -351,9 +351,9 @@ def test_names_that_are_numbers_are_no_indices(names, value, expected):
     names = names.split()
     if expected is None:
         with pytest.raises(InputError, match="row 1: the label in 'label' is"):
-            label_of({"label": value}, "label", names, "rows.csv", 1)
+            parse_label({"label": value}, "label", names, "rows.csv", 1)
     else:
-        assert label_of({"label": value}, "label", names, "rows.csv", 1) == expected
+        assert parse_label({"label": value}, "label", names, "rows.csv", 1) == expected
 
 
 @pytest.mark.parametrize("label", ["", "3", "-1", "1.5", "nan", "good", "1,", "0x1"])
@@ -369,7 +369,7 @@ def test_columns_that_are_not_there_or_serve_twice(base, tmp_path):
     file.write_text("a,b,label\nx,y,1\n")
     for columns, words in (({"a": "c"}, "no column 'c'"), ({"b": "a"}, "two fields of the template read one column")):
         data = TextClassification(
-            test_file=str(file), template="{a} {b}", columns=columns, tokenizer=str(base), bad_rows="skip"
+            test_file=str(file), template="{a} {b}", columns=columns, tokenizer=str(base), on_invalid_row="skip"
         )
         with pytest.raises(InputError, match=words):
             data.setup()

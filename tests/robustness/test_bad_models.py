@@ -19,7 +19,7 @@ from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.surgery import LoRA, PeftAdapter
 from gpt2_pl.surgery.peft_format import save
-from gpt2_pl.text.tokenizer import check_fits, load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
 CONFIG = ROOT / "configs"
 fuzz = settings(
@@ -250,7 +250,7 @@ def test_a_token_around_every_text_that_the_model_lacks(folder):
               "special_tokens": {"x": {"id": "x", "ids": [4000], "tokens": ["x"]}}}  # fmt: skip
     file.write_text(json.dumps({**settings, "post_processor": around}))
     with pytest.raises(InputError, match="gives a text the id 4000 and the base has vocab_size 400"):
-        check_fits(load_tokenizer(folder), 400, "the base", "data.tokenizer")
+        validate_vocab_size(load_tokenizer(folder), 400, "the base", "data.tokenizer")
 
 
 def larger(folder, token_id=450):
@@ -352,7 +352,7 @@ def prompts(tmp_path):
         (["--repetition_penalty=0"], "repetition_penalty"),
         (["--repetition_penalty=nan"], "repetition_penalty"),
         (["--repetition_penalty=1e-300"], "repetition_penalty"),
-        (["--no_repeat_ngram=-1"], "no_repeat_ngram"),
+        (["--no_repeat_ngram_size=-1"], "no_repeat_ngram_size"),
         (["--max_new_tokens=0"], "max_new_tokens"),
         (["--batch_size=0"], "batch_size"),
         (["--precision=fp64"], "precision"),
@@ -375,7 +375,7 @@ def test_flags_of_generate(flags, words, trained, prompts, run, capsys, tmp_path
         (["--batch_size=0"], "batch_size"),
         (["--batch_size=x"], "batch_size"),
         (["--quoting=maybe"], "quoting"),
-        (["--bad_rows=drop"], "bad_rows"),
+        (["--on_invalid_row=drop"], "on_invalid_row"),
         (["--precision=8"], "precision"),
         (["--inptu=x"], "inptu"),
         (["--base=nowhere"], "holds every weight"),

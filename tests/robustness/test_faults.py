@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from gpt2_pl.commands.lightning_cli import GPT2CLI
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.metrics import finite
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 
@@ -50,7 +50,7 @@ def test_killed_at_any_moment_and_gone_on(seed, arguments, tmp_path):
 
 def test_a_file_is_replaced_and_never_rewritten(tmp_path):
     for text in ("before", "after"):
-        with whole_file(tmp_path / "file") as file:
+        with atomic_write(tmp_path / "file") as file:
             file.write(text)
         if text == "before":
             os.link(tmp_path / "file", tmp_path / "reader")
@@ -215,7 +215,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monke
     assert "at epoch 2, step 15, rows " in line
     assert len(line.partition("rows ")[2].partition(";")[0].split(", ")) == 10
     assert "the last good checkpoint is lightning_logs/quickstart/version_0/checkpoints/last.ckpt" in line
-    assert "--bad_batches skip" in line
+    assert "--on_non_finite_loss skip" in line
     folder = Path("lightning_logs/quickstart/version_0")
     assert metrics(folder)["status"] == "failed"
     assert all(t.isfinite().all() for t in weights(folder / "checkpoints/last.ckpt").values() if t.is_floating_point())
@@ -225,7 +225,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monke
 def test_steps_of_such_losses_are_left_out_and_counted(value, run, monkeypatch):
     callback = Poison(14, value)
     poison(monkeypatch, callback)
-    folder = run("fit", *QUICK, "--bad_batches=skip")
+    folder = run("fit", *QUICK, "--on_non_finite_loss=skip")
     assert callback.unchanged
     account = metrics(folder)
     assert account["skipped_steps"] == 1

@@ -157,14 +157,14 @@ def test_whole_file_on_windows_waits_for_a_reader(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", refuse)
     monkeypatch.setattr(filesystem.time, "sleep", lambda seconds: None)
-    with pytest.raises(PermissionError), filesystem.whole_file(path) as file:
+    with pytest.raises(PermissionError), filesystem.atomic_write(path) as file:
         file.write("one")
     monkeypatch.setattr(filesystem, "_WINDOWS", True)
-    with filesystem.whole_file(path) as file:
+    with filesystem.atomic_write(path) as file:
         file.write("two")
     assert path.read_text(encoding="utf-8") == "two"
     refusals.extend([1] * 50)
-    with pytest.raises(PermissionError), filesystem.whole_file(path) as file:
+    with pytest.raises(PermissionError), filesystem.atomic_write(path) as file:
         file.write("three")
     assert [name.name for name in tmp_path.iterdir()] == ["file"]
     assert path.read_text(encoding="utf-8") == "two"

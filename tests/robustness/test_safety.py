@@ -198,7 +198,8 @@ def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files,
     "changes",
     [{"config": {"n_embd": "x"}}, {"config": {"n_head": 5}}, {"config": 3}, {"config": {"what": 1}}, {"dropout": "x"},
      {"surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"rank": "x"}}]}, {"num_classes": "x"},
-     {"surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"what": 1}}]}, {"pooling": 3}, {"words": 3}],
+     {"surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"what": 1}}]}, {"pooling": 3},
+     {"label_words": 3}],
     ids=str,
 )  # fmt: skip
 def test_hyperparameters_of_another_kind(changes, run, base, files, capsys, tmp_path):
@@ -219,7 +220,7 @@ for _ in range(200):
 EPOCHS = {"epochs": [{"epoch": 1, "val/accuracy": 0.5}]}
 BEST = {"best_model_path": "", "kth_best_model_path": "", "last_model_path": "", "best_k_models": {},
         "best_model_score": None, "kth_value": None, "dirpath": "/x"}  # fmt: skip
-OF_BEST = "RunCheckpoint{'monitor': 'val/accuracy'}"
+OF_BEST = "ResumableModelCheckpoint{'monitor': 'val/accuracy'}"
 WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "labels": ["a", "b"], "max_length": 9}
 
 
@@ -235,11 +236,13 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"state_dict": {3: torch.ones(1)}}, "a key of state_dict must be text, got 3"),
         ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "sparse_coo whose memory"),
         ({"base": {"path": 3}}, "base.path must be text, got 3"),
-        ({"wording": 3}, "wording must be keys and values, got 3"),
-        ({"wording": {**WORDING, "labels": ["a", 3]}}, "wording.labels[1] must be text, got 3"),
-        ({"wording": {**WORDING, "labels": ["a", "\ud800"]}}, "labels[1] must be text without halves"),
-        ({"wording": {**WORDING, "template": "\udfff{sentence}"}}, "wording.template must be text without halves"),
-        ({"wording": {**WORDING, "columns": {"sentence": [3]}}}, "wording.columns.sentence[0] must be text, got 3"),
+        ({"prompt_spec": 3}, "wording must be keys and values, got 3"),
+        ({"prompt_spec": {**WORDING, "labels": ["a", 3]}}, "prompt_spec.labels[1] must be text, got 3"),
+        ({"prompt_spec": {**WORDING, "labels": ["a", "\ud800"]}}, "labels[1] must be text without halves"),
+        ({"prompt_spec": {**WORDING, "template": "\udfff{sentence}"}},
+         "prompt_spec.template must be text without halves"),
+        ({"prompt_spec": {**WORDING, "columns": {"sentence": [3]}}},
+         "prompt_spec.columns.sentence[0] must be text, got 3"),
         ({"callbacks": {OF_BEST: {**BEST, "best_model_path": 3}}}, "best_model_path must be text, got 3"),
         ({"callbacks": {OF_BEST: {**BEST, "best_k_models": [1]}}}, "best_k_models must be keys and values, got [1]"),
         ({"callbacks": {OF_BEST: {**BEST, "kth_value": torch.ones(2)}}}, "kth_value must be a number, got a tensor"),
@@ -250,8 +253,9 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] must be keys and values, got 3"),
         ({"callbacks": {"RunSummary": {**EPOCHS, "seconds": "x"}}}, "seconds must be a number, got 'x'"),
         ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "PredictionWriter.best must be a number, got 'x'"),
-        ({"callbacks": {"FiniteLoss": {"skipped": "x"}}}, "FiniteLoss.skipped must be a whole number, got 'x'"),
-        ({"callbacks": {"Patience{'monitor'}": {"wait_count": 1}}}, "stopped_epoch is missing"),
+        ({"callbacks": {"NonFiniteLossGuard": {"skipped": "x"}}},
+         "NonFiniteLossGuard.skipped must be a whole number, got 'x'"),
+        ({"callbacks": {"ResumableEarlyStopping{'monitor'}": {"wait_count": 1}}}, "stopped_epoch is missing"),
         ({"loops": 3}, "loops must be keys and values, got 3"),
         ({"loops": {}}, "loops.fit_loop is missing"),
         ({"loops": {"fit_loop": 3}}, "loops.fit_loop must be keys and values, got 3"),
@@ -265,7 +269,8 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"pytorch-lightning_version": "1.9.5"}, "must be a version of Lightning from 2.0 on, got '1.9.5'"),
         ({"pytorch-lightning_version": "2.6 or so"}, "must be a version of Lightning from 2.0 on, got '2.6 or so'"),
         ({"base": {}, "hyper_parameters": {**STORED, "num_classes": 3}}, "num_classes must be at most 0, as the weigh"),
-        ({"hyper_parameters": {**STORED, "n_masks": 2.5}}, "hyper_parameters.n_masks must be a whole number, got 2.5"),
+        ({"hyper_parameters": {**STORED, "num_dropout_samples": 2.5}},
+         "hyper_parameters.num_dropout_samples must be a whole number, got 2.5"),
         ({"hyper_parameters": {**STORED, "pooling": "up"}}, "hyper_parameters.pooling must be 'last'"),
         ({"hyper_parameters": {**STORED, "config": {"n_layer": 10**9}}}, "config.n_layer must be at most 0"),
         ({"hyper_parameters": {**STORED, "config": {"n_layer": 10**30}}}, "config.n_layer must be below 2147483648"),

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError, RunError, describe_failure, is_full
-from gpt2_pl.filesystem import check_place, existing_file, room, whole_file
+from gpt2_pl.filesystem import atomic_write, require_file, require_writable, reraise_disk_full
 
 QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.precision=32-true",
          "--trainer.max_epochs=1"]  # fmt: skip
@@ -114,11 +114,11 @@ def test_describe_failure_of_a_fault_of_the_program_is_none(make):
 def test_room_names_the_file_that_was_written_and_leaves_errors_of_others_alone(tmp_path):
     path = tmp_path / "out"
     for number in (errno.ENOSPC, errno.EIO):
-        with pytest.raises(Exception, match=f"{path}"), room(path):
+        with pytest.raises(Exception, match=f"{path}"), reraise_disk_full(path):
             raise failure(number)
-    with pytest.raises(OSError, match="input"), room(path):  # of a file that was read meanwhile
+    with pytest.raises(OSError, match="input"), reraise_disk_full(path):  # of a file that was read meanwhile
         raise failure(errno.EIO, "input")
-    with pytest.raises(InputError, match="row 3"), room(path):
+    with pytest.raises(InputError, match="row 3"), reraise_disk_full(path):
         raise InputError("row 3 cannot be read") from failure(errno.EIO)
     assert is_full(failure(errno.ENOSPC))
     assert not is_full(failure(errno.EIO))
@@ -245,8 +245,8 @@ def test_check_place_of_a_path_through_a_dangling_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for path in (tmp_path / "link", tmp_path / "link/a/b"):
         with pytest.raises(InputError, match=f"out: {path} cannot be made: {tmp_path}/link is a link to"):
-            check_place(path, "out")
-    check_place(tmp_path / "a/b", "out")
+            require_writable(path, "out")
+    require_writable(tmp_path / "a/b", "out")
 
 
 def test_existing_file_that_cannot_be_looked_at_says_why(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_existing_file_that_cannot_be_looked_at_says_why(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "is_file", stale)
     with pytest.raises(InputError, match=f"input: a cannot be read: {os.strerror(errno.ESTALE)}"):
-        existing_file("a", "input")
+        require_file("a", "input")
 
 
 def test_whole_file_on_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_whole_file_on_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatc
     path.write_text("before")
     monkeypatch.setattr(Path, "replace", lambda part, target: (_ for _ in ()).throw(failure(errno.EIO)))
     said = "cannot be written: Input/output error; what was there before is as it was"
-    with pytest.raises(RunError, match=said), whole_file(path) as file:
+    with pytest.raises(RunError, match=said), atomic_write(path) as file:
         file.write("after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
 

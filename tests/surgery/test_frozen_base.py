@@ -65,7 +65,7 @@ def test_frozen_base_in_training_equals_peft_with_equal_masks(arm, base_drops, b
     monkeypatch.setattr("gpt2_pl.kernels.dropout._use_cpu_kernel", lambda x: False)  # PyTorch's masks, as peft's are
     surgery, config = ARMS[arm]
     task = built(LanguageModel, base=str(base), surgery=[surgery], frozen_base_dropout=base_drops)
-    ours, p = task.core, P if base_drops else 0.0
+    ours, p = task.backbone, P if base_drops else 0.0
     their_base = GPT2LMHeadModel.from_pretrained(
         base, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, attn_implementation="eager"
     )
@@ -91,17 +91,17 @@ def test_frozen_base_in_training_equals_peft_with_equal_masks(arm, base_drops, b
 def test_dropout_of_adapter_and_head_is_not_the_bases(base_drops, base):
     options = {"base": str(base), "num_classes": 2, "surgery": [LoRA(dropout=0.2)], "frozen_base_dropout": base_drops}
     task = built(SentimentClassifier, **options)
-    core = task.core
-    found = {core.dropout, *(block.dropout for block in core.h), *(block.attn.dropout for block in core.h)}
+    backbone = task.backbone
+    found = {backbone.dropout, *(block.dropout for block in backbone.h), *(block.attn.dropout for block in backbone.h)}
     assert found == {P if base_drops else 0.0}
-    assert core.config.dropout == task.config.dropout == task.head.dropout == P
-    assert {module.dropout for module in core.modules() if isinstance(module, LoRALinear)} == {0.2}
+    assert backbone.config.dropout == task.config.dropout == task.head.dropout == P
+    assert {module.dropout for module in backbone.modules() if isinstance(module, LoRALinear)} == {0.2}
     assert built(SentimentClassifier, head_dropout=0.1, **options).head.dropout == 0.1
 
 
 def test_a_base_that_trains_beside_a_prefix_keeps_its_dropout(base):
     task = built(LanguageModel, base=str(base), surgery=[PrefixTuning(3)], train_base=True)
-    assert {task.core.dropout, *(block.attn.dropout for block in task.core.h)} == {P}
+    assert {task.backbone.dropout, *(block.attn.dropout for block in task.backbone.h)} == {P}
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Biases(Surgery):
 
 def test_a_base_of_which_some_weights_train_keeps_its_dropout(base):
     task = built(LanguageModel, base=str(base), surgery=[Biases()])
-    assert {task.core.dropout, *(block.attn.dropout for block in task.core.h)} == {P}
+    assert {task.backbone.dropout, *(block.attn.dropout for block in task.backbone.h)} == {P}
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_setting_is_kept_by_config_checkpoint_and_resumed_run(fit, capsys):
     checkpoint = half / "checkpoints/last.ckpt"
     task = SentimentClassifier.load_from_checkpoint(checkpoint)
     task.configure_model()
-    assert (task.frozen_base_dropout, task.core.dropout) == (True, P)
+    assert (task.frozen_base_dropout, task.backbone.dropout) == (True, P)
     resume = ["--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"]
     line = refused(lambda: fit("lora", *resume, "--model.frozen_base_dropout=false"), capsys)
     assert "model.frozen_base_dropout is False; the run that goes on has True" in line
@@ -165,9 +165,9 @@ class DropoutOf(Callback):
     """What dropout the GPT-2 has at each step, and whether it is in training mode."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        core = pl_module.core
-        trains = any(p.requires_grad for name, p in core.named_parameters() if name in core.base_names)
-        seen.append((trains, core.dropout, core.h[0].attn.dropout, core.training))
+        backbone = pl_module.backbone
+        trains = any(p.requires_grad for name, p in backbone.named_parameters() if name in backbone.base_names)
+        seen.append((trains, backbone.dropout, backbone.h[0].attn.dropout, backbone.training))
 
 
 seen = []

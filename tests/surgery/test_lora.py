@@ -41,7 +41,7 @@ def stirred(model, seed=1):
 def test_nothing_changes_at_the_start(target, dora):
     model = gpt2()
     before = model(IDS)
-    LoRA(targets=[target], dora=dora).apply(model)
+    LoRA(targets=[target], use_dora=dora).apply(model)
     torch.testing.assert_close(model(IDS), before, atol=1e-6 if dora else 0, rtol=0)
 
 
@@ -58,10 +58,10 @@ def test_a_starts_uniform_and_b_at_zero():
 
 OPTIONS = [
     {"targets": ["c_attn"]},
-    {"targets": ["c_attn", "c_fc"], "rslora": True, "rank": 4},
+    {"targets": ["c_attn", "c_fc"], "use_rslora": True, "rank": 4},
     {"targets": ["c_proj", "mlp.c_proj", "c_fc"], "alpha": 3, "layers": "1-2"},
-    {"targets": ["c_attn", "mlp.c_proj"], "dora": True},
-    {"targets": ["c_fc"], "dora": True, "rslora": True, "layers": [0, 2]},
+    {"targets": ["c_attn", "mlp.c_proj"], "use_dora": True},
+    {"targets": ["c_fc"], "use_dora": True, "use_rslora": True, "layers": [0, 2]},
 ]
 
 
@@ -79,8 +79,8 @@ def test_equal_to_peft_forward_and_gradient(options, tmp_path):
         layers_to_transform=layers,
         layers_pattern="h" if layers else None,
         fan_in_fan_out=True,
-        use_rslora=options.get("rslora", False),
-        use_dora=options.get("dora", False),
+        use_rslora=options.get("use_rslora", False),
+        use_dora=options.get("use_dora", False),
     )
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path), config).eval()
     adapters = {name: module for name, module in ours.named_modules() if isinstance(module, LoRALinear)}
@@ -110,7 +110,7 @@ def test_the_thirds_of_c_attn_are_adapted_apart():
     module = model.h[1].attn.c_attn
     (A_q, A_v), (B_q, B_v) = module.lora_A.chunk(2), module.lora_B.chunk(2)
     expected = 8 * torch.cat((B_q @ A_q, torch.zeros(24, 24), B_v @ A_v))
-    torch.testing.assert_close(module.delta(), expected)
+    torch.testing.assert_close(module.delta_weight(), expected)
     x = torch.randn(5, 24)
     plain = torch.nn.functional.linear(x, module.weight + expected, module.bias)
     torch.testing.assert_close(module(x), plain, atol=1e-5, rtol=1e-5)
@@ -145,7 +145,7 @@ def test_gradients_and_frozen_weights():
 @pytest.mark.parametrize("dora", [False, True])
 def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
     targets = ["q", "v", "c_fc", *([] if dora else ["wte"])]
-    model = stirred(LoRA(targets=targets, dora=dora).apply(gpt2()))
+    model = stirred(LoRA(targets=targets, use_dora=dora).apply(gpt2()))
     unmerged, logits = model(IDS), model.logits(model(IDS))
     assert (unmerged - gpt2()(IDS)).abs().max() > 0.1
     adapted = copy.deepcopy(model.state_dict())
@@ -158,7 +158,7 @@ def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
     LoRA.unmerge(model)
     assert torch.equal(model(IDS), unmerged)
     assert all(torch.equal(value, adapted[name]) for name, value in model.state_dict().items())
-    other = LoRA(targets=targets, dora=dora).apply(gpt2(seed=9))
+    other = LoRA(targets=targets, use_dora=dora).apply(gpt2(seed=9))
     other.load_state_dict(adapted)
     assert torch.equal(other(IDS), unmerged)
 
@@ -218,7 +218,7 @@ def test_dropout_is_for_the_adapter_in_training_alone():
         ({"rank": 0}, "rank is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"alpha": 0}, "alpha is 0"),
-        ({"b_lr_ratio": -1}, "b_lr_ratio is -1"),
+        ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio is -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
@@ -242,10 +242,10 @@ def test_a_model_with_adapters_is_not_saved_as_a_base(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("thirds", [["q", "v"], ["k"], ["v", "q"]])
-def test_dora_on_thirds_leaves_the_others_as_they_are(thirds):
+@pytest.mark.parametrize("qkv_slices", [["q", "v"], ["k"], ["v", "q"]])
+def test_dora_on_thirds_leaves_the_others_as_they_are(qkv_slices):
     model = gpt2()
-    LoRA(targets=thirds, dora=True).apply(model)
+    LoRA(targets=qkv_slices, use_dora=True).apply(model)
     before = {i: block.attn.c_attn.merged()[0].detach().clone() for i, block in enumerate(model.h)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
@@ -255,8 +255,8 @@ def test_dora_on_thirds_leaves_the_others_as_they_are(thirds):
     for i, block in enumerate(model.h):
         after = block.attn.c_attn.merged()[0].detach().chunk(3)
         for name, was, now in zip("qkv", before[i].chunk(3), after, strict=True):
-            assert torch.equal(was, now) == (name not in thirds), (i, name)
-        assert block.attn.c_attn.lora_magnitude.numel() == len(thirds) * SHAPE.n_embd
+            assert torch.equal(was, now) == (name not in qkv_slices), (i, name)
+        assert block.attn.c_attn.lora_magnitude.numel() == len(qkv_slices) * SHAPE.n_embd
     merged = model(IDS)
     torch.testing.assert_close(LoRA.merge(model)(IDS), merged, atol=1e-5, rtol=0)
 
@@ -274,7 +274,7 @@ def test_a_refused_surgery_changes_nothing():
     [
         ({"targets": "c_attn"}, r"targets is 'c_attn'; write a list, such as \[c_attn\]"),
         ({"rank": 8.5}, "rank is 8.5"),
-        ({"targets": ["wte"], "dora": True}, "dora has no form for wte"),
+        ({"targets": ["wte"], "use_dora": True}, "dora has no form for wte"),
     ],
 )
 def test_settings_of_the_wrong_kind(options, message):

@@ -110,7 +110,7 @@ def built(base, surgery, cls=LanguageModel, **settings):
     task = cls(base=str(base), surgery=surgery, dropout=0.0, **settings)
     task.configure_model()
     for name, parameter in task.named_parameters():
-        if parameter.requires_grad and name.removeprefix("gpt2.") not in task.core.base_names:
+        if parameter.requires_grad and name.removeprefix("gpt2.") not in task.backbone.base_names:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     return task.eval()
 
@@ -152,13 +152,13 @@ def test_export_head_that_transformers_does_not_have_is_left_out_only_when_asked
     with pytest.raises(InputError, match=words):
         export_peft(task, tmp_path / "peft")
     with torch.no_grad():
-        expected = task.core(IDS)
+        expected = task.backbone(IDS)
     export_peft(task, tmp_path / "peft", backbone=True)
     again = built(base, [])
-    PeftAdapter(str(tmp_path / "peft")).apply(again.core)
+    PeftAdapter(str(tmp_path / "peft")).apply(again.backbone)
     export_hf(task, tmp_path / "hf", base, backbone=True)
     with torch.no_grad():
-        torch.testing.assert_close(again.core(IDS), expected)
+        torch.testing.assert_close(again.backbone(IDS), expected)
         theirs = GPT2Model.from_pretrained(tmp_path / "hf").eval()(IDS).last_hidden_state
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
 
@@ -207,11 +207,11 @@ def test_peft_adapter_on_a_layer_of_another_class_is_refused(base, tmp_path):
 def test_adapter_around_lora_is_merged_once_and_exported(base, tmp_path):
     task = built(base, [LoRA(rank=2, targets=["c_fc", "c_attn"]), IA3()])
     with torch.no_grad():
-        expected = task.core.logits(task.core(IDS))
-        state = {name: tensor.clone() for name, tensor in task.core.state_dict().items()}
-        torch.testing.assert_close(task.core.logits(merge(task.core)(IDS)), expected)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in unmerge(task.core).state_dict().items())
-        assert torch.equal(task.core.logits(task.core(IDS)), expected)
+        expected = task.backbone.logits(task.backbone(IDS))
+        state = {name: tensor.clone() for name, tensor in task.backbone.state_dict().items()}
+        torch.testing.assert_close(task.backbone.logits(merge(task.backbone)(IDS)), expected)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in unmerge(task.backbone).state_dict().items())
+        assert torch.equal(task.backbone.logits(task.backbone(IDS)), expected)
         export_hf(task, tmp_path, base)
         theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(IDS).logits
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
@@ -309,10 +309,10 @@ def test_readme_strategy_and_adapter_train_merge_and_combine(base, tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     mine = importlib.import_module("readme_mine")
     biases = built(base, [mine.BitFit()])
-    assert biases.trained_names == {name for name in biases.core.base_names if name.endswith("bias")}
+    assert biases.trained_names == {name for name in biases.backbone.base_names if name.endswith("bias")}
     task = built(base, [LoRA(rank=2), mine.IA3()])
     assert {name.rpartition(".")[2] for name in task.trained_names} == {"lora_A", "lora_B", "scale"}
     assert task.base_is_frozen
     with torch.no_grad():
-        expected = task.core(IDS)
-        torch.testing.assert_close(merge(task.core)(IDS), expected)
+        expected = task.backbone(IDS)
+        torch.testing.assert_close(merge(task.backbone)(IDS), expected)

@@ -16,7 +16,7 @@ from gpt2_pl.commands import main
 from gpt2_pl.datamodules import IMDB
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2
-from gpt2_pl.pretrained import digest
+from gpt2_pl.pretrained import weights_sha256
 from gpt2_pl.surgery import LoRA, PeftAdapter, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import SentimentClassifier
 from gpt2_pl.text.tokenizer import load_tokenizer
@@ -24,9 +24,9 @@ from gpt2_pl.text.tokenizer import load_tokenizer
 CONFIGS = ROOT / "configs"
 SURGERIES = {
     "lora": [LoRA(rank=3, targets=["q", "v", "c_fc"])],
-    "dora": [LoRA(rank=2, targets=["c_attn", "mlp.c_proj"], dora=True)],
-    "dora of thirds": [LoRA(rank=2, targets=["q", "v"], dora=True)],
-    "rslora": [LoRA(rank=4, rslora=True, targets=["c_proj"], layers=0), LoRA(rank=2, targets=["c_fc"])],
+    "dora": [LoRA(rank=2, targets=["c_attn", "mlp.c_proj"], use_dora=True)],
+    "dora of thirds": [LoRA(rank=2, targets=["q", "v"], use_dora=True)],
+    "rslora": [LoRA(rank=4, use_rslora=True, targets=["c_proj"], layers=0), LoRA(rank=2, targets=["c_fc"])],
     "embedding": [LoRA(rank=3, targets=["wte", "c_fc"], alpha=2)],
     "prefix": [PrefixTuning(4)],
     "network": [PrefixTuning(4, hidden=8)],
@@ -128,7 +128,7 @@ def test_a_frozen_base_is_not_saved_and_must_be_the_same(strategy, fit, run, bas
     assert metrics(again)["scores"]["test/loss"] == account["scores"]["test/loss"]
 
     task = SentimentClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
-    assert digest(GPT2.from_pretrained(base)) == account["base"]["digest"] == task.base_digest
+    assert weights_sha256(GPT2.from_pretrained(base)) == account["base"]["digest"] == task.base_digest
     data = IMDB(test_file=data_flags[-1].partition("=")[2], tokenizer=str(base), max_length=32)
     data.setup("test")
     losses = []
@@ -156,8 +156,8 @@ def test_a_trained_base_is_saved_whole(fit, base, tmp_path):
     moved = tmp_path / "moved"
     task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True)
     assert not moved.exists()
-    assert task.core.base_names <= {name.removeprefix("gpt2.") for name in task.state_dict()}
-    assert not torch.equal(task.core.wte.weight, GPT2.from_pretrained(base).wte.weight)
+    assert task.backbone.base_names <= {name.removeprefix("gpt2.") for name in task.state_dict()}
+    assert not torch.equal(task.backbone.wte.weight, GPT2.from_pretrained(base).wte.weight)
 
 
 def test_surgery_from_a_checkpoint_is_this_librarys_alone(fit, capsys, run, tmp_path):
@@ -173,7 +173,7 @@ def test_surgery_from_a_checkpoint_is_this_librarys_alone(fit, capsys, run, tmp_
 
 
 def test_resuming_adapters(fit, run):
-    flags = ["--model.schedule=gpt2_pl.optim.Constant", "--model.schedule.init_args.warmup=0"]
+    flags = ["--model.schedule=gpt2_pl.optim.ConstantWithWarmup", "--model.schedule.init_args.warmup=0"]
     whole = fit("lora", extra=[*flags, "--trainer.max_epochs=2"])
     half = fit("lora", extra=flags)
     resumed = fit("lora", extra=[*flags, "--trainer.max_epochs=2", "--ckpt_path", half / "checkpoints/last.ckpt"])
@@ -215,7 +215,7 @@ def test_peft_loads_what_we_export_and_we_load_it_back(name, base, tmp_path):
     task = trained(base, SURGERIES[name])
     ours = logits(task, IDS)
     assert task.head.linear.bias.abs().max() > 0.05
-    exchange.save(task.core, tmp_path / "peft", str(base), task.head)
+    exchange.save(task.backbone, tmp_path / "peft", str(base), task.head)
     plain = GPT2ForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
     for n in range(
@@ -228,23 +228,23 @@ def test_peft_loads_what_we_export_and_we_load_it_back(name, base, tmp_path):
     back = SentimentClassifier(base=str(base), num_classes=3, surgery=[PeftAdapter(str(tmp_path / "peft"))])
     back.configure_model()
     torch.testing.assert_close(logits(back.eval(), IDS), ours, atol=1e-5, rtol=1e-5)
-    assert {p.requires_grad for n, p in back.core.named_parameters() if n in back.core.base_names} == {False}
-    assert any(p.requires_grad for p in back.core.parameters())
+    assert {p.requires_grad for n, p in back.backbone.named_parameters() if n in back.backbone.base_names} == {False}
+    assert any(p.requires_grad for p in back.backbone.parameters())
 
 
 @pytest.mark.parametrize("name", SURGERIES)
 def test_language_models_are_exchanged_too(name, base, tmp_path):
     from gpt2_pl.surgery import peft_format as exchange
 
-    core = trained(base, SURGERIES[name]).core
+    backbone = trained(base, SURGERIES[name]).backbone
     if name == "embedding":  # theirs does not adapt the head that is tied to it
         with pytest.raises(InputError, match="tied to the adapted wte"):
-            exchange.save(core, tmp_path / "peft", str(base))
+            exchange.save(backbone, tmp_path / "peft", str(base))
         return
-    exchange.save(core, tmp_path / "peft", str(base))
+    exchange.save(backbone, tmp_path / "peft", str(base))
     theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "peft").eval()
     with torch.no_grad():
-        ours = core.logits(core(IDS))
+        ours = backbone.logits(backbone(IDS))
         torch.testing.assert_close(ours, theirs(IDS).logits[:, -9:], atol=1e-5, rtol=1e-5)
     back = PeftAdapter(str(tmp_path / "peft")).apply(GPT2.from_pretrained(base).eval())
     torch.testing.assert_close(back.logits(back(IDS)), ours, atol=1e-5, rtol=1e-5)
@@ -347,7 +347,7 @@ def test_the_two_stages_of_ulmfit(fit, run, base, files, data_flags):
     assert all(torch.equal(tensor, learned[name]) for name, tensor in start.state_dict().items())
     assert not torch.equal(start.h[1].mlp.c_fc.weight, GPT2.from_pretrained(base).h[1].mlp.c_fc.weight)
     stage2 = fit("ulmfit", extra=["--model.base", out])
-    assert metrics(stage2)["base"]["digest"] == digest(start)
+    assert metrics(stage2)["base"]["digest"] == weights_sha256(start)
     assert math.isfinite(metrics(stage2)["scores"]["val/loss"])
 
 

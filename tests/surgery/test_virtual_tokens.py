@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.heads import last_text_position, pool
+from gpt2_pl.heads import last_token_index, pool
 from gpt2_pl.kv_cache import KVCache
 from gpt2_pl.model import GPT2, GPT2Config, gather_positions
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
@@ -70,7 +70,7 @@ def test_positions_asked_for(model):
     torch.testing.assert_close(
         model(IDS, MASK, output_positions=at), gather_positions(model(IDS, MASK), at), atol=1e-5, rtol=1e-5
     )
-    at = last_text_position(MASK)
+    at = last_token_index(MASK)
     torch.testing.assert_close(
         model(IDS, output_positions=at)[::2], gather_positions(model(IDS), at)[::2], atol=1e-5, rtol=1e-5
     )

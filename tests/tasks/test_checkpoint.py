@@ -38,7 +38,7 @@ def fit(run, base, data_flags):
 
 @pytest.mark.parametrize(
     "other",
-    [{"targets": ["k", "v"]}, {"alpha": 64}, {"rslora": True}, {"layers": "1"}, {"dora": True}, {"rank": 4}],
+    [{"targets": ["k", "v"]}, {"alpha": 64}, {"use_rslora": True}, {"layers": "1"}, {"use_dora": True}, {"rank": 4}],
     ids=str,
 )
 def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, capsys, data_flags):
@@ -53,16 +53,16 @@ def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, caps
     )
     assert "model.surgery" in line or "does not fit" in line
     same = SentimentClassifier.load_from_checkpoint(
-        checkpoint, weights_only=True, surgery=[LoRA(targets=["q", "v"], dropout=0.3, b_lr_ratio=4)]
+        checkpoint, weights_only=True, surgery=[LoRA(targets=["q", "v"], dropout=0.3, loraplus_lr_ratio=4)]
     )
-    assert same.core.h[0].attn.c_attn.dropout == 0.3
+    assert same.backbone.h[0].attn.c_attn.dropout == 0.3
 
 
 def test_a_soft_prompt_from_words_and_a_base_that_trains_are_exported(fit, run, tmp_path):
     surgery = "--model.surgery=[{class_path: gpt2_pl.surgery.PromptTuning, init_args: {length: 3, init_text: a film}}]"
     folder = fit("full", extra=[surgery])
     checkpoint = folder / "checkpoints/best.ckpt"
-    assert SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True).core.n_virtual == 3
+    assert SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True).backbone.n_virtual == 3
     rows = tmp_path / "new.csv"
     rows.write_text("sentence\na fine film\n")
     run("classify", folder, "--input", rows, "--out", tmp_path / "said.csv")
@@ -94,7 +94,7 @@ def test_files_that_contradict_each_other(strategies, words, fit, capsys, tmp_pa
 
 def test_a_verbaliser_in_which_nothing_would_train(fit, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        fit("linear_probe", extra=["--model.head=verbalizer", "--model.words=[' a', ' b']"])
+        fit("linear_probe", extra=["--model.head=verbalizer", "--model.label_words=[' a', ' b']"])
     assert "nothing would train" in capsys.readouterr().err
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
@@ -165,7 +165,7 @@ def test_dora_and_an_adapted_embedding_are_not_one_peft_adapter(base, tmp_path):
     from gpt2_pl.surgery.peft_format import save
 
     model = GPT2.from_pretrained(base)
-    LoRA(targets=["c_fc"], dora=True).apply(model)
+    LoRA(targets=["c_fc"], use_dora=True).apply(model)
     LoRA(targets=["wte"]).apply(model)
     with pytest.raises(InputError, match="LoRA and DoRA"):
         save(model, tmp_path / "out", str(base), ClassificationHead(32, 2))
@@ -194,9 +194,9 @@ def test_the_base_trains_beside_a_prefix_where_that_is_asked_for(train_base, bas
     task = SentimentClassifier(base=str(base), num_classes=2, surgery=[PrefixTuning(3)], train_base=train_base)
     data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
     task.configure_model()
-    before = {name: p.detach().clone() for name, p in task.core.named_parameters()}
+    before = {name: p.detach().clone() for name, p in task.backbone.named_parameters()}
     trainer(max_steps=2, limit_val_batches=0).fit(task, data)
-    moved = {name for name, p in task.core.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in task.backbone.named_parameters() if not torch.equal(p, before[name])}
     assert moved == (set(before) if train_base else {"prefix.table"})
 
 
@@ -208,7 +208,7 @@ def test_any_strategy_starts_from_the_language_model_stages_weights(surgery, run
                 "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
                 "--model.optimizer.init_args.lr=1e-2")  # fmt: skip
     run("export", stage, "--format", "hf", "--out", tmp_path / "stage1")
-    first = LanguageModel.load_from_checkpoint(stage / "checkpoints/best.ckpt", weights_only=True).core.eval()
+    first = LanguageModel.load_from_checkpoint(stage / "checkpoints/best.ckpt", weights_only=True).backbone.eval()
     second = SentimentClassifier(base=str(tmp_path / "stage1"), num_classes=2, surgery=surgery)
     torch.manual_seed(0)
     second.configure_model()

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.datamodules import TextCorpus
-from gpt2_pl.datamodules.batching import PackedRows
+from gpt2_pl.datamodules.batching import PackedTokenDataset
 from gpt2_pl.errors import InputError
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.tasks import LanguageModel
@@ -84,7 +84,7 @@ def test_no_targets_are_no_loss():
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 31])
 def test_packing(n):
     tokens = np.arange(n, dtype=np.uint16)
-    rows = PackedRows(tokens, 8)
+    rows = PackedTokenDataset(tokens, 8)
     batch = rows.batch(np.arange(len(rows)))
     inputs, targets = [], []
     for ids, mask, target in zip(batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True):
@@ -101,7 +101,7 @@ def test_packing(n):
 )
 def test_packed_rows_with_a_stride_predict_every_token_once_with_context(n, context, stride):
     tokens = np.arange(100, 100 + n, dtype=np.uint16)
-    rows = PackedRows(tokens, context, stride)
+    rows = PackedTokenDataset(tokens, context, stride)
     batch = rows.batch(np.arange(len(rows)))
     predicted = []
     for i, (ids, mask, targets) in enumerate(
@@ -117,7 +117,7 @@ def test_packed_rows_with_a_stride_predict_every_token_once_with_context(n, cont
     assert predicted == list(range(101, 100 + n))
     assert rows.n_targets.sum() == n - 1
     if stride == context:
-        apart = PackedRows(tokens, context)
+        apart = PackedTokenDataset(tokens, context)
         expected = apart.batch(np.arange(len(apart)))
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 

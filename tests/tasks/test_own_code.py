@@ -89,7 +89,7 @@ def test_task_own_surgery_trains_saves_and_loads_what_requires_a_gradient(surger
     task, checkpoint, optimized = fitted(base, surgery, tmp_path, **settings)
     names = {name for name, _ in task.named_parameters()}
     if isinstance(surgery[0], Houlsby) and len(surgery) > 1:  # published biases that keep their names
-        published = {f"gpt2.{name}" for name in task.core.base_names}
+        published = {f"gpt2.{name}" for name in task.backbone.base_names}
         expected = {n for n in names if ".up." in n or ".down" in n or (n in published and n.endswith("bias"))} | HEAD
     else:
         expected = {name for name in names if trains(name)} | HEAD
@@ -100,10 +100,10 @@ def test_task_own_surgery_trains_saves_and_loads_what_requires_a_gradient(surger
     assert torch.equal(logits(again), logits(task))
     plain = SentimentClassifier(base=str(base))
     plain.configure_model()
-    for name, parameter in plain.core.named_parameters():
+    for name, parameter in plain.backbone.named_parameters():
         if f"gpt2.{name}" in names - expected:
-            assert torch.equal(parameter, task.core.get_parameter(name))
-    assert task.base_is_frozen == (not {f"gpt2.{name}" for name in task.core.base_names} & expected)
+            assert torch.equal(parameter, task.backbone.get_parameter(name))
+    assert task.base_is_frozen == (not {f"gpt2.{name}" for name in task.backbone.base_names} & expected)
 
 
 def test_task_complete_checkpoint_loads_without_the_base(base, tmp_path):
@@ -134,7 +134,7 @@ class Freeze(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
-            pl_module.core.requires_grad_(False)
+            pl_module.backbone.requires_grad_(False)
 
 
 def test_task_callback_that_freezes_changes_neither_checkpoint_nor_optimizer(base, tmp_path):
@@ -153,7 +153,7 @@ def test_task_surgery_that_freezes_all_is_a_probe(base, tmp_path):
             return model.requires_grad_(False)
 
     task = SentimentClassifier(base=str(base), surgery=[FreezeAll()], train_base=True)
-    assert task.is_probe
+    assert task.backbone_frozen
     assert task.base_is_frozen
     assert not task.trains_blocks
 
@@ -328,8 +328,8 @@ def test_commands_own_strategy_is_tested_and_exported(fit, run, mine, tmp_path, 
     surgery = f"--model.surgery+={{class_path: {mine}.BitFit, init_args: {{also: ln_1.weight}}}}"
     folder = fit(surgery, "--name=bitfit")
     task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/last.ckpt")
-    trained = {name for name, p in task.core.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in task.core.named_parameters() if n.endswith(("bias", "ln_1.weight"))}
+    trained = {name for name, p in task.backbone.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in task.backbone.named_parameters() if n.endswith(("bias", "ln_1.weight"))}
     assert metrics(folder)["parameters"]["trainable"] == sum(p.numel() for p in task.parameters() if p.requires_grad)
     forget(mine)
     best = folder / "checkpoints/best.ckpt"

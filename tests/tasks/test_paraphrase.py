@@ -69,7 +69,7 @@ def test_several_files_are_one_set_even_in_several_formats(base, pair_files, tmp
 
 def test_symmetric_pairs_are_trained_on_and_never_validated_on(base, pair_files):
     settings = {"train_file": str(pair_files["train"]), "tokenizer": str(base), "val_fraction": 0.2}
-    plain, both = QuoraPairs(**settings), QuoraPairs(**settings, symmetric=True)
+    plain, both = QuoraPairs(**settings), QuoraPairs(**settings, swap_pairs=True)
     plain.setup(), both.setup()
     turned = ["\n".join(reversed(text.strip().split("\n"))) + "\n" for text in texts(plain, "train")]
     assert texts(both, "train") == texts(plain, "train") + turned
@@ -110,14 +110,14 @@ def test_bad_rows_are_named_or_skipped_and_counted(content, message, base, tmp_p
     file.write_bytes((content if isinstance(content, bytes) else content.encode()) + b"d\te\t0\n")
     with pytest.raises(InputError, match=rf"pairs\.csv, {message}"):
         QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
-    data = QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip")
+    data = QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
     with pytest.warns(match=rf"pairs\.csv: 1 of 3 rows are skipped: {message}"):
         data.setup()
     assert len(data.encoded["test"]) == 2
     assert texts(data, "test")[1] == data.text("test", 1).replace(" | ", "\n") + "\n" == "d\ne\n"
     assert data.encoded["test"].labels.tolist() == [1, 0]
     assert data.description()["skipped"] == {str(file): 1}
-    again = QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip")  # from the cache
+    again = QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")  # from the cache
     with pytest.warns(match="1 of 3"):
         again.setup()
     assert again.skipped == data.skipped
@@ -127,7 +127,7 @@ def test_nothing_but_bad_rows(base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("sentence1\tsentence2\tis_duplicate\na\tb\t7\n")
     with pytest.warns(match="1 of 1"), pytest.raises(InputError, match="no rows that can be used"):
-        QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip").setup()
+        QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip").setup()
 
 
 def test_broken_json_lines_are_named(base, tmp_path):
@@ -264,15 +264,15 @@ def test_padding_side_and_batch_composition_change_no_prediction(pooling, surger
     task.eval()
     rows = data.encoded["test"]
     with torch.no_grad():
-        alone = torch.cat([task.probability(rows.batch(np.array([n]))) for n in range(len(rows))])
-        together = task.probability(rows.batch(np.arange(len(rows))[::-1].copy())).flip(0)
+        alone = torch.cat([task.predict_proba(rows.batch(np.array([n]))) for n in range(len(rows))])
+        together = task.predict_proba(rows.batch(np.arange(len(rows))[::-1].copy())).flip(0)
         batch = rows.batch(np.arange(len(rows)))
         length = batch["attention_mask"].sum(1)
         left = {
             key: torch.stack([pad(row[:n], (len(row) - n, 0)) for row, n in zip(batch[key], length, strict=True)])
             for key in ("input_ids", "attention_mask")
         }
-        on_the_left = task.probability(left)
+        on_the_left = task.predict_proba(left)
     assert alone[:, 1].std() > 0.001
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(on_the_left, alone, rtol=0, atol=1e-5)
@@ -318,9 +318,9 @@ def test_quotes_that_are_not_closed_are_named_and_never_swallow_rows(base, tmp_p
     rest = tmp_path / "rest.csv"
     rest.write_text(header + 'a\tb\t1\n"open\tb\t1\n' + "c\td\t0\n" * 50)
     for file in (stray, rest):
-        for bad_rows in ("error", "skip"):
+        for on_invalid_row in ("error", "skip"):
             with pytest.raises(InputError, match=rf"{file.name}, row 2: a double quote opens .* data\.quoting false"):
-                QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows=bad_rows).setup()
+                QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row=on_invalid_row).setup()
     data = QuoraPairs(test_file=str(stray), tokenizer=str(base), quoting=False)
     data.setup()
     assert data.text("test", 1) == '"Dune part one | b2'
@@ -338,11 +338,11 @@ def test_bad_json_lines_are_named_or_skipped(base, tmp_path):
         file.write_bytes(good.encode() + bad + b"\n" + good.replace('"a"', '"c"').encode())
         with pytest.raises(InputError, match=rf"pairs\.jsonl, row 2 cannot be read: .*{reason}"):
             QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
-        data = QuoraPairs(test_file=str(file), tokenizer=str(base), bad_rows="skip")
+        data = QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
         with pytest.warns(match="1 of 3 rows are skipped: row 2"):
             data.setup()
         assert [data.text("test", n) for n in (0, 1)] == ["a | b", "c | b"]
-        assert [data.number("test", n) for n in (0, 1)] == [1, 3]
+        assert [data.row_number("test", n) for n in (0, 1)] == [1, 3]
 
 
 def test_predictions_carry_the_numbers_of_the_file(run, base, pair_flags, tmp_path):
@@ -351,7 +351,7 @@ def test_predictions_carry_the_numbers_of_the_file(run, base, pair_flags, tmp_pa
     rows = tmp_path / "new.csv"
     rows.write_text("sentence1,sentence2\na,b\n,b\nc,d\ne,f,g\nh,i\n")
     predicted = run("predict", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt",
-                    f"--data.predict_file={rows}", "--data.bad_rows=skip")  # fmt: skip
+                    f"--data.predict_file={rows}", "--data.on_invalid_row=skip")  # fmt: skip
     with (predicted / "predictions_predict.csv").open(newline="") as file:
         assert [(row["row"], row["text"]) for row in csv.DictReader(file)] == [
             ("1", "a | b"), ("3", "c | d"), ("5", "h | i"),
@@ -363,7 +363,7 @@ def test_no_pair_is_validated_on_and_trained_on_the_other_way_round(base, tmp_pa
     pairs = [(f"question {i}", f"other {i}") for i in range(40)]
     lines = [f"{a},{b},1" for a, b in pairs] + [f"{b},{a},1" for a, b in pairs]
     file.write_text("\n".join(["sentence1,sentence2,is_duplicate", *lines]))
-    data = QuoraPairs(train_file=str(file), tokenizer=str(base), val_fraction=0.2, symmetric=True)
+    data = QuoraPairs(train_file=str(file), tokenizer=str(base), val_fraction=0.2, swap_pairs=True)
     data.setup()
     train, val = ({frozenset(text.strip().split("\n")) for text in texts(data, split)} for split in ("train", "val"))
     assert not train & val
@@ -375,17 +375,17 @@ def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("a,b,is_duplicate\n" + "".join(f"x{i},y{i},1\n" for i in range(10)))
     data = QuoraPairs(
-        train_file=str(file), val_file=str(file), tokenizer=str(base), template="{a} / {b}", symmetric=True
+        train_file=str(file), val_file=str(file), tokenizer=str(base), template="{a} / {b}", swap_pairs=True
     )
     data.setup()
     assert texts(data, "train")[10:] == [f"y{i} / x{i}" for i in range(10)]
     with pytest.raises(InputError, match=r"data\.symmetric swaps the two fields"):
-        QuoraPairs(train_file=str(file), template="{sentence1}", symmetric=True)
+        QuoraPairs(train_file=str(file), template="{sentence1}", swap_pairs=True)
 
 
 def test_a_verbaliser_has_no_dropout_of_its_own():
-    with pytest.raises(InputError, match=r"model\.n_masks and head_dropout are of the linear head"):
-        ParaphraseDetector(config=SHAPE, head="verbalizer", words=["a", "b"], n_masks=3)
+    with pytest.raises(InputError, match=r"model\.num_dropout_samples and head_dropout are of the linear head"):
+        ParaphraseDetector(config=SHAPE, head="verbalizer", label_words=["a", "b"], num_dropout_samples=3)
 
 
 def test_batches_of_other_loaders_have_their_rows_numbered():

@@ -22,7 +22,7 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.tasks import PoemGenerator
 from gpt2_pl.tasks.poetry import poem_scores
 from gpt2_pl.text import metrics as scores
-from gpt2_pl.text.poems import RHYMES, Poem, VerseGuide, lines_of, rhyme, rhyme_share
+from gpt2_pl.text.poems import RHYMES, LineLengthProcessor, Poem, rhyme, rhyme_share, split_lines
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt2_pl.utils.schema import check_metrics
 
@@ -146,7 +146,7 @@ def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
 
 def greedy(model, tokenizer, prompt, n, guide):
     """What continues a prompt, by full passes of transformers' model."""
-    ids, process = torch.tensor([prompt]), VerseGuide(tokenizer, 400) if guide else lambda logits, *_: logits
+    ids, process = torch.tensor([prompt]), LineLengthProcessor(tokenizer, 400) if guide else lambda logits, *_: logits
     for _ in range(n):
         with torch.no_grad():
             logits = process(model(ids).logits[:, -1], ids, torch.ones_like(ids))
@@ -211,12 +211,12 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
     run(*command, "--out", tmp_path / "b.txt")
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "b.txt").read_text()
     assert [p.lines[:3] for p in read_poems(str(tmp_path / "a.txt"), "f")] == [p.lines[:3] for p in true]
-    for given, guide in (([], True), (["--no_guide"], False)):
+    for given, guide in (([], True), (["--no_line_length_bias"], False)):
         out = tmp_path / f"guide_{guide}.txt"
         run(*command, "--out", out, "--temperature", "0", *given)
         prompts = [tokenizer.encode(p.opening(3)).ids for p in true]
         expected = [[*prompt, *greedy(reference, tokenizer, prompt, 40, guide)] for prompt in prompts]
-        texts = [lines_of(tokenizer.decode(ids, skip_special_tokens=False)) for ids in expected]
+        texts = [split_lines(tokenizer.decode(ids, skip_special_tokens=False)) for ids in expected]
         assert [p.lines for p in read_poems(str(out), "f")] == texts
     assert (tmp_path / "guide_True.txt").read_text() != (tmp_path / "guide_False.txt").read_text()
     lines = tmp_path / "lines.txt"
@@ -254,13 +254,15 @@ def test_poems_are_written_with_the_guide_or_without_it(guide, long_base, poem_f
     model.save_pretrained(tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     data = Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=600)
-    task = PoemGenerator(base=str(tmp_path), guide=guide, top_p=1e-6, max_new_tokens=60)  # so little is the likeliest
+    task = PoemGenerator(
+        base=str(tmp_path), line_length_bias=guide, top_p=1e-6, max_new_tokens=60
+    )  # so little is the likeliest
     tested, repeated = trainer(), []
     tested.test(task, data)
-    for poem, written in zip(data.poems["test"], task.written, strict=True):
+    for poem, written in zip(data.poems["test"], task.generated, strict=True):
         prompt = tokenizer.encode(poem.opening(3)).ids
         free, guided = (greedy(theirs, tokenizer, prompt, 60, kind) for kind in (False, True))
-        texts = [lines_of(tokenizer.decode([*prompt, *new], skip_special_tokens=False)) for new in (free, guided)]
+        texts = [split_lines(tokenizer.decode([*prompt, *new], skip_special_tokens=False)) for new in (free, guided)]
         assert texts[0] != texts[1]
         assert written.lines == texts[guide]
         grams = [tuple(free[i : i + 4]) for i in range(len(free) - 3)]
@@ -271,7 +273,7 @@ def test_poems_are_written_with_the_guide_or_without_it(guide, long_base, poem_f
 
 def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
     sonnets = ["fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
-               "--trainer.max_epochs=12", "--model.n_shown=0", "--model.optimizer.init_args.lr=5e-3",
+               "--trainer.max_epochs=12", "--model.num_val_samples=0", "--model.optimizer.init_args.lr=5e-3",
                "--early_stopping_patience=null", "--model.max_new_tokens=8", "--trainer.accelerator=cpu"]  # fmt: skip
     strategy = ["--config", CONFIG / "strategy/unlikelihood.yaml"]
     little, much = (

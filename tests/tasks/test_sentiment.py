@@ -164,9 +164,9 @@ def test_a_linear_probe_computes_its_features_once(base, files):
     "options",
     [
         {"pooling": "mean"},
-        {"pooling": "concat", "head_dropout": 0.3, "n_masks": 3, "average": "logits"},
-        {"pooling": "mix", "mix": 0.5, "label_smoothing": 0.1},
-        {"head": "verbalizer", "words": ["b", "l", "w"]},
+        {"pooling": "concat", "head_dropout": 0.3, "num_dropout_samples": 3, "average": "logits"},
+        {"pooling": "mix", "mean_weight": 0.5, "label_smoothing": 0.1},
+        {"head": "verbalizer", "label_words": ["b", "l", "w"]},
         {"activation_checkpointing": True},
         {"compile": True},
     ],
@@ -184,14 +184,15 @@ def test_options_train(options):
 @pytest.mark.parametrize("average", ["loss", "logits"])
 def test_the_loss_of_a_step_is_that_of_the_options(average):
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, dropout=0.0)
-    task = SentimentClassifier(config=config, num_classes=3, pooling="mix", mix=0.2, head_dropout=0.5, n_masks=4,
+    task = SentimentClassifier(config=config, num_classes=3, pooling="mix", mean_weight=0.2,
+                               head_dropout=0.5, num_dropout_samples=4,
                                average=average, label_smoothing=0.3)  # fmt: skip
     task.configure_model()
     task.head.linear.weight.data.mul_(20.0)
     lengths, labels = [9, 1, 4], torch.tensor([2, 0, 1])
     ids, mask = torch.randint(50, (3, 9)), (torch.arange(9) < torch.tensor(lengths).unsqueeze(1)).long()
     with torch.no_grad():
-        rows = [task.core(ids[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+        rows = [task.backbone(ids[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
     features, logits, losses = [], [], Losses()
     task.head.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
     task.head.register_forward_hook(lambda _, args, out: logits.append(out.detach()))
@@ -219,7 +220,7 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
     counts = {(i, j): 0 for i in range(3) for j in range(3)}
     with torch.no_grad():
         for batch in data.test_dataloader():
-            for label, said in zip(batch["labels"], task.eval().probability(batch).argmax(-1), strict=True):
+            for label, said in zip(batch["labels"], task.eval().predict_proba(batch).argmax(-1), strict=True):
                 counts[int(label), int(said)] += 1
     assert counts != {(j, i): n for (i, j), n in counts.items()}
     (axes, *_) = figures["test"].axes
@@ -235,7 +236,7 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
         ({"head_dropout": 1.0}, "model.head_dropout is 1.0"),
         ({"num_classes": 1}, "model.num_classes is 1"),
         ({"head": "verbalizer"}, "go together"),
-        ({"head": "verbalizer", "words": ["a"]}, "has 1 words"),
+        ({"head": "verbalizer", "label_words": ["a"]}, "has 1 words"),
         ({"base": "x"}, "got both"),
         ({"config": None}, "got neither"),
         ({"dropout": 1.5}, "model.dropout is 1.5"),
@@ -292,7 +293,7 @@ def test_gradients_go_after_a_step_and_not_before(accumulate, there):
 
 
 def test_words_of_several_tokens_are_refused():
-    task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", words=["a", "b", "quixotic"])
+    task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", label_words=["a", "b", "quixotic"])
     with pytest.raises(InputError, match=r"'quixotic' is \d tokens"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
 

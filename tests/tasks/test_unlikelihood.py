@@ -14,11 +14,11 @@ from transformers import GPT2LMHeadModel
 from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.datamodules import TextCorpus
 from gpt2_pl.losses import (
-    IGNORED,
+    IGNORE_INDEX,
     cross_entropy,
-    language_model_loss,
     repeated_ngrams,
-    repetition_loss,
+    sequence_unlikelihood_loss,
+    unlikelihood_cross_entropy,
     unlikelihood_loss,
 )
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
@@ -50,7 +50,7 @@ def random_rows(seed, B=3, T=11):
     rows = torch.randint(0, V, (B, T + 1), generator=generator)
     predicted = torch.ones(B, T, dtype=torch.bool)
     predicted[0, -3:], predicted[1, :2], predicted[2, 5] = False, False, False
-    return rows, predicted, rows[:, 1:].masked_fill(~predicted, IGNORED), generator
+    return rows, predicted, rows[:, 1:].masked_fill(~predicted, IGNORE_INDEX), generator
 
 
 def random_text(seed, B=3, T=11):
@@ -73,7 +73,7 @@ def test_it_equals_a_triple_loop(seed, settings):
     gradients = torch.autograd.grad(plain, (hidden, weight))
     for chunk in (1, 4, 100):
         rest = {key: value for key, value in settings.items() if key != "alpha"}
-        total, n, unlikelihood = language_model_loss(
+        total, n, unlikelihood = unlikelihood_cross_entropy(
             hidden, weight, targets, alpha, chunk=chunk, input_ids=inputs, **rest
         )
         assert (total / n).item() == pytest.approx(expected, rel=1e-10)
@@ -90,7 +90,7 @@ def test_virtual_tokens_are_never_seen_by_the_loss(surgery):
         change.apply(model)
     rows, predicted, targets, _ = random_rows(3)
     hidden = model(rows[:, :-1])
-    total, n, _ = language_model_loss(hidden, model.head_weight, targets, 1.0, input_ids=rows[:, :-1])
+    total, n, _ = unlikelihood_cross_entropy(hidden, model.head_weight, targets, 1.0, input_ids=rows[:, :-1])
     assert hidden.shape[:2] == targets.shape
     expected = brute_force(model.logits(hidden).double(), rows, predicted, 1.0)
     assert (total / n).item() == pytest.approx(expected, rel=1e-5)
@@ -103,9 +103,9 @@ def test_without_the_rows_the_candidates_are_the_earlier_targets(settings):
     nothing = V - 1
     targets = targets.where(targets != nothing, 0)
     logits = torch.randn(*targets.shape, V, generator=generator, dtype=torch.float64)
-    rows = torch.nn.functional.pad(targets.masked_fill(targets == IGNORED, nothing), (1, 0), value=nothing)
+    rows = torch.nn.functional.pad(targets.masked_fill(targets == IGNORE_INDEX, nothing), (1, 0), value=nothing)
     ignored = (*settings.get("ignore_token_ids", ()), nothing)
-    expected = brute_force(logits, rows, targets != IGNORED, 1.0, ignored, settings.get("window"))
+    expected = brute_force(logits, rows, targets != IGNORE_INDEX, 1.0, ignored, settings.get("window"))
     assert unlikelihood_loss(logits, targets, **settings).item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -127,12 +127,12 @@ def test_gradients_are_finite_differences():
     for row in (None, inputs):
         for loss in (
             lambda h, w, row=row: unlikelihood_loss(h @ w.T, targets, 0.7, input_ids=row),
-            lambda h, w, row=row: language_model_loss(h, w, targets, 0.7, chunk=5, input_ids=row)[0],
+            lambda h, w, row=row: unlikelihood_cross_entropy(h, w, targets, 0.7, chunk=5, input_ids=row)[0],
         ):
             assert torch.autograd.gradcheck(loss, (hidden, weight))
     text = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]] * 2)
     states = torch.randn(2, 10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: repetition_loss(h, w, text, n=3, chunk=7), (states, weight))
+    assert torch.autograd.gradcheck(lambda h, w: sequence_unlikelihood_loss(h, w, text, n=3, chunk=7), (states, weight))
 
 
 def test_compiled_losses_are_the_same():
@@ -140,8 +140,8 @@ def test_compiled_losses_are_the_same():
     hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     for loss in (
-        lambda compiled: language_model_loss(hidden, weight, targets, 0.7, chunk=4, compiled=compiled)[0],
-        lambda compiled: repetition_loss(hidden, weight, targets, n=2, chunk=4, compiled=compiled),
+        lambda compiled: unlikelihood_cross_entropy(hidden, weight, targets, 0.7, chunk=4, compiled=compiled)[0],
+        lambda compiled: sequence_unlikelihood_loss(hidden, weight, targets, n=2, chunk=4, compiled=compiled),
     ):
         eager, compiled = (torch.autograd.grad(loss(given), (hidden, weight)) for given in (False, True))
         torch.testing.assert_close(compiled, eager)
@@ -150,10 +150,11 @@ def test_compiled_losses_are_the_same():
 def test_without_weight_it_is_cross_entropy():
     targets, generator = random_text(1)
     logits = torch.randn(*targets.shape, V, generator=generator)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(unlikelihood_loss(logits, targets, alpha=0.0), expected)
     torch.testing.assert_close(
-        unlikelihood_loss(logits, targets.masked_fill(targets == IGNORED, -1), alpha=0.0, ignore_index=-1), expected
+        unlikelihood_loss(logits, targets.masked_fill(targets == IGNORE_INDEX, -1), alpha=0.0, ignore_index=-1),
+        expected,
     )
 
 
@@ -166,14 +167,14 @@ def test_a_certain_repetition_costs_what_the_clamp_allows():
     assert loss.item() == pytest.approx((100.0 - math.log(1e-5)) / 2, rel=1e-6)
     assert torch.autograd.grad(loss, logits)[0].isfinite().all()
     hidden = certain.detach().requires_grad_()
-    total, n, _ = language_model_loss(hidden, torch.eye(V, dtype=torch.float64), targets, 1.0)
+    total, n, _ = unlikelihood_cross_entropy(hidden, torch.eye(V, dtype=torch.float64), targets, 1.0)
     assert (total / n).item() == pytest.approx(loss.item(), rel=1e-6)
     assert torch.autograd.grad(total, hidden)[0].isfinite().all()
 
 
 def test_tokens_of_repeated_ngrams_are_marked():
     text = [1, 2, 3, 4, 9, 1, 2, 3, 4, 1, 2, 3, 4]
-    marked = repeated_ngrams(torch.tensor([text, [IGNORED] * 13, list(range(13))]), 4).tolist()
+    marked = repeated_ngrams(torch.tensor([text, [IGNORE_INDEX] * 13, list(range(13))]), 4).tolist()
     seen, expected = set(), [False] * len(text)
     for i in range(len(text) - 3):
         gram = tuple(text[i : i + 4])
@@ -188,13 +189,13 @@ def test_tokens_of_repeated_ngrams_are_marked():
 def test_repetition_loss_is_over_all_tokens():
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 8, 4), torch.randn(V, 4)
-    targets = torch.tensor([[5, 6, 5, 6, 5, 6, 1, 2], [IGNORED, IGNORED, 1, 1, 1, 1, 1, 3]])
+    targets = torch.tensor([[5, 6, 5, 6, 5, 6, 1, 2], [IGNORE_INDEX, IGNORE_INDEX, 1, 1, 1, 1, 1, 3]])
     marks, p = repeated_ngrams(targets, 2), (hidden @ weight.T).softmax(-1)
     expected = sum(
         -math.log(1 - p[b, t, targets[b, t]].item()) for b in range(2) for t in range(8) if marks[b, t]
-    ) / int((targets != IGNORED).sum())
+    ) / int((targets != IGNORE_INDEX).sum())
     assert marks.sum() > 4
-    assert repetition_loss(hidden, weight, targets, n=2, chunk=3).item() == pytest.approx(expected, rel=1e-5)
+    assert sequence_unlikelihood_loss(hidden, weight, targets, n=2, chunk=3).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -207,7 +208,7 @@ def test_low_precision_is_not_lost(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.testing.assert_close(part(logits), expected, rtol=1e-3, atol=1e-4)
     assert expected > 0.05
-    assert unlikelihood_loss(logits, torch.full((4, 64), IGNORED)) == 0.0
+    assert unlikelihood_loss(logits, torch.full((4, 64), IGNORE_INDEX)) == 0.0
 
 
 class Largest(TorchDispatchMode):
@@ -230,8 +231,11 @@ def test_no_tensor_is_larger_than_a_chunks_logits():
     targets = torch.randint(entries, (B, T))
     logits = torch.randn(B, T, entries, requires_grad=True)
     for loss, most in (
-        (lambda: language_model_loss(hidden, weight, targets, 1.0, (3,), 9, chunk=chunk)[0], 2 * chunk * entries),
-        (lambda: repetition_loss(hidden, weight, targets, chunk=chunk), 2 * chunk * entries),
+        (
+            lambda: unlikelihood_cross_entropy(hidden, weight, targets, 1.0, (3,), 9, chunk=chunk)[0],
+            2 * chunk * entries,
+        ),
+        (lambda: sequence_unlikelihood_loss(hidden, weight, targets, chunk=chunk), 2 * chunk * entries),
         (lambda: unlikelihood_loss(logits, targets, 1.0, (3,), 9), B * T * entries),
     ):
         with Largest() as largest:
@@ -270,8 +274,8 @@ def test_a_step_of_sequence_unlikelihood_is_a_loop_over_the_greedy_continuation(
             parameter.mul_(4.0)
         for prompt, n in zip(ids, mask.sum(1).tolist(), strict=True):
             length = min(asked, n)
-            text = decoded(task.core.eval(), prompt[None, :length], 25)
-            row, p = text[0].tolist(), task.core.logits(task.core(text))[0].softmax(-1).tolist()
+            text = decoded(task.backbone.eval(), prompt[None, :length], 25)
+            row, p = text[0].tolist(), task.backbone.logits(task.backbone(text))[0].softmax(-1).tolist()
             seen, repeated = set(), set()
             for i in range(length, len(row) - 3):
                 gram = tuple(row[i : i + 4])
@@ -298,7 +302,7 @@ def test_a_step_of_token_unlikelihood_is_a_triple_loop(settings, base, files):
     ignored = [i for i in range(tokenizer.get_vocab_size()) if tokenizer.decode([i]).strip(" ") in words]
     assert len(ignored) >= len(words)
     inputs, targets = step.batch["input_ids"], step.batch["targets"]
-    predicted = targets != IGNORED
+    predicted = targets != IGNORE_INDEX
     rows = torch.cat([inputs[:, :1], targets.where(predicted, 0)], dim=1)
     expected = brute_force(logits, rows, predicted, 2.5, ignored, settings.get("unlikelihood_window"))
     assert expected < brute_force(logits, rows, predicted, 2.5) - 0.01

@@ -14,7 +14,7 @@ from gpt2_pl.commands.support.plugins import CLASS_MODULES, add_working_folder, 
 from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.run import RUNS
-from gpt2_pl.filesystem import existing_file
+from gpt2_pl.filesystem import require_file
 from gpt2_pl.surgery import build
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.checkpoint import read
@@ -147,7 +147,7 @@ class CommandLine:
             return None
         if not isinstance(path, str):
             raise InputError(f"ckpt_path must be the name of a file, got {path!r}")
-        existing_file(path, "ckpt_path")
+        require_file(path, "ckpt_path")
         return path
 
     def import_classes(self) -> None:
@@ -229,7 +229,7 @@ def _lost(earlier: Source, later: Source) -> list[tuple[str, Any, Any]]:
     return lost
 
 
-def refuse_contradictions(line: CommandLine) -> None:
+def validate_strategy_combination(line: CommandLine) -> None:
     """Refuse two files of which one trains the base, or operates on it, and the other leaves it as it is."""
     trains: dict[bool, str] = {}
     surgery = None
@@ -264,7 +264,7 @@ def check_name(name: str, key: str = "name") -> None:
         raise InputError(f"{key} is {name[:50]!r} and longer; a folder's name has at most 200 bytes")
 
 
-LEAST = {
+MIN_VALUES = {
     "checkpoint_every_n_steps": 1,
     "early_stopping_patience": 1,
     "trainer.accumulate_grad_batches": 1,
@@ -280,7 +280,7 @@ def check_ranges(config: Any) -> None:
     Raises:
         InputError: naming the key and its value.
     """
-    for key, least in LEAST.items():
+    for key, least in MIN_VALUES.items():
         if (value := config.get(key)) is not None and value < least:
             raise InputError(f"{key} is {value}; it must be at least {least}")
     interval = config.trainer.val_check_interval
@@ -319,7 +319,7 @@ def check_shape(file: str, settings: Any, key: str = "") -> None:
         check_shape(file, value, f"{key}.{name}".removeprefix("."))
 
 
-def run_of(checkpoint: Path, root: Path) -> Path | None:
+def run_to_resume(checkpoint: Path, root: Path) -> Path | None:
     """The folder, below ``root``, of the run that a last checkpoint is to go on; None of any other checkpoint."""
     run = checkpoint.expanduser().resolve().parents[1]
     if checkpoint.name != "last.ckpt" or not (run / "config.yaml").is_file() or not run.is_relative_to(root.resolve()):
@@ -330,9 +330,9 @@ def run_of(checkpoint: Path, root: Path) -> Path | None:
 # What may be otherwise when a run goes on: where files lie, how things are computed, what is written and decided.
 _FREE = {
     *("base", "config", "tokenizer", "compile", "activation_checkpointing", "batch_size", "eval_batch_size"),
-    *("n_shown", "temperature", "top_p", "guide", "max_new_tokens", "threshold"),
+    *("num_val_samples", "temperature", "top_p", "line_length_bias", "max_new_tokens", "threshold"),
 }
-_FREE_OF_SURGERY = {"folder", "dropout", "b_lr_ratio", "init_text"}
+_FREE_OF_SURGERY = {"folder", "dropout", "loraplus_lr_ratio", "init_text"}
 _STRATEGIES = ("gpt2_pl.callbacks.DiscriminativeLR", "gpt2_pl.callbacks.GradualUnfreezing")
 
 
@@ -383,7 +383,7 @@ def with_hyperparameters(line: CommandLine, checkpoint: str) -> list[str]:
     content = read(checkpoint, "ckpt_path", Task)
     stored = dict(content["hyper_parameters"])
     stored.pop("num_classes", None)  # the data's to say
-    stored.pop("word_ids", None)
+    stored.pop("label_token_ids", None)
     for key, other in (("base", "config"), ("config", "base")):
         if line.states(key):
             stored.pop(other, None)  # a model has one of the two

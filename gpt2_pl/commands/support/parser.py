@@ -48,7 +48,7 @@ class _Import(argparse.Action):
         import_plugin(values)
 
 
-class Arguments(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line.
 
     Args:

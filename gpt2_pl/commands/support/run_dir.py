@@ -12,10 +12,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.commands.support.process import interrupts
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.filesystem import atomic_write
 
 
-class RunLogger(TensorBoardLogger):
+class RunTensorBoardLogger(TensorBoardLogger):
     """A TensorBoardLogger that writes into the run's folder, and takes the folder when it is first used."""
 
     def __init__(self, folder: RunFolder, name: str, root: Path) -> None:
@@ -39,7 +39,7 @@ class RunLogger(TensorBoardLogger):
         return super().experiment
 
 
-class RunFiles(SaveConfigCallback):
+class SaveRunConfig(SaveConfigCallback):
     """Writes config.yaml and tokenizer.json into the run's folder.
 
     That waits until a checkpoint is restored: one that is refused leaves its run as it was.
@@ -79,5 +79,5 @@ class RunFiles(SaveConfigCallback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         folder = run_folder(trainer)
         if folder is not None and tokenizer is not None:
-            with whole_file(folder / "tokenizer.json") as file:
+            with atomic_write(folder / "tokenizer.json") as file:
                 file.write(tokenizer.to_str())

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from gpt2_pl.callbacks import RunCheckpoint
+from gpt2_pl.callbacks import ResumableModelCheckpoint
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.base import OptimizerCallable
@@ -124,7 +124,11 @@ def _check_callback(callback: Callback, trainer: Trainer) -> None:
             f"{name} and trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} both say how many batches "
             "make an optimizer step; leave one of them out"
         )
-    if isinstance(callback, ModelCheckpoint) and not isinstance(callback, RunCheckpoint) and callback.dirpath is None:
+    if (
+        isinstance(callback, ModelCheckpoint)
+        and not isinstance(callback, ResumableModelCheckpoint)
+        and callback.dirpath is None
+    ):
         written = [callback.filename, "last" if callback.save_last else None]
         if taken := [one for one in written if one in ("best", "last")]:
             raise InputError(

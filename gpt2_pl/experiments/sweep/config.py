@@ -13,14 +13,14 @@ from typing import Any
 
 from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError, did_you_mean
-from gpt2_pl.experiments.sweep.run import PlannedRun
-from gpt2_pl.filesystem import existing_file
+from gpt2_pl.experiments.sweep.run import SweepRun
+from gpt2_pl.filesystem import require_file
 from gpt2_pl.utils.yaml_json import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+,=-]{0,198}[A-Za-z0-9_+,=-])?")  # Windows drops dots at the end
 _KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _OWN = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
-_KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "bad_batches")
+_KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "on_non_finite_loss")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Search:
 
 
 @dataclass
-class Arm:
+class Experiment:
     """A strategy on a task: its runs, one for every seed and combination of the grid.
 
     Args:
@@ -66,86 +66,86 @@ class Arm:
     base: tuple[str, tuple[str, ...], tuple[str, ...]] | None = None
     found: tuple[str, ...] = ()
 
-    def runs(self) -> list[PlannedRun]:
+    def runs(self) -> list[SweepRun]:
         """A run for every seed."""
         return [self._run(self.sweep, f"seed_{seed}", seed, self.found) for seed in self.seeds]
 
-    def trial(self, number: int, settings: dict[str, Any]) -> PlannedRun:
+    def trial(self, number: int, settings: dict[str, Any]) -> SweepRun:
         """A run of the search with these settings."""
         assert self.search is not None
         extra = (*self.search.flags, *as_flags(settings, "search"))
         return self._run(f"{self.sweep}.search", f"trial_{number}", self.search.seed, extra)
 
-    def _run(self, sweep: str, version: str, seed: int, extra: tuple[str, ...]) -> PlannedRun:
+    def _run(self, sweep: str, version: str, seed: int, extra: tuple[str, ...]) -> SweepRun:
         seeded = f"--seed_everything={seed}"
         base = None
         if self.base is not None:
             name, files, flags = self.base
-            base = PlannedRun(
-                f"{self.sweep}.bases", self.task, name, f"seed_{seed}", files, (*flags, seeded), exported=True
+            base = SweepRun(
+                f"{self.sweep}.pretrain", self.task, name, f"seed_{seed}", files, (*flags, seeded), exported=True
             )
-        return PlannedRun(sweep, self.task, self.strategy, version, self.files, (*self.flags, *extra, seeded), base)
+        return SweepRun(sweep, self.task, self.strategy, version, self.files, (*self.flags, *extra, seeded), base)
 
 
 @dataclass
-class Plan:
+class SweepConfig:
     """What a sweep's file asks for.
 
     Args:
         name: the sweep's.
-        at_once: how many runs go on at the same time; None for one a GPU.
+        max_parallel: how many runs go on at the same time; None for one a GPU.
         arms: strategies on tasks.
         slurm: parameters of submitit's AutoExecutor on SLURM; None on this machine.
     """
 
     name: str
-    at_once: int | None
-    arms: list[Arm]
+    max_parallel: int | None
+    arms: list[Experiment]
     slurm: dict[str, Any] | None
 
     @classmethod
-    def read(cls, file: Path) -> Plan:
+    def read(cls, file: Path) -> SweepConfig:
         """Read a sweep's file.
 
         Raises:
             InputError: naming the file, the key and what would be right.
         """
-        content = read_yaml(existing_file(file, "sweep"))
+        content = read_yaml(require_file(file, "sweep"))
         try:
-            plan = cls._from(_Node(content, "", file.stem))
+            plan = cls._from(ConfigNode(content, "", file.stem))
             _check_folders(plan.arms)
             return plan
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
 
     @classmethod
-    def _from(cls, top: _Node) -> Plan:
-        top.only("name", "at_once", "seeds", "set", "tasks", "strategies", "slurm")
+    def _from(cls, top: ConfigNode) -> SweepConfig:
+        top.only("name", "max_parallel", "seeds", "overrides", "tasks", "strategies", "slurm")
         name = top.name("name", top.default)
-        at_once = top.integer("at_once", None, least=1)
+        max_parallel = top.integer("max_parallel", None, least=1)
         seeds = top.seeds((1, 2, 3))
         everywhere = top.mapping("strategies")
         arms = []
         for task, node in top.mapping("tasks", required=True).items():
-            node.only("configs", "set", "seeds", "strategies", "bases")
+            node.only("configs", "overrides", "seeds", "strategies", "pretrain")
             bases = {}
-            for base, own in node.mapping("bases").items():
-                own.only("configs", "set")
+            for base, own in node.mapping("pretrain").items():
+                own.only("configs", "overrides")
                 if "configs" not in own.content:
                     raise InputError(f"{own.path}: give configs, the files of the run that makes this base")
-                bases[base] = (base, own.configs(), (*top.flags("set"), *own.flags("set")))
+                bases[base] = (base, own.configs(), (*top.flags("overrides"), *own.flags("overrides")))
             strategies = {**everywhere, **node.mapping("strategies")}
             if not strategies:
                 raise InputError(f"{node.path}.strategies: name at least one, such as full")
             for strategy, own in strategies.items():
-                own.only("configs", "set", "seeds", "grid", "search", "base")
+                own.only("configs", "overrides", "seeds", "grid", "search", "base")
                 wanted = own.content.get("base")
                 if wanted is not None and (not isinstance(wanted, str) or wanted not in bases):
                     raise InputError(
                         f"{own.path}.base is {wanted!r}; the task's bases are {', '.join(bases) or 'none'}"
                     )
                 files = (*node.configs("task", task), *own.configs("strategy", *strategy.split("+")))
-                flags = (*top.flags("set"), *node.flags("set"), *own.flags("set"))
+                flags = (*top.flags("overrides"), *node.flags("overrides"), *own.flags("overrides"))
                 for suffix, values in own.grid():
                     if not _NAME.fullmatch(strategy + suffix):
                         raise InputError(
@@ -153,7 +153,7 @@ class Plan:
                         )
                     settings = (*flags, *as_flags(values, f"{own.path}.grid"))
                     arms.append(
-                        Arm(
+                        Experiment(
                             task,
                             strategy + suffix,
                             files,
@@ -172,10 +172,10 @@ class Plan:
         for key in ("nodes", "tasks_per_node"):
             if slurm and slurm.get(key, 1) != 1:
                 raise InputError(f"slurm.{key} is {slurm[key]!r}; a run of a sweep is one task on one node")
-        return cls(name, at_once, arms, slurm)
+        return cls(name, max_parallel, arms, slurm)
 
 
-def _check_folders(arms: list[Arm]) -> None:
+def _check_folders(arms: list[Experiment]) -> None:
     """Refuse two runs that would write into one folder, also where a file system takes two names or links for one.
 
     Raises:
@@ -183,7 +183,7 @@ def _check_folders(arms: list[Arm]) -> None:
     """
     runs = [(run, False) for arm in arms for run in (*arm.runs(), *([arm.trial(0, {})] if arm.search else []))]
     bases = [(run.base, True) for run, _ in runs if run.base is not None]
-    taken: dict[str, PlannedRun] = {}
+    taken: dict[str, SweepRun] = {}
     for run, shared in [*runs, *bases]:  # runs may start from one base
         other = taken.setdefault(os.path.realpath(run.folder).casefold(), run)
         if other is not run and not (shared and other == run):
@@ -222,7 +222,7 @@ def as_flags(settings: dict[str, Any], path: str) -> tuple[str, ...]:
     return tuple(flags)
 
 
-class _Node:
+class ConfigNode:
     """A part of the file, which knows its path for error messages."""
 
     def __init__(self, content: Any, path: str, default: str = "") -> None:
@@ -242,7 +242,7 @@ class _Node:
                 near = did_you_mean(str(key), known) or ";"
                 raise InputError(f"{self._key(str(key))} is no key{near} there are {', '.join(known)}")
 
-    def mapping(self, key: str, required: bool = False) -> dict[str, _Node]:
+    def mapping(self, key: str, required: bool = False) -> dict[str, ConfigNode]:
         """Named parts."""
         found = self.content.get(key)
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
@@ -254,7 +254,7 @@ class _Node:
         for name in found or {}:
             if not (isinstance(name, str) and _NAME.fullmatch(name)):
                 raise InputError(f"{self._key(key)}: {name!r} is no name; use up to 200 letters, digits, _ . + -")
-        return {str(name): _Node(part, f"{self._key(key)}.{name}") for name, part in (found or {}).items()}
+        return {str(name): ConfigNode(part, f"{self._key(key)}.{name}") for name, part in (found or {}).items()}
 
     def name(self, key: str, default: str) -> str:
         """A name that can be a folder's."""
@@ -311,8 +311,8 @@ class _Node:
         """The search."""
         if self.content.get("search") is None:
             return None
-        node = _Node(self.content["search"], self._key("search"))
-        node.only("trials", "space", "seed", "set")
+        node = ConfigNode(self.content["search"], self._key("search"))
+        node.only("trials", "space", "seed", "overrides")
         trials, seed = node.integer("trials", 10, least=1), node.integer("seed", 0)
         space = node.content.get("space")
         if not isinstance(space, dict) or not space:
@@ -327,7 +327,7 @@ class _Node:
                 as_flags({key: value}, f"{node.path}.space")
         assert trials is not None
         assert seed is not None
-        return Search(trials, space, seed, node.flags("set"))
+        return Search(trials, space, seed, node.flags("overrides"))
 
 
 def _bounds(values: Any) -> bool:

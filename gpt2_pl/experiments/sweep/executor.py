@@ -22,9 +22,9 @@ import gpt2_pl
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.run import RUNS, plugins_of
 from gpt2_pl.experiments.run_lock import LOCK, RunLock
-from gpt2_pl.experiments.sweep.config import Plan
-from gpt2_pl.experiments.sweep.run import PlannedRun
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.experiments.sweep.config import SweepConfig
+from gpt2_pl.experiments.sweep.run import SweepRun
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.machine import available_cores
 
 _FOREVER = 60 * 24 * 365  # minutes: a run on this machine may take as long as it does
@@ -44,7 +44,7 @@ class RunJob:
         self.run_command = run_command
         self.gpu = gpu
 
-    def __call__(self, run: PlannedRun) -> None:
+    def __call__(self, run: SweepRun) -> None:
         """Make a run, the one that it starts from first."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore what Lightning saves a run at
         if self.gpu is not None:
@@ -52,12 +52,12 @@ class RunJob:
         if run.base is not None:
             with locked(_lock(run.base), wait=True):
                 if not run.base.finished:
-                    _make(run.base, _apart)  # so that its memory is not counted as the run's
+                    _run(run.base, _run_in_subprocess)  # so that its memory is not counted as the run's
         with locked(_lock(run), wait=True):
             if not run.finished:
-                _make(run, self._here)
+                _run(run, self._run_in_process)
 
-    def _here(self, args: list[str]) -> None:
+    def _run_in_process(self, args: list[str]) -> None:
         """Run a command in this process."""
         print("gpt2-pl", printable(shlex.join(args)), flush=True)
         try:
@@ -68,20 +68,20 @@ class RunJob:
             if stop.code:
                 raise
 
-    def checkpoint(self, run: PlannedRun) -> Any:
+    def checkpoint(self, run: SweepRun) -> Any:
         """What submitit asks for when a job's time is up: the same again."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, run)
 
 
-def _lock(run: PlannedRun) -> Path:
+def _lock(run: SweepRun) -> Path:
     return RUNS / f"{run.sweep}.sweep" / run.task / f"{run.strategy}_{run.version}.lock"
 
 
-def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
+def _run(run: SweepRun, command: Callable[[list[str]], None]) -> None:
     """Begin or go on with a run whose lock is held, and export its model where others start from it."""
-    if run.account().get("status") != "finished":
+    if run.metrics().get("status") != "finished":
         run.check()
         record = run.folder / "sweep.json"
         if run.last.is_file():
@@ -90,7 +90,7 @@ def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
             threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
             _check_unused(run.folder)
             shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
-            with whole_file(record) as file:
+            with atomic_write(record) as file:
                 json.dump({**run.record(), "threads": threads}, file, indent=2)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # the same when it goes on: sums depend on it in their last digits
         command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
@@ -99,7 +99,7 @@ def _make(run: PlannedRun, command: Callable[[list[str]], None]) -> None:
         command(["export", str(run.folder), "--format=hf", f"--out={run.folder / 'exported'}", *plugins])
 
 
-def _apart(args: list[str]) -> None:
+def _run_in_subprocess(args: list[str]) -> None:
     """Run a command of ours in a process of its own, which is asked to end when this one is."""
     print("gpt2-pl", printable(shlex.join(args)), flush=True)
     command = [sys.executable, "-m", "gpt2_pl", *args]
@@ -144,7 +144,7 @@ def locked(file: Path, wait: bool = False) -> Iterator[bool]:
 
 
 @dataclass
-class Launcher:
+class Executor:
     """Starts jobs through submitit.
 
     Args:
@@ -153,17 +153,17 @@ class Launcher:
         places: how many there are.
     """
 
-    submit: Callable[[PlannedRun, int], Any]
+    submit: Callable[[SweepRun, int], Any]
     cancel: Callable[[Any], None]
     places: int
 
 
-def make_launcher(plan: Plan, at_once: int | None, run_command: Callable[[list[str]], None]) -> Launcher:
+def make_executor(plan: SweepConfig, max_parallel: int | None, run_command: Callable[[list[str]], None]) -> Executor:
     """The launcher that a plan asks for.
 
     Args:
         plan: of the sweep.
-        at_once: how many runs at the same time; None for what the plan says, or one a GPU.
+        max_parallel: how many runs at the same time; None for what the plan says, or one a GPU.
         run_command: runs a command of ``gpt2-pl``, given its arguments, in this process.
 
     Raises:
@@ -174,7 +174,7 @@ def make_launcher(plan: Plan, at_once: int | None, run_command: Callable[[list[s
     except ImportError:
         raise InputError("sweep needs submitit: pip install 'gpt2_pl[sweep]'") from None
     folder = RUNS / f"{plan.name}.sweep" / "jobs"
-    wanted = at_once or plan.at_once
+    wanted = max_parallel or plan.max_parallel
     executor: Any
     if plan.slurm is not None:
         try:
@@ -183,11 +183,11 @@ def make_launcher(plan: Plan, at_once: int | None, run_command: Callable[[list[s
         except (ValueError, TypeError, NameError, RuntimeError) as error:
             raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
 
-        def submit_to_slurm(run: PlannedRun, place: int) -> Any:
+        def submit_to_slurm(run: SweepRun, place: int) -> Any:
             with _environment_of_jobs():
                 return executor.submit(RunJob(run_command), run)
 
-        return Launcher(submit_to_slurm, lambda job: job.cancel(), wanted or 64)
+        return Executor(submit_to_slurm, lambda job: job.cancel(), wanted or 64)
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
     gpus = _gpus()
@@ -195,7 +195,7 @@ def make_launcher(plan: Plan, at_once: int | None, run_command: Callable[[list[s
     if not gpus:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // places)))
 
-    def submit(run: PlannedRun, place: int) -> Any:
+    def submit(run: SweepRun, place: int) -> Any:
         # The process of a job ignores Ctrl-C in the terminal that it shares: this one hears it and cancels the jobs.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -204,7 +204,7 @@ def make_launcher(plan: Plan, at_once: int | None, run_command: Callable[[list[s
         finally:
             signal.signal(signal.SIGINT, before)
 
-    return Launcher(submit, _terminate, places)
+    return Executor(submit, _terminate, places)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from gpt2_pl.utils.yaml_json import read_json
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class SweepRun:
     """One run: what it is called, and the flags that make it.
 
     Args:
@@ -36,7 +36,7 @@ class PlannedRun:
     version: str
     files: tuple[str, ...]
     flags: tuple[str, ...]
-    base: PlannedRun | None = None
+    base: SweepRun | None = None
     exported: bool = False
 
     @property
@@ -63,7 +63,7 @@ class PlannedRun:
             "base": None if self.base is None else self.base.record(),
         }
 
-    def account(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The run's ``metrics.json`` as it stands; empty before its first epoch.
 
         Raises:
@@ -108,7 +108,7 @@ class PlannedRun:
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         exported = not self.exported or (self.folder / "exported").is_dir()
-        return exported and self.account().get("status") == "finished"
+        return exported and self.metrics().get("status") == "finished"
 
     def check(self) -> None:
         """Refuse a folder that holds a run with other settings; what broke off before its first checkpoint is none.
@@ -118,7 +118,7 @@ class PlannedRun:
         """
         if self.base is not None:
             self.base.check()
-        if not self.last.is_file() and self.account().get("status") != "finished":
+        if not self.last.is_file() and self.metrics().get("status") != "finished":
             return
         then, now = self.begun(), self.record()
         what = [

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.run import RUNS
-from gpt2_pl.experiments.sweep.config import Arm, as_flags
-from gpt2_pl.experiments.sweep.run import PlannedRun
-from gpt2_pl.filesystem import whole_file
+from gpt2_pl.experiments.sweep.config import Experiment, as_flags
+from gpt2_pl.experiments.sweep.run import SweepRun
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.yaml_json import read_json
 
 
-def journal(arm: Arm) -> Path:
+def journal(arm: Experiment) -> Path:
     """The file that keeps the trials of an arm's search."""
     return RUNS / f"{arm.sweep}.search" / arm.task / f"{arm.strategy}.journal"
 
 
-class Study:
+class HyperparameterSearch:
     """An arm's search with Optuna, which keeps its trials in a file: it goes on where it was stopped."""
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: Experiment) -> None:
         try:
             import optuna
             from optuna.storages import JournalStorage
@@ -36,7 +36,7 @@ class Study:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._check(file.with_suffix(".json"))
         if file.is_file() and not (written := file.read_bytes()).endswith(b"\n"):  # a disk was full, or power went off
-            with whole_file(file, "wb") as whole:
+            with atomic_write(file, "wb") as whole:
                 whole.write(written[: written.rfind(b"\n") + 1])
         self._states = optuna.trial.TrialState
         self._sampler = lambda n: optuna.samplers.TPESampler(
@@ -55,8 +55,8 @@ class Study:
             else:  # the sweep was killed before it had all of its settings
                 self.study.tell(trial.number, state=self._states.FAIL)
         self._n_failed = 0  # which a sweep begun anew tries again
-        self.settled = False
-        self.settle()
+        self.finished = False
+        self.finalize()
 
     def _check(self, file: Path) -> None:
         """Refuse to go on with a search of something else; more trials are welcome.
@@ -68,7 +68,7 @@ class Study:
         search, run = self.arm.search, self.arm.trial(0, {})
         record = {"space": search.space, "seed": search.seed, **run.record()}
         if not file.is_file():
-            with whole_file(file) as out:
+            with atomic_write(file) as out:
                 json.dump(record, out, indent=2)
         elif read_json(file) != record:
             raise InputError(
@@ -81,7 +81,7 @@ class Study:
         """How many trials have a score."""
         return len(self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE,)))
 
-    def next(self) -> PlannedRun | None:
+    def next(self) -> SweepRun | None:
         """The run of the next trial, of one that was stopped first; None where as many as are wanted are under way."""
         while True:
             if not self._waiting:
@@ -93,7 +93,7 @@ class Study:
             run = self.arm.trial(number, self.study.trials[number].params)
             if not run.finished:
                 return run
-            self.ended(run)  # it was, when the sweep was killed
+            self.report_result(run)  # it was, when the sweep was killed
 
     def _ask(self) -> int:
         assert self.arm.search is not None
@@ -110,28 +110,28 @@ class Study:
                 trial.suggest_float(key, low, high, step=values.get("step"), log=log)
         return trial.number
 
-    def ended(self, run: PlannedRun) -> None:
+    def report_result(self, run: SweepRun) -> None:
         """Enter a trial's score."""
-        number, account = int(run.version.rpartition("_")[2]), run.account()
-        score = (account.get("scores") or {}).get(account.get("monitor"), math.nan) if run.finished else math.nan
+        number, record = int(run.version.rpartition("_")[2]), run.metrics()
+        score = (record.get("scores") or {}).get(record.get("monitor"), math.nan) if run.finished else math.nan
         if math.isfinite(score):
-            self.study.tell(number, score if account.get("mode") != "min" else -score)
+            self.study.tell(number, score if record.get("mode") != "min" else -score)
         else:
             self._n_failed += 1
             self.study.tell(number, state=self._states.FAIL)
-        self.settle()
+        self.finalize()
 
-    def settle(self) -> bool:
+    def finalize(self) -> bool:
         """Give the arm the best settings, once all trials have ended and one of them has a score.
 
         Raises:
             InputError: a run of the arm was made with other settings, when fewer trials had found others.
         """
-        if not self.settled and self.n_done and self.n_done + self._n_failed >= self.trials:
-            self.arm.found, self.settled = as_flags(self.study.best_params, "search"), True
+        if not self.finished and self.n_done and self.n_done + self._n_failed >= self.trials:
+            self.arm.found, self.finished = as_flags(self.study.best_params, "search"), True
             for run in self.arm.runs():
                 run.check()
-        return self.settled
+        return self.finished
 
 
 # The sweep

@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.regression import MeanAbsoluteError
 
-from gpt2_pl.metrics import Gathered, MetricInfo
+from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.protocols import RowTable
 
@@ -37,11 +37,11 @@ class StarRegressor(Task):
             {f"{split}_metrics": nn.ModuleDict({name: kind() for name, kind in kinds.items()})
              for split in ("train", "val", "test")}
         )  # fmt: skip
-        self.outcomes = Gathered("row", "label", "rating")
+        self.outcomes = RowOutputs("row", "label", "rating")
 
     def forward(self, batch):
         last = batch["attention_mask"].sum(1, keepdim=True) - 1
-        return self.head(self.core(batch["input_ids"], output_positions=last).squeeze(1)).squeeze(-1)
+        return self.head(self.backbone(batch["input_ids"], output_positions=last).squeeze(1)).squeeze(-1)
 
     def _step(self, batch, split):
         rating = self(batch)
@@ -74,14 +74,20 @@ class StarRegressor(Task):
     def row_table(self, split):
         columns = (values.tolist() for values in self.outcomes.rows().values())
         rows = (
-            [self.datamodule.number(split, row), self.datamodule.text(split, row), label, rating, abs(rating - label)]
+            [
+                self.datamodule.row_number(split, row),
+                self.datamodule.text(split, row),
+                label,
+                rating,
+                abs(rating - label),
+            ]
             for row, label, rating in zip(*columns, strict=True)
         )
         return RowTable("predictions", ["row", "text", "label", "prediction", "mae"], rows)
 
-    def probability(self, batch):
+    def predict_proba(self, batch):
         distance = self(batch).unsqueeze(1) - torch.arange(self.num_classes, device=self.device)
         return (-(distance**2)).softmax(-1)
 
-    def decide(self, probability, split=None):
+    def predict_class(self, probability, split=None):
         return probability.argmax(-1)

@@ -37,7 +37,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
     from lightning.pytorch import Trainer, seed_everything
 
     from gpt2_pl.callbacks import Reproducibility, RunSummary
-    from gpt2_pl.optim import Linear
+    from gpt2_pl.optim import LinearWithWarmup
     from gpt2_pl.tasks import ParaphraseDetector, SentimentClassifier
 
     seed_everything(seed)
@@ -48,7 +48,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
         dropout=args.dropout,
         head_dropout=0.0,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.01, fused=True),
-        schedule=Linear(warmup=args.warmup),
+        schedule=LinearWithWarmup(warmup=args.warmup),
     )
     summary = RunSummary()
     trainer = Trainer(

@@ -1,9 +1,10 @@
-"""Lightning callbacks: how training goes, and the account it leaves."""
+"""Lightning callbacks: how a model trains, what is recorded of it, and what is printed."""
 
 from gpt2_pl.callbacks.checkpointing import AtomicCheckpointIO, ResumableEarlyStopping, ResumableModelCheckpoint
 from gpt2_pl.callbacks.end_of_training import EndOfTraining
 from gpt2_pl.callbacks.environment import Environment
 from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
+from gpt2_pl.callbacks.hyperparameters import HyperparameterLogger
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.pictures import PictureWriter
 from gpt2_pl.callbacks.prediction_writer import PredictionWriter
@@ -12,6 +13,7 @@ from gpt2_pl.callbacks.reproducibility import Reproducibility
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.callbacks.samples import SampleWriter
+from gpt2_pl.callbacks.throughput import Throughput
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -20,6 +22,7 @@ __all__ = [
     "Environment",
     "EpochLines",
     "GradualUnfreezing",
+    "HyperparameterLogger",
     "NonFiniteLossGuard",
     "PictureWriter",
     "PredictionWriter",
@@ -31,5 +34,6 @@ __all__ = [
     "RunProgressBar",
     "RunSummary",
     "SampleWriter",
+    "Throughput",
     "run_folder",
 ]

@@ -19,7 +19,7 @@ from gpt2_pl.callbacks.run_summary import RunSummary
 
 BAR_WIDTH = 20  # characters; the whole bar fits 80 columns
 LINE_WIDTH = 98  # characters of output that is not a terminal
-SHOWN = {"train/step_loss": "loss"}  # logged name -> name in the bar
+SHOWN = {"train/loss_step": "loss"}  # logged name -> name in the bar
 
 
 class RunClock:

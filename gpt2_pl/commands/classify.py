@@ -65,7 +65,7 @@ def main(args: list[str]) -> None:
     from rich.progress import track
 
     from gpt2_pl.commands.export import load
-    from gpt2_pl.commands.lightning_cli import best_precision
+    from gpt2_pl.commands.support.settings import best_precision
     from gpt2_pl.datamodules.prompt_template import Template
     from gpt2_pl.datamodules.readers import read_file
     from gpt2_pl.tasks.protocols import TextClassifier, lacks

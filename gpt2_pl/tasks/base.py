@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
-from gpt2_pl import pretrained
+from gpt2_pl import kernels, pretrained
 from gpt2_pl.errors import InputError, listing
 from gpt2_pl.filesystem import resolve_checkpoint_dir
 from gpt2_pl.metrics import MetricInfo, RowOutputs
@@ -342,13 +342,45 @@ class Task(Registered, CheckpointedModule):
         """
         return {}
 
-    def training_flops_per_token(self, context: float) -> float | None:
-        """Return the floating-point operations of a training step per token; None where they are not known.
+    def training_outputs(self, gpt2: GPT2, input_ids: Tensor) -> Tensor:
+        """Return the tensor that the loss is computed from, to count operations; by default all hidden states.
 
         Args:
-            context: tokens in a row, on average.
+            gpt2: a model without memory, on the meta device.
+            input_ids: (1, T).
         """
-        return None
+        return gpt2(input_ids)
+
+    def training_flops_per_token(self, context: float) -> float | None:
+        """Return the floating-point operations per token of a forward and a backward pass.
+
+        ``torch.utils.flop_counter`` counts them on a model without memory in which those parameters train that train
+        now, so that adapters and frozen layers are taken into account. Recomputation and task heads are not counted.
+
+        Args:
+            context: mean number of tokens in a row.
+
+        Returns:
+            None if the model cannot be run without memory.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        trains = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
+        gpt2 = self._skeleton().eval()
+        for name, parameter in gpt2.named_parameters():
+            parameter.requires_grad_(name in trains)
+        input_ids = torch.zeros(1, max(1, round(context)), dtype=torch.long, device="meta")
+        kernels_enabled = kernels.set_enabled(False)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                outputs = self.training_outputs(gpt2, input_ids)
+                if outputs.requires_grad:
+                    outputs.sum().backward()
+        except (NotImplementedError, RuntimeError):  # surgery that reads values
+            return None
+        finally:
+            kernels.set_enabled(kernels_enabled)
+        return counter.get_total_flops() / input_ids.numel()
 
     def layer_groups(self) -> dict[str, NamedParameters]:
         """The layers from input to output, and their named parameters.

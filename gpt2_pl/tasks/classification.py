@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from gpt2_pl.errors import InputError
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classification_loss, last_token_index, pool
 from gpt2_pl.metrics import MetricInfo, RowOutputs, WeightedMean, finite
+from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.fsdp import shard_head
 from gpt2_pl.tasks.protocols import LabelledData, ReadableData, RowData, RowTable, TokenizedData
@@ -133,6 +134,16 @@ class Classifier(Task):
 
     # Computing
 
+    def training_outputs(self, gpt2: GPT2, input_ids: Tensor) -> Tensor:
+        """Return the hidden states that pooling reads."""
+        if self.pooling == "last":
+            return gpt2(input_ids, output_positions=input_ids.new_full((1, 1), input_ids.size(1) - 1))
+        return gpt2(input_ids)
+
+    def training_flops_per_token(self, context: float) -> float | None:
+        """Return the operations per token; None if features were computed once and only the head is run."""
+        return None if self.features else super().training_flops_per_token(context)
+
     def encode(self, batch: Batch) -> Tensor:
         """Pooled hidden states (B, C), or (B, 3 C) for ``concat``. Only positions that pooling reads are computed."""
         mask = batch["attention_mask"]
@@ -170,7 +181,7 @@ class Classifier(Task):
         """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
         losses, _ = self._step(batch, "train")
         loss, mean = self.mean_loss(losses.sum(), len(losses), batch, batch_idx)
-        self.log("train/step_loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
+        self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
         return loss
 
     def _make_metrics(self) -> nn.ModuleDict:

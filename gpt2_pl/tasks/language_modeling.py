@@ -15,27 +15,13 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_loss, unlikelihood_cross_entropy
 from gpt2_pl.metrics import MetricInfo, WeightedMean, finite
-from gpt2_pl.model import GPT2Config
+from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.protocols import TokenizedData
 from gpt2_pl.text.poems import decode_vocab
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 Batch = dict[str, Any]
-
-
-def training_flops(config: GPT2Config, context: float) -> float:
-    """Return the floating-point operations per token of a forward and a backward pass that trains every weight.
-
-    6 per weight that multiplies, the vocabulary included, and 12 L C T for attention (Chowdhery et al. 2022, appendix
-    B), without what is recomputed.
-
-    Args:
-        config: the GPT-2's shape.
-        context: tokens in a row, T.
-    """
-    L, C = config.n_layer, config.n_embd
-    return 6.0 * (12 * L * C * C + config.vocab_size * C) + 12.0 * L * C * context
 
 
 class Perplexity(WeightedMean):
@@ -159,7 +145,7 @@ class LanguageModel(Task):
         else:
             total, n_targets = self._step(batch, "train")
         loss, mean = self.mean_loss(total, n_targets, batch, batch_idx, "targets")
-        self.log("train/step_loss", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         return loss
 
     def _is_sequence_step(self) -> bool:
@@ -203,9 +189,9 @@ class LanguageModel(Task):
         self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted]
         return self._ignored_ids
 
-    def training_flops_per_token(self, context: float) -> float | None:
-        """Return those of :func:`training_flops`; None where the base is frozen."""
-        return training_flops(self.config, context) if self.train_base else None
+    def training_outputs(self, gpt2: GPT2, input_ids: Tensor) -> Tensor:
+        """Return the logits."""
+        return gpt2.logits(gpt2(input_ids))
 
     def continue_prompts(
         self, tokenizer: Any, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, **settings: Any

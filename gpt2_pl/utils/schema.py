@@ -216,6 +216,7 @@ class Metrics(Schema):
     cpu_seconds: Figure | None = None
     examples_per_second: Figure | None = None
     tokens_per_second: Figure | None = None
+    training_flops: Figure | None = None
     mfu: Figure | None = None
     peak_memory_bytes: Count | None = None
     checkpoint_bytes: Count | None = None
@@ -306,12 +307,18 @@ class RunSummaryState(Schema):
     epochs: list[_Epoch] | None = None
     val_metrics: _Scores | None = None
     layers: list[Layer] | None = None
+
+
+class ThroughputState(Schema):
+    """State of gpt2_pl.callbacks.Throughput."""
+
     seconds: Figure | None = None
     cpu_seconds: Figure | None = None
     training_seconds: Figure | None = None
     examples: Count | None = None
     tokens: Count | None = None
-    peak_memory_before: Count | None = None
+    flops: Figure | None = None
+    peak_memory_bytes: Count | None = None
 
 
 class PredictionWriterState(Schema):
@@ -371,6 +378,7 @@ class WeightAveragingState(Schema):
 
 CALLBACKS: dict[str, type[Schema]] = {  # by class, what its state must be
     "RunSummary": RunSummaryState,
+    "Throughput": ThroughputState,
     "PredictionWriter": PredictionWriterState,
     "NonFiniteLossGuard": NonFiniteLossGuardState,
     "ResumableEarlyStopping": EarlyStoppingState,

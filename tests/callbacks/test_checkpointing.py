@@ -161,7 +161,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(*named)
     assert (tmp_path / "lightning_logs/quickstart/mine/metrics.json").read_text() == before
-    assert "quickstart/mine holds a run already" in capsys.readouterr().err
+    assert "quickstart/mine is the folder of another run" in capsys.readouterr().err
 
 
 def test_checkpoints_are_whole_or_not_there(run, monkeypatch, capsys):

@@ -311,7 +311,7 @@ def test_advice(args, words, run, capsys, base, data_flags):
 def test_what_nothing_has_trained_is_scored_with_a_word_of_it(run, base, data_flags, capsys):
     settings = [f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64"]
     run("validate", *settings)
-    assert "no ckpt_path is given: what is scored has not been trained" in capsys.readouterr().err
+    assert "no ckpt_path is given: the model that is evaluated has not been trained" in capsys.readouterr().err
     words = ["--model.head=verbalizer", "--model.label_words=[' bad', ' good']", "--model.label_token_ids=[5, 6]"]
     run("validate", *settings, *words)
     assert "ckpt_path" not in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_archive_of_which_a_part_is_shorter_than_said_is_refused(run, base, data
     capsys.readouterr()
     for command in ("fit", "test"):
         line = refused_by_command(run, capsys, command, *fit, f"--ckpt_path={tmp_path / 'short.ckpt'}")
-        assert "short.ckpt cannot be gone on with: RuntimeError: record size" in line
+        assert "short.ckpt cannot be resumed: RuntimeError: record size" in line
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])

@@ -81,7 +81,7 @@ def test_what_sigterm_leaves(tmp_path):
     run = tmp_path / "lightning_logs/quickstart/version_0"
     last = f"{run.relative_to(tmp_path)}/checkpoints/last.ckpt"
     assert (
-        f"go on with gpt2-pl fit --config lightning_logs/quickstart/version_0/config.yaml --ckpt_path {last}"
+        f"resume it with gpt2-pl fit --config lightning_logs/quickstart/version_0/config.yaml --ckpt_path {last}"
         in done.stderr
     )
     assert torch.load(tmp_path / last, weights_only=True)["global_step"] == 16  # 12 steps an epoch

@@ -22,7 +22,7 @@ def test_ctrl_c_in_training_says_how_to_resume_and_loses_nothing(tmp_path):
         run = "lightning_logs/quickstart/version_0"
         assert line in (
             "gpt2-pl: stopped by Ctrl-C before the first checkpoint",
-            f"gpt2-pl: stopped by Ctrl-C; go on with gpt2-pl fit --config {run}/config.yaml "
+            f"gpt2-pl: stopped by Ctrl-C; resume it with gpt2-pl fit --config {run}/config.yaml "
             f"--ckpt_path {run}/checkpoints/last.ckpt",
         )
         assert not case["left"]

@@ -251,7 +251,7 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"callbacks": {"RunSummary": {"epochs": [{"val/accuracy": 0.5}]}}}, "epochs[0] must be scores of an"),
         ({"callbacks": {"RunSummary": {"epochs": [{"epoch": 1, "val/a": "x"}]}}}, "epochs[0].val/a must be a number"),
         ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] must be keys and values, got 3"),
-        ({"callbacks": {"RunSummary": {**EPOCHS, "seconds": "x"}}}, "seconds must be a number, got 'x'"),
+        ({"callbacks": {"Throughput": {"seconds": "x"}}}, "seconds must be a number, got 'x'"),
         ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "PredictionWriter.best must be a number, got 'x'"),
         ({"callbacks": {"NonFiniteLossGuard": {"skipped": "x"}}},
          "NonFiniteLossGuard.skipped must be a whole number, got 'x'"),

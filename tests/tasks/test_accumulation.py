@@ -171,7 +171,7 @@ def test_logged_loss_is_the_mean_of_the_batch(own):
         values = []
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            self.values.append(float(trainer.callback_metrics["train/step_loss"]))
+            self.values.append(float(trainer.callback_metrics["train/loss_step"]))
 
     for data in (own["classifier"], ROWS):
         one, two = Logged(), Logged()

@@ -133,7 +133,7 @@ def test_an_epochs_scores_are_of_all_its_steps_and_logged_once(resumed, monkeypa
     if not resumed:
         assert scores.accuracy[0] == scores.accuracy[1]
     steps = 10 if resumed else 12
-    assert [logged.count(name) for name in ("train/accuracy", "val/accuracy", "train/step_loss")] == [2, 2, steps]
+    assert [logged.count(name) for name in ("train/accuracy", "val/accuracy", "train/loss_step")] == [2, 2, steps]
 
 
 def test_a_linear_probe_computes_its_features_once(base, files):

@@ -1,0 +1,95 @@
+"""What fit, validate, test and predict print at their end."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gpt2_pl.callbacks import RunSummary, run_folder
+from gpt2_pl.commands.support.process import program
+from gpt2_pl.errors import printable
+from gpt2_pl.tasks.averaging import blocks_resuming
+
+
+def resume_advice(trainer: Trainer, folder: Path) -> str:
+    """Return how to resume a run that was stopped, as the end of a line."""
+    last = Path(folder, "checkpoints", "last.ckpt")
+    if not last.is_file():
+        return " before the first checkpoint"
+    if blocks_resuming(trainer):
+        return "; it cannot be resumed, because StochasticWeightAveraging has begun to average"
+    command = shlex.join([*program(), "fit", "--config", f"{folder}/config.yaml", "--ckpt_path", str(last)])
+    return f"; resume it with {printable(command)}"
+
+
+def early_end(trainer: Trainer, has_trained: bool) -> str:
+    """Return why training made fewer epochs than requested, on a line of its own, or an empty string."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    stopped = (one for one in callbacks if isinstance(one, EarlyStopping) and one.wait_count >= one.patience)
+    untrained = "" if has_trained else "nothing was left to train: "
+    if (early := next(stopped, None)) is not None:
+        times = f"{early.wait_count} validation{'s' if early.wait_count > 1 else ''}"
+        return f"\n  {untrained}stopped early, {early.monitor} has not improved in {times}"
+    if untrained:
+        return f"\n  {untrained}the checkpoint is at or beyond trainer.max_epochs or trainer.max_steps"
+    return ""
+
+
+def print_report(
+    trainer: Trainer,
+    module: LightningModule,
+    summary: RunSummary,
+    command: str,
+    can_test: bool,
+    note: str,
+    best_path: str,
+) -> None:
+    """Print tables and final scores, where the run is stored, and the commands that continue from it.
+
+    Args:
+        trainer: after the command.
+        module: the task.
+        summary: the scores.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        can_test: whether the run can be tested rather than validated.
+        note: the end of the line that says that the command is done.
+        best_path: the best checkpoint of a run without a folder; may be empty.
+    """
+    if not trainer.is_global_zero:
+        return
+    from rich.console import Console
+
+    console, folder = Console(), run_folder(trainer)
+    if summary.epochs:
+        console.print(summary.table(module))
+        console.print(summary.layer_table())
+    for name, value in summary.final_scores(module).items():
+        if "/" in name:
+            console.print(f"{printable(name):16} {value:.4f}", markup=False)
+    if folder is not None:
+        _print_folder(console, trainer, folder, command, can_test, note)
+    elif trainer.logger is None:
+        console.print(f"\n{command} is done; trainer.logger is false: there is no run folder")
+        if command == "fit" and best_path:
+            console.print(f"Its checkpoint:  {printable(best_path)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_folder(console: Any, trainer: Trainer, folder: Path, command: str, can_test: bool, note: str) -> None:
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+    done = printable(f"\n{command} is done: {folder}{note}\n  {files}", keep="\n")
+    console.print(done, soft_wrap=True, highlight=False, markup=False)
+    checkpoints = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
+        console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
+        again = [*program(), "test" if can_test else "validate", "--config", f"{folder}/config.yaml"]
+        scoring = shlex.join([*again, "--ckpt_path", str(best)])
+        console.print(f"Score it again:  {printable(scoring)}", soft_wrap=True, highlight=False, markup=False)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            board = shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
+            console.print(f"Look at it:      {printable(board)}", soft_wrap=True, markup=False)

@@ -1,0 +1,117 @@
+"""Settings of a run that are derived from other settings, and checks that need no data and no model."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import Precision
+
+from gpt2_pl.commands.support.config_merge import check_name, check_ranges
+from gpt2_pl.errors import InputError
+from gpt2_pl.model import GPT2Config
+
+
+def complete_settings(config: Any, command: str, version_given: bool) -> None:
+    """Fill in the settings that follow from others, so that config.yaml records what the run used.
+
+    Args:
+        config: the parsed configuration of the command, which is changed.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        version_given: whether the version is given on the command line and not by a file.
+
+    Raises:
+        InputError: a value is out of range, or the model or the data are not configured.
+    """
+    check_ranges(config)
+    check_name(config.name)
+    if command != "fit" and not version_given:
+        config.version = None  # a file's version is that of the run that it was written by
+    config.version = folder_name(config.version)
+    for key in ("model", "data"):
+        if config.get(key) is None:
+            raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
+    _check_shape(config.model.init_args.get("config"))
+    data, base = config.data.init_args, config.model.init_args.get("base")
+    if data.get("tokenizer", "given") is None and base is not None:
+        data.tokenizer = base
+    _complete_trainer(config.trainer)
+
+
+def folder_name(version: str | None) -> str | None:
+    """Return the folder of a version: ``version_N`` for a number N, as Lightning names it."""
+    if version is None:
+        return None
+    check_name(version, "version")
+    if re.fullmatch(r"-\d+", version):
+        raise InputError(f"version is {version}; it must be a number from 0 or a folder's name")
+    return f"version_{int(version)}" if re.fullmatch(r"\d{1,9}", version) else version
+
+
+def _check_shape(shape: Any) -> None:
+    if shape is None:
+        return
+    try:
+        GPT2Config(**vars(shape))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.config: {error}") from None
+
+
+def _complete_trainer(trainer: Any) -> None:
+    if trainer.precision is None and not _has_precision(trainer.plugins):
+        trainer.precision = best_precision(trainer.accelerator)
+    if trainer.use_distributed_sampler is True:
+        trainer.use_distributed_sampler = False  # our loaders share the rows out themselves
+    if trainer.logger is None:
+        trainer.logger = True
+
+
+def check_logging(config: Any, command: str, checkpoint: str | None) -> None:
+    """Refuse settings of loggers, checkpoints and validation that contradict each other.
+
+    Raises:
+        InputError: naming the keys and the remedy.
+    """
+    trainer = config.trainer
+    if command == "predict" and trainer.logger is False:
+        raise InputError("trainer.logger is false, and predictions are written to the folder of a logged run")
+    if command == "fit" and trainer.logger is False and not trainer.fast_dev_run:
+        _check_checkpoint_folder(trainer, checkpoint)
+    if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:
+        raise InputError(
+            "trainer.limit_val_batches is 0, and early_stopping_patience waits for validation scores; "
+            "give --early_stopping_patience null"
+        )
+
+
+def _check_checkpoint_folder(trainer: Any, checkpoint: str | None) -> None:
+    """Refuse to overwrite the checkpoints of another run that had no folder of its own either."""
+    folder = Path(trainer.default_root_dir or ".") / "checkpoints"
+    resumes = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    for file in (folder / "best.ckpt", folder / "last.ckpt"):
+        if trainer.enable_checkpointing is not False and not resumes and file.exists():
+            raise InputError(
+                f"trainer.logger is false, so that the run has no folder of its own, and {file} exists already; "
+                "move it, or leave trainer.logger out"
+            )
+
+
+def _has_precision(plugins: Any) -> bool:
+    """Return whether one of the configured plugins is a precision."""
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    classes = [pydoc.locate(plugin.class_path) for plugin in plugins if hasattr(plugin, "class_path")]
+    return any(inspect.isclass(cls) and issubclass(cls, Precision) for cls in classes)
+
+
+def best_precision(accelerator: Any) -> str:
+    """Return ``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if accelerator in ("auto", "cpu"):
+        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16-mixed" if capable else "32-true"
+    return "32-true"

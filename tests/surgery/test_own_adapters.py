@@ -264,7 +264,7 @@ class Plain(Task):
 
     def forward(self, batch):
         last = batch["attention_mask"].sum(1, keepdim=True) - 1
-        return self.scores(self.core(batch["input_ids"], output_positions=last).squeeze(1))
+        return self.scores(self.backbone(batch["input_ids"], output_positions=last).squeeze(1))
 
     def training_step(self, batch, batch_idx):
         losses = nn.functional.cross_entropy(self(batch), batch["labels"], reduction="none")
@@ -292,7 +292,8 @@ def test_commands_task_without_row_table_and_protocols_is_told_what_is_missing(r
     (tmp_path / "in.txt").write_text("x\n")
     for command, what in (
         (["classify", folder, "--input", tmp_path / "in.csv"],
-         "classifies no text: plain_task.Plain lacks decide, probability (see gpt2_pl.tasks.protocols.TextClassifier)"),
+         "classifies no text: plain_task.Plain lacks predict_class, predict_proba "
+         "(see gpt2_pl.tasks.protocols.TextClassifier)"),
         (["generate", folder, "--prompt_file", tmp_path / "in.txt"],
          "generates no text: plain_task.Plain lacks continue_prompts (see gpt2_pl.tasks.protocols.TextGenerator)"),
         (["export", folder, "--format=hf"], "no place for scores.bias, scores.weight, the head of plain_task.Plain"),

@@ -263,7 +263,7 @@ class BitFit(Surgery):
 class Count(pl.Callback):
     def on_fit_end(self, trainer, pl_module):
         with open("counted", "w") as file:
-            file.write(str(sum(p.numel() for p in pl_module.core.parameters() if p.requires_grad)))
+            file.write(str(sum(p.numel() for p in pl_module.backbone.parameters() if p.requires_grad)))
 
 class Shouting(IMDB):
     def __init__(self, loud: bool = True, **kwargs):

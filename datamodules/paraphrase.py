@@ -21,11 +21,11 @@ class QuoraPairs(TextClassification):
     labels.
 
     Args:
-        symmetric: train on every pair the other way round too.
+        swap_pairs: train on every pair the other way round too.
         **kwargs: as in :class:`~gpt2_pl.datamodules.classification.TextClassification`.
 
     Raises:
-        InputError: as there; also ``symmetric`` with a template that has not two fields.
+        InputError: as there; also ``swap_pairs`` with a template that has not two fields.
     """
 
     HUB_SPLITS = {"train": "train", "val": "validation"}

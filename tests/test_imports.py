@@ -82,24 +82,6 @@ def test_package_of_checkout_has_no_other_file_of_the_root(name):
         assert importlib.util.find_spec(f"gpt2_pl.{mapped}").origin == str(ROOT / mapped / "__init__.py")
 
 
-def test_every_module_can_be_the_first_that_is_imported():
-    """Modules that import one another in a circle work or not, according to where one begins."""
-    code = """
-import importlib, pkgutil, sys
-import torch, lightning.pytorch, transformers
-import gpt2_pl
-names = [m.name for m in pkgutil.walk_packages(["gpt2_pl"], "gpt2_pl.") if m.name != "gpt2_pl.__main__"]
-names += [m.name for p in ("datamodules", "callbacks", "configs") for m in pkgutil.walk_packages([p], f"gpt2_pl.{p}.")]
-assert len(names) > 80, names
-for name in ["gpt2_pl", *names]:
-    for loaded in [n for n in sys.modules if n.split(".")[0] == "gpt2_pl"]:
-        del sys.modules[loaded]
-    importlib.import_module(name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("args", [["--help"], ["--version"], []])
 def test_help_needs_no_torch(args):
     code = f"import sys; from gpt2_pl.commands import main; main({args!r}); sys.exit('torch' in sys.modules)"

@@ -119,7 +119,7 @@ def main(args: list[str]) -> None:
                 row["number"] = number
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif numbers is not None:
-            file.generate_poems("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
+            file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
         else:
             file.writelines(f"{text}\n\n" for text in texts)
     print(printable(f"{given.out}: {len(texts)} texts"))

@@ -12,7 +12,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 
 from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
-from gpt2_pl.optim import Linear
+from gpt2_pl.optim import LinearWithWarmup
 from gpt2_pl.tasks import SentimentClassifier
 
 ENDS = {
@@ -233,7 +233,7 @@ def test_schedule_over_batches_of_unknown_number_is_refused(base):
         def __iter__(self):
             yield from ()
 
-    task = SentimentClassifier(base=str(base), num_classes=2, schedule=Linear())
+    task = SentimentClassifier(base=str(base), num_classes=2, schedule=LinearWithWarmup())
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(InputError, match=r"max_steps must be a number above 0 with model\.schedule Linear"):
         trainer.fit(task, torch.utils.data.DataLoader(Stream()))

@@ -63,20 +63,16 @@ def found_in(settings, path):
 
 
 def cases():
-    """Every key once: one that several files have, in the first of them for each class or group that it belongs to."""
+    """The deepest key of every file, which no other file before it has."""
     seen = set()
     for file in FILES:
-        settings = yaml.safe_load(file.read_text())
-        for path in places(settings):
-            owner = found_in(settings, path[:-2]).get("class_path") if path[-2:-1] == ("init_args",) else None
-            if owner is None or path[0] == "data" or path[:2] == path[:-1]:  # tasks and data share their keys
-                owner = ".".join(key.rstrip("+") for key in path[:-1] if isinstance(key, str))
-            if (key := (owner, path[-1])) not in seen:
-                seen.add(key)
-                yield file, path
+        paths = sorted(places(yaml.safe_load(file.read_text())), key=len, reverse=True)
+        path = next((path for path in paths if path[-1] not in seen), paths[0])
+        seen.add(path[-1])
+        yield pytest.param(file, path, id=f"{file.stem}:{'.'.join(map(str, path))}")
 
 
-CASES = [pytest.param(*case, id=f"{case[0].stem}:{'.'.join(map(str, case[1]))}") for case in cases()]
+CASES = list(cases())
 
 
 def refused(built, capsys, *args):

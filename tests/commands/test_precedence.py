@@ -101,8 +101,6 @@ def used(cli):
 CASES = [
     *((task, "base") for task in TASKS),
     (SentimentClassifier, "config"),
-    (PoemGenerator, "config"),
-    (SentimentClassifier, "label_words"),
     (ParaphraseDetector, "label_words"),
 ]
 

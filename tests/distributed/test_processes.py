@@ -66,12 +66,11 @@ def torchrun(folder, *args):
 EXACT = "--model.optimizer.init_args.eps=1e-6"
 
 
-@pytest.mark.parametrize("launch", [fit, torchrun])
-def test_two_processes_equal_one(tmp_path, launch):
+def test_torchrun_two_processes_equal_one(tmp_path):
     settings = ["--model.dropout=0.0", "--model.optimizer.init_args.lr=1e-4", EXACT]
     one = fit(tmp_path / "one", *settings, "--data.batch_size=16")
     ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
-    two = launch(tmp_path / "two", *ddp, *settings, "--data.batch_size=8", "--data.eval_batch_size=7")
+    two = torchrun(tmp_path / "two", *ddp, *settings, "--data.batch_size=8", "--data.eval_batch_size=7")
     a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (one, two))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

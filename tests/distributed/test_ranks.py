@@ -87,24 +87,16 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 
 
 def test_two_processes_equal_one(differences):
-    cases = ["imdb/full", "imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood",
-             "text/ulmfit_lm", "quora/hard_prompt", "quora/linear_probe"]  # fmt: skip
+    cases = ["imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood", "quora/linear_probe"]
     assert differences(cases, 2) == {}
 
 
 def test_four_processes_equal_one(differences):
-    assert differences(["quora/lora_ffn", "imdb/full"], 4) == {}
+    assert differences(["quora/lora_ffn"], 4) == {}
 
 
 def test_two_processes_that_share_the_weights_equal_one(differences):
-    cases = [
-        "imdb/full",
-        "imdb/ulmfit+lora",
-        "quora/lora_embedding",
-        "imdb/prefix_tuning",
-        "sonnets/unlikelihood",
-        "text/ulmfit_lm",
-    ]
+    cases = ["imdb/ulmfit+lora", "quora/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood"]
     assert differences(cases, 2, "fsdp") == {}
 
 

@@ -122,7 +122,7 @@ def test_what_the_command_writes(runs, run, tmp_path, capsys):
     [
         (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json is not JSON"),
         (lambda folder: (folder / "config.yaml").unlink(), "has no config.yaml"),
-        (lambda folder: (folder / "metrics.json").unlink(), "is no run's folder"),
+        (lambda folder: (folder / "metrics.json").unlink(), "must be a run folder"),
     ],
 )
 def test_folders_that_are_no_runs(break_it, words, runs, tmp_path, capsys):
@@ -261,31 +261,20 @@ def test_what_to_use(runs, tmp_path):
     assert comparison.cheapest().label == "lora"
 
 
-def test_a_report_with_a_preface_and_figures_from_elsewhere(runs, tmp_path, capsys):
+def test_compare_command_report_summarizes_links_plots_and_is_repeatable(runs, tmp_path):
     from gpt2_pl.commands import main
 
-    (tmp_path / "preface.md").write_text("# Results\n\nWhat was learned.\n")
-    other = {
-        "ParaphraseDetector": [{"what": "full", "figures": "accuracy 89.9", "source": "a report, <other> weights"}]
-    }
-    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(other))
-    command = ["compare", tmp_path / "runs", "--out", tmp_path / "plots", "--markdown", tmp_path / "RESULTS.md",
-               "--preface", tmp_path / "preface.md", "--elsewhere", tmp_path / "elsewhere.yaml"]  # fmt: skip
-    main([str(part) for part in command])
-    text = (tmp_path / "RESULTS.md").read_text()
-    assert text.startswith("# Results")
+    command = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    main(command)
+    text = (tmp_path / "out/report.md").read_text()
     assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
-    assert "![ParaphraseDetector: curves](plots/ParaphraseDetector_curves.png)" in text
-    assert "| full | accuracy 89.9 | a report, &lt;other> weights |" in text
-    assert "a report, &lt;other&gt; weights" in (tmp_path / "plots/report.html").read_text()
-    assert not (tmp_path / "plots/report.md").exists()
-    first = text
-    main([str(part) for part in command])
-    assert (tmp_path / "RESULTS.md").read_text() == first
-    (tmp_path / "elsewhere.yaml").write_text("ParaphraseDetector: [{what: full}]")
-    with pytest.raises(SystemExit):
-        main([str(part) for part in command])
-    assert "must give every task a list of {what, figures, source}" in capsys.readouterr().err
+    assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("<table>") == 3
+    main(command)
+    assert (tmp_path / "out/report.md").read_text() == text
+    assert (tmp_path / "out/report.html").read_text() == page
 
 
 def test_two_hundred_runs_in_seconds(tmp_path):

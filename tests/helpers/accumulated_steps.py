@@ -266,7 +266,7 @@ def main(folder: Path) -> None:
                         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
                     )  # fmt: skip
-                    steps = fit(**case, world_size=2, rank=rank)
+                    steps = fit(**case, world=2, rank=rank)
                     torch.save((steps.gradients, steps.of), folder / f"{number}_{rank}.pt")
                     status = 0
                 except BaseException:

@@ -39,7 +39,7 @@ def test_the_chunked_loss_is_torchs(chunk):
 @pytest.mark.parametrize("multiple", [1, 64])  # a vocabulary of 50, filled up
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_chunked_loss_under_autocast(multiple, compiled, monkeypatch):
-    monkeypatch.setattr("gpt2_pl.losses.MULTIPLES", {"cpu": multiple})
+    monkeypatch.setattr("gpt2_pl.losses.VOCAB_PAD_MULTIPLE", {"cpu": multiple})
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(50, (2, 9))

@@ -379,7 +379,7 @@ def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
     )
     data.setup()
     assert texts(data, "train")[10:] == [f"y{i} / x{i}" for i in range(10)]
-    with pytest.raises(InputError, match=r"data\.symmetric swaps the two fields"):
+    with pytest.raises(InputError, match=r"data\.swap_pairs swaps the two fields"):
         QuoraPairs(train_file=str(file), template="{sentence1}", swap_pairs=True)
 
 

@@ -15,7 +15,7 @@ from gpt2_pl import GPT2Config
 from gpt2_pl.callbacks import PictureWriter, Reproducibility
 from gpt2_pl.datamodules import IMDB, SST5, ToySentiment
 from gpt2_pl.errors import InputError
-from gpt2_pl.optim import Linear
+from gpt2_pl.optim import LinearWithWarmup
 from gpt2_pl.tasks import SentimentClassifier
 from gpt2_pl.utils import plots
 
@@ -39,7 +39,7 @@ def compare_with_transformers(base, data, steps, lr):
         num_classes=data.num_classes,
         dropout=0.0,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0),
-        schedule=Linear(),
+        schedule=LinearWithWarmup(),
     )
     task.configure_model()
     theirs = GPT2ForSequenceClassification.from_pretrained(

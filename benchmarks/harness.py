@@ -3,7 +3,7 @@ table of their medians.
 
 Where an arm needs a process of its own, a script measures it when it is called with ``--arm NAME``, and prints the
 figures as one line of JSON; without that it calls itself for every arm in turn. With ``--record`` the medians and
-ratios are kept in measured.json, and the README's table is written from that.
+ratios are kept in measured.json, and the tables of docs/speed.md are written from that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MEASURED = Path(__file__).with_name("measured.json")
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 
 Figures = dict[str, float]
@@ -30,7 +30,7 @@ def arguments(description: str | None, arms: Sequence[str], rounds: int = 3) -> 
     """A parser with what all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--record", action="store_true", help="keep the medians, and rewrite the README's table")
+    parser.add_argument("--record", action="store_true", help="keep the medians and rewrite docs/speed.md")
     parser.add_argument("--arm", choices=arms, help=argparse.SUPPRESS)
     return parser
 
@@ -130,15 +130,15 @@ def _record(rows: list[dict[str, Any]]) -> None:
     }
     kept.update({json.dumps(_key(row)): row for row in rows})
     MEASURED.write_text(json.dumps(list(kept.values()), indent=1) + "\n", encoding="utf-8")
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    README.write_text(before + BEGIN + table(list(kept.values())) + END + rest.split(END, 1)[1], encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + BEGIN + table(list(kept.values())) + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a table for each machine, in the order in which things were first measured."""
     parts = []
     for name in dict.fromkeys(row["machine"] for row in rows):
-        lines = ["| work | figure | ours | beside it | ours / beside it |", "| --- | --- | --- | --- | --- |"]
+        lines = ["| work | quantity | gpt2_pl | peer | ratio |", "| --- | --- | --- | --- | --- |"]
         lines += [_cells(row) for row in rows if row["machine"] == name]
         parts.append(f"{name}:\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)

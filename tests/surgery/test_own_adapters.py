@@ -303,12 +303,13 @@ def test_commands_task_without_row_table_and_protocols_is_told_what_is_missing(r
         assert not (tmp_path / f"out{ending}").exists()
 
 
-def test_readme_strategy_and_adapter_train_merge_and_combine(base, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+def test_guide_strategy_and_adapter_train_merge_and_combine(base, tmp_path, monkeypatch):
+    guide = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", guide, re.S)
     assert len(blocks) == 2
-    (tmp_path / "readme_mine.py").write_text("\n".join(blocks))
+    (tmp_path / "guide_mine.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)
-    mine = importlib.import_module("readme_mine")
+    mine = importlib.import_module("guide_mine")
     biases = built(base, [mine.BitFit()])
     assert biases.trained_names == {name for name in biases.backbone.base_names if name.endswith("bias")}
     task = built(base, [LoRA(rank=2), mine.IA3()])

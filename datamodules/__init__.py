@@ -1,4 +1,4 @@
-"""LightningDataModules: text from files, a hub id or a generator, in batches."""
+"""LightningDataModules of text from files, the Hugging Face hub or a generator."""
 
 from gpt2_pl.datamodules.classification import TextClassification
 from gpt2_pl.datamodules.language_modeling import TextCorpus

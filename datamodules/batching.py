@@ -1,4 +1,4 @@
-"""Tokenised rows in flat arrays, batches of similar length, and a loader that resumes in mid-epoch."""
+"""Tokenized rows in flat arrays, batches of rows of similar length, and a loader that resumes in mid-epoch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 Batch = dict[str, Any]
 Rows = NDArray[np.int64]
 
-MEGABATCH_MULT = 400  # batches whose rows are sorted by length together; larger pads less and mixes less
+MEGABATCH_MULT = 400  # number of batches sorted by length together; a larger one pads less and shuffles less
 
 
 class TokenDataset:
-    """Token ids of all rows of a split, one after the other, with where each row ends.
+    """Token ids of all rows of a split in one flat array.
 
     Args:
-        values: all token ids, flat.
-        offsets: (N + 1,) row n is ``values[offsets[n]:offsets[n + 1]]``.
-        labels: (N,) class indices, or None where nothing is known.
+        values: token ids of all rows, concatenated.
+        offsets: (N + 1,); row n is ``values[offsets[n]:offsets[n + 1]]``.
+        labels: (N,) class indices; None for unlabeled rows.
 
     Attributes:
-        lengths: (N,) tokens in each row.
-        n_targets: (N,) tokens of each row that are to be predicted; None where rows have no ``targets``.
+        lengths: (N,) number of tokens in each row.
+        n_targets: (N,) number of tokens to predict in each row; None if rows have no ``targets``.
     """
 
     n_targets: NDArray[Any] | None = None
@@ -39,11 +39,11 @@ class TokenDataset:
         return len(self.lengths)
 
     def row(self, n: int) -> NDArray[Any]:
-        """The token ids of a row."""
+        """Return the token ids of a row."""
         return self.values[self.offsets[n] : self.offsets[n + 1]]
 
     def select(self, rows: Rows) -> TokenDataset:
-        """Some of the rows, in the order given, each as often as it is given."""
+        """Return a dataset of the rows with the given indices, which may repeat, in the given order."""
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], lengths.cumsum()])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
@@ -51,7 +51,7 @@ class TokenDataset:
 
     @staticmethod
     def concatenate(parts: Sequence[TokenDataset]) -> TokenDataset:
-        """All rows of several, which have labels all or none."""
+        """Concatenate the rows of several datasets; either all or none of them have labels."""
         if len(parts) == 1:
             return parts[0]
         lengths = np.concatenate([part.lengths for part in parts])
@@ -60,18 +60,21 @@ class TokenDataset:
         return TokenDataset(values, np.concatenate([[0], lengths.cumsum()]), np.concatenate(labels) if labels else None)
 
     def batch(self, rows: Rows) -> Batch:
-        """Rows as tensors, padded on the right to the longest of them.
+        """Collate rows to tensors, padded on the right to the longest row.
+
+        Args:
+            rows: (B,) row indices.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (B, T), ``row`` (B,) and, where known, ``labels`` (B,).
+            ``input_ids`` and ``attention_mask`` (B, T), ``row`` (B,) and, if the rows have labels, ``labels`` (B,).
         """
         lengths = self.lengths[rows]
-        text = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-        input_ids = np.zeros(text.shape, dtype=np.int64)
-        input_ids[text] = np.concatenate([self.row(n) for n in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+        input_ids = np.zeros(mask.shape, dtype=np.int64)
+        input_ids[mask] = np.concatenate([self.row(n) for n in rows])
         batch: Batch = {
             "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(text.astype(np.int64)),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
             "row": torch.from_numpy(rows),
         }
         if self.labels is not None:
@@ -80,21 +83,22 @@ class TokenDataset:
 
 
 def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: int, world_size: int = 1) -> list[Rows]:
-    """The global batches of one epoch, rows of similar length together: a function of the seed and the epoch.
+    """Return the global batches of one epoch, which depend only on the seed and the epoch.
 
-    Rows are shuffled, sorted by length within pools of ``POOL`` batches, cut into batches, and the batches shuffled.
-    Those that make no whole batch are any rows.
+    Rows are shuffled, sorted by length within megabatches of ``MEGABATCH_MULT`` batches and cut into batches, and the
+    batches are shuffled. Rows of a batch therefore have similar lengths, except in the last, smaller batch, whose rows
+    are chosen at random.
 
     Args:
-        lengths: (N,) tokens in each row.
+        lengths: (N,) number of tokens in each row.
         batch_size: rows per process.
         seed: any integer.
-        epoch: 0, 1, ...
-        world: number of processes; process r takes every ``world``-th row of each batch, from r on.
+        epoch: index of the epoch, from 0.
+        world_size: number of processes; process r takes rows r, r + ``world_size``, ... of each batch.
 
     Returns:
-        Arrays of ``batch_size * world`` rows, and a smaller one of what remains, which is left out where it is smaller
-        than ``world``. Without that, every row occurs exactly once.
+        Arrays of ``batch_size * world_size`` row indices and one smaller array of the remaining rows. The smaller array
+        is omitted if it has fewer than ``world_size`` rows. Every other row occurs exactly once.
     """
     generator = np.random.default_rng([seed % 2**63, epoch])
     size = batch_size * world_size
@@ -110,22 +114,25 @@ def training_batches(lengths: NDArray[Any], batch_size: int, seed: int, epoch: i
 def evaluation_batches(
     lengths: NDArray[Any], batch_size: int, rank: int = 0, world_size: int = 1, limit: int | float = 1.0
 ) -> list[Rows]:
-    """The batches of process ``rank``: every row in one batch of one process, rows of similar length together.
+    """Return the batches of one process; each row is in exactly one batch of one process.
 
-    Without a limit the longest rows come first. With one, the batches that will be evaluated hold a sample of the rows
-    in which all lengths are represented evenly, whatever their order in the file. It is the same for any number of
-    processes that evaluate as many rows.
+    The rows of a batch have similar lengths. Without a limit the longest rows come first. With a limit, the first
+    ``limit`` batches contain a sample in which all lengths are represented evenly, independent of the order of the
+    file. The sample is the same for any number of processes that evaluate the same number of rows.
 
-    All processes have equally many batches, because those that share the weights gather them in step. For that a batch
-    may be smaller, or one row larger, than ``batch_size``.
+    All processes have the same number of batches, because processes with sharded weights gather them in every forward
+    pass. A batch may therefore be smaller than ``batch_size``, or one row larger.
 
     Args:
-        lengths: (N,) tokens in each row.
+        lengths: (N,) number of tokens in each row.
         batch_size: rows per process.
-        rank: the process.
-        world: number of processes.
-        limit: the batches that will be evaluated: a number, or a share of all batches (a float), as for Lightning's
+        rank: index of the process.
+        world_size: number of processes.
+        limit: batches to evaluate: a number (int) or a fraction of all batches (float), as for Lightning's
             ``limit_val_batches``.
+
+    Returns:
+        Arrays of row indices.
     """
     sizes = _global_batch_sizes(len(lengths), batch_size, world_size)
     n = int(len(sizes) * limit) if isinstance(limit, float) else limit
@@ -141,7 +148,7 @@ def evaluation_batches(
 
 
 def _global_batch_sizes(n_rows: int, batch_size: int, world_size: int) -> list[int]:
-    """Rows in the batches of all processes together, of which each process has one or more."""
+    """Return the number of rows in each global batch, at least one for each process."""
     n_full, rest = divmod(n_rows, batch_size * world_size)
     if rest == 0 or rest >= world_size:
         return [batch_size * world_size] * n_full + ([rest] if rest else [])
@@ -149,14 +156,15 @@ def _global_batch_sizes(n_rows: int, batch_size: int, world_size: int) -> list[i
 
 
 class PackedTokenDataset(TokenDataset):
-    """A stream of tokens cut into contexts of T, each token predicting the next; the last context may be shorter.
+    """Contexts of T tokens cut from one token stream, for next-token prediction; the last context may be shorter.
 
     Args:
-        tokens: (N,) the stream, in memory or mapped from disk.
-        context: T.
-        stride: tokens from the start of one context to the next. With less than T contexts overlap, and the targets
-            that a context shares with the one before are not predicted again: every token but the first of the stream
-            is predicted once, from T - stride + 1 or more tokens before it unless it is in the first context.
+        tokens: (N,) token ids, in memory or memory-mapped.
+        context: number of tokens T in a context.
+        stride: number of tokens from the start of one context to the start of the next; defaults to T. With a stride
+            below T contexts overlap, and targets that are in the preceding context are ignored. Every token except the
+            first one of the stream is predicted once. Outside the first context, it is predicted from at least
+            T - stride + 1 preceding tokens.
     """
 
     def __init__(self, tokens: NDArray[Any], context: int, stride: int | None = None) -> None:
@@ -170,11 +178,11 @@ class PackedTokenDataset(TokenDataset):
         self.labels = None
 
     def row(self, n: int) -> NDArray[Any]:
-        """The input tokens of a context."""
+        """Return the input tokens of a context."""
         return self.values[self.starts[n] : self.ends[n]]
 
     def batch(self, rows: Rows) -> Batch:
-        """Return contexts as tensors: those of :class:`TokenDataset`, and ``targets`` (B, T), -100 where ignored."""
+        """Collate contexts as :class:`TokenDataset` does, with ``targets`` (B, T), -100 where ignored."""
         batch = super().batch(rows)
         targets = np.full(batch["input_ids"].shape, -100, dtype=np.int64)
         for i, n in enumerate(rows):
@@ -184,14 +192,14 @@ class PackedTokenDataset(TokenDataset):
 
 
 class EvaluationLoader:
-    """Every row once, in :func:`evaluation_batches`.
+    """Loader of the batches of :func:`evaluation_batches`, each row once.
 
     Args:
-        rows: the tokenised rows.
+        rows: tokenized rows.
         batch_size: rows per process.
-        rank: this process.
-        world: number of processes.
-        limit: how many batches will be evaluated, or (a float) which share of them.
+        rank: index of this process.
+        world_size: number of processes.
+        limit: batches to evaluate: a number (int) or a fraction of all batches (float).
     """
 
     def __init__(
@@ -209,21 +217,24 @@ class EvaluationLoader:
 
 
 class TrainingLoader:
-    """One epoch after the other of :func:`training_batches`, resumable within an epoch.
+    """Loader of the batches of :func:`training_batches` that can resume within an epoch.
 
-    Lightning calls ``set_epoch`` on ``sampler`` when an epoch begins. Each batch also states how many rows and tokens,
-    and with a language model's data targets, all processes have in it (``global_rows``, ``global_tokens``,
-    ``global_targets``), and how many rows and targets in all batches of its optimizer step (``step_rows``,
-    ``step_targets``).
+    Lightning calls ``set_epoch`` on ``sampler`` at the start of an epoch. Each batch also contains counts over all
+    processes: ``global_rows`` and ``global_tokens`` of the batch and ``step_rows`` of all batches in its optimizer
+    step. If the rows have targets, it contains ``global_targets`` and ``step_targets`` as well.
 
     Args:
-        rows: the tokenised rows.
+        rows: tokenized rows.
         batch_size: rows per process.
-        seed: decides the order, together with the epoch.
-        rank: this process.
-        world: number of processes.
-        next_batch: the number, from 0, of the batch that an iteration begins with; above 0 where training resumes.
-        step_batches: the numbers of the batches that share an optimizer step with the batch of the number given.
+        seed: seed of the order, which also depends on the epoch.
+        rank: index of this process.
+        world_size: number of processes.
+        next_batch: returns the index of the first batch of an iteration, above 0 when training resumes.
+        step_batches: maps the index of a batch to the indices of the batches in its optimizer step.
+
+    Attributes:
+        epoch: epoch of the next iteration.
+        reshuffles: whether every epoch has a new order; if False, all epochs have the batches of the first.
     """
 
     def __init__(
@@ -239,11 +250,11 @@ class TrainingLoader:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world_size, self.next_batch, self.step_batches = rank, world_size, next_batch, step_batches
         self.epoch = 0
-        self.reshuffles = True  # in every epoch; otherwise each has the batches of the first
+        self.reshuffles = True
 
     @property
     def sampler(self) -> TrainingLoader:
-        """Where Lightning looks for ``set_epoch``."""
+        """The loader itself, because Lightning calls ``set_epoch`` on a loader's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -252,11 +263,11 @@ class TrainingLoader:
 
     def __len__(self) -> int:
         size = self.batch_size * self.world_size
-        whole, rest = divmod(len(self.rows), size)
-        return whole + (rest >= self.world_size)
+        n_full, rest = divmod(len(self.rows), size)
+        return n_full + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing is read before the first `next`, by when `set_epoch` has been called.
+        # This is a generator: the epoch is read at the first `next`, after Lightning has called `set_epoch`.
         batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world_size)
         for i in range(self.next_batch(), len(batches)):
             rows, step = batches[i], np.concatenate(batches[self.step_batches(i)])
@@ -268,6 +279,6 @@ class TrainingLoader:
 
 
 def padding_share(batches: list[Tensor]) -> float:
-    """The share of padding in attention masks (B, T) of several batches."""
-    text = sum(int(mask.sum()) for mask in batches)
-    return 1.0 - text / sum(mask.numel() for mask in batches)
+    """Return the fraction of padding in the attention masks (B, T) of several batches."""
+    n_tokens = sum(int(mask.sum()) for mask in batches)
+    return 1.0 - n_tokens / sum(mask.numel() for mask in batches)

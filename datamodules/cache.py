@@ -1,4 +1,4 @@
-"""Files of what was computed from data, computed again where such a file is missing or damaged."""
+"""Cache files of preprocessed data, recomputed when missing or damaged."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def cached(name: str, key: Any, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]]) -> Dataset:
-    """The rows that ``batches`` computes, in a file of the cache that is mapped into memory.
+    """Return computed rows as a dataset that is memory-mapped from a cache file.
 
     Args:
-        name: what is cached, for the file's name.
-        key: everything that the rows depend on, as JSON can express it.
-        schema: of the rows.
-        batches: computes the rows.
+        name: prefix of the file name.
+        key: JSON-serializable value of everything that the rows depend on.
+        schema: schema of the rows.
+        batches: computes the rows; called only if they are not cached.
+
+    Returns:
+        The rows.
 
     Raises:
-        InputError: from ``batches``; nothing is cached then.
-        RunError: the disk is full, or what was written cannot be read.
+        InputError: raised by ``batches``; nothing is cached.
+        RunError: the disk is full, or the written file cannot be read.
     """
     import datasets
     import pyarrow as pa
@@ -50,61 +53,60 @@ def cached(name: str, key: Any, schema: pa.Schema, batches: Callable[[], Iterabl
 
 
 def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tuple[pa.Buffer, Path]:
-    """What ``write`` writes, mapped into memory from a file of the cache.
+    """Return computed contents, memory-mapped from a cache file.
 
-    Behind the contents the file holds their SHA-256, so that one that was cut short, overwritten or is not readable is
-    recognised and written again. Where the cache cannot be written, a temporary folder takes its place until the
-    process ends.
+    The file ends with the SHA-256 of its contents, so that a truncated, overwritten or unreadable file is detected and
+    written again. If the cache folder is not writable, a temporary folder replaces it until the process ends.
 
     Args:
-        name: of the file; its stem is followed by a digest of the key.
-        key: everything that the contents depend on, as JSON can express it.
-        write: writes them.
+        name: name of the file; a digest of the key is appended to its stem.
+        key: JSON-serializable value of everything that the contents depend on.
+        write: writes the contents; called only if they are not cached.
 
     Returns:
-        The contents, and the file.
+        The contents and the path of the file.
 
     Raises:
-        InputError: from ``write``; nothing is cached then.
-        RunError: the disk is full, or what was written cannot be read.
+        InputError: raised by ``write``; nothing is cached.
+        RunError: the disk is full, or the written file cannot be read.
     """
     import datasets
 
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{Path(name).stem}-{digest}{Path(name).suffix}"
-    contents = _read(file)
+    contents = _read_verified(file)
     if contents is None:
-        file = _writable(file)
-        contents = _read(file)
+        file = _writable_path(file)
+        contents = _read_verified(file)
     if contents is None:
         with atomic_write(file, "wb") as out:
-            digested = _Digested(out)
-            write(cast("IO[bytes]", digested))
-            out.write(digested.digest.digest())
-        contents = _read(file)
+            writer = _HashingWriter(out)
+            write(cast("IO[bytes]", writer))
+            out.write(writer.digest.digest())
+        contents = _read_verified(file)
     if contents is None:
-        raise RunError(f"{file} cannot be read after it was written; HF_DATASETS_CACHE names another folder")
+        raise RunError(f"{file} cannot be read after it was written; set HF_DATASETS_CACHE to another folder")
     return contents, file
 
 
-def _read(file: Path) -> pa.Buffer | None:
-    """The contents of a cache file; None where there is none or it is damaged."""
+def _read_verified(file: Path) -> pa.Buffer | None:
+    """Return the contents of a cache file, or None if the file is missing or damaged."""
     import pyarrow as pa
 
     try:
-        if not file.is_file():  # to open a pipe would wait for a writer
+        if not file.is_file():  # opening a named pipe would wait for a writer
             return None
-        whole = pa.memory_map(str(file)).read_buffer()
+        buffer = pa.memory_map(str(file)).read_buffer()
     except (OSError, pa.ArrowException):
         return None
-    end = whole.size - _DIGEST_SIZE
-    if end < 0 or hashlib.sha256(whole.slice(0, end)).digest() != whole.slice(end).to_pybytes():
+    end = buffer.size - _DIGEST_SIZE
+    if end < 0 or hashlib.sha256(buffer.slice(0, end)).digest() != buffer.slice(end).to_pybytes():
         return None
-    return whole.slice(0, end)
+    return buffer.slice(0, end)
 
 
-class _Digested:
-    """A file to write to, and the SHA-256 of what was written."""
+class _HashingWriter:
+    """Wrapper of a binary file that computes the SHA-256 of all written bytes."""
 
     closed = False
 
@@ -117,8 +119,8 @@ class _Digested:
         return self.file.write(data)
 
 
-def _writable(file: Path) -> Path:
-    """The path itself where a file can be written there, else one in a temporary folder."""
+def _writable_path(file: Path) -> Path:
+    """Return the path if its folder is writable, else a path in a temporary folder."""
     with reraise_disk_full(file):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -129,11 +131,11 @@ def _writable(file: Path) -> Path:
         except OSError as error:
             if is_full(error):
                 raise
-            return Path(_substitute(file.parent, printable(error.strerror)).name) / file.name
+            return Path(_temporary_folder(file.parent, printable(error.strerror)).name) / file.name
 
 
 @cache
-def _substitute(folder: Path, reason: str) -> TemporaryDirectory[str]:
-    """A folder in place of a cache that cannot be written, removed when the process ends."""
+def _temporary_folder(folder: Path, reason: str) -> TemporaryDirectory[str]:
+    """Create a folder that replaces an unwritable cache folder and is removed when the process ends."""
     rank_zero_warn(f"the cache {folder} cannot be written ({reason}); data are prepared again in every run")
     return TemporaryDirectory(prefix="gpt2_pl-", ignore_cleanup_errors=True)

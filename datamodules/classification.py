@@ -1,4 +1,4 @@
-"""Text classification data: from files or a hub id to batches of token ids."""
+"""Text classification data from files or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-# columns beside the fields, whose names are identifiers
+# Cached columns in addition to the template fields; their names contain blanks, so that they never equal a field.
 _NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label index", "reason to skip"
 _NO_LABEL = -1
-_CACHE_FORMAT = 5  # part of every cache key; raised when what is cached changes
-_BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # rows that are encoded together end at either
+_CACHE_FORMAT = 6  # part of every cache key; increment it when the cached contents change
+_BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # limits of the rows that are encoded together
 
 
 class _Example(NamedTuple):
-    """A row by its number in the source, from 1: its texts by field, label and token ids, or the reason to skip it."""
+    """One row: its number in the source (from 1) and either texts by field, label and token ids or a skip reason."""
 
     number: int
     texts: dict[str, str] = {}
@@ -40,41 +40,41 @@ class _Example(NamedTuple):
 
 
 class TextClassification(TextData):
-    """Rows with one or more texts and a label, for any classification task.
+    """Datamodule of rows with one or more texts and a label.
 
-    Batches hold ``input_ids`` and ``attention_mask`` (B, T), ``labels`` and ``row`` (B,), padded on the right.
+    Batches contain ``input_ids`` and ``attention_mask`` (B, T), padded on the right, ``labels`` (B,) and ``row`` (B,).
 
     Args:
-        train_file: CSV, TSV, JSON lines or Parquet file to train on, or several.
-        val_file: file to validate on; without one, a share of the training rows is set aside.
-        test_file: file to test on.
-        predict_file: file to predict; it needs no labels.
-        hub_id: dataset on the Hugging Face hub, read when none of train, val and test file is given.
-        hub_config: its configuration, where it has several.
-        columns: template field -> column, where the two names differ.
-        label_column: column of the labels, which are class indices or names.
-        labels: the class names, in order.
-        template: the text the model reads, with ``{field}`` for a row's text.
-        tokenizer: folder or hub id; on the command line the base's own by default.
-        max_length: tokens in a row's text; by default what the model has room for. Longer text is cut, the template
-            never.
+        train_file: training data: a CSV, TSV, JSON lines or Parquet file, or a list of such files.
+        val_file: validation data; by default, a fraction of the training rows.
+        test_file: test data.
+        predict_file: rows to predict, without labels.
+        hub_id: dataset on the Hugging Face hub; ignored if a train, val or test file is given.
+        hub_config: configuration of the hub dataset, if it has several.
+        columns: column of each template field whose name differs from the column's.
+        label_column: column of the labels, which are class names or class indices.
+        labels: class names in the order of their indices; defaults to negative, positive.
+        template: text of a row, with ``{field}`` as the placeholder of a column's text.
+        tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
+        max_length: maximum number of tokens in a row; defaults to the context length of the model. Longer texts are
+            truncated; the rest of the template is not.
         batch_size: rows per process and step.
-        eval_batch_size: rows per process in validation, test and prediction.
-        val_fraction: share of the training rows to validate on where there is no validation set. Other training rows
-            with the same texts are left out.
-        train_fraction: share of the remaining training rows to use, drawn once with ``split_seed``.
-        balance: make the training classes equally frequent: ``undersample`` leaves rows of the larger ones out,
-            ``oversample`` repeats rows of the smaller ones.
-        split_seed: decides which rows all these are.
-        quoting: whether double quotes enclose values in delimited files; by default in all but MRPC's.
-        on_invalid_row: ``error``, or ``skip`` rows without text, with an unknown label, that are not UTF-8, have too
-            many or too few values, or are not a JSON object. metrics.json counts them.
+        eval_batch_size: rows per process and step in validation, test and prediction.
+        val_fraction: fraction of the training rows used for validation if there is no validation set, in (0, 1).
+            Training rows with the same texts as a validation row are dropped.
+        train_fraction: fraction of the remaining training rows to use, sampled once with ``split_seed``, in (0, 1].
+        balance: how to make the training classes equally frequent: ``undersample`` drops rows of the larger classes,
+            ``oversample`` repeats rows of the smaller classes.
+        split_seed: seed of ``val_fraction``, ``train_fraction`` and ``balance``.
+        quoting: whether double quotes enclose values in delimited files; defaults to True except for MRPC files.
+        on_invalid_row: ``error`` or ``skip``. A row is invalid if it has no text, has an unknown label, is not UTF-8,
+            has too many or too few values, or is not a JSON object. metrics.json counts skipped rows.
 
     Raises:
-        InputError: at ``prepare_data``, a file, column, label or text that cannot be used, by file and row.
+        InputError: an argument is out of range; in ``prepare_data``, a file, column, label or text is invalid.
     """
 
-    ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {}  # template field or label column -> its names in published sets
+    ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {}  # other names of a field or label column in published datasets
 
     def __init__(
         self,
@@ -100,31 +100,31 @@ class TextClassification(TextData):
         on_invalid_row: Literal["error", "skip"] = "error",
     ) -> None:
         if isinstance(train_file, list) and not train_file:
-            raise InputError("data.train_file is an empty list; give a file, or several")
+            raise InputError("data.train_file must be a file or a list of files, got an empty list")
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         super().__init__(files, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction)
         if not 0.0 < train_fraction <= 1.0:
-            raise InputError(f"data.train_fraction is {train_fraction}; it must be above 0 and at most 1")
+            raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
         self.columns = dict(columns or {})
         self.label_column = label_column
         self.labels = list(labels or ("negative", "positive"))
         if len(set(self.labels)) < max(2, len(self.labels)):
-            raise InputError(f"data.labels is {self.labels}; there must be two or more different names")
+            raise InputError(f"data.labels must be at least two different names, got {self.labels}")
         self.template = Template(template)
         self.hub_config, self.quoting, self.on_invalid_row = hub_config, quoting, on_invalid_row
         self.train_fraction, self.balance, self.split_seed = train_fraction, balance, split_seed
-        self.rows: dict[str, Dataset] = {}  # the texts of each split, by field
-        self.skipped: dict[str, int] = {}  # how many rows of each source cannot be used
+        self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
+        self.skipped: dict[str, int] = {}  # number of invalid rows in each source
 
     @property
     def num_classes(self) -> int:
-        """The number of classes K."""
+        """The number of classes."""
         return len(self.labels)
 
     # Reading and encoding
 
     def _sources(self, split: str) -> list[RowSource]:
-        """All rows of a split that has data of its own."""
+        """Open all sources of a split that has its own files or hub split."""
         if (files := self.files[split]) is not None:
             files = [files] if isinstance(files, str) else files
             return [
@@ -134,14 +134,22 @@ class TextClassification(TextData):
         return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id", self.hub_config)]
 
     def column(self, name: str, columns: Sequence[str]) -> str:
-        """Which of the columns holds a template field or the label: the one that ``data.columns`` says, the one of
-        that name, or the one that a published set calls otherwise."""
+        """Return the column of a template field or of the label.
+
+        Args:
+            name: template field or label column.
+            columns: all columns of a source.
+
+        Returns:
+            The column that ``data.columns`` assigns, else the column of the same name, else the first alias of a
+            published dataset that is a column, else ``name``.
+        """
         if name in self.columns or name in columns:
             return self.columns.get(name, name)
         return next((alias for alias in self.ALIASES.get(name, ()) if alias in columns), name)
 
     def _field_permutations(self, split: str) -> list[dict[str, str]]:
-        """Which of a row's fields stand in each field of the template: once as they are, and other ways to train on."""
+        """Return assignments of a row's fields to template fields; every one after the first augments the split."""
         return [{field: field for field in self.template.fields}]
 
     def _encode(self, split: str) -> TokenDataset:
@@ -149,20 +157,20 @@ class TextClassification(TextData):
 
         sources = self._sources("train" if split == "val" and not self._has_own_val() else split)
         parts, rows = [], []
-        for variant in self._field_permutations(split):
-            pairs = [self._encode_source(source, variant, split != "predict") for source in sources]
+        for permutation in self._field_permutations(split):
+            pairs = [self._encode_source(source, permutation, split != "predict") for source in sources]
             encoded = TokenDataset.concatenate([part for part, _ in pairs])
-            texts = datasets.concatenate_datasets([kept for _, kept in pairs])
-            if (chosen := self._split_indices(split, len(encoded))) is not None:
-                encoded, texts = encoded.select(chosen), texts.select(chosen)
+            texts = datasets.concatenate_datasets([part for _, part in pairs])
+            if (indices := self._split_indices(split, len(encoded))) is not None:
+                encoded, texts = encoded.select(indices), texts.select(indices)
             parts.append(encoded)
             rows.append(texts)
         encoded, texts = TokenDataset.concatenate(parts), datasets.concatenate_datasets(rows)
         if split == "train" and not self._has_own_val():
-            held_out = {self._dedup_key(row) for row in self._rows_of("val").select_columns(self.template.fields)}
-            contents = map(self._dedup_key, texts.select_columns(self.template.fields))
-            apart = np.flatnonzero([content not in held_out for content in contents])
-            encoded, texts = encoded.select(apart), texts.select(apart)
+            val_keys = {self._dedup_key(row) for row in self._split_rows("val").select_columns(self.template.fields)}
+            train_keys = map(self._dedup_key, texts.select_columns(self.template.fields))
+            distinct = np.flatnonzero([key not in val_keys for key in train_keys])
+            encoded, texts = encoded.select(distinct), texts.select(distinct)
         if split == "train" and self.balance is not None:
             assert encoded.labels is not None
             order = balanced(encoded.labels, self.balance, self.split_seed)
@@ -170,49 +178,61 @@ class TextClassification(TextData):
         self.rows[split] = texts
         return encoded
 
-    def _rows_of(self, split: str) -> Dataset:
-        """The texts of a split, encoded now where it has not been."""
+    def _split_rows(self, split: str) -> Dataset:
+        """Return the texts of a split, which is encoded first if necessary."""
         if split not in self.rows:
             self.encoded[split] = self._encode(split)
         return self.rows[split]
 
     def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
-        """What makes a row the same as another."""
+        """Return a key that is equal for rows with the same texts."""
         return tuple(row[field].strip() for field in self.template.fields)
 
     def _encode_source(
-        self, source: RowSource, variant: dict[str, str], labelled: bool
+        self, source: RowSource, permutation: dict[str, str], labeled: bool
     ) -> tuple[TokenDataset, Dataset]:
-        """Encode the usable rows of a source, and give their texts by field."""
-        fields = {field: self.column(name, source.columns) for field, name in variant.items()}
-        label_column = self.column(self.label_column, source.columns) if labelled else None
+        """Encode the valid rows of a source.
+
+        Args:
+            source: the rows.
+            permutation: field of the rows for each template field.
+            labeled: whether to read labels.
+
+        Returns:
+            Token ids and labels, and the texts of the same rows by field.
+
+        Raises:
+            InputError: a column is missing or used twice, a row is invalid, or all rows are skipped.
+        """
+        fields = {field: self.column(name, source.columns) for field, name in permutation.items()}
+        label_column = self.column(self.label_column, source.columns) if labeled else None
         require_columns(source, list(fields.values()), label_column)
         if len(set(fields.values())) < len(fields):
-            raise InputError(f"data.columns: two fields of the template read one column: {fields}")
-        labels, max_length, tokenizer = self.labels if labelled else None, self._max_length(), self.tokenizer.to_str()
+            raise InputError(f"data.columns must assign a different column to each template field, got {fields}")
+        labels, max_length, tokenizer = self.labels if labeled else None, self._max_length(), self.tokenizer.to_str()
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
         key += [label_column, labels, max_length, tokenizer, self.on_invalid_row]
         rows = cached("rows", key, _schema(fields), lambda: self._batches(source, fields, label_column))
         reasons = rows.data.column(_REASON)
         encoded = _token_rows(rows)
         if reasons.null_count < len(rows):
-            usable = np.flatnonzero(reasons.is_null())
-            unusable = rows.select(np.setdiff1d(np.arange(len(rows)), usable))
-            self._tell_skipped(source.name, dict(zip(unusable[_NUMBER], unusable[_REASON], strict=True)), len(rows))
-            encoded, rows = encoded.select(usable), rows.select(usable)
-        if not labelled:
+            valid = np.flatnonzero(reasons.is_null())
+            invalid = rows.select(np.setdiff1d(np.arange(len(rows)), valid))
+            self._warn_skipped(source.name, dict(zip(invalid[_NUMBER], invalid[_REASON], strict=True)), len(rows))
+            encoded, rows = encoded.select(valid), rows.select(valid)
+        if not labeled:
             encoded.labels = None
         return encoded, rows.select_columns([*fields, _NUMBER])
 
     def _batches(self, source: RowSource, fields: dict[str, str], label_column: str | None) -> Iterator[pa.RecordBatch]:
-        """Read, check and encode the rows of a source. Those that are left out come without tokens, with the reason."""
+        """Yield the rows of a source, checked and encoded; skipped rows have a reason in place of tokens."""
         import pyarrow as pa
 
         schema = _schema(fields)
         columns = list(dict.fromkeys([*fields.values(), *([label_column] if label_column else [])]))
-        examples = (self._checked(source, number, row, fields, label_column) for number, row in source.read(columns))
-        while checked := list(_first(examples, _BATCH_ROWS, _BATCH_CHARACTERS)):
-            batch = self._tokenized(source, checked)
+        examples = (self._parse_row(source, number, row, fields, label_column) for number, row in source.read(columns))
+        while parsed := list(_take(examples, _BATCH_ROWS, _BATCH_CHARACTERS)):
+            batch = self._tokenize(source, parsed)
             values = {
                 _NUMBER: [example.number for example in batch],
                 **{field: [example.texts.get(field) for example in batch] for field in fields},
@@ -222,10 +242,10 @@ class TextClassification(TextData):
             }
             yield pa.RecordBatch.from_pydict(values, schema=schema)
 
-    def _checked(
+    def _parse_row(
         self, source: RowSource, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
     ) -> _Example:
-        """Check the texts and the label of a row."""
+        """Return the texts and the label of a row, or the reason to skip it."""
         if isinstance(row, str):
             return _Example(number, reason=row)
         try:
@@ -237,8 +257,8 @@ class TextClassification(TextData):
             return _Example(number, reason=str(error).removeprefix(printable(f"{source.name}, ")))
         return _Example(number, texts, label)
 
-    def _tokenized(self, source: RowSource, batch: list[_Example]) -> list[_Example]:
-        """Return examples with their token ids; those without any have a reason to be skipped."""
+    def _tokenize(self, source: RowSource, batch: list[_Example]) -> list[_Example]:
+        """Add token ids to examples; an example without any token gets a reason to skip it."""
         texts = [example.texts for example in batch if example.reason is None]
         ids = iter(self.template.encode(texts, self.tokenizer, self._max_length()))
         examples = []
@@ -253,17 +273,26 @@ class TextClassification(TextData):
             examples.append(example)
         return examples
 
-    def _tell_skipped(self, source: str, skipped: dict[int, str], total: int) -> None:
-        """Say once of a source which rows, by number, are skipped and why."""
+    def _warn_skipped(self, source: str, reasons: dict[int, str], total: int) -> None:
+        """Warn once per source about skipped rows.
+
+        Args:
+            source: name of the source.
+            reasons: reason to skip a row, by row number.
+            total: number of rows in the source.
+
+        Raises:
+            InputError: all rows are skipped.
+        """
         if source not in self.skipped:
-            told = "; ".join(skipped[number] for number in sorted(skipped)[:3])
-            rank_zero_warn(f"{printable(source)}: {len(skipped)} of {total} rows are skipped: {told}")
-        self.skipped[source] = len(skipped)
-        if len(skipped) == total:
-            raise InputError(f"{source} has no rows that can be used")
+            first = "; ".join(reasons[number] for number in sorted(reasons)[:3])
+            rank_zero_warn(f"{printable(source)}: {len(reasons)} of {total} rows are skipped: {first}")
+        self.skipped[source] = len(reasons)
+        if len(reasons) == total:
+            raise InputError(f"{source} has no valid rows")
 
     def _split_indices(self, split: str, n: int) -> np.ndarray | None:
-        """Which of the n rows read belong to the split; None for all of them."""
+        """Return the indices of the split among the ``n`` rows of its source, or None for all rows."""
         if split not in ("train", "val") or (split == "val" and self._has_own_val()):
             return None
         order = np.random.default_rng(self.split_seed).permutation(n)
@@ -274,16 +303,20 @@ class TextClassification(TextData):
         return None if n_train == n else np.sort(order[n_val : n_val + n_train])
 
     def row_number(self, split: str, row: int) -> int:
-        """The number of a row, from 1, in its file."""
+        """Return the number of a row in its file, from 1."""
         return self.rows[split][row][_NUMBER]
 
     def text(self, split: str, row: int) -> str:
-        """The text of a row's template fields, as the source holds it."""
+        """Return the original texts of a row's template fields, separated by `` | ``."""
         return " | ".join(self.rows[split][row][field].strip() for field in self.template.fields)
 
     def prompt_spec(self) -> dict[str, Any]:
-        """How a model is asked, and what it can answer: the template, the names that its fields' columns may have, the
-        class names, how many tokens a text may have, and whether quotes enclose values."""
+        """Return the prompt format, which checkpoints store to classify new rows.
+
+        Returns:
+            ``template``, ``columns`` (possible column names of each template field), ``labels``, ``max_length`` and
+            ``quoting``.
+        """
         columns = {
             field: list(dict.fromkeys([self.columns.get(field, field), field, *self.ALIASES.get(field, ())]))
             for field in self.template.fields
@@ -297,7 +330,7 @@ class TextClassification(TextData):
         }
 
     def description(self) -> dict[str, Any]:
-        """What a run says of its data: sources, template, classes, rows in each split read."""
+        """Return the data section of the run record: sources, prompt format and number of rows in each split."""
         return {
             "class": type(self).__name__,
             "files": {split: file for split, file in self.files.items() if file is not None},
@@ -310,20 +343,26 @@ class TextClassification(TextData):
 
 
 def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed: int) -> np.ndarray:
-    """Row numbers (N,), ascending, in which every class that occurs is equally frequent.
+    """Resample rows so that all classes that occur are equally frequent.
 
-    ``undersample`` draws from the larger classes as many rows as the smallest has; ``oversample`` repeats rows of the
-    smaller ones, each as often as the others but for one.
+    Args:
+        labels: class index of each row.
+        how: ``undersample`` samples as many rows of each class as the smallest class has. ``oversample`` repeats rows
+            until each class has as many as the largest; how often two rows of a class occur differs by at most one.
+        seed: seed of the sample.
+
+    Returns:
+        Row indices (N,) in ascending order.
     """
     generator = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     n = (max if how == "oversample" else min)(map(len, classes))
-    drawn = [np.resize(generator.permutation(rows), n) for rows in classes]
-    return np.sort(np.concatenate(drawn))
+    samples = [np.resize(generator.permutation(rows), n) for rows in classes]
+    return np.sort(np.concatenate(samples))
 
 
-def _first(examples: Iterator[_Example], n_rows: int, n_characters: int) -> Iterator[_Example]:
-    """Yield the next examples until there are so many rows or characters."""
+def _take(examples: Iterator[_Example], n_rows: int, n_characters: int) -> Iterator[_Example]:
+    """Yield the next examples until they reach a number of rows or characters."""
     for example in islice(examples, n_rows):
         yield example
         n_characters -= sum(map(len, example.texts.values()))

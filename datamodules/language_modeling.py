@@ -1,4 +1,4 @@
-"""Text of any length for language modelling, as one stream of tokens cut into full contexts."""
+"""Text for language modeling: one token stream, cut into contexts."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from gpt2_pl.text.tokenizer import END_OF_TEXT, encode_stream, train_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_PIECE = 1 << 17  # characters of texts that are in memory at a time, with all that is made of them
-_BATCH = 1000  # texts that are tokenised at a time
-_CACHE_FORMAT = 2  # part of every cache key; raised when what is cached changes
+_CHUNK_CHARACTERS = 1 << 17  # characters in memory at a time, which bounds the memory of their encodings
+_BATCH_TEXTS = 1000  # maximum number of texts that are tokenized together
+_CACHE_FORMAT = 2  # part of every cache key; increment it when the cached contents change
 
 
 class TextFile:
-    """A UTF-8 file that is one text; its contents decide its fingerprint, whatever its name and its time.
+    """UTF-8 file with one text.
 
     Args:
-        path: the file.
-        key: the option that named it.
+        path: path of the file.
+        key: option that named the file, for error messages.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -49,24 +49,25 @@ class TextFile:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the contents."""
-        with self._failures(), self.path.open("rb") as file:
+        """SHA-256 of the contents, independent of the file's name and modification time."""
+        with self._input_errors(), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextmanager
     def open(self) -> Iterator[TextIO]:
-        """Open the text, with line ends as one character.
+        r"""Open the text for reading; all line ends are read as ``\n``.
 
         Raises:
-            InputError: it cannot be read, is not UTF-8, or was written to since its name was read.
+            InputError: the file cannot be read, is not UTF-8, or has changed since this object was created.
         """
-        with self._failures(), self.path.open(encoding="utf-8-sig") as file:
+        with self._input_errors(), self.path.open(encoding="utf-8-sig") as file:
             yield file
             if self._find_status() != self._status:
                 raise InputError(f"{self.key}: {self.path} changed while it was being read; wait until it is complete")
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def _input_errors(self) -> Iterator[None]:
+        """Convert decoding and operating system errors to InputError."""
         try:
             yield
         except UnicodeDecodeError as error:
@@ -76,32 +77,34 @@ class TextFile:
 
 
 class TextCorpus(TextData):
-    """Text files, or a column of texts, for :class:`~gpt2_pl.tasks.LanguageModel`.
+    """Datamodule of text files or of a column of texts, for :class:`~gpt2_pl.tasks.LanguageModel`.
 
-    A ``.txt`` file is one text; CSV, TSV, JSON lines and Parquet files and hub datasets have one in every row, in the
-    column ``column``. Every text ends with ``<|endoftext|>``. Tokens are written once to a cache file, read from there
-    through the page cache, and cut into contexts of ``max_length``: only the last one of a split is shorter.
+    A ``.txt`` file is one text. CSV, TSV, JSON lines and Parquet files and hub datasets have one text per row, in
+    ``column``. ``<|endoftext|>`` is appended to every text. Tokens are written to a cache file once, memory-mapped, and
+    cut into contexts of ``max_length`` tokens; only the last context of a split is shorter.
 
     Args:
-        train_file: file, or list of files, to train on.
-        val_file: the same, to validate on; without one, the last ``val_fraction`` of the training tokens is set aside.
-        test_file: the same, to test on.
-        hub_id: dataset on the Hugging Face hub, read when no file is given.
-        column: where a row's text is.
-        tokenizer: folder or hub id; on the command line the base's own by default.
-        vocab_size: train a byte-level BPE with so many entries on the training text, in place of ``tokenizer``.
-        max_length: tokens in a context; by default what the model has room for.
-        stride: tokens from the start of one context to the next in validation and test, from 1 to ``max_length``, as in
-            transformers' "Perplexity of fixed-length models". By default ``max_length``: contexts do not overlap, which
-            takes the least time, and the first tokens of each are predicted from few others. With a smaller one every
-            token is predicted, once, from the ``max_length - stride + 1`` tokens or more before it.
+        train_file: training file or list of files.
+        val_file: validation file or list of files; by default, the last ``val_fraction`` of the training tokens.
+        test_file: test file or list of files.
+        hub_id: dataset on the Hugging Face hub; ignored if a file is given.
+        column: column of the texts in files and datasets with rows.
+        tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
+        vocab_size: number of entries of a byte-level BPE that is trained on the training text and replaces
+            ``tokenizer``.
+        max_length: number of tokens in a context; defaults to the context length of the model.
+        stride: number of tokens from the start of one context to the start of the next in validation and test, in
+            [1, ``max_length``], as in transformers' "Perplexity of fixed-length models". It defaults to ``max_length``:
+            contexts do not overlap, which is fastest, but the first tokens of each context are predicted from few
+            tokens. With a smaller stride, every token after the first context is predicted once from at least
+            ``max_length - stride + 1`` preceding tokens.
         batch_size: contexts per process and step.
-        eval_batch_size: contexts per process in validation and test.
-        val_fraction: share of the training tokens to validate on where there is no validation file.
+        eval_batch_size: contexts per process and step in validation and test.
+        val_fraction: fraction of the training tokens used for validation if there is no validation file, in (0, 1).
 
     Raises:
-        InputError: at ``prepare_data``, a file or column that cannot be used, a tokenizer without an end of text, or
-            too little text for two tokens.
+        InputError: an argument is out of range; in ``prepare_data``, a file or column is invalid, the tokenizer has no
+            ``<|endoftext|>``, or a split has fewer than two tokens.
     """
 
     def __init__(
@@ -119,15 +122,15 @@ class TextCorpus(TextData):
         val_fraction: float = 0.05,
         stride: int | None = None,
     ) -> None:
-        given = {"train": train_file, "val": val_file, "test": test_file}
-        files = {split: [file] if isinstance(file, str) else list(file or []) for split, file in given.items()}
+        split_files = {"train": train_file, "val": val_file, "test": test_file}
+        files = {split: [file] if isinstance(file, str) else list(file or []) for split, file in split_files.items()}
         super().__init__(
             {**files, "predict": []}, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction
         )
         if vocab_size is not None and tokenizer is not None:
             raise InputError(
-                f"data.vocab_size is {vocab_size} and data.tokenizer {tokenizer}: train a tokenizer or give one, "
-                "not both (a base brings its own)"
+                f"data.vocab_size ({vocab_size}) and data.tokenizer ({tokenizer}) must not be used together; "
+                "use only one of them (a pretrained base sets data.tokenizer)"
             )
         self.column, self.vocab_size, self.stride = column, vocab_size, stride
         self._check_stride(max_length)
@@ -135,11 +138,11 @@ class TextCorpus(TextData):
     def _check_stride(self, max_length: int | None) -> None:
         if self.stride is None or 1 <= self.stride <= (max_length or self.stride):
             return
-        most = "" if max_length is None else f", which is {max_length}"
-        raise InputError(f"data.stride must be between 1 and data.max_length{most}, got {self.stride}")
+        limit = "data.max_length" if max_length is None else f"{max_length} (data.max_length)"
+        raise InputError(f"data.stride must be between 1 and {limit}, got {self.stride}")
 
     def has_split(self, split: str) -> bool:
-        """Whether there is text for the split: train, val or test."""
+        """Return whether there is text for a split: train, val or test."""
         if self.hub_id is not None:
             return split in self.HUB_SPLITS
         return bool(self.files[split]) or (split == "val" and bool(self.files["train"]))
@@ -151,18 +154,18 @@ class TextCorpus(TextData):
         if self.vocab_size is None:
             return super()._make_tokenizer()
         if self.hub_id is None and not self.files["train"]:
-            raise InputError("data.vocab_size trains a tokenizer on data.train_file, which is not given")
+            raise InputError("data.train_file is missing; data.vocab_size trains a tokenizer on it")
         return train_tokenizer(self._texts("train"), self.vocab_size)
 
     def _texts(self, split: str) -> Iterator[str]:
-        """The texts of a split's own files, long ones in pieces."""
+        """Yield the texts of a split's files or hub dataset, long texts in chunks."""
         for source in self._sources(split):
             if isinstance(source, TextFile):
                 with source.open() as file:
-                    yield from _pieces(file)
+                    yield from _chunks(file)
             else:
                 for text in self._row_texts(source):
-                    yield from _pieces(io.StringIO(text))
+                    yield from _chunks(io.StringIO(text))
 
     def _encode(self, split: str) -> PackedTokenDataset:
         source = "train" if split == "val" and not self._has_own_val() else split
@@ -171,18 +174,21 @@ class TextCorpus(TextData):
             n_train = round(len(tokens) * (1.0 - self.val_fraction))
             tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
         if len(tokens) < 2:
-            raise InputError(f"the {split} text has {len(tokens)} tokens; it needs two or more (data.val_fraction?)")
+            raise InputError(
+                f"the {split} text must have at least 2 tokens, got {len(tokens)}; "
+                "give more text or change data.val_fraction"
+            )
         self._check_stride(self._max_length())
         return PackedTokenDataset(tokens, self._max_length(), None if split == "train" else self.stride)
 
     def _tokens(self, split: str) -> NDArray[Any]:
-        """All tokens of a split's own files, mapped from a cache file."""
+        """Return all tokens of a split's files or hub dataset, memory-mapped from a cache file."""
         sources = self._sources(split)
         dtype = np.dtype(np.uint16 if max(self.tokenizer.get_vocab().values()) < 1 << 16 else np.int32)
 
         def write(file: IO[bytes]) -> None:
             for source in sources:
-                for ids in self._token_pieces(source):
+                for ids in self._token_chunks(source):
                     file.write(np.asarray(ids, dtype).tobytes())
 
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, [source.fingerprint for source in sources]]
@@ -190,7 +196,7 @@ class TextCorpus(TextData):
         return np.frombuffer(contents, dtype)
 
     def _sources(self, split: str) -> list[TextFile | RowSource]:
-        """A split's own files or hub dataset."""
+        """Open the files or the hub dataset of a split."""
         if self.hub_id is not None:
             return [self._with_column(read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id"))]
         key = f"data.{split}_file"
@@ -205,14 +211,18 @@ class TextCorpus(TextData):
         require_columns(source, [self.column], keys="data.column")
         return source
 
-    def _token_pieces(self, source: TextFile | RowSource) -> Iterator[list[int]]:
-        """The tokens of a source, a part at a time; every text that has tokens ends with ``<|endoftext|>``.
+    def _token_chunks(self, source: TextFile | RowSource) -> Iterator[list[int]]:
+        """Yield the tokens of a source in chunks.
 
-        Special tokens that the tokenizer's post-processor puts around a text are left out.
+        ``<|endoftext|>`` is appended to every text that has tokens. Special tokens of the tokenizer's post-processor
+        are omitted.
+
+        Raises:
+            InputError: the tokenizer has no ``<|endoftext|>``, or the source cannot be read.
         """
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
-            raise InputError(f"data.tokenizer has no {END_OF_TEXT}, which stands between texts")
+            raise InputError(f"data.tokenizer must have the token {END_OF_TEXT}, which separates texts; it is missing")
         if isinstance(source, TextFile):
             with source.open() as file:
                 yield from encode_stream(self.tokenizer, file)
@@ -221,28 +231,32 @@ class TextCorpus(TextData):
         for texts in _batches(text.strip() for text in self._row_texts(source)):
             if len(texts) == 1:
                 encoded = encode_stream(self.tokenizer, io.StringIO(texts[0]))
-                yield from _ended(encoded, end)
+                yield from _append_end(encoded, end)
             else:
                 for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
-                    yield from _ended([encoding.ids], end)
+                    yield from _append_end([encoding.ids], end)
 
     def _row_texts(self, source: RowSource) -> Iterator[str]:
-        """The texts of rows that have one."""
+        """Yield the texts of all rows whose text is neither missing nor empty.
+
+        Raises:
+            InputError: a value is not text.
+        """
         for number, row in source.read([self.column]):
             text = row[self.column] if isinstance(row, dict) else None
             if not isinstance(text, str | None):
                 raise InputError(
-                    f"{source.key}: {source.name}, row {number}: {shorten(self.column)} is {shorten(text)}; it must "
-                    "hold text (data.column says which column to read)"
+                    f"{source.key}: {source.name}, row {number}: {shorten(self.column)} must be text, "
+                    f"got {shorten(text)} (data.column is the column to read)"
                 )
             if text:
                 yield text
 
     @property
     def perplexity_note(self) -> str:
-        """What perplexity is of, for where it is shown."""
+        """Definition of the perplexity in validation and test, displayed with its values."""
         context, stride = self._max_length(), self.stride or self._max_length()
-        start = "" if stride == context else ", the next ones from what there is before them"
+        start = "" if stride == context else ", and the following ones are predicted from all tokens before them"
         return (
             f"Perplexity of validation and test: tokens are predicted from the {context - stride + 1} to {context} "
             f"tokens before them (contexts of {context}, stride {stride}); the first token of a split is not "
@@ -250,7 +264,7 @@ class TextCorpus(TextData):
         )
 
     def description(self) -> dict[str, Any]:
-        """What a run says of its data: sources, tokens and contexts in each split read."""
+        """Return the data section of the run record: sources and number of tokens and contexts in each split."""
         return {
             "class": type(self).__name__,
             "files": {split: files for split, files in self.files.items() if files},
@@ -266,10 +280,10 @@ class TextCorpus(TextData):
         }
 
 
-def _ended(parts: Iterable[list[int]], end: int) -> Iterator[list[int]]:
-    """Put ``end`` behind the parts of a text, unless they are all empty."""
+def _append_end(chunks: Iterable[list[int]], end: int) -> Iterator[list[int]]:
+    """Yield the chunks of a text and, unless they are all empty, ``[end]``."""
     empty = True
-    for ids in parts:
+    for ids in chunks:
         empty = empty and not ids
         yield ids
     if not empty:
@@ -277,11 +291,11 @@ def _ended(parts: Iterable[list[int]], end: int) -> Iterator[list[int]]:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are tokenised together: at most ``_BATCH`` of them and ``_PIECE`` characters, or a long one alone."""
+    """Yield batches of at most ``_BATCH_TEXTS`` texts and ``_CHUNK_CHARACTERS`` characters, or of one longer text."""
     batch: list[str] = []
     n_characters = 0
     for text in texts:
-        if batch and (len(batch) == _BATCH or n_characters + len(text) > _PIECE):
+        if batch and (len(batch) == _BATCH_TEXTS or n_characters + len(text) > _CHUNK_CHARACTERS):
             yield batch
             batch, n_characters = [], 0
         batch.append(text)
@@ -290,14 +304,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _pieces(file: TextIO) -> Iterator[str]:
-    """A text in pieces that have the words of the whole: each but the first begins with white space behind a word.
+def _chunks(file: TextIO) -> Iterator[str]:
+    """Yield a text in chunks that are cut after a word, so that the chunks have the same words as the text.
 
-    A run without white space that is longer than a piece is cut where the piece ends.
+    A chunk without white space is cut at its end.
     """
     rest = ""
-    while read := file.read(_PIECE):
-        text = rest + read
+    while chunk := file.read(_CHUNK_CHARACTERS):
+        text = rest + chunk
         words = text.rsplit(None, 1)
         cut = len(words[0]) if len(words) == 2 else len(text)
         yield text[:cut]

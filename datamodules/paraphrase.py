@@ -1,4 +1,4 @@
-"""Paraphrases: pairs of questions from Quora, and other pairs in the formats of GLUE's QQP and of MRPC."""
+"""Paraphrase detection: sentence pairs in the formats of CS224N, QQP and MRPC."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from gpt2_pl.datamodules.classification import TextClassification
 from gpt2_pl.errors import InputError
 
 TEMPLATE = "{sentence1}\n{sentence2}\n"
-PAIR_LABELS = ("not_duplicate", "duplicate")  # as GLUE names them
+PAIR_LABELS = ("not_duplicate", "duplicate")  # GLUE's names
 
 
 class QuoraPairs(TextClassification):
-    """Pairs of sentences that say the same (1) or do not (0).
+    """Datamodule of sentence pairs that are paraphrases (1) or not (0).
 
     Files have the columns ``sentence1``, ``sentence2`` and ``is_duplicate`` (CS224N), ``question1``, ``question2`` and
     ``is_duplicate`` or ``label`` (QQP, Iyer et al. 2017), or ``#1 String``, ``#2 String`` and ``Quality`` (MRPC, Dolan
-    & Brockett 2005, which does not quote). The hub's dataset is QQP of GLUE (Wang et al. 2019), whose test set has no
-    labels.
+    & Brockett 2005, without quoting). The default hub dataset is QQP from GLUE (Wang et al. 2019). Its test set has no
+    labels and is not used.
 
     Args:
-        swap_pairs: train on every pair the other way round too.
-        **kwargs: as in :class:`~gpt2_pl.datamodules.classification.TextClassification`.
+        hub_id: dataset on the Hugging Face hub; ignored if a train, val or test file is given.
+        hub_config: configuration of the hub dataset.
+        label_column: column of the labels, which are class names or class indices.
+        labels: class names in the order of their indices; defaults to not_duplicate, duplicate.
+        template: text of a pair, with ``{sentence1}`` and ``{sentence2}`` as the placeholders of the sentences.
+        swap_pairs: whether to train on every pair in both orders.
+        **kwargs: arguments of :class:`~gpt2_pl.datamodules.classification.TextClassification`.
 
     Raises:
-        InputError: as there; also ``swap_pairs`` with a template that has not two fields.
+        InputError: as in the base class; also if ``swap_pairs`` is set and the template does not have two fields.
     """
 
     HUB_SPLITS = {"train": "train", "val": "validation"}
@@ -54,15 +59,15 @@ class QuoraPairs(TextClassification):
             **kwargs,
         )
         if swap_pairs and len(self.template.fields) != 2:
-            raise InputError(f"data.swap_pairs swaps the two fields of the template; it is {template!r}")
+            raise InputError(f"data.template must have two fields if data.swap_pairs is set, got {template!r}")
         self.swap_pairs = swap_pairs
 
     def _field_permutations(self, split: str) -> list[dict[str, str]]:
-        variants = super()._field_permutations(split)
+        permutations = super()._field_permutations(split)
         if self.swap_pairs and split == "train":
             first, second = self.template.fields
-            variants.append({first: second, second: first})
-        return variants
+            permutations.append({first: second, second: first})
+        return permutations
 
     def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
-        return frozenset(row[field].strip() for field in self.template.fields)  # whichever comes first
+        return frozenset(row[field].strip() for field in self.template.fields)  # independent of the order

@@ -1,4 +1,4 @@
-"""Prompts in words: one template turns a row's columns into the text the model reads."""
+"""Prompt templates, which format the columns of a row as one text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 class Template:
-    """A text with ``{field}`` where a row's columns go, such as ``Review: {sentence} Sentiment:``.
+    """Prompt template with one ``{field}`` per column, such as ``Review: {sentence} Sentiment:``.
 
     Args:
-        text: the template; ``{{`` and ``}}`` stand for braces.
+        text: the template, in the syntax of ``str.format``; ``{{`` and ``}}`` are literal braces.
+
+    Attributes:
+        fields: names of the fields, without duplicates, in order of occurrence.
 
     Raises:
-        InputError: no field, a field without a name, or broken braces.
+        InputError: the template has no field, a field is not a plain name, or braces do not match.
     """
 
     def __init__(self, text: str) -> None:
@@ -28,43 +31,50 @@ class Template:
         except ValueError as error:
             raise InputError(f"template {text!r}: {error}") from None
         self.text = text
-        self._parts = [(literal, name) for literal, name, _, _ in parts]  # a field follows its literal
+        self._parts = [(literal, name) for literal, name, _, _ in parts]  # literal text and the field after it
         self.fields = list(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
-            raise InputError(f"template {text!r} has no field; write one as {{sentence}}")
+            raise InputError(f"template {text!r} must have at least one field, such as {{sentence}}")
         for _, name, spec, conversion in parts:
             if name is not None and (not name.isidentifier() or spec or conversion):
-                raise InputError(f"template {text!r}: a field is a plain column name, such as {{sentence}}")
+                raise InputError(f"template {text!r}: a field must be a plain column name, such as {{sentence}}")
 
     def fill(self, row: Mapping[str, str]) -> str:
-        """The text of one row; white space around a field's value is dropped."""
+        """Return the text of one row; values are stripped of surrounding white space."""
         return self.text.format(**{field: row[field].strip() for field in self.fields})
 
     def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
-        """Return the token ids of each row's text, at most ``max_length``.
+        """Return the token ids of each row's text, truncated to ``max_length``.
 
-        A text that is too long loses words of its fields, the longest field first, and never a part of the template. A
-        row with a field that has no token, because a normalizer deletes its characters or because the vocabulary lacks
-        them, has no ids.
+        Truncation shortens the values of the longest field first and keeps the template's own text. A row has no ids
+        if one of its fields has no token, because the normalizer deletes its characters or the vocabulary lacks them.
+
+        Args:
+            rows: values of the fields, per row.
+            tokenizer: encodes the texts.
+            max_length: maximum number of tokens of a row.
+
+        Returns:
+            Token ids of each row; an empty list for a row with a field without tokens.
 
         Raises:
             InputError: the template leaves no room for text.
         """
         encodings = tokenizer.encode_batch([self.fill(row) for row in rows])
-        return [self._ids(row, found, tokenizer, max_length) for row, found in zip(rows, encodings, strict=True)]
+        return [self._ids(row, encoding, tokenizer, max_length) for row, encoding in zip(rows, encodings, strict=True)]
 
     def no_token(self, row: Mapping[str, str]) -> str:
-        """Return the message for a row to which :meth:`encode` gives no token ids."""
+        """Return the error message for a row without token ids."""
         texts = ", ".join(shorten(row[field]) for field in self.fields)
         return f"the tokenizer gives no token for {'one of the texts' if len(self.fields) > 1 else 'the text'} {texts}"
 
     def _ids(self, row: Mapping[str, str], encoding: Encoding, tokenizer: Tokenizer, max_length: int) -> list[int]:
         if not self._covers_fields(row, encoding):
             return []
-        return encoding.ids if len(encoding) <= max_length else self._truncated(row, tokenizer, max_length)
+        return encoding.ids if len(encoding) <= max_length else self._truncate(row, tokenizer, max_length)
 
     def _covers_fields(self, row: Mapping[str, str], encoding: Encoding) -> bool:
-        """Return whether the text of every field has a token."""
+        """Return whether the value of every field has a token."""
         start = 0
         for literal, field in self._parts:
             start += len(literal)
@@ -78,9 +88,9 @@ class Template:
                 start = end
         return True
 
-    def _truncated(self, row: Mapping[str, str], tokenizer: Tokenizer, max_length: int) -> list[int]:
-        # Fields are cut as text, at the ends of their tokens, and the whole is encoded again: the tokens of a
-        # truncated row are those of a text that could have stood there.
+    def _truncate(self, row: Mapping[str, str], tokenizer: Tokenizer, max_length: int) -> list[int]:
+        # Values are cut as text, at the end of one of their tokens, and the filled template is encoded again.
+        # Cutting token ids instead could produce a sequence that no text is encoded to.
         texts = {field: row[field].strip() for field in self.fields}
         ends = {
             field: [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
@@ -88,13 +98,13 @@ class Template:
         }
         keep = {field: len(end) for field, end in ends.items()}
         while True:
-            cut = {field: texts[field][: ends[field][n - 1]] if (n := keep[field]) else "" for field in self.fields}
-            ids = tokenizer.encode(self.fill(cut)).ids
+            values = {field: texts[field][: ends[field][n - 1]] if (n := keep[field]) else "" for field in self.fields}
+            ids = tokenizer.encode(self.fill(values)).ids
             excess = len(ids) - max_length
             if not any(keep.values()):
                 raise InputError(
-                    f"template {self.text!r} alone takes {len(ids)} tokens; max_length is {max_length}, which leaves "
-                    "no room for text"
+                    f"max_length must leave room for text in addition to the {len(ids)} tokens of the template "
+                    f"{self.text!r}, got {max_length}"
                 )
             if excess <= 0:
                 return ids

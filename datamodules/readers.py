@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, JSON lines and Parquet files and of hub datasets, read one after the other in bounded memory."""
+"""Readers of CSV, TSV, JSON lines and Parquet files and of hub datasets; rows are streamed in bounded memory."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 _MRPC_COLUMN = "#1 String"
 _DELIMITERS = ("\t", ",", ";")
 _BYTE_ORDER_MARK = "\ufeff"
-_LONGEST_VALUE = 1 << 26  # characters of a value in delimited text; a quote that is not closed makes longer ones
-_BATCH = 1000  # rows that are decoded at a time
+_MAX_VALUE_CHARACTERS = 1 << 26  # limit of a value in delimited text, exceeded after an unclosed quote
+_BATCH_ROWS = 1000  # number of rows that are decoded at a time
 
 Row = dict[str, Any]
 
 
 class RowSource(ABC):
-    """Rows with named columns, which can be read any number of times.
+    """Source of rows with named columns, which can be read repeatedly.
 
     Args:
-        name: the file or dataset, for messages.
-        key: the option that named it, for messages.
-        skip_bad: whether rows that cannot be read are left out instead of being an error.
+        name: name of the file or dataset, for error messages.
+        key: option that named it, for error messages.
+        skip_bad: whether invalid rows are skipped instead of raising an error.
     """
 
     def __init__(self, name: str, key: str, skip_bad: bool = False) -> None:
@@ -47,51 +47,54 @@ class RowSource(ABC):
     @property
     @abstractmethod
     def columns(self) -> Sequence[str]:
-        """The names of the columns."""
+        """Names of the columns."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of everything that the rows depend on."""
+        """Digest of everything that the rows depend on."""
 
     @property
     def types(self) -> Mapping[str, pa.DataType]:
-        """The type of each column whose values all have one."""
+        """Arrow type of each column with a declared type."""
         return {}
 
     @abstractmethod
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
-        """Yield some columns of each row, or why the row cannot be read."""
+        """Yield the given columns of each row, or the reason why the row is invalid."""
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-        """Read some columns of all rows.
+        """Read the given columns of all rows.
+
+        Args:
+            columns: names of the columns.
 
         Yields:
-            The number of each row, from 1, and its values by column; where rows that cannot be read are left out, the
-            reason in place of the values.
+            The number of each row, from 1, and its values by column. If ``skip_bad`` is set, the values of an invalid
+            row are replaced by the reason.
 
         Raises:
-            InputError: a row or the whole source cannot be read, or there are no rows.
+            InputError: a row or the source cannot be read, or there are no valid rows.
         """
-        number, usable = 0, False
+        number, has_valid_row = 0, False
         for number, row in enumerate(self._rows(columns), start=1):
             if isinstance(row, str):
                 row = f"row {number} cannot be read: {row}"
                 if not self.skip_bad:
                     raise InputError(f"{self.key}: {self.name}, {row}")
             else:
-                usable = True
+                has_valid_row = True
             yield number, row
-        if not usable:
-            raise InputError(f"{self.key}: {self.name} has no rows{' that can be read' if number else ''}")
+        if not has_valid_row:
+            raise InputError(f"{self.key}: {self.name} has no {'valid ' if number else ''}rows")
 
 
 class Rows(RowSource):
-    """Rows in memory.
+    """Source of rows in memory.
 
     Args:
-        rows: each with the same columns.
-        name: for messages.
+        rows: rows with the same columns; at least one.
+        name: name of the source, for error messages.
     """
 
     def __init__(self, rows: Sequence[Row], name: str) -> None:
@@ -100,12 +103,12 @@ class Rows(RowSource):
 
     @property
     def columns(self) -> Sequence[str]:
-        """The columns of the first row."""
+        """Names of the columns of the first row."""
         return list(self.rows[0])
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the rows."""
+        """Digest of the rows."""
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
@@ -113,12 +116,12 @@ class Rows(RowSource):
 
 
 class HubSplit(RowSource):
-    """A split of a hub dataset.
+    """Source of the rows of a hub dataset's split.
 
     Args:
         dataset: the split.
-        name: for messages.
-        key: the option that named it.
+        name: name of the dataset and split, for error messages.
+        key: option that named the dataset, for error messages.
     """
 
     def __init__(self, dataset: Dataset, name: str, key: str) -> None:
@@ -127,26 +130,26 @@ class HubSplit(RowSource):
 
     @property
     def columns(self) -> Sequence[str]:
-        """The names of the dataset's columns."""
+        """Names of the dataset's columns."""
         return self.dataset.column_names
 
     @property
     def types(self) -> Mapping[str, pa.DataType]:
-        """The types of the dataset's columns."""
+        """Arrow types of the dataset's columns."""
         return dict(zip(self.columns, self.dataset.features.arrow_schema.types, strict=True))
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint that ``datasets`` gives."""
+        """Fingerprint that ``datasets`` computes."""
         return self.dataset._fingerprint
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
-        for batch in self.dataset.select_columns(list(columns)).iter(_BATCH):
+        for batch in self.dataset.select_columns(list(columns)).iter(_BATCH_ROWS):
             yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 class _File(RowSource):
-    """A local file; its contents decide its fingerprint, whatever its name and its time."""
+    """Source of the rows of a local file."""
 
     def __init__(self, path: Path, key: str, skip_bad: bool) -> None:
         super().__init__(str(path), key, skip_bad)
@@ -158,21 +161,21 @@ class _File(RowSource):
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _options(self) -> list[Any]:
-        """What the rows depend on beside the file's contents, as JSON can express it."""
+        """Return JSON-serializable values on which the rows depend in addition to the file's contents."""
         return [type(self).__name__, self.skip_bad]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the contents and of how they are read."""
+        """Digest of the contents and of the reading options, independent of the file's name and modification time."""
         with self.path.open("rb") as file:
             contents = hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(json.dumps([contents, *self._options()]).encode()).hexdigest()
 
     def read(self, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-        """Read some columns of all rows, as every source does.
+        """Read the given columns of all rows; see :meth:`RowSource.read`.
 
         Raises:
-            InputError: as every source; also where the file was written to since it was opened.
+            InputError: as in the base class; also if the file has changed since it was opened.
         """
         yield from super().read(columns)
         if self._find_status() != self._status:
@@ -183,34 +186,37 @@ class _File(RowSource):
 
 
 class DelimitedText(_File):
-    """CSV or TSV: UTF-8 text with a header, separated by the delimiter that gives the most columns.
+    """Source of the rows of a CSV or TSV file: UTF-8 text with a header.
 
-    Values are the text they are. An empty line is not a row. A line of blanks is not a row where there are several
-    columns, and a bad one where there is one column. Columns without a name are ``Unnamed: 0``, ``Unnamed: 1``, ...,
-    by their place.
+    The delimiter (tab, comma or semicolon) is the one that splits the header into the most columns. Values are not
+    converted. An empty line is not a row. A line of blanks is not a row if there are several columns, and an invalid
+    row if there is one. A column without a name is called ``Unnamed: i`` after its index i.
 
     Args:
-        path: the file.
-        key: the option that named it.
-        skip_bad: leave out rows that are not UTF-8 or have more or fewer values than the header.
-        quoting: whether double quotes enclose values; by default in every file but MRPC's.
+        path: path of the file.
+        key: option that named the file, for error messages.
+        skip_bad: whether to skip rows that are not UTF-8 or have more or fewer values than the header.
+        quoting: whether double quotes enclose values; defaults to True except for MRPC files.
+
+    Raises:
+        InputError: the header is invalid.
     """
 
     def __init__(self, path: Path, key: str, skip_bad: bool, quoting: bool | None) -> None:
         super().__init__(path, key, skip_bad)
-        csv.field_size_limit(_LONGEST_VALUE)
+        csv.field_size_limit(_MAX_VALUE_CHARACTERS)
         header, self.delimiter = self._read_header(quoting)
         self.quoting = _MRPC_COLUMN not in header if quoting is None else quoting
         self._columns = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
-        if twice := _repeated(self._columns):
-            raise self._error(f" names a column twice in its header: {shorten(twice)}")
+        if duplicate := _find_duplicate(self._columns):
+            raise self._error(f" must have different column names, got {shorten(duplicate)} twice in the header")
 
     def _options(self) -> list[Any]:
         return [*super()._options(), self.quoting]
 
     @property
     def columns(self) -> Sequence[str]:
-        """The names in the header."""
+        """Names of the columns in the header."""
         return self._columns
 
     @contextmanager
@@ -223,27 +229,27 @@ class DelimitedText(_File):
         return csv.reader(lines, delimiter=delimiter, quoting=quotes, strict=True)
 
     def _read_header(self, quoting: bool | None) -> tuple[list[str], str]:
-        """The names in the header, and which delimiter gives the most of them."""
-        found: list[tuple[list[str], str]] = []
+        """Return the names in the header and the delimiter that separates most names."""
+        candidates: list[tuple[list[str], str]] = []
         for delimiter in _DELIMITERS:
             with self._lines() as lines:
                 try:
-                    found.append((next(self._records(lines, delimiter, quoting is not False)), delimiter))
+                    candidates.append((next(self._records(lines, delimiter, quoting is not False)), delimiter))
                 except csv.Error:
-                    continue  # a delimiter within quotes
-        if not found:
-            raise self._error(": a double quote opens a name in the header and does not close it")
-        names, delimiter = max(found, key=lambda pair: len(pair[0]))
-        if not _is_text(names):
+                    continue  # the delimiter occurs within quotes
+        if not candidates:
+            raise self._error(": a double quote in the header is not closed")
+        names, delimiter = max(candidates, key=lambda pair: len(pair[0]))
+        if not _is_utf8(names):
             raise self._error(": the header is not UTF-8 text; save the file as UTF-8")
         if any("\0" in name for name in names):
-            raise self._error(": the header holds NUL; is it UTF-16? Save the file as UTF-8")
+            raise self._error(": the header contains NUL, as in UTF-16; save the file as UTF-8")
         if not "".join(names).strip():
-            raise self._error(": its first line is blank; it must name the columns")
+            raise self._error(": the first line is blank; it must contain the column names")
         return names, delimiter
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
-        places = [(column, self._columns.index(column)) for column in columns]
+        indices = [(column, self._columns.index(column)) for column in columns]
         n_columns, n_rows = len(self._columns), 0
         with self._lines() as lines:
             records = self._records(lines, self.delimiter, self.quoting)
@@ -253,58 +259,57 @@ class DelimitedText(_File):
                     cells = next(records)
                 except StopIteration:
                     return
-                except csv.Error as error:  # where the row ends is not known, so it cannot be left out
+                except csv.Error as error:  # the end of the row is unknown, so that it cannot be skipped
                     option = "data.quoting" if self.key.startswith("data.") else "quoting"
                     raise self._error(
-                        f", row {n_rows + 1}: a double quote opens a value and does not close it ({error}); "
-                        f"where quotes are part of the text, give {option} false"
+                        f", row {n_rows + 1}: a double quote is not closed ({error}); "
+                        f"if quotes are part of the text, set {option} to false"
                     ) from None
                 blank = len(cells) == 1 and cells[0] != "" and not cells[0].strip(" \t")
                 if not cells or (blank and n_columns > 1):
                     continue
                 n_rows += 1
-                if not _is_text(cells):
+                if not _is_utf8(cells):
                     yield "it is not UTF-8 text"
                 elif blank:
                     yield "it is blank"
                 elif len(cells) != n_columns:
-                    counts = f"it has {len(cells)} values, and the header {n_columns}"
-                    yield f"{counts} (delimiter {self.delimiter!r})"
+                    yield f"it must have {n_columns} values, got {len(cells)} (delimiter {self.delimiter!r})"
                 else:
-                    yield {column: cells[place] for column, place in places}
+                    yield {column: cells[index] for column, index in indices}
 
 
-def _is_text(cells: list[str]) -> bool:
-    """Whether cells hold no bytes that are not UTF-8, which ``surrogateescape`` makes halves of surrogate pairs."""
+def _is_utf8(cells: list[str]) -> bool:
+    """Return whether cells were UTF-8: ``surrogateescape`` decodes invalid bytes as lone surrogates."""
     text = "".join(cells)
     return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that occurs more than once."""
+def _find_duplicate(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs more than once, or None."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 class JSONLines(_File):
-    """JSON lines, each an object, or one JSON array of objects. Every value is what Python's ``json`` makes of it.
+    """Source of the rows of a JSON lines file or of a JSON array; every row is an object.
 
     Args:
-        path: the file.
-        key: the option that named it.
-        skip_bad: leave out rows that are not UTF-8 or not an object whose names are unique.
+        path: path of the file.
+        key: option that named the file, for error messages.
+        skip_bad: whether to skip rows that are not UTF-8 or not an object with unique names.
     """
 
     @cached_property
     def columns(self) -> Sequence[str]:
-        """All names that occur, for which the whole file is read."""
-        found: dict[str, None] = {}
+        """Names that occur in any row; the complete file is read to find them."""
+        names: dict[str, None] = {}
         for _, row in super().read(()):
             if isinstance(row, dict):
-                found.update(dict.fromkeys(row))
-        return list(found)
+                names.update(dict.fromkeys(row))
+        return list(names)
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
-        """Yield some columns, or all where none are named."""
+        """Yield the given columns, or all columns if ``columns`` is empty."""
         for row in self._objects():
             if isinstance(row, str) or not columns:
                 yield row
@@ -312,37 +317,41 @@ class JSONLines(_File):
                 yield {column: row.get(column) for column in columns}
 
     def _objects(self) -> Iterator[Row | str]:
-        """Yield each row, or why it is not an object with unique names."""
+        """Yield each row, or the reason why it is not an object with unique names."""
         with self.path.open("rb") as lines:
             first = next((line for line in lines if line.strip()), b"")
             if first.lstrip(_BYTE_ORDER_MARK.encode()).lstrip().startswith(b"["):
                 try:
-                    values = _parse(first + lines.read())
+                    values = _parse_json(first + lines.read())
                 except ValueError as error:
                     raise self._error(f" cannot be read as a JSON array: {error}") from None
-                yield from (value if isinstance(value, dict) else "it is no JSON object" for value in values)
+                yield from map(_require_object, values)
                 return
             for line in chain([first], lines):
                 if not line.strip():
                     continue
                 try:
-                    value = _parse(line)
-                    yield value if isinstance(value, dict) else "it is no JSON object"
+                    value = _parse_json(line)
+                    yield _require_object(value)
                 except ValueError as error:
                     yield str(error)
 
 
-def _parse(text: bytes) -> Any:
+def _require_object(value: Any) -> Row | str:
+    return value if isinstance(value, dict) else "it is not a JSON object"
+
+
+def _parse_json(text: bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is none, with one line that says why.
+        ValueError: the text is not valid JSON; the message is one line.
     """
     try:
-        whole = text.decode().lstrip(_BYTE_ORDER_MARK)
-        value = json.loads(whole, object_pairs_hook=_reject_duplicate_keys, parse_int=_parse_int)
+        decoded = text.decode().lstrip(_BYTE_ORDER_MARK)
+        value = json.loads(decoded, object_pairs_hook=_reject_duplicate_keys, parse_int=_parse_int)
         if b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are not text
+            json.dumps(value, ensure_ascii=False).encode()  # lone surrogates raise UnicodeError
     except UnicodeError:
         raise ValueError("it is not UTF-8 text") from None
     except RecursionError:
@@ -351,44 +360,47 @@ def _parse(text: bytes) -> Any:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"it has {shorten(_repeated(name for name, _ in pairs))} twice")
-    return found
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"it has the key {shorten(_find_duplicate(name for name, _ in pairs))} twice")
+    return row
 
 
 def _parse_int(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
-        raise ValueError(f"it has a number beyond 64 bits, of {len(digits)} digits: {digits[:30]}")
+        raise ValueError(f"integers must fit in 64 bits, got {len(digits)} digits: {digits[:30]}")
     return value
 
 
 class ParquetFile(_File):
-    """A Parquet file.
+    """Source of the rows of a Parquet file.
 
     Args:
-        path: the file.
-        key: the option that named it.
-        skip_bad: leave out rows whose text is not UTF-8.
+        path: path of the file.
+        key: option that named the file, for error messages.
+        skip_bad: whether to skip rows whose text is not UTF-8.
+
+    Raises:
+        InputError: the file cannot be read, has a column twice, or has no rows.
     """
 
     def __init__(self, path: Path, key: str, skip_bad: bool) -> None:
         super().__init__(path, key, skip_bad)
         with self._open() as file:
             self._types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
-            if (twice := _repeated(file.schema_arrow.names)) is not None:
-                raise self._error(f" names a column twice: {shorten(twice)}")
+            if (duplicate := _find_duplicate(file.schema_arrow.names)) is not None:
+                raise self._error(f" must have different column names, got {shorten(duplicate)} twice")
             if not file.metadata.num_rows:
                 raise self._error(" has no rows")
 
     @property
     def columns(self) -> Sequence[str]:
-        """The names of the columns."""
+        """Names of the columns."""
         return list(self._types)
 
     @property
     def types(self) -> Mapping[str, pa.DataType]:
-        """The types of the columns."""
+        """Arrow types of the columns."""
         return self._types
 
     @contextmanager
@@ -397,23 +409,24 @@ class ParquetFile(_File):
         from pyarrow.parquet import ParquetFile as Reader
 
         try:
-            with self.path.open("rb") as file:  # a name would be read as an address
+            with self.path.open("rb") as file:  # pyarrow could interpret a path as a URI
                 yield Reader(file)
         except (pa.ArrowException, OSError) as error:
             raise self._error(f" cannot be read as parquet: {(str(error).splitlines() or [''])[0]}") from error
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
         with self._open() as file:
-            for batch in file.iter_batches(_BATCH, columns=list(columns)):
-                found = [batch.column(batch.schema.names.index(column)) for column in columns]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns)):
+                arrays = [batch.column(batch.schema.names.index(column)) for column in columns]
                 try:
-                    rows = zip(*(values.to_pylist() for values in found), strict=True)
+                    rows = zip(*(array.to_pylist() for array in arrays), strict=True)
                     yield from (dict(zip(columns, row, strict=True)) for row in rows)
                 except UnicodeDecodeError:
-                    yield from (_decoded(dict(zip(columns, row, strict=True))) for row in zip(*found, strict=True))
+                    yield from (_decode_row(dict(zip(columns, row, strict=True))) for row in zip(*arrays, strict=True))
 
 
-def _decoded(row: Mapping[str, pa.Scalar]) -> Row | str:
+def _decode_row(row: Mapping[str, pa.Scalar]) -> Row | str:
+    """Convert Arrow values to Python, or return the reason why the row is invalid."""
     try:
         return {column: value.as_py() for column, value in row.items()}
     except UnicodeDecodeError:
@@ -425,35 +438,49 @@ _FORMATS = {".csv": DelimitedText, ".tsv": DelimitedText, ".txt": DelimitedText,
 
 
 def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool = False) -> RowSource:
-    """Open a local file of rows, by its name: no character of it stands for others.
+    """Open a local file of rows.
 
     Args:
-        file: its path; the ending says the format.
-        key: the option that held it, for error messages.
-        quoting: whether double quotes in delimited text enclose values; by default in every file but MRPC's.
-        skip_bad: leave rows out that cannot be read.
+        file: path of the file, without wildcards; its extension determines the format.
+        key: option that named the file, for error messages.
+        quoting: whether double quotes enclose values in delimited text; defaults to True except for MRPC files.
+        skip_bad: whether to skip invalid rows.
+
+    Returns:
+        The source of the file's rows.
 
     Raises:
-        InputError: no such file, another format, no contents, or a header that cannot be read.
+        InputError: the file is missing, empty or of unknown format, or its header or schema is invalid.
     """
     path = require_file(file, key)
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise InputError(f"{key}: {file} does not end in one of {', '.join(_FORMATS)}")
+    source_class = _FORMATS.get(path.suffix.lower())
+    if source_class is None:
+        raise InputError(f"{key} must be a file with one of the extensions {', '.join(_FORMATS)}, got {file}")
     try:
         with path.open("rb") as contents:
             if not contents.read(1):
                 raise InputError(f"{key}: {file} is empty")
-        return kind(path, key, skip_bad, quoting) if kind is DelimitedText else kind(path, key, skip_bad)
+        if source_class is DelimitedText:
+            return DelimitedText(path, key, skip_bad, quoting)
+        return source_class(path, key, skip_bad)
     except OSError as error:
         raise InputError(f"{key}: {file} cannot be read: {error.strerror}") from None
 
 
 def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> RowSource:
-    """Open one split of a hub dataset, in one of its configurations where it has several.
+    """Open a split of a hub dataset.
+
+    Args:
+        hub_id: id of the dataset.
+        split: name of the split on the hub.
+        key: option that named the dataset, for error messages.
+        config: configuration of the dataset, if it has several.
+
+    Returns:
+        The source of the split's rows.
 
     Raises:
-        InputError: the dataset cannot be had.
+        InputError: the dataset cannot be loaded.
         RunError: the disk is full.
     """
     import datasets
@@ -468,7 +495,7 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Ro
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{key}: the hub's dataset {hub_id!r}, split {split!r}, cannot be had ({reason}); without a network, "
+            f"{key}: split {split!r} of the hub dataset {hub_id!r} cannot be loaded ({reason}); without a network, "
             "give files: --data.train_file, --data.val_file, --data.test_file"
         ) from error
 
@@ -479,81 +506,95 @@ def require_columns(
     label: str | None = None,
     keys: str = "data.columns and data.label_column",
 ) -> None:
-    """Check that a source has columns, and that each is of a type that can hold text or labels.
+    """Check that a source has columns of text and labels.
 
     Args:
         source: the rows.
         texts: columns of texts.
         label: column of labels.
-        keys: the options that chose them, for error messages.
+        keys: options that select the columns, for error messages.
 
     Raises:
-        InputError: naming the source and its columns, or the column and its type.
+        InputError: a column is missing or has an invalid type.
     """
     columns = list(source.columns)
     if missing := [column for column in (*texts, label) if column is not None and column not in columns]:
         more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
         names = ", ".join(map(shorten, columns[:20])) or "none"
         raise InputError(
-            f"{source.name} has no column {shorten(missing[0])}; it has {names}{more} ({keys} say which to read)"
+            f"{source.name} has no column {shorten(missing[0])}; it has {names}{more}; select columns with {keys}"
         )
     for column in (*texts, label):
-        if column is not None and (kind := source.types.get(column)) is not None:
-            wanted = "text" if column in texts else "text or numbers"
-            if not _can_hold(kind, numbers=column not in texts):
+        if column is not None and (arrow_type := source.types.get(column)) is not None:
+            is_label = column not in texts
+            if not _is_text_type(arrow_type, allow_numbers=is_label):
                 raise InputError(
-                    f"{source.name}: the column {shorten(column)} is of type {str(kind)[:200]}; it must hold {wanted} "
-                    f"({keys} say which to read)"
+                    f"{source.name}: the column {shorten(column)} must be text{' or numbers' if is_label else ''}, "
+                    f"got the type {str(arrow_type)[:200]}; select columns with {keys}"
                 )
 
 
-def _can_hold(kind: pa.DataType, numbers: bool) -> bool:
-    """Whether values of an Arrow type are text, or also numbers; those that are written once in a dictionary too."""
+def _is_text_type(arrow_type: pa.DataType, allow_numbers: bool) -> bool:
+    """Return whether an Arrow type, or the value type of a dictionary type, is text or, if allowed, numeric."""
     import pyarrow.types as types
 
-    kind = kind.value_type if types.is_dictionary(kind) else kind
+    arrow_type = arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
     text = (types.is_string, types.is_large_string, types.is_string_view)
     number = (types.is_integer, types.is_floating, types.is_boolean)
-    return any(is_kind(kind) for is_kind in (*text, *(number if numbers else ())))
+    return any(is_type(arrow_type) for is_type in (*text, *(number if allow_numbers else ())))
 
 
 def parse_text(row: Mapping[str, Any], column: str, source: str, number: int) -> str:
-    """The text in a column of row ``number`` (from 1, the header not counted).
+    """Return the text in a column of a row.
+
+    Args:
+        row: values by column.
+        column: column of the text.
+        source: name of the source, for error messages.
+        number: number of the row, from 1 without the header, for error messages.
 
     Raises:
-        InputError: it is missing, not text, or blank.
+        InputError: the value is missing, not text, or blank.
     """
     text = row[column]
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{source}, row {number}: {column!r} is {shorten(text)}; it must hold text")
+        raise InputError(f"{source}, row {number}: {column!r} must be a non-empty string, got {shorten(text)}")
     return text
 
 
 def parse_label(row: Mapping[str, Any], column: str, names: Sequence[str], source: str, number: int) -> int:
-    """The class index in a column of row ``number``, given as one of the class names or as an index.
+    """Return the class index of the label in a column of a row.
 
-    Where a name is a number, a number is a name, of equal value (``4.0`` is ``4``), and never an index.
+    A label is a class name or a class index. If some class names are numbers, a numeric label is the class name with
+    equal value (``4.0`` equals ``4``) and never an index.
+
+    Args:
+        row: values by column.
+        column: column of the label.
+        names: class names in the order of their indices.
+        source: name of the source, for error messages.
+        number: number of the row, from 1 without the header, for error messages.
 
     Raises:
-        InputError: neither of them.
+        InputError: the value is neither a class name nor a class index.
     """
     value = row[column]
     text = str(value).strip() if isinstance(value, str | int | float) else ""
     if text in names:
         return names.index(text)
-    numbers = [_decimal(name) for name in names]
-    numbered = any(number is not None for number in numbers)
-    if (given := _decimal(text)) is not None:
-        among: Sequence[Any] = numbers if numbered else range(len(names))
-        if among.count(given) == 1 and (numbered or text[0] != "-"):
-            return among.index(given)
+    numeric_names = [_parse_decimal(name) for name in names]
+    has_numeric_names = any(name is not None for name in numeric_names)
+    if (label := _parse_decimal(text)) is not None:
+        candidates: Sequence[Any] = numeric_names if has_numeric_names else range(len(names))
+        if candidates.count(label) == 1 and (has_numeric_names or text[0] != "-"):
+            return candidates.index(label)
     raise InputError(
-        f"{source}, row {number}: the label in {column!r} is {shorten(value)}; "
-        f"it must be {'' if numbered else f'0 to {len(names) - 1} or '}one of {', '.join(names)}"
+        f"{source}, row {number}: the label in {column!r} must be "
+        f"{'' if has_numeric_names else f'0 to {len(names) - 1} or '}one of {', '.join(names)}, got {shorten(value)}"
     )
 
 
 @lru_cache(maxsize=1024)
-def _decimal(text: str) -> Decimal | None:
-    """The number that plain digits say; None for any other text."""
+def _parse_decimal(text: str) -> Decimal | None:
+    """Return the value of a plain decimal number, or None for any other text."""
     return Decimal(text) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) else None

@@ -1,4 +1,4 @@
-"""Sentiment: the Stanford Sentiment Treebank and movie reviews."""
+"""Sentiment classification: the Stanford Sentiment Treebank and movie reviews."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ SST5_LABELS = ("very negative", "negative", "neutral", "positive", "very positiv
 
 
 class SST5(TextClassification):
-    """Sentences in five classes (Socher et al. 2013).
+    """Datamodule of the Stanford Sentiment Treebank in five classes (Socher et al. 2013).
 
-    Files are CS224N's by default: tab-separated, with the columns ``sentence`` and ``sentiment`` (0 to 4). All
-    arguments of :class:`~gpt2_pl.datamodules.classification.TextClassification` apply.
+    The default columns are those of CS224N's tab-separated files: ``sentence`` and ``sentiment`` (0 to 4).
+
+    Args:
+        hub_id: dataset on the Hugging Face hub; ignored if a train, val or test file is given.
+        label_column: column of the labels, which are class names or class indices.
+        labels: class names in the order of their indices; defaults to very negative, negative, neutral, positive, very
+            positive.
+        template: text of a row, with ``{sentence}`` as the placeholder of the sentence.
+        **kwargs: arguments of :class:`~gpt2_pl.datamodules.classification.TextClassification`.
     """
 
     ALIASES = {"sentence": ("text",), "sentiment": ("label",)}
@@ -32,11 +39,16 @@ class SST5(TextClassification):
 
 
 class IMDB(TextClassification):
-    """Movie reviews in two classes (Maas et al. 2011), and CFIMDB (Kaushik et al. 2020) in CS224N's file format.
+    """Datamodule of movie reviews in two classes: IMDB (Maas et al. 2011) and CFIMDB (Kaushik et al. 2020).
 
-    Files have the columns ``sentence`` and ``sentiment`` (0 negative, 1 positive) by default; the hub's dataset is
-    IMDB, whose test split is the test set. All arguments of
-    :class:`~gpt2_pl.datamodules.classification.TextClassification` apply.
+    The default columns are those of CS224N's files: ``sentence`` and ``sentiment`` (0 negative, 1 positive). The
+    default hub dataset is IMDB; its test split is the test set.
+
+    Args:
+        hub_id: dataset on the Hugging Face hub; ignored if a train, val or test file is given.
+        label_column: column of the labels, which are class names or class indices.
+        template: text of a row, with ``{sentence}`` as the placeholder of the sentence.
+        **kwargs: arguments of :class:`~gpt2_pl.datamodules.classification.TextClassification`.
     """
 
     HUB_SPLITS = {"train": "train", "test": "test"}

@@ -1,4 +1,4 @@
-"""Sonnets: poems in the numbered file format, to continue from their first lines."""
+"""Sonnets: poems from numbered text files, to be continued from their first lines."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 
 def read_poems(file: str, key: str) -> list[Poem]:
-    """The poems of a text file: each a number on a line of its own, then its lines. What precedes them is a notice.
+    """Read the numbered poems of a text file.
+
+    A poem starts with its number on a separate line. Lines before the first poem are ignored.
 
     Args:
-        file: UTF-8 text with any line ends.
-        key: the option that held it, for error messages.
+        file: path of a UTF-8 text file with any line ends.
+        key: option that named the file, for error messages.
+
+    Returns:
+        The poems in the order of the file.
 
     Raises:
-        InputError: no such file, not UTF-8, no numbered poem, a number twice, or a poem without lines.
+        InputError: the file is missing, is not UTF-8, has no poem, has a number twice, or has a poem without lines.
     """
     lines = read_text(file, key).splitlines()
     poems: dict[int, Poem] = {}
     current: Poem | None = None
-    for place, line in enumerate((line.strip() for line in lines), start=1):
+    for line_number, line in enumerate((line.strip() for line in lines), start=1):
         if re.fullmatch(r"[0-9]{1,6}", line):
             if int(line) in poems:
-                raise InputError(f"{key}: {file}, line {place}: poem {line} occurs twice")
+                raise InputError(f"{key}: {file}, line {line_number}: poem {line} occurs twice")
             current = poems[int(line)] = Poem(int(line), [])
         elif line and current is not None:
             current.lines.append(line)
     if not poems:
-        raise InputError(f"{key}: {file} has no poem; each begins with its number on a line of its own")
+        raise InputError(f"{key}: {file} has no poem; a poem must start with its number on a separate line")
     for poem in poems.values():
         if not poem.lines:
             raise InputError(f"{key}: {file}: poem {poem.number} has no lines")
@@ -45,12 +50,12 @@ def read_poems(file: str, key: str) -> list[Poem]:
 
 
 class PoemDataset(TokenDataset):
-    """Tokens of poems and, for each, the token that follows it, or -100 where nothing is predicted.
+    """Token ids of poems and the target of each token.
 
     Args:
-        values: all token ids, flat.
-        offsets: (N + 1,) where each poem begins, and the end.
-        targets: as many as there are values.
+        values: token ids of all poems, concatenated.
+        offsets: (N + 1,); poem n is ``values[offsets[n]:offsets[n + 1]]``.
+        targets: the next token of each value; -100 where it is not predicted.
     """
 
     def __init__(self, values: NDArray[Any], offsets: NDArray[Any], targets: NDArray[Any]) -> None:
@@ -59,33 +64,36 @@ class PoemDataset(TokenDataset):
         self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
 
     def batch(self, rows: Rows) -> Batch:
-        """Poems as tensors; beside those of :class:`TokenDataset`, ``targets`` (B, T), -100 at padding."""
+        """Collate poems as :class:`TokenDataset` does, with ``targets`` (B, T), -100 at padding."""
         batch = super().batch(rows)
         targets = TokenDataset(self.targets, self.offsets).batch(rows)["input_ids"]
         return {**batch, "targets": targets.masked_fill(batch["attention_mask"] == 0, -100)}
 
 
 class Sonnets(TextData):
-    """Poems, each to be continued from its first lines. Scores are those of the lines after them.
+    """Datamodule of poems that are continued from their first lines.
 
-    Files hold poems, each with its number on a line of its own before it. Batches hold ``input_ids``,
-    ``attention_mask`` and ``targets`` (B, T), padded on the right, and ``row`` (B,).
+    In a file, the number of a poem is on a separate line before it. Training predicts every line; validation and test
+    predict the lines after the prompt. Batches contain ``input_ids``, ``attention_mask`` and ``targets`` (B, T), padded
+    on the right, and ``row`` (B,).
 
     Args:
-        train_file: whole poems to train on, every line of them.
-        val_file: whole poems to choose the model by; without one, a share of the training poems is set aside.
-        test_file: whole poems to score on.
-        prompt_lines: first lines that are given, and not scored.
-        tokenizer: folder or hub id; on the command line the base's own by default.
-        max_length: tokens in a poem; by default what the model has room for. What is longer is cut at its end.
+        train_file: file with complete poems for training.
+        val_file: file with complete poems for validation; by default, a fraction of the training poems.
+        test_file: file with complete poems for testing.
+        prompt_lines: number of lines at the start of a poem that are the prompt.
+        tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
+        max_length: maximum number of tokens in a poem; defaults to the context length of the model. Longer poems are
+            truncated at their end.
         batch_size: poems per process and step.
-        eval_batch_size: poems per process in validation and test.
-        val_fraction: share of the training poems to validate on where there is no validation file.
-        train_fraction: share of the remaining training poems to use.
-        split_seed: decides which poems these are.
+        eval_batch_size: poems per process and step in validation and test.
+        val_fraction: fraction of the training poems used for validation if there is no validation file, in (0, 1).
+        train_fraction: fraction of the remaining training poems to use, in (0, 1].
+        split_seed: seed of ``val_fraction`` and ``train_fraction``.
 
     Raises:
-        InputError: at ``prepare_data``, a file that cannot be used, or a poem that is too short to be scored.
+        InputError: an argument is out of range; in ``prepare_data``, a file is invalid, or a poem has no lines after
+            the prompt.
     """
 
     def __init__(
@@ -105,9 +113,9 @@ class Sonnets(TextData):
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": None}
         super().__init__(files, None, tokenizer, max_length, batch_size, eval_batch_size, val_fraction)
         if prompt_lines < 1:
-            raise InputError(f"data.prompt_lines is {prompt_lines}; it must be at least 1")
+            raise InputError(f"data.prompt_lines must be at least 1, got {prompt_lines}")
         if not 0.0 < train_fraction <= 1.0:
-            raise InputError(f"data.train_fraction is {train_fraction}; it must be above 0 and at most 1")
+            raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
         self.prompt_lines, self.train_fraction, self.split_seed = prompt_lines, train_fraction, split_seed
         self.poems: dict[str, list[Poem]] = {}
 
@@ -117,57 +125,76 @@ class Sonnets(TextData):
         self.poems[split] = poems = [poems[i] for i in self._split_indices(split, len(poems))]
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
-            raise InputError(f"data.tokenizer has no {END_OF_TEXT}, which stands behind a poem")
-        room = self._max_length()
+            raise InputError(f"data.tokenizer must have the token {END_OF_TEXT}, which ends a poem; it is missing")
         values, targets, lengths = [], [], [0]
         for poem in poems:
-            if split != "train" and len(poem.lines) <= self.prompt_lines:
-                raise InputError(
-                    f"data.{source}_file: {self.files[source]}: poem {poem.number} has {len(poem.lines)} lines; to be "
-                    f"scored it needs more than the {self.prompt_lines} that are given (data.prompt_lines)"
-                )
-            opening, rest = poem.opening(self.prompt_lines), poem.text[len(poem.opening(self.prompt_lines)) :]
-            given, following = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
-            if not given or (split != "train" and not following):
-                raise InputError(
-                    f"data.{source}_file: {self.files[source]}: the tokenizer makes no token of the "
-                    f"{'lines after the ' if given else ''}first {self.prompt_lines} lines of poem {poem.number}"
-                )
-            ids = [*given, *following, end][: room + 1]
-            wanted = np.array(ids[1:])
-            if split != "train":
-                wanted[: len(given) - 1] = -100
-                if (wanted == -100).all():
-                    raise InputError(
-                        f"data.{source}_file: {self.files[source]}: the {self.prompt_lines} lines given of poem "
-                        f"{poem.number} take {len(given)} tokens, and there is room for {room} (data.max_length)"
-                    )
-            values += ids[:-1]
-            targets.append(wanted)
-            lengths.append(len(ids) - 1)
+            ids, poem_targets = self._encode_poem(poem, split, f"data.{source}_file: {self.files[source]}", end)
+            values += ids
+            targets.append(poem_targets)
+            lengths.append(len(ids))
         return PoemDataset(np.array(values), np.cumsum(lengths), np.concatenate(targets))
 
+    def _encode_poem(self, poem: Poem, split: str, source: str, end: int) -> tuple[list[int], NDArray[Any]]:
+        """Encode a poem.
+
+        Args:
+            poem: the poem.
+            split: split of the poem; in training every line is predicted, else the lines after the prompt.
+            source: option and file of the poem, for error messages.
+            end: id of the token that ends the poem.
+
+        Returns:
+            Token ids (T,), and targets (T,), which are -100 where not predicted.
+
+        Raises:
+            InputError: nothing of the poem can be predicted.
+        """
+        if split != "train" and len(poem.lines) <= self.prompt_lines:
+            raise InputError(
+                f"{source}: poem {poem.number} must have more than {self.prompt_lines} lines (data.prompt_lines), "
+                f"got {len(poem.lines)}"
+            )
+        opening = poem.opening(self.prompt_lines)
+        rest = poem.text[len(opening) :]
+        prompt, continuation = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
+        if not prompt or (split != "train" and not continuation):
+            raise InputError(
+                f"{source}: the tokenizer gives no token for the "
+                f"{'lines after the ' if prompt else ''}first {self.prompt_lines} lines of poem {poem.number}"
+            )
+        max_length = self._max_length()
+        ids = [*prompt, *continuation, end][: max_length + 1]
+        targets = np.array(ids[1:])
+        if split != "train":
+            targets[: len(prompt) - 1] = -100
+            if (targets == -100).all():
+                raise InputError(
+                    f"{source}: data.max_length must be at least the {len(prompt)} tokens of the first "
+                    f"{self.prompt_lines} lines of poem {poem.number}, got {max_length}"
+                )
+        return ids[:-1], targets
+
     def _split_indices(self, split: str, n: int) -> list[int]:
-        """Which of the n poems read belong to the split."""
+        """Return the indices of the split among the ``n`` poems of its file."""
         if split == "test" or (split == "val" and self._has_own_val()):
             return list(range(n))
         order = np.random.default_rng(self.split_seed).permutation(n)
         n_val = 0 if self._has_own_val() else max(1, round(n * self.val_fraction))
         n_train = max(1, round((n - n_val) * self.train_fraction))
         if n_val + n_train > n:
-            raise InputError(f"data.train_file has {n} poems, too few to set some aside; give data.val_file")
+            raise InputError(f"data.train_file must have enough poems to split, got {n}; give data.val_file")
         return sorted((order[:n_val] if split == "val" else order[n_val : n_val + n_train]).tolist())
 
     @property
     def perplexity_note(self) -> str:
-        """What perplexity is of, for where it is shown."""
+        """Definition of the perplexity in validation and test, displayed with its values."""
         return (
-            f"Perplexity of validation and test: of the tokens after the first {self.prompt_lines} lines of each poem, "
-            "its end included, predicted from all tokens before them in the poem."
+            f"Perplexity of validation and test: the tokens after the first {self.prompt_lines} lines of each poem and "
+            "its end token are predicted from all preceding tokens of the poem."
         )
 
     def description(self) -> dict[str, Any]:
-        """What a run says of its data: files, the numbers of the poems validated on, poems in each split read."""
+        """Return the data section of the run record: files, validation poems and number of poems in each split."""
         return {
             "class": type(self).__name__,
             "files": {split: file for split, file in self.files.items() if file is not None},

@@ -1,4 +1,4 @@
-"""Sets that the library writes itself, for a first run and for tests: no file, no network."""
+"""Synthetic datasets for a first run and for tests, without files or network."""
 
 from __future__ import annotations
 
@@ -29,10 +29,17 @@ _OBJECTS = ["a bicycle", "a boat", "a clock", "a camera"]
 
 
 def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
-    """``n`` short reviews, each negative (0), neutral (1) or positive (2).
+    """Generate short reviews, each negative (0), neutral (1) or positive (2).
 
-    A review describes two things, one of them in plain words; half of the opinions are negated ("not ... at all"),
-    which turns them round, so that no single word gives the class away.
+    A review has an opinion on one thing and a neutral clause on another. Half of the opinions are negated ("not ... at
+    all"), which reverses their class, so that no single word determines the class.
+
+    Args:
+        n: number of reviews.
+        seed: seed of the random choices.
+
+    Returns:
+        Rows with ``sentence`` and ``sentiment``.
     """
     rng = random.Random(seed)
     rows = []
@@ -52,10 +59,17 @@ def toy_reviews(n: int, seed: int) -> list[dict[str, Any]]:
 
 
 def toy_pairs(n: int, seed: int) -> list[dict[str, Any]]:
-    """``n`` pairs of questions, half of them the same question (1) in other words.
+    """Generate pairs of questions, half of them paraphrases (1).
 
-    Those that are not (0) differ in what is asked about and in what is to be done with it. Every question is as
-    frequent in one class as in the other, so that the two sentences must be compared.
+    The questions of the other pairs (0) differ in their verb and their object. Every question is equally frequent in
+    both classes, so that a model must compare the two sentences.
+
+    Args:
+        n: number of pairs.
+        seed: seed of the random choices.
+
+    Returns:
+        Rows with ``sentence1``, ``sentence2`` and ``is_duplicate``.
     """
     rng = random.Random(seed)
     rows = []
@@ -74,17 +88,22 @@ def toy_pairs(n: int, seed: int) -> list[dict[str, Any]]:
 
 
 class ToyRows(TextClassification):
-    """Rows that a function writes, with a byte-level BPE trained on them on the spot. Subclasses say which.
+    """Base class of datamodules with generated rows and a byte-level BPE trained on them.
 
     Args:
-        n_train: training rows; a quarter as many each for validation and test.
-        vocab_size: entries of the tokenizer.
-        data_seed: decides what is written.
-        template: the text the model reads; by default that of the real task.
-        tokenizer: folder or hub id to use instead of one trained here; with a pretrained base, the base's own.
-        max_length: tokens in a row's text; by default what the model has room for.
+        n_train: number of training rows, at least 8; validation and test have a quarter as many each.
+        vocab_size: number of entries of the tokenizer.
+        data_seed: seed of the generated rows.
+        template: text of a row, with ``{field}`` as the placeholder of a column's text; defaults to the template of the
+            corresponding real task.
+        tokenizer: folder or hub id of the tokenizer; by default, one is trained. On the command line it defaults to
+            that of the pretrained base, if there is one.
+        max_length: maximum number of tokens in a row; defaults to the context length of the model.
         batch_size: rows per process and step.
-        eval_batch_size: rows per process in validation, test and prediction.
+        eval_batch_size: rows per process and step in validation, test and prediction.
+
+    Raises:
+        InputError: ``n_train`` is less than 8, or an argument of the base class is invalid.
     """
 
     WRITE: ClassVar[Callable[[int, int], list[dict[str, Any]]]]
@@ -113,11 +132,11 @@ class ToyRows(TextClassification):
             eval_batch_size=eval_batch_size,
         )
         if n_train < 8:
-            raise InputError(f"data.n_train is {n_train}; it must be at least 8")
+            raise InputError(f"data.n_train must be at least 8, got {n_train}")
         self.n_train, self.vocab_size, self.data_seed = n_train, vocab_size, data_seed
 
     def has_split(self, split: str) -> bool:
-        """Every split is there; prediction reads the test rows."""
+        """Return True: every split exists, and prediction uses the test rows."""
         return True
 
     def _has_own_val(self) -> bool:
@@ -139,7 +158,7 @@ class ToyRows(TextClassification):
 
 
 class ToySentiment(ToyRows):
-    """Three-class reviews of :func:`toy_reviews`; arguments are those of :class:`ToyRows`."""
+    """Datamodule of the three-class reviews of :func:`toy_reviews`; arguments as in :class:`ToyRows`."""
 
     WRITE = toy_reviews
     TEMPLATE = sentiment.TEMPLATE
@@ -148,7 +167,7 @@ class ToySentiment(ToyRows):
 
 
 class ToyPairs(ToyRows):
-    """Pairs of questions of :func:`toy_pairs`; arguments are those of :class:`ToyRows`."""
+    """Datamodule of the question pairs of :func:`toy_pairs`; arguments as in :class:`ToyRows`."""
 
     WRITE = toy_pairs
     TEMPLATE = paraphrase.TEMPLATE

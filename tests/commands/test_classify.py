@@ -99,7 +99,9 @@ def test_bad_input_is_refused_before_anything_is_written(trained, run, capsys, b
     line = refused(run, capsys, trained, "--input", other, "--out", out)
     assert "no column 'sentence2'; it has 'sentence1', 'comment'" in line
     assert "nowhere.csv" in refused(run, capsys, trained, "--input", "nowhere.csv", "--out", out)
-    assert "does not end in" in refused(run, capsys, trained, "--input", bad, "--out", tmp_path / "out.xlsx")
+    assert "must be a file with one of the extensions" in refused(
+        run, capsys, trained, "--input", bad, "--out", tmp_path / "out.xlsx"
+    )
     assert "exists already" in refused(run, capsys, trained, "--input", bad, "--out", bad)
     assert "runs below it are" in refused(run, capsys, tmp_path, "--input", bad, "--out", out)
     assert not out.exists()
@@ -181,5 +183,5 @@ def test_classify_row_without_tokens_is_named_or_left_out(trained, run, tmp_path
             "--on_invalid_row",
             "skip",
         )
-    assert "has no rows that can be used" in capsys.readouterr().err
+    assert "has no valid rows" in capsys.readouterr().err
     assert not (tmp_path / "none.csv").exists()

@@ -103,7 +103,10 @@ def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_fi
              "--data.max_length=60"]  # fmt: skip
     text = ["--config", CONFIG / "task/text.yaml", "--data.column=sentence", "--data.max_length=32",
             f"--data.train_file={files['train']}", f"--data.test_file={tmp_path / 'empty.txt'}"]  # fmt: skip
-    for more, words in ((poems, r"poem 1 has 2 lines|lines given of poem"), (text, "empty|test text has")):
+    for more, words in (
+        (poems, r"poem 1 must have more than 3 lines|tokens of the first 3 lines of poem"),
+        (text, "empty|test text must have"),
+    ):
         with pytest.raises(SystemExit) as stop:
             run("fit", *more, *settings)
         assert stop.value.code == 2
@@ -111,12 +114,12 @@ def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_fi
         assert not Path("lightning_logs").exists()
 
 
-def test_rows_for_every_process_are_counted_before_training(base, pair_files, tmp_path, monkeypatch):
+def test_rows_for_every_rank_and_world_size_are_counted_before_training(base, pair_files, tmp_path, monkeypatch):
     from gpt2_pl.datamodules import QuoraPairs
     from gpt2_pl.errors import InputError
 
     data = QuoraPairs(**{f"{flag.partition('=')[0].partition('.')[2]}": flag.partition("=")[2]
                          for flag in one_row(tmp_path, pair_files, ("test",))}, tokenizer=str(base))  # fmt: skip
-    monkeypatch.setattr(data, "_process", lambda: (0, 2))
-    with pytest.raises(InputError, match="the test split has 1 rows for 2 processes"):
+    monkeypatch.setattr(data, "_rank_and_world_size", lambda: (0, 2))
+    with pytest.raises(InputError, match="at least one row per process, got 1 rows for 2 processes"):
         data.prepare_data()

@@ -112,7 +112,7 @@ def test_special_tokens_and_texts_without_tokens_are_left_out(base, tmp_path):
 
 @pytest.mark.parametrize("line", ["word word word.\n\n", "one two\n\n", "a  \n \n\tb\n", "x\n\n\n  y z\n", "no ends "])
 def test_pieces_to_train_a_tokenizer_on_have_the_words_of_the_whole(line, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_PIECE", 50)
+    monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_CHUNK_CHARACTERS", 50)
     file = tmp_path / "text.txt"
     file.write_text(line * 60)
     pieces = list(TextCorpus(train_file=str(file), vocab_size=300)._texts("train"))
@@ -124,7 +124,7 @@ def test_pieces_to_train_a_tokenizer_on_have_the_words_of_the_whole(line, base, 
 
 
 def test_pieces_of_a_text_without_white_space_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_PIECE", 50)
+    monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_CHUNK_CHARACTERS", 50)
     (tmp_path / "text.txt").write_text("x" * 1000)
     pieces = list(TextCorpus(train_file=str(tmp_path / "text.txt"), vocab_size=300)._texts("train"))
     assert "".join(pieces) == "x" * 1000

@@ -136,10 +136,10 @@ def test_bad_rows_are_left_out_and_the_others_keep_their_numbers(tmp_path, lines
         ((HEADER + "good,1\n").encode("utf-16-be"), "NUL"),
         ("sätze,wert\ngut,1\n".encode("latin-1"), "the header is not UTF-8 text"),
         (gzip.compress(HEADER.encode(), mtime=0), "the header is not UTF-8 text"),
-        (b"\nsentence,sentiment\ngood,1\n", "its first line is blank"),
-        (b'"sentence,sentiment\ngood,1\n', "opens a name in the header"),
-        (HEADER.encode() + b"x" * 1_000_000 + b"\n", "row 1 cannot be read: it has 1 values"),
-        (b"sentence,sentence\na,b\n", "names a column twice"),
+        (b"\nsentence,sentiment\ngood,1\n", "the first line is blank"),
+        (b'"sentence,sentiment\ngood,1\n', "a double quote in the header is not closed"),
+        (HEADER.encode() + b"x" * 1_000_000 + b"\n", "row 1 cannot be read: it must have 2 values, got 1"),
+        (b"sentence,sentence\na,b\n", "'sentence' twice in the header"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(content, words, tmp_path):
@@ -258,14 +258,14 @@ def test_damaged_json_is_read_as_json_says_or_refused(tmp_path, rows, data):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"[1, 2]", "no JSON object"),
-        (b'"text"', "no JSON object"),
-        (b"3", "no JSON object"),
-        (b'{"sentence": "a", "sentence": "b"}', "has 'sentence' twice"),
+        (b"[1, 2]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
+        (b"3", "not a JSON object"),
+        (b'{"sentence": "a", "sentence": "b"}', "has the key 'sentence' twice"),
         (b'{"sentence": "a\\ud800"}', "not UTF-8"),
         (b'{"sentence": "a\xff"}', "not UTF-8"),
         (b'{"sentence": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
-        (b'{"sentence": "a", "label": ' + b"9" * 25 + b"}", "beyond 64 bits"),
+        (b'{"sentence": "a", "label": ' + b"9" * 25 + b"}", "must fit in 64 bits"),
         (b'{"sentence": "a", "label": ' + b"9" * 5000 + b"}", "digits"),
         (b'{"sentence": "a"', "row 3 cannot be read"),
     ],
@@ -295,14 +295,14 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
     file = tmp_path / "rows.jsonl"
     said = ["fine", 3, "0", None, "bad", ["a"]]
     file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": i % 2}) for i, text in enumerate(said)))
-    with pytest.raises(InputError, match=r"rows\.jsonl, row 2: 'sentence' is 3; it must hold text"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 2: 'sentence' must be a non-empty string, got 3"):
         IMDB(test_file=str(file), tokenizer=str(base)).setup()
     data = IMDB(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
     data.setup()
     assert [data.text("test", i) for i in range(3)] == ["fine", "0", "bad"]
     assert [data.row_number("test", i) for i in range(3)] == [1, 3, 5]
     assert data.encoded["test"].labels.tolist() == [0, 0, 0]
-    with pytest.raises(InputError, match="'sentence' is 3"):
+    with pytest.raises(InputError, match="'sentence' must be text, got 3"):
         TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
 
 
@@ -334,7 +334,7 @@ def test_a_label_is_a_class_or_refused_by_row(value):
         assert parse_label({"label": value}, "label", ["no", "yes"], "rows.csv", 7) == expected
     except InputError as error:
         assert expected is None
-        assert str(error).startswith("rows.csv, row 7: the label in 'label' is")
+        assert str(error).startswith("rows.csv, row 7: the label in 'label' must be")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_label_is_a_class_or_refused_by_row(value):
 def test_names_that_are_numbers_are_no_indices(names, value, expected):
     names = names.split()
     if expected is None:
-        with pytest.raises(InputError, match="row 1: the label in 'label' is"):
+        with pytest.raises(InputError, match="row 1: the label in 'label' must be"):
             parse_label({"label": value}, "label", names, "rows.csv", 1)
     else:
         assert parse_label({"label": value}, "label", names, "rows.csv", 1) == expected
@@ -367,7 +367,7 @@ def test_a_bad_label_a_thousand_rows_in(label, base, tmp_path):
 def test_columns_that_are_not_there_or_serve_twice(base, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("a,b,label\nx,y,1\n")
-    for columns, words in (({"a": "c"}, "no column 'c'"), ({"b": "a"}, "two fields of the template read one column")):
+    for columns, words in (({"a": "c"}, "no column 'c'"), ({"b": "a"}, "a different column to each template field")):
         data = TextClassification(
             test_file=str(file), template="{a} {b}", columns=columns, tokenizer=str(base), on_invalid_row="skip"
         )

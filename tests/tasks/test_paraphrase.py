@@ -94,13 +94,17 @@ def test_balanced_classes(how, base, pair_files):
 
 
 BAD = [
-    ("only one", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\t \t1\n", r"row 2: 'sentence2' is ' '"),
-    ("no label", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t\n", r"row 2: the label in 'is_duplicate' is ''"),
-    ("not binary", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t2\n", r"row 2: the label .* is '2'"),
-    ("stray tab", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\tc\t0\n", "row 2 .* 4 values, and the header 3"),
-    ("too few", "sentence1\tsentence2\tis_duplicate\na\tb\t1\n\na\tb\n", "row 2 .* 2 values, and the header 3"),
+    ("only one", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\t \t1\n", r"row 2: 'sentence2' must be .* got ' '"),
+    (
+        "no label",
+        "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t\n",
+        r"row 2: the label in 'is_duplicate' must be .* got ''",
+    ),
+    ("not binary", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t2\n", r"row 2: the label .* got '2'"),
+    ("stray tab", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\tc\t0\n", "row 2 .* must have 3 values, got 4"),
+    ("too few", "sentence1\tsentence2\tis_duplicate\na\tb\t1\n\na\tb\n", "row 2 .* must have 3 values, got 2"),
     ("Latin-1", b"sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tgr\xfcn\t0\n", "row 2 .* not UTF-8"),
-    ("two lines", 'sentence1\tsentence2\tis_duplicate\na\t"b\nc"\t1\na\tb\n', "row 2 .* 2 values, and the header 3"),
+    ("two lines", 'sentence1\tsentence2\tis_duplicate\na\t"b\nc"\t1\na\tb\n', "row 2 .* must have 3 values, got 2"),
 ]
 
 
@@ -126,7 +130,7 @@ def test_bad_rows_are_named_or_skipped_and_counted(content, message, base, tmp_p
 def test_nothing_but_bad_rows(base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("sentence1\tsentence2\tis_duplicate\na\tb\t7\n")
-    with pytest.warns(match="1 of 1"), pytest.raises(InputError, match="no rows that can be used"):
+    with pytest.warns(match="1 of 1"), pytest.raises(InputError, match="no valid rows"):
         QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip").setup()
 
 
@@ -319,7 +323,9 @@ def test_quotes_that_are_not_closed_are_named_and_never_swallow_rows(base, tmp_p
     rest.write_text(header + 'a\tb\t1\n"open\tb\t1\n' + "c\td\t0\n" * 50)
     for file in (stray, rest):
         for on_invalid_row in ("error", "skip"):
-            with pytest.raises(InputError, match=rf"{file.name}, row 2: a double quote opens .* data\.quoting false"):
+            with pytest.raises(
+                InputError, match=rf"{file.name}, row 2: a double quote is not closed .* data\.quoting to false"
+            ):
                 QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row=on_invalid_row).setup()
     data = QuoraPairs(test_file=str(stray), tokenizer=str(base), quoting=False)
     data.setup()
@@ -332,7 +338,7 @@ def test_bad_json_lines_are_named_or_skipped(base, tmp_path):
     for bad, reason in (
         (b'{"sentence1": "gr\xfcn"}\n', "not UTF-8"),
         (b'{"sentence1": "a",\n', ""),
-        (b"7\n", "no JSON object"),
+        (b"7\n", "not a JSON object"),
     ):
         file = tmp_path / "pairs.jsonl"
         file.write_bytes(good.encode() + bad + b"\n" + good.replace('"a"', '"c"').encode())
@@ -379,7 +385,7 @@ def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
     )
     data.setup()
     assert texts(data, "train")[10:] == [f"y{i} / x{i}" for i in range(10)]
-    with pytest.raises(InputError, match=r"data\.swap_pairs swaps the two fields"):
+    with pytest.raises(InputError, match=r"data\.template must have two fields if data\.swap_pairs"):
         QuoraPairs(train_file=str(file), template="{sentence1}", swap_pairs=True)
 
 

@@ -125,19 +125,21 @@ def test_sonnets_poem_without_a_token_is_named(lines, words, long_base, tmp_path
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z\n]"}, "content": ""}
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     (tmp_path / "poems.txt").write_text(f"12\n\n{lines}\n")
-    with pytest.raises(InputError, match=rf"data\.test_file: .*no token of {words}.* of poem 12"):
+    with pytest.raises(InputError, match=rf"data\.test_file: .*no token for {words}.* of poem 12"):
         Sonnets(test_file=str(tmp_path / "poems.txt"), tokenizer=str(tmp_path)).setup()
 
 
 def test_openings_alone_cannot_be_scored(poem_files, long_base, tmp_path):
     file = tmp_path / "openings.txt"
     file.write_text("132\n\na\nb\nc\n")
-    with pytest.raises(InputError, match=r"openings\.txt: poem 132 has 3 lines"):
+    with pytest.raises(InputError, match=r"openings\.txt: poem 132 must have more than 3 lines .* got 3"):
         Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
 
 
 def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
-    with pytest.raises(InputError, match=r"the 3 lines given of poem \d+ take \d+ tokens, and there is room for 20"):
+    with pytest.raises(
+        InputError, match=r"data\.max_length must be at least the \d+ tokens of the first 3 lines of poem \d+, got 20"
+    ):
         Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=20).setup()
 
 

@@ -204,7 +204,7 @@ class GPT2CLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.ckpt_path != self.checkpoint:
             raise InputError(f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE")
-        complete_settings(config, self.line.command, self.line.has_flag("version"))
+        complete_settings(config, self.line)
         validate_strategy_combination(self.line)
         root = Path(config.trainer.default_root_dir or ".") / RUNS
         resumed = None if self.checkpoint is None else run_to_resume(Path(self.checkpoint), root)

@@ -11,25 +11,29 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import Precision
 
-from gpt2_pl.commands.support.config_merge import check_name, check_ranges
+from gpt2_pl.commands.support.config_merge import CommandLine, check_name, check_ranges
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2Config
 
+_COUNTS_OR_SHARES = (  # of batches: 1 is one batch, 1.0 is all of them
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    *("overfit_batches", "val_check_interval"),
+)
 
-def complete_settings(config: Any, command: str, version_given: bool) -> None:
+
+def complete_settings(config: Any, line: CommandLine) -> None:
     """Fill in the settings that follow from others, so that config.yaml records what the run used.
 
     Args:
         config: the parsed configuration of the command, which is changed.
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
-        version_given: whether the version is given on the command line and not by a file.
+        line: the command line.
 
     Raises:
         InputError: a value is out of range, or the model or the data are not configured.
     """
     check_ranges(config)
     check_name(config.name)
-    if command != "fit" and not version_given:
+    if line.command != "fit" and not line.has_flag("version"):
         config.version = None  # a file's version is that of the run that it was written by
     config.version = folder_name(config.version)
     for key in ("model", "data"):
@@ -39,7 +43,7 @@ def complete_settings(config: Any, command: str, version_given: bool) -> None:
     data, base = config.data.init_args, config.model.init_args.get("base")
     if data.get("tokenizer", "given") is None and base is not None:
         data.tokenizer = base
-    _complete_trainer(config.trainer)
+    _complete_trainer(config.trainer, line)
 
 
 def folder_name(version: str | None) -> str | None:
@@ -61,7 +65,12 @@ def _check_shape(shape: Any) -> None:
         raise InputError(f"model.config: {error}") from None
 
 
-def _complete_trainer(trainer: Any) -> None:
+def _complete_trainer(trainer: Any, line: CommandLine) -> None:
+    for key in _COUNTS_OR_SHARES:
+        # Where any library has used Union[float, int] before, typing's cache makes Union[int, float] the same object,
+        # and the parser converts 1 to 1.0.
+        if type(value := line.last(f"trainer.{key}")) is int:
+            trainer[key] = value
     if trainer.precision is None and not _has_precision(trainer.plugins):
         trainer.precision = best_precision(trainer.accelerator)
     if trainer.use_distributed_sampler is True:

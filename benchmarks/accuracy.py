@@ -1,8 +1,9 @@
-"""Full fine-tuning in this library and under transformers' Trainer: same base, rows, template, rate, batch and epochs.
+"""Full fine-tuning with this library and with transformers' Trainer, with equal base, rows, template and settings.
 
     python benchmarks/accuracy.py --task sst5|quora --base FOLDER --train_file F [F] --val_file F --out results.json
 
-Runs the two in turn for every seed, writes dev accuracy and macro F1 of every epoch, and prints those of the last one.
+Runs both for every seed with the same learning rate, batch size and epochs, writes dev accuracy and macro F1 of every
+epoch, and prints those of the last one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gpt2_pl.datamodules import SST5, QuoraPairs, TextClassification
 
 
 def data(args: argparse.Namespace) -> TextClassification:
-    """The task's data, which say template, label column and which rows are trained on."""
+    """Create the task's datamodule, which defines the template, the label column and the training rows."""
     make = SST5 if args.task == "sst5" else QuoraPairs
     return make(
         train_file=args.train_file,
@@ -33,7 +34,7 @@ def data(args: argparse.Namespace) -> TextClassification:
 
 
 def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
-    """Dev scores after each epoch, from metrics.json of a run of the command line's own classes."""
+    """Train with this library and return the dev scores of every epoch."""
     from lightning.pytorch import Trainer, seed_everything
 
     from gpt2_pl.callbacks import Reproducibility, RunSummary
@@ -69,7 +70,7 @@ def ours(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
 
 
 def theirs(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
-    """Dev scores after each epoch, from GPT2ForSequenceClassification under Trainer, grouped by length."""
+    """Train GPT2ForSequenceClassification with Trainer, rows grouped by length; return dev scores by epoch."""
     import numpy as np
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
     from transformers import (
@@ -144,7 +145,7 @@ def theirs(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Run both for every seed, print and save."""
+    """Train both for every seed, print and save the scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["sst5", "quora"], default="sst5")
     parser.add_argument("--base", required=True)

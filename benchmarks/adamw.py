@@ -1,4 +1,4 @@
-"""One optimizer step over GPT-2 small's parameters: ours, and torch's AdamW fused, multi-tensor and one by one.
+"""Optimizer step over GPT-2 small's parameters: this library's AdamW, and torch's fused, multi-tensor and for-loop.
 
 python benchmarks/adamw.py [--record]
 """
@@ -14,7 +14,7 @@ from gpt2_pl import GPT2, AdamW, GPT2Config
 
 
 def main() -> None:
-    """Time and print."""
+    """Measure all optimizers and print medians and ratios."""
     args = arguments(__doc__, [], rounds=15).parse_args()
     parameters = list(GPT2(GPT2Config()).to("cuda" if torch.cuda.is_available() else "cpu").parameters())
     for parameter in parameters:
@@ -26,7 +26,7 @@ def main() -> None:
             optimizer.step()
             return {"seconds": now() - since}
 
-        measure()  # makes its state
+        measure()  # creates the optimizer's state
         return measure
 
     optimizers = {

@@ -1,10 +1,10 @@
-"""Compare two revisions: the weights that short runs learn and the texts they generate must be equal bit for bit.
+"""Compare two revisions: weights and generated texts of short runs must be equal bit for bit.
 
     python benchmarks/equivalence.py                      # HEAD against the commit before it
     python benchmarks/equivalence.py --old main --new .   # the working tree against a branch
 
 Every strategy trains a random GPT-2 of two blocks for five steps, in float32 and in the machine's default precision;
-further runs resume within an epoch, train in two processes, and generate. Each revision runs in a worktree of its own.
+further runs resume within an epoch, train in two processes, and generate text. Each revision runs in its own worktree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = {  # a strategy's file -> the task it is run on, where it is not sentiment
+TASKS = {  # strategy -> task, if it is not sentiment
     "hard_prompt": "quora",
     "prompt_words": "quora",
     "verbalizer": "quora",
@@ -30,7 +30,7 @@ TASKS = {  # a strategy's file -> the task it is run on, where it is not sentime
     "unlikelihood": "sonnets",
     "sequence_unlikelihood": "sonnets",
 }
-RENAMED_FILES = {  # old name -> new name, so that renamed strategies are compared with themselves
+RENAMED_FILES = {  # old name -> new name, for the comparison of renamed strategies
     "mean_masks": "multi_sample_dropout",
     "mix_masks": "mixed_pooling",
     "prompt_words": "hard_prompt",
@@ -44,7 +44,7 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 
 
 def write_data(folder: Path, tree: Path) -> None:
-    """Write the base and the rows, from fixed numbers and without the library's own generators."""
+    """Write the base and the rows, from fixed seeds and without code of this library."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -104,61 +104,99 @@ def digest(file: Path) -> str:
     return total.hexdigest()
 
 
-def run(tree: Path, data: Path, out: Path, only: str | None) -> None:
-    """Run everything in one revision and write the digests."""
-    sys.path.insert(0, str(tree))
-    os.chdir(tempfile.mkdtemp())
-    import cli
+class Runs:
+    """Short runs of one revision, and the digests of their results.
 
-    found: dict[str, str] = {}
+    Args:
+        tree: the revision's checkout.
+        data: the folder with base and rows.
+        only: make only runs whose name contains this text; None for all.
+    """
 
-    def fit(name: str, *args: object) -> Path | None:
-        if only is not None and only not in name:
+    def __init__(self, tree: Path, data: Path, only: str | None) -> None:
+        sys.path.insert(0, str(tree))
+        self.tree, self.data, self.only = tree, data, only
+        self.digests: dict[str, str] = {}
+
+    def run(self, *args: object) -> None:
+        """Run a command in this process."""
+        import cli
+
+        cli.main(list(map(str, args)))
+
+    def fit(self, name: str, *args: object) -> Path | None:
+        """Train and record the weights' digest; return the run folder, or None without a finished run."""
+        if self.only is not None and self.only not in name:
             return None
         folder = Path("lightning_logs", name, "version_0")
         try:
-            cli.main(["fit", *map(str, args), *QUIET, f"--name={name}"])
+            self.run("fit", *args, *QUIET, f"--name={name}")
         except SystemExit as error:
-            found[name] = f"exit {error.code}"
+            self.digests[name] = f"exit {error.code}"
             return None
-        found[name] = digest(folder / "checkpoints" / "last.ckpt")
+        self.digests[name] = digest(folder / "checkpoints" / "last.ckpt")
         return folder
 
-    def command(task: str, strategy: str, *rest: object) -> list[object]:
-        files = [tree / "configs" / kind / f"{name}.yaml" for kind, name in (("task", task), ("strategy", strategy))]
-        return [*(f"--config={file}" for file in files), f"--model.base={data / 'base'}", *flags(task, data), *rest]
+    def arguments(self, task: str, strategy: str, *rest: object) -> list[object]:
+        """Return the arguments of a run."""
+        files = [
+            self.tree / "configs" / kind / f"{name}.yaml" for kind, name in (("task", task), ("strategy", strategy))
+        ]
+        base = f"--model.base={self.data / 'base'}"
+        return [*(f"--config={file}" for file in files), base, *flags(task, self.data), *rest]
 
-    for file in sorted((tree / "configs" / "strategy").glob("*.yaml")):
-        task = TASKS.get(file.stem, "sst5")
-        name = RENAMED_FILES.get(file.stem, file.stem)
-        for precision in ("default", "32-true"):
-            extra = [] if precision == "default" else [f"--trainer.precision={precision}"]
-            extra += SHORT if name == "sequence_unlikelihood" else []
-            folder = fit(f"{name}-{precision}", *command(task, file.stem, *STEPS, *extra))
-            if folder is not None and task == "sonnets":
-                written = Path(f"{name}-{precision}.txt")
-                prompts = ["--prompt_file", data / "prompts.txt", "--out", written]
-                cli.main(["generate", *map(str, [folder, *prompts, "--max_new_tokens", 12])])
-                found[f"{name}-{precision} text"] = hashlib.sha256(written.read_bytes()).hexdigest()
-    for strategy in ("full", "lora"):
-        args = command(
-            "sst5", strategy, "--trainer.max_epochs=2", "--checkpoint_every_n_steps=1", "--early_stopping_patience=null"
-        )
-        folder = fit(f"stopped-{strategy}", *args, "--trainer.max_steps=7")
+    def train_strategies(self) -> None:
+        """Train every strategy in both precisions; generate text with those of poems."""
+        for file in sorted((self.tree / "configs" / "strategy").glob("*.yaml")):
+            task = TASKS.get(file.stem, "sst5")
+            name = RENAMED_FILES.get(file.stem, file.stem)
+            for precision in ("default", "32-true"):
+                extra = [] if precision == "default" else [f"--trainer.precision={precision}"]
+                extra += SHORT if name == "sequence_unlikelihood" else []
+                folder = self.fit(f"{name}-{precision}", *self.arguments(task, file.stem, *STEPS, *extra))
+                if folder is not None and task == "sonnets":
+                    self.generate(f"{name}-{precision}", folder)
+
+    def generate(self, name: str, folder: Path) -> None:
+        """Generate text with a run and record its digest."""
+        texts = Path(f"{name}.txt")
+        prompts = ["--prompt_file", self.data / "prompts.txt", "--out", texts]
+        self.run("generate", folder, *prompts, "--max_new_tokens", 12)
+        self.digests[f"{name} text"] = hashlib.sha256(texts.read_bytes()).hexdigest()
+
+    def resume(self, strategy: str) -> None:
+        """Stop a run within an epoch, and resume it."""
+        options = ("--trainer.max_epochs=2", "--checkpoint_every_n_steps=1", "--early_stopping_patience=null")
+        args = self.arguments("sst5", strategy, *options)
+        folder = self.fit(f"stopped-{strategy}", *args, "--trainer.max_steps=7")
         if folder is not None:
             last = folder / "checkpoints" / "last.ckpt"
-            fit(f"resumed-{strategy}", *args, f"--ckpt_path={last}", "--version=version_0")
-        if only is None or only in "processes":
-            spawned = command("sst5", strategy, *STEPS, "--trainer.devices=2", "--trainer.strategy=ddp", *QUIET)
-            command_line = [sys.executable, str(tree / "cli.py"), "fit", *map(str, spawned), f"--name=two-{strategy}"]
-            done = subprocess.run(command_line, capture_output=True, text=True, check=False)
-            last = Path("lightning_logs", f"two-{strategy}", "version_0", "checkpoints", "last.ckpt")
-            found[f"two processes {strategy}"] = digest(last) if last.is_file() else done.stderr[-200:]
-    out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            self.fit(f"resumed-{strategy}", *args, f"--ckpt_path={last}", "--version=version_0")
+
+    def train_in_two_processes(self, strategy: str) -> None:
+        """Train with two processes and record the weights' digest."""
+        if self.only is not None and self.only not in "processes":
+            return
+        args = self.arguments("sst5", strategy, *STEPS, "--trainer.devices=2", "--trainer.strategy=ddp", *QUIET)
+        command = [sys.executable, str(self.tree / "cli.py"), "fit", *map(str, args), f"--name=two-{strategy}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        last = Path("lightning_logs", f"two-{strategy}", "version_0", "checkpoints", "last.ckpt")
+        self.digests[f"two processes {strategy}"] = digest(last) if last.is_file() else done.stderr[-200:]
+
+
+def run(tree: Path, data: Path, out: Path, only: str | None) -> None:
+    """Make all runs of one revision and write their digests."""
+    os.chdir(tempfile.mkdtemp())
+    runs = Runs(tree, data, only)
+    runs.train_strategies()
+    for strategy in ("full", "lora"):
+        runs.resume(strategy)
+        runs.train_in_two_processes(strategy)
+    out.write_text(json.dumps(runs.digests, indent=1), encoding="utf-8")
 
 
 def main() -> None:
-    """Compare the revisions and exit with 1 where anything differs."""
+    """Compare the revisions; exit with status 1 if a result differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", default="HEAD~1", help="a revision")
     parser.add_argument("--new", default="HEAD", help="a revision, or . for the working tree")

@@ -1,4 +1,4 @@
-"""Generation: new tokens per second beside transformers', in turn within one process.
+"""Generation speed compared with transformers, in alternation within one process.
 
     python benchmarks/generation.py [--batch 12] [--prompt 40] [--new 128] [--dtype bfloat16] [--record]
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile both, on a GPU")
     args = parser.parse_args()
     if args.compile and not torch.cuda.is_available():
-        parser.error("--compile: transformers compiles its generation on a GPU alone, and there is none")
+        parser.error("--compile: transformers compiles generation only on a GPU, and no GPU is available")
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = GPT2(GPT2Config()).eval()
@@ -46,7 +46,7 @@ def main() -> None:
 
     def run_theirs(n: int) -> None:
         settings = {"do_sample": True, "top_p": 0.9, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-        if args.compile:  # which transformers does by itself, given a cache of fixed size
+        if args.compile:  # transformers compiles by itself if the cache has a fixed size
             settings["cache_implementation"] = "static"
         theirs.generate(ids, attention_mask=mask, max_new_tokens=n, **settings)
 

@@ -1,9 +1,9 @@
-"""What the benchmarks share: arms that take turns, so that whatever else the machine does falls on all alike, and the
-table of their medians.
+"""Interleaved measurements, and the table of their medians.
 
-Where an arm needs a process of its own, a script measures it when it is called with ``--arm NAME``, and prints the
-figures as one line of JSON; without that it calls itself for every arm in turn. With ``--record`` the medians and
-ratios are kept in measured.json, and the tables of docs/speed.md are written from that.
+The arms of a benchmark, such as this library and a peer, are measured in alternation, so that other load on the machine
+affects all of them. For an arm that needs a separate process, a script calls itself with ``--arm NAME`` and prints the
+figures as one line of JSON. With ``--record``, medians and ratios are stored in measured.json, and the tables of
+docs/speed.md are rewritten from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ Figures = dict[str, float]
 
 
 def arguments(description: str | None, arms: Sequence[str], rounds: int = 3) -> argparse.ArgumentParser:
-    """A parser with what all benchmarks have."""
+    """Return a parser with the options of all benchmarks.
+
+    Args:
+        description: help text.
+        arms: values of ``--arm``.
+        rounds: default number of rounds.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--record", action="store_true", help="keep the medians and rewrite docs/speed.md")
@@ -36,7 +42,16 @@ def arguments(description: str | None, arms: Sequence[str], rounds: int = 3) -> 
 
 
 def take_turns(arms: Sequence[str], rounds: int, more: Sequence[str] = ()) -> dict[str, list[Figures]]:
-    """The figures of every arm in every round, each from a process of its own; ``more`` flags are handed on."""
+    """Measure every arm in every round, each in a separate process.
+
+    Args:
+        arms: names of the arms.
+        rounds: number of measurements of each arm.
+        more: flags for the processes, in addition to those of this one.
+
+    Returns:
+        The figures of every round, by arm.
+    """
     found: dict[str, list[Figures]] = {arm: [] for arm in arms}
     for arm in [*arms] * rounds:
         done = subprocess.run(
@@ -48,7 +63,7 @@ def take_turns(arms: Sequence[str], rounds: int, more: Sequence[str] = ()) -> di
 
 
 def turns_here(arms: dict[str, Callable[[], Figures]], rounds: int) -> dict[str, list[Figures]]:
-    """The same within this process, for what takes milliseconds."""
+    """Measure every arm in every round within this process, for work that takes milliseconds."""
     found: dict[str, list[Figures]] = {arm: [] for arm in arms}
     for _ in range(rounds):
         for arm, measure in arms.items():
@@ -57,7 +72,7 @@ def turns_here(arms: dict[str, Callable[[], Figures]], rounds: int) -> dict[str,
 
 
 def now() -> float:
-    """Seconds of a clock, when all that was asked of a GPU is done."""
+    """Return the time in seconds, after pending GPU work has finished."""
     import torch
 
     if torch.cuda.is_available():
@@ -66,7 +81,7 @@ def now() -> float:
 
 
 def peak_gb() -> float:
-    """The most memory that this process has held: of its GPU where it has one."""
+    """Return the peak memory of this process in GB, on the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -77,9 +92,12 @@ def peak_gb() -> float:
 
 
 def compare(work: str, found: dict[str, list[Figures]], record: bool) -> None:
-    """Print the first arm's medians beside every other arm's, and the median of their ratios, round by round.
+    """Print medians, and the median ratio of the first arm to every other arm.
 
-    With a single arm its figures stand alone.
+    Args:
+        work: description of the measured work.
+        found: figures of every round, by arm. With a single arm, no ratios are computed.
+        record: whether to store the results.
     """
     ours, *peers = found
     rows = []
@@ -103,7 +121,7 @@ def compare(work: str, found: dict[str, list[Figures]], record: bool) -> None:
 
 
 def machine() -> str:
-    """Processor or GPU, cores and PyTorch, in words."""
+    """Describe the processor or GPU, the number of cores and the version of PyTorch."""
     import torch
 
     from gpt2_pl.utils.machine import available_cores
@@ -135,7 +153,7 @@ def _record(rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table for each machine, in the order in which things were first measured."""
+    """Return one Markdown table per machine, with rows in the order of their first measurement."""
     parts = []
     for name in dict.fromkeys(row["machine"] for row in rows):
         lines = ["| work | quantity | gpt2_pl | peer | ratio |", "| --- | --- | --- | --- | --- |"]

@@ -1,9 +1,8 @@
-"""A training step of a language model: time and peak memory, plain, with unlikelihood, and transformers' own.
+"""Training step of a language model: speed and memory, with and without unlikelihood, and with transformers.
 
     python benchmarks/language_model.py [--batch 8] [--context 512] [--precision bf16|fp32] [--record]
 
-GPT-2's shape and vocabulary, random tokens, AdamW, no dropout. Memory is the process's
-peak.
+GPT-2's shape and vocabulary, random tokens, AdamW, no dropout. Memory is the peak of the process.
 """
 
 from __future__ import annotations
@@ -11,90 +10,108 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from harness import Figures, arguments, compare, now, peak_gb, take_turns
 from peak_flops import peak_flops
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VOCAB_SIZE = 50257
 SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16)}  # width, blocks, heads
 PLAIN, UNLIKELIHOOD, TRANSFORMERS = "ours", "with unlikelihood", "transformers, own loop"
 
 
 def training_flops(n_layer: int, width: int, vocab_size: int, context: int) -> float:
-    """Operations per token: 6 per weight that multiplies, and 12 L C T (Chowdhery et al. 2022, appendix B)."""
+    """Return the FLOPs per token: 6 per weight of a matrix, and 12 L C T (Chowdhery et al. 2022, appendix B)."""
     return 6.0 * (12 * n_layer * width * width + vocab_size * width) + 12.0 * n_layer * width * context
 
 
-def measure(args: argparse.Namespace) -> Figures:
-    """Seconds of a step and memory of one way to make it, in this process."""
+def build_model(args: argparse.Namespace, device: str) -> Any:
+    """Create the arm's GPT-2 in training mode, without dropout."""
     import torch
 
-    from gpt2_pl import GPT2, GPT2Config
+    width, blocks, heads = SIZES[args.size]
+    if args.arm == TRANSFORMERS:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = GPT2Config(n_embd=width, n_layer=blocks, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        peer = GPT2LMHeadModel(shape).to(device).train()
+        return torch.compile(peer) if args.compile else peer
+
+    from gpt2_pl import model
     from gpt2_pl.kernels.malloc import disable_malloc_trim
+
+    disable_malloc_trim()  # as callbacks.Environment does
+    config = model.GPT2Config(n_embd=width, n_layer=blocks, n_head=heads, dropout=0.0)
+    gpt2 = model.GPT2(config).to(device).train()
+    for block in gpt2.h if args.compile else ():
+        block.compile(dynamic=True)
+    return gpt2
+
+
+def mean_loss(args: argparse.Namespace, model: Any, ids: Tensor) -> Tensor:
+    """Return the arm's mean loss per token, of ``ids`` (B, T + 1)."""
     from gpt2_pl.losses import cross_entropy, unlikelihood_cross_entropy
 
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    width, blocks, heads = SIZES[args.size]
-    config = GPT2Config(n_embd=width, n_layer=blocks, n_head=heads, dropout=0.0)
-    ids = torch.randint(0, config.vocab_size, (args.batch, args.context + 1), device=device)
-    ids[:, 1::3] = ids[:, ::3][:, : ids[:, 1::3].size(1)]  # some repetition
-    model: Any
+    inputs, targets = ids[:, :-1], ids[:, 1:]
     if args.arm == TRANSFORMERS:
-        from transformers import GPT2Config as TheirConfig
-        from transformers import GPT2LMHeadModel
-
-        shape = TheirConfig(n_embd=width, n_layer=blocks, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        model = GPT2LMHeadModel(shape).to(device).train()
+        return model(inputs, labels=inputs, use_cache=False).loss  # shifts the labels itself
+    if args.arm == PLAIN:
+        total, n = cross_entropy(model(inputs), model.head_weight, targets, compiled=args.compile)
     else:
-        disable_malloc_trim()  # as callbacks.Environment does
-        model = GPT2(config).to(device).train()
-        for block in model.h if args.compile else ():
-            block.compile(dynamic=True)
-    if args.compile and args.arm == TRANSFORMERS:
-        model = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        total, n, _ = unlikelihood_cross_entropy(model(inputs), model.head_weight, targets, 1.0, compiled=args.compile)
+    return total / n
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
-            if args.arm == TRANSFORMERS:
-                loss = model(ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss  # shifts by itself
-            elif args.arm == PLAIN:
-                total, n = cross_entropy(model(ids[:, :-1]), model.head_weight, ids[:, 1:], compiled=args.compile)
-                loss = total / n
-            else:
-                total, n, _ = unlikelihood_cross_entropy(
-                    model(ids[:, :-1]), model.head_weight, ids[:, 1:], 1.0, compiled=args.compile
-                )
-                loss = total / n
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    # A GPU is given several steps to do at a time.
-    warm, turns, together = (3, 3, args.steps) if device == "cuda" else (1, args.steps, 1)
+def median_step_time(args: argparse.Namespace, step: Callable[[], None]) -> float:
+    """Return the median seconds of a step, after warm-up; a GPU is timed over several steps at once."""
+    import torch
+
+    warm, rounds, together = (3, 3, args.steps) if torch.cuda.is_available() else (1, args.steps, 1)
     for _ in range(warm):
         step()
     seconds = []
-    for _ in range(turns):
+    for _ in range(rounds):
         since = now()
         for _ in range(together):
             step()
         seconds.append((now() - since) / together)
-    tokens = args.batch * args.context / statistics.median(seconds)
+    return statistics.median(seconds)
+
+
+def measure(args: argparse.Namespace) -> Figures:
+    """Measure the speed and memory of one arm in this process."""
+    import torch
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    ids = torch.randint(0, VOCAB_SIZE, (args.batch, args.context + 1), device=device)
+    ids[:, 1::3] = ids[:, ::3][:, : ids[:, 1::3].size(1)]  # some repetition
+    model = build_model(args, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = mean_loss(args, model, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    tokens = args.batch * args.context / median_step_time(args, step)
     figures = {"tokens/s": tokens, "peak memory, GB": peak_gb()}
-    if device == "cuda":  # whose peak the data sheet says
-        figures["MFU"] = (
-            training_flops(blocks, width, config.vocab_size, args.context)
-            * tokens
-            / peak_flops(torch.device(device), dtype)
-        )
+    if device == "cuda":  # peak rates are known only for GPUs
+        width, blocks, _ = SIZES[args.size]
+        flops = training_flops(blocks, width, VOCAB_SIZE, args.context)
+        figures["MFU"] = flops * tokens / peak_flops(torch.device(device), dtype)
     return figures
 
 
 def main() -> None:
-    """Measure all in turn, print medians and ratios."""
+    """Measure all arms in alternation and print medians and ratios."""
     parser = arguments(__doc__, [PLAIN, UNLIKELIHOOD, TRANSFORMERS])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=512)

@@ -1,4 +1,4 @@
-"""What a machine could compute at most, beside which training is measured."""
+"""Peak floating-point performance of a device."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from functools import cache
 
 import torch
 
-# Dense bfloat16 operations per second, from the makers' data sheets.
+# Dense bfloat16 operations per second, from the manufacturers' data sheets.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12}
 
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second that a device could do.
+    """Return the peak floating-point operations per second of a device.
 
-    For known GPUs the data sheet's dense bfloat16 rate; for everything else what one large matrix product reaches here.
+    For known GPUs in bfloat16 this is the dense rate of the data sheet, otherwise the rate of a large matrix product.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)

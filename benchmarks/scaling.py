@@ -1,10 +1,10 @@
-"""How a language model's training step grows with length, batch and model: tokens per second and memory.
+"""Speed and memory of a language model's training step for different lengths, batch sizes and models.
 
     python benchmarks/scaling.py [--record]
 
-GPT-2's vocabulary, random tokens, bf16, AdamW, dropout 0.1. Every point is a process of its own; they take turns.
-Memory is what the process held at its peak beyond what it held after a step of one token: weights, gradients and the
-optimizer's moments are not in it.
+GPT-2's vocabulary, random tokens, bf16, AdamW, dropout 0.1. Points are measured in alternation, each in a
+separate process. Memory is the peak memory minus that after a step of one token, so that weights, gradients and the
+optimizer's moments are not included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POINTS = {
 
 
 def measure(args: argparse.Namespace) -> Figures:
-    """One point, in this process."""
+    """Measure one point in this process."""
     import torch
 
     from gpt2_pl import GPT2, GPT2Config
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> Figures:
 
 
 def main() -> None:
-    """All points in turn, and their medians."""
+    """Measure all points in alternation and print their medians."""
     parser = arguments(__doc__, list(POINTS), rounds=1)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()

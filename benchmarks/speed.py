@@ -2,14 +2,14 @@
 
     python benchmarks/speed.py --task sst5|quora --train_file F --tokenizer FOLDER [--method full|lora|probe] [--record]
 
-Arms take turns: ours, Trainer as it comes (rows in random order), Trainer with rows grouped by length, and, for full
-fine-tuning, the matrix products of our batches alone, of weights as PyTorch lays them out. Each arm trains on batches
-of its own plan for the whole file, evenly drawn from the shortest to the longest, so that padding is that of a whole
-epoch (ours cuts the rows of these into batches again); text is counted without it. All begin with the same random
-weights, with fused AdamW and clipping, and go through their batches once before they are timed: memory has been taken
-from the system by then, as it has in nearly all steps of an epoch. ``lora`` trains adapters of rank 8 beside c_attn
-and c_fc, Trainer's made by peft. ``probe`` trains the head alone for six epochs, all of them timed, from before this
-library computes the features.
+The arms, measured in alternation, are this library, Trainer with default settings (rows in random order), Trainer with
+rows grouped by length and, for full fine-tuning, only the matrix products of this library's batches, with weights in
+PyTorch's layout. Each arm trains on batches of its own plan for the whole file, sampled evenly from the shortest to the
+longest, so that the share of padding is that of an epoch (this library batches the sampled rows again). Tokens are
+counted without padding. All arms start from the same random weights, use fused AdamW and gradient clipping, and train
+one untimed epoch first, because in nearly all steps of a real run memory has already been allocated. ``lora`` trains
+adapters of rank 8 on c_attn and c_fc, with peft in Trainer. ``probe`` trains only the head for six epochs; all of them
+are timed, including this library's computation of the features.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ADAPTER: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.1, "targets": ["
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of every arm, batch after batch, and how many tokens each has."""
+    """Return the rows of every arm, batch after batch, with their numbers of tokens."""
     import numpy as np
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -68,7 +68,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def datamodule(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> Any:
-    """Ours, of these rows."""
+    """Create this library's datamodule of the rows, with files in ``folder``."""
     from gpt2_pl.datamodules import SST5, QuoraPairs
 
     files = {"train": Path(folder) / "train.csv", "val": Path(folder) / "val.csv"}
@@ -87,7 +87,7 @@ def datamodule(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str
 
 
 def ours(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> tuple[int, float]:
-    """Tokens trained on, and seconds."""
+    """Train with this library and return the number of tokens and the seconds."""
     import torch
     from lightning.pytorch import Callback, Trainer, seed_everything
 
@@ -137,7 +137,7 @@ def ours(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> t
 
 
 def theirs(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> tuple[int, float]:
-    """Tokens trained on, and seconds."""
+    """Train with transformers' Trainer and return the number of tokens and the seconds."""
     import torch
     from transformers import (
         DataCollatorWithPadding,
@@ -200,7 +200,7 @@ def theirs(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) ->
 
 
 def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> tuple[int, float]:
-    """Tokens of text, and seconds of the matrix products that training on them takes, forward and backward."""
+    """Return the number of tokens, and the seconds of the matrix products of training on them, forward and backward."""
     import torch
 
     from gpt2_pl import GPT2Config
@@ -216,7 +216,7 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
-    loader.set_epoch(1)  # as ours are timed
+    loader.set_epoch(1)  # the epoch that is timed
     masks = [batch["attention_mask"] for batch in loader]
 
     def train(B: int, T: int) -> float:
@@ -228,7 +228,7 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
         heads, weights_of = new(B * H, T, C // H), {Q: new(B * H, Q, T) for Q in (T, 1)}
         since = now()
         for i, layers in enumerate(weights):
-            last = i == L - 1  # whose outputs are computed where they are read, at one place a row
+            last = i == L - 1  # outputs are computed only at the one position per row that the head reads
             for layer, weight in enumerate(layers):
                 n = B if last and layer > 0 else B * T
                 x, gradient = inputs[n, weight.size(1)], outputs[n, weight.size(0)]
@@ -238,13 +238,13 @@ def products(args: argparse.Namespace, rows: list[dict[str, Any]], folder: str) 
                 queries @ heads.transpose(1, 2), scores @ heads, scores.transpose(1, 2) @ queries
         return now() - since
 
-    for _ in range(2):  # the first time to warm up
+    for _ in range(2):  # the first pass warms up
         seconds = sum(train(*mask.shape) for mask in masks)
     return sum(int(mask.sum()) for mask in masks), seconds
 
 
 def measure(args: argparse.Namespace) -> Figures:
-    """One arm in this process: tokens of text per second of training, and the most memory the process held."""
+    """Measure one arm in this process: tokens per second of training, and peak memory."""
     rows = json.loads(Path(args.plan).read_text(encoding="utf-8"))[OURS if args.arm == PRODUCTS else args.arm]
     run = {OURS: ours, PRODUCTS: products}.get(args.arm, theirs)
     with tempfile.TemporaryDirectory() as folder:
@@ -254,7 +254,7 @@ def measure(args: argparse.Namespace) -> Figures:
 
 
 def main() -> None:
-    """All arms in turn, medians and ratios."""
+    """Measure all arms in alternation and print medians and ratios."""
     parser = arguments(__doc__, [OURS, DEFAULT, GROUPED, PRODUCTS])
     parser.add_argument("--task", choices=list(COLUMNS), default="sst5")
     parser.add_argument("--train_file", required=True)

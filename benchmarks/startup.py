@@ -1,4 +1,4 @@
-"""How long the command line takes to start: help, a comparison, and a whole run of one training step.
+"""Start-up time of the command line: help, a comparison, and a run of one training step.
 
 python benchmarks/startup.py [--record]
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Time and print."""
+    """Measure all commands and print medians."""
     args = arguments(__doc__, [], rounds=5).parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("configs").symlink_to(ROOT / "configs")

@@ -1,4 +1,4 @@
-"""Seconds per training step by what trains: head alone, top 3, top 6, all blocks. GPT-2 small's shape, bf16, in turn.
+"""Training step with only the head, the top 3, the top 6 or all blocks trained, in alternation; GPT-2 small, bf16.
 
 python benchmarks/unfreezing.py [--tokens 32] [--batch 64] [--record]
 """
@@ -19,7 +19,7 @@ from gpt2_pl.tasks import SentimentClassifier
 
 
 def main() -> None:
-    """Time and print."""
+    """Measure all stages and print medians and ratios."""
     parser = arguments(__doc__, [])
     parser.add_argument("--steps", type=int, default=4, help="steps per stage and round")
     parser.add_argument("--tokens", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Attention against the formula and PyTorch's, and what it keeps."""
+"""Attention against the formula and PyTorch's function, and the memory that it saves for the backward pass."""
 
 import math
 
@@ -12,7 +12,7 @@ from gpt2_pl.kernels.dropout import dropout
 
 
 def attention(q, k, v, mask, p=0.0):
-    """Causal without a mask; a single query is the last one."""
+    """Apply attention: causal without a mask, where a single query is the last one."""
     return scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None and q.size(2) > 1)
 
 
@@ -23,7 +23,7 @@ def weights_of(q, k, mask):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 17, 300])
-def test_attention_with_dropout_is_the_formula(masked, T):
+def test_attention_with_dropout_equals_the_formula_and_its_gradients(masked, T):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, T, 8, requires_grad=True)
     grad = torch.randn(2, 3, T, 8)
@@ -45,7 +45,7 @@ def test_attention_with_dropout_is_the_formula(masked, T):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_in_bfloat16_it_is_near_the_formula_in_float64(size, masked):
+def test_attention_in_bfloat16_is_close_to_float64_formula(size, masked):
     q, k, v = torch.randn(3, 4, 3, 64, 64).bfloat16()
     q, k = ((t * size).requires_grad_() for t in (q, k))
     causal = torch.ones(64, 64, dtype=torch.bool).tril()
@@ -71,7 +71,7 @@ def few_rows(monkeypatch):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [5, 16, 32, 33, 100])
-def test_equals_pytorch(monkeypatch, few_rows, T, masked):
+def test_attention_without_dropout_equals_pytorch(monkeypatch, few_rows, T, masked):
     monkeypatch.setattr(gpt2_pl.kernels.attention, "dropout", lambda x, p=0.0, training=True: x)
     given = qkv(T)
     mask = None
@@ -87,7 +87,7 @@ def test_equals_pytorch(monkeypatch, few_rows, T, masked):
 
 
 @pytest.mark.parametrize("T", [30, 100])
-def test_the_backward_pass_drops_the_same_weights(few_rows, T):
+def test_attention_backward_uses_the_forward_dropout_mask(few_rows, T):
     q, k, v = qkv(T)
 
     def run(values):
@@ -101,7 +101,7 @@ def test_the_backward_pass_drops_the_same_weights(few_rows, T):
     assert not torch.equal(run(v), attention(q, k, v, None))
 
 
-def test_memory_of_training_grows_with_the_length():
+def test_attention_saved_memory_is_linear_in_length():
     def kept(T):
         storages = {}
         given = qkv(T, torch.float32)
@@ -118,7 +118,7 @@ def test_memory_of_training_grows_with_the_length():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_keys_of_a_cache_in_float32_are_read_as_they_are(autocast):
+def test_attention_float32_cache_with_bfloat16_query_is_not_rounded(autocast):
     torch.manual_seed(0)
     q, (k, v) = torch.randn(2, 3, 1, 8).bfloat16(), torch.randn(2, 2, 3, 9, 8)
     mask = torch.rand(2, 1, 1, 9) < 0.7

@@ -18,7 +18,7 @@ def scale_of(p):
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_as_many_are_kept_as_p_says_and_scaled_exactly(p, dtype):
+def test_dropout_kept_share_matches_p_and_values_are_scaled_exactly(p, dtype):
     torch.manual_seed(1)
     x = torch.randn(N, dtype=dtype).abs() + 0.5
     y = dropout(x, p, training=True)
@@ -29,7 +29,7 @@ def test_as_many_are_kept_as_p_says_and_scaled_exactly(p, dtype):
 
 
 @pytest.mark.parametrize("p", [1e-6, 1e-5, 1 - 1e-5, 1 - 1e-7])
-def test_the_ends_of_the_range(p):
+def test_dropout_extreme_p_drops_and_keeps_some_values(p):
     torch.manual_seed(0)
     y = dropout(torch.ones(N), p, training=True)
     assert y.isfinite().all()
@@ -37,20 +37,20 @@ def test_the_ends_of_the_range(p):
     assert (p < 0.5) == (y.count_nonzero() > N // 2)
 
 
-def test_the_mean_stays():
+def test_dropout_of_ones_keeps_their_mean():
     torch.manual_seed(1)
     for p in (0.1, 0.5, 0.9):
         mean = dropout(torch.ones(N, dtype=torch.float64), p, training=True).mean().item()
         assert abs(mean - 1) < 5 * math.sqrt(p / (1 - p) / N)
 
 
-def test_what_is_dropped_is_zero_whatever_it_was():
+def test_dropout_of_nan_and_inf_gives_zero_where_dropped():
     y = dropout(torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(100), 0.5, training=True)
     assert 0 < (y == 0).sum() < 300
     assert not y[y != 0].isfinite().any()
 
 
-def test_masks_lie_where_the_numbers_lie():
+def test_dropout_under_another_default_device_stays_on_the_input_device():
     x = torch.ones(8)
     with torch.device("meta"):
         assert dropout(x, 0.5, training=True).device == x.device
@@ -59,7 +59,7 @@ def test_masks_lie_where_the_numbers_lie():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_are_those_of_the_mask(dtype, transposed):
+def test_dropout_and_dropout_add_gradients_equal_those_of_the_mask(dtype, transposed):
     torch.manual_seed(0)
     x, residual, grad = torch.randn(3, 5, 7, 11, dtype=dtype)
     if transposed:
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_mask(dtype, transposed):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_stream_in_float32_takes_a_branch_in_bfloat16():
+def test_dropout_add_bfloat16_branch_keeps_float32_residual():
     torch.manual_seed(0)
     residual, x = torch.randn(40, 50), torch.randn(40, 50).bfloat16().requires_grad_()
     y = dropout_add(x, residual, 0.25, training=True)
@@ -95,7 +95,7 @@ def test_a_stream_in_float32_takes_a_branch_in_bfloat16():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_dropout_nothing_changes_and_nothing_is_drawn(dtype):
+def test_dropout_zero_p_or_evaluation_is_identity_without_random_draws(dtype):
     x, residual = torch.randn(2, 6, 7, dtype=dtype)
     state = torch.get_rng_state()
     for p, training in ((0.0, True), (0.5, False)):
@@ -104,7 +104,7 @@ def test_without_dropout_nothing_changes_and_nothing_is_drawn(dtype):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_seed_decides():
+def test_dropout_seed_or_generator_state_determines_the_mask():
     x = torch.ones(1001)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -118,7 +118,7 @@ def test_the_seed_decides():
     assert not torch.equal(dropout(x, 0.5, True), first)
 
 
-def test_neighbours_rows_and_calls_are_uncorrelated():
+def test_dropout_masks_are_uncorrelated_across_positions_and_calls():
     torch.manual_seed(2)
     p = 0.3
     first, second = ((dropout(torch.ones(1000, 1000), p, True) != 0).double() - (1 - p) for _ in range(2))
@@ -133,7 +133,7 @@ def test_neighbours_rows_and_calls_are_uncorrelated():
 
 
 def trained(dropout=0.3, **options):
-    """A GPT-2 and its gradients after one pass, under autocast, from seed 7."""
+    """Return a GPT-2 and its gradients after one pass under autocast with seed 7."""
     torch.manual_seed(7)
     model = GPT2(GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=2, dropout=dropout)).train()
     if options.get("compiled"):
@@ -149,7 +149,7 @@ def trained(dropout=0.3, **options):
 
 @pytest.mark.parametrize(("short", "rows"), [(256, 128), (4, 8), (4, 128)])  # with 20 tokens, the latter two nest
 @pytest.mark.parametrize("autocast", [False, True])
-def test_activation_checkpointing_draws_the_same_masks_again(autocast, short, rows, monkeypatch):
+def test_activation_checkpointing_recomputes_the_same_dropout_masks(autocast, short, rows, monkeypatch):
     monkeypatch.setattr("gpt2_pl.kernels.attention.MAX_MATH_KEYS", short)
     monkeypatch.setattr("gpt2_pl.kernels.attention.QUERY_BLOCK", rows)
     _, kept = trained(autocast=autocast)
@@ -158,7 +158,7 @@ def test_activation_checkpointing_draws_the_same_masks_again(autocast, short, ro
         assert torch.equal(gradient, recomputed[name]), name
 
 
-def test_compiled_blocks_train():
+def test_compiled_blocks_aot_eager_gradients_equal_eager():
     _, plain = trained(dropout=0.0, autocast=False)
     _, compiled = trained(dropout=0.0, autocast=False, compiled="aot_eager")
     for name, gradient in plain.items():
@@ -169,7 +169,7 @@ def test_compiled_blocks_train():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_with_the_real_compiler():
+def test_compiled_blocks_inductor_gradients_are_finite():
     model, gradients = trained(compiled="inductor")
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert (model.eval()(torch.randint(61, (2, 9)))).isfinite().all()

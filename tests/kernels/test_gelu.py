@@ -1,4 +1,4 @@
-"""The GELU of training in 16 bits against PyTorch's in 64."""
+"""The 16-bit GELU kernel against PyTorch's GELU in 64 bits."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from gpt2_pl.kernels.gelu import CHUNK_SIZE, gelu
 
 @pytest.mark.parametrize("shape", [(0,), (7,), (3, CHUNK_SIZE // 2 + 1), (CHUNK_SIZE,)])
 @pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_values_and_gradients_are_the_definition_rounded(shape, dtype, step):
+def test_gelu_16_bit_values_and_gradients_are_within_rounding_of_float64(shape, dtype, step):
     torch.manual_seed(0)
     x, grad = (torch.randn(2, *shape, dtype=torch.float32) * 3).to(dtype).unbind()
     x.requires_grad_()
@@ -22,7 +22,7 @@ def test_values_and_gradients_are_the_definition_rounded(shape, dtype, step):
     torch.testing.assert_close(ours.double(), theirs, rtol=2.1 * step, atol=1e-4 * step * 2**8)  # rounded twice
 
 
-def test_far_from_zero_and_transposed():
+def test_gelu_large_values_and_transposed_input_equal_pytorch():
     x = torch.tensor([[-1e4, -50.0, -8.0, -1.0], [-1e-3, 0.0, 1e-3, 1.0], [8.0, 50.0, 1e4, 1e9]]).bfloat16().T
     leaf, exact = x.detach().requires_grad_(), x.detach().double().requires_grad_()
     assert not leaf.is_contiguous()
@@ -33,7 +33,7 @@ def test_far_from_zero_and_transposed():
     torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=2**-7)
 
 
-def test_the_default_dtype_changes_nothing():
+def test_gelu_gradient_does_not_depend_on_default_dtype():
     x = torch.linspace(-4, 4, 1001).bfloat16().requires_grad_()
     expected = torch.autograd.grad(gelu(x, approximate="tanh").sum(), x)
     default = torch.get_default_dtype()
@@ -48,13 +48,13 @@ def test_the_default_dtype_changes_nothing():
 @pytest.mark.parametrize(
     ("dtype", "requires_grad"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
 )
-def test_gelu_without_gradients_or_in_float32_is_pytorch(dtype, requires_grad):
+def test_gelu_without_gradients_or_in_float32_equals_pytorch(dtype, requires_grad):
     x = torch.randn(5, 7).to(dtype).requires_grad_(requires_grad)
     assert torch.equal(gelu(x, approximate="tanh"), F.gelu(x, approximate="tanh"))
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_with_kernels_disabled_is_pytorch(approximate, monkeypatch):
+def test_gelu_with_kernels_disabled_equals_pytorch(approximate, monkeypatch):
     monkeypatch.setattr(kernels, "_enabled", False)
     x = torch.randn(5, 7).bfloat16().requires_grad_()
     ours, theirs = gelu(x, approximate=approximate), F.gelu(x, approximate=approximate)

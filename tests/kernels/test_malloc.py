@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, unless the environment says otherwise."""
+"""``disable_malloc_trim``: the process keeps freed memory unless environment variables configure malloc."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def faults(**environment: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_pages_of_a_freed_tensor_are_not_taken_from_the_system_again() -> None:
+def test_disable_malloc_trim_repeated_allocation_has_few_page_faults() -> None:
     assert faults() < faults(MALLOC_MMAP_THRESHOLD_="131072") / 4
 
 
 @pytest.mark.parametrize("refused", [[], [malloc.LARGEST], [malloc.LARGEST, malloc.LARGEST_BEFORE]])
-def test_an_older_library_is_asked_for_less_and_never_for_half(refused, monkeypatch) -> None:
-    """Where it takes no threshold for mmap, that for trimming would freeze the first at 128 KB."""
+def test_disable_malloc_trim_refused_threshold_falls_back_or_sets_nothing(refused, monkeypatch) -> None:
+    """Without an accepted mmap threshold, a trim threshold would fix the mmap threshold at 128 KB."""
     taken = {}
 
     class Library:

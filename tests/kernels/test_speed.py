@@ -1,4 +1,4 @@
-"""The kernels are faster than the PyTorch functions that they replace."""
+"""Speed of the kernels against the PyTorch functions that they replace."""
 
 import time
 
@@ -9,7 +9,7 @@ from gpt2_pl.losses import cross_entropy
 
 
 def step_seconds(model, ids, enabled):
-    """Seconds of a forward and a backward pass in training."""
+    """Return the CPU seconds of a forward and a backward pass in training."""
     previous = kernels.set_enabled(enabled)
     try:
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as on the CPU and in transformers. Skipped where there is none."""
+"""Results on a GPU against the CPU and transformers; skipped without a GPU."""
 
 import copy
 from unittest.mock import patch
@@ -48,7 +48,7 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("surgery", [None, LoRA(rank=4), PrefixTuning(length=5)])
-def test_hidden_states_are_those_of_the_cpu(model, side, surgery):
+def test_gpt2_hidden_states_on_gpu_equal_cpu(model, side, surgery):
     adapt(model, surgery)
     ids, mask = padded(side)
     on_gpu, at = copy.deepcopy(model).cuda(), last_token_index(mask)
@@ -61,7 +61,7 @@ def test_hidden_states_are_those_of_the_cpu(model, side, surgery):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_gradients_are_those_of_transformers(model, tmp_path, precision, compiled):
+def test_gpt2_gradients_on_gpu_equal_transformers(model, tmp_path, precision, compiled):
     model.save_pretrained(tmp_path)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).cuda().eval()
     ours = model.cuda()
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_transformers(model, tmp_path, precision, compile
         assert (gradient - reference).norm() < tolerance * reference.norm() + 1e-7, name
 
 
-def test_losses_are_those_of_the_cpu():
+def test_unlikelihood_cross_entropy_on_gpu_equals_cpu():
     hidden, weight = torch.randn(3, 40, 64, requires_grad=True), torch.randn(1003, 64, requires_grad=True)
     targets = torch.randint(1003, (3, 40))
     targets[1, 30:] = -100
@@ -96,7 +96,7 @@ def test_losses_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("surgery", [None, LoRA(rank=4), PrefixTuning(length=5)])
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 20}, {"no_repeat_ngram_size": 2}])
-def test_what_is_generated_is_what_the_cpu_generates(model, settings, surgery):
+def test_generate_on_gpu_equals_cpu(model, settings, surgery):
     adapt(model, surgery)
     model.eval()
     ids, mask = (t[:, :40] for t in padded("left"))
@@ -106,7 +106,7 @@ def test_what_is_generated_is_what_the_cpu_generates(model, settings, surgery):
     assert torch.equal(generate(model.cuda(), ids.cuda(), mask.cuda(), **given).cpu(), here)
 
 
-def test_what_is_long_is_recorded(model):
+def test_generate_in_evaluation_mode_replays_a_cuda_graph(model):
     ids = torch.randint(1003, (2, 10), device="cuda")
     with patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay) as replay:
         generate(model.cuda().train(), ids, max_new_tokens=40)
@@ -115,7 +115,7 @@ def test_what_is_long_is_recorded(model):
         assert replay.call_count == 39
 
 
-def test_a_run_learns(run):
+def test_fit_on_gpu_lowers_validation_loss(run):
     flags = ["--trainer.accelerator=gpu", "--trainer.precision=bf16-mixed", "--trainer.max_epochs=3"]
     folder = run("fit", "--config", ROOT / "configs/quickstart.yaml", *flags)
     losses = [epoch["val/loss"] for epoch in metrics(folder)["epochs"]]

@@ -1,4 +1,4 @@
-"""Pictures: class names as literal text, the same cost for 2 and for 500 classes."""
+"""Plots: literal class names, and a bounded cost for 500 classes."""
 
 import warnings
 
@@ -23,11 +23,11 @@ def pixels(text, **settings):
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_plain_text_is_drawn_as_without_mathematics(text):
+def test_plain_special_characters_are_drawn_literally(text):
     assert np.array_equal(pixels(plain(text)), pixels(text, parse_math=False))
 
 
-def test_plain_text_is_short_and_printable():
+def test_plain_text_is_shortened_and_escaped():
     assert plain("a\x1b[31m\nb\tc") == r"a\x1b[31m b c"
     assert len(plain("x" * 10_000)) == 60
 
@@ -58,7 +58,7 @@ def test_confusion_figure_of_many_classes_has_few_texts(K):
         assert 15 <= len(labels) <= MAX_TICKS
 
 
-def test_confusion_image_has_one_size_and_is_drawn_whatever_the_names_and_settings():
+def test_confusion_image_unusual_names_and_usetex_is_drawn_in_one_size():
     shapes = set()
     with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": True}):
         warnings.simplefilter("error")
@@ -68,7 +68,7 @@ def test_confusion_image_has_one_size_and_is_drawn_whatever_the_names_and_settin
     assert shapes == {(600, 700, 3)}
 
 
-def test_drawing_leaves_settings_as_they_were():
+def test_drawing_exception_restores_matplotlib_settings():
     before = dict(matplotlib.rcParams)
     with pytest.raises(KeyError), drawing():
         raise KeyError

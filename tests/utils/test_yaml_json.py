@@ -1,4 +1,4 @@
-"""Files of settings that would take much time or memory are refused before they do."""
+"""Limits of the YAML and JSON readers: expensive files are refused before they use time or memory."""
 
 import json
 import os
@@ -39,7 +39,7 @@ BOMBS = {
 
 @pytest.fixture
 def bounded():
-    """A process that runs for more than 10 s, or takes 2 GB more than it has, fails."""
+    """Limit a test to 10 s of CPU time and 2 GB of additional memory."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -54,7 +54,7 @@ def bounded():
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("name", BOMBS)
-def test_load_yaml_bomb_is_refused_at_once(name):
+def test_load_yaml_resource_bomb_is_refused_within_limits(name):
     text, words = BOMBS[name]
     with pytest.raises(InputError) as caught:
         load_yaml(text, "some.yaml")
@@ -90,7 +90,7 @@ def test_load_yaml_aliases_within_the_limits_are_kept():
     ],
     ids=["open", "deep", "objects", "large", "latin", "half", "empty", "digits"],
 )
-def test_read_json_file_of_others_is_refused(content, words, tmp_path):
+def test_read_json_invalid_or_oversized_file_is_refused(content, words, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.json") as caught:
         read_json(tmp_path / "x.json")
@@ -130,7 +130,7 @@ def test_load_yaml_key_given_twice_is_refused_with_its_lines(text, words):
         "{? [a] : 1}",
     ],
 )
-def test_load_yaml_equal_keys_of_different_mappings_are_read(text):
+def test_load_yaml_equal_keys_of_different_mappings_equals_plain_parser(text):
     try:
         expected = yaml.safe_load(text)
     except yaml.YAMLError:

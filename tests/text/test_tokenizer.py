@@ -1,4 +1,4 @@
-"""Loading tokenizers that others have made: refused in one line, or used without chance and without changes to text."""
+"""Loading of untrusted tokenizers: refused in one line, or deterministic and without changes to the text."""
 
 import io
 import json
@@ -110,7 +110,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 
 
 def change(folder: Path, changes: dict[str, Any]) -> None:
-    """Change a tokenizer.json: ``model.`` keys within its model, all others at the top."""
+    """Change keys of a tokenizer.json: those with the prefix ``model.`` in its model, all others at the top level."""
     file = folder / "tokenizer.json"
     settings = json.loads(file.read_text())
     for key, value in changes.items():
@@ -152,7 +152,7 @@ def test_load_tokenizer_unusable_file_raises_one_line(name, folder, capfd):
      b'{"model": "\\ud800"}', b"\0", b"{}", b'{"added_tokens": 3}', b'{"added_tokens": [3]}',
      b'{"model": {"vocab": 3}}'],
 )  # fmt: skip
-def test_load_tokenizer_not_a_tokenizer_raises_one_line(content, folder, capfd):
+def test_load_tokenizer_malformed_json_raises_one_line(content, folder, capfd):
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=r"data\.tokenizer: the tokenizer in ") as caught:
         load_tokenizer(folder, "data.tokenizer")
@@ -170,7 +170,7 @@ def test_load_tokenizer_unusual_file_encodes_the_whole_text(name, folder):
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all parts of a tokenizer.json, of the vocabulary and the merges but a few."""
+    """Yield the path of every value of a tokenizer.json, but only three entries of the vocabulary and the merges."""
     yield path
     if isinstance(value, dict | list):
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
@@ -182,7 +182,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     "bad", [None, True, -1, 0, 1.5, 2**63, float("nan"), "", "x" * 10**6, "\x1b[31m", "\ud800", [], {}, [["a"]]],
     ids=lambda bad: repr(bad)[:10],
 )  # fmt: skip
-def test_load_tokenizer_bad_value_anywhere_is_refused_or_survives_a_copy(bad, base, tmp_path, capfd):
+def test_load_tokenizer_bad_value_is_refused_or_survives_serialization(bad, base, tmp_path, capfd):
     whole = (base / "tokenizer.json").read_text()
     for path in leaves(json.loads(whole)):
         settings = json.loads(whole)
@@ -215,7 +215,7 @@ def test_load_tokenizer_bpe_dropout_is_off(folder):
 
 
 def test_tokenizer_failure_after_loading_raises_input_error(folder):
-    """A regex that no text tried at loading drives into the library's limit."""
+    """A regex that exceeds the library's backtracking limit only for a text that loading does not try."""
     pattern = {"Regex": "(q+)+$"}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     change(folder, {"pre_tokenizer": split})
@@ -239,7 +239,7 @@ FRAGMENTS = ("a", "the ", " ", "  ", "\n", "\r\n", "\t", "'", "'s", "1", "23", "
 @given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4), st.integers(1, 400), st.randoms())
 @settings(max_examples=100, deadline=None)
 def test_encode_stream_small_windows_equal_the_whole_text(base, fragments, n, random):
-    """Few different fragments make long runs: of white space alone, of letters alone, of one byte."""
+    """Texts of few distinct fragments contain long runs of white space, of letters or of one character."""
     tokenizer = load_tokenizer(base)
     text = "".join(random.choices(fragments, k=n))
     for sizes in ((64, 32), (200, 100)):
@@ -255,14 +255,14 @@ def test_encode_stream_megabyte_without_boundary_equals_the_whole_text(unit, bas
 
 @pytest.mark.parametrize("unit", ["\n", "a", "acgt", "."])
 def test_encode_stream_published_vocabulary_equals_the_whole_text(unit, shared):
-    """GPT-2 has tokens of 64 dots and of 32 spaces."""
+    """The GPT-2 vocabulary has tokens of 64 dots and of 32 spaces."""
     tokenizer = load_tokenizer(shared / "tokenizer" / "gpt2")
     text = unit * (150_000 // len(unit))
     assert streamed(tokenizer, text) == tokenizer.encode(text).ids
 
 
 def test_encode_stream_reads_one_window_at_a_time(base):
-    """Neither the text nor its encoding is ever in memory as a whole."""
+    """Neither the complete text nor its complete encoding is in memory at any time."""
     tokenizer, longest = load_tokenizer(base), 0
 
     class Watched:
@@ -288,8 +288,8 @@ def test_encode_stream_reads_one_window_at_a_time(base):
      {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
      {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}}],
 )  # fmt: skip
-def test_encode_stream_other_tokenizers_equal_the_whole_text(changes, folder):
-    """What a tokenizer does to the ends of a text it does to the ends of the whole; special tokens are left out."""
+def test_encode_stream_unusual_tokenizer_equals_the_whole_text(changes, folder):
+    """Changes that a tokenizer makes at the ends of a text apply to the complete text only, without special tokens."""
     change(folder, changes)
     tokenizer = load_tokenizer(folder)
     text = " a good film, \n\n isn't  it? 1234 café films and  good   films\n" * 40

@@ -1,4 +1,4 @@
-"""Dropout inside a frozen base: off by default, peft's with ``frozen_base_dropout``; what trains keeps its own."""
+"""Dropout in a frozen base: none by default, as in peft with ``frozen_base_dropout``; trained parts keep theirs."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ def built(task, **options):
 
 
 def copied(ours, theirs):
-    """Pairs of what trains here and in peft, after copying ours."""
+    """Return pairs of trained parameters, ours and peft's, after copying the values of ours."""
     adapters = {name: module for name, module in ours.named_modules() if isinstance(module, LoRALinear)}
     pairs = []
     for name, module in theirs.named_modules():
@@ -60,8 +60,8 @@ ARMS = {
 
 @pytest.mark.parametrize("base_drops", [False, True])
 @pytest.mark.parametrize("arm", ARMS)
-def test_frozen_base_in_training_equals_peft_with_equal_masks(arm, base_drops, base, monkeypatch):
-    """peft's model in train mode: its base's dropout at 0, or at the task's; LoRA's own dropout in both."""
+def test_frozen_base_training_pass_equals_peft_with_equal_masks(arm, base_drops, base, monkeypatch):
+    """The base of peft's model has a dropout of 0 or that of the task; LoRA has its own dropout in both."""
     monkeypatch.setattr("gpt2_pl.kernels.dropout._use_cpu_kernel", lambda x: False)  # PyTorch's masks, as peft's are
     surgery, config = ARMS[arm]
     task = built(LanguageModel, base=str(base), surgery=[surgery], frozen_base_dropout=base_drops)
@@ -88,7 +88,7 @@ def test_frozen_base_in_training_equals_peft_with_equal_masks(arm, base_drops, b
 
 
 @pytest.mark.parametrize("base_drops", [False, True])
-def test_dropout_of_adapter_and_head_is_not_the_bases(base_drops, base):
+def test_frozen_base_dropout_leaves_adapter_and_head_dropout_unchanged(base_drops, base):
     options = {"base": str(base), "num_classes": 2, "surgery": [LoRA(dropout=0.2)], "frozen_base_dropout": base_drops}
     task = built(SentimentClassifier, **options)
     backbone = task.backbone
@@ -99,14 +99,14 @@ def test_dropout_of_adapter_and_head_is_not_the_bases(base_drops, base):
     assert built(SentimentClassifier, head_dropout=0.1, **options).head.dropout == 0.1
 
 
-def test_a_base_that_trains_beside_a_prefix_keeps_its_dropout(base):
+def test_base_dropout_trained_with_prefix_is_kept(base):
     task = built(LanguageModel, base=str(base), surgery=[PrefixTuning(3)], train_base=True)
     assert {task.backbone.dropout, *(block.attn.dropout for block in task.backbone.h)} == {P}
 
 
 @dataclass
 class Biases(Surgery):
-    """Trains the biases alone."""
+    """Train the biases only."""
 
     def apply(self, model, tokenizer=None):
         for name, parameter in model.named_parameters():
@@ -114,7 +114,7 @@ class Biases(Surgery):
         return model
 
 
-def test_a_base_of_which_some_weights_train_keeps_its_dropout(base):
+def test_base_dropout_partly_trained_is_kept(base):
     task = built(LanguageModel, base=str(base), surgery=[Biases()])
     assert {task.backbone.dropout, *(block.attn.dropout for block in task.backbone.h)} == {P}
 
@@ -131,7 +131,7 @@ def fit(run, base, data_flags):
     return fit
 
 
-def test_full_fine_tuning_is_the_same_whatever_the_setting(fit):
+def test_frozen_base_dropout_in_full_fine_tuning_has_no_effect(fit):
     one, two = (
         weights(fit("full", "--trainer.max_epochs=1", f"--model.frozen_base_dropout={value}") / "checkpoints/last.ckpt")
         for value in ("false", "true")
@@ -140,7 +140,7 @@ def test_full_fine_tuning_is_the_same_whatever_the_setting(fit):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_setting_is_kept_by_config_checkpoint_and_resumed_run(fit, capsys):
+def test_frozen_base_dropout_is_kept_by_config_checkpoint_and_resumed_run(fit, capsys):
     settings = ["--trainer.max_epochs=2", "--model.frozen_base_dropout=true"]
     whole = fit("lora", *settings, "--name=whole")
     without = fit("lora", "--trainer.max_epochs=2", "--name=without")
@@ -162,7 +162,7 @@ def test_setting_is_kept_by_config_checkpoint_and_resumed_run(fit, capsys):
 
 
 class DropoutOf(Callback):
-    """What dropout the GPT-2 has at each step, and whether it is in training mode."""
+    """Record at each step whether the base trains, its dropout, and whether it is in training mode."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         backbone = pl_module.backbone
@@ -173,7 +173,7 @@ class DropoutOf(Callback):
 seen = []
 
 
-def test_base_that_is_frozen_for_a_stage_keeps_its_dropout(fit):
+def test_base_dropout_frozen_for_one_stage_is_kept(fit):
     seen.clear()
     stages = "[[head], [ln_f, block.0-1, embeddings]]"
     stages = f"{{class_path: gpt2_pl.callbacks.GradualUnfreezing, init_args: {{stages: {stages}}}}}"
@@ -182,7 +182,7 @@ def test_base_that_is_frozen_for_a_stage_keeps_its_dropout(fit):
     assert {(p, of_attention, training) for _, p, of_attention, training in seen} == {(P, P, True)}
 
 
-def test_linear_probe_has_dropout_and_no_stored_features_where_it_is_asked_for(fit):
+def test_linear_probe_frozen_base_dropout_runs_the_base_in_training_mode(fit):
     for value, expected in ((False, (False, 0.0, 0.0, False)), (True, (False, P, P, True))):
         seen.clear()
         fit("linear_probe", "--trainer.max_epochs=1", f"--model.frozen_base_dropout={str(value).lower()}",

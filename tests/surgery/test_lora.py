@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA, DoRA and LoRA+ against peft, and against what must not change."""
+"""LoRA, rsLoRA, DoRA and LoRA+ against peft, and invariants of the adapted model."""
 
 import copy
 import itertools
@@ -24,7 +24,7 @@ def gpt2(shape=SHAPE, seed=0):
 
 
 def stirred(model, seed=1):
-    """As after some training: no adapter is zero any more."""
+    """Give all adapters non-zero values, as after some training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -38,15 +38,15 @@ def stirred(model, seed=1):
 
 
 @pytest.mark.parametrize(("target", "dora"), [*itertools.product(TARGETS, [False, True]), ("wte", False)])
-def test_nothing_changes_at_the_start(target, dora):
+def test_lora_untrained_adapter_does_not_change_hidden_states(target, dora):
     model = gpt2()
     before = model(IDS)
     LoRA(targets=[target], use_dora=dora).apply(model)
     torch.testing.assert_close(model(IDS), before, atol=1e-6 if dora else 0, rtol=0)
 
 
-def test_a_starts_uniform_and_b_at_zero():
-    """A as kaiming_uniform with a = sqrt(5): between -1 / sqrt(in) and 1 / sqrt(in)."""
+def test_lora_initial_a_is_uniform_and_b_is_zero():
+    """``kaiming_uniform_`` with a = sqrt(5) draws A from -1 / sqrt(in) to 1 / sqrt(in)."""
     model = LoRA(rank=8, targets=["q", "v", "c_fc", "mlp.c_proj"]).apply(gpt2())
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     drawn = torch.cat([(m.lora_A * m.in_features**0.5).flatten() for m in adapters]).sort().values
@@ -66,8 +66,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_equal_to_peft_forward_and_gradient(options, tmp_path):
-    """Both have the same base and the same adapters: the same logits, and the same gradients of A, B and magnitude."""
+def test_lora_forward_and_gradients_equal_peft(options, tmp_path):
+    """With equal bases and adapters, the logits and the gradients of A, B and the magnitude are equal."""
     gpt2().save_pretrained(tmp_path)
     ours = stirred(LoRA(**options).apply(GPT2.from_pretrained(tmp_path, dropout=0.0)))
     names = {"c_proj": "attn.c_proj"}
@@ -105,7 +105,7 @@ def test_equal_to_peft_forward_and_gradient(options, tmp_path):
     assert all(parameter.grad is None for name, parameter in ours.named_parameters() if name in ours.base_names)
 
 
-def test_the_thirds_of_c_attn_are_adapted_apart():
+def test_lora_query_and_value_targets_have_separate_adapters():
     model = stirred(LoRA(rank=2, targets=["v", "q"]).apply(gpt2()))
     module = model.h[1].attn.c_attn
     (A_q, A_v), (B_q, B_v) = module.lora_A.chunk(2), module.lora_B.chunk(2)
@@ -119,14 +119,14 @@ def test_the_thirds_of_c_attn_are_adapted_apart():
 @pytest.mark.parametrize(
     ("targets", "count"), [(["q", "v"], 294_912), (["c_fc", "mlp.c_proj"], 737_280), (["c_attn"], 294_912)]
 )
-def test_trainable_parameters_of_gpt2_small(targets, count):
+def test_lora_trainable_parameter_count_on_gpt2_small(targets, count):
     with torch.device("meta"):
         model = LoRA(rank=8, targets=targets).apply(GPT2(GPT2Config()))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-def test_gradients_and_frozen_weights():
-    """B learns from the first step, A from the second; the base never."""
+def test_lora_training_moves_b_then_a_and_never_the_base():
+    """B has a gradient from the first step on, A from the second; the base never changes."""
     model = LoRA(rank=4, targets=list(set(TARGETS) - {"q", "k", "v"})).apply(gpt2()).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in model.base_names}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
@@ -143,7 +143,7 @@ def test_gradients_and_frozen_weights():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
+def test_lora_merge_unmerge_and_reload_preserve_outputs(dora, tmp_path):
     targets = ["q", "v", "c_fc", *([] if dora else ["wte"])]
     model = stirred(LoRA(targets=targets, use_dora=dora).apply(gpt2()))
     unmerged, logits = model(IDS), model.logits(model(IDS))
@@ -163,7 +163,7 @@ def test_merged_unmerged_and_reloaded_are_one(dora, tmp_path):
     assert torch.equal(other(IDS), unmerged)
 
 
-def test_a_merged_model_holds_and_computes_nothing_of_its_adapters():
+def test_lora_merge_leaves_no_adapter_parameters_or_operations():
     model = LoRA.merge(stirred(LoRA(dropout=0.5).apply(gpt2())))
     assert model.state_dict().keys() == model.base_names
     untouched = gpt2()
@@ -176,7 +176,7 @@ def test_a_merged_model_holds_and_computes_nothing_of_its_adapters():
     assert calls[0] == calls[1]
 
 
-def test_merging_keeps_the_prefixed_logits():
+def test_lora_merge_with_prefix_keeps_hidden_states():
     model = gpt2()
     PrefixTuning(3).apply(model)
     stirred(LoRA(targets=["c_attn"]).apply(model))
@@ -187,7 +187,7 @@ def test_merging_keeps_the_prefixed_logits():
     torch.testing.assert_close(model(IDS), before, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_leaves_an_adapter_its_mean():
+def test_lora_dropout_preserves_the_mean_of_the_adapter():
     layer = stirred(LoRA(targets=["c_fc"], dropout=0.7).apply(gpt2())).h[0].mlp.c_fc
     x = torch.randn(1, 24)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_dropout_leaves_an_adapter_its_mean():
     assert (drawn.mean(0) - kept).norm() < 0.05 * kept.norm()
 
 
-def test_dropout_is_for_the_adapter_in_training_alone():
+def test_lora_dropout_affects_only_the_adapter_in_training():
     model = stirred(LoRA(dropout=0.5).apply(gpt2()))
     torch.testing.assert_close(model(IDS), model(IDS), atol=0, rtol=0)
     model.train()
@@ -221,12 +221,12 @@ def test_dropout_is_for_the_adapter_in_training_alone():
         ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio is -1"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
+def test_lora_options_that_do_not_fit_the_model_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         LoRA(**options).apply(gpt2())
 
 
-def test_two_adapters_on_one_matrix_are_refused():
+def test_lora_second_adapter_on_one_matrix_is_refused():
     model = LoRA(targets=["q"], layers=2).apply(gpt2())
     LoRA(targets=["v"], layers="0-1").apply(model)  # other blocks
     with pytest.raises(InputError, match=r"h.0.attn.c_attn has an adapter already: two LoRA"):
@@ -236,14 +236,14 @@ def test_two_adapters_on_one_matrix_are_refused():
         LoRA(targets=["wte"]).apply(model)
 
 
-def test_a_model_with_adapters_is_not_saved_as_a_base(tmp_path):
+def test_save_pretrained_with_unmerged_lora_is_refused(tmp_path):
     with pytest.raises(InputError, match="merge LoRA"):
         LoRA().apply(gpt2()).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("qkv_slices", [["q", "v"], ["k"], ["v", "q"]])
-def test_dora_on_thirds_leaves_the_others_as_they_are(qkv_slices):
+def test_dora_on_some_qkv_slices_leaves_the_others_unchanged(qkv_slices):
     model = gpt2()
     LoRA(targets=qkv_slices, use_dora=True).apply(model)
     before = {i: block.attn.c_attn.merged()[0].detach().clone() for i, block in enumerate(model.h)}
@@ -261,7 +261,7 @@ def test_dora_on_thirds_leaves_the_others_as_they_are(qkv_slices):
     torch.testing.assert_close(LoRA.merge(model)(IDS), merged, atol=1e-5, rtol=0)
 
 
-def test_a_refused_surgery_changes_nothing():
+def test_lora_refused_apply_leaves_the_model_unchanged():
     model = LoRA(layers=[2]).apply(gpt2())
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(InputError, match=r"h\.2\.attn\.c_attn has an adapter already"):
@@ -277,13 +277,13 @@ def test_a_refused_surgery_changes_nothing():
         ({"targets": ["wte"], "use_dora": True}, "dora has no form for wte"),
     ],
 )
-def test_settings_of_the_wrong_kind(options, message):
+def test_lora_invalid_option_types_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         LoRA(**options)
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_inputs_of_any_shape_device_and_dtype(dora):
+def test_lora_linear_accepts_any_input_shape_device_and_dtype(dora):
     layer = (DoRALinear if dora else LoRALinear)(nn.Linear(8, 12), rank=2, scaling=2.0)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 3, 8)

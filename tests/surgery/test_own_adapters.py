@@ -1,4 +1,4 @@
-"""Adapters and heads of users: what combines, and what exports hold or refuse."""
+"""User-defined adapters and heads: combinations, and exports that contain or refuse them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ScaledLayer(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """The same as a linear layer of another class, which takes over the parameters and nothing else."""
+    """The same as a linear layer of another class, which takes over the parameters only."""
 
     def __init__(self, layer):
         nn.Module.__init__(self)
@@ -67,7 +67,7 @@ class IA3(Surgery):
 
 @dataclass
 class Doubled(Surgery):
-    """Changes a published weight, which then does not train."""
+    """Change a published weight, which then does not train."""
 
     def apply(self, model, tokenizer=None):
         model.ln_f.weight.data.mul_(2.0)
@@ -82,7 +82,7 @@ class FreezeAll(Surgery):
 
 @dataclass
 class Shallow(Surgery):
-    """Removes a block and leaves the configuration as it is."""
+    """Remove a block without changing the configuration."""
 
     def apply(self, model, tokenizer=None):
         del model.h[1]
@@ -98,7 +98,7 @@ class OwnHead(SentimentClassifier):
 
 
 class SecondHead(SentimentClassifier):
-    """A classifier with one more layer beside its head."""
+    """A classifier with one more layer in addition to its head."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -106,7 +106,7 @@ class SecondHead(SentimentClassifier):
 
 
 def built(base, surgery, cls=LanguageModel, **settings):
-    """A task on a base, its parameters moved away from where they start."""
+    """Return a task on a base, its trained parameters moved away from their initial values."""
     task = cls(base=str(base), surgery=surgery, dropout=0.0, **settings)
     task.configure_model()
     for name, parameter in task.named_parameters():
@@ -127,12 +127,12 @@ def built(base, surgery, cls=LanguageModel, **settings):
     ],
     ids=["wrapper", "layer", "tensor", "prefix", "alone", "weight"],
 )
-def test_export_peft_what_the_format_does_not_hold_is_refused(surgery, words, base, tmp_path):
+def test_export_peft_unsupported_parameters_are_refused(surgery, words, base, tmp_path):
     with pytest.raises(InputError, match=words):
         export_peft(built(base, surgery), tmp_path)
 
 
-def test_export_peft_of_a_trained_base_with_virtual_tokens_advises_no_other_format(base, tmp_path):
+def test_export_trained_base_with_virtual_tokens_is_refused_by_both_formats(base, tmp_path):
     task = built(base, [PromptTuning(3), Unfreeze()])
     with pytest.raises(InputError, match=r"base itself was trained.*no format holds that beside virtual tokens$"):
         export_peft(task, tmp_path)
@@ -144,7 +144,7 @@ def test_export_peft_of_a_trained_base_with_virtual_tokens_advises_no_other_form
     ("cls", "names"),
     [(OwnHead, r"head\.0\.bias, head\.0\.weight, head\.2\.bias, head\.2\.weight"), (SecondHead, r"extra\.bias, extra")],
 )
-def test_export_head_that_transformers_does_not_have_is_left_out_only_when_asked(cls, names, base, tmp_path):
+def test_export_custom_head_is_refused_unless_backbone_only(cls, names, base, tmp_path):
     task = built(base, [LoRA(rank=2)], cls)
     words = rf"no place for {names}.*the head of test_own_adapters\.{cls.__name__}; --backbone leaves it out"
     with pytest.raises(InputError, match=words):
@@ -175,7 +175,7 @@ def test_export_head_that_transformers_does_not_have_is_left_out_only_when_asked
         ([Shallow()], r"has h\.1\.attn\.c_attn\.bias as \(96,\), and surgery has left no such tensor"),
     ],
 )
-def test_export_hf_what_is_not_plain_is_refused_by_class_and_name(surgery, words, base, tmp_path):
+def test_export_hf_unmergeable_modules_are_refused_by_name(surgery, words, base, tmp_path):
     with pytest.raises(InputError, match=words):
         export_hf(built(base, surgery), tmp_path, base)
     assert not (tmp_path / "model.safetensors").exists()
@@ -198,13 +198,13 @@ def test_surgery_order_that_loses_parameters_is_refused(surgery, words, base):
         LanguageModel(base=str(base), surgery=surgery)
 
 
-def test_peft_adapter_on_a_layer_of_another_class_is_refused(base, tmp_path):
+def test_peft_adapter_on_custom_layer_is_refused(base, tmp_path):
     export_peft(built(base, [LoRA(rank=2, targets=["c_fc"])]), tmp_path)
     with pytest.raises(InputError, match=r"PeftAdapter: h\.0\.mlp\.c_fc is a \S+\.ScaledLinear, which PeftAdapter"):
         LanguageModel(base=str(base), surgery=[IA3(keeps=False), PeftAdapter(str(tmp_path))])
 
 
-def test_adapter_around_lora_is_merged_once_and_exported(base, tmp_path):
+def test_merge_adapter_wrapping_lora_is_applied_once_and_exported(base, tmp_path):
     task = built(base, [LoRA(rank=2, targets=["c_fc", "c_attn"]), IA3()])
     with torch.no_grad():
         expected = task.backbone.logits(task.backbone(IDS))
@@ -231,7 +231,7 @@ def test_adapter_around_lora_is_merged_once_and_exported(base, tmp_path):
          "; or set freezes_base = True in test_own_adapters.FreezeAll, and train_base: true"),
     ],
 )  # fmt: skip
-def test_task_random_start_that_would_stay_is_refused_with_advice_that_helps(surgery, settings, words, offers):
+def test_task_frozen_random_base_is_refused_with_valid_advice(surgery, settings, words, offers):
     with pytest.raises(InputError, match=words) as caught:
         SentimentClassifier(config=SHAPE, surgery=surgery, **settings)
     assert str(caught.value).endswith(f"--model.base FOLDER_OR_ID --model.config null{offers}")
@@ -244,7 +244,7 @@ def test_task_train_base_without_effect_warns(base):
         SentimentClassifier(base=str(base), surgery=[FreezeAll()], train_base=True)
 
 
-def test_fit_strategy_on_the_quickstart_is_refused_with_words_that_lead_on(run, capsys, base):
+def test_fit_lora_on_random_quickstart_model_is_refused_with_advice(run, capsys, base):
     args = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--config", ROOT / "configs/strategy/lora.yaml"]
     assert "--model.config null" in refused(run, capsys, *args)
     assert "got both: --model.config null leaves config out" in refused(run, capsys, *args, f"--model.base={base}")
@@ -278,7 +278,7 @@ class Plain(Task):
 """
 
 
-def test_commands_task_without_row_table_and_protocols_is_told_what_is_missing(run, capsys, tmp_path, monkeypatch):
+def test_commands_task_without_protocols_names_missing_methods(run, capsys, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "plain_task.py").write_text(PLAIN)
     small = ["--data.n_train=32", "--trainer.max_epochs=1", "--model.config.n_layer=1", "--model.config.n_embd=16"]
@@ -303,7 +303,7 @@ def test_commands_task_without_row_table_and_protocols_is_told_what_is_missing(r
         assert not (tmp_path / f"out{ending}").exists()
 
 
-def test_guide_strategy_and_adapter_train_merge_and_combine(base, tmp_path, monkeypatch):
+def test_guide_example_surgeries_train_merge_and_combine(base, tmp_path, monkeypatch):
     guide = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", guide, re.S)
     assert len(blocks) == 2

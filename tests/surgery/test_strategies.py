@@ -1,4 +1,4 @@
-"""Strategies together: how configurations compose, what checkpoints keep, and exchange with transformers and peft."""
+"""Strategies: composition of configurations, checkpoint contents, and exchange with transformers and peft."""
 
 import json
 import math
@@ -36,7 +36,7 @@ SURGERIES = {
 
 @pytest.fixture
 def fit(run, base, data_flags):
-    """Fit CFIMDB's format for an epoch with the strategies named."""
+    """Fit CFIMDB's format for an epoch with the given strategies."""
 
     def fit(*strategies, extra=()):
         files = [flag for name in strategies for flag in ("--config", CONFIGS / f"strategy/{name}.yaml")]
@@ -53,7 +53,7 @@ def used(folder):
 # Composition
 
 
-def test_hybrids_are_two_files(fit):
+def test_fit_ulmfit_and_lora_configs_combine(fit):
     folder = fit("ulmfit", "lora")
     config = used(folder)
     assert [entry["class_path"].split(".")[-1] for entry in config["trainer"]["callbacks"]] == [
@@ -66,7 +66,7 @@ def test_hybrids_are_two_files(fit):
     assert layers["head"]["trainable"] == layers["head"]["parameters"]
 
 
-def test_surgery_of_two_files_is_done_in_order(fit):
+def test_fit_surgery_of_two_configs_is_applied_in_order(fit):
     config = used(fit("prefix_tuning", "lora"))["model"]["init_args"]["surgery"]
     assert [entry["class_path"].split(".")[-1] for entry in config] == ["PrefixTuning", "LoRA"]
 
@@ -86,13 +86,13 @@ def test_surgery_of_two_files_is_done_in_order(fit):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
-def test_contradictions_are_refused_when_the_configuration_is_read(strategies, words, fit, capsys, tmp_path):
+def test_fit_contradictory_strategies_are_refused_before_a_run_starts(strategies, words, fit, capsys, tmp_path):
     line = refused(lambda *names: fit(*names), capsys, *strategies)
     assert all(word in line for word in words), line
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
-def test_other_contradictions(fit, capsys, tmp_path):
+def test_fit_surgery_that_does_not_fit_the_model_is_refused(fit, capsys, tmp_path):
     for extra, words in (
         (["--model.surgery+={class_path: gpt2_pl.surgery.PromptTuning, init_args: {length: 64}}"], ["64", "at most"]),
         (["--model.surgery+={class_path: gpt2_pl.surgery.LoRA, init_args: {targets: [query]}}"], ["query", "c_attn"]),
@@ -109,7 +109,9 @@ def test_other_contradictions(fit, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["lora", "dora", "prefix_tuning", "prompt_tuning", "linear_probe"])
-def test_a_frozen_base_is_not_saved_and_must_be_the_same(strategy, fit, run, base, capsys, tmp_path, data_flags):
+def test_checkpoint_frozen_base_is_left_out_and_verified_by_digest(
+    strategy, fit, run, base, capsys, tmp_path, data_flags
+):
     folder = fit(strategy)
     account, checkpoint = metrics(folder), folder / "checkpoints/best.ckpt"
     added = {name for name in weights(checkpoint) if name.startswith("gpt2.")}
@@ -151,7 +153,7 @@ def test_a_frozen_base_is_not_saved_and_must_be_the_same(strategy, fit, run, bas
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=None, train_base=True)
 
 
-def test_a_trained_base_is_saved_whole(fit, base, tmp_path):
+def test_checkpoint_trained_base_contains_all_weights(fit, base, tmp_path):
     folder = fit("full")
     moved = tmp_path / "moved"
     task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True)
@@ -160,7 +162,7 @@ def test_a_trained_base_is_saved_whole(fit, base, tmp_path):
     assert not torch.equal(task.backbone.wte.weight, GPT2.from_pretrained(base).wte.weight)
 
 
-def test_surgery_from_a_checkpoint_is_this_librarys_alone(fit, capsys, run, tmp_path):
+def test_checkpoint_surgery_class_outside_the_library_is_refused(fit, capsys, run, tmp_path):
     checkpoint = fit("lora") / "checkpoints/best.ckpt"
     content = torch.load(checkpoint, weights_only=True)
     content["hyper_parameters"]["surgery"] = [{"class_path": "os.system", "init_args": {"command": "touch evil"}}]
@@ -172,7 +174,7 @@ def test_surgery_from_a_checkpoint_is_this_librarys_alone(fit, capsys, run, tmp_
     assert not (tmp_path / "evil").exists()
 
 
-def test_resuming_adapters(fit, run):
+def test_fit_resumed_lora_run_equals_uninterrupted_run(fit, run):
     flags = ["--model.schedule=gpt2_pl.optim.ConstantWithWarmup", "--model.schedule.init_args.warmup=0"]
     whole = fit("lora", extra=[*flags, "--trainer.max_epochs=2"])
     half = fit("lora", extra=flags)
@@ -189,7 +191,7 @@ IDS = torch.randint(400, (4, 9), generator=torch.Generator().manual_seed(2))
 
 
 def trained(base, surgery, **options):
-    """A classifier whose adapters and head are no longer at their start."""
+    """Return a classifier whose adapters and head have moved away from their initial values."""
     torch.manual_seed(1)
     task = SentimentClassifier(base=str(base), num_classes=3, surgery=surgery, dropout=0.0, **options)
     task.configure_model()
@@ -207,7 +209,7 @@ def logits(task, ids):
 
 
 @pytest.mark.parametrize("name", SURGERIES)
-def test_peft_loads_what_we_export_and_we_load_it_back(name, base, tmp_path):
+def test_peft_format_classifier_round_trip_equals_peft(name, base, tmp_path):
     if name in ("prefix", "network"):
         peft_puts_virtual_tokens()
     from gpt2_pl.surgery import peft_format as exchange
@@ -233,7 +235,7 @@ def test_peft_loads_what_we_export_and_we_load_it_back(name, base, tmp_path):
 
 
 @pytest.mark.parametrize("name", SURGERIES)
-def test_language_models_are_exchanged_too(name, base, tmp_path):
+def test_peft_format_language_model_round_trip_equals_peft(name, base, tmp_path):
     from gpt2_pl.surgery import peft_format as exchange
 
     backbone = trained(base, SURGERIES[name]).backbone
@@ -251,7 +253,7 @@ def test_language_models_are_exchanged_too(name, base, tmp_path):
 
 
 @pytest.mark.parametrize("rank_of", ["plain", "patterns"])
-def test_adapters_that_peft_made_load_here(rank_of, base, tmp_path):
+def test_peft_adapter_saved_by_peft_gives_equal_logits(rank_of, base, tmp_path):
     patterns = {"rank_pattern": {"c_fc": 2}, "alpha_pattern": {"c_fc": 5}} if rank_of == "patterns" else {}
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_rslora=True,
                              task_type="SEQ_CLS", init_lora_weights=False, **patterns)  # fmt: skip
@@ -275,7 +277,7 @@ def test_adapters_that_peft_made_load_here(rank_of, base, tmp_path):
         (None, "is not a peft adapter"),
     ],
 )
-def test_adapters_that_do_not_load(change, message, base, tmp_path):
+def test_peft_adapter_unsupported_or_corrupt_is_refused(change, message, base, tmp_path):
     from gpt2_pl.surgery import peft_format as exchange
 
     folder = tmp_path / "adapter"
@@ -289,7 +291,7 @@ def test_adapters_that_do_not_load(change, message, base, tmp_path):
         PeftAdapter(str(folder)).apply(GPT2.from_pretrained(base))
 
 
-def test_an_adapter_of_another_shape(base, tmp_path):
+def test_peft_adapter_of_another_model_shape_is_refused(base, tmp_path):
     from gpt2_pl.model import GPT2Config
     from gpt2_pl.surgery import peft_format as exchange
 
@@ -304,7 +306,7 @@ def test_an_adapter_of_another_shape(base, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora", "dora"])
-def test_exported_runs_load_in_transformers(strategy, fit, run, base):
+def test_export_hf_run_loads_in_transformers_with_equal_logits(strategy, fit, run, base):
     folder = fit(strategy)
     out = folder.parent / "hf"
     run("export", folder, "--format=hf", "--out", out)
@@ -323,7 +325,7 @@ def test_exported_runs_load_in_transformers(strategy, fit, run, base):
     assert theirs.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_exported_runs_load_in_peft(fit, run, base):
+def test_export_peft_run_loads_in_peft_with_equal_logits(fit, run, base):
     folder = fit("prompt_tuning")
     out = folder.parent / "peft"
     run("export", folder, "--format=peft", "--out", out)
@@ -335,8 +337,8 @@ def test_exported_runs_load_in_peft(fit, run, base):
     torch.testing.assert_close(logits(task, IDS[:1]), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_two_stages_of_ulmfit(fit, run, base, files, data_flags):
-    """The language model is fitted, exported, and is what classification starts from."""
+def test_ulmfit_second_stage_starts_from_exported_language_model(fit, run, base, files, data_flags):
+    """The language model is fitted and exported, and classification starts from it."""
     stage1 = run("fit", "--config", CONFIGS / "task/text.yaml", "--config", CONFIGS / "strategy/ulmfit_lm.yaml",
                  "--model.base", base, *data_flags[:2], "--data.column=sentence", "--data.max_length=32",
                  "--trainer.max_epochs=1", "--model.optimizer.init_args.lr=1e-3")  # fmt: skip
@@ -360,7 +362,7 @@ def test_the_two_stages_of_ulmfit(fit, run, base, files, data_flags):
         ("full", ["--format=hf", "--ckpt_path=/nowhere.ckpt"], ["/nowhere.ckpt"]),
     ],
 )
-def test_what_cannot_be_exported(strategy, args, words, fit, run, capsys):
+def test_export_unsupported_combination_is_refused_without_output(strategy, args, words, fit, run, capsys):
     folder = fit(strategy)
     out = folder.parent / "out"
     line = refused(run, capsys, "export", folder, "--out", out, *args)
@@ -374,7 +376,7 @@ def test_what_cannot_be_exported(strategy, args, words, fit, run, capsys):
         assert str(out) in refused(run, capsys, "export", folder, "--out", out, *args)
 
 
-def test_the_account_shows_what_trained(fit, capsys):
+def test_fit_record_and_logs_show_trainable_layers_and_rates(fit, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = fit("lora_plus", "llrd", extra=["--trainer.log_every_n_steps=1"])

@@ -1,4 +1,4 @@
-"""Prefixes and soft prompts against real tokens, against peft, under padding and with the cache."""
+"""Prefix and prompt tuning against real tokens and peft, under padding and with the cache."""
 
 import peft
 import pytest
@@ -44,7 +44,7 @@ def model(request):
     return gpt2(*CASES[request.param])
 
 
-def test_a_padded_row_gives_what_it_gives_alone(model):
+def test_virtual_tokens_padded_row_equals_the_row_alone(model):
     hidden = model(IDS, MASK)
     assert hidden.shape == (3, 11, 24)
     torch.testing.assert_close(hidden[0, :7], model(IDS[:1, :7])[0], atol=1e-5, rtol=1e-5)
@@ -52,11 +52,11 @@ def test_a_padded_row_gives_what_it_gives_alone(model):
     torch.testing.assert_close(hidden[2], model(IDS[2:])[0], atol=1e-5, rtol=1e-5)
 
 
-def test_right_padding_needs_no_mask(model):
+def test_virtual_tokens_right_padding_without_mask_equals_masked(model):
     torch.testing.assert_close(model(IDS)[0, :7], model(IDS, MASK)[0, :7], atol=1e-5, rtol=1e-5)
 
 
-def test_pooling_skips_virtual_tokens(model):
+def test_pool_with_virtual_tokens_ignores_them(model):
     for pooling in ("last", "mean", "max", "concat"):
         whole = pool(model(IDS, MASK), MASK, pooling)
         rows = [(0, slice(0, 7)), (1, slice(4, 11)), (2, slice(0, 11))]
@@ -65,7 +65,7 @@ def test_pooling_skips_virtual_tokens(model):
             torch.testing.assert_close(whole[n : n + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_positions_asked_for(model):
+def test_virtual_tokens_output_positions_equal_gathered_hidden_states(model):
     at = torch.tensor([[6, 0], [10, 4], [3, 3]])
     torch.testing.assert_close(
         model(IDS, MASK, output_positions=at), gather_positions(model(IDS, MASK), at), atol=1e-5, rtol=1e-5
@@ -77,7 +77,7 @@ def test_positions_asked_for(model):
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_read_in_pieces_through_the_cache(model, mask):
+def test_kv_cache_text_read_in_pieces_equals_one_pass(model, mask):
     cache = KVCache(3, 24)
     pieces, start = [], 0
     for end in (5, 6, 7, 11):
@@ -89,14 +89,14 @@ def test_read_in_pieces_through_the_cache(model, mask):
     assert cache.length == 11 + model.n_virtual
 
 
-def test_a_full_cache_is_refused(model):
+def test_kv_cache_overflow_with_virtual_tokens_is_refused(model):
     cache = KVCache(3, 8 + model.n_virtual)
     model(IDS[:, :8], cache=cache)
     with pytest.raises(ValueError, match="the cache has room for"):
         model(IDS[:, 8:9], cache=cache)
 
 
-def test_virtual_tokens_count_against_the_context(model):
+def test_virtual_tokens_count_against_n_positions(model):
     room = 24 - model.n_virtual
     ids = torch.zeros(1, room, dtype=torch.long)
     assert model(ids).shape == (1, room, 24)
@@ -107,7 +107,7 @@ def test_virtual_tokens_count_against_the_context(model):
 TEXT = "not a funny story"
 
 
-def test_a_prompt_from_a_text_is_that_text(base):
+def test_prompt_tuning_init_text_equals_prepended_tokens(base):
     tokens = torch.tensor([load_tokenizer(base).encode(TEXT).ids])
     n = tokens.size(1)
     words, soft = GPT2.from_pretrained(base).eval(), GPT2.from_pretrained(base).eval()
@@ -115,7 +115,7 @@ def test_a_prompt_from_a_text_is_that_text(base):
     torch.testing.assert_close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:], atol=1e-5, rtol=1e-5)
 
 
-def test_a_prefix_from_a_text_is_that_text(base):
+def test_prefix_tuning_init_text_equals_prepended_tokens(base):
     tokens = torch.tensor([load_tokenizer(base).encode(TEXT).ids])
     n = tokens.size(1)
     words, soft = GPT2.from_pretrained(base).eval(), GPT2.from_pretrained(base).eval()
@@ -123,7 +123,7 @@ def test_a_prefix_from_a_text_is_that_text(base):
     torch.testing.assert_close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:], atol=1e-5, rtol=1e-5)
 
 
-def test_zero_keys_and_values_are_not_nothing():
+def test_prefix_tuning_zero_table_still_changes_hidden_states():
     model = gpt2(PrefixTuning(4))
     with torch.no_grad():
         model.prefix.table.zero_()
@@ -135,7 +135,7 @@ def adapted_by_peft(folder, config):
 
 
 @pytest.mark.parametrize("hidden", [None, 7])
-def test_equal_to_pefts_prefix_forward_and_gradient(hidden, tmp_path):
+def test_prefix_tuning_forward_and_gradients_equal_peft(hidden, tmp_path):
     gpt2().save_pretrained(tmp_path)
     ours = PrefixTuning(4, hidden=hidden).apply(GPT2.from_pretrained(tmp_path, dropout=0.0).eval())
     config = peft.PrefixTuningConfig(
@@ -151,7 +151,7 @@ def test_equal_to_pefts_prefix_forward_and_gradient(hidden, tmp_path):
     compare_with_peft(ours, theirs, pairs)
 
 
-def test_equal_to_pefts_prompt_forward_and_gradient(tmp_path):
+def test_prompt_tuning_forward_and_gradients_equal_peft(tmp_path):
     gpt2().save_pretrained(tmp_path)
     ours = PromptTuning(5).apply(GPT2.from_pretrained(tmp_path, dropout=0.0).eval())
     theirs = adapted_by_peft(tmp_path, peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
@@ -172,8 +172,8 @@ def compare_with_peft(ours, theirs, pairs):
     assert all(p.grad is None for name, p in ours.named_parameters() if name in ours.base_names)
 
 
-def test_prompt_tokens_pass_through_lora():
-    """With B = 0 LoRA and a prompt are the prompt alone; otherwise the prompt's places are adapted too."""
+def test_prompt_tuning_with_zero_lora_equals_prompt_alone():
+    """With B = 0, LoRA and a prompt give the hidden states of the prompt alone."""
     alone = gpt2(PromptTuning(5))
     both = gpt2(PromptTuning(5), LoRA(targets=["c_fc"]))
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_prompt_tokens_pass_through_lora():
     torch.testing.assert_close(both(IDS), alone(IDS), atol=0, rtol=0)
 
 
-def test_trainable_parameters_of_gpt2_small():
+def test_prefix_tuning_trainable_parameter_count_on_gpt2_small():
     with torch.device("meta"):
         model = PrefixTuning(10).apply(GPT2(GPT2Config()))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 184_320
@@ -200,12 +200,12 @@ def test_trainable_parameters_of_gpt2_small():
         ([PromptTuning(2, init_text="words")], "needs a tokenizer"),
     ],
 )
-def test_what_does_not_fit_is_refused(surgery, message):
+def test_virtual_tokens_that_do_not_fit_the_model_are_refused(surgery, message):
     with pytest.raises(InputError, match=message):
         gpt2(*surgery)
 
 
-def test_settings_that_contradict_each_other():
+def test_prefix_tuning_invalid_hidden_settings_are_refused():
     with pytest.raises(InputError, match="give one of them"):
         PrefixTuning(hidden=8, init_text="words")
     with pytest.raises(InputError, match="hidden is 0"):

@@ -35,7 +35,7 @@ def test_page_lines_are_at_most_120_characters_long(page):
 
 @every_page
 @pytest.mark.parametrize(("key", "package"), [("model", "gpt2_pl.tasks"), ("data", "gpt2_pl.datamodules")])
-def test_page_flags_are_arguments(page, key, package):
+def test_page_flags_are_arguments_of_public_classes(page, key, package):
     flags = set(re.findall(rf"--{key}\.(\w+)", page.read_text(encoding="utf-8"))) - {"help"}
     assert flags - arguments(package) == set()
 
@@ -67,7 +67,7 @@ def test_guide_lists_every_configuration(page, kinds):
     assert [name for name in names if f"`{name}`" not in text and f"`{name.partition('/')[2]}`" not in text] == []
 
 
-def test_speed_tables_are_those_of_the_recorded_measurements(monkeypatch):
+def test_speed_tables_equal_the_recorded_measurements(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     harness = importlib.import_module("harness")
     rows = json.loads(harness.MEASURED.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Text of others is escaped wherever it is printed, and messages are one line of bounded length."""
+"""Escaping of untrusted text wherever it is printed, and one-line messages of bounded length."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ ESCAPE = "\x1b]0;title\x07\x1b[31mred\nsecond line\u202eevil\u2066\x9b2J\ud800"
 RAW = "\x1b\x07\x9b\u202e\u2066\ud800"
 
 
-def test_printable_every_character_is_kept_or_escaped():
+def test_printable_control_and_bidi_characters_are_escaped_others_kept():
     for point in range(sys.maxunicode + 1):
         character = chr(point)
         category, bidi = unicodedata.category(character), unicodedata.bidirectional(character)
@@ -30,7 +30,7 @@ def test_printable_every_character_is_kept_or_escaped():
         assert (printable(character) == character) != acts, hex(point)
 
 
-def test_printable_is_undone_by_a_reader_and_changes_nothing_twice():
+def test_printable_escapes_are_reversible_and_idempotent():
     assert printable(ESCAPE).encode().decode("unicode_escape") == ESCAPE
     assert printable(printable(ESCAPE)) == printable(ESCAPE)
     assert printable("a\n\tb\x1b", keep="\n") == "a\n\\tb\\x1b"
@@ -38,7 +38,7 @@ def test_printable_is_undone_by_a_reader_and_changes_nothing_twice():
 
 
 @pytest.mark.parametrize("kind", [InputError, RunError])
-def test_messages_of_errors_are_one_bounded_line(kind):
+def test_error_message_long_hostile_text_is_one_bounded_line(kind):
     message = str(kind(f"{ESCAPE} and {'x' * 10**7} the end"))
     assert not set(message) & set(RAW + "\n")
     assert "second line" in message
@@ -87,7 +87,7 @@ def cycle():
     ],
     ids=lambda value: str(type(value)),
 )
-def test_shorten_any_value_is_short_and_takes_no_time(value, text):
+def test_shorten_any_value_is_short_and_fast(value, text):
     since = time.perf_counter()
     shown = shorten(value)
     assert time.perf_counter() - since < 1.0
@@ -98,7 +98,7 @@ def test_shorten_any_value_is_short_and_takes_no_time(value, text):
 # Where it is printed
 
 
-def test_a_tensors_name_is_escaped_in_one_line(run, base, data_flags, capsys, tmp_path):
+def test_fit_hostile_tensor_name_is_escaped_in_one_line(run, base, data_flags, capsys, tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
     for file in base.iterdir():
@@ -113,7 +113,7 @@ def test_a_tensors_name_is_escaped_in_one_line(run, base, data_flags, capsys, tm
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Two finished runs and an unfinished one: names of folders, files, strategies and scores hold escapes."""
+    """Create finished runs and an unfinished one whose folders, files, strategies and scores have hostile names."""
     text = ESCAPE[:-1]
     for seed, strategy in itertools.product((1, 2), ("full", f"evil{text}`=|x")):
         folder = fake_run(tmp_path / f"runs/{len(strategy)}/version_{seed}", "x", seed, [True, False] * 20)
@@ -129,7 +129,7 @@ def hostile(tmp_path):
     return tmp_path / "runs"
 
 
-def test_no_escape_of_a_run_reaches_terminal_or_reports(hostile, tmp_path, capsys):
+def test_compare_hostile_run_escapes_terminal_and_reports(hostile, tmp_path, capsys):
     out = tmp_path / "out"
     main(["compare", str(hostile), "--out", str(out)])
     shown = capsys.readouterr()
@@ -145,7 +145,7 @@ def test_no_escape_of_a_run_reaches_terminal_or_reports(hostile, tmp_path, capsy
 
 
 @pytest.mark.parametrize("key", ["task", "monitor", "status", "configs", "scores"])
-def test_a_runs_names_with_control_characters_are_refused(key, tmp_path, run, capsys):
+def test_compare_control_characters_in_metrics_are_refused(key, tmp_path, run, capsys):
     folder = fake_run(tmp_path / "run", "full", 1, [True, False])
     file = folder / "metrics.json"
     value = {"configs": ["a\x1b[31mb.yaml"], "scores": {"val/\x1b[2J": 0.5}}.get(key, "x\x1b]0;title\x07")

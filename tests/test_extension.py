@@ -1,4 +1,4 @@
-"""A package outside the library, tests/extension/stars, through every command."""
+"""Every command with tests/extension/stars, a package outside the library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpt2_pl.tasks import Task
 
 
 def forget():
-    """Unload the package, as a new process has it."""
+    """Unload the package, as if in a new process."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "stars"]:
         del sys.modules[name]
     for root in (Task, Surgery):
@@ -31,7 +31,7 @@ def forget():
 
 @pytest.fixture
 def stars(run, base, data_flags, tmp_path, monkeypatch):
-    """Runs a command in a folder that holds the package, which no module has imported yet."""
+    """Run commands in a folder that contains the package, which is not imported yet."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     shutil.copytree(ROOT / "tests/extension/stars", tmp_path / "stars")
     settings = yaml.safe_load((ROOT / "tests/extension/stars.yaml").read_text())
@@ -58,7 +58,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_extension_task_strategy_data_and_callback_go_through_every_command(name, stars, tmp_path, files, capsys):
+def test_commands_external_task_strategy_data_and_callback_work(name, stars, tmp_path, files, capsys):
     folder = stars("fit", "--config=stars.yaml", *STRATEGIES[name], f"--name={name}", "--seed_everything=1")
     assert (tmp_path / "steps.txt").read_text() == "7"
     record = metrics(folder)
@@ -99,7 +99,7 @@ def test_extension_task_strategy_data_and_callback_go_through_every_command(name
         torch.testing.assert_close(theirs, task.backbone(ids), rtol=1e-4, atol=1e-5)
 
 
-def test_extension_adapter_of_a_language_model_generates_and_exports(stars, base, tmp_path):
+def test_generate_and_export_external_language_model_adapter_works(stars, base, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a film of rain and light\n" * 60)
     flags = ["--data.tokenizer=null", f"--model.base={base}", f"--data.train_file={text}", f"--data.val_file={text}",
@@ -119,7 +119,7 @@ def test_extension_adapter_of_a_language_model_generates_and_exports(stars, base
     assert tokens.shape == (1, 8)
 
 
-def test_extension_sweep_is_run_and_compared_by_the_tasks_own_metric(stars, tmp_path):
+def test_sweep_and_compare_external_task_uses_its_metric(stars, tmp_path):
     (tmp_path / "bitfit.yaml").write_text("model:\n  surgery+:\n  - class_path: stars.surgery.BitFit\n")
     (tmp_path / "frozen.yaml").write_text("model:\n  train_base: false\n")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({

@@ -1,4 +1,4 @@
-"""Forked processes behave as started ones do."""
+"""The forked processes of the tests behave as started processes do."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_forked_script_ends_and_writes_as_a_started_one(end, tmp_path):
+def test_forked_run_script_equals_subprocess(end, tmp_path):
     file = tmp_path / "script.py"
     file.write_text(SCRIPT + end)
     environment = {"ONE": "1", "PYTHONPATH": str(tmp_path), "LC_CTYPE": "C.UTF-8"}
@@ -41,7 +41,7 @@ def test_forked_script_ends_and_writes_as_a_started_one(end, tmp_path):
     assert forked.stderr.splitlines()[-1:] == started.stderr.splitlines()[-1:]
 
 
-def test_forked_process_takes_signals_and_leads_its_session(tmp_path):
+def test_forked_process_terminates_on_signals_as_session_leader(tmp_path):
     file = tmp_path / "script.py"
     file.write_text("import time; open('begun', 'w').close(); time.sleep(60)")
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -54,7 +54,7 @@ def test_forked_process_takes_signals_and_leads_its_session(tmp_path):
         assert not psutil.pid_exists(process.pid)
 
 
-def test_forked_process_has_the_modules_of_this_project_imported(tmp_path):
+def test_forked_run_project_modules_are_already_imported(tmp_path):
     file = tmp_path / "script.py"
     file.write_text(
         "import sys; assert 'gpt2_pl.commands.lightning_cli' in sys.modules; import cli; print(cli.__file__)"

@@ -1,4 +1,4 @@
-"""Generation: against transformers, against itself without a cache, alone and in batches, numpy for top-p."""
+"""Generation against transformers, peft, full passes without a cache, single rows, and numpy for top-p."""
 
 import copy
 
@@ -28,7 +28,7 @@ def model():
 
 
 def prompts(lengths, seed=1):
-    """Prompts padded on the left: ids and mask."""
+    """Return the ids and the mask of random prompts padded on the left."""
     generator, T = torch.Generator().manual_seed(seed), max(lengths)
     ids, mask = torch.zeros(len(lengths), T, dtype=torch.long), torch.zeros(len(lengths), T, dtype=torch.long)
     for i, n in enumerate(lengths):
@@ -59,7 +59,7 @@ SURGERY = {
 @pytest.mark.parametrize("recorded", [False, True])  # on a CPU, the pass that a GPU records
 @pytest.mark.parametrize("surgery", SURGERY)
 @pytest.mark.parametrize("lengths", [[7, 7], [3, 9, 1, 6]])
-def test_greedy_with_a_cache_is_greedy_without(recorded, surgery, lengths, model, monkeypatch):
+def test_generate_greedy_with_cache_equals_full_passes(recorded, surgery, lengths, model, monkeypatch):
     monkeypatch.setattr("gpt2_pl.generation.supports_cuda_graph", lambda *_: recorded)
     for change in SURGERY[surgery]:
         change.apply(model)
@@ -79,7 +79,7 @@ def test_greedy_with_a_cache_is_greedy_without(recorded, surgery, lengths, model
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_greedy_with_adapters_is_that_of_peft(kind, model, tmp_path):
+def test_generate_greedy_with_adapters_equals_peft(kind, model, tmp_path):
     if kind != "lora":
         peft_puts_virtual_tokens()
     import peft
@@ -110,7 +110,7 @@ def test_greedy_with_adapters_is_that_of_peft(kind, model, tmp_path):
         ({"eos_token_id": 7, "pad_token_id": 0}, {"eos_token_id": 7}),
     ],
 )
-def test_greedy_is_that_of_transformers(ours, theirs, model, tmp_path):
+def test_generate_greedy_equals_transformers(ours, theirs, model, tmp_path):
     model.save_pretrained(tmp_path / "base")
     reference = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
     ids, mask = prompts([8, 8, 8] if ours else [3, 8, 5])
@@ -120,7 +120,7 @@ def test_greedy_is_that_of_transformers(ours, theirs, model, tmp_path):
     assert torch.equal(found, expected)
 
 
-def test_padding_on_the_right_is_moved_to_the_left(model):
+def test_generate_right_padded_prompts_equal_left_padded(model):
     ids, mask = prompts([3, 9, 1, 6])
     right = torch.zeros_like(ids)
     for i, n in enumerate(mask.sum(1).tolist()):
@@ -132,7 +132,7 @@ def test_padding_on_the_right_is_moved_to_the_left(model):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize(("V", "scale"), [(40, 2.0), (3000, 0.1), (3000, 3.0)])
 @pytest.mark.parametrize("top_k", [None, 30, 700])
-def test_the_kept_set_is_that_of_a_sort(top_p, V, scale, top_k):
+def test_top_k_top_p_filter_equals_a_numpy_sort(top_p, V, scale, top_k):
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(V)) * scale
     probability, tokens = top_k_top_p_filter(logits, top_k, top_p)
     for row, p, token in zip(logits.double().numpy(), probability, tokens, strict=True):
@@ -146,12 +146,12 @@ def test_the_kept_set_is_that_of_a_sort(top_p, V, scale, top_k):
         np.testing.assert_allclose(p[p > 0][:n], expected[: len(found)][:n], rtol=1e-4)
 
 
-def test_at_least_one_token_is_kept():
+def test_top_k_top_p_filter_tiny_top_p_keeps_one_token():
     probability, tokens = top_k_top_p_filter(torch.tensor([[0.0, 9.0, 1.0]]), top_p=1e-9)
     assert tokens[probability > 0].tolist() == [1]
 
 
-def test_draws_follow_the_probabilities(model):
+def test_generate_samples_follow_the_softmax_probabilities(model):
     ids, _ = prompts([5])
     n = 4000
     found = generate(model, ids.expand(n, -1), max_new_tokens=1, temperature=1.3, seed=range(n))[:, -1]
@@ -162,7 +162,7 @@ def test_draws_follow_the_probabilities(model):
     assert (expected > 0.02).sum() > 2
 
 
-def test_the_same_seed_gives_the_same_text_whatever_the_batch(model):
+def test_generate_same_seed_gives_same_text_in_any_batch(model):
     lengths = [3, 9, 1, 6]
     ids, mask = prompts(lengths)
     seeds = [5, 6, 7, 8]
@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batch(model):
     assert not torch.equal(generate(model, ids, mask, seed=4, **settings), together)
 
 
-def test_rows_stop_by_themselves(model):
+def test_generate_rows_stop_independently_at_end_of_text(model):
     ids, _ = prompts([4, 4, 4, 4])
     free = generate(model, ids, max_new_tokens=NEW, temperature=0.0)
     end = int(free[0, 4 + 6])
@@ -199,7 +199,7 @@ def test_rows_stop_by_themselves(model):
         ({"attention_mask": torch.tensor([[0] * 7, [1] * 7])}, "prompt is empty"),
     ],
 )
-def test_what_cannot_be(settings, message, model):
+def test_generate_invalid_arguments_are_refused(settings, message, model):
     ids, _ = prompts([7, 7])
     with pytest.raises(ValueError, match=message):
         generate(model, ids, **{"max_new_tokens": 4, **settings})
@@ -208,7 +208,7 @@ def test_what_cannot_be(settings, message, model):
 # Verse
 
 
-def test_the_guide_ends_long_lines_and_poems_end_at_fourteen(base):
+def test_generate_with_line_length_processor_ends_lines_and_poem(base):
     tokenizer = load_tokenizer(base)
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=400, n_positions=700, n_embd=16, n_layer=1, n_head=2))
@@ -224,7 +224,7 @@ def test_the_guide_ends_long_lines_and_poems_end_at_fourteen(base):
     assert max(map(len, free.split("\n")[3:])) > 60 or free.count("\n") < 14
 
 
-def test_the_guide_counts_characters_since_the_last_line_end(base):
+def test_line_length_processor_bonus_depends_on_characters_since_newline(base):
     tokenizer = load_tokenizer(base)
     guide = LineLengthProcessor(tokenizer, line_length=10, strength=1.0, shortest=5)
     end = tokenizer.encode("\n").ids[0]
@@ -241,14 +241,14 @@ def test_the_guide_counts_characters_since_the_last_line_end(base):
     assert bonus[1, letter] == 0.0
 
 
-def test_lines_of_a_text():
+def test_split_lines_blank_lines_and_end_of_text_are_dropped():
     assert split_lines("one\n\n  two \r\nthree<|endoftext|>four\n") == ["one", "two", "three"]
     assert len(split_lines("a\n" * 20)) == 14
     assert split_lines("one\rtwo\x0cthree\u2028four") == ["one", "two", "three", "four"]  # as they are read from a file
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 300, "top_p": 0.95}, {}])
-def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
+def test_sample_tokens_with_ties_does_not_depend_on_other_rows(settings):
     generator = torch.Generator().manual_seed(0)
     row = (torch.randn(1, 5000, generator=generator) * 6).bfloat16().float()  # many equal logits
     uniform = torch.rand(200, 1, generator=generator)
@@ -261,7 +261,7 @@ def test_a_draw_does_not_depend_on_the_other_rows_even_among_equals(settings):
         assert alone[0] == beside[0]
 
 
-def test_a_rows_text_does_not_depend_on_the_room_of_others(base):
+def test_continue_prompts_context_limit_of_a_row_does_not_change_others(base):
     from gpt2_pl.tasks import LanguageModel
 
     task = LanguageModel(base=str(base))
@@ -274,7 +274,7 @@ def test_a_rows_text_does_not_depend_on_the_room_of_others(base):
     assert len(together[1]) <= 6 < len(together[0])
 
 
-def test_a_vocabulary_that_is_larger_than_the_tokenizers(base):
+def test_generate_vocabulary_larger_than_tokenizer_works(base):
     tokenizer = load_tokenizer(base)
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=450, n_positions=200, n_embd=16, n_layer=1, n_head=2))
@@ -287,7 +287,7 @@ def test_a_vocabulary_that_is_larger_than_the_tokenizers(base):
     assert found.size(1) > prompt.size(1)
 
 
-def test_blank_lines_are_no_lines(base):
+def test_max_lines_criteria_blank_lines_are_not_counted(base):
     tokenizer = load_tokenizer(base)
     limit = MaxLinesCriteria(tokenizer, n_lines=3)
     for text, ended in (
@@ -304,7 +304,7 @@ def test_blank_lines_are_no_lines(base):
         assert bool(limit(padded, mask)) == ended == (len(split_lines(text)) == 3 and text.endswith("\n")), text
 
 
-def test_generation_compiled_and_in_bfloat16(model):
+def test_generate_compiled_equals_eager_and_bfloat16_completes(model):
     ids, mask = prompts([3, 9, 1, 6])
     expected = generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0)
     low = generate(copy.deepcopy(model).bfloat16(), ids, mask, max_new_tokens=NEW, top_p=0.9, seed=1)
@@ -314,7 +314,7 @@ def test_generation_compiled_and_in_bfloat16(model):
     assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, temperature=0.0), expected)
 
 
-def test_what_was_generated_can_be_trained_on(model):
+def test_generate_output_can_be_trained_on(model):
     ids, mask = prompts([3, 9])
     text = generate(model, ids, mask, max_new_tokens=NEW, seed=0)
     assert not text.is_inference()
@@ -323,7 +323,7 @@ def test_what_was_generated_can_be_trained_on(model):
 
 
 def nucleus(logits, top_k, top_p):
-    """The distribution (V,) that top-k and top-p leave of one row's logits, token by token, in float64."""
+    """Return the distribution (V,) of one row's logits after top-k and top-p, token by token in float64."""
     weight = np.exp(logits.double().numpy() - float(logits.max()))
     order = sorted(range(len(weight)), key=lambda token: (-weight[token], token))[:top_k]
     whole, found, expected = sum(weight[token] for token in order), 0.0, np.zeros(len(weight))
@@ -337,14 +337,14 @@ def nucleus(logits, top_k, top_p):
 
 @pytest.fixture(scope="module")
 def uniform():
-    """The numbers that 10,000 rows draw with."""
+    """Uniform random numbers of 10,000 rows."""
     return _uniform(range(10_000), 10_000, 1, torch.device("cpu"))[:, 0]
 
 
 @pytest.mark.parametrize("top_k", [None, 13])
 @pytest.mark.parametrize("top_p", [0.05, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("kind", ["two", "random", "ties", "equal"])
-def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, top_p, top_k, uniform):
+def test_sample_tokens_frequencies_pass_chi_square_of_exact_distribution(kind, top_p, top_k, uniform):
     n, V, generator = len(uniform), 59, torch.Generator().manual_seed(1)
     logits = torch.randn(V, generator=generator) * 1.5
     if kind == "two":  # the two likeliest tokens have 0.06 and 0.05
@@ -365,7 +365,7 @@ def test_drawn_frequencies_pass_chi_square_against_the_exact_distribution(kind, 
 
 
 @pytest.mark.parametrize("V", [3, 1000, 50257])  # PyTorch sorts short rows by another algorithm than long ones
-def test_sort_descending_is_a_stable_sort(V):
+def test_sort_descending_with_ties_equals_stable_sort(V):
     generator = torch.Generator().manual_seed(V)
     probability = (torch.randn(3, V, generator=generator) * 8).bfloat16().float().softmax(-1)
     probability[1] = 1 / V
@@ -377,7 +377,7 @@ def test_sort_descending_is_a_stable_sort(V):
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (None, 0.9), (5, None), (5, 0.9)])
-def test_drawing_reads_no_values_and_has_fixed_shapes(top_k, top_p):
+def test_sample_tokens_on_meta_device_has_fixed_shape(top_k, top_p):
     logits, uniform = torch.empty(3, 50, device="meta"), torch.empty(3, device="meta")  # as in a CUDA graph
     assert _sample_tokens(logits, uniform, top_k, top_p).shape == (3,)
 
@@ -400,7 +400,7 @@ def tiny_vocabulary(V):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_generate_where_every_token_would_repeat_an_ngram_ends_the_row(n, way):
+def test_generate_every_token_repeats_an_ngram_ends_the_row(n, way):
     V, pad = 3, 3
     model, prompts = tiny_vocabulary(V + 1), [[1], [0, 2], [2, 2, 1, 0]]
     ban_pad = lambda logits, sofar, text: logits.index_fill(1, torch.tensor([pad]), -torch.inf)  # noqa: E731
@@ -429,13 +429,13 @@ def test_generate_where_every_token_would_repeat_an_ngram_ends_the_row(n, way):
         assert row == new + [pad] * (len(row) - len(new))
 
 
-def test_generate_where_nothing_may_follow_the_prompt_adds_no_token():
+def test_generate_all_tokens_banned_after_prompt_adds_no_token():
     prompt = torch.tensor([[0, 1, 2], [2, 1, 0]])
     assert torch.equal(generate(tiny_vocabulary(3), prompt, max_new_tokens=5, no_repeat_ngram_size=1), prompt)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_generate_where_a_processor_bans_all_tokens_of_a_row_ends_that_row(way, model):
+def test_generate_processor_bans_all_tokens_of_a_row_ends_that_row(way, model):
     ids, _ = prompts([5, 5])
     eos, pad = 7, 8
 

@@ -1,4 +1,4 @@
-"""Pooling, heads and losses against loops over single rows."""
+"""Pooling, heads and their losses against loops over single rows."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def padded(rows, T, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("T", [9, 14])
-def test_pooling_equals_a_loop_whatever_the_padding(side, T):
+def test_pool_left_or_right_padding_equals_loop_over_rows(side, T):
     rows = [torch.randn(n, 6) for n in (9, 1, 4)]
     hidden, mask = padded(rows, T, side)
     expected = {
@@ -35,13 +35,13 @@ def test_pooling_equals_a_loop_whatever_the_padding(side, T):
         pool(hidden, mask, "first")
 
 
-def test_one_token_is_last_mean_and_max():
+def test_pool_single_token_last_mean_and_max_are_equal():
     hidden, mask = padded([torch.randn(1, 5)], 4, "right")
     assert len({tuple(pool(hidden, mask, p)[0].tolist()) for p in ("last", "mean", "max")}) == 1
 
 
 @pytest.mark.parametrize("average", ["loss", "logits"])
-def test_multi_sample_dropout(average):
+def test_classification_head_multi_sample_dropout_loss_equals_formula(average):
     head = ClassificationHead(8, 3, dropout=0.5, num_dropout_samples=4)
     features, labels = torch.randn(6, 8), torch.randint(3, (6,))
     logits = head(features)
@@ -57,7 +57,7 @@ def test_multi_sample_dropout(average):
     torch.testing.assert_close(head(features), head.linear(features).unsqueeze(0))
 
 
-def test_verbaliser_equals_the_language_model(base):
+def test_verbalizer_logits_equal_the_language_model(base):
     ours, theirs = GPT2.from_pretrained(base).eval(), GPT2LMHeadModel.from_pretrained(base).eval()
     ids, mask = torch.randint(400, (3, 8)), torch.ones(3, 8, dtype=torch.long)
     mask[1, 5:], mask[2, 1:] = 0, 0

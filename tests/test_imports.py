@@ -1,4 +1,4 @@
-"""The import rule: every part of the library imports from the layers below it; the core does without Lightning."""
+"""Import rules: every part imports from lower layers only, and the core does not import Lightning."""
 
 import ast
 import importlib.util
@@ -32,7 +32,7 @@ LIGHTNING = {"tasks", "datamodules", "callbacks", "commands"}
 
 
 def sources():
-    """The part of the library and the path of every module."""
+    """Yield the part of the library and the path of every module."""
     for file in sorted((ROOT / "gpt2_pl").rglob("*.py")):
         part = file.relative_to(ROOT / "gpt2_pl").parts[0].removesuffix(".py")
         if part != "__init__":
@@ -42,7 +42,7 @@ def sources():
 
 
 def imported(file):
-    """The dotted names that a file imports anywhere: in functions and under TYPE_CHECKING too."""
+    """Yield the dotted names that a file imports anywhere, in functions and under TYPE_CHECKING too."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,12 +51,12 @@ def imported(file):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_layers_name_every_part():
+def test_import_layers_cover_every_part_of_the_library():
     assert {part for part, _ in sources()} == LEVEL.keys()
 
 
 @pytest.mark.parametrize(("part", "file"), [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()])
-def test_import_of_library_is_from_a_layer_below(part, file):
+def test_import_within_library_is_from_a_lower_layer(part, file):
     for name in imported(file):
         package, _, rest = name.partition(".")
         assert package not in ("cli", *MAPPED), f"{file} imports {name}"
@@ -70,27 +70,27 @@ def test_import_of_library_is_from_a_layer_below(part, file):
 
 
 @pytest.mark.parametrize(("part", "file"), [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()])
-def test_import_of_lightning_is_outside_the_core(part, file):
+def test_import_of_lightning_in_the_core_is_absent(part, file):
     if part not in LIGHTNING:
         assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in imported(file))
 
 
 @pytest.mark.parametrize("name", ["cli", "gpt2_pl", "tests", "benchmarks", "constraints"])
-def test_package_of_checkout_has_no_other_file_of_the_root(name):
+def test_package_in_checkout_contains_no_other_root_files(name):
     assert importlib.util.find_spec(f"gpt2_pl.{name}") is None
     for mapped in MAPPED:
         assert importlib.util.find_spec(f"gpt2_pl.{mapped}").origin == str(ROOT / mapped / "__init__.py")
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], []])
-def test_help_needs_no_torch(args):
+def test_main_help_version_or_no_arguments_does_not_import_torch(args):
     code = f"import sys; from gpt2_pl.commands import main; main({args!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_what_a_caller_holds_is_not_withheld_from_the_garbage_collector(alone):
-    """Only in a process of the program's own does what is there when a command is imported stay until the end."""
+def test_imported_command_freezes_garbage_only_in_its_own_process(alone):
+    """Objects that exist at the import of a command are frozen only in the program's own process."""
     code = f"""
 import gc, weakref
 from gpt2_pl import commands
@@ -107,7 +107,7 @@ assert (alive() is not None) == (gc.get_freeze_count() > 0) == {alone}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_help_is_quick():
+def test_cli_help_is_shown_within_four_seconds():
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -120,8 +120,8 @@ CONCRETE = {"Classifier", "SentimentClassifier", "ParaphraseDetector", "Language
 
 
 @pytest.mark.parametrize("folder", ["callbacks", "gpt2_pl/commands"])
-def test_callbacks_and_commands_name_no_concrete_task(folder):
-    """What they need of a task is a member of Task or a protocol, so that tasks of others are served as ours are."""
+def test_callbacks_and_commands_source_names_no_concrete_task(folder):
+    """They use members of Task and protocols only, so that user-defined tasks work as the library's do."""
     for file in sorted((ROOT / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         named = {node.id for node in nodes if isinstance(node, ast.Name)} & CONCRETE

@@ -1,4 +1,4 @@
-"""GPT2 against transformers on the same random weights, and against itself under padding."""
+"""GPT2 against transformers with the same random weights, and against single rows under padding."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def model():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hidden_states_and_logits_equal_transformers_both_ways(shape, tmp_path):
+def test_gpt2_hidden_states_and_logits_equal_transformers_both_ways(shape, tmp_path):
     theirs = random_hf(GPT2LMHeadModel, **shape)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT2.from_pretrained(tmp_path / "theirs").eval()
@@ -51,7 +51,7 @@ def test_hidden_states_and_logits_equal_transformers_both_ways(shape, tmp_path):
         assert torch.equal(back(ids).logits, theirs(ids).logits)
 
 
-def test_classification_logits_equal_transformers(tmp_path):
+def test_gpt2_classification_logits_equal_transformers(tmp_path):
     theirs = random_hf(GPT2ForSequenceClassification, **SHAPES[-1])
     theirs.save_pretrained(tmp_path)
     ours = GPT2.from_pretrained(tmp_path).eval()
@@ -65,7 +65,7 @@ def test_classification_logits_equal_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_equals_the_row_alone(model, side):
+def test_gpt2_padded_row_equals_the_row_alone(model, side):
     lengths, T = [1, 7, 13], 13
     ids, mask = torch.zeros(3, T, dtype=torch.long), torch.zeros(3, T, dtype=torch.long)
     places = [slice(T - n, T) if side == "left" else slice(0, n) for n in lengths]
@@ -85,7 +85,7 @@ def test_a_padded_row_equals_the_row_alone(model, side):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_reading_at_positions_equals_reading_everything(model, masked):
+def test_gpt2_output_positions_equal_gathered_hidden_states(model, masked):
     ids = torch.randint(97, (3, 11))
     mask = torch.ones(3, 11, dtype=torch.long) if masked else None
     if mask is not None:
@@ -100,37 +100,26 @@ def test_reading_at_positions_equals_reading_everything(model, masked):
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_activation_checkpointing_gives_the_same_gradients_with_dropout(model):
-    ids = torch.randint(97, (2, 9))
-    gradients = []
-    model.train()
-    for model.activation_checkpointing in (False, True):
-        torch.manual_seed(3)
-        gradients.append(torch.autograd.grad(model(ids).square().mean(), list(model.h.parameters())))
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
-
-
-def test_dropout_only_in_training(model):
+def test_gpt2_dropout_is_active_only_in_training(model):
     ids = torch.randint(97, (2, 9))
     assert torch.equal(model(ids), model(ids))
     model.train()
     assert not torch.equal(model(ids), model(ids))
 
 
-def test_initialisation_is_the_published_one():
+def test_gpt2_initialisation_has_published_standard_deviations():
     model = GPT2(GPT2Config(vocab_size=500, n_embd=128, n_layer=8, n_head=4))
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert not model.h[0].attn.c_attn.bias.any()
 
 
-def test_too_many_tokens_is_an_error(model):
+def test_gpt2_too_many_tokens_raises_value_error(model):
     with pytest.raises(ValueError, match="25 tokens; this GPT-2 has n_positions = 24"):
         model(torch.zeros(1, 25, dtype=torch.long))
 
 
 @pytest.mark.parametrize(("key", "value"), [("n_layer", 0), ("n_head", 5), ("dropout", 1.0), ("vocab_size", -1)])
-def test_impossible_shapes_are_named(key, value):
+def test_gpt2_config_impossible_shape_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"{key}.*{value}"):
         GPT2Config(**{"n_embd": 12, "n_head": 3, key: value})

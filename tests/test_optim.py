@@ -1,4 +1,4 @@
-"""AdamW against torch's, schedules against their closed forms, groups against the model's parameters."""
+"""AdamW against torch's, schedules against closed forms, parameter groups against the model's parameters."""
 
 import math
 from copy import deepcopy
@@ -33,7 +33,7 @@ def train(ours, theirs, steps, a, b):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_300_steps_equal_torch(weight_decay):
+def test_adamw_300_steps_equal_torch(weight_decay):
     a, b = parameters(), parameters()
     settings = {"lr": 1e-3, "betas": (0.8, 0.99), "eps": 1e-7, "weight_decay": weight_decay}
     train(AdamW(a, **settings), torch.optim.AdamW(b, **settings), 300, a, b)
@@ -42,7 +42,7 @@ def test_300_steps_equal_torch(weight_decay):
 
 
 @pytest.mark.parametrize("direction", ["ours to torch", "torch to ours"])
-def test_state_goes_both_ways(direction):
+def test_adamw_state_is_exchanged_with_torch_in_both_directions(direction):
     a, b = parameters(), parameters()
     ours, theirs = AdamW(a, lr=1e-2), torch.optim.AdamW(b, lr=1e-2)
     train(ours, theirs, 20, a, b)
@@ -59,14 +59,14 @@ def test_state_goes_both_ways(direction):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
-def test_settings_out_of_range():
+def test_adamw_settings_out_of_range_are_refused():
     for settings in ({"lr": -1.0}, {"eps": -1e-8}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             AdamW(parameters(), **settings)
 
 
 @pytest.mark.parametrize("total", [*range(1, 24), 105, 1000])
-def test_slanted_triangular_closed_form(total):
+def test_slanted_triangular_factor_equals_closed_form(total):
     schedule = SlantedTriangular(cut_frac=0.1, ratio=32)
     cut = total // 10
     for t in range(total):
@@ -78,7 +78,7 @@ def test_slanted_triangular_closed_form(total):
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 0.2])
-def test_warmup_then_linear_or_cosine(warmup):
+def test_warmup_schedules_factor_equals_closed_form(warmup):
     total, steps = 20, 3 if warmup == 3 else int(warmup * 20)
     for t in range(total):
         rise = (t + 1) / (steps + 1)
@@ -89,7 +89,7 @@ def test_warmup_then_linear_or_cosine(warmup):
         assert ConstantWithWarmup(warmup).factor(t, total) == pytest.approx(min(rise, 1))
 
 
-def test_decay_falls_on_matrices_only():
+def test_decays_gpt2_parameters_selects_weight_matrices_only():
     model = GPT2(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
     decayed = {
         name.removeprefix("h.0.").removeprefix("h.1.") for name, p in model.named_parameters() if decays(name, p)
@@ -97,7 +97,7 @@ def test_decay_falls_on_matrices_only():
     assert decayed == {"wte.weight", "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
 
 
-def test_groups_hold_every_trainable_parameter_once():
+def test_parameter_groups_contain_every_trainable_parameter_once():
     model = GPT2(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
     model.wpe.requires_grad_(False)
     layers = {name: list(module.named_parameters(prefix=name)) for name, module in model.named_children()}

@@ -1,4 +1,4 @@
-"""One installed name, gpt2_pl: from an uninstalled checkout, and from a wheel in another folder."""
+"""The package gpt2_pl from an uninstalled checkout and from an unpacked wheel."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from gpt2_pl.errors import InputError
 
 
 def call(library, folder, *args):
-    """Run the command line in a folder, from an uninstalled checkout or from where a wheel was unpacked."""
+    """Run the command line in a folder, from an uninstalled checkout or from an unpacked wheel."""
     if library == ROOT:
         program = [ROOT / "cli.py"]
     else:  # the checkout may be on the path of whoever runs the tests
@@ -32,7 +32,7 @@ def call(library, folder, *args):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The wheel of this checkout, unpacked as an installer does it."""
+    """Build the wheel of this checkout and unpack it as an installer does."""
     folder = tmp_path_factory.mktemp("wheel")
     files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
                            capture_output=True, check=False).stdout.split("\n")  # fmt: skip
@@ -61,7 +61,7 @@ def wheel(tmp_path_factory):
     return folder / "site"
 
 
-def test_wheel_holds_one_package_with_all_sources_and_configurations(wheel):
+def test_wheel_contains_one_package_with_all_sources_and_configurations(wheel):
     assert {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")} == {"gpt2_pl"}
     own = ROOT / "gpt2_pl"
     expected = {path.relative_to(own) for ext in ("py", "jinja") for path in own.rglob(f"*.{ext}")}
@@ -76,8 +76,8 @@ def library(request):
     return ROOT if request.param == "checkout" else request.getfixturevalue("wheel")
 
 
-def test_configuration_by_name_beside_own_packages_is_read_anywhere(library, tmp_path):
-    """The user's own callbacks/ and datamodules/, with and without __init__.py, and the library's are found."""
+def test_fit_configuration_by_name_next_to_user_packages_is_found(library, tmp_path):
+    """Both the library's and the user's callbacks/ and datamodules/ are found, with and without __init__.py."""
     for name in ("callbacks", "datamodules"):
         (tmp_path / name).mkdir()
     (tmp_path / "callbacks" / "__init__.py").touch()
@@ -92,7 +92,7 @@ def test_configuration_by_name_beside_own_packages_is_read_anywhere(library, tmp
         assert f"class_path: {name}\n" in done.stdout
 
 
-def test_configs_lists_shows_and_copies(library, tmp_path):
+def test_configs_list_show_and_copy_give_packaged_files(library, tmp_path):
     listed = call(library, tmp_path, "configs", "list")
     assert listed.returncode == 0, listed.stderr
     assert all(f"\n  {name} " in listed.stdout for name in packaged_configs())
@@ -106,7 +106,7 @@ def test_configs_lists_shows_and_copies(library, tmp_path):
     assert (f"python {ROOT}/cli.py fit" if library == ROOT else "gpt2-pl fit") in listed.stdout.splitlines()[-1]
 
 
-def test_config_path_takes_a_file_before_a_name_and_suggests_the_nearest(tmp_path, monkeypatch):
+def test_config_path_prefers_a_file_and_suggests_the_nearest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("task/sst5", "task/sst5.yaml", "configs/task/sst5.yaml"):
         assert config_path(name) == ROOT / "configs/task/sst5.yaml"
@@ -118,8 +118,8 @@ def test_config_path_takes_a_file_before_a_name_and_suggests_the_nearest(tmp_pat
             config_path(name)
 
 
-def test_wheel_quickstart_sweep_and_export_run_outside_the_checkout(wheel, tmp_path):
-    """In a folder with packages of the user's own of the names that the checkout's folders have."""
+def test_wheel_quickstart_sweep_and_export_work_outside_the_checkout(wheel, tmp_path):
+    """The working folder has user packages with the names of the checkout's folders."""
     for name in ("callbacks", "datamodules", "configs", "commands"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('not the library')\n")
@@ -141,7 +141,7 @@ def test_wheel_quickstart_sweep_and_export_run_outside_the_checkout(wheel, tmp_p
     assert (tmp_path / "lightning_logs/s/toy/full/seed_1/metrics.json").is_file()
 
 
-def test_fit_help_begins_with_how_to_choose_and_fits_a_terminal(capsys):
+def test_fit_help_begins_with_introduction_of_at_most_100_columns(capsys):
     main(["fit", "--help"])
     introduction, _, keys = capsys.readouterr().out.partition("usage: ")
     for line in ("gpt2-pl configs ", "gpt2-pl fit --config task/sst5", "--model.surgery.help gpt2_pl.surgery.LoRA"):
@@ -175,7 +175,7 @@ class Wide(Surgery):
         ("own_help.Bare", ["Train nothing", "It has no arguments"]),
     ],
 )
-def test_help_of_class_shows_its_description_and_flags_that_exist(option, cls, words, tmp_path, monkeypatch, capsys):
+def test_fit_surgery_help_shows_class_description_and_valid_flags(option, cls, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "own_help.py").write_text(OWN)
@@ -196,13 +196,13 @@ def test_help_of_class_shows_its_description_and_flags_that_exist(option, cls, w
         ("--config=nope", "config: there is no file nope; `gpt2-pl configs` lists"),
     ],
 )
-def test_name_that_is_not_there_is_said_to_be_a_module_a_class_or_a_file(option, words, capsys):
+def test_fit_missing_module_class_or_file_is_named(option, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", option])
     assert words in capsys.readouterr().err
 
 
-def test_configs_without_a_file_of_that_name_names_the_list(capsys):
+def test_configs_show_missing_name_is_refused_with_a_hint(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["configs", "show", "nope"])
     assert "NAME: there is no file nope; `gpt2-pl configs` lists" in capsys.readouterr().err
@@ -218,12 +218,12 @@ def test_configs_without_a_file_of_that_name_names_the_list(capsys):
         ("/site/other/__main__.py", ["gpt2-pl"]),
     ],
 )
-def test_program_is_the_one_that_was_started(started, words, monkeypatch):
+def test_program_name_follows_how_it_was_started(started, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [started, "fit"])
     assert program() == words
 
 
-def test_configs_list_names_every_file_in_eighty_columns(capsys, monkeypatch):
+def test_configs_list_fits_eighty_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
@@ -231,6 +231,6 @@ def test_configs_list_names_every_file_in_eighty_columns(capsys, monkeypatch):
     assert "Hu et al. 2022" in " ".join(" ".join(lines).split())
 
 
-def test_citation_has_the_version_of_the_package():
+def test_citation_version_equals_package_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == gpt2_pl.__version__

@@ -1,4 +1,4 @@
-"""Loading and refusing Hugging Face folders."""
+"""Loading of Hugging Face folders, and refusal of those that do not fit."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def edit(folder, change):
     save_file(tensors, file)
 
 
-def test_sharded_folders_and_their_digest(base, tmp_path):
+def test_from_pretrained_sharded_folder_equals_single_file_and_digest(base, tmp_path):
     theirs = GPT2LMHeadModel.from_pretrained(base)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
@@ -36,12 +36,12 @@ def test_sharded_folders_and_their_digest(base, tmp_path):
     assert pretrained.weights_sha256(one) != pretrained.weights_sha256(many)
 
 
-def test_weights_hold_no_more_memory_than_their_own(base):
+def test_from_pretrained_parameters_do_not_share_larger_storages(base):
     for name, parameter in GPT2.from_pretrained(base).named_parameters():
         assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
 
 
-def test_old_mask_buffers_and_tied_head_are_no_extra_tensors(folder):
+def test_from_pretrained_old_mask_buffers_and_tied_head_are_accepted(folder):
     def change(tensors):
         tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
         tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
@@ -51,7 +51,7 @@ def test_old_mask_buffers_and_tied_head_are_no_extra_tensors(folder):
     GPT2.from_pretrained(folder)
 
 
-def test_names_without_prefix_load(folder):
+def test_from_pretrained_names_without_prefix_are_accepted(folder):
     edit(
         folder,
         lambda tensors: [tensors.__setitem__(k.removeprefix("transformer."), tensors.pop(k)) for k in list(tensors)],
@@ -71,13 +71,13 @@ def test_names_without_prefix_load(folder):
         (lambda t: t.update({"lm_head.weight": torch.zeros(400, 32)}), "lm_head.weight differs from wte.weight"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(folder, change, message):
+def test_from_pretrained_tensors_that_do_not_fit_are_refused_by_name(folder, change, message):
     edit(folder, change)
     with pytest.raises(InputError, match=message):
         GPT2.from_pretrained(folder)
 
 
-def test_truncated_weights_are_refused(folder):
+def test_from_pretrained_truncated_weights_are_refused(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
@@ -87,14 +87,14 @@ def test_truncated_weights_are_refused(folder):
 @pytest.mark.parametrize(
     ("key", "value"), [("model_type", "llama"), ("activation_function", "relu"), ("n_inner", 7), ("n_head", 5)]
 )
-def test_other_architectures_are_refused(folder, key, value):
+def test_from_pretrained_other_architecture_is_refused(folder, key, value):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(InputError, match=f"{key}.*{value}"):
         GPT2.from_pretrained(folder)
 
 
-def test_what_is_not_there(tmp_path):
+def test_from_pretrained_missing_folder_model_or_config_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
         GPT2.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(InputError, match="neither a folder here nor a model the Hugging Face hub gives"):
@@ -103,19 +103,19 @@ def test_what_is_not_there(tmp_path):
         GPT2.from_pretrained(tmp_path)
 
 
-def test_pickled_weights_are_never_read(folder):
+def test_from_pretrained_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model\.bin is not read"):
         GPT2.from_pretrained(folder)
 
 
-def test_training_from_scratch_differs_from_loading(base):
+def test_gpt2_random_initialisation_differs_from_pretrained_weights(base):
     config = GPT2.from_pretrained(base).config
     assert config == GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     assert pretrained.weights_sha256(GPT2(config)) != pretrained.weights_sha256(GPT2.from_pretrained(base))
 
 
-def test_real_base_equals_transformers(shared):
+def test_from_pretrained_real_base_logits_equal_transformers(shared):
     folder = shared / "base" / "gpt2-tiny"
     ours, theirs = GPT2.from_pretrained(folder).eval(), GPT2LMHeadModel.from_pretrained(folder).eval()
     ids = torch.randint(ours.config.vocab_size, (2, 50))

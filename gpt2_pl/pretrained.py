@@ -59,7 +59,8 @@ def read_config(folder: str | os.PathLike[str], dropout: float | None = None) ->
     Raises:
         InputError: no readable config.json, or one that describes something other than GPT-2's architecture.
     """
-    from gpt2_pl.utils.schema import PretrainedConfig, validate
+    from gpt2_pl.utils.hugging_face_schema import PretrainedConfig
+    from gpt2_pl.utils.schema import validate
 
     file = Path(folder) / "config.json"
     if not file.is_file():
@@ -85,7 +86,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if index.is_file():
-        from gpt2_pl.utils.schema import ShardIndex, validate
+        from gpt2_pl.utils.hugging_face_schema import ShardIndex
+        from gpt2_pl.utils.schema import validate
 
         names = sorted(set(validate(ShardIndex, read_json(index), str(index)).weight_map.values()))
         for name in names:

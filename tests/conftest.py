@@ -27,7 +27,7 @@ from gpt2_pl.commands import main
 from gpt2_pl.datamodules.synthetic import toy_pairs, toy_reviews
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.text.tokenizer import train_tokenizer
-from gpt2_pl.utils.schema import check_metrics
+from gpt2_pl.utils.run_schema import check_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))

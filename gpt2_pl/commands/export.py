@@ -126,7 +126,7 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
 def _provenance(run: Path) -> dict[str, Any]:
     """What the folder says of the model's past: the base that its training began from, and what it took since."""
     from gpt2_pl.pretrained import PROVENANCE
-    from gpt2_pl.utils.schema import check_metrics
+    from gpt2_pl.utils.run_schema import check_metrics
 
     try:
         record = check_metrics(read_json(run / "metrics.json"), "metrics.json")

@@ -56,7 +56,7 @@ class Run:
         for name in ("metrics.json", "config.yaml"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} has no {name}; a run's folder is lightning_logs/NAME/version_N")
-        from gpt2_pl.utils.schema import check_metrics
+        from gpt2_pl.utils.run_schema import check_metrics
 
         record = check_metrics(read_json(folder / "metrics.json"), str(folder / "metrics.json"))
         file = folder / "config.yaml"

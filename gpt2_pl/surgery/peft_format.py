@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from gpt2_pl.model import GPT2
-    from gpt2_pl.utils.schema import AdapterConfig
+    from gpt2_pl.utils.hugging_face_schema import AdapterConfig
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -207,7 +207,7 @@ class PeftAdapter(Surgery):
     _shift = None  # of the final layer norm's bias
 
     def _read(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
-        from gpt2_pl.utils.schema import check_adapter
+        from gpt2_pl.utils.hugging_face_schema import check_adapter
 
         folder = Path(self.folder).expanduser()
         try:

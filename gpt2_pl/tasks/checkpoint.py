@@ -104,7 +104,7 @@ def _hyperparameters_of(task: type) -> type[Schema]:
     """The schema of a task's hyperparameters, from its signature."""
     from pydantic import create_model
 
-    from gpt2_pl.utils.schema import Hyperparameters
+    from gpt2_pl.utils.checkpoint_schema import Hyperparameters
 
     known = {key: kind for key, kind in arguments(task).items() if key not in _CODE_ARGUMENTS}
     fields: Any = {
@@ -124,7 +124,8 @@ def check(content: dict[str, Any], task: type, name: str) -> None:
         InputError: naming ``name``, the checkpoint.
     """
     from gpt2_pl.surgery import build
-    from gpt2_pl.utils.schema import CALLBACKS, Checkpoint, validate
+    from gpt2_pl.utils.checkpoint_schema import CALLBACKS, Checkpoint
+    from gpt2_pl.utils.schema import validate
 
     for key in _LEGACY:
         if key in content:

@@ -93,7 +93,7 @@ def check_progress(checkpoint: dict[str, Any], trainer: Any, where: str) -> None
     try:
         if name is not None and (loops := checkpoint.get("loops")) is not None:
             if not isinstance(loops, dict) or name not in loops:
-                raise _Unfit(f"loops.{name}", "keys and values", loops)
+                raise _Unfit(f"loops.{name}", "a mapping", loops)
             found, fresh = loops[name], getattr(trainer, name).state_dict()
             if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):  # loaders that keep a state
                 found = {
@@ -137,7 +137,7 @@ def _is_known(part: object) -> bool:
 def _check_optimizer(found: Any, optimizer: Optimizer, key: str) -> None:
     known, fresh = _is_known(optimizer), optimizer.state_dict()
     if not isinstance(found, dict):
-        raise _Unfit(key, "keys and values", found)
+        raise _Unfit(key, "a mapping", found)
     for name in found:
         if name not in fresh and known:
             raise _Unfit(f"a key of {key}", "state or param_groups", name)
@@ -145,12 +145,12 @@ def _check_optimizer(found: Any, optimizer: Optimizer, key: str) -> None:
     if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
         raise _Unfit(f"{key}.param_groups", f"a list of {len(optimizer.param_groups)} groups, as this run has", groups)
     if not isinstance(states, dict):
-        raise _Unfit(f"{key}.state", "keys and values", states)
+        raise _Unfit(f"{key}.state", "a mapping", states)
     parameters: dict[int, tuple[int, Tensor]] = {}  # number -> group, parameter
     for i, (group, own) in enumerate(zip(optimizer.param_groups, fresh["param_groups"], strict=True)):
         name = f"{key}.param_groups[{i}]"
         if not isinstance(groups[i], dict):
-            raise _Unfit(name, "keys and values", groups[i])
+            raise _Unfit(name, "a mapping", groups[i])
         if list(_plain(groups[i].get("params"))) != own["params"]:
             raise _Unfit(f"{name}.params", f"{shorten(own['params'])}, as this run has", groups[i].get("params"))
         for switch in _SWITCHES:
@@ -171,7 +171,7 @@ def _check_optimizer(found: Any, optimizer: Optimizer, key: str) -> None:
             continue
         group_number, parameter = parameters[number]
         if not isinstance(state, dict):
-            raise _Unfit(name, "keys and values", state)
+            raise _Unfit(name, "a mapping", state)
         layout = None if layouts is None else layouts[group_number, parameter.dim()]
         if layout is not None and state and state.keys() != layout.keys():
             raise _Unfit(f"the keys of {name}", f"{shorten(sorted(layout))}", sorted(map(str, state)))
@@ -260,7 +260,7 @@ def _check_like(found: Any, own: Any, key: str, known: bool, owner: object = Non
     name = key.rpartition(".")[2].partition("[")[0]
     if isinstance(own, Mapping):
         if not isinstance(found, dict):
-            raise _Unfit(key, "keys and values", found)
+            raise _Unfit(key, "a mapping", found)
         for part, value in found.items():
             if part in own:
                 _check_like(value, own[part], f"{key}.{part}", known)

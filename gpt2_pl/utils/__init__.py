@@ -1,1 +1,1 @@
-"""What every part uses: YAML and JSON, schemas, class registries, the machine, pictures."""
+"""Utilities of all parts: YAML and JSON, schemas of files, class registries, the machine, plots."""

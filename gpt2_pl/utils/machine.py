@@ -1,4 +1,4 @@
-"""What of the machine a process has and uses, on every operating system."""
+"""CPU cores and peak memory of the process, on every operating system."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import psutil
 
 
 def available_cores() -> int:
-    """How many cores this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     try:
         return len(psutil.Process().cpu_affinity())
-    except AttributeError:  # macOS has no affinities
+    except AttributeError:  # macOS has no CPU affinity.
         return os.cpu_count() or 1
 
 
 def peak_process_memory() -> int:
-    """The most memory that this process has occupied so far, in bytes."""
+    """Return the peak resident memory of this process in bytes, or its present memory if the peak is unknown."""
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return memory.peak_wset
     try:
         import resource
     except ImportError:
-        return memory.rss  # as it is now
-    unit = 1 if sys.platform == "darwin" else 1024
+        return memory.rss
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB elsewhere.
     return max(memory.rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -1,4 +1,7 @@
-"""Pictures. Import matplotlib only through this module's functions: it takes a third of a second."""
+"""Plots of confusion matrices.
+
+The functions import matplotlib when they are called, because the import takes a third of a second.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,20 @@ from gpt2_pl.errors import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_TICKS = 30  # class names along an axis
-MAX_CELLS = 20  # classes up to which counts are written into cells
+MAX_TICKS = 30  # class names on an axis
+MAX_CELLS = 20  # largest number of classes for which counts are written into the cells
 MIN_FONT = 5.0  # points
 LONGEST_LABEL = 20  # characters of a class name
-_POINTS = 72.0  # an inch
+_POINTS_PER_INCH = 72.0
 
 
 def plain(text: object, limit: int = 60) -> str:
-    """A text of others as matplotlib draws it literally: on one line, no formula, of at most ``limit`` characters."""
+    """Return untrusted text in the form that matplotlib draws literally: escaped, on one line, without formulas.
+
+    Args:
+        text: the text; other objects are converted by ``str``.
+        limit: the largest number of characters; longer text ends with an ellipsis.
+    """
     line = printable(" ".join(str(text).split()))
     line = line if len(line) <= limit else f"{line[: limit - 1]}\u2026"
     return line.replace("$", r"\$")
@@ -33,7 +41,7 @@ def plain(text: object, limit: int = 60) -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Within, figures are drawn the same whatever the user's settings, and characters that no font has in silence."""
+    """Draw figures independently of the user's matplotlib settings, and suppress warnings about missing glyphs."""
     import matplotlib
 
     logger = logging.getLogger("matplotlib")
@@ -48,31 +56,31 @@ def drawing() -> Iterator[None]:
 
 
 def confusion_figure(counts: NDArray[Any], names: Sequence[str], title: str) -> Figure:
-    """Draw a confusion matrix, each row coloured by the shares of its predictions.
+    """Draw a confusion matrix whose cells are coloured by their share of the true class.
 
-    Cost and size do not depend on the number of classes: of more than ``MAX_CELLS`` counts are not written into the
-    cells, and of more than ``MAX_TICKS`` some names are left out.
+    The number of drawn elements is bounded for any number of classes K: with more than ``MAX_CELLS`` classes no counts
+    are written into the cells, and with more than ``MAX_TICKS`` only every n-th class is named.
 
     Args:
-        counts: (K, K) of rows by true class and predicted class.
+        counts: (K, K), number of rows by true class and predicted class.
         names: K class names.
-        title: of the picture.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 
     K = len(counts)
     figure = Figure(figsize=(7.0, 6.0), dpi=100)
-    axes = figure.add_axes((0.25, 0.3, 0.6, 0.63))  # fixed: to find the best margins takes longer than to draw
+    axes = figure.add_axes((0.25, 0.3, 0.6, 0.63))  # Automatic margins would take longer than drawing.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     figure.colorbar(image, cax=figure.add_axes((0.88, 0.3, 0.03, 0.63)), label="share of the true class")
     step = -(-K // MAX_TICKS)
     ticks = list(range(0, K, step))
     labels = [plain(names[i], LONGEST_LABEL) for i in ticks]
-    width = 0.6 * 7.0 * _POINTS / K  # of a cell, in points
+    width = 0.6 * 7.0 * _POINTS_PER_INCH / K  # of a cell, in points
     font = max(MIN_FONT, min(9.0, 0.8 * width * step))
-    upright = max(map(len, labels)) * 0.6 * font > width * step
-    axes.set_xticks(ticks, labels, rotation=90 if upright else 0, fontsize=font)
+    is_vertical = max(map(len, labels)) * 0.6 * font > width * step
+    axes.set_xticks(ticks, labels, rotation=90 if is_vertical else 0, fontsize=font)
     axes.set_yticks(ticks, labels, fontsize=font)
     axes.set(xlabel="predicted", ylabel="true", title=plain(title))
     digits = len(str(int(counts.max(initial=0))))
@@ -85,7 +93,7 @@ def confusion_figure(counts: NDArray[Any], names: Sequence[str], title: str) -> 
 
 
 def confusion_image(counts: NDArray[Any], names: Sequence[str], title: str) -> NDArray[np.uint8]:
-    """A confusion matrix as pixels (600, 700, 3); see :func:`confusion_figure`."""
+    """Return a confusion matrix as pixels (600, 700, 3), from 0 to 255; see :func:`confusion_figure`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with drawing():
@@ -95,7 +103,7 @@ def confusion_image(counts: NDArray[Any], names: Sequence[str], title: str) -> N
 
 
 def png(picture: NDArray[Any]) -> bytes:
-    """A picture (H, W, 3), from 0 to 255, as a PNG file."""
+    """Return a picture (H, W, 3), from 0 to 255, in PNG format."""
     from matplotlib.image import imsave
 
     file = io.BytesIO()

@@ -1,15 +1,15 @@
-"""Classes by import path: what a checkpoint may name. Looking a class up never imports anything."""
+"""Registry of classes by import path, for the classes that checkpoints name. A lookup never imports a module."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, Self
 
-_PACKAGES = ("gpt2_pl.tasks", "gpt2_pl.surgery")  # their classes are named by the package, not by the file
+_PACKAGES = ("gpt2_pl.tasks", "gpt2_pl.surgery")  # Their classes are named by the package, not by the file.
 
 
 def class_path(cls: type) -> str:
-    """Return the path that checkpoints and configurations name a class by, such as ``gpt2_pl.tasks.LanguageModel``."""
+    """Return the name of a class in checkpoints and configurations, such as ``gpt2_pl.tasks.LanguageModel``."""
     for package in _PACKAGES:
         if cls.__module__.startswith(f"{package}.") and getattr(sys.modules.get(package), cls.__name__, None) is cls:
             return f"{package}.{cls.__name__}"
@@ -17,9 +17,9 @@ def class_path(cls: type) -> str:
 
 
 class Registered:
-    """Mixin whose direct subclasses (the roots) know all classes derived from them that have been imported."""
+    """Mixin that registers subclasses: each direct subclass (a root) keeps all imported classes derived from it."""
 
-    # Without annotations: jsonargparse does not check the arguments of a dataclass with a ClassVar among its bases.
+    # No annotations: jsonargparse does not check the arguments of a dataclass that has a ClassVar in a base class.
     _classes = dict[str, type[Any]]()
     is_root = True
 
@@ -33,10 +33,10 @@ class Registered:
 
     @classmethod
     def find(cls, path: object) -> type[Self] | None:
-        """Return the class that ``path`` names: any derived one if called on a root, else this class itself.
+        """Return the class with the given path: any derived class if called on a root, otherwise only this class.
 
         Returns:
-            None if no such class has been imported.
+            The class, or None if no class with this path has been imported.
         """
         candidates = cls._classes.values() if cls.is_root else (cls,)
-        return next((one for one in candidates if class_path(one) == path), None)
+        return next((candidate for candidate in candidates if class_path(candidate) == path), None)

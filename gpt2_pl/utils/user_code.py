@@ -1,4 +1,4 @@
-"""Exceptions in code of the user's own: in which file and line, and in a method of which object."""
+"""Location of exceptions in user code: the file, the line and the object."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gpt2_pl.errors import InputError, RunError, causes
 
-PACKAGES: set[str] = set()  # top-level names of the modules that were imported because the user names them
+PACKAGES: set[str] = set()  # top-level names of the modules that were imported at the user's request
 
 _LIBRARY = {"gpt2_pl", "cli"}
 _DEPENDENCIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "tokenizers", "datasets"}
@@ -18,11 +18,11 @@ _STDLIB = sysconfig.get_path("stdlib")
 
 
 class Fault(NamedTuple):
-    """An exception in code of the user's own.
+    """Exception in user code.
 
     Attributes:
         text: ``FILE, line N: TYPE: MESSAGE``.
-        objects: those whose methods were running in code of the user's own, innermost first.
+        objects: the objects whose methods were running in user code, innermost first.
     """
 
     text: str
@@ -30,7 +30,10 @@ class Fault(NamedTuple):
 
 
 def is_installed(frame: FrameType) -> bool:
-    """Whether code is Python's or an installed package's, neither this library's nor one that the user names."""
+    """Return whether a frame runs code of Python or of an installed package.
+
+    This library and packages that were imported at the user's request do not count as installed.
+    """
     package = _package(frame)
     if package in _LIBRARY or package in PACKAGES - _DEPENDENCIES:
         return False
@@ -40,30 +43,31 @@ def is_installed(frame: FrameType) -> bool:
 
 
 def find_fault(error: BaseException) -> Fault | None:
-    """Find the line of the user's own code in which an exception was raised, or that called the package that did.
+    """Find the innermost line of user code in the traceback of an exception or of one of its causes.
 
     Args:
-        error: an exception, or one that was raised from it.
+        error: the exception.
 
     Returns:
-        The fault; None if the exception comes from this library, from no code of the user's own, or is one whose
-        message is complete as it is (:class:`InputError` and :class:`RunError`).
+        The fault, or None if no user code is involved, if the exception was raised by this library, or if it is an
+        :class:`InputError` or a :class:`RunError`, whose message is complete.
     """
     if any(isinstance(cause, InputError | RunError) for cause in causes(error)):
         return None
     for cause in causes(error):
         if isinstance(cause, SyntaxError) and cause.filename:
             continue
-        called = [(frame, line) for frame, line in traceback.walk_tb(cause.__traceback__) if not is_installed(frame)]
-        if called and _package(called[-1][0]) not in _LIBRARY:
-            own = [frame for frame, _ in reversed(called) if _package(frame) not in _LIBRARY]
-            frame, line = called[-1]
-            return Fault(located(cause, frame.f_code.co_filename, line), [*filter(_is_object, map(_receiver, own))])
+        calls = [(frame, line) for frame, line in traceback.walk_tb(cause.__traceback__) if not is_installed(frame)]
+        if calls and _package(calls[-1][0]) not in _LIBRARY:
+            user_frames = [frame for frame, _ in reversed(calls) if _package(frame) not in _LIBRARY]
+            objects = [*filter(_is_user_object, map(_first_argument, user_frames))]
+            frame, line = calls[-1]
+            return Fault(located(cause, frame.f_code.co_filename, line), objects)
     return None
 
 
 def located(error: BaseException, file: str, line: int | None) -> str:
-    """Describe an exception as ``FILE, line N: TYPE: MESSAGE``, in one line."""
+    """Format an exception as ``FILE, line N: TYPE: MESSAGE``, in one line."""
     return f"{file}, line {line}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -71,13 +75,13 @@ def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _receiver(frame: FrameType) -> Any:
-    """The first argument of the function that a frame runs, which is the object for a method; None without one."""
+def _first_argument(frame: FrameType) -> Any:
+    """Return the first argument of a frame's function (``self`` in a method), or None if it has no arguments."""
     code = frame.f_code
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
-def _is_object(value: Any) -> bool:
-    """Whether a value is an instance of a class that is neither Python's nor a dependency's."""
+def _is_user_object(value: Any) -> bool:
+    """Return whether a value is an instance of a class that belongs to neither Python, a dependency nor gpt2_pl."""
     package = type(value).__module__.partition(".")[0]
     return package not in ("builtins", *_DEPENDENCIES) and package not in _LIBRARY

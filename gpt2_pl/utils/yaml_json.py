@@ -1,18 +1,18 @@
-"""Bounded reading of JSON and YAML files that may come from anybody: size, nesting and aliases are limited first."""
+"""Safe reading of untrusted JSON and YAML files: size, nesting and aliases are limited."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_pl.errors import InputError
 
 MAX_JSON = 2**24  # bytes of a file
-MAX_YAML = 2**20  # bytes of a file; twice as many characters with all aliases written out
-MAX_DEPTH = 100  # of lists and mappings in one another
-_LONGEST_NUMBER = 1000  # characters; YAML's base-60 integers take quadratic time
+MAX_YAML = 2**20  # bytes of a file; twice as many characters with all aliases expanded
+MAX_DEPTH = 100  # nested lists and mappings
+_MAX_NUMBER_LENGTH = 1000  # characters; parsing YAML's base-60 integers takes quadratic time
 _NUMBER = re.compile(r"[-+0-9._:]+")
 
 
@@ -20,11 +20,11 @@ def read_text(file: Path, limit: int) -> str:
     """Read a UTF-8 text file of at most ``limit`` bytes.
 
     Raises:
-        InputError: no such file, a larger one, or one that is not UTF-8.
+        InputError: a file that does not exist, is larger, or is not UTF-8.
     """
     try:
-        with file.open("rb") as opened:
-            content = opened.read(limit + 1)
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
         if len(content) > limit:
             raise InputError(f"{file} is larger than {limit:,} bytes")
         return content.decode("utf-8")
@@ -35,7 +35,7 @@ def read_text(file: Path, limit: int) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file of at most ``MAX_JSON`` bytes whose values are at most ``MAX_DEPTH`` deep.
+    """Read a JSON file of at most ``MAX_JSON`` bytes and at most ``MAX_DEPTH`` levels of nesting.
 
     Raises:
         InputError: naming the file.
@@ -57,7 +57,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_yaml(file: Path) -> Any:
-    """Read a YAML file within the limits of :func:`check_yaml`, as plain values; see :func:`load_yaml`.
+    """Read a YAML file as plain values, within the limits of :func:`check_yaml`.
 
     Raises:
         InputError: naming the file.
@@ -66,11 +66,11 @@ def read_yaml(file: Path) -> Any:
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Plain values from YAML text within the limits of :func:`check_yaml`.
+    """Parse YAML text to plain values, within the limits of :func:`check_yaml`.
 
     Args:
         text: YAML.
-        name: of its source, for error messages.
+        name: the source of the text, for error messages.
 
     Raises:
         InputError: text that is not YAML or exceeds a limit.
@@ -83,30 +83,34 @@ def load_yaml(text: str, name: str) -> Any:
         return yaml.load(text, Loader=loader)
     except InputError:
         raise
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # also of dates and numbers out of range
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+    ) as error:  # The last two are raised for dates and numbers out of range.
         raise InputError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 class DuplicateKeyError(InputError):
-    """A mapping has a key twice."""
+    """A mapping has a duplicate key."""
 
 
-class _Keys:
-    """The keys of a mapping that is being read event by event."""
+class _MappingKeys:
+    """Keys of a mapping that is read event by event."""
 
     def __init__(self) -> None:
         self.lines: dict[tuple[str, str], int] = {}
-        self.is_next = True  # keys and values take turns
+        self.is_key_next = True  # Keys and values alternate.
 
     def add(self, event: Any, name: str, resolver: Any) -> None:
-        """Note the event that begins a key or a value.
+        """Record the event that starts a key or a value.
 
         Raises:
-            DuplicateKeyError: the mapping has this key already.
+            DuplicateKeyError: the mapping already has this key.
         """
         import yaml
 
-        is_key, self.is_next = self.is_next, not self.is_next
+        is_key, self.is_key_next = self.is_key_next, not self.is_key_next
         if not is_key or not isinstance(event, yaml.ScalarEvent) or event.value == "<<":
             return
         tag = event.tag if event.tag not in (None, "!") else resolver(yaml.ScalarNode, event.value, event.implicit)
@@ -119,55 +123,102 @@ class _Keys:
         self.lines[tag, event.value] = line
 
 
+class _OpenNode(NamedTuple):
+    """List or mapping whose end has not been read yet.
+
+    Attributes:
+        anchor: its anchor, if it has one.
+        start: number of characters before it.
+        keys: the keys of a mapping; None for a list.
+    """
+
+    anchor: str | None
+    start: int
+    keys: _MappingKeys | None
+
+
+class _YamlLimits:
+    """Checks size, nesting, aliases and keys of YAML that is read event by event.
+
+    Args:
+        name: the source of the YAML, for error messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        import yaml
+
+        self.name = name
+        self.size = 0  # characters read, with all aliases expanded
+        self.anchor_sizes: dict[str, int] = {}
+        self.open_nodes: list[_OpenNode] = []
+        self._resolver = yaml.SafeLoader("").resolve
+
+    def add(self, event: Any) -> None:
+        """Read one event.
+
+        Raises:
+            InputError: the event exceeds a limit.
+        """
+        import yaml
+
+        is_value_start = isinstance(event, yaml.NodeEvent)
+        if is_value_start and self.open_nodes and (keys := self.open_nodes[-1].keys) is not None:
+            keys.add(event, self.name, self._resolver)
+        self.size += 1
+        if isinstance(event, yaml.AliasEvent):
+            self._add_alias(event)
+        elif isinstance(event, yaml.ScalarEvent):
+            self._add_scalar(event)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            self._open(event, _MappingKeys() if isinstance(event, yaml.MappingStartEvent) else None)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self._close()
+        if self.size > 2 * MAX_YAML:
+            raise InputError(f"{self.name} has more than {2 * MAX_YAML:,} characters with its aliases expanded")
+
+    def _add_alias(self, event: Any) -> None:
+        if any(event.anchor == node.anchor for node in self.open_nodes):
+            raise InputError(f"{self.name}: the alias *{event.anchor} is recursive")
+        self.size += self.anchor_sizes.get(str(event.anchor), 0)
+
+    def _add_scalar(self, event: Any) -> None:
+        size = len(event.value)
+        if size > _MAX_NUMBER_LENGTH and _NUMBER.fullmatch(event.value):
+            raise InputError(f"{self.name}: a number must have at most {_MAX_NUMBER_LENGTH} characters, got {size:,}")
+        self.size += size
+        if event.anchor is not None:
+            self.anchor_sizes[event.anchor] = size
+
+    def _open(self, event: Any, keys: _MappingKeys | None) -> None:
+        self.open_nodes.append(_OpenNode(event.anchor, self.size, keys))
+        if len(self.open_nodes) > MAX_DEPTH:
+            raise InputError(f"{self.name}: its lists and mappings are nested more than {MAX_DEPTH} deep")
+
+    def _close(self) -> None:
+        node = self.open_nodes.pop()
+        if node.anchor is not None:
+            self.anchor_sizes[node.anchor] = self.size - node.start
+
+
 def check_yaml(text: str, name: str) -> None:
     """Refuse YAML that takes much memory or time: it is read event by event, before any value is built.
 
-    Aliases count as what they stand for, so that nine lists of nine aliases of one another are not nine lines but 9^9
-    values. Deep nesting would overflow the C stack of the parser.
+    The size counts every alias as the value that it refers to: nine nested lists of nine aliases each would otherwise
+    be nine short lines that expand to 9^9 values. Deep nesting is refused because it would overflow the C stack of the
+    parser.
 
     Args:
         text: YAML.
-        name: of its source, for error messages.
+        name: the source of the text, for error messages.
 
     Raises:
-        InputError: text that is too large or too deep, has an alias within what it stands for, or a key twice in one
-            mapping.
+        InputError: text that is too large or nested too deep, a recursive alias, or a duplicate key in a mapping.
         yaml.YAMLError: text that is not YAML.
     """
     import yaml
 
     if len(text) > MAX_YAML:
         raise InputError(f"{name} has more than {MAX_YAML:,} characters")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    sizes: dict[str, int] = {}  # of what anchors name, in characters
-    # of every list and mapping being read: anchor, size before it, and a mapping's keys
-    open_nodes: list[tuple[str | None, int, _Keys | None]] = []
-    resolver = yaml.SafeLoader("").resolve
-    total = 0
-    for event in yaml.parse(text, Loader=loader):
-        begins = isinstance(event, yaml.NodeEvent)  # a value, whatever its kind
-        if begins and open_nodes and (keys := open_nodes[-1][2]) is not None:
-            keys.add(event, name, resolver)
-        anchor = getattr(event, "anchor", None)
-        total += 1
-        if isinstance(event, yaml.AliasEvent):
-            if any(anchor == outer for outer, *_ in open_nodes):
-                raise InputError(f"{name}: the alias *{anchor} lies within what it stands for")
-            total += sizes.get(str(anchor), 0)
-        elif isinstance(event, yaml.ScalarEvent):
-            size = len(event.value)
-            if size > _LONGEST_NUMBER and _NUMBER.fullmatch(event.value):
-                raise InputError(f"{name}: a number has {size:,} characters; it has at most {_LONGEST_NUMBER}")
-            total += size
-            if anchor is not None:
-                sizes[anchor] = size
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((anchor, total, _Keys() if isinstance(event, yaml.MappingStartEvent) else None))
-            if len(open_nodes) > MAX_DEPTH:
-                raise InputError(f"{name}: its keys and lists are nested more than {MAX_DEPTH} deep")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before, _ = open_nodes.pop()
-            if anchor is not None:
-                sizes[anchor] = total - before
-        if total > 2 * MAX_YAML:
-            raise InputError(f"{name} has more than {2 * MAX_YAML:,} characters with its aliases written out")
+    limits = _YamlLimits(name)
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        limits.add(event)

@@ -139,7 +139,7 @@ tasks:
         (FILE.replace("full: {", "full: {overrides: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
         (FILE.replace("full: {", "full: {overrides: {data.n_train: !!binary aaaa}, "), "overrides.data.n_train is"),
         (FILE.replace("full: {", 'full: {overrides: {data.n_train: "\\ud800"}, '), "is not YAML"),
-        (FILE.replace("full: {", "full: {overrides: &a {data.n_train: *a}, "), "*a lies within what it stands for"),
+        (FILE.replace("full: {", "full: {overrides: &a {data.n_train: *a}, "), "*a is recursive"),
         (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
         (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
         (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),

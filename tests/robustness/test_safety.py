@@ -159,7 +159,7 @@ LEGACY = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}  # where 
         ({"hyper_parameters": {**STORED, "_class_path": "subprocess.Popen"}}, "_class_path"),
         ({"hyper_parameters": {**STORED, "class_path": "os.system"}}, "class_path"),
         ({"hyper_parameters": {**STORED, "unknown": 1}}, "unknown"),
-        ({"hyper_parameters": {**STORED, "config": {"class_path": "this.X"}}}, "config.class_path is not a key"),
+        ({"hyper_parameters": {**STORED, "config": {"class_path": "this.X"}}}, "unknown key hyper_parameters.config"),
         ({"hyper_parameters": {**STORED, "config": {"n_embd": {"class_path": "this.X"}}}}, "this.X"),
         ({"hyper_parameters": {**STORED, "surgery": [LORA]}}, "rank"),
         ({"hparams": {**LEGACY, "optimizer": "this.s"}}, "hparams"),
@@ -229,14 +229,14 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
     [
         ({"surgery": 3}, "surgery must be a list, got 3"),
         ({"hyper_parameters": {**STORED, "surgery": 3}}, "hyper_parameters.surgery must be a list, got 3"),
-        ({"callbacks": [1]}, "callbacks must be keys and values, got [1]"),
+        ({"callbacks": [1]}, "callbacks must be a mapping, got [1]"),
         ({"callbacks": {3: {}}}, "a key of callbacks must be text, got 3"),
-        ({"callbacks": {"Own": 3}}, "callbacks.Own must be keys and values, got 3"),
+        ({"callbacks": {"Own": 3}}, "callbacks.Own must be a mapping, got 3"),
         ({"state_dict": {"a": 3}}, "state_dict.a must be a tensor, got 3"),
         ({"state_dict": {3: torch.ones(1)}}, "a key of state_dict must be text, got 3"),
         ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "sparse_coo whose memory"),
         ({"base": {"path": 3}}, "base.path must be text, got 3"),
-        ({"prompt_spec": 3}, "prompt_spec must be keys and values, got 3"),
+        ({"prompt_spec": 3}, "prompt_spec must be a mapping, got 3"),
         ({"prompt_spec": {**WORDING, "labels": ["a", 3]}}, "prompt_spec.labels[1] must be text, got 3"),
         ({"prompt_spec": {**WORDING, "labels": ["a", "\ud800"]}}, "labels[1] must be text without halves"),
         ({"prompt_spec": {**WORDING, "template": "\udfff{sentence}"}},
@@ -244,21 +244,21 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"prompt_spec": {**WORDING, "columns": {"sentence": [3]}}},
          "prompt_spec.columns.sentence[0] must be text, got 3"),
         ({"callbacks": {OF_BEST: {**BEST, "best_model_path": 3}}}, "best_model_path must be text, got 3"),
-        ({"callbacks": {OF_BEST: {**BEST, "best_k_models": [1]}}}, "best_k_models must be keys and values, got [1]"),
+        ({"callbacks": {OF_BEST: {**BEST, "best_k_models": [1]}}}, "best_k_models must be a mapping, got [1]"),
         ({"callbacks": {OF_BEST: {**BEST, "kth_value": torch.ones(2)}}}, "kth_value must be a number, got a tensor"),
-        ({"callbacks": {"RunSummary": 3}}, "callbacks.RunSummary must be keys and values, got 3"),
+        ({"callbacks": {"RunSummary": 3}}, "callbacks.RunSummary must be a mapping, got 3"),
         ({"callbacks": {"RunSummary": {"epochs": 3}}}, "RunSummary.epochs must be a list, got 3"),
         ({"callbacks": {"RunSummary": {"epochs": [{"val/accuracy": 0.5}]}}}, "epochs[0] must be scores of an"),
         ({"callbacks": {"RunSummary": {"epochs": [{"epoch": 1, "val/a": "x"}]}}}, "epochs[0].val/a must be a number"),
-        ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] must be keys and values, got 3"),
+        ({"callbacks": {"RunSummary": {**EPOCHS, "layers": [3]}}}, "layers[0] must be a mapping, got 3"),
         ({"callbacks": {"Throughput": {"seconds": "x"}}}, "seconds must be a number, got 'x'"),
         ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "PredictionWriter.best must be a number, got 'x'"),
         ({"callbacks": {"NonFiniteLossGuard": {"skipped": "x"}}},
          "NonFiniteLossGuard.skipped must be a whole number, got 'x'"),
         ({"callbacks": {"ResumableEarlyStopping{'monitor'}": {"wait_count": 1}}}, "stopped_epoch is missing"),
-        ({"loops": 3}, "loops must be keys and values, got 3"),
+        ({"loops": 3}, "loops must be a mapping, got 3"),
         ({"loops": {}}, "loops.fit_loop is missing"),
-        ({"loops": {"fit_loop": 3}}, "loops.fit_loop must be keys and values, got 3"),
+        ({"loops": {"fit_loop": 3}}, "loops.fit_loop must be a mapping, got 3"),
         ({"loops": {"fit_loop": {}}}, "loops.fit_loop.epoch_progress is missing"),
         ({"optimizer_states": 3}, "optimizer_states must be a list, got 3"),
         ({"optimizer_states": []}, "optimizer_states must be at least 1 values, got []"),
@@ -487,7 +487,7 @@ LAUGHS = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n"
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("config.yaml", LAUGHS, "aliases written out"),
+        ("config.yaml", LAUGHS, "aliases expanded"),
         ("config.yaml", f"name: {HUGE}\n", "is larger than"),
         ("config.yaml", f"model: {{? {'k' * 10**5} : {list(range(10**5))}}}", "has more than 1000"),
         ("config.yaml", f"name: {'-1' * 10**5}x\n", None),
@@ -498,7 +498,7 @@ LAUGHS = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n"
         ("metrics.json", json.dumps({"task": HUGE}), "task must be text of at most 300 characters"),
         ("metrics.json", json.dumps({"scores": {HUGE: 1.0}}), "must be text of at most 300 characters"),
         ("metrics.json", json.dumps({"scores": {f"val/{i}": 1.0 for i in range(10**5)}}), "at most 1000 values"),
-        ("metrics.json", json.dumps({"epochs": ["x"] * 10**5}), "epochs[0] must be keys and values"),
+        ("metrics.json", json.dumps({"epochs": ["x"] * 10**5}), "epochs[0] must be a mapping"),
         ("metrics.json", json.dumps({"configs": [f"configs/strategy/{HUGE}.yaml"]}), "configs[0] must be text of at"),
         ("metrics.json", "[" * 10**6, "nested more than"),
         ("metrics.json", " " * 2**25, "is larger than"),
@@ -533,7 +533,7 @@ def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
         (folder / "config.yaml").write_text("model: {a: [[{1: 2, b: 3}]]}\n")
     elif what == "yaml":
         (folder / "config.yaml").write_text('name: "\\ud800"\n')
-    words = {"task": "task must be", "config": "configs[0] must be", "alias": "lies within"}.get(what, "config.yaml")
+    words = {"task": "task must be", "config": "configs[0] must be", "alias": "is recursive"}.get(what, "config.yaml")
     assert words in refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
     assert not (tmp_path / "report").exists()
 

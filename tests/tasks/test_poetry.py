@@ -24,7 +24,7 @@ from gpt2_pl.tasks.poetry import poem_scores
 from gpt2_pl.text import metrics as scores
 from gpt2_pl.text.poems import RHYMES, LineLengthProcessor, Poem, rhyme, rhyme_share, split_lines
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt2_pl.utils.schema import check_metrics
+from gpt2_pl.utils.run_schema import check_metrics
 
 CONFIG = ROOT / "configs"
 LONG = "--data.max_length=600"

@@ -190,8 +190,8 @@ HOSTILE = {
     "extra state": (state("momentum_buffer", lambda _: torch.zeros(1)), f"the keys of {OF}.state[0] must be"),
     "unknown parameter": (at("optimizer_states/0/state/999", {}), "the number of one of 30 parameters, got 999"),
     "text parameter": (at("optimizer_states/0/state/x", {}), "the number of one of 30 parameters, got 'x'"),
-    "state is a list": (at("optimizer_states/0/state", []), f"{OF}.state must be keys and values, got []"),
-    "state of a list": (at("optimizer_states/0/state/0", [1]), f"{OF}.state[0] must be keys and values, got [1]"),
+    "state is a list": (at("optimizer_states/0/state", []), f"{OF}.state must be a mapping, got []"),
+    "state of a list": (at("optimizer_states/0/state/0", [1]), f"{OF}.state[0] must be a mapping, got [1]"),
     "cycle": (cycle, "exp_avg must be a tensor or a number"),
     "deep": (state("exp_avg", deep), "exp_avg must be a tensor or a number"),
     # groups
@@ -217,7 +217,7 @@ HOSTILE = {
     "params of text": (group(params="ab"), "param_groups[0].params must be [0]"),
     "no params": (without("optimizer_states/0/param_groups/0/params"), "param_groups[0].params must be [0]"),
     "fewer groups": (without("optimizer_states/0/param_groups/0"), "param_groups must be a list of"),
-    "group of text": (at("optimizer_states/0/param_groups/0", "x"), "param_groups[0] must be keys and values, got 'x'"),
+    "group of text": (at("optimizer_states/0/param_groups/0", "x"), "param_groups[0] must be a mapping, got 'x'"),
     "another part": (at("optimizer_states/0/evil", 1), f"a key of {OF} must be state or param_groups, got 'evil'"),
     "two optimizers": (lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "must be a list of 1, as"),
     # schedulers
@@ -233,9 +233,9 @@ HOSTILE = {
                      "lr_schedulers[0].base_lrs[0] must be a finite number"),
     "lambdas": (lambda c: scheduler(lr_lambdas=[3] * len(c["lr_schedulers"][0]["base_lrs"]))(c),
                 "lr_schedulers[0].lr_lambdas[0] must be None"),
-    "scheduler of text": (at("lr_schedulers/0", "x"), "lr_schedulers[0] must be keys and values, got 'x'"),
+    "scheduler of text": (at("lr_schedulers/0", "x"), "lr_schedulers[0] must be a mapping, got 'x'"),
     # loops
-    "no loops": (at("loops", {}), "loops.fit_loop must be keys and values"),
+    "no loops": (at("loops", {}), "loops.fit_loop must be a mapping"),
     "epoch of text": (loop("epoch_progress/current/completed", "x"), "current.completed must be a number, got 'x'"),
     "half an epoch": (loop("epoch_progress/current/completed", 0.5), "current.completed must be a whole number"),
     "negative batch": (loop("epoch_loop.batch_progress/current/ready", -1), "loops.fit_loop.epoch_loop.batch_progress"),
@@ -249,7 +249,7 @@ HOSTILE = {
     "is_last_batch": (loop("epoch_loop.batch_progress/is_last_batch", 3), "is_last_batch must be true or false"),
     "no progress": (without("loops/fit_loop/epoch_progress"), "loops.fit_loop.epoch_progress is missing"),
     "no total": (without("loops/fit_loop/epoch_progress/total"), "epoch_progress.total is missing"),
-    "progress of text": (loop("epoch_loop.scheduler_progress", "x"), "scheduler_progress must be keys and values"),
+    "progress of text": (loop("epoch_loop.scheduler_progress", "x"), "scheduler_progress must be a mapping"),
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class SweepRun:
         file = self.folder / "metrics.json"
         if not file.is_file():
             return {}
-        from gpt2_pl.utils.schema import check_metrics
+        from gpt2_pl.utils.run_schema import check_metrics
 
         with self._hint():
             return check_metrics(read_json(file), str(file))
@@ -86,7 +86,8 @@ class SweepRun:
         file = self.folder / "sweep.json"
         if not file.is_file():
             raise InputError(f"{self.folder} is not a run of this sweep; give the sweep another name")
-        from gpt2_pl.utils.schema import SweepRecord, validate
+        from gpt2_pl.utils.run_schema import SweepRecord
+        from gpt2_pl.utils.schema import validate
 
         with self._hint():
             return validate(SweepRecord, read_json(file), str(file)).model_dump()

@@ -1,0 +1,130 @@
+"""Schemas of Hugging Face files: adapter_config.json of peft, config.json and the weight index of a GPT-2.
+
+Keys that do not change the computation are accepted with any value. Import this module where a file is read; see
+:mod:`gpt2_pl.utils.schema`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from gpt2_pl.errors import InputError, printable, shorten
+from gpt2_pl.utils.schema import Rate, Schema, Size, Text, expect, validate
+
+
+def _fixed(*allowed: Any) -> Any:
+    """Return the type of a key that supports a few values only; messages show the first of them.
+
+    Values are compared with their types: 1 is not True.
+    """
+    typed = [(type(value), value) for value in allowed]
+    expected = f"{allowed[0]!r} (nothing else is computed here)"
+    return Annotated[Any, expect(lambda value: (type(value), value) in typed, expected)]
+
+
+def _is_simple_pattern(pattern: str) -> bool:
+    """Return whether a text is a regular expression without repeated groups, which matches in little time."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(re.findall(r"[*+{]", pattern)) <= 4 and not re.search(r"\)\s*[*+{]", pattern)
+
+
+_Alpha = Annotated[float, Field(ge=-1e9, le=1e9)]
+_Pattern = Annotated[
+    str, Field(max_length=200), expect(_is_simple_pattern, "a regular expression without repeated groups")
+]
+
+
+class AdapterConfig(Schema):
+    """The adapter_config.json of ``peft``; unknown keys of later versions must be null, false or empty."""
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: Literal["LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
+    r: Size | None = None
+    rank_pattern: dict[Text, Size] | None = None
+    lora_alpha: _Alpha = 8
+    alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    lora_dropout: Rate | None = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    bias: _fixed("none") = "none"  # type: ignore[valid-type]
+    lora_bias: _fixed(False, None) = None  # type: ignore[valid-type]
+    layer_replication: _fixed(None, []) = None  # type: ignore[valid-type]
+    target_parameters: _fixed(None, []) = None  # type: ignore[valid-type]
+    trainable_token_indices: _fixed(None, []) = None  # type: ignore[valid-type]
+    alora_invocation_tokens: _fixed(None, []) = None  # type: ignore[valid-type]
+    use_qalora: _fixed(False, None) = None  # type: ignore[valid-type]
+    use_bdlora: _fixed(None, False) = None  # type: ignore[valid-type]
+    arrow_config: _fixed(None) = None  # type: ignore[valid-type]
+    num_transformer_submodules: _fixed(1, None) = None  # type: ignore[valid-type]
+    # The other methods (PiSSA, OLoRA, CorDA, LoftQ ...) change the weights of the base.
+    init_lora_weights: _fixed(True, False, None, "gaussian", "eva", "orthogonal") = True  # type: ignore[valid-type]
+
+
+_IGNORED_KEYS = {  # keys of peft with any value: they have no effect, or their effect is stored in the tensors
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("encoder_hidden_size", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save"),
+    *("num_attention_heads", "num_layers", "num_virtual_tokens", "peft_version", "prefix_projection"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "revision", "target_modules", "task_type"),
+    *("token_dim", "tokenizer_kwargs", "tokenizer_name_or_path"),
+}
+
+
+def check_adapter(content: Any, where: str) -> AdapterConfig:
+    """Check the content of an adapter_config.json.
+
+    Args:
+        content: the content of the file.
+        where: the path of the file; messages start with it.
+
+    Returns:
+        The content as an :class:`AdapterConfig`.
+
+    Raises:
+        InputError: naming the invalid key. A key that is unknown here must be null, false or empty.
+    """
+    config = validate(AdapterConfig, content, where)
+    for key, value in (config.model_extra or {}).items():
+        if key not in _IGNORED_KEYS and value not in (None, False, [], {}):
+            raise InputError(
+                f"{where}: {printable(key[:80])} must be null, because it is not supported here, got {shorten(value)}"
+            )
+    return config
+
+
+class PretrainedConfig(Schema):
+    """The config.json of a GPT-2 in Hugging Face's format; its other keys do not affect the model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: _fixed("gpt2") = "gpt2"  # type: ignore[valid-type]
+    activation_function: _fixed("gelu_new", "gelu_pytorch_tanh") = "gelu_new"  # type: ignore[valid-type]
+    layer_norm_epsilon: _fixed(1e-5) = 1e-5  # type: ignore[valid-type]
+    tie_word_embeddings: _fixed(True) = True  # type: ignore[valid-type]
+    scale_attn_weights: _fixed(True) = True  # type: ignore[valid-type]
+    scale_attn_by_inverse_layer_idx: _fixed(False) = False  # type: ignore[valid-type]
+    add_cross_attention: _fixed(False) = False  # type: ignore[valid-type]
+    vocab_size: Size = 50257
+    n_positions: Size = 1024
+    n_embd: Size = 768
+    n_layer: Size = 12
+    n_head: Size = 12
+    n_inner: int | None = None
+    resid_pdrop: Rate = 0.1
+    embd_pdrop: Rate = 0.1
+    attn_pdrop: Rate = 0.1
+
+
+class ShardIndex(Schema):
+    """The model.safetensors.index.json of weights that are stored in several files."""
+
+    model_config = ConfigDict(extra="allow")
+
+    weight_map: dict[Text, Annotated[str, Field(max_length=255)]]

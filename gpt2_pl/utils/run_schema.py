@@ -1,0 +1,148 @@
+"""Schemas of the files of a run: metrics.json and sweep.json.
+
+Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.utils.schema import (
+    VISIBLE,
+    Count,
+    EpochScores,
+    Figure,
+    Name,
+    Schema,
+    Scores,
+    Text,
+    expect,
+    is_text,
+    validate,
+)
+
+
+def _is_file_or_files(value: Any) -> bool:
+    """Return whether a value is None, the path of a file, or a list of paths."""
+    return value is None or is_text(value) or (isinstance(value, list) and all(map(is_text, value)))
+
+
+_FILES = expect(_is_file_or_files, "a file or a list of files")
+
+
+class Layer(Schema):
+    """Number of parameters, number of trainable parameters and peak learning rates of a layer."""
+
+    layer: Name
+    parameters: Count
+    trainable: Count
+    peak_rates: list[Figure] = []
+
+
+class Parameters(Schema):
+    """Numbers of parameters of a model."""
+
+    trainable: Count | None = None
+    total: Count | None = None
+    layers: list[Layer] = []
+
+
+class Base(Schema):
+    """Pretrained base of a run, its origin and the time that its pretraining took."""
+
+    path: Text | None = None
+    digest: Name | None = None
+    origin: Name | None = None
+    recipe: Text | None = None
+    seconds: Figure | None = None
+    cpu_seconds: Figure | None = None
+
+
+class DataDescription(Schema):
+    """Description of a datamodule; a user's datamodule may add keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    class_name: Name | None = Field(None, alias="class")
+    files: dict[Name, Annotated[Any, _FILES]] | None = None
+    hub_id: Text | None = None
+    rows: dict[Name, Count | None] | None = None
+    labels: list[Text] | None = None
+
+
+class MetricDescription(Schema):
+    """Direction and display of a metric; see :class:`gpt2_pl.metrics.MetricInfo`."""
+
+    higher_is_better: bool | None = None
+    percent: bool = False
+    shown: bool = False
+
+
+class Metrics(Schema):
+    """Record of a run, metrics.json."""
+
+    status: Name | None = None
+    task: Name | None = None
+    configs: list[Annotated[Text, VISIBLE]] | None = None
+    monitor: Name | None = None
+    mode: Literal["min", "max"] | None = None
+    primary: Name | None = None
+    metrics: dict[Name, MetricDescription] | None = None
+    scores: Scores | None = None
+    score_signatures: dict[Name, Name] | None = None
+    epochs: Annotated[list[EpochScores], Field(max_length=100_000)] | None = None
+    parameters: Parameters | None = None
+    seconds: Figure | None = None
+    cpu_seconds: Figure | None = None
+    examples_per_second: Figure | None = None
+    tokens_per_second: Figure | None = None
+    training_flops: Figure | None = None
+    mfu: Figure | None = None
+    peak_memory_bytes: Count | None = None
+    checkpoint_bytes: Count | None = None
+    threads: Count | None = None
+    steps: Count | None = None
+    skipped_steps: Count | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    processes: Count | None = None
+    precision: Name | None = None
+    device: Name | None = None
+    base: Base | None = None
+    data: DataDescription | None = None
+    versions: dict[Name, Name] | None = None
+
+
+class SweepRecord(Schema):
+    """Settings with which a run of a sweep was started, sweep.json."""
+
+    files: dict[Text, Text]
+    flags: dict[Text, Text]
+    base: dict[str, Any] | None
+    threads: Count = 1
+
+
+def check_metrics(content: Any, where: str) -> dict[str, Any]:
+    """Check the content of metrics.json; a finished training run must have its scores, parameters and times.
+
+    Args:
+        content: the content of the file.
+        where: the path of the file; messages start with it.
+
+    Returns:
+        The content.
+
+    Raises:
+        InputError: naming the invalid or missing key.
+    """
+    record = validate(Metrics, content, where)
+    if record.status == "finished" and record.epochs:
+        for key in ("scores", "parameters", "seconds", "monitor"):
+            if getattr(record, key) is None:
+                raise InputError(f"{where}: {key} is missing, and the run is finished")
+        for key in ("trainable", "total"):
+            if getattr(record.parameters, key) is None:
+                raise InputError(f"{where}: parameters.{key} is missing, and the run is finished")
+    return dict(content)

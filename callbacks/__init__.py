@@ -1,4 +1,4 @@
-"""Lightning callbacks: how a model trains, what is recorded of it, and what is printed."""
+"""Lightning callbacks: checkpointing, fine-tuning schedules, progress, and the files of a run."""
 
 from gpt2_pl.callbacks.checkpointing import AtomicCheckpointIO, ResumableEarlyStopping, ResumableModelCheckpoint
 from gpt2_pl.callbacks.end_of_training import EndOfTraining

@@ -1,4 +1,4 @@
-"""What makes a run that was stopped end like one that was not: whole checkpoints, the best of them, and patience."""
+"""Checkpointing and early stopping that resume exactly."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.checkpoint import read
 
-_ROWS = ("predictions_val.csv", "losses_val.csv")  # what the best model said of every row
+_ROW_TABLES = ("predictions_val.csv", "losses_val.csv")  # outputs of the best model for every validation row
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place and renames them, without a second copy in memory.
+    """Checkpoint IO that replaces files atomically.
 
-    Lightning's own go through a temporary folder, which may lie on another disk: a process that ends while they are
-    moved leaves half of one.
+    A checkpoint is written to a temporary file in the same folder, which is then renamed, without a second copy in
+    memory. Lightning uses a temporary folder that may be on another disk: a process that is killed while the file is
+    moved leaves an incomplete checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; the file that was there stays until the new one is whole."""
+        """Write a checkpoint; an existing file is kept until the new one is complete."""
         with atomic_write(Path(path), "wb") as file:
             torch.save(checkpoint, file)
 
 
 class ResumableModelCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint from which a run ends as if it had not been stopped.
+    """ModelCheckpoint whose checkpoints resume a run exactly.
 
-    It remembers its best when the run goes on, also from another working directory or folder: Lightning forgets the
-    best score as soon as the folder is called otherwise. Among steps it saves only such as no validation follows:
-    Lightning would leave that validation out when the run goes on.
+    A resumed run keeps its best checkpoint and score, even in another working directory or folder; Lightning forgets
+    the best score if the path of the folder changes. Steps that are followed by a validation are not saved, because
+    Lightning would skip that validation in the resumed run.
 
     Args:
-        every_n_steps: save after this many optimizer steps too, besides what ModelCheckpoint does.
-        on_sigterm: save before the process ends at a SIGTERM that reaches it in training.
-        kwargs: ModelCheckpoint's.
+        every_n_steps: save every so many optimizer steps, in addition to the checkpoints of ModelCheckpoint.
+        on_sigterm: save a checkpoint when the process receives SIGTERM during training.
+        **kwargs: arguments of ModelCheckpoint.
     """
 
     def __init__(self, every_n_steps: int | None = None, on_sigterm: bool = False, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class ResumableModelCheckpoint(ModelCheckpoint):
         self.every_n_steps, self.on_sigterm = every_n_steps, on_sigterm
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the run's folder, whatever its loggers."""
+        """Set the folder of the checkpoints to that of the run, independently of the loggers."""
         if self.dirpath is None and (folder := run_folder(trainer)) is not None:
             self.dirpath = str(folder / "checkpoints")
         super().setup(trainer, pl_module, stage)
@@ -59,71 +60,79 @@ class ResumableModelCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save as often as is wanted, or because the process is asked to end."""
-        every = trainer.val_check_batch  # None where validation goes by the clock, infinite where there is none
+        """Save a checkpoint every ``every_n_steps`` optimizer steps or on SIGTERM."""
+        every = trainer.val_check_batch  # None if validation is scheduled by time, infinite without validation
         if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        wanted = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        asked = self.on_sigterm and trainer.received_sigterm
-        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if (wanted or asked) and whole_step and self._last_global_step_saved < trainer.global_step:
+        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        is_terminating = self.on_sigterm and trainer.received_sigterm
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if (is_due or is_terminating) and ends_step and self._last_global_step_saved < trainer.global_step:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of the epoch, also one that ends at a step that is saved already: it is more than the step."""
+        """Save the end of the epoch, even if its last step is already saved: the epoch's state holds more."""
         if self.every_n_steps is not None:
             self._last_global_step_saved = -1
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the folder that the checkpoint lies in, and whose it is."""
-        self._source = Path(str(trainer.ckpt_path)).parent
-        self._task = type(pl_module)
+        """Record the folder of the loaded checkpoint and the class of the module."""
+        self._source_dir = Path(str(trainer.ckpt_path)).parent
+        self._module_class = type(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best checkpoint of the run that was stopped, and copy its file where the folder is another.
+        """Restore the best checkpoint of the interrupted run, and copy its file if this run has another folder.
 
-        It is copied from the folder that this checkpoint was read from, whatever folder this checkpoint says.
+        The file is copied from the folder of the loaded checkpoint, not from the path that is stored in it.
 
         Raises:
-            InputError: the best checkpoint there is none of the same task.
+            InputError: the best checkpoint in that folder was not written by the same task.
         """
-        own = Path(str(self.dirpath), f"{self.filename}.ckpt")
+        best = Path(str(self.dirpath), f"{self.filename}.ckpt")
         state = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            state[key] = _moved(state[key], own)
-        scores = {_moved(path, own): score for path, score in state["best_k_models"].items()}
+            state[key] = _relocate(state[key], best)
+        scores = {_relocate(path, best): score for path, score in state["best_k_models"].items()}
         state["best_k_models"] = {path: score for path, score in scores.items() if path}
-        if not own.exists() and state["best_model_path"]:
-            found = self._source / own.name
-            if found.is_file():
-                if issubclass(self._task, Task):
-                    read(found, "ckpt_path", self._task)
-                own.parent.mkdir(parents=True, exist_ok=True)
-                for name in _ROWS:
-                    if (rows := self._source.parent / name).is_file() and not rows.is_symlink():
-                        shutil.copyfile(rows, own.parent.parent / name)
-                shutil.copyfile(found, own)
-        if not own.exists() or not state["best_model_path"]:
+        if not best.exists() and state["best_model_path"]:
+            self._copy_best(best)
+        if not best.exists() or not state["best_model_path"]:
             state.update(best_model_path="", best_k_models={}, best_model_score=None, kth_value=None)
             state["kth_best_model_path"] = ""
         super().load_state_dict(state)
         if self.kth_value is None:
             self.kth_value = torch.tensor(math.inf if self.mode == "min" else -math.inf)
 
+    def _copy_best(self, best: Path) -> None:
+        """Copy the best checkpoint and its tables of rows, if they exist, from the folder of the loaded checkpoint."""
+        source = self._source_dir / best.name
+        if not source.is_file():
+            return
+        if issubclass(self._module_class, Task):
+            read(source, "ckpt_path", self._module_class)
+        best.parent.mkdir(parents=True, exist_ok=True)
+        for name in _ROW_TABLES:
+            if (table := self._source_dir.parent / name).is_file() and not table.is_symlink():
+                shutil.copyfile(table, best.parent.parent / name)
+        shutil.copyfile(source, best)
 
-def _moved(path: str, own: Path) -> str:
-    """``own`` for a path of its name; nothing for any other."""
-    return str(own) if Path(path).name == own.name else ""
+
+def _relocate(path: str, best: Path) -> str:
+    """Return ``best`` if ``path`` has the same file name, otherwise an empty string."""
+    return str(best) if Path(path).name == best.name else ""
 
 
 class ResumableEarlyStopping(EarlyStopping):
-    """Early stopping that waits for the first validation, and whose patience may change when a run is resumed."""
+    """EarlyStopping that ignores a missing score, and whose patience may change when a run is resumed.
+
+    A score is missing until the first validation has run.
+    """
 
     def __init__(self, monitor: str, **kwargs: Any) -> None:
         super().__init__(monitor, strict=False, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore everything but the patience, which is a setting."""
+        """Restore everything except the patience, which is a setting."""
         super().load_state_dict({**state_dict, "patience": self.patience})

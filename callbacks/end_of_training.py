@@ -1,4 +1,4 @@
-"""How training ends: with validated weights, at a whole optimizer step, and so that it can be continued exactly."""
+"""End of training: validate the last weights, complete the optimizer step, and save a state that resumes exactly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class EndOfTraining(Callback):
     hooks of early stopping and checkpoints, unless validation is switched off or the process was asked to end
     (SIGTERM).
 
-    Lightning also counts an epoch that ends early as a whole one, so that a continued run would skip the rest of it.
-    Checkpoints hold the true position instead. A stop that is requested within a window of accumulated gradients takes
-    effect after the optimizer step, because a checkpoint does not hold gradients. Early stopping that has ended a run
-    also ends it when it is resumed.
+    Lightning also counts an epoch that ends early as complete, so that a resumed run would skip the rest of it.
+    Checkpoints hold the true position instead. A stop that is requested while gradients are accumulated takes effect
+    after the optimizer step, because a checkpoint does not hold gradients. A run that early stopping has ended stays
+    ended when it is resumed.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class EndOfTraining(Callback):
         self._stop_requested = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep a run ended that early stopping had ended."""
+        """Stop at once if early stopping had already ended the run."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in callbacks):
             trainer.should_stop = True
@@ -38,7 +38,7 @@ class EndOfTraining(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put a stop off until the accumulated gradients have been used; let the last validation score averages."""
+        """Defer a stop until the optimizer step; transfer averaged weights before the last validation."""
         if trainer.fit_loop._should_accumulate():
             self._stop_requested |= trainer.should_stop
             trainer.should_stop = False
@@ -48,7 +48,7 @@ class EndOfTraining(Callback):
             transfer_averages(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which weights were validated; put a stop off as :meth:`on_train_batch_end` does."""
+        """Record the step that was validated; defer a stop as :meth:`on_train_batch_end` does."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated_step = trainer.global_step
@@ -57,8 +57,8 @@ class EndOfTraining(Callback):
             trainer.should_stop = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate where training ends with weights that were not validated."""
-        if self._validated_step == trainer.global_step or not _ends(trainer):
+        """Validate if training ends with weights that were not validated."""
+        if self._validated_step == trainer.global_step or not _training_ends(trainer):
             return
         transfer_averages(trainer, pl_module)
         if not trainer.enable_validation:
@@ -67,7 +67,7 @@ class EndOfTraining(Callback):
             _validate(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store an epoch that ended early as one whose next batch follows, as a checkpoint within it would be."""
+        """Store the progress of an epoch that ended early as that of an unfinished epoch."""
         loop = trainer.fit_loop
         epoch: Any = loop.epoch_progress.current
         if epoch.processed != epoch.started or not _batches_remain(trainer):
@@ -83,18 +83,18 @@ class EndOfTraining(Callback):
 
 
 def _batches_remain(trainer: Trainer) -> bool:
-    """Whether the epoch has batches that were not trained on."""
+    """Return whether the epoch has batches left to train on."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return 0 < progress.current.ready < trainer.num_training_batches and not progress.is_last_batch
 
 
-def _ends(trainer: Trainer) -> bool:
-    """Whether no epoch follows; as ``trainer.fit_loop.done``, which prints and changes counters."""
+def _training_ends(trainer: Trainer) -> bool:
+    """Return whether no epoch follows. Lightning's ``trainer.fit_loop.done`` would print and change counters."""
     loop = trainer.fit_loop
-    trained: Any = loop.epoch_progress.current
+    epochs: Any = loop.epoch_progress.current
     return (
         (loop.max_steps != -1 and trainer.global_step >= loop.max_steps)
-        or (loop.max_epochs not in (None, -1) and trained.processed >= loop.max_epochs)
+        or (loop.max_epochs not in (None, -1) and epochs.processed >= loop.max_epochs)
         or (trainer.should_stop and loop._can_stop_early)
     )
 

@@ -9,10 +9,11 @@ from gpt2_pl.kernels.malloc import disable_malloc_trim
 
 
 class Environment(Callback):
-    """Set up the process for steps that take and free much memory, and restore what can be restored afterwards.
+    """Process-wide settings for training: the memory allocator and the attention backend.
 
-    glibc keeps freed memory in the process. On a GPU the cuDNN backend of attention is disabled for tasks whose batches
-    vary in length, because it compiles a plan for every new shape.
+    glibc is configured to keep freed memory in the process, because a training step allocates and frees much memory.
+    On a GPU the cuDNN backend of attention is disabled for tasks whose batches vary in length, because it compiles a
+    plan for every new shape; the backend is restored at the end.
 
     Args:
         keep_memory: whether freed memory stays in the process; this cannot be undone within the process.
@@ -32,7 +33,7 @@ class Environment(Callback):
                 self._cudnn_was_enabled = was_enabled
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the backend of attention."""
+        """Restore the attention backend."""
         if self._cudnn_was_enabled is not None:
             set_cudnn_sdp(self._cudnn_was_enabled)
             self._cudnn_was_enabled = None

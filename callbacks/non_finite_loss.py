@@ -1,4 +1,4 @@
-"""Losses that are not finite."""
+"""Detection of losses that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -17,88 +17,90 @@ from gpt2_pl.tasks.base import Task
 
 
 class NonFiniteLossGuard(Callback):
-    """Stops training at a loss that is NaN or infinite, before it reaches the weights, or leaves such batches out.
+    """Guard that stops training at a NaN or infinite loss before it changes the weights, or skips the batch.
 
-    The error names the step, the rows of the batch and the last good checkpoint. With several processes all of them
-    stop, or leave the batch out, when one of them has such a loss.
+    The error names the step, the rows of the batch and the last good checkpoint. With several processes, all of them
+    stop or skip the batch if one of them has a non-finite loss.
 
-    Where several batches make an optimizer step (``accumulate_grad_batches``), it is made with those that are left, and
-    by a :class:`~gpt2_pl.tasks.base.Task` with the mean over their rows. Where none is left, no step is made.
+    With gradient accumulation (``accumulate_grad_batches``) the optimizer step uses the remaining batches; in a
+    :class:`~gpt2_pl.tasks.base.Task` its gradient is that of the mean over their rows. If no batch remains, the weights
+    do not change.
 
     Args:
-        on_non_finite_loss: ``error``, or ``skip`` such batches; ``skipped`` counts them.
+        on_non_finite_loss: ``error`` to stop, or ``skip`` to skip the batch; ``skipped`` counts skipped batches.
 
     Raises:
-        InputError: another value.
-        RunError: in training, at such a loss.
+        InputError: another value of ``on_non_finite_loss``.
+        RunError: in training, a loss that is not finite.
     """
 
     def __init__(self, on_non_finite_loss: Literal["error", "skip"] = "error") -> None:
         if on_non_finite_loss not in ("error", "skip"):
-            raise InputError(f"on_non_finite_loss is {on_non_finite_loss!r}; it must be error or skip")
+            raise InputError(f"on_non_finite_loss must be error or skip, got {on_non_finite_loss!r}")
         self.on_non_finite_loss = on_non_finite_loss
         self.skipped = 0
         self._batch: Any = None
         self._fitting = False
-        self._good = 0  # batches of this step that are not left out
-        self._kept: dict[Tensor, Tensor] | None = None  # gradients before the backward pass of a batch to leave out
+        self._n_finite = 0  # batches of this step that are not skipped
+        self._saved_grads: dict[Tensor, Tensor] | None = None  # gradients before the backward pass of a skipped batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note whether this is training: checkpoints are also loaded to be tested."""
+        """Record whether the stage is training, because checkpoints are also loaded for evaluation."""
         self._fitting = stage == "fit"
-        self._good, self._kept = 0, None
+        self._n_finite, self._saved_grads = 0, None
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were left out."""
+        """Return the number of skipped batches."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting where a run goes on."""
+        """Restore the number of skipped batches when training resumes."""
         if self._fitting:
             self.skipped = state_dict["skipped"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch, to say of it what it is."""
+        """Keep the batch for the error message."""
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss; keep the gradients of the batches before one to leave out."""
-        good = bool(torch.isfinite(loss.detach()))
+        """Check the loss; before a batch that is skipped, save the accumulated gradients."""
+        is_finite = bool(torch.isfinite(loss.detach()))
         if trainer.world_size > 1:
-            good = trainer.strategy.reduce_boolean_decision(good, all=True)
-        if good:
-            self._good += 1
+            is_finite = trainer.strategy.reduce_boolean_decision(is_finite, all=True)
+        if is_finite:
+            self._n_finite += 1
             return
         if self.on_non_finite_loss == "error":
             raise RunError(self._format_message(trainer, loss))
         self.skipped += 1
-        self._kept = {p: p.grad.clone() for p in _parameters(trainer) if p.grad is not None}
+        self._saved_grads = {p: p.grad.clone() for p in _parameters(trainer) if p.grad is not None}
         if isinstance(pl_module, Task):
             pl_module.leave_out_batch()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the gradients after a batch to leave out."""
-        if self._kept is None:
+        """Restore the gradients after the backward pass of a skipped batch."""
+        if self._saved_grads is None:
             return
         for parameter in _parameters(trainer):
             if parameter.grad is None:
                 continue
-            if parameter not in self._kept:
+            if parameter not in self._saved_grads:
                 parameter.grad.zero_()
                 continue
-            grad = self._kept[parameter]
+            grad = self._saved_grads[parameter]
             if isinstance(trainer.strategy, DDPStrategy):
-                # This process's, unless averaged already. The backward pass of the last batch of a step averages them,
-                # and may have been this one; an average of averages is the same.
+                # The saved gradients are local to this process, unless DDP has already averaged them. DDP averages in
+                # the backward pass of the last batch of a step, which may be this one. Averaging averaged gradients
+                # again does not change them.
                 grad = trainer.strategy.reduce(grad, reduce_op="mean")
             parameter.grad.copy_(grad)
-        self._kept = None
+        self._saved_grads = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Make no step where every batch is left out: without gradients the optimizer changes nothing."""
-        if not self._good:
+        """Remove all gradients if every batch of the step was skipped: the optimizer then changes nothing."""
+        if not self._n_finite:
             optimizer.zero_grad(set_to_none=True)
-        self._good = 0
+        self._n_finite = 0
 
     def _format_message(self, trainer: Trainer, loss: Tensor) -> str:
         rows = self._batch["row"].tolist() if isinstance(self._batch, dict) and "row" in self._batch else []
@@ -108,17 +110,19 @@ class NonFiniteLossGuard(Callback):
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         folder = run_folder(trainer)
         last = None if folder is None else Path(folder, "checkpoints", "last.ckpt")
-        good = (
-            f"the last good checkpoint is {last}" if last is not None and last.is_file() else "there is no checkpoint"
-        )
+        has_checkpoint = last is not None and last.is_file()
+        checkpoint = f"the last good checkpoint is {last}" if has_checkpoint else "no checkpoint was saved"
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}"
         return (
-            f"the loss is {loss.item()} at {where}, rows {shown}; {good}; try a lower learning rate, or leave such "
-            "batches out with --on_non_finite_loss skip"
+            f"the loss is {loss.item()} at {where}, rows {shown}; {checkpoint}; try a lower learning rate, or skip "
+            "such batches with --on_non_finite_loss skip"
         )
 
 
 def _parameters(trainer: Trainer) -> list[Tensor]:
-    """The parameters of the optimizers. A sharded model's own are others while they are gathered."""
+    """Return the parameters of the optimizers.
+
+    The parameters of a sharded model are different objects while they are gathered.
+    """
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     return [parameter for group in groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Files of what a model has to say of every row."""
+"""Writing of a model's outputs for every row."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from gpt2_pl.tasks.base import Task
 
 
 class PredictionWriter(Callback):
-    """Writes a task's table of the rows of every evaluation into the run's folder, as ``<name>_<split>.csv``.
+    """Writer of a task's table of rows, ``<name>_<split>.csv`` in the run's folder, after every evaluation.
 
-    During training that is the validation of the best epoch, by the task's ``monitor``. A classifier's table is
-    ``predictions``: every row's number in its file (from 1), its text and label, the prediction and the probability of
-    each class. A poem generator's is ``losses``: every poem's number, how many tokens were scored, and the sum of their
-    losses in nats. See :meth:`Task.row_table() <gpt2_pl.tasks.Task.row_table>`.
+    In training it keeps the validation table of the best epoch by the task's ``monitor``. The table of a classifier is
+    ``predictions``: for every row its number in its file (from 1), its text, its label, the predicted class and the
+    probability of each class. The table of a poem generator is ``losses``: for every poem its number, the number of
+    scored tokens, and the sum of their losses in nats. See
+    :meth:`Task.row_table() <gpt2_pl.tasks.Task.row_table>`.
     """
 
     def __init__(self) -> None:
@@ -26,15 +27,15 @@ class PredictionWriter(Callback):
         self.wrote = False  #: whether this process has written a file
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
+        """Return the best score so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best score so far."""
+        """Restore the best score so far."""
         self.best = state_dict.get("best")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the validation rows, in training only when they are the best so far."""
+        """Write the validation rows; in training, only if the score is the best so far."""
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":

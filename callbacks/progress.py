@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, a line an epoch elsewhere."""
+"""Progress of a run: a bar on a terminal, otherwise one line per epoch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rich.text import Text
 
 from gpt2_pl.callbacks.run_summary import RunSummary
 
-BAR_WIDTH = 20  # characters; the whole bar fits 80 columns
+BAR_WIDTH = 20  # characters; all columns of the bar then fit 80 characters
 LINE_WIDTH = 98  # characters of output that is not a terminal
 SHOWN = {"train/loss_step": "loss"}  # logged name -> name in the bar
 
 
 class RunClock:
-    """Estimates how long a run still takes.
+    """Estimator of the remaining time of a run.
 
-    The estimate is linear in the part of the run that is done, validation included. It counts from where this process
-    began, so that it is right for resumed runs too. Early stopping may end the run sooner.
+    The estimate is linear in the fraction of the run that is done, and includes validation. It is measured from the
+    start of this process, so that it also holds for resumed runs. Early stopping may end the run sooner.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class RunClock:
         self._start_fraction = 0.0
 
     def start(self, trainer: Trainer) -> None:
-        """Begin to measure."""
+        """Start the measurement."""
         self._start, self._start_fraction = time.monotonic(), fraction_done(trainer) or 0.0
 
     def seconds_left(self, trainer: Trainer) -> float | None:
-        """Return the estimate in seconds, or None where it is not known yet or the run has no end."""
+        """Return the estimate in seconds, or None if it is not known yet or the run is unbounded."""
         limits = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
         left = [float(limit) for limit in limits if limit is not None]
         done = fraction_done(trainer)
@@ -49,21 +49,19 @@ class RunClock:
 
 
 def fraction_done(trainer: Trainer) -> float | None:
-    """Return the part of a run's training that is done, in [0, 1], or None if the run has no end."""
-    epoch_loop = trainer.fit_loop.epoch_loop
+    """Return the fraction of a run's training that is done, in [0, 1], or None if the run is unbounded."""
     fractions = []
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is not None and epochs > 0 and batches and not math.isinf(batches):
-        done = epoch_loop.batch_progress.current.completed
-        whole = trainer.fit_loop.epoch_progress.current.completed
-        fractions.append((whole * batches + (done if whole == trainer.current_epoch else 0)) / (epochs * batches))
+        batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        fractions.append((trainer.current_epoch * batches + batches_done) / (epochs * batches))
     if trainer.max_steps > 0:
         fractions.append(trainer.global_step / trainer.max_steps)
     return min(1.0, max(fractions)) if fractions else None
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people: ``41 s``, ``12 min``, ``3 h 20 min``."""
+    """Format a duration for display: ``41 s``, ``12 min``, ``3 h 20 min``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -71,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 class _TimeColumn(ProgressColumn):
-    """Elapsed time of the stage and time left of the whole run."""
+    """Column of the elapsed time of the stage and the remaining time of the run."""
 
     max_refresh = 0.5  # seconds
 
@@ -88,7 +86,7 @@ class _TimeColumn(ProgressColumn):
 
 
 class _BatchColumn(ProgressColumn):
-    """Batches done and in all."""
+    """Column of the number of completed batches and of all batches."""
 
     def render(self, task: Task) -> Text:
         """Render the column."""
@@ -97,7 +95,7 @@ class _BatchColumn(ProgressColumn):
 
 
 class RunProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, with epochs counted from 1 and the time left of the whole run, in 80 columns."""
+    """Rich progress bar in 80 columns, with epochs counted from 1 and the remaining time of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +112,7 @@ class RunProgressBar(RichProgressBar):
         return [description, BarColumn(bar_width=BAR_WIDTH), _BatchColumn(), _TimeColumn(self.clock, trainer)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Return the metrics that are shown: the loss of the step."""
+        """Return the metrics that the bar shows, without the version number."""
         metrics = super().get_metrics(trainer, pl_module)
         return {SHOWN.get(name, name): value for name, value in metrics.items() if name != "v_num"}
 
@@ -125,10 +123,16 @@ class RunProgressBar(RichProgressBar):
 
 
 def pack(start: str, parts: list[str], width: int = LINE_WIDTH) -> str:
-    """Join parts by semicolons in as few lines of at most ``width`` characters as they take, later ones indented."""
+    """Join texts by semicolons, wrapped to lines of at most ``width`` characters.
+
+    Args:
+        start: beginning of the first line.
+        parts: the texts; a text is never broken.
+        width: characters in a line; all lines but the first are indented.
+    """
     lines = [start + parts[0]]
     for part in parts[1:]:
-        if len(lines[-1]) + len(part) + 3 > width:  # "; " and the next semicolon
+        if len(lines[-1]) + len(part) + 3 > width:  # "; " and the semicolon after the part
             lines[-1] += ";"
             lines.append(f"  {part}")
         else:
@@ -137,7 +141,7 @@ def pack(start: str, parts: list[str], width: int = LINE_WIDTH) -> str:
 
 
 class RunModelSummary(RichModelSummary):
-    """Prints the modules that have parameters before training, and how many of these train."""
+    """Summary of the modules with parameters and of the numbers of parameters, printed before training."""
 
     @staticmethod
     def summarize(
@@ -148,7 +152,7 @@ class RunModelSummary(RichModelSummary):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Print the table; metrics have no parameters, and operations are not counted before the model has run."""
+        """Print the table without modules that have no parameters, such as metrics, and without operation counts."""
         columns = dict(summary_data)
         table = Table()
         shown = [name for name in ("Name", "Type", "Params") if name in columns]
@@ -159,12 +163,12 @@ class RunModelSummary(RichModelSummary):
                 table.add_row(*row)
         console = get_console()
         console.print(table)
-        share = f"{trainable_parameters:,} of {total_parameters:,} parameters train"
-        console.print(f"{share}; the model occupies {model_size:.1f} MB", highlight=False)
+        counts = f"{trainable_parameters:,} of {total_parameters:,} parameters train"
+        console.print(f"{counts}; the model occupies {model_size:.1f} MB", highlight=False)
 
 
 class EpochLines(Callback):
-    """Prints a line after every epoch, for output that is not a terminal: scores, seconds and the time left."""
+    """Printer of one line per epoch with scores, duration and remaining time, for output that is not a terminal."""
 
     def __init__(self) -> None:
         self.clock = RunClock()
@@ -180,21 +184,21 @@ class EpochLines(Callback):
 
     @staticmethod
     def _epoch_scores(trainer: Trainer) -> Mapping[str, Any]:
-        """The epoch's row of the table that ends the run, where it is kept; else what was logged last."""
+        """Return the epoch's scores from :class:`RunSummary`, or the last logged metrics without that callback."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         rows = next((callback.epochs for callback in callbacks if isinstance(callback, RunSummary)), [])
         return rows[-1] if rows else trainer.callback_metrics
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line, on one process."""
+        """Print the line on the first process."""
         if not trainer.is_global_zero:
             return
         names = getattr(pl_module, "displayed_metrics", ("loss",))
         metrics = self._epoch_scores(trainer)
         scores = [
-            f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found)
+            f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values)
             for split in ("train", "val")
-            if (found := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
+            if (values := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
         ]
         epochs = trainer.max_epochs
         total = f"/{epochs}" if epochs is not None and epochs > 0 else ""

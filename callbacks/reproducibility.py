@@ -1,4 +1,4 @@
-"""Random numbers that are a function of where training stands."""
+"""Seeding of training batches, independent of interruptions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Reproducibility(Callback):
-    """Seeds every training batch with a function of the run's seed, the epoch, the batch and the process.
+    """Seeding of torch before every training batch from the run's seed, the epoch, the batch and the process.
 
-    Dropout is then the same in a run that was stopped and resumed as in one that was not. The run's seed is
-    ``seed_everything``'s.
+    A resumed run then draws the same dropout masks as an uninterrupted one. The run's seed is that of
+    ``seed_everything``.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run, ``lightning_logs/NAME/VERSION``, whatever its loggers."""
+"""Folder of a run, ``lightning_logs/NAME/VERSION``, independent of its loggers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gpt2_pl.experiments.run_lock import RunLock
 
 
 class RunFolder(Callback):
-    """The folder that a run writes into.
+    """Output folder of a run.
 
-    Without a version the folder is the next free ``version_N`` until it is taken. Two runs that begin at once get one
-    each, and a run that is refused makes no folder.
+    Without a version, the folder is the next free ``version_N`` when it is created. Runs that start at the same time
+    get different folders, and a run that is refused creates none.
 
     Args:
-        root: the folder of all runs.
-        name: the run's name, a path below ``root``.
-        version: the folder's name below that.
-        lock: the lock of a folder that is known beforehand.
+        root: folder of all runs.
+        name: name of the run, a path below ``root``.
+        version: name of the folder below ``root/name``; by default the next free ``version_N``.
+        lock: lock of the folder, if the folder is already locked.
     """
 
     def __init__(self, root: Path, name: str, version: str | None = None, lock: RunLock | None = None) -> None:
@@ -32,12 +32,12 @@ class RunFolder(Callback):
 
     @property
     def version(self) -> str:
-        """The folder's name: the version given or taken, or else the next free one."""
+        """Name of the folder: the given or created version, or the next free one."""
         return self._version or f"version_{self._next_number()}"
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Path of the folder."""
         return self.parent / self.version
 
     def _next_number(self) -> int:
@@ -48,10 +48,10 @@ class RunFolder(Callback):
         return 0
 
     def take(self) -> None:
-        """Make the folder and lock it; only the first call does anything.
+        """Create the folder and lock it; later calls have no effect.
 
         Raises:
-            RunError: it cannot be made.
+            RunError: the folder cannot be created.
         """
         number = -1
         try:
@@ -59,7 +59,7 @@ class RunFolder(Callback):
                 number = max(number + 1, self._next_number())
                 self.parent.mkdir(parents=True, exist_ok=True)
                 folder = self.parent / f"version_{number}"
-                with suppress(FileExistsError, InputError):  # another run took it since
+                with suppress(FileExistsError, InputError):  # Another run has created it in the meantime.
                     folder.mkdir()
                     self.lock = RunLock(folder)
                     self._version = folder.name
@@ -68,14 +68,14 @@ class RunFolder(Callback):
             raise RunError(f"{self.parent} cannot be written to: {error.strerror}") from None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the folder on one process and tell the others."""
+        """Create the folder on the first process, and broadcast its name to the others."""
         if trainer.is_global_zero:
             self.take()
         self._version = trainer.strategy.broadcast(self._version)
 
 
 def run_folder(trainer: Trainer) -> Path | None:
-    """Return the folder that a run writes into: that of :class:`RunFolder`, or else a logger's, or None."""
+    """Return the output folder of a run: that of :class:`RunFolder`, else that of a logger, else None."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, RunFolder):

@@ -1,4 +1,4 @@
-"""Texts that a model writes, for loggers and in the run's folder."""
+"""Logging and writing of texts that a model generates."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from gpt2_pl.tasks.base import Task
 
 
 class SampleWriter(Callback):
-    """Gives the texts that a task wrote in an evaluation to loggers, and writes them to ``<name>_<split>.txt``.
+    """Writer of a task's generated texts, to the loggers and to ``<name>_<split>.txt`` in the run's folder.
 
-    A poem generator's are ``poems_val.txt`` and ``poems_test.txt``, in the format that poems are read from. See
+    The files of a poem generator are ``poems_val.txt`` and ``poems_test.txt``, in the format of its training files. See
     :meth:`Task.samples() <gpt2_pl.tasks.Task.samples>`.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show and write the texts of the last validation."""
+        """Log and write the texts of the last validation."""
         if not trainer.sanity_checking:
-            self._show(trainer, pl_module, "val")
+            self._write(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show and write the texts of the test."""
-        self._show(trainer, pl_module, "test")
+        """Log and write the texts of the test."""
+        self._write(trainer, pl_module, "test")
 
-    def _show(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         folder = run_folder(trainer)
         samples = pl_module.samples(split) if isinstance(pl_module, Task) and trainer.is_global_zero else {}
         if samples and folder is not None:
@@ -35,4 +35,4 @@ class SampleWriter(Callback):
                 file.write("\n".join(samples.values()))
         for name, text in samples.items():
             lines = map(printable, text.split("\n"))
-            log_text(trainer, f"{split}/{name}", "  \n".join(lines))  # two spaces keep a line end in Markdown
+            log_text(trainer, f"{split}/{name}", "  \n".join(lines))  # Two spaces keep a line break in Markdown.

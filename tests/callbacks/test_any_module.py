@@ -44,7 +44,7 @@ def test_any_module_that_names_its_layers():
 
 
 def test_groups_that_mix_layers_are_refused():
-    with pytest.raises(InputError, match="parameters of body, head; make one group a layer"):
+    with pytest.raises(InputError, match="parameters of body, head; make one group for each layer"):
         fit_foreign(Foreign(grouped=False), DiscriminativeLR())
 
 
@@ -64,7 +64,7 @@ class Nameless(LightningModule):
 
 @pytest.mark.parametrize("make", [GradualUnfreezing, DiscriminativeLR])
 def test_a_module_without_layers_is_refused(make):
-    with pytest.raises(InputError, match="Nameless names no layers"):
+    with pytest.raises(InputError, match="Nameless does not implement layer_groups"):
         fit_foreign(Nameless(), make())
 
 

@@ -169,17 +169,23 @@ def test_every_trainable_parameter_is_in_exactly_one_group(toy_base):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradualUnfreezing(stages=[]), "stages is"),
-        (lambda: GradualUnfreezing(stages=[["head"], []]), "stages is"),
-        (lambda: GradualUnfreezing(blocks_per_stage=0), "blocks_per_stage is 0"),
-        (lambda: GradualUnfreezing(epochs_per_stage=0), "epochs_per_stage is 0"),
-        (lambda: DiscriminativeLR(decay=0), "decay is 0"),
-        (lambda: DiscriminativeLR(decay=1.1), "decay is 1.1"),
-        (lambda: DiscriminativeLR(head_scale=0), "head_scale is 0"),
-        (lambda: GradualUnfreezing(stages=[["top"]]).stage_layers(LAYERS), "no layer 'top'; there are embeddings"),
-        (lambda: GradualUnfreezing(stages=[["block.11-12"]]).stage_layers(LAYERS), "no layer 'block.12'"),
-        (lambda: GradualUnfreezing(stages=[["head"], ["head"]]).stage_layers(LAYERS), "names head twice"),
-        (lambda: DiscriminativeLR(top=["tail"]).scales(LAYERS), "no layer 'tail'"),
+        (lambda: GradualUnfreezing(stages=[]), "stages must be a list of non-empty lists"),
+        (lambda: GradualUnfreezing(stages=[["head"], []]), "stages must be a list of non-empty lists"),
+        (lambda: GradualUnfreezing(blocks_per_stage=0), "blocks_per_stage must be at least 1, got 0"),
+        (lambda: GradualUnfreezing(epochs_per_stage=0), "epochs_per_stage must be above 0, got 0"),
+        (lambda: DiscriminativeLR(decay=0), r"decay must be in \(0, 1\], got 0"),
+        (lambda: DiscriminativeLR(decay=1.1), r"decay must be in \(0, 1\], got 1.1"),
+        (lambda: DiscriminativeLR(head_scale=0), "head_scale must be above 0, got 0"),
+        (
+            lambda: GradualUnfreezing(stages=[["top"]]).stage_layers(LAYERS),
+            "unknown layer 'top'; the layers are embeddings",
+        ),
+        (lambda: GradualUnfreezing(stages=[["block.11-12"]]).stage_layers(LAYERS), "unknown layer 'block.12'"),
+        (
+            lambda: GradualUnfreezing(stages=[["head"], ["head"]]).stage_layers(LAYERS),
+            "must name each layer once, got head twice",
+        ),
+        (lambda: DiscriminativeLR(top=["tail"]).scales(LAYERS), "unknown layer 'tail'"),
     ],
 )
 def test_settings_out_of_range(make, message):
@@ -253,13 +259,13 @@ def test_stages_in_which_nothing_would_train(toy_base):
     assert {int(name.split(".")[2]) for name in watch.trains[0]} == {2, 3}  # the first stage had neither head nor ln_f
     assert {int(name.split(".")[2]) for name in watch.trains[-1]} == {0, 1, 2, 3}
     task = classifier(base=toy_base, surgery=surgery)
-    with pytest.raises(InputError, match=r"nothing of the stage \[embeddings\] would train"):
+    with pytest.raises(InputError, match=r"no parameter of the stage \[embeddings\] is trainable"):
         trainer(max_epochs=2, callbacks=[GradualUnfreezing(stages=[["head"], ["embeddings"]])]).fit(task, data())
 
 
 def test_stages_that_training_never_reaches_are_told():
     with pytest.warns(
-        match=r"ends after 2 epochs, so that embeddings, block.0, block.1 never train: there are 3 stages"
+        match=r"ends after 2 epochs, so embeddings, block.0, block.1 will never train; there are 3 stages"
     ):
         trainer(max_epochs=2, callbacks=[GradualUnfreezing(blocks_per_stage=2)]).fit(classifier(), data())
 
@@ -269,9 +275,9 @@ def test_stages_that_training_never_reaches_are_told():
     [
         (
             GradualUnfreezing(stages=[["top"]]),
-            "no layer 'top'; there are embeddings, block.0, block.1, block.2, block.3",
+            "unknown layer 'top'; the layers are embeddings, block.0, block.1, block.2, block.3",
         ),
-        (DiscriminativeLR(top=["tail"]), "no layer 'tail'"),
+        (DiscriminativeLR(top=["tail"]), "unknown layer 'tail'"),
     ],
 )
 def test_layers_that_do_not_exist_are_refused_before_the_model_is_built(callback, message):

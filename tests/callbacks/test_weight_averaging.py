@@ -140,9 +140,9 @@ HOSTILE = {
     "missing": (lambda c: c["current_model_state"].popitem(), "current_model_state must hold"),
     "another name": (lambda c: c["current_model_state"].update(x=torch.ones(1)), "current_model_state must hold"),
     "no state": (lambda c: c.update(current_model_state=3), "current_model_state must hold"),
-    "another shape": (lambda c: c["current_model_state"].update({NAME: torch.ones(3)}), "must be as in state_dict"),
-    "text": (lambda c: c["current_model_state"].update({NAME: "x"}), "must be as in state_dict, got"),
-    "not finite": (lambda c: c["current_model_state"][NAME].fill_(float("nan")), "is not finite"),
+    "another shape": (lambda c: c["current_model_state"].update({NAME: torch.ones(3)}), "must have the shape"),
+    "text": (lambda c: c["current_model_state"].update({NAME: "x"}), "must have the shape and type of state_dict, got"),
+    "not finite": (lambda c: c["current_model_state"][NAME].fill_(float("nan")), "must be finite"),
     "no count": (lambda c: c.update(averaging_state={}), "averaging_state.n_averaged must be a count"),
     "half a count": (lambda c: c["averaging_state"].update(n_averaged=torch.tensor(0.5)), "must be a count"),
     "negative": (lambda c: c["averaging_state"].update(n_averaged=torch.tensor(-1)), "must be a count"),
@@ -193,7 +193,7 @@ def test_swa_resumed_after_it_began_is_refused(steps, run, capsys):
     stopped = run(*settings, f"--trainer.max_steps={steps}")
     capsys.readouterr()
     line = refused(run, capsys, *settings, "--trainer.max_epochs=4", last(stopped))
-    assert "StochasticWeightAveraging has begun to average, and Lightning cannot resume it" in line
+    assert "StochasticWeightAveraging has started to average, and Lightning cannot resume it" in line
     assert "lightning.pytorch.callbacks.WeightAveraging" in line
 
 

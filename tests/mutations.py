@@ -29,7 +29,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/losses.py", "& (following.unsqueeze(1) > t)", "", "unlikelihood"),
     ("gpt2_pl/losses.py", "again = same.tril(-1)", "again = same", "unlikelihood"),
     ("gpt2_pl/tasks/language_modeling.py", "targets[:, : P - 1] = IGNORE_INDEX", "pass", "unlikelihood"),
-    ("gpt2_pl/tasks/language_modeling.py", "self._ignored(),", "[],", "unlikelihood"),
+    ("gpt2_pl/tasks/language_modeling.py", "self._ignored_tokens(),", "[],", "unlikelihood"),
     ("gpt2_pl/heads.py", "labels.repeat(n)", "labels.repeat_interleave(n)", "heads"),
     ("gpt2_pl/tasks/accumulation.py", "return trainer.world_size *", "return", "accumulation"),
     # Model
@@ -63,14 +63,14 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     # Resuming
     ("callbacks/checkpointing.py", "if trainer.is_last_batch or (every", "if (every", "checkpointing faults"),
     ("callbacks/end_of_training.py", "            trainer.should_stop = True", "            pass", "checkpointing end_of_training"),
-    ("callbacks/checkpointing.py", "state[key] = _moved(state[key], own)", "pass", "checkpointing"),
+    ("callbacks/checkpointing.py", "state[key] = _relocate(state[key], best)", "pass", "checkpointing"),
     ("datamodules/batching.py", "range(self.next_batch(), len(batches))", "range(len(batches))", "accumulation"),
     ("datamodules/batching.py", "rows[self.rank :: self.world_size]", "rows", "processes classification_data"),
     ("gpt2_pl/commands/support/run_dir.py", "self.config.ckpt_path = None", "pass", "checkpointing"),
     # Optimizer steps and frozen bases
     ("gpt2_pl/tasks/accumulation.py", "trainer.world_size * trainer.accumulate_grad_batches / self", "trainer.world_size / self", "accumulation"),
     ("gpt2_pl/tasks/accumulation.py", "self._counts.pop()", "pass", "accumulation"),
-    ("gpt2_pl/tasks/base.py", "parameter.grad.mul_(factor)", "pass", "accumulation"),
+    ("gpt2_pl/tasks/optimization.py", "parameter.grad.mul_(factor)", "pass", "accumulation"),
     ("datamodules/base.py", "first = i - i % self.trainer.accumulate_grad_batches", "first = i", "accumulation"),
     ("callbacks/non_finite_loss.py", "parameter.grad.copy_(grad)", "pass", "accumulation"),
     ("callbacks/non_finite_loss.py", 'grad = trainer.strategy.reduce(grad, reduce_op="mean")', "pass", "accumulation"),

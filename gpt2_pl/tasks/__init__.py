@@ -1,4 +1,4 @@
-"""LightningModules: one for each task."""
+"""Tasks: one LightningModule for each."""
 
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.language_modeling import LanguageModel

@@ -1,4 +1,4 @@
-"""The mean loss of an optimizer step whose rows are spread over several batches and processes."""
+"""Mean loss of an optimizer step over several batches and processes."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch import Tensor
 
 
 class StepMean:
-    """Makes the gradient of an optimizer step that of one batch of all its rows.
+    """Weights of the losses of an optimizer step, such that its gradient is that of one batch with all its rows.
 
     Lightning divides the loss of every batch by A (``accumulate_grad_batches``), adds the gradients of the batches of a
-    step, and averages them over W processes. The gradient of the mean over all N rows (or targets) of the step is thus
-    that of the losses ``sum * W * A / N``, where ``sum`` is taken over the rows of one batch on one process.
+    step, and averages them over W processes. The gradient of the mean over all N rows (or targets) of the step is
+    therefore that of the losses ``sum * W * A / N``, where ``sum`` is taken over the rows of one batch on one process.
 
-    Our data announce N with every batch. With other data the rows in the first batch of the step stand in for N. Where
-    the batches of the step turn out to have another number of rows than N, the gradient must be multiplied by
-    :meth:`correction`: with data that announce nothing, where a batch was left out, and where a resumed run begins
-    within a step.
+    The datamodules of this library state N in every batch. For other data, the number of rows in the first batch of the
+    step is used instead of N. If the batches of the step have another number of rows in total than N, the gradient must
+    be multiplied by :meth:`correction`. This occurs for data that do not state N, after a batch was left out, and if a
+    resumed run starts within a step.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the batches entered: a new step begins."""
-        self._divisor: int | Tensor | None = None  # N, or what stands in for it
-        self._is_first_count = False  # what stands in for it
+        """Remove all batches, at the start of a new step."""
+        self._divisor: int | Tensor | None = None  # N, or the number of rows in the first batch
+        self._is_first_count = False  # whether the divisor is the number of rows in the first batch
         self._counts: list[int | Tensor] = []
-        self._are_local = False  # whether the counts are of this process only
+        self._are_local = False  # whether the counts are those of this process only
 
     def weight(
         self, trainer: Trainer, count: int | Tensor, count_everywhere: int | None, announced: int | None
     ) -> float | Tensor:
-        """Enter a batch.
+        """Add a batch to the step.
 
         Args:
             trainer: the trainer.
-            count: rows of the batch on this process.
-            count_everywhere: rows of the batch on all processes, if known.
-            announced: N, if known.
+            count: number of rows of the batch on this process.
+            count_everywhere: number of rows of the batch on all processes, if known.
+            announced: number of rows of the step, N, if known.
 
         Returns:
-            W A / N: what the sum of the losses of this batch is to be multiplied by.
+            W A / N, the factor of the sum of the losses of this batch.
         """
         self._are_local = count_everywhere is None
         self._counts.append(count if count_everywhere is None else count_everywhere)
@@ -55,19 +55,19 @@ class StepMean:
         return trainer.world_size * trainer.accumulate_grad_batches / self._divisor
 
     def leave_out(self) -> None:
-        """Take back the batch entered last, if any: it adds nothing to the gradient."""
+        """Remove the batch that was added last, if any, because its gradient is not used."""
         if self._counts:
             self._counts.pop()
         self._is_first_count = False
 
     def correction(self, trainer: Trainer) -> float:
-        """What the gradient of the step is to be multiplied by, the same on all processes."""
+        """Return the factor of the gradient of the step, which is the same on all processes."""
         if self._divisor is None or not self._counts or (self._is_first_count and len(self._counts) == 1):
             return 1.0
         return float(self._divisor) / float(self._sum(trainer))
 
     def _sum(self, trainer: Trainer) -> int | Tensor:
-        """The rows of all batches entered, on all processes; at least 1."""
+        """Return the number of rows of all batches on all processes, at least 1."""
         count = sum(self._counts)
         if self._are_local and trainer.world_size > 1:
             count = torch.as_tensor(count, device=trainer.strategy.root_device).clone()
@@ -76,13 +76,13 @@ class StepMean:
 
 
 def accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
-    """The callback that sets how many batches make an optimizer step, if there is one."""
+    """Return the callback that schedules the number of batches of an optimizer step, if the trainer has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)), None)
 
 
 def scheduled_steps(trainer: Trainer, scheduler: GradientAccumulationScheduler) -> int | None:
-    """Optimizer steps of the run under a scheduler; None if the epochs or their batches are not limited."""
+    """Return the number of optimizer steps of a run with a scheduler, or None if the run is unbounded."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is None or epochs < 0 or math.isinf(batches):
         return None

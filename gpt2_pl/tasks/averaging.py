@@ -1,4 +1,4 @@
-"""Support for Lightning's weight averaging callbacks: only what trains is averaged and stored twice."""
+"""Support for Lightning's weight averaging callbacks: only trained parameters are averaged and stored twice."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 class TrainedAverage(AveragedModel):
-    """Average of the parameters that train; all other parameters and the buffers are shared with the model.
+    """Average of the trained parameters; frozen parameters and buffers are shared with the model.
 
-    An average of equal numbers differs from them by rounding, and an average of token ids may be another token.
+    Averaging them would be wrong: an average of equal numbers may differ from them by rounding, and an average of token
+    ids may be another token.
     """
 
     _shared: frozenset[int] = frozenset()  # ids of parameters
 
     def share(self, model: nn.Module) -> None:
-        """Replace frozen parameters and all buffers by those of the model, once they are on its device."""
+        """Replace frozen parameters and all buffers by those of the model, which must be on its device."""
         averaged = dict(self.module.named_modules())
         frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
         for name, module in model.named_modules():
@@ -40,118 +41,136 @@ class TrainedAverage(AveragedModel):
         self._shared = frozenset(frozen)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Iterate over the parameters that are averaged."""
+        """Iterate over the averaged parameters."""
         return (parameter for parameter in super().parameters(recurse) if id(parameter) not in self._shared)
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Update the average with the model's present parameters."""
+        """Update the average with the model's current parameters."""
         trained = [parameter for parameter in model.parameters() if id(parameter) not in self._shared]
         super().update_parameters(cast("Any", SimpleNamespace(parameters=lambda: trained, buffers=model.buffers)))
 
 
-def _configured(trainer: Trainer | None, kind: type[CallbackT]) -> list[CallbackT]:
+def _find_callbacks(trainer: Trainer | None, kind: type[CallbackT]) -> list[CallbackT]:
+    """Return the trainer's callbacks of a class."""
     callbacks: list[Any] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def create_averages(task: Task, stage: str) -> None:
-    """Give averaging callbacks an average of the whole model in ``fit``, and none in other stages.
+    """Create the averages of the averaging callbacks in ``fit``, and remove them in other stages.
 
-    Lightning copies the model before it is built, or in full, and after ``fit`` would test the weights that were not
-    averaged.
+    Lightning would copy the model before it is built, or all of it. After ``fit`` it would test the weights that are
+    not averaged.
     """
-    for averaging in _configured(task._trainer, WeightAveraging):
+    for averaging in _find_callbacks(task._trainer, WeightAveraging):
         averaging._average_model = None  # frees its memory
         if stage == "fit":
             device: Any = averaging._device or task.device
             averaging._average_model = TrainedAverage(task, device=device, **averaging._kwargs)
     if stage != "fit":
         return
-    for swa in _configured(task._trainer, StochasticWeightAveraging):
+    for swa in _find_callbacks(task._trainer, StochasticWeightAveraging):
         task.configure_model()
         swa._average_model = copy.deepcopy(task)
 
 
 def share_untrained(task: Task) -> None:
-    """Share what does not train between the model and its averages, once the model is on its device."""
-    for averaging in _configured(task._trainer, WeightAveraging):
+    """Share frozen parameters and buffers between the model and its averages; the model must be on its device."""
+    for averaging in _find_callbacks(task._trainer, WeightAveraging):
         if isinstance(average := averaging._average_model, TrainedAverage):
             average.share(task)
 
 
 def transfer_averages(trainer: Trainer, task: Any) -> None:
-    """Copy averages into the model in the last epoch, before it is validated and saved for the last time.
+    """Copy the average into the model in the last epoch, before its last validation and checkpoint.
 
-    WeightAveraging does so by itself; StochasticWeightAveraging does so later, when nothing is saved any more.
+    WeightAveraging does so itself. StochasticWeightAveraging does so after the last checkpoint.
     """
-    for swa in _configured(trainer, StochasticWeightAveraging):
+    for swa in _find_callbacks(trainer, StochasticWeightAveraging):
         if swa._initialized and trainer.current_epoch == swa.swa_end:
             assert swa._average_model is not None
             swa.transfer_weights(swa._average_model, task)
 
 
 def blocks_resuming(trainer: Trainer) -> bool:
-    """Return whether an average has begun from which a run cannot be resumed; see :func:`expand`."""
-    return any(swa._initialized for swa in _configured(trainer, StochasticWeightAveraging))
+    """Return whether averaging has started in a way that prevents resuming the run; see :func:`expand`."""
+    return any(swa._initialized for swa in _find_callbacks(trainer, StochasticWeightAveraging))
 
 
 def compact(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
     """Keep only trained parameters in ``current_model_state``, and drop the averages that cannot be resumed.
 
-    Lightning has put the averages in ``state_dict``. Buffers there become the model's: they are not averaged.
+    Lightning stores the averages in ``state_dict``. Its buffers are replaced by the model's, which are not averaged.
     """
     if (current := checkpoint.get("current_model_state")) is not None:
         trained = _trained_names(task)
         checkpoint["current_model_state"] = {name: tensor for name, tensor in current.items() if name in trained}
         checkpoint["state_dict"].update({name: tensor for name, tensor in current.items() if name not in trained})
-    for swa in _configured(task._trainer, StochasticWeightAveraging):
+    for swa in _find_callbacks(task._trainer, StochasticWeightAveraging):
         if (state := (checkpoint.get("callbacks") or {}).get(swa.state_key)) is not None:
             state["average_model_state"] = None
 
 
 def expand(checkpoint: dict[str, Any], task: CheckpointedModule, where: str) -> None:
-    """Complete ``current_model_state`` from ``state_dict``, and refuse what cannot be resumed.
+    """Complete ``current_model_state`` from ``state_dict``, and refuse averages that cannot be resumed.
 
     Args:
         checkpoint: content of a checkpoint; its ``state_dict`` was checked and is complete.
-        task: the task that it enters.
-        where: the beginning of messages.
+        task: the task that loads the checkpoint.
+        where: beginning of the error message.
 
     Raises:
-        InputError: averages that this run does not continue, or that do not fit the model.
+        InputError: averages that this run cannot resume, or that do not fit the model.
     """
-    fits = task.trainer.state.fn == TrainerFn.FITTING
-    for swa in _configured(task._trainer, StochasticWeightAveraging):
+    is_fitting = task.trainer.state.fn == TrainerFn.FITTING
+    for swa in _find_callbacks(task._trainer, StochasticWeightAveraging):
         state = (checkpoint.get("callbacks") or {}).pop(swa.state_key, None)
-        if fits and state is not None and state.get("n_averaged") != 0:
+        if is_fitting and state is not None and state.get("n_averaged") != 0:
             raise InputError(
-                f"{where}: StochasticWeightAveraging has begun to average, and Lightning cannot resume it from there; "
-                "resume from an earlier checkpoint, or train anew with lightning.pytorch.callbacks.WeightAveraging, "
+                f"{where}: StochasticWeightAveraging has started to average, and Lightning cannot resume it; resume "
+                "from an earlier checkpoint, or start a new run with lightning.pytorch.callbacks.WeightAveraging, "
                 "which can be resumed"
             )
     current, averaging = (checkpoint.get(key) for key in ("current_model_state", "averaging_state"))
-    if not fits or (current is None and averaging is None):
+    if not is_fitting or (current is None and averaging is None):
         return
-    if not _configured(task._trainer, WeightAveraging):
+    if not _find_callbacks(task._trainer, WeightAveraging):
         raise InputError(
             f"{where}: the checkpoint holds averaged weights; configure the callback that averages them "
             "(trainer.callbacks, such as EMAWeightAveraging), as in the run that wrote it"
         )
-    state, trained = checkpoint["state_dict"], _trained_names(task)
+    _check_averages(checkpoint["state_dict"], current, averaging, _trained_names(task), where)
+    checkpoint["current_model_state"] = {**checkpoint["state_dict"], **cast("dict[str, Any]", current)}
+
+
+def _check_averages(state: dict[str, Tensor], current: Any, averaging: Any, trained: set[str], where: str) -> None:
+    """Check the current parameters and the number of averaged models.
+
+    Args:
+        state: the complete ``state_dict``.
+        current: ``current_model_state`` of the checkpoint.
+        averaging: ``averaging_state`` of the checkpoint.
+        trained: names of the trained parameters.
+        where: beginning of the error message.
+
+    Raises:
+        InputError: naming the invalid key.
+    """
     if not isinstance(current, dict) or current.keys() != trained:
-        raise InputError(f"{where}: current_model_state must hold the {len(trained)} parameters that train")
+        raise InputError(f"{where}: current_model_state must hold the {len(trained)} trained parameters")
     for name, tensor in current.items():
         if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
-            raise InputError(f"{where}: current_model_state.{name} must be as in state_dict, got {shorten(tensor)}")
+            raise InputError(
+                f"{where}: current_model_state.{name} must have the shape and type of state_dict, got {shorten(tensor)}"
+            )
         if not bool(tensor.isfinite().all()):
-            raise InputError(f"{where}: current_model_state.{name} is not finite; resume from a checkpoint before it")
+            raise InputError(f"{where}: current_model_state.{name} must be finite; resume from an earlier checkpoint")
     count = averaging.get("n_averaged") if isinstance(averaging, dict) and len(averaging) == 1 else None
     if not isinstance(count, Tensor) or count.shape != () or count.is_floating_point() or count < 0:
         raise InputError(f"{where}: averaging_state.n_averaged must be a count, got {shorten(averaging)}")
-    checkpoint["current_model_state"] = {**state, **current}
 
 
 def _trained_names(task: CheckpointedModule) -> set[str]:
-    """Return the names in ``state_dict`` of all parameters that are not frozen weights of the base."""
+    """Return the names in ``state_dict`` of all parameters except the frozen weights of the base."""
     frozen = {f"gpt2.{name}" for name in task.frozen_names}
     return {name for name, _ in task.named_parameters(remove_duplicate=False)} - frozen

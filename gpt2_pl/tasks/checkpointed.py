@@ -1,4 +1,4 @@
-"""The checkpoints of a task: what they hold, and what is compared before one is loaded."""
+"""Saving and loading of a task's checkpoints, with checks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,37 +19,33 @@ from gpt2_pl.surgery import Surgery
 from gpt2_pl.surgery.base import is_plain
 from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks import checkpoint as checkpoints
+from gpt2_pl.tasks.checkpoint import CODE_ARGUMENTS
 from gpt2_pl.tasks.protocols import PromptedData
 from gpt2_pl.tasks.training_state import check_progress, check_training_state
 from gpt2_pl.utils.registry import class_path
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
-_OF_CODE = ("optimizer", "schedule")  # arguments that the configuration gives and no checkpoint holds
-_TRAINING_ONLY = (
-    "dropout",
-    "loraplus_lr_ratio",
-    "init_text",
-    "folder",
-)  # settings of surgery that change no trained model
+_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types of stored weights
+# Settings of a surgery that do not affect a trained model.
+_TRAINING_ONLY = ("dropout", "loraplus_lr_ratio", "init_text", "folder")
 
 
 def _drop_keys(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Settings of a surgery without some of its arguments."""
+    """Return the settings of a surgery without the arguments of the given names."""
     return {**settings, "init_args": {k: v for k, v in settings["init_args"].items() if k not in names}}
 
 
 class CheckpointedModule(LightningModule):
-    """A module whose checkpoints hold what trained and what surgery added, and the base's digest.
+    """Module whose checkpoints hold the trained and the added weights, and the digest of the base.
 
     :class:`~gpt2_pl.tasks.Task` sets the attributes.
 
     Attributes:
-        base: the pretrained GPT-2, a folder or id.
-        base_digest: of its weights.
+        base: pretrained GPT-2, a folder or hub id.
+        base_digest: digest of its weights.
         config: shape of the GPT-2.
-        surgery: the changes made to it.
-        frozen_names: its published parameters that do not train.
-        wording: template, labels and max_length that a loaded checkpoint learned with.
+        surgery: changes made to the GPT-2.
+        frozen_names: names of the base's parameters that do not train.
+        prompt_spec: template, labels and max_length of the training data of a loaded checkpoint.
     """
 
     base: str | None
@@ -58,11 +54,11 @@ class CheckpointedModule(LightningModule):
     surgery: list[Surgery]
     frozen_names: frozenset[str]
     prompt_spec: dict[str, Any] | None
-    _restored: dict[str, Any] | None  # a checkpoint whose training state is to be checked
+    _restored: dict[str, Any] | None  # loaded checkpoint whose training state is not checked yet
 
     @property
     def datamodule(self) -> Any:
-        """The trainer's datamodule; None without one."""
+        """Datamodule of the trainer, or None without one."""
         return getattr(self._trainer, "datamodule", None)
 
     @classmethod
@@ -75,113 +71,154 @@ class CheckpointedModule(LightningModule):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> Self:
-        """As Lightning's, from a file on this machine and without executing pickles.
+        """Load a model from a local checkpoint, as in Lightning, but without executing code from the file.
+
+        Args:
+            checkpoint_path: a local file.
+            map_location: as in Lightning.
+            hparams_file: as in Lightning.
+            strict: as in Lightning.
+            weights_only: must be true.
+            **kwargs: arguments of the class that override the stored hyperparameters.
 
         Raises:
-            InputError: no such file, ``weights_only`` false, or hyperparameters that are not this class's.
+            InputError: a file that does not exist, ``weights_only`` false, or hyperparameters of another class.
         """
         if not weights_only:
-            raise InputError("weights_only is false; a checkpoint of this library holds no code, and none is executed")
-        task: Any = cls  # a Task, which the registry knows
+            raise InputError(
+                f"weights_only must be true, got {weights_only}; checkpoints of this library hold no code, and none is "
+                "executed"
+            )
+        task: Any = cls  # a Task, which is registered
         checkpoints.read(checkpoint_path, "checkpoint_path", task)
         file = Path(checkpoint_path).expanduser()
         return super().load_from_checkpoint(file, map_location, hparams_file, strict, True, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trained and what surgery added; frozen weights of the base are left out.
+        """Add the task, its surgery and its base to a checkpoint, and drop the frozen weights of the base.
 
-        A checkpoint with every weight needs no base to be loaded, only its shape.
+        A checkpoint that holds every weight can be loaded without the base, from its shape alone.
         """
-        surgery = [one.settings() for one in self.surgery]
-        complete = self.base is None or not self.frozen_names
+        settings = [surgery.settings() for surgery in self.surgery]
+        is_complete = self.base is None or not self.frozen_names
         checkpoint["task"] = class_path(type(self))
-        checkpoint["surgery"] = surgery
-        checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": complete}
+        checkpoint["surgery"] = settings
+        checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": is_complete}
         for cls in (type(self), *map(type, self.surgery)):
             if cls.__module__ == "__main__":
                 rank_zero_warn(
-                    f"the checkpoint names the class {class_path(cls)}, which no other program can import: move it "
-                    "into a module of its own"
+                    f"the checkpoint names the class {class_path(cls)}, which other programs cannot import; move it "
+                    "to a separate module"
                 )
         if isinstance(self.datamodule, PromptedData):
             checkpoint["prompt_spec"] = self.datamodule.prompt_spec()
         averaging.compact(checkpoint, self)
-        stored = checkpoint["hyper_parameters"]
-        for name in [name for name, value in stored.items() if name in _OF_CODE or not is_plain(value)]:
-            del stored[name]  # a subclass may have saved more than a checkpoint can hold
-        stored.update(config=None, surgery=surgery)
-        if complete:
-            surgery = [_drop_keys(settings, ("init_text",)) for settings in surgery]  # it is done
-            stored.update(base=None, config=asdict(self.config), surgery=surgery)
+        hyperparameters = checkpoint["hyper_parameters"]
+        # A subclass may have saved hyperparameters that a checkpoint cannot hold.
+        for name in [n for n, value in hyperparameters.items() if n in CODE_ARGUMENTS or not is_plain(value)]:
+            del hyperparameters[name]
+        hyperparameters.update(config=None, surgery=settings)
+        if is_complete:
+            # The stored weights are already initialized from init_text.
+            settings = [_drop_keys(one, ("init_text",)) for one in settings]
+            hyperparameters.update(base=None, config=asdict(self.config), surgery=settings)
         else:
             for name in self.frozen_names:
-                checkpoint["state_dict"].pop(f"gpt2.{name}", None)  # sharded weights are gathered by one process alone
+                # With sharding, only one process has the weights.
+                checkpoint["state_dict"].pop(f"gpt2.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare base, names and shapes before anything is copied; put back the weights of a frozen base.
+        """Check the base, names and shapes before anything is loaded, and add the weights of a frozen base.
 
         Raises:
             InputError: a checkpoint of another task, on another base, of a model of another shape, with weights that
-                are not finite, or learned with another template or with other class names than the data's.
+                are not finite, or trained with another template or other class names than those of the data.
         """
-        task, base = checkpoint.get("task"), checkpoint.get("base") or {}
-        if task != (own := class_path(type(self))):
+        if (task := checkpoint.get("task")) != (own := class_path(type(self))):
             raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {own}")
-        wanted, found = self.state_dict(), checkpoint["state_dict"]
+        expected, stored = self.state_dict(), checkpoint["state_dict"]
         frozen: dict[str, Tensor] = {}
+        base = checkpoint.get("base") or {}
         if not base.get("complete"):
-            if not self.frozen_names:
-                raise InputError(
-                    f"the checkpoint holds only what was added to the frozen base {base.get('path')}, "
-                    "and here the base trains (train_base)"
-                )
-            if base.get("digest") != self.base_digest:
-                there = f"the base {base.get('path')} (digest {str(base.get('digest'))[:12]})"
-                here = f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
-                if self.base_digest is None:
-                    here = "model.base is null: give that base"
-                raise InputError(f"the checkpoint was trained on {there}; {here}")
-            frozen = {f"gpt2.{name}": wanted.pop(f"gpt2.{name}") for name in self.frozen_names}
+            self._check_base(base)
+            frozen = {f"gpt2.{name}": expected.pop(f"gpt2.{name}") for name in self.frozen_names}
             for name in frozen:
-                found.pop(name, None)
-        stored = checkpoint.get("surgery") or []  # in the hyperparameters those given now have taken their place
-        given = [surgery.settings() for surgery in self.surgery]
-        then, now = ([_drop_keys(s, _TRAINING_ONLY) for s in surgery] for surgery in (stored, given))
-        if then != now:
-            raise InputError(f"the checkpoint was trained with model.surgery {then}; here it is {now}")
-        for name in sorted(wanted.keys() | found.keys()):
-            theirs, ours = (tuple(state[name].shape) if name in state else None for state in (found, wanted))
-            if theirs != ours:
-                raise InputError(f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here")
-        for name, tensor in found.items():
-            kinds = _FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
-            if tensor.dtype not in kinds:
-                raise InputError(f"the checkpoint's {name} is of {tensor.dtype}; it must be of {kinds[0]}")
-            if not bool(tensor.isfinite().all()):
-                raise InputError(f"the checkpoint's {name} is not finite; train from a checkpoint before it")
-        self._check_wording(checkpoint.get("prompt_spec"))
-        if self.device_mesh is None:  # a sharded model loads what is there, and keeps the rest
-            found.update(frozen)
+                stored.pop(name, None)
+        # Not from the hyperparameters, in which the surgery of this model has replaced the stored one.
+        self._check_stored_surgery(checkpoint.get("surgery") or [])
+        _check_weights(stored, expected)
+        self._check_prompt_spec(checkpoint.get("prompt_spec"))
+        if self.device_mesh is None:  # A sharded model keeps weights that the state does not have.
+            stored.update(frozen)
         if self._trainer is not None:
             check_progress(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
             averaging.expand(checkpoint, self, f"ckpt_path: {self.trainer.ckpt_path}")
             self._restored = checkpoint if self.trainer.training else None
-            if self.trainer.strategy.restore_checkpoint_after_setup:  # there are optimizers already
+            if self.trainer.strategy.restore_checkpoint_after_setup:  # The optimizers already exist.
                 self._check_training_state()
 
-    def _check_wording(self, prompt_spec: dict[str, Any] | None) -> None:
-        """Keep the template and the class names of a checkpoint, and refuse data with others."""
+    def _check_base(self, base: dict[str, Any]) -> None:
+        """Check that a checkpoint without the base's weights was trained on the base of this model.
+
+        Args:
+            base: the reference to the base in the checkpoint.
+        """
+        if not self.frozen_names:
+            raise InputError(
+                f"the checkpoint holds only the weights that were added to the frozen base {base.get('path')}, but the "
+                "base of this model trains (train_base)"
+            )
+        if base.get("digest") != self.base_digest:
+            stored = f"the base {base.get('path')} (digest {str(base.get('digest'))[:12]})"
+            own = f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
+            if self.base_digest is None:
+                own = "model.base is null: give that base"
+            raise InputError(f"the checkpoint was trained on {stored}; {own}")
+
+    def _check_stored_surgery(self, stored: list[dict[str, Any]]) -> None:
+        """Check that the settings of surgery in a checkpoint are those of this model, apart from training settings."""
+        own = [surgery.settings() for surgery in self.surgery]
+        trained, current = ([_drop_keys(one, _TRAINING_ONLY) for one in settings] for settings in (stored, own))
+        if trained != current:
+            raise InputError(f"model.surgery must be that of the checkpoint, {trained}, got {current}")
+
+    def _check_prompt_spec(self, prompt_spec: dict[str, Any] | None) -> None:
+        """Keep the template and class names of a checkpoint, and refuse data with others."""
         self.prompt_spec = prompt_spec
         if not prompt_spec or not isinstance(self.datamodule, PromptedData):
             return
-        here = self.datamodule.prompt_spec()
+        current = self.datamodule.prompt_spec()
         for key in ("template", "labels"):
-            if (learned := prompt_spec.get(key)) != here[key]:
-                raise InputError(
-                    f"data.{key} is {here[key]!r}, and the checkpoint learned with {learned!r}; give it that"
-                )
+            if (trained := prompt_spec.get(key)) != current[key]:
+                raise InputError(f"data.{key} must be {trained!r}, as in the checkpoint, got {current[key]!r}")
 
     def _check_training_state(self) -> None:
+        """Check the training state of the loaded checkpoint, once."""
         checkpoint, self._restored = self._restored, None
         if checkpoint is not None:
             check_training_state(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
+
+
+def _check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Check names, shapes, types and finiteness of the weights in a checkpoint.
+
+    Args:
+        stored: weights in the checkpoint.
+        expected: weights of the model.
+
+    Raises:
+        InputError: naming the weight.
+    """
+    for name in sorted(expected.keys() | stored.keys()):
+        shape, own_shape = (tuple(state[name].shape) if name in state else None for state in (stored, expected))
+        if shape != own_shape:
+            raise InputError(
+                f"the checkpoint does not fit the model: {name} is {shape} in the checkpoint and {own_shape} in the "
+                "model"
+            )
+    for name, tensor in stored.items():
+        types = _FLOAT_TYPES if expected[name].is_floating_point() else (expected[name].dtype,)
+        if tensor.dtype not in types:
+            raise InputError(f"the checkpoint's {name} must be of {types[0]}, got {tensor.dtype}")
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"the checkpoint's {name} must be finite; load an earlier checkpoint")

@@ -1,4 +1,4 @@
-"""What every task shares that puts a text in a class."""
+"""Base class of text classification tasks."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ Batch = dict[str, Any]
 
 
 class Classifier(Task):
-    """Puts a text in one of K classes, from the hidden states of its tokens.
+    """Classifier of texts in K classes, from the hidden states of their tokens.
 
-    Batches hold ``input_ids`` and ``attention_mask`` (B, T) and ``labels`` (B,). Those of our datamodules also hold
-    ``row`` (B,), their rows' numbers, and are padded on the right; others may be padded on either side. With a frozen
-    GPT-2 and a datamodule of ours the pooled features of every row are computed once, before the first epoch, and
-    training only reads them (a linear probe).
+    Batches hold ``input_ids`` (B, T), ``attention_mask`` (B, T) and ``labels`` (B,). Batches of this library's
+    datamodules also hold ``row`` (B,), the row numbers, and are padded on the right; other batches may be padded on
+    either side. With a frozen GPT-2 and a datamodule of this library, the pooled features of every row are computed
+    once, before the first epoch, and reused in training (a linear probe).
 
     Args:
-        num_classes: number of classes K; on the command line the datamodule's.
+        num_classes: number of classes K; on the command line that of the datamodule.
         pooling: ``last`` token, ``mean``, ``max``, ``mix`` of mean and last, or ``concat`` of last, max and mean.
-        mean_weight: weight of the mean in ``mix``.
+        mean_weight: weight of the mean in ``mix``, in [0, 1].
         head: ``linear`` layer, or ``verbalizer``: the language-model scores of one word per class.
         label_words: the verbalizer's words in the order of the classes, each one token, such as " bad", " good".
-        label_token_ids: their tokens; by default the datamodule's tokenizer says.
-        head_dropout: dropout in front of the linear layer; by default as in the GPT-2.
-        num_dropout_samples: dropout masks per row (multi-sample dropout).
-        average: what multi-sample dropout averages, ``loss`` or ``logits``.
-        label_smoothing: share of the label's weight that is spread over all classes.
-        **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
+        label_token_ids: token ids of ``label_words``; by default those of the datamodule's tokenizer.
+        head_dropout: dropout rate before the linear layer, in [0, 1); by default that of the GPT-2.
+        num_dropout_samples: number of dropout masks per row (multi-sample dropout).
+        average: quantity that multi-sample dropout averages, ``loss`` or ``logits``.
+        label_smoothing: share of the label's weight that is distributed over all classes, in [0, 1).
+        **kwargs: arguments of :class:`~gpt2_pl.tasks.base.Task`.
 
     Raises:
-        InputError: a value out of range, or words that do not fit the classes.
+        InputError: a value out of range, or label words that do not fit the classes.
     """
 
     monitor = "val/accuracy"
@@ -70,28 +70,29 @@ class Classifier(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for key, value, good in (
-            ("num_classes", num_classes, num_classes >= 2),
-            ("mean_weight", mean_weight, 0.0 <= mean_weight <= 1.0),
-            ("head_dropout", head_dropout, head_dropout is None or 0.0 <= head_dropout < 1.0),
-            ("num_dropout_samples", num_dropout_samples, num_dropout_samples >= 1),
-            ("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0),
+        for key, value, is_valid, expected in (
+            ("num_classes", num_classes, num_classes >= 2, "at least 2"),
+            ("mean_weight", mean_weight, 0.0 <= mean_weight <= 1.0, "in [0, 1]"),
+            ("head_dropout", head_dropout, head_dropout is None or 0.0 <= head_dropout < 1.0, "null or in [0, 1)"),
+            ("num_dropout_samples", num_dropout_samples, num_dropout_samples >= 1, "at least 1"),
+            ("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0, "in [0, 1)"),
         ):
-            if not good:
-                raise InputError(f"model.{key} is {value}, which is out of range")
+            if not is_valid:
+                raise InputError(f"model.{key} must be {expected}, got {value}")
         if (head == "verbalizer") != (label_words is not None):
-            raise InputError("model.head verbalizer and model.label_words go together; give both or neither")
+            raise InputError("model.head verbalizer requires model.label_words, and the reverse; give both or neither")
         if label_words is not None and (len(label_words) != num_classes or pooling != "last"):
             raise InputError(
-                f"model.label_words has {len(label_words)} words and pooling is {pooling!r}; the verbalizer takes one "
-                f"word for each of the {num_classes} classes and pooling 'last'"
+                f"model.label_words must have {num_classes} words, one for each class, with model.pooling 'last', got "
+                f"{len(label_words)} words and pooling {pooling!r}"
             )
         if head == "verbalizer" and (num_dropout_samples != 1 or head_dropout):
             raise InputError(
-                "model.num_dropout_samples and head_dropout are of the linear head; the verbalizer has no dropout"
+                "model.num_dropout_samples and model.head_dropout require model.head linear; the verbalizer has no "
+                "dropout"
             )
         if head == "verbalizer" and not self.train_base and not self.surgery:
-            raise InputError("model.head verbalizer has no parameters: with train_base: false nothing would train")
+            raise InputError("model.head verbalizer has no parameters; with train_base: false nothing would train")
         self.num_classes, self.pooling, self.mean_weight = num_classes, pooling, mean_weight
         self.head_name, self.label_words = head, label_words
         self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
@@ -114,46 +115,59 @@ class Classifier(Task):
             if self.device_mesh is not None:
                 shard_head(self.head, self.device_mesh)
         else:
-            self.head = Verbalizer(self._word_ids())
+            self.head = Verbalizer(self._label_token_ids())
 
-    def _word_ids(self) -> list[int]:
-        if (given := self.hparams["label_token_ids"]) is not None:
-            return list(given)
+    def _label_token_ids(self) -> list[int]:
+        """Return the token ids of the label words.
+
+        Raises:
+            InputError: no tokenizer is available, or a word is not one token.
+        """
+        if (token_ids := self.hparams["label_token_ids"]) is not None:
+            return list(token_ids)
         if not isinstance(self.datamodule, TokenizedData):
-            raise InputError("model.head verbalizer needs a datamodule with a tokenizer to look its words up")
+            raise InputError("model.head verbalizer requires a datamodule with a tokenizer, for its label words")
         encode = self.datamodule.tokenizer.encode
         ids = [encode(word, add_special_tokens=False).ids for word in self.label_words or []]
         for word, tokens in zip(self.label_words or [], ids, strict=True):
             if len(tokens) != 1:
                 raise InputError(
-                    f"model.label_words: {word!r} is {len(tokens)} tokens; a class is one token, such as ' good'"
+                    f"model.label_words: each word must be one token, such as ' good', got {word!r} of {len(tokens)}"
                 )
-        found = [tokens[0] for tokens in ids]
-        self.hparams["label_token_ids"] = found
-        return found
+        self.hparams["label_token_ids"] = [tokens[0] for tokens in ids]
+        return self.hparams["label_token_ids"]
 
-    # Computing
+    # Steps
 
     def training_outputs(self, gpt2: GPT2, input_ids: Tensor) -> Tensor:
-        """Return the hidden states that pooling reads."""
+        """Compute the hidden states that pooling reads."""
         if self.pooling == "last":
             return gpt2(input_ids, output_positions=input_ids.new_full((1, 1), input_ids.size(1) - 1))
         return gpt2(input_ids)
 
     def training_flops_per_token(self, context: float) -> float | None:
-        """Return the operations per token; None if features were computed once and only the head is run."""
+        """Count the operations per token; None if the features are precomputed and only the head is run."""
         return None if self.features else super().training_flops_per_token(context)
 
     def encode(self, batch: Batch) -> Tensor:
-        """Pooled hidden states (B, C), or (B, 3 C) for ``concat``. Only positions that pooling reads are computed."""
+        """Compute pooled hidden states (B, C), or (B, 3 C) for ``concat``.
+
+        With ``last``, the last block computes only the positions that pooling reads.
+        """
         mask = batch["attention_mask"]
-        needed = None if "row" in batch else mask  # right padding needs none, and our datamodules pad there
+        # Batches of this library's datamodules are padded on the right, where causal attention needs no mask.
+        model_mask = None if "row" in batch else mask
         if self.pooling == "last":
-            return self.backbone(batch["input_ids"], needed, output_positions=last_token_index(mask)).squeeze(1)
-        return pool(self.backbone(batch["input_ids"], needed), mask, self.pooling, self.mean_weight)
+            return self.backbone(batch["input_ids"], model_mask, output_positions=last_token_index(mask)).squeeze(1)
+        return pool(self.backbone(batch["input_ids"], model_mask), mask, self.pooling, self.mean_weight)
 
     def forward(self, batch: Batch, split: str | None = None) -> Tensor:
-        """Logits (n, B, K) of a batch, n dropout masks; ``split`` says where computed features may lie."""
+        """Compute the logits (n, B, K) of a batch with n dropout masks.
+
+        Args:
+            batch: a batch.
+            split: the batch's split, whose precomputed features are used if there are any.
+        """
         features = self.features[split][batch["row"]] if split in self.features else self.encode(batch)
         if isinstance(self.head, Verbalizer):
             return self.head(features, self.backbone.head_weight)
@@ -161,33 +175,38 @@ class Classifier(Task):
         return self.head(features)
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
-        """The loss of every row (B,) and the probabilities (B, K), entered in the split's metrics."""
+        """Compute the loss of every row (B,) and the probabilities (B, K), and update the split's metrics."""
         logits = self(batch, split).float()
         losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
         probability = logits.detach().mean(0).softmax(-1)
-        said = self.predict_class(probability, split)
-        counted = finite(losses.detach(), split)
+        prediction = self.predict_class(probability, split)
+        finite_losses = finite(losses.detach(), split)
         metrics = cast(dict[str, Metric], self._metrics(split))
         for name, metric in metrics.items():
-            metric.update(*(counted if name == "loss" else (said, batch["labels"])))
+            metric.update(*(finite_losses if name == "loss" else (prediction, batch["labels"])))
         self.log_scores(split, {name: metric for name, metric in metrics.items() if name != "confusion"})
         return losses, probability
 
     def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
-        """The class (B,) that probabilities (B, K) amount to; ``split`` is None for rows of no split."""
+        """Return the predicted class (B,) for class probabilities (B, K).
+
+        Args:
+            probability: class probabilities (B, K).
+            split: the split of the rows; None for rows of no split.
+        """
         return probability.argmax(-1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
+        """Compute the loss; see :meth:`~gpt2_pl.tasks.base.Task.mean_loss`."""
         losses, _ = self._step(batch, "train")
         loss, mean = self.mean_loss(losses.sum(), len(losses), batch, batch_idx)
         self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
         return loss
 
     def _make_metrics(self) -> nn.ModuleDict:
-        """The metrics of one split; ``loss`` takes losses, the others decisions and labels."""
+        """Create the metrics of one split; ``loss`` is updated with losses, the others with predictions and labels."""
         K = self.num_classes
-        unchecked: dict[str, Any] = {"validate_args": False}  # to look at every label makes a GPU wait
+        unchecked: dict[str, Any] = {"validate_args": False}  # Checking labels would synchronize a GPU in every step.
         return nn.ModuleDict(
             {
                 "loss": WeightedMean(),
@@ -205,73 +224,74 @@ class Classifier(Task):
         self.outcomes.update(row=self._row_numbers(batch), label=batch["labels"], probability=probability)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Enter a batch in the validation metrics."""
+        """Update the validation metrics with a batch."""
         self._evaluation_step(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Enter a batch in the test metrics."""
+        """Update the test metrics with a batch."""
         self._evaluation_step(batch, "test")
 
     def predict_proba(self, batch: Batch) -> Tensor:
-        """Class probabilities (B, K)."""
+        """Compute class probabilities (B, K)."""
         return self(batch).float().mean(0).softmax(-1)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Class probabilities (B, K)."""
+        """Compute class probabilities (B, K)."""
         probability = self.predict_proba(batch)
         row = self._row_numbers(batch)
         self.outcomes.update(row=row, label=torch.full_like(row, -1), probability=probability)
         return probability
 
     def _row_numbers(self, batch: Batch) -> Tensor:
-        """Which rows of the split a batch holds: those that follow, where it does not say."""
+        """Return the row numbers (B,) of a batch; batches without them are numbered consecutively."""
         if "row" in batch:
             return batch["row"]
-        gathered: Any = self.outcomes.row
-        start = sum(map(len, gathered))
+        outputs: Any = self.outcomes.row
+        start = sum(map(len, outputs))
         return torch.arange(start, start + len(batch["input_ids"]), device=self.device)
 
-    # Features computed once
+    # Precomputed features
 
     def on_fit_start(self) -> None:
-        """With a frozen GPT-2, compute the features of all rows, for all epochs."""
+        """Compute the features of all rows once for all epochs, if the GPT-2 is frozen."""
         super().on_fit_start()
         if not self.backbone_frozen or not isinstance(self.datamodule, ReadableData):
             return
         self.backbone.eval()
         for split in ("train", "val"):
             loader = self.datamodule.evaluation_dataloader(split)
-            table: Tensor | None = None
+            features: Tensor | None = None
             for batch in loader:
                 batch = self.trainer.strategy.batch_to_device(batch)
                 with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                    features = self.encode(batch).float()
-                if table is None:
-                    table = features.new_zeros(len(loader.rows), features.size(-1))
-                table[batch["row"]] = features
-            assert table is not None
-            self.features[split] = self.trainer.strategy.reduce(table, reduce_op="sum")
+                    batch_features = self.encode(batch).float()
+                if features is None:
+                    features = batch_features.new_zeros(len(loader.rows), batch_features.size(-1))
+                features[batch["row"]] = batch_features
+            assert features is not None
+            # Each process has computed other rows, and left the others zero.
+            self.features[split] = self.trainer.strategy.reduce(features, reduce_op="sum")
 
     def on_fit_end(self) -> None:
-        """Let go of the features."""
+        """Free the features."""
         self.features = {}
 
     # Metrics
 
     def on_train_epoch_end(self) -> None:
-        """Start the confusion matrix anew, once callbacks have had it."""
+        """Reset the confusion matrix, after callbacks have read it."""
         self._reset_confusion("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Start the confusion matrix anew, once callbacks have had it."""
+        """Reset the confusion matrix, after callbacks have read it."""
         self._reset_confusion("val")
 
     def on_test_epoch_end(self) -> None:
-        """Start the confusion matrix anew, once callbacks have had it."""
+        """Reset the confusion matrix, after callbacks have read it."""
         self._reset_confusion("test")
 
     def pictures(self, split: str) -> dict[str, NDArray[Any]]:
-        """The confusion matrix."""
+        """Draw the confusion matrix of a split."""
         counts = cast(Metric, self._metrics(split)["confusion"]).compute()
         if not self.trainer.is_global_zero:
             return {}
@@ -279,27 +299,27 @@ class Classifier(Task):
         return {"confusion": confusion_image(counts.cpu().numpy(), self._label_names(), title)}
 
     def _label_names(self) -> list[str]:
-        """The names of the classes; their numbers where the data names none."""
+        """Return the names of the classes, or their numbers if the data has no names."""
         labels = self.datamodule.labels if isinstance(self.datamodule, LabelledData) else None
         return labels or list(map(str, range(self.num_classes)))
 
     def row_table(self, split: str) -> RowTable:
         """Return the prediction and the class probabilities of every row, with its number, text and label."""
         outcomes, names = self.outcomes.rows(), self._label_names()
-        decisions = self.predict_class(outcomes["probability"], split)
+        predictions = self.predict_class(outcomes["probability"], split)
         data = self.datamodule if isinstance(self.datamodule, RowData) else None
-        known = split != "predict"
+        has_labels = split != "predict"
 
         def rows() -> Iterator[list[object]]:
             columns = (outcomes[key].tolist() for key in ("row", "label", "probability"))
-            for row, label, probability, decision in zip(*columns, decisions.tolist(), strict=True):
+            for row, label, probability, prediction in zip(*columns, predictions.tolist(), strict=True):
                 source = [row + 1, ""] if data is None else [data.row_number(split, row), data.text(split, row)]
-                shares = (f"{share:.6f}" for share in probability)
-                yield [*source, *([names[label]] if known else []), names[decision], *shares]
+                probabilities = (f"{p:.6f}" for p in probability)
+                yield [*source, *([names[label]] if has_labels else []), names[prediction], *probabilities]
 
-        header = ["row", "text", *(["label"] if known else []), "prediction", *(f"p({name})" for name in names)]
+        header = ["row", "text", *(["label"] if has_labels else []), "prediction", *(f"p({name})" for name in names)]
         return RowTable("predictions", header, rows())
 
     def _reset_confusion(self, split: str) -> None:
-        """Start the counts anew; Lightning does so for the metrics that are logged."""
+        """Reset the confusion matrix; Lightning resets only metrics that are logged."""
         cast(Metric, self._metrics(split)["confusion"]).reset()

@@ -1,7 +1,7 @@
-"""Fully sharded data parallelism (Zhao et al. 2023) in PyTorch's second form, FSDP2.
+"""Fully sharded data parallelism (Zhao et al. 2023) with PyTorch's FSDP2.
 
-Every process holds a part of each parameter, of its gradient and of its optimizer state. The parameters of a block are
-gathered when it is computed, and let go after it.
+Every process stores a shard of each parameter, of its gradient and of its optimizer state. The parameters of a block
+are gathered for its computation and freed afterwards.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 
     from gpt2_pl.model import GPT2
 
-# A task compares names and shapes itself, and a frozen base is not in its checkpoints.
+# Not strict: a task compares names and shapes itself, and its checkpoints do not hold a frozen base.
 _OPTIONS = StateDictOptions(full_state_dict=True, strict=False)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's strategy for sharded models, over all processes of all machines.
+    """Strategy that shards a model over all processes of all machines.
 
-    A checkpoint is one file, as without sharding, and either is read where the other was written. Lightning would
-    load weights before the model can refuse them; here they are loaded after.
+    Checkpoints have the same format as without sharding: one file, which runs with and without sharding can load.
+    Lightning's ModelParallelStrategy would load weights before the model can refuse them; this strategy loads them
+    afterwards.
 
     Args:
-        process_group_backend: as in Lightning's.
-        timeout: as in Lightning's.
+        process_group_backend: as in ModelParallelStrategy.
+        timeout: as in ModelParallelStrategy.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """As Lightning's, once the number of processes is known."""
+        """Set the size of the data-parallel mesh to the number of processes, and set up the environment."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def on_validation_end(self) -> None:
-        """Let go of what an evaluation gathered, so that the parameters are the optimizer's again."""
+        """Free the parameters that an evaluation gathered, so that the optimizer's shards are used again."""
         assert self.model is not None
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -69,22 +70,22 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """That the trainer asks for the optimizer's state to be loaded."""
+        """Whether the trainer loads the optimizer's state; always true."""
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The file's contents, on every process; nothing in it is executed."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)  # which the trainer leaves out here
+        """Load a checkpoint on every process, without executing code from it."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)  # The trainer may pass None.
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Give every process its part of the weights."""
+        """Load each process's shard of the weights."""
         assert self.model is not None
         set_model_state_dict(self.model, checkpoint["state_dict"], options=_OPTIONS)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state, for the process that writes it: parameters are numbered in the optimizer's order, as always.
+        """Return the full state on the process that writes it, with parameters numbered in the optimizer's order.
 
-        Lightning would number them in the model's.
+        This is PyTorch's order without sharding; Lightning would use that of the model.
         """
         assert self.model is not None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -93,33 +94,35 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not named:
             return {}
         names = [name for group in named["param_groups"] for name in group["params"]]
-        return _renamed(named, {name: number for number, name in enumerate(names)})
+        return _rename_parameters(named, {name: number for number, name in enumerate(names)})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give every process its part of the optimizers' states."""
+        """Load each process's shard of the optimizers' states."""
         assert self.model is not None
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-            set_optimizer_state_dict(self.model, optimizer, _renamed(state, dict(enumerate(order))), options=_OPTIONS)
+            named = _rename_parameters(state, dict(enumerate(order)))
+            set_optimizer_state_dict(self.model, optimizer, named, options=_OPTIONS)
 
 
-def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other keys for its parameters."""
+def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with the keys of its parameters replaced by ``names``."""
     groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[key]: values for key, values in state["state"].items()}, "param_groups": groups}
 
 
-def shard(core: GPT2, mesh: DeviceMesh) -> None:
-    """Shard a GPT-2 over the processes of ``mesh``, one block a unit and the rest another.
+def shard(backbone: GPT2, mesh: DeviceMesh) -> None:
+    """Shard a GPT-2 over the processes of ``mesh``: each block is a unit, and the other parameters are one more.
 
-    The rest, with the token embedding, stays gathered from the forward to the backward pass, for the loss reads it.
+    The last unit, which has the token embedding, stays gathered from the forward to the backward pass, because the loss
+    reads it.
     """
-    for block in core.h:
+    for block in backbone.h:
         fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(core, mesh=mesh["data_parallel"], reshard_after_forward=False)
+    fully_shard(backbone, mesh=mesh["data_parallel"], reshard_after_forward=False)
 
 
 def shard_head(head: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard what stands behind the GPT-2."""
+    """Shard the head over the processes of ``mesh``."""
     fully_shard(head, mesh=mesh["data_parallel"])

@@ -1,4 +1,4 @@
-"""Language modelling: every token predicts the next."""
+"""Language modelling: every token predicts the next one."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ Batch = dict[str, Any]
 
 
 class Perplexity(WeightedMean):
-    """exp of the mean loss per token."""
+    """Perplexity: the exponential of the mean loss per token."""
 
     def compute(self) -> Tensor:
-        """The perplexity of everything entered."""
+        """Compute the perplexity of all updates."""
         return super().compute().exp()
 
 
 class LanguageModel(Task):
-    """Learns to continue text, through the head that is tied to the token embedding.
+    """Language model whose head is tied to the token embedding.
 
-    Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each, or -100
-    where nothing is predicted. Losses are means per target token; perplexity is exp of that.
+    Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each token,
+    or -100 at positions without a target. The loss is the mean per target token, and perplexity is its exponential.
 
-    Unlikelihood (Welleck et al. 2020) is trained on beside likelihood; ``loss`` and ``perplexity`` are always those of
-    likelihood alone.
+    Unlikelihood losses (Welleck et al. 2020) can be added to the likelihood loss. The metrics ``loss`` and
+    ``perplexity`` are always those of the likelihood alone.
 
     Args:
-        unlikelihood: weight of token-level unlikelihood: of tokens that the text has had already, the first included.
-        unlikelihood_window: only the last so many tokens count as had; by default all.
-        unlikelihood_ignores: texts that may be repeated, such as line ends and punctuation: no token that is one of
-            them, spaces around it aside, counts.
-        sequence_unlikelihood: share of the steps that are made on sequence-level unlikelihood instead: a continuation
-            is decoded greedily, and the tokens of its repeated 4-grams are trained against.
-        sequence_prefix: how many tokens of a text such a step continues; of a shorter text, all.
-        sequence_length: tokens that it decodes.
-        **kwargs: as in :class:`~gpt2_pl.tasks.base.Task`.
+        unlikelihood: weight of the token-level unlikelihood of tokens that occurred earlier in the text, including its
+            first token; at least 0.
+        unlikelihood_window: number of preceding tokens that count as earlier tokens; by default all.
+        unlikelihood_ignores: texts that may be repeated, such as line ends and punctuation: tokens with one of these
+            texts, apart from surrounding spaces, have no unlikelihood.
+        sequence_unlikelihood: share of the steps that use sequence-level unlikelihood instead, in [0, 1]: a
+            continuation is decoded greedily, and the tokens of its repeated 4-grams are made less likely.
+        sequence_prefix: number of tokens of a text that such a step continues; all tokens of a shorter text.
+        sequence_length: number of tokens that such a step decodes.
+        **kwargs: arguments of :class:`~gpt2_pl.tasks.base.Task`.
 
     Raises:
-        InputError: a value out of range, or a sequence that is longer than the model has room for.
+        InputError: a value out of range, or a sequence that is longer than the model's context.
     """
 
     metric_info: ClassVar[dict[str, MetricInfo]] = {
@@ -75,19 +76,20 @@ class LanguageModel(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for key, value, good in (
-            ("unlikelihood", unlikelihood, unlikelihood >= 0.0),
-            ("unlikelihood_window", unlikelihood_window, unlikelihood_window is None or unlikelihood_window >= 1),
-            ("sequence_unlikelihood", sequence_unlikelihood, 0.0 <= sequence_unlikelihood <= 1.0),
-            ("sequence_prefix", sequence_prefix, sequence_prefix >= 1),
-            ("sequence_length", sequence_length, sequence_length >= 1),
+        is_window_valid = unlikelihood_window is None or unlikelihood_window >= 1
+        for key, value, is_valid, expected in (
+            ("unlikelihood", unlikelihood, unlikelihood >= 0.0, "at least 0"),
+            ("unlikelihood_window", unlikelihood_window, is_window_valid, "null or at least 1"),
+            ("sequence_unlikelihood", sequence_unlikelihood, 0.0 <= sequence_unlikelihood <= 1.0, "in [0, 1]"),
+            ("sequence_prefix", sequence_prefix, sequence_prefix >= 1, "at least 1"),
+            ("sequence_length", sequence_length, sequence_length >= 1, "at least 1"),
         ):
-            if not good:
-                raise InputError(f"model.{key} is {value}, which is out of range")
+            if not is_valid:
+                raise InputError(f"model.{key} must be {expected}, got {value}")
         if sequence_unlikelihood and sequence_prefix + sequence_length > self.max_length:
             raise InputError(
-                f"model.sequence_prefix and sequence_length make {sequence_prefix + sequence_length} tokens; the model "
-                f"has room for {self.max_length}"
+                f"model.sequence_prefix + model.sequence_length must be at most {self.max_length}, the model's context "
+                f"length, got {sequence_prefix + sequence_length}"
             )
         self.unlikelihood, self.unlikelihood_window = unlikelihood, unlikelihood_window
         self.unlikelihood_ignores = list(unlikelihood_ignores or [])
@@ -104,11 +106,11 @@ class LanguageModel(Task):
 
     @property
     def table_caption(self) -> str | None:
-        """What the perplexities in a table of scores are of."""
+        """Description of the scored text, for the caption of a table of perplexities; None without one."""
         return getattr(self.datamodule, "perplexity_note", None)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The sum of a batch's losses and its number of targets."""
+        """Compute the sum of a batch's losses and its number of targets."""
         hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
         return cross_entropy(hidden, weight, batch["targets"], compiled=self.compile_blocks)
 
@@ -125,7 +127,7 @@ class LanguageModel(Task):
         self.log_scores(split, metrics)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss, as :meth:`~gpt2_pl.tasks.base.Task.mean_loss` has it."""
+        """Compute the loss; see :meth:`~gpt2_pl.tasks.base.Task.mean_loss`."""
         self.decoded_last_step = self._is_sequence_step()
         if self.decoded_last_step:
             return self._sequence_step(batch, batch_idx)
@@ -135,7 +137,7 @@ class LanguageModel(Task):
                 self.backbone.head_weight,
                 batch["targets"],
                 self.unlikelihood,
-                self._ignored(),
+                self._ignored_tokens(),
                 self.unlikelihood_window,
                 compiled=self.compile_blocks,
                 input_ids=batch["input_ids"],
@@ -149,20 +151,23 @@ class LanguageModel(Task):
         return loss
 
     def _is_sequence_step(self) -> bool:
-        """Whether this step is one of sequence-level unlikelihood: a function of the seed and the step."""
+        """Return whether this step uses sequence-level unlikelihood, which depends on the seed and the step only."""
         if self.sequence_unlikelihood == 0.0:
             return False
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         return random.Random(f"{seed} {self.global_step}").random() < self.sequence_unlikelihood
 
     def _sequence_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sequence-level unlikelihood of greedy continuations: decoded without gradient, then read in one pass."""
-        lengths = batch["attention_mask"].sum(1).clamp(max=self.sequence_prefix)  # of the prefixes
-        shortest, P = torch.stack(lengths.aminmax()).tolist()
+        """Compute the sequence-level unlikelihood of greedy continuations.
+
+        The continuations are decoded without gradients, and then read in one forward pass.
+        """
+        prefix_lengths = batch["attention_mask"].sum(1).clamp(max=self.sequence_prefix)
+        shortest, P = torch.stack(prefix_lengths.aminmax()).tolist()
         prefix = batch["input_ids"][:, :P]
-        mask = None if shortest == P else torch.arange(P, device=prefix.device) < lengths.unsqueeze(1)
+        mask = None if shortest == P else torch.arange(P, device=prefix.device) < prefix_lengths.unsqueeze(1)
         text = generate(self.backbone, prefix, mask, max_new_tokens=self.sequence_length, temperature=0.0)
-        if mask is not None:  # `generate` pads on the left
+        if mask is not None:  # The output of `generate` is padded on the left.
             mask = F.pad(mask.flip(1), (0, self.sequence_length - 1), value=True)
         targets = text[:, 1:].clone()
         targets[:, : P - 1] = IGNORE_INDEX
@@ -172,71 +177,79 @@ class LanguageModel(Task):
         return self.mean_loss(loss * len(text), len(text), batch, batch_idx)[0]
 
     def _log_mean(self, name: str, value: Tensor, n: int) -> None:
-        """Log an epoch's mean over ``n`` things a step, of all processes."""
+        """Log an epoch's mean over all processes; ``n`` is the weight of this step."""
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=n)
 
-    def _ignored(self) -> list[int]:
-        """The tokens that may be repeated."""
+    def _ignored_tokens(self) -> list[int]:
+        """Return the ids of the tokens that may be repeated.
+
+        Raises:
+            InputError: no tokenizer is available, or a text is not a token.
+        """
         if self._ignored_ids is not None or not self.unlikelihood_ignores:
             return self._ignored_ids or []
         if not isinstance(self.datamodule, TokenizedData):
-            raise InputError("model.unlikelihood_ignores needs a datamodule with a tokenizer to look it up")
+            raise InputError("model.unlikelihood_ignores requires a datamodule with a tokenizer")
         texts = [text.strip(" ") for text in decode_vocab(self.datamodule.tokenizer)]
-        wanted = [text.strip(" ") for text in self.unlikelihood_ignores]
-        for text in wanted:
+        ignored = [text.strip(" ") for text in self.unlikelihood_ignores]
+        for text in ignored:
             if text not in texts:
-                raise InputError(f"model.unlikelihood_ignores: {text!r} is no token of the tokenizer")
-        self._ignored_ids = [i for i, text in enumerate(texts) if text in wanted]
+                raise InputError(f"model.unlikelihood_ignores: {text!r} is not a token of the tokenizer")
+        self._ignored_ids = [i for i, text in enumerate(texts) if text in ignored]
         return self._ignored_ids
 
     def training_outputs(self, gpt2: GPT2, input_ids: Tensor) -> Tensor:
-        """Return the logits."""
+        """Compute the logits."""
         return gpt2.logits(gpt2(input_ids))
 
     def continue_prompts(
         self, tokenizer: Any, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, **settings: Any
     ) -> list[list[int]]:
-        """Return the tokens that continue each prompt, up to the end of text.
+        """Generate the tokens that continue each prompt, up to the end of text.
 
         Args:
-            tokenizer: the model's.
-            prompts: token ids of each.
-            seeds: of each.
-            max_new_tokens: of each; fewer where the context has no room for so many behind it.
-            **settings: as in :func:`~gpt2_pl.generation.generate`.
+            tokenizer: tokenizer of the model.
+            prompts: token ids of each prompt.
+            seeds: random seed of each prompt.
+            max_new_tokens: largest number of new tokens of each prompt; the context may leave room for fewer.
+            **settings: arguments of :func:`~gpt2_pl.generation.generate`.
+
+        Returns:
+            Token ids of each continuation, without the end of text.
 
         Raises:
-            InputError: an empty prompt, one that fills the context, or a tokenizer without an end of text.
+            InputError: an empty prompt, a prompt that fills the context, or a tokenizer without an end of text.
         """
         end = tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
-            raise InputError(f"the tokenizer has no {END_OF_TEXT}, which ends a text")
+            raise InputError(f"the tokenizer must have the token {END_OF_TEXT}, which ends a text")
         rooms = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         for prompt, room in zip(prompts, rooms, strict=True):
             if not prompt or room < 1:
                 raise InputError(
-                    f"a prompt has {len(prompt)} tokens; it needs 1 to {self.max_length - 1}, the model has no more "
-                    "room"
+                    f"a prompt must have 1 to {self.max_length - 1} tokens to fit the model's context, got "
+                    f"{len(prompt)}"
                 )
         new: list[list[int]] = [[] for _ in prompts]
-        for room in sorted(set(rooms)):  # a row's text must not depend on the room that others have
+        # Prompts with the same room form a batch: a continuation must not depend on the room of other prompts.
+        for room in sorted(set(rooms)):
             rows = [i for i, other in enumerate(rooms) if other == room]
             longest = max(len(prompts[i]) for i in rows)
             padding = [longest - len(prompts[i]) for i in rows]
             ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=self.device)
             mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=self.device)
-            own = [seeds[i] for i in rows]
+            row_seeds = [seeds[i] for i in rows]
             ends = {"eos_token_id": end, "pad_token_id": end}
-            text = generate(self.backbone, ids, mask, max_new_tokens=room, seed=own, **ends, **settings)
+            text = generate(self.backbone, ids, mask, max_new_tokens=room, seed=row_seeds, **ends, **settings)
             for i, row in zip(rows, text.tolist(), strict=True):
                 continuation = row[longest:]
                 new[i] = continuation[: continuation.index(end)] if end in continuation else continuation
         return new
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Enter a batch in the validation metrics."""
+        """Update the validation metrics with a batch."""
         self._step(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Enter a batch in the test metrics."""
+        """Update the test metrics with a batch."""
         self._step(batch, "test")

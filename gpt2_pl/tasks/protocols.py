@@ -1,4 +1,7 @@
-"""What tasks ask of a datamodule, and commands and callbacks of a task. Classes need not derive from these."""
+"""Protocols of datamodules and tasks.
+
+Tasks use the protocols of datamodules; commands and callbacks use those of tasks. Classes need not derive from them.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from gpt2_pl.utils.registry import class_path
 
 
 class RowTable(NamedTuple):
-    """A task's outputs for the rows of a split, to be written as ``<name>_<split>.csv``.
+    """Outputs of a task for the rows of a split, which are written as ``<name>_<split>.csv``.
 
-    ``gpt2-pl compare`` computes intervals from a table named ``predictions`` with the columns ``text``, ``label`` and
-    ``prediction``: from the classes where there are columns ``p(<class>)``, otherwise from the columns that have the
-    names of the task's metrics. Such a column holds the metric of every row, and its mean is the score.
+    ``gpt2-pl compare`` computes confidence intervals from a table named ``predictions`` with the columns ``text``,
+    ``label`` and ``prediction``: from the classes if the table has columns ``p(<class>)``, otherwise from the columns
+    with the names of the task's metrics. Such a column holds the metric of every row, and its mean is the score.
 
     Args:
-        name: of the file, such as ``predictions``.
-        columns: the header.
-        rows: the cells of every row.
+        name: name of the file without the split, such as ``predictions``.
+        columns: names of the columns.
+        rows: cells of every row.
     """
 
     name: str
@@ -32,17 +35,17 @@ class RowTable(NamedTuple):
 
 @runtime_checkable
 class TokenizedData(Protocol):
-    """Data whose texts are token ids."""
+    """Tokenized data."""
 
     tokenizer: Any  #: a ``tokenizers.Tokenizer``
 
 
 @runtime_checkable
 class RowData(Protocol):
-    """Data whose rows are those of a file."""
+    """Data whose rows are read from a file."""
 
     def row_number(self, split: str, row: int) -> int:
-        """Return the number of a row in its file, from 1."""
+        """Return the number of a row in its file, counted from 1."""
         ...
 
     def text(self, split: str, row: int) -> str:
@@ -52,53 +55,53 @@ class RowData(Protocol):
 
 @runtime_checkable
 class LabelledData(Protocol):
-    """Data in classes."""
+    """Labelled data."""
 
-    labels: list[str]  #: the names of the classes, in their order
+    labels: list[str]  #: names of the classes, in their order
 
 
 @runtime_checkable
 class PromptedData(Protocol):
-    """Data that is put into a template."""
+    """Data with a prompt template."""
 
     def prompt_spec(self) -> dict[str, Any]:
-        """Return the template, the names of its columns and of the classes, and the longest text in tokens."""
+        """Return the template, the names of its columns, the class names and the largest number of tokens."""
         ...
 
 
 @runtime_checkable
 class ReadableData(Protocol):
-    """Data that can be read in order, without the trainer."""
+    """Data that can be read in order, independently of the trainer."""
 
     def evaluation_dataloader(self, split: str) -> Any:
-        """Return batches of a split, each row once."""
+        """Return a dataloader that yields each row of a split once."""
         ...
 
 
 @runtime_checkable
 class PoemData(TokenizedData, Protocol):
-    """Poems of which the first lines are given."""
+    """Poems whose first lines are the prompt."""
 
-    poems: dict[str, Any]  #: the poems of each split
-    prompt_lines: int  #: how many lines are given
-    eval_batch_size: int  #: poems in a batch
+    poems: dict[str, Any]  #: poems of each split
+    prompt_lines: int  #: number of lines of the prompt
+    eval_batch_size: int  #: number of poems in a batch
 
 
 @runtime_checkable
 class TextClassifier(Protocol):
-    """A task that puts texts in classes; ``gpt2-pl classify`` uses it."""
+    """Task that classifies texts; ``gpt2-pl classify`` uses it."""
 
     num_classes: int
-    prompt_spec: dict[str, Any] | None  #: of the data that it was trained on
+    prompt_spec: dict[str, Any] | None  #: prompt of the training data
 
     @property
     def max_length(self) -> int:
-        """The longest text, in tokens."""
+        """Largest number of tokens in a text."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Device of the model."""
         ...
 
     def predict_proba(self, batch: dict[str, Any]) -> Tensor:
@@ -106,13 +109,13 @@ class TextClassifier(Protocol):
         ...
 
     def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
-        """Return the class (B,) that probabilities (B, K) amount to."""
+        """Return the predicted class (B,) for class probabilities (B, K)."""
         ...
 
 
 @runtime_checkable
 class TextGenerator(Protocol):
-    """A task that continues texts; ``gpt2-pl generate`` uses it."""
+    """Task that continues texts; ``gpt2-pl generate`` uses it."""
 
     def continue_prompts(
         self, tokenizer: Any, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, **settings: Any
@@ -122,11 +125,11 @@ class TextGenerator(Protocol):
 
 
 def lacks(task: object, protocol: type) -> str:
-    """Describe which members of a protocol a task does not have, for error messages.
+    """Describe the members of a protocol that a task lacks, for error messages.
 
     Args:
-        task: an object that is no instance of ``protocol``.
-        protocol: one of the classes of this module.
+        task: an object that does not implement ``protocol``.
+        protocol: a class of this module.
     """
     classes = [cls for cls in protocol.__mro__ if cls.__module__ == __name__]
     members = {name for cls in classes for name in (*get_annotations(cls), *vars(cls)) if not name.startswith("_")}

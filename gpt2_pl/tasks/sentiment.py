@@ -8,11 +8,11 @@ from gpt2_pl.tasks.classification import Classifier
 
 
 class SentimentClassifier(Classifier):
-    """How favourable a text is, in K classes. Arguments are those of :class:`~gpt2_pl.tasks.classification.Classifier`.
+    """Classifier of the sentiment of a text, in K classes.
 
     Args:
-        num_classes: number of classes K; on the command line the datamodule's.
-        **kwargs: the others.
+        num_classes: number of classes K; on the command line that of the datamodule.
+        **kwargs: arguments of :class:`~gpt2_pl.tasks.classification.Classifier`.
     """
 
     def __init__(self, num_classes: int = 5, **kwargs: Any) -> None:

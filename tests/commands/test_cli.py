@@ -200,7 +200,7 @@ def test_checkpoints_that_do_not_fit(run, capsys, tmp_path):
     other = "--model.config={vocab_size: 300, n_positions: 64, n_embd: 24, n_layer: 2, n_head: 2, dropout: 0.1}"
     line = refused(run, capsys, "fit", *quick, other, "--ckpt_path", checkpoint)
     assert "does not fit" in line
-    assert "(48,) there and (72,) here" in line
+    assert "(48,) in the checkpoint and (72,) in the model" in line
     assert checkpoint.read_bytes() == before
 
     broken = tmp_path / "broken.ckpt"

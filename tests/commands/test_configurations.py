@@ -308,8 +308,8 @@ def test_values_of_keys_that_no_file_holds(flag, environment, built, capsys, tmp
     ("text", "words"),
     [
         *((f"ckpt_path: {value}", "ckpt_path") for value in ("3", "[a]", "{a: b}", "true")),
-        ("model: &a {init_args: {x: *a}}", "lies within what it stands for"),
-        ("trainer: &a {x: *a}", "lies within what it stands for"),
+        ("model: &a {init_args: {x: *a}}", "is recursive"),
+        ("trainer: &a {x: *a}", "is recursive"),
     ],
 )
 def test_files_of_other_kinds(text, words, built, capsys, tmp_path):

@@ -392,9 +392,9 @@ def test_flags_of_classify(flags, words, trained, files, run, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tensor: tensor.fill_(torch.nan), "gpt2.ln_f.weight is not finite"),
-        (lambda tensor: tensor[:1].fill_(-torch.inf), "gpt2.ln_f.weight is not finite"),
-        (lambda tensor: tensor.to(torch.int8), "gpt2.ln_f.weight is of torch.int8; it must be of torch.float32"),
+        (lambda tensor: tensor.fill_(torch.nan), "gpt2.ln_f.weight must be finite"),
+        (lambda tensor: tensor[:1].fill_(-torch.inf), "gpt2.ln_f.weight must be finite"),
+        (lambda tensor: tensor.to(torch.int8), "gpt2.ln_f.weight must be of torch.float32, got torch.int8"),
         (lambda tensor: tensor.to(torch.complex64), "gpt2.ln_f.weight is of torch.complex64"),
         (lambda tensor: tensor.bool(), "gpt2.ln_f.weight is of torch.bool"),
     ],

@@ -44,17 +44,17 @@ def claim(pickle, at, size):
 
 MANY = "more than 2,000,000 values"
 BOMBS = {
-    "compressed": ({}, zipfile.ZIP_DEFLATED, "its parts are compressed"),
-    "bomb": ({"data.pkl": lambda _: pickled(text(bytes(10**8)))}, zipfile.ZIP_DEFLATED, "its parts are compressed"),
+    "compressed": ({}, zipfile.ZIP_DEFLATED, "its entries must not be compressed"),
+    "bomb": ({"data.pkl": lambda _: pickled(text(bytes(10**8)))}, zipfile.ZIP_DEFLATED, "must not be compressed"),
     "large values": ({"data.pkl": lambda _: pickled(text(bytes(2 * 10**7)))}, 0, "more than 16,777,216 bytes"),
     "many values": ({"data.pkl": lambda _: pickled(b"](" + b"K\x01" * 3 * 10**5 + b"e")}, 0, MANY),
     "deep": ({"data.pkl": lambda _: pickled(b"]" * 10**5 + b"a" * (10**5 - 1))}, 0, "values more than 100 deep"),
     "aliases": ({"data.pkl": lambda _: pickled(aliases(60))}, 0, MANY),
     "task of aliases": ({"data.pkl": lambda _: as_task(b"h\x3b", aliases(60))}, 0, MANY),
     "cycle": ({"data.pkl": lambda _: pickled(b"]q\x00h\x00a")}, 0, "values more than 100 deep"),
-    "task of bytes": ({"data.pkl": lambda _: as_task(b"K\x01")}, 0, "it names no task"),
-    "list": ({"data.pkl": lambda _: pickled(b"]")}, 0, "it names no task"),
-    "long task": ({"data.pkl": lambda _: as_task(text(b"x" * 10**7))}, 0, "which is no task of this library"),
+    "task of bytes": ({"data.pkl": lambda _: as_task(b"K\x01")}, 0, "task must be the path of a class"),
+    "list": ({"data.pkl": lambda _: pickled(b"]")}, 0, "task must be the path of a class"),
+    "long task": ({"data.pkl": lambda _: as_task(text(b"x" * 10**7))}, 0, "which is not a task of this library"),
     "escape": ({"data.pkl": lambda _: as_task(text(b"\x1b[31mTask\n"))}, 0, r"\x1b[31mTask"),
     "long number": ({"data.pkl": lambda _: pickled(b"\x8b\x40\x42\x0f\0" + b"\x01" * 10**6)}, 0, "checkpoint"),
     "empty pickle": ({"data.pkl": lambda _: b""}, 0, "is not a checkpoint"),
@@ -139,7 +139,7 @@ def test_read_archive_that_says_it_is_larger_is_refused(good, tmp_path):
     place = data.rindex(b"PK\x01\x02")
     lying = data[: place + 20] + struct.pack("<II", 2**31, 2**31) + data[place + 28 :]
     (tmp_path / "lying.ckpt").write_bytes(lying)
-    refused(tmp_path / "lying.ckpt", "its parts are larger than the file")
+    refused(tmp_path / "lying.ckpt", "its entries are larger than the file")
 
 
 def test_read_repacked_archive_without_changes_is_read(good, tmp_path):

@@ -275,7 +275,7 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"hyper_parameters": {**STORED, "config": {"n_layer": 10**9}}}, "config.n_layer must be at most 0"),
         ({"hyper_parameters": {**STORED, "config": {"n_layer": 10**30}}}, "config.n_layer must be below 2147483648"),
         ({"base": {}, "surgery": [{"class_path": "gpt2_pl.surgery.LoRA", "init_args": {"rank": 10**9}}]},
-         "surgery.rank must be at most 4096, as the weights are, got 1000000000"),
+         "surgery.rank must be at most 4096 for the stored weights, got 1000000000"),
         ({"extra": LAUGHING}, "holds more than 2,000,000 values"),
         ({"extra": DEEP}, "holds values more than 100 deep"),
         ({"extra": torch.zeros(1).expand(10**9)}, "whose memory is not that of a dense tensor"),

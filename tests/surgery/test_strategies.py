@@ -101,7 +101,7 @@ def test_fit_surgery_that_does_not_fit_the_model_is_refused(fit, capsys, tmp_pat
         assert all(word in line for word in words), line
     quick = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", CONFIGS / "strategy/lora.yaml"]
     line = refused(lambda: fit.__closure__ and main([*map(str, quick)]), capsys)
-    assert "model.config starts at random" in line
+    assert "model.config is initialized at random" in line
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 

@@ -45,7 +45,7 @@ def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, caps
     surgery = "--model.surgery=[{class_path: gpt2_pl.surgery.LoRA, init_args: {targets: [q, v]}}]"
     checkpoint = fit(extra=[surgery]) / "checkpoints/best.ckpt"
     settings = {"targets": ["q", "v"], **other}
-    with pytest.raises(InputError, match=r"trained with model\.surgery .* here it is|does not fit"):
+    with pytest.raises(InputError, match=r"model\.surgery must be that of the checkpoint|does not fit"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[LoRA(**settings)])
     stated = "--model.surgery=" + json.dumps([{"class_path": "gpt2_pl.surgery.LoRA", "init_args": settings}])
     line = refused(

@@ -309,5 +309,5 @@ def test_texts_to_ignore_must_be_tokens(base, files):
     task = LanguageModel(base=str(base), unlikelihood=1.0, unlikelihood_ignores=["no such token"])
     data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
     quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_checkpointing": False}
-    with pytest.raises(InputError, match="'no such token' is no token"):
+    with pytest.raises(InputError, match="'no such token' is not a token"):
         Trainer(max_steps=1, use_distributed_sampler=False, **quiet).fit(task, data)

@@ -232,7 +232,7 @@ def test_scores_are_those_of_loops_and_the_tuned_threshold_decides(run, base, pa
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_classes": 3}, "num_classes is 3"), ({"threshold": 1.0}, "threshold is 1.0")],
+    [({"num_classes": 3}, "num_classes must be 2 for paraphrase detection, got 3"), ({"threshold": 1.0}, "got 1.0")],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(InputError, match=message):

@@ -233,13 +233,13 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dropout": 1.0}, "model.head_dropout is 1.0"),
-        ({"num_classes": 1}, "model.num_classes is 1"),
-        ({"head": "verbalizer"}, "go together"),
-        ({"head": "verbalizer", "label_words": ["a"]}, "has 1 words"),
+        ({"head_dropout": 1.0}, r"model.head_dropout must be null or in \[0, 1\), got 1.0"),
+        ({"num_classes": 1}, "model.num_classes must be at least 2, got 1"),
+        ({"head": "verbalizer"}, "give both or neither"),
+        ({"head": "verbalizer", "label_words": ["a"]}, "got 1 words"),
         ({"base": "x"}, "got both"),
         ({"config": None}, "got neither"),
-        ({"dropout": 1.5}, "model.dropout is 1.5"),
+        ({"dropout": 1.5}, r"model.dropout must be in \[0, 1\), got 1.5"),
     ],
 )
 def test_options_out_of_range(options, message):

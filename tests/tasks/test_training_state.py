@@ -243,7 +243,7 @@ HOSTILE = {
         loop("epoch_loop.val_loop.batch_progress/total", dict.fromkeys(PROGRESS, -1)), "must be at least 0",
     ),
     "more batches than began": (loop("epoch_loop.batch_progress/current/ready", 10**6), "at most 4, its total"),
-    "more completed than begun": (loop("epoch_progress/current/completed", 10**6), "none exceeds the one before it"),
+    "more completed than begun": (loop("epoch_progress/current/completed", 10**6), "must be non-increasing counts"),
     "huge batches": (loop("epoch_loop.batch_progress/total/ready", 10**30), "must be at most"),
     "another loop": (loop("evil", 1), "a key of loops.fit_loop must be"),
     "is_last_batch": (loop("epoch_loop.batch_progress/is_last_batch", 3), "is_last_batch must be true or false"),
@@ -283,12 +283,12 @@ def test_switches_of_the_step_are_the_configured_ones(saved, tmp_path):
 
 def test_state_of_every_torch_optimizer_has_the_layout_of_its_first_step():
     """Each layout against a step on the parameters themselves."""
-    from gpt2_pl.tasks.training_state import _layouts
+    from gpt2_pl.tasks.optimizer_state import state_layouts
 
     for make in (make for name, make in OPTIMIZERS.items() if name != "third"):
         parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (8,), (2, 9))]
         optimizer = make([{"params": parameters[:2]}, {"params": parameters[2:]}])
-        layouts = _layouts(optimizer)
+        layouts = state_layouts(optimizer)
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         before = copy.deepcopy([p.detach() for p in parameters])

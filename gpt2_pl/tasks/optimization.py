@@ -1,0 +1,217 @@
+"""Optimizer, learning-rate schedule, gradient accumulation and gradient clipping of tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.optim import NamedParameters, Schedule, parameter_groups
+from gpt2_pl.surgery import Adapter
+from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
+from gpt2_pl.tasks.checkpointed import CheckpointedModule
+
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+
+
+class OptimizedModule(CheckpointedModule):
+    """Module with one optimizer, whose step uses the gradient of the mean loss over all rows of the step.
+
+    :class:`~gpt2_pl.tasks.Task` sets the attributes.
+
+    Attributes:
+        make_optimizer: creates the optimizer from parameter groups.
+        schedule: learning-rate schedule.
+        trained_names: names of the GPT-2's parameters that train.
+    """
+
+    make_optimizer: OptimizerCallable
+    schedule: Schedule
+    trained_names: frozenset[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step_mean = StepMean()
+
+    def layer_groups(self) -> dict[str, NamedParameters]:
+        """Return the named parameters of each layer, from input to output."""
+        raise NotImplementedError
+
+    def head_parameters(self) -> NamedParameters:
+        """Return the named parameters that do not belong to the GPT-2."""
+        return [(name, p) for name, p in self.named_parameters() if not name.startswith("gpt2.")]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Create the optimizer and the scheduler over all steps of the run.
+
+        Each parameter group has one layer, one weight decay and one learning rate.
+
+        Raises:
+            InputError: no parameter trains, the optimizer refuses the parameters, or the run is unbounded and the
+                schedule depends on its length.
+        """
+        adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, Adapter)]
+        rates = {f"{name}.lora_B": m.loraplus_lr_ratio for name, m in adapters}
+        trained = {f"gpt2.{name}" for name in self.trained_names}
+        trained |= {name for name, parameter in self.head_parameters() if parameter.requires_grad}
+        groups = parameter_groups(self.layer_groups(), rates, trained)
+        if not groups:
+            raise InputError("nothing would train: train_base is false and this head has no parameters")
+        try:
+            optimizer = self.make_optimizer(groups)
+        except ValueError as error:  # for example because of the shape of a parameter
+            raise InputError(f"model.optimizer: {' '.join(str(error).split())}") from None
+        for group in optimizer.param_groups:
+            group["lr"] *= group["lr_scale"]
+        total = self._n_steps()
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _n_steps(self) -> int:
+        """Return the number of optimizer steps of the run, or 1 if it is unbounded and the schedule does not use it.
+
+        Raises:
+            InputError: the data or the trainer's limits are invalid, or the run is unbounded and the schedule depends
+                on its length.
+        """
+        try:
+            self.trainer.fit_loop.setup_data()  # reads the data
+            total = self.trainer.estimated_stepping_batches
+        except ValueError as error:
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+        if (accumulation := accumulation_scheduler(self.trainer)) is not None:
+            # Lightning's estimate ignores this scheduler.
+            total = scheduled_steps(self.trainer, accumulation) or total
+        if math.isinf(total) or total < 0:  # no limit, or an unknown number of batches
+            self.check_schedule(endless=self.trainer.limit_train_batches != 0)
+            return 1
+        return max(int(total), 1)
+
+    def check_schedule(self, endless: bool) -> None:
+        """Refuse a schedule that depends on the length of training if training has none.
+
+        Args:
+            endless: whether the number of optimizer steps is unbounded or unknown.
+
+        Raises:
+            InputError: naming the schedule.
+        """
+        if endless and self.schedule.needs_total:
+            raise InputError(
+                f"trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
+                f"{type(self.schedule).__name__}, whose rates depend on the length of training (trainer.max_time may "
+                "end it earlier); without a length, give --model.schedule gpt2_pl.optim.ConstantWithWarmup with a "
+                "warmup of 0 or in steps"
+            )
+
+    def _set_resumed_rates(self) -> None:
+        """Compute the learning rates of a resumed run, because the stored ones belong to the former length."""
+        if self.trainer.ckpt_path is None:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LambdaLR):
+                scheduler._last_lr = [
+                    base * factor(scheduler.last_epoch)
+                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                ]
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                    group["lr"] = rate
+
+    def on_train_start(self) -> None:
+        """Set the learning rates and the number of batches per optimizer step.
+
+        Lightning does not set the number of batches if a run resumes within an epoch.
+        """
+        self._set_resumed_rates()
+        self._step_mean.clear()
+        if (scheduler := accumulation_scheduler(self.trainer)) is not None:
+            self.trainer.accumulate_grad_batches = scheduler.get_accumulate_grad_batches(self.trainer.current_epoch)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step with the gradient of the mean over all its rows, and free the gradients.
+
+        Lightning would keep the gradients during the next forward pass. Callbacks can read them, before clipping, in
+        ``on_before_optimizer_step``.
+        """
+
+        def closure() -> Any:
+            loss = None if optimizer_closure is None else optimizer_closure()
+            if (factor := self._step_mean.correction(self.trainer)) != 1.0:
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        optimizer.zero_grad()
+        self._step_mean.clear()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients; with a fused optimizer too if there is no gradient scaler (bf16).
+
+        Lightning refuses fused optimizers with any mixed precision, because they unscale gradients themselves.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def mean_loss(
+        self,
+        total: Tensor,
+        count: int | Tensor,
+        batch: dict[str, Any],
+        batch_idx: int,
+        unit: Literal["rows", "targets"] = "rows",
+    ) -> tuple[Tensor, Tensor]:
+        """Convert the sum of the losses of a batch to the loss for the backward pass.
+
+        The gradients of the batches of an optimizer step then add up to the gradient of the mean over all its rows (or
+        targets), for any distribution over batches and processes; see
+        :class:`~gpt2_pl.tasks.accumulation.StepMean`.
+
+        Args:
+            total: sum of the losses on this process, a scalar.
+            count: number of losses in the sum.
+            batch: the batch; ``global_<unit>`` is the number of rows or targets of this batch on all processes, and
+                ``step_<unit>`` that of all batches of the optimizer step, if the data provides them.
+            batch_idx: number of the batch in the epoch.
+            unit: what each loss belongs to.
+
+        Returns:
+            The loss that ``training_step`` returns, and the mean over the batch, for logging.
+        """
+        trainer = self.trainer
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # Lightning sets the gradients to zero here.
+            self._step_mean.clear()
+        everywhere = batch.get(f"global_{unit}")
+        weight = self._step_mean.weight(trainer, count, everywhere, batch.get(f"step_{unit}"))
+        mean = total.detach() * (trainer.world_size / everywhere if everywhere else 1.0 / count)
+        return total * weight, mean
+
+    def leave_out_batch(self) -> None:
+        """Remove the last batch of :meth:`mean_loss` from the mean, because its gradient is not used."""
+        self._step_mean.leave_out()

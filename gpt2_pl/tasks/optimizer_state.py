@@ -1,0 +1,187 @@
+"""Check of an optimizer's state in a checkpoint, before the optimizer loads it.
+
+A fused optimizer reads the memory of its state without checking shapes: a state tensor that is too short crashes the
+process. The keys and types of the options are compared with ``state_dict()`` of the new optimizer. The layout of the
+state of a parameter exists only after a step; it is found by a step of a copy of the optimizer over tiny parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gpt2_pl.errors import printable, shorten
+from gpt2_pl.tasks.checkpoint import is_dense
+from gpt2_pl.tasks.state_values import StateError, check_like, is_finite
+
+_SIZES = (3, 5, 7, 11, 13, 17)  # shape of tiny parameters; a dimension is recognized by its size
+_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable")  # They do not change the result.
+_ALGORITHM_OPTIONS = ("maximize", "amsgrad", "nesterov", "centered", "decoupled_weight_decay")
+_NON_NEGATIVE_STATES = (  # states whose square root is taken, and counts
+    *("step", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg", "acc_delta", "step_size"),
+    *("row_var", "col_var", "variance"),
+)
+
+Layouts = dict[tuple[int, int], dict[str, Any] | None]
+
+
+def is_known(part: object) -> bool:
+    """Return whether the class of an optimizer or scheduler is PyTorch's or this library's.
+
+    The states of such objects never have other keys than those of a new object.
+    """
+    return type(part).__module__.startswith(("torch.optim", "gpt2_pl."))
+
+
+def check_optimizer(state: Any, optimizer: Optimizer, key: str) -> None:
+    """Check that a state fits an optimizer.
+
+    Options that only choose the implementation of a step (``fused``, ``foreach`` ...) are replaced in ``state`` by
+    those of the optimizer, and missing options are added.
+
+    Args:
+        state: the optimizer's state in a checkpoint.
+        optimizer: the new optimizer.
+        key: path of the state in the checkpoint, for error messages.
+
+    Raises:
+        StateError: the state does not fit.
+    """
+    known, reference = is_known(optimizer), optimizer.state_dict()
+    if not isinstance(state, dict):
+        raise StateError(key, "a mapping", state)
+    for name in state:
+        if name not in reference and known:
+            raise StateError(f"a key of {key}", "state or param_groups", name)
+    groups, states = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
+        expected = f"a list of {len(optimizer.param_groups)} groups, as this run has"
+        raise StateError(f"{key}.param_groups", expected, groups)
+    if not isinstance(states, dict):
+        raise StateError(f"{key}.state", "a mapping", states)
+    for i, own_group in enumerate(reference["param_groups"]):
+        _check_group(groups[i], own_group, f"{key}.param_groups[{i}]", known)
+    _check_states(states, optimizer, f"{key}.state", known)
+
+
+def _check_group(group: Any, reference: dict[str, Any], key: str, known: bool) -> None:
+    """Check the options of a parameter group, and set those that choose the implementation."""
+    if not isinstance(group, dict):
+        raise StateError(key, "a mapping", group)
+    if not _is_int_list(group.get("params")) or group["params"] != reference["params"]:
+        raise StateError(f"{key}.params", f"{shorten(reference['params'])}, as this run has", group.get("params"))
+    for option in _IMPLEMENTATION_OPTIONS:
+        if option in reference:
+            group[option] = reference[option]
+    for option in _ALGORITHM_OPTIONS:
+        if option in reference and group.get(option, reference[option]) is not reference[option]:
+            expected = f"{reference[option]}, as the optimizer is configured"
+            raise StateError(f"{key}.{option}", expected, group[option])
+    check_like(group, reference, key, known)
+    group.update({name: reference[name] for name in reference if name not in group})  # options of a newer PyTorch
+
+
+def _is_int_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def _check_states(states: dict[Any, Any], optimizer: Optimizer, key: str, known: bool) -> None:
+    """Check the states of all parameters."""
+    parameters: dict[int, tuple[int, Tensor]] = {}  # number of a parameter -> its group and the parameter
+    groups = zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True)
+    for i, (group, numbered) in enumerate(groups):
+        parameters.update({n: (i, p) for n, p in zip(numbered["params"], group["params"], strict=True)})
+    layouts = state_layouts(optimizer) if known else None
+    for number, state in states.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number not in parameters:
+            if known:
+                raise StateError(f"a key of {key}", f"the number of one of {len(parameters)} parameters", number)
+            continue
+        i, parameter = parameters[number]
+        layout = None if layouts is None else layouts[i, parameter.dim()]
+        _check_parameter_state(state, layout, parameter, f"{key}[{shorten(number)}]", known)
+
+
+def _check_parameter_state(state: Any, layout: dict[str, Any] | None, parameter: Tensor, key: str, known: bool) -> None:
+    """Check the state of one parameter; ``layout`` is that of a tiny parameter, if it is known."""
+    if not isinstance(state, dict):
+        raise StateError(key, "a mapping", state)
+    if layout is not None and state and state.keys() != layout.keys():
+        raise StateError(f"the keys of {key}", f"{shorten(sorted(layout))}", sorted(map(str, state)))
+    for name, value in state.items():
+        _check_state_value(value, parameter, f"{key}.{printable(str(name)[:80])}", str(name), known)
+        if layout is not None:
+            _check_layout(value, layout[name], parameter, f"{key}.{name}")
+
+
+def state_layouts(optimizer: Optimizer) -> Layouts:
+    """Find the layout of the state of a parameter by a step of a copy of the optimizer over tiny parameters.
+
+    Returns:
+        The state of a tiny parameter, by its group and number of dimensions; None for all if the step fails.
+    """
+    twin = copy.copy(optimizer)
+    twin.state, groups = defaultdict(dict), []
+    tiny: dict[tuple[int, int], nn.Parameter] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        for n in sorted({parameter.dim() for parameter in group["params"]}):
+            tiny[i, n] = nn.Parameter(torch.zeros(_SIZES[:n]))
+            tiny[i, n].grad = torch.zeros(_SIZES[:n])
+        # The implementations for other devices do not run on the CPU.
+        options = {option: False for option in _IMPLEMENTATION_OPTIONS if option in group}
+        groups.append({**group, **options, "params": [p for (j, _), p in tiny.items() if j == i]})
+    twin.param_groups = groups
+    try:
+        twin.step()
+    except Exception:  # The optimizer needs a closure, or its rate is a tensor on another device.
+        return dict.fromkeys(tiny)
+    return {key: dict(twin.state[parameter]) for key, parameter in tiny.items()}
+
+
+def _check_layout(value: Any, reference: Any, parameter: Tensor, key: str) -> None:
+    """Check a value of the state of a parameter against that of a tiny parameter with as many dimensions."""
+    if not isinstance(reference, Tensor):
+        check_like(value, reference, key, True)
+        return
+    sizes = dict(zip(_SIZES, parameter.shape, strict=False))
+    shape = tuple(sizes.get(size, size) for size in reference.shape)
+    if reference.dim() == 0 and isinstance(value, int | float):
+        return
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        raise StateError(key, f"a floating-point tensor of shape {shape}", value)
+
+
+def _check_state_value(value: Any, parameter: Tensor, key: str, name: str, known: bool) -> None:
+    """Check the type and range of a value of the state of a parameter."""
+    if isinstance(value, Tensor):
+        _check_state_tensor(value, parameter, key, name, known)
+    elif isinstance(value, list | tuple) and not known:
+        for i, item in enumerate(value):
+            _check_state_value(item, parameter, f"{key}[{i}]", name, known)
+    elif isinstance(value, bool | int | float):
+        if not is_finite(value) or (name in _NON_NEGATIVE_STATES and value < 0):
+            expected = "a finite number of at least 0" if name in _NON_NEGATIVE_STATES else "a finite number"
+            raise StateError(key, expected, value)
+    elif value is not None and (known or not isinstance(value, str | dict)):
+        raise StateError(key, "a tensor or a number", value)
+
+
+def _check_state_tensor(value: Tensor, parameter: Tensor, key: str, name: str, known: bool) -> None:
+    """Check the memory, shape and numbers of a tensor of the state of a parameter."""
+    if not is_dense(value):
+        raise StateError(key, "a dense tensor", value)
+    if known and tuple(value.shape) not in ((), tuple(parameter.shape)) and value.numel() > parameter.numel():
+        raise StateError(key, f"a tensor of shape {tuple(parameter.shape)}", value)
+    if not (value.is_contiguous() or value.stride() == parameter.stride()):
+        raise StateError(key, "a contiguous tensor", value)
+    if value.is_complex() and not parameter.is_complex():
+        raise StateError(key, "real", value)
+    if not bool(value.isfinite().all()):
+        raise StateError(key, "finite", value)
+    if name in _NON_NEGATIVE_STATES and value.numel() and bool((value < 0).any()):
+        raise StateError(key, "at least 0", value)

@@ -44,7 +44,8 @@ def require_single(callback: Callback, callbacks: Sequence[Callback], module: Li
         raise InputError(f"trainer.callbacks has two {name}; use only one of the strategies that add it")
     if not getattr(module, "trains_blocks", True):
         raise InputError(
-            f"{name} and a frozen GPT-2: no block has parameters that train (train_base is false and there is no LoRA)"
+            f"{name} cannot be used with a frozen GPT-2: no block has parameters that train (train_base is false and "
+            "there is no LoRA)"
         )
 
 

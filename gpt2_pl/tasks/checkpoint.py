@@ -208,7 +208,7 @@ def check_plain(content: Any, name: str) -> None:
                 if not is_dense(value):
                     raise InputError(f"{name} holds {shorten(value)} whose memory is not that of a dense tensor")
             elif value is not None and not isinstance(value, _PLAIN_TYPES):
-                raise InputError(f"{name} holds a {type(value).__name__}, which no checkpoint of this library has")
+                raise InputError(f"{name} must hold only tensors and plain values, got a {type(value).__name__}")
         else:
             open_containers.pop()
         if count > _MAX_VALUES or len(open_containers) > _MAX_DEPTH:

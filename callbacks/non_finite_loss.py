@@ -105,7 +105,7 @@ class NonFiniteLossGuard(Callback):
     def _format_message(self, trainer: Trainer, loss: Tensor) -> str:
         rows = self._batch["row"].tolist() if isinstance(self._batch, dict) and "row" in self._batch else []
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if hasattr(datamodule, "number"):
+        if hasattr(datamodule, "row_number"):
             rows = [datamodule.row_number("train", row) for row in rows]
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         folder = run_folder(trainer)

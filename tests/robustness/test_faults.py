@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -15,6 +16,7 @@ from helpers.faults import QUICK, faults
 from lightning.pytorch import Callback
 from torch import nn
 
+from gpt2_pl.callbacks import NonFiniteLossGuard
 from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.metrics import finite
@@ -202,6 +204,14 @@ class Poison(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if self.kept is not None:
             self.unchanged = all(torch.equal(a, b) for a, b in zip(self.before, pl_module.parameters(), strict=True))
+
+
+def test_message_of_a_non_finite_loss_has_the_numbers_of_rows_in_their_file():
+    guard = NonFiniteLossGuard()
+    guard._batch = {"row": torch.tensor([0, 2])}
+    data = SimpleNamespace(row_number=lambda split, row: {"train": 10}[split] * row + 1)
+    trainer = SimpleNamespace(datamodule=data, current_epoch=0, global_step=0, callbacks=[], loggers=[])
+    assert "rows 1, 21; no checkpoint was saved" in guard._format_message(trainer, torch.tensor(torch.nan))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)

@@ -156,7 +156,7 @@ def test_an_adapter_that_has_changed_since_is_refused(fit, base, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 48}))
     with pytest.raises(InputError, match=re.escape(f"{folder}: the adapter is not the one")):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True)
-    with pytest.raises(InputError, match=r"trained with model\.surgery"):
+    with pytest.raises(InputError, match=r"model\.surgery must be that of the checkpoint"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[PeftAdapter(str(folder))])
 
 

@@ -232,7 +232,7 @@ def test_save_class_of_main_warns(base, tmp_path, monkeypatch):
     task = Focal(base=str(base))
     fit = trainer(max_steps=1)
     fit.fit(task, ToySentiment(n_train=64, vocab_size=400, batch_size=16))
-    with pytest.warns(UserWarning, match=r"__main__\.Focal.*move it into a module"):
+    with pytest.warns(UserWarning, match=r"__main__\.Focal.*move it to a separate module"):
         fit.save_checkpoint(tmp_path / "some.ckpt")
 
 

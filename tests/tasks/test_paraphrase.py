@@ -390,7 +390,9 @@ def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
 
 
 def test_a_verbaliser_has_no_dropout_of_its_own():
-    with pytest.raises(InputError, match=r"model\.num_dropout_samples and head_dropout are of the linear head"):
+    with pytest.raises(
+        InputError, match=r"model\.num_dropout_samples and model\.head_dropout require model\.head linear"
+    ):
         ParaphraseDetector(config=SHAPE, head="verbalizer", label_words=["a", "b"], num_dropout_samples=3)
 
 

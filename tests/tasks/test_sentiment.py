@@ -294,7 +294,7 @@ def test_gradients_go_after_a_step_and_not_before(accumulate, there):
 
 def test_words_of_several_tokens_are_refused():
     task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", label_words=["a", "b", "quixotic"])
-    with pytest.raises(InputError, match=r"'quixotic' is \d tokens"):
+    with pytest.raises(InputError, match=r"got 'quixotic' of \d"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
 
 

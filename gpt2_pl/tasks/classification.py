@@ -132,7 +132,8 @@ class Classifier(Task):
         for word, tokens in zip(self.label_words or [], ids, strict=True):
             if len(tokens) != 1:
                 raise InputError(
-                    f"model.label_words: each word must be one token, such as ' good', got {word!r} of {len(tokens)} tokens"
+                    f"model.label_words: each word must be one token, such as ' good', got {word!r} of {len(tokens)} "
+                    "tokens"
                 )
         self.hparams["label_token_ids"] = [tokens[0] for tokens in ids]
         return self.hparams["label_token_ids"]

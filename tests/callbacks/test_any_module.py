@@ -12,7 +12,7 @@ from gpt2_pl.optim import parameter_groups
 
 
 class Foreign(LightningModule):
-    """Somebody else's module, which names its layers."""
+    """A foreign module with ``layer_groups``."""
 
     def __init__(self, grouped=True):
         super().__init__()
@@ -35,7 +35,7 @@ def fit_foreign(module, *callbacks):
     trainer(max_epochs=2, callbacks=list(callbacks)).fit(module, rows)
 
 
-def test_any_module_that_names_its_layers():
+def test_finetuning_callbacks_foreign_module_with_layer_groups_apply_to_layers():
     module, watch = Foreign(), Watch()
     fit_foreign(module, GradualUnfreezing(), DiscriminativeLR(decay=0.5), watch)
     assert watch.trains == [{"head.weight", "head.bias"}] * 4 + [set(dict(module.named_parameters()))] * 4
@@ -43,13 +43,13 @@ def test_any_module_that_names_its_layers():
     assert rates == {"body": 0.1, "head": 0.1}  # body is the layer right below the head
 
 
-def test_groups_that_mix_layers_are_refused():
+def test_discriminative_lr_param_group_of_two_layers_is_refused():
     with pytest.raises(InputError, match="parameters of body, head; make one group for each layer"):
         fit_foreign(Foreign(grouped=False), DiscriminativeLR())
 
 
 class Nameless(LightningModule):
-    """Somebody's module, which does not."""
+    """A foreign module without ``layer_groups``."""
 
     def __init__(self):
         super().__init__()
@@ -63,13 +63,13 @@ class Nameless(LightningModule):
 
 
 @pytest.mark.parametrize("make", [GradualUnfreezing, DiscriminativeLR])
-def test_a_module_without_layers_is_refused(make):
+def test_finetuning_callbacks_module_without_layer_groups_is_refused(make):
     with pytest.raises(InputError, match="Nameless does not implement layer_groups"):
         fit_foreign(Nameless(), make())
 
 
 class TwoLayers(LightningModule):
-    """A module of no task, with a scheduler of torch's own."""
+    """A module that is not a Task, with a scheduler of torch."""
 
     def __init__(self, make):
         super().__init__()
@@ -105,7 +105,7 @@ MAKE = {
 
 
 @pytest.mark.parametrize("make", MAKE)
-def test_rates_stay_apart_under_any_scheduler(make):
+def test_discriminative_lr_any_torch_scheduler_keeps_ratio_of_rates(make):
     module = TwoLayers(MAKE[make])
     trainer(max_epochs=1, callbacks=[DiscriminativeLR(decay=0.5, head_scale=2.0)]).fit(module)
     assert len({round(head, 6) for _, head in module.seen}) > 2
@@ -118,7 +118,7 @@ class Stop(Callback):
         raise RuntimeError("stop here")
 
 
-def test_a_run_that_broke_off_leaves_nothing_frozen():
+def test_gradual_unfreezing_failed_fit_restores_requires_grad():
     module = TwoLayers(MAKE["lambda"])
     freezing = {"stages": [["head"], ["body"]], "epochs_per_stage": 1.0}
     with pytest.raises(RuntimeError, match="stop here"):

@@ -1,4 +1,4 @@
-"""Runs that go on: in their own folder, with the best checkpoint and the patience that they had."""
+"""Resumed runs: their folder, best checkpoint and early-stopping patience are kept."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ def same_checkpoint(a, b):
 
 
 def outcome(folder):
-    """What of an account two equal runs share."""
+    """The part of metrics.json that equal runs share."""
     account = metrics(folder)
     return {key: account[key] for key in ("status", "scores", "epochs", "parameters", "steps", "seed")}
 
 
-def test_it_goes_on_in_its_own_folder(run):
+def test_fit_resumed_after_first_epoch_continues_bitwise_in_same_folder(run):
     whole = run(*QUICK, "--trainer.max_epochs=3", "--name=whole")
     half = run(
         *QUICK, "--trainer.max_epochs=3", "--name=half", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1"
@@ -43,8 +43,8 @@ def test_it_goes_on_in_its_own_folder(run):
     assert [path.name for path in half.parent.iterdir()] == ["version_0"]
 
 
-def test_the_best_epoch_may_lie_before_the_stop(run):
-    """The rate that follows the first epoch ruins the model: the best checkpoint is the first epoch's."""
+def test_fit_resumed_after_best_epoch_keeps_best_checkpoint(run):
+    """Use a learning rate that ruins the model after the first epoch, so that its checkpoint stays the best."""
     ruin = [
         "--model.schedule=gpt2_pl.optim.ConstantWithWarmup",
         "--trainer.max_epochs=3",
@@ -68,13 +68,13 @@ def stopped(run):
 
 
 def changed(file, change):
-    """Write a checkpoint again, its content changed in place."""
+    """Change the content of a checkpoint file."""
     content = torch.load(file, weights_only=True)
     change(content)
     torch.save(content, file)
 
 
-def test_a_checkpoint_cannot_have_files_of_others_copied(stopped, run, tmp_path):
+def test_fit_resumed_with_forged_paths_copies_no_foreign_files(stopped, run, tmp_path):
     secret = tmp_path / "secret"
     (secret / "checkpoints").mkdir(parents=True)
     for name in ("checkpoints/id_rsa", "checkpoints/best.ckpt", "salaries_val.csv", "predictions_val.csv"):
@@ -101,7 +101,7 @@ def test_a_checkpoint_cannot_have_files_of_others_copied(stopped, run, tmp_path)
     assert not (folder / "salaries_val.csv").exists()
 
 
-def test_a_best_checkpoint_that_is_none_is_not_copied(stopped, run, capsys):
+def test_fit_resumed_with_invalid_best_checkpoint_is_refused(stopped, run, capsys):
     (stopped / "checkpoints/best.ckpt").write_text("secret")
     more = ["--name=elsewhere", f"--ckpt_path={stopped}/checkpoints/last.ckpt"]
     line = refused(run, capsys, *QUICK, "--trainer.max_epochs=2", *more)
@@ -119,7 +119,7 @@ def test_a_best_checkpoint_that_is_none_is_not_copied(stopped, run, capsys):
     ],
     ids=["loops", "param_groups", "no optimizer", "schedule"],
 )
-def test_what_lightning_cannot_restore_is_one_line(change, words, stopped, run, capsys):
+def test_fit_resumed_with_malformed_trainer_state_is_refused_in_one_line(change, words, stopped, run, capsys):
     checkpoint = stopped / "checkpoints/last.ckpt"
     changed(checkpoint, change)
     capsys.readouterr()
@@ -132,7 +132,7 @@ def test_what_lightning_cannot_restore_is_one_line(change, words, stopped, run, 
     assert words in line
 
 
-def test_a_run_stopped_between_training_and_its_test(run):
+def test_fit_resumed_between_training_and_test_computes_test_scores(run):
     folder = run(*QUICK, "--trainer.max_epochs=2")
     expected = outcome(folder)
     assert "test/accuracy" in expected["scores"]
@@ -144,7 +144,7 @@ def test_a_run_stopped_between_training_and_its_test(run):
     assert (folder / "predictions_test.csv").is_file()
 
 
-def test_patience_that_has_ended_has_ended(run):
+def test_fit_resumed_after_early_stopping_trains_no_further(run):
     stop = ["--trainer.max_epochs=6", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0"]
     folder = run(*QUICK, *stop)
     expected = outcome(folder)
@@ -153,7 +153,7 @@ def test_patience_that_has_ended_has_ended(run):
     assert outcome(resumed) == expected
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path, capsys):
+def test_fit_version_of_existing_run_is_refused(run, tmp_path, capsys):
     run(*QUICK, "--trainer.max_epochs=1")
     named = [*QUICK, "--trainer.max_epochs=1", "--version=mine"]
     run(*named)
@@ -164,8 +164,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path, capsys):
     assert "quickstart/mine is the folder of another run" in capsys.readouterr().err
 
 
-def test_checkpoints_are_whole_or_not_there(run, monkeypatch, capsys):
-    """A disk that fills up while a checkpoint is written leaves the one before it."""
+def test_fit_disk_full_during_save_keeps_previous_checkpoint(run, monkeypatch, capsys):
+    """Simulate a disk that fills up while a checkpoint is written."""
     folder = run(*QUICK, "--trainer.max_epochs=1")
     checkpoint = folder / "checkpoints/last.ckpt"
     before = checkpoint.read_bytes()
@@ -184,10 +184,10 @@ def test_checkpoints_are_whole_or_not_there(run, monkeypatch, capsys):
 
 
 class PowerCut(BaseException):
-    """The process is gone."""
+    """A stand-in for the sudden end of the process."""
 
 
-def test_stopped_after_the_last_step_of_an_epoch_that_no_validation_follows(run, monkeypatch):
+def test_fit_killed_at_end_of_unvalidated_epoch_resumes_bitwise(run, monkeypatch):
     settings = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--trainer.val_check_interval=4"]
     whole = run(*settings, "--name=whole")  # of the six steps of an epoch it validates after the fourth
     assert metrics(whole)["steps"] == 12
@@ -215,7 +215,7 @@ def test_stopped_after_the_last_step_of_an_epoch_that_no_validation_follows(run,
     assert [len(epoch) for epoch in of_validation[0]] == [4, 4]
 
 
-def test_an_epoch_without_validation_has_no_scores_of_it(run):
+def test_fit_epoch_without_validation_records_no_validation_scores(run):
     folder = run(*QUICK, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2")
     account = metrics(folder)
     assert ["val/accuracy" in epoch for epoch in account["epochs"]] == [False, True, True]  # the last is always scored
@@ -227,8 +227,8 @@ def last_of(folder):
 
 
 @pytest.mark.parametrize("stop", ["--trainer.max_epochs=2", "--trainer.max_steps=8"])
-def test_steps_are_saved_besides_epochs(run, stop):
-    """Six steps an epoch: whether N divides them or not, the last checkpoint is the one of a run without N."""
+def test_fit_checkpoint_every_n_steps_leaves_last_checkpoint_unchanged(run, stop):
+    """Compare last.ckpt with and without N, where N divides the six steps per epoch or does not."""
     settings = [*QUICK, stop, "--data.batch_size=16"]
     whole = run(*settings, "--name=whole")
     expected = last_of(whole)
@@ -241,7 +241,7 @@ def test_steps_are_saved_besides_epochs(run, stop):
         assert same_checkpoint(whole / "checkpoints/last.ckpt", folder / "checkpoints/last.ckpt")
 
 
-def test_what_is_saved_when(run, monkeypatch):
+def test_fit_checkpoint_every_n_steps_saves_at_steps_and_epoch_ends(run, monkeypatch):
     saved = []
     save = AtomicCheckpointIO.save_checkpoint
 
@@ -258,7 +258,7 @@ def test_what_is_saved_when(run, monkeypatch):
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_nobody_is_told_that_batches_are_not_resumed(run, recwarn):
+def test_fit_resumed_in_mid_epoch_shows_no_dataloader_warning(run, recwarn):
     settings = [*QUICK, "--data.batch_size=16"]  # six steps an epoch
     folder = run(*settings, "--trainer.max_steps=4")
     run(*settings, "--trainer.max_steps=8", "--ckpt_path", folder / "checkpoints/last.ckpt")
@@ -266,7 +266,7 @@ def test_nobody_is_told_that_batches_are_not_resumed(run, recwarn):
 
 
 def contents(folder):
-    """The files of a run but TensorBoard's, and what they hold."""
+    """The contents of a run's files, except TensorBoard's."""
     files = [path for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name]
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
@@ -282,7 +282,7 @@ def contents(folder):
         (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
     ],
 )
-def test_a_run_that_is_not_gone_on_with_stays_as_it_was(change, words, run, capsys):
+def test_fit_resumed_with_other_settings_is_refused_and_run_unchanged(change, words, run, capsys):
     folder = run(*QUICK, "--trainer.max_epochs=1")
     before = contents(folder)
     checkpoint = f"--ckpt_path={folder}/checkpoints/last.ckpt"
@@ -291,7 +291,7 @@ def test_a_run_that_is_not_gone_on_with_stays_as_it_was(change, words, run, caps
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_resumed_run_is_scored_in_a_folder_of_its_own(run):
+def test_test_resumed_run_writes_new_run_folder(run):
     folder = run(*QUICK, "--trainer.max_epochs=1", "--version=version_7")
     resumed = run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt")
     assert resumed == folder
@@ -305,8 +305,8 @@ def test_a_resumed_run_is_scored_in_a_folder_of_its_own(run):
     assert metrics(scored)["scores"] == test
 
 
-def test_a_checkpoint_within_the_second_epoch_resumes(run, monkeypatch):
-    """There, Lightning's counts of the validation before it are behind one another."""
+def test_fit_interrupted_in_second_epoch_resumes_bitwise(run, monkeypatch):
+    """Interrupt where Lightning's counters of the preceding validation disagree."""
     step, steps = SentimentClassifier.training_step, []
 
     def interrupt(task, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""How training ends: validated, tested, and so that it can be continued as if it had not ended."""
+"""End of training: final validation and test, and exact resumption."""
 
 import math
 
@@ -91,7 +91,7 @@ def wholes():
 
 
 @pytest.mark.parametrize(("end", "settings"), CONTINUED.values(), ids=CONTINUED)
-def test_run_ended_within_an_epoch_continues_exactly(end, settings, run, wholes):
+def test_fit_ended_within_epoch_resumes_bitwise(end, settings, run, wholes):
     if str(settings) not in wholes:
         whole = run(*TINY, *settings, "--name=whole")
         wholes[str(settings)] = state(whole), metrics(whole)["epochs"]
@@ -112,7 +112,7 @@ def test_run_ended_within_an_epoch_continues_exactly(end, settings, run, wholes)
         assert metrics(resumed)["epochs"][1]["val/loss"] == rows[1]["val/loss"]
 
 
-def test_run_ended_within_an_epoch_resumed_without_more_steps_is_tested(run):
+def test_fit_resumed_without_remaining_steps_computes_test_scores(run):
     folder = run(*TINY, "--trainer.max_steps=4")
     expected = metrics(folder)
     (folder / "metrics.json").unlink()
@@ -136,19 +136,19 @@ def test_fit_without_validation_tests_the_last_checkpoint(run, capsys):
 
 
 class Sigterm(Callback):
-    """As if SIGTERM had arrived in the last step."""
+    """Simulate SIGTERM in the last step."""
 
     def on_train_batch_end(self, trainer, *_):
         trainer._signal_connector.received_sigterm = trainer.global_step == 4
 
 
-def test_fit_asked_to_end_does_not_validate(run):
+def test_fit_sigterm_in_last_step_exits_with_status_143(run):
     with pytest.raises(SystemExit) as ended:
         run(*TINY, "--trainer.max_steps=4", "--trainer.callbacks+=test_end_of_training.Sigterm")
     assert ended.value.code == 143
 
 
-def test_early_stopping_of_ones_own_stays_stopped_when_resumed(run):
+def test_fit_resumed_after_own_early_stopping_trains_no_further(run):
     stop = "{class_path: EarlyStopping, init_args: {monitor: val/accuracy, mode: max, patience: 1}}"
     settings = [*TINY, "--trainer.max_epochs=6", "--model.optimizer.init_args.lr=0.0", f"--trainer.callbacks=[{stop}]"]
     folder = run(*settings)
@@ -158,7 +158,7 @@ def test_early_stopping_of_ones_own_stays_stopped_when_resumed(run):
     assert metrics(resumed)["epochs"] == expected["epochs"]
 
 
-def test_patience_is_the_resumed_runs_own(run):
+def test_fit_resumed_with_longer_patience_uses_new_patience(run):
     settings = [*TINY, "--trainer.max_epochs=4", "--model.optimizer.init_args.lr=0.0"]
     folder = run(*settings, "--early_stopping_patience=1")
     assert len(metrics(folder)["epochs"]) == 2
@@ -167,7 +167,7 @@ def test_patience_is_the_resumed_runs_own(run):
 
 
 class Rates(Callback):
-    """Notes the rate of every step, as its number and the rate."""
+    """Record the number and the learning rate of every step."""
 
     seen: list[tuple[int, float]] = []
 
@@ -186,8 +186,8 @@ class Rates(Callback):
         ),
     ],
 )
-def test_extended_run_uses_the_schedule_of_its_new_length(schedule, factor, stopped_at, run):
-    """Of a run of two epochs that is continued to four, no step has the rate 0 at which the shorter one ends."""
+def test_fit_resumed_with_more_epochs_uses_schedule_of_new_length(schedule, factor, stopped_at, run):
+    """Extend a run of two epochs to four: no step has the rate 0 with which two epochs end."""
     schedule = f"--model.schedule={{class_path: gpt2_pl.optim.{schedule}, init_args: {{warmup: 2}}}}"
     folder = run(*TINY, schedule, *stopped_at)
     n_done = metrics(folder)["steps"]
@@ -205,7 +205,7 @@ ENDLESS = ["--trainer.max_time=00:00:00:00", "--trainer.min_epochs=2"]
 
 @pytest.mark.parametrize("epochs", ["-1", "null"])
 @pytest.mark.parametrize("warmup", ["0", "4"])
-def test_run_without_a_length_trains_at_a_constant_rate(warmup, epochs, run):
+def test_fit_without_length_trains_at_constant_rate(warmup, epochs, run):
     Rates.seen.clear()
     folder = run(*TINY, *ENDLESS, f"--trainer.max_epochs={epochs}", f"--model.schedule.init_args.warmup={warmup}",
                  "--trainer.callbacks=[{class_path: test_end_of_training.Rates}]")  # fmt: skip
@@ -223,12 +223,12 @@ def test_run_without_a_length_trains_at_a_constant_rate(warmup, epochs, run):
         ("{class_path: gpt2_pl.optim.ConstantWithWarmup, init_args: {warmup: 0.1}}", "null"),
     ],
 )
-def test_schedule_over_a_run_without_a_length_is_refused(schedule, epochs, run, capsys):
+def test_fit_decaying_schedule_without_length_is_refused(schedule, epochs, run, capsys):
     line = refused(run, capsys, *TINY, *ENDLESS, f"--trainer.max_epochs={epochs}", f"--model.schedule={schedule}")
     assert "trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule" in line
 
 
-def test_schedule_over_batches_of_unknown_number_is_refused(base):
+def test_task_decaying_schedule_with_iterable_dataset_is_refused(base):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             yield from ()
@@ -239,7 +239,7 @@ def test_schedule_over_batches_of_unknown_number_is_refused(base):
         trainer.fit(task, torch.utils.data.DataLoader(Stream()))
 
 
-def test_fit_that_stops_early_says_so_and_resumed_that_nothing_was_left(run, capsys):
+def test_fit_stopped_early_prints_reason_and_resumed_prints_nothing_left(run, capsys):
     folder = run(*TINY, "--trainer.max_epochs=9", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0")
     assert metrics(folder)["steps"] == 12
     assert "stopped early, val/accuracy has not improved in 1 validation\n" in capsys.readouterr().out
@@ -248,7 +248,7 @@ def test_fit_that_stops_early_says_so_and_resumed_that_nothing_was_left(run, cap
     assert "nothing was left to train: stopped early, val/accuracy" in capsys.readouterr().out
 
 
-def test_fit_of_a_finished_run_says_that_nothing_was_left(run, capsys):
+def test_fit_resumed_finished_run_prints_nothing_left(run, capsys):
     folder = run(*TINY)
     assert "nothing was left" not in capsys.readouterr().out
     run("fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")

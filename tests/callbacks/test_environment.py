@@ -35,7 +35,7 @@ def test_environment_with_batches_of_one_length_leaves_cudnn(kept):
     assert not kept
 
 
-def test_setup_of_a_task_leaves_the_process_alone(monkeypatch):
+def test_task_setup_leaves_cudnn_and_malloc_unchanged(monkeypatch):
     before = torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr("gpt2_pl.kernels.malloc.ctypes.CDLL", lambda *_: pytest.fail("a task called mallopt"))
     SentimentClassifier(config=SHAPE, num_classes=2).setup("fit")

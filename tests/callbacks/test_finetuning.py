@@ -45,7 +45,7 @@ def classifier(**options):
     return SentimentClassifier(num_classes=3, **{**make, **options})
 
 
-def test_default_stages_of_gpt2_small():
+def test_stage_layers_default_on_gpt2_small_gives_five_stages():
     stages = GradualUnfreezing().stage_layers(LAYERS)
     assert stages == [
         ["ln_f", "head"],
@@ -58,7 +58,7 @@ def test_default_stages_of_gpt2_small():
     assert GradualUnfreezing().stage_layers(["a", "b", "c"]) == [["c"], ["b"], ["a"]]
 
 
-def test_stages_by_fractions_of_epochs():
+def test_stage_at_fractional_epochs_per_stage_advances_within_epoch():
     callback = GradualUnfreezing(epochs_per_stage=0.5)
     callback._params_by_stage = [[], [], [], []]  # three stages, and what never joins
     stages = [callback.stage_at(epoch, batch, 10) for epoch in range(3) for batch in range(10)]
@@ -69,7 +69,7 @@ def test_stages_by_fractions_of_epochs():
 
 
 @pytest.mark.parametrize("surgery", [[], [LoRA(rank=2, targets=["c_attn", "c_fc"])]], ids=["full", "LoRA"])
-def test_what_trains_at_each_stage_and_what_never_moves(surgery, toy_base):
+def test_gradual_unfreezing_each_stage_trains_only_unfrozen_layers(surgery, toy_base):
     """Eight batches an epoch, a stage every half epoch: head, blocks 2-3, blocks 0-1 and embeddings."""
     task, watch = classifier(base=toy_base, surgery=surgery), Watch()
     callback = GradualUnfreezing(blocks_per_stage=2, epochs_per_stage=0.5)
@@ -101,7 +101,7 @@ def test_what_trains_at_each_stage_and_what_never_moves(surgery, toy_base):
     assert all(p.requires_grad for name, p in task.named_parameters() if name in trainable)  # as before
 
 
-def test_layers_that_are_never_named_stay_frozen():
+def test_gradual_unfreezing_layers_in_no_stage_stay_frozen():
     task, watch = classifier(), Watch()
     callback = GradualUnfreezing(stages=[["head", "ln_f"], ["block.2-3"]], epochs_per_stage=0.5)
     trainer(max_epochs=1, callbacks=[callback, watch]).fit(task, data())
@@ -110,7 +110,7 @@ def test_layers_that_are_never_named_stay_frozen():
     assert parts == {"head", "ln_f.weight", "ln_f.bias", "h.2", "h.3"}
 
 
-def test_unfreezing_at_once_is_plain_training():
+def test_finetuning_callbacks_neutral_settings_equal_plain_training():
     finals = []
     for callbacks in ([], [GradualUnfreezing(stages=[["embeddings", "block.0-3", "ln_f", "head"]])],
                       [DiscriminativeLR(decay=1.0)]):  # fmt: skip
@@ -134,7 +134,7 @@ def rates(task, *callbacks, **settings):
     return seen
 
 
-def test_rates_fall_from_layer_to_layer():
+def test_discriminative_lr_decay_scales_rate_of_each_layer():
     seen = rates(classifier(schedule=LinearWithWarmup()), DiscriminativeLR(decay=0.5, head_scale=3.0))
     expected = {"embeddings": 1 / 16, "block.0": 1 / 8, "block.1": 1 / 4, "block.2": 1 / 2, "block.3": 1, "head": 3}
     for layer, scale in {**expected, "ln_f": 1}.items():
@@ -144,7 +144,7 @@ def test_rates_fall_from_layer_to_layer():
     assert {name.split("/")[0] for name in seen} == {*expected, "ln_f"}
 
 
-def test_the_blocks_multiplier_applies_to_its_adapters(toy_base):
+def test_discriminative_lr_with_lora_plus_multiplies_layer_rate_by_ratio(toy_base):
     lora = LoRA(rank=2, targets=["c_attn"], loraplus_lr_ratio=4.0)
     seen = rates(classifier(base=toy_base, surgery=[lora]), DiscriminativeLR(decay=0.5))
     first = {name: values[0] for name, values in seen.items()}
@@ -154,7 +154,7 @@ def test_the_blocks_multiplier_applies_to_its_adapters(toy_base):
     assert first == pytest.approx(expected)
 
 
-def test_every_trainable_parameter_is_in_exactly_one_group(toy_base):
+def test_parameter_groups_any_surgery_hold_each_trainable_parameter_once(toy_base):
     for surgery in ([], [LoRA()], [PrefixTuning(3, hidden=5), LoRA(loraplus_lr_ratio=2.0)], [PromptTuning(3)]):
         task = classifier(base=toy_base, surgery=surgery)
         task.configure_model()
@@ -188,13 +188,13 @@ def test_every_trainable_parameter_is_in_exactly_one_group(toy_base):
         (lambda: DiscriminativeLR(top=["tail"]).scales(LAYERS), "unknown layer 'tail'"),
     ],
 )
-def test_settings_out_of_range(make, message):
+def test_finetuning_callbacks_invalid_settings_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
 
 
 @pytest.mark.parametrize("make", [GradualUnfreezing, DiscriminativeLR])
-def test_what_contradicts_a_callback(make, toy_base):
+def test_finetuning_callbacks_duplicate_or_frozen_blocks_are_refused(make, toy_base):
     with pytest.raises(InputError, match=f"two {make.__name__}"):
         trainer(max_epochs=1, callbacks=[make(), make()]).fit(classifier(), data())
     for options in ({"train_base": False}, {"surgery": [PrefixTuning(3)]}):
@@ -204,9 +204,9 @@ def test_what_contradicts_a_callback(make, toy_base):
             )
 
 
-def test_stages_compile_no_more_graphs(monkeypatch):
-    """Compiled block by block, a block is frozen, the lowest that trains, or above it: three graphs for any number of
-    stages, and as many for the last block, which reads one position."""
+def test_gradual_unfreezing_compiled_blocks_graph_count_is_bounded(monkeypatch):
+    """Compile block by block: a block is frozen, the lowest trainable one, or above it: three graphs for any number of
+    stages, and three more for the last block, which reads one position."""
     import torch._dynamo
 
     def compile_graphs_alone(block, **settings):
@@ -228,8 +228,8 @@ def test_stages_compile_no_more_graphs(monkeypatch):
     assert graphs(GradualUnfreezing(blocks_per_stage=2, epochs_per_stage=0.5)) <= 6  # three
 
 
-def test_a_step_costs_what_it_trains():
-    """The backward pass ends at the lowest layer that trains: fewer matrix products, stage by stage."""
+def test_gradual_unfreezing_frozen_layers_skip_backward_products():
+    """Count matrix products: the backward pass ends at the lowest trainable layer."""
     products = []
 
     class Count(Callback):
@@ -251,7 +251,7 @@ def test_a_step_costs_what_it_trains():
     assert products[5:] == [products[4]] * 3
 
 
-def test_stages_in_which_nothing_would_train(toy_base):
+def test_gradual_unfreezing_stage_without_trainable_parameters_is_skipped_or_refused(toy_base):
     surgery = [LoRA(rank=2, targets=["c_attn"])]
     watch = Watch()
     task = classifier(base=toy_base, surgery=surgery, head="verbalizer", label_words=["a", "b", "c"])
@@ -263,7 +263,7 @@ def test_stages_in_which_nothing_would_train(toy_base):
         trainer(max_epochs=2, callbacks=[GradualUnfreezing(stages=[["head"], ["embeddings"]])]).fit(task, data())
 
 
-def test_stages_that_training_never_reaches_are_told():
+def test_gradual_unfreezing_unreached_stages_warn():
     with pytest.warns(
         match=r"ends after 2 epochs, so embeddings, block.0, block.1 will never train; there are 3 stages"
     ):
@@ -280,14 +280,14 @@ def test_stages_that_training_never_reaches_are_told():
         (DiscriminativeLR(top=["tail"]), "unknown layer 'tail'"),
     ],
 )
-def test_layers_that_do_not_exist_are_refused_before_the_model_is_built(callback, message):
+def test_check_unknown_layer_is_refused_before_model_is_built(callback, message):
     task = classifier()
     with pytest.raises(InputError, match=message):
         callback.check([callback], task)
     assert task.gpt2 is None
 
 
-def test_llrd_and_unfreezing_keep_every_rate_at_every_stage():
+def test_discriminative_lr_with_unfreezing_keeps_rates_at_every_stage():
     task, watch = classifier(), Watch()
     callbacks = [DiscriminativeLR(decay=0.5), GradualUnfreezing(blocks_per_stage=2), watch]
     fit = trainer(max_epochs=3, callbacks=callbacks)

@@ -1,4 +1,4 @@
-"""A run's folder and files are the same whatever its loggers are."""
+"""Folder and files of a run with every kind of logger."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ FILES = {"checkpoints", "config.yaml", "metrics.json", "predictions_test.csv", "
 
 
 class StubWandb(Logger):
-    """As WandbLogger presents itself: an experiment, a project's name, an id for a version, and no ``log_dir``."""
+    """A logger with the interface of WandbLogger: an experiment, a project name, an id as version, no ``log_dir``."""
 
     logged: dict = {}
 
@@ -53,7 +53,7 @@ class StubWandb(Logger):
 
 @pytest.fixture(autouse=True)
 def module(monkeypatch):
-    """The stub, where a class path finds it."""
+    """Register the stub where a class path finds it."""
     stub = types.ModuleType("own_loggers")
     stub.StubWandb = StubWandb
     monkeypatch.setitem(sys.modules, "own_loggers", stub)
@@ -72,7 +72,7 @@ def module(monkeypatch):
     ],
     ids=["csv", "wandb", "several"],
 )
-def test_run_with_own_logger_leaves_the_files_of_a_run(run, capsys, tmp_path, logger):
+def test_fit_own_logger_writes_all_run_files(run, capsys, tmp_path, logger):
     folder = run("fit", *QUICK, "--trainer.logger", json.dumps(logger), "--name", "own")
     assert folder == tmp_path / "lightning_logs/own/version_0"
     assert {path.name for path in folder.iterdir()} >= FILES
@@ -95,7 +95,7 @@ PNGS = {f"confusion_{split}.png" for split in ("train", "val", "test")}
 
 
 class BareLogger(Logger):
-    """Only what Lightning demands of a logger."""
+    """A logger with only the members that Lightning requires."""
 
     @property
     def name(self):
@@ -113,7 +113,7 @@ class BareLogger(Logger):
 
 
 class WandbRun:
-    """As ``wandb.init`` returns it."""
+    """A stand-in for the run that ``wandb.init`` returns."""
 
     id, name = "a1b2c3", "a name"
 
@@ -129,7 +129,7 @@ class WandbRun:
 
 @pytest.fixture
 def wandb_run(monkeypatch):
-    """Lightning's WandbLogger, on the part of the package wandb that it uses."""
+    """Stub the part of the package wandb that Lightning's WandbLogger uses."""
     wandb_run, modules = WandbRun(), {name: types.ModuleType(name) for name in ("wandb", "wandb.sdk.lib")}
     wandb = modules["wandb"]
     wandb.run, wandb.init = None, lambda **settings: wandb_run
@@ -145,7 +145,7 @@ def wandb_run(monkeypatch):
     return wandb_run
 
 
-def test_wandb_gets_settings_scores_pictures_and_text(run, wandb_run, tmp_path, capsys):
+def test_fit_wandb_logger_receives_settings_scores_images_and_text(run, wandb_run, tmp_path, capsys):
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "save_dir": "w"}}
     folder = run("fit", *QUICK, "--trainer.logger", json.dumps(logger), "--name", "own")
     assert folder == tmp_path / "lightning_logs/own/version_0"
@@ -164,7 +164,7 @@ def test_wandb_gets_settings_scores_pictures_and_text(run, wandb_run, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["csv", "bare", "board and bare"])
-def test_pictures_are_files_where_no_logger_takes_them(run, monkeypatch, kind):
+def test_fit_loggers_without_image_support_write_png_files(run, monkeypatch, kind):
     monkeypatch.setattr(sys.modules["own_loggers"], "BareLogger", BareLogger, raising=False)
     monkeypatch.setattr(BareLogger, "__module__", "own_loggers")
     bare = {"class_path": "own_loggers.BareLogger"}
@@ -187,7 +187,7 @@ def test_pictures_are_files_where_no_logger_takes_them(run, monkeypatch, kind):
     assert {"val/confusion", "train/confusion", "test/confusion"} <= set(board.Tags()["images"])
 
 
-def test_printed_commands_are_quoted_and_work(run, tmp_path, capsys):
+def test_fit_names_with_spaces_printed_commands_are_quoted_and_run(run, tmp_path, capsys):
     board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "a board"}}
     run("fit", *QUICK, "--trainer.logger", json.dumps(board), "--name", "my own run")
     lines = dict(line.split(":  ", 1) for line in capsys.readouterr().out.splitlines() if ":  " in line)
@@ -199,7 +199,7 @@ def test_printed_commands_are_quoted_and_work(run, tmp_path, capsys):
     assert metrics(scored)["scores"]["test/loss"] > 0
 
 
-def test_run_without_logger_overwrites_no_checkpoint_and_says_where_it_is(run, tmp_path, capsys):
+def test_fit_logger_false_existing_checkpoint_is_refused_by_path(run, tmp_path, capsys):
     fit = ["fit", *QUICK, "--trainer.logger", "false"]
     with pytest.raises(ValueError, match="empty"):  # no run folder
         run(*fit)
@@ -218,7 +218,7 @@ def test_run_without_logger_overwrites_no_checkpoint_and_says_where_it_is(run, t
     assert (tmp_path / "checkpoints/last.ckpt").is_file()
 
 
-def test_run_without_logger_leaves_no_folder(run, tmp_path):
+def test_fit_logger_and_checkpointing_false_create_no_run_folder(run, tmp_path):
     with pytest.raises(ValueError, match="empty"):
         run("fit", *QUICK, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
     assert not (tmp_path / "lightning_logs").exists()

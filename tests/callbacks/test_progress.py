@@ -1,4 +1,4 @@
-"""Progress: a line an epoch where there is no terminal, a bar that fits 80 columns where there is one."""
+"""Progress: one line per epoch without a terminal, a bar of at most 80 columns with one."""
 
 import math
 import re
@@ -134,7 +134,7 @@ def test_epoch_lines_table_and_closing_scores_agree(interval, run, capsys):
 @pytest.mark.parametrize(
     ("mode", "values", "best"), [("min", [math.nan, 3.0, 2.0], 2.0), ("max", [math.nan, 0.1], 0.1)]
 )
-def test_row_of_an_epoch_holds_its_best_number(mode, values, best):
+def test_run_summary_several_values_in_an_epoch_keep_best_number(mode, values, best):
     summary, module = RunSummary({}, []), SimpleNamespace(monitor="val/x", mode=mode)
     for value in values:
         summary._keep_better(module, {"val/x": value})

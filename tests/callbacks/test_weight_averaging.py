@@ -52,7 +52,7 @@ def test_weight_averaging_resumed_ends_as_if_not_stopped(averaging, run):
 
 
 class Record(Callback):
-    """Keeps the parameters after every optimizer step and at every start of an epoch."""
+    """Record the parameters after every optimizer step and at every start of an epoch."""
 
     def __init__(self):
         self.steps, self.epochs = [], []
@@ -68,7 +68,7 @@ class Record(Callback):
         self.steps.append(self.copy(pl_module))
 
 
-def test_ema_beside_a_frozen_base_averages_what_trains_and_keeps_the_base(base, tmp_path):
+def test_ema_with_frozen_base_averages_only_trained_weights(base, tmp_path):
     record, file = Record(), tmp_path / "x.ckpt"
     task = SentimentClassifier(base=str(base), num_classes=3, surgery=[LoRA(rank=2, targets=["c_attn", "c_fc"])])
     fit = trainer(max_epochs=2, callbacks=[EMAWeightAveraging(decay=0.7), record], limit_val_batches=1)
@@ -89,7 +89,7 @@ def test_ema_beside_a_frozen_base_averages_what_trains_and_keeps_the_base(base, 
 
 
 @pytest.mark.parametrize("strategy", ["lora", "prefix_tuning", "prompt_tuning", "linear_probe"])
-def test_ema_beside_a_frozen_base_resumes_and_scores(strategy, run, base, data_flags):
+def test_ema_with_frozen_base_resumes_bitwise_and_scores_equal(strategy, run, base, data_flags):
     settings = [
         "fit", "--config", CONFIGS / "task/imdb.yaml", "--config", CONFIGS / f"strategy/{strategy}.yaml",
         f"--model.base={base}", "--data.max_length=40", *data_flags, "--trainer.accelerator=cpu",
@@ -106,8 +106,8 @@ def test_ema_beside_a_frozen_base_resumes_and_scores(strategy, run, base, data_f
     assert metrics(scored)["scores"]["test/accuracy"] == metrics(whole)["scores"]["test/accuracy"]
 
 
-def test_ema_of_a_tuned_threshold_and_a_verbaliser_keeps_their_values(run, base, pair_files):
-    """An average of token ids may be another token, and one of thresholds is none that was tuned."""
+def test_ema_with_tuned_threshold_and_verbalizer_keeps_threshold_and_loss(run, base, pair_files):
+    """Keep the buffers: averages of token ids and of thresholds would be meaningless."""
     rows = [f"--data.{split}_file={file}" for split, file in pair_files.items()]
     folder = run(
         "fit", "--config", CONFIGS / "task/quora.yaml", "--config", CONFIGS / "strategy/verbalizer.yaml",
@@ -131,7 +131,7 @@ def averaged(averaged_content, tmp_path):
     return tmp_path / "averaged.ckpt"
 
 
-def test_averaged_checkpoint_without_the_callback_is_refused(averaged, run, capsys):
+def test_fit_resumed_averaged_checkpoint_without_callback_is_refused(averaged, run, capsys):
     line = refused(run, capsys, *TINY, f"--ckpt_path={averaged}")
     assert "the checkpoint holds averaged weights; configure the callback" in line
 
@@ -153,7 +153,7 @@ NAME = "gpt2.ln_f.weight"
 
 
 @pytest.mark.parametrize(("change", "words"), HOSTILE.values(), ids=HOSTILE)
-def test_averages_that_do_not_fit_are_refused(change, words, averaged, run, capsys):
+def test_fit_resumed_malformed_averages_are_refused(change, words, averaged, run, capsys):
     content = torch.load(averaged, weights_only=True)
     change(content)
     torch.save(content, averaged)
@@ -163,7 +163,7 @@ def test_averages_that_do_not_fit_are_refused(change, words, averaged, run, caps
 # StochasticWeightAveraging
 
 
-def test_swa_ends_with_the_average_in_the_checkpoint_that_is_validated(run, monkeypatch):
+def test_swa_finished_last_checkpoint_holds_validated_average(run, monkeypatch):
     records = []
     monkeypatch.setattr(Record, "__init__", lambda self: (setattr(self, "epochs", []), setattr(self, "steps", []),
                                                           records.append(self))[-1])  # fmt: skip
@@ -198,7 +198,7 @@ def test_swa_resumed_after_it_began_is_refused(steps, run, capsys):
 
 
 @pytest.mark.parametrize("averaging", [EMA, SWA], ids=["ema", "swa"])
-def test_averages_of_a_sharded_model_are_refused(averaging, run, capsys):
+def test_fit_weight_averaging_of_sharded_model_is_refused(averaging, run, capsys):
     sharded = f"--config={CONFIGS}/trainer/fsdp.yaml"
     line = refused(run, capsys, *TINY, sharded, averaging, "--trainer.accelerator=cpu", "--trainer.devices=1")
     assert "averages whole models" in line

@@ -1,4 +1,4 @@
-"""Which run a command takes: --version of fit, RUN of the others."""
+"""Selection of a run: --version of fit, RUN of the other commands."""
 
 import pytest
 from conftest import ROOT
@@ -25,7 +25,7 @@ def test_fit_negative_version_is_refused(run, capsys):
 
 @pytest.fixture
 def folders(tmp_path):
-    """The folder of a run with a checkpoint that nothing reads."""
+    """A run folder with an empty checkpoint."""
     folder = tmp_path / "lightning_logs/x/version_0/checkpoints"
     folder.mkdir(parents=True)
     (folder / "best.ckpt").write_bytes(b"")
@@ -43,7 +43,7 @@ def folders(tmp_path):
         ("nowhere/version_0", "there is no folder nowhere/version_0; a run's folder is lightning_logs/NAME/version_N"),
     ],
 )  # fmt: skip
-def test_commands_name_the_run_that_may_be_meant(command, path, words, folders, run, capsys, tmp_path):
+def test_commands_missing_run_error_suggests_existing_run(command, path, words, folders, run, capsys, tmp_path):
     (tmp_path / "in.txt").write_text("a film\n")
     args = {"classify": ["--input", "in.csv", "--out", "out.csv"],
             "generate": ["--prompt_file", "in.txt", "--out", "out.txt"],
@@ -51,6 +51,6 @@ def test_commands_name_the_run_that_may_be_meant(command, path, words, folders, 
     assert words in refused(run, capsys, command, path, *args)
 
 
-def test_compare_names_the_run_that_may_be_meant(folders, run, capsys):
+def test_compare_missing_run_error_suggests_existing_run(folders, run, capsys):
     line = refused(run, capsys, "compare", "lightning_logs/x/0", "--out", "out")
     assert "there is no folder lightning_logs/x/0; did you mean lightning_logs/x/version_0?" in line

@@ -1,4 +1,4 @@
-"""gpt2-pl classify: the same answers as predict, from any format to any format, in constant memory."""
+"""gpt2-pl classify: the same predictions as predict, for all file formats, in constant memory."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ CONFIG = ROOT / "configs"
 
 @pytest.fixture
 def trained(run, base, pair_flags):
-    """A run of a paraphrase detector whose threshold is tuned."""
+    """A run of a paraphrase detector with a tuned threshold."""
     settings = ["--data.max_length=48", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
                 "--model.threshold=accuracy", "--trainer.precision=32-true",
                 "--model.optimizer.init_args.lr=1e-3"]  # fmt: skip
@@ -46,7 +46,7 @@ def write(file, rows):
 @pytest.mark.parametrize(
     ("ending", "out"), [(".csv", "o.csv"), (".tsv", "o.jsonl"), (".jsonl", "o.tsv"), (".parquet", "sub/o.csv")]
 )
-def test_the_answers_are_those_of_predict(ending, out, trained, run, tmp_path, capsys):
+def test_classify_any_file_format_equals_predict(ending, out, trained, run, tmp_path, capsys):
     rows = [{k: row[k] for k in ("sentence1", "sentence2")} for row in toy_pairs(150, 9)]
     rows[3]["sentence1"] = 'with "quotes", commas and é'
     rows[5]["sentence2"] = "so long that it must be cut " * 9
@@ -67,14 +67,16 @@ def test_the_answers_are_those_of_predict(ending, out, trained, run, tmp_path, c
     assert len({row["prediction"] for row in found}) == 2
 
 
-def test_sentences(run, base, data_flags, files, tmp_path):
+def test_classify_sentences_equals_test_predictions(run, base, data_flags, files, tmp_path):
     folder = run("fit", "--config", CONFIG / "task/imdb.yaml", "--config", CONFIG / "strategy/lora.yaml",
                  f"--model.base={base}", "--data.max_length=64", *data_flags, "--trainer.max_epochs=1")  # fmt: skip
     run("classify", folder, "--input", files["test"], "--out", tmp_path / "out.csv")
-    said = table(tmp_path / "out.csv")
+    predictions = table(tmp_path / "out.csv")
     tested = table(folder / "predictions_test.csv")
-    assert [row["sentence"].strip() for row in said] == [row["text"] for row in tested]
-    difference = [abs(float(a["p(positive)"]) - float(b["p(positive)"])) for a, b in zip(said, tested, strict=True)]
+    assert [row["sentence"].strip() for row in predictions] == [row["text"] for row in tested]
+    difference = [
+        abs(float(a["p(positive)"]) - float(b["p(positive)"])) for a, b in zip(predictions, tested, strict=True)
+    ]
     assert max(difference) < 2e-3  # in bfloat16 where the hardware likes that
 
 
@@ -85,7 +87,7 @@ def refused(run, capsys, *args):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_bad_input_is_refused_before_anything_is_written(trained, run, capsys, base, data_flags, tmp_path):
+def test_classify_invalid_input_is_refused_without_output_or_skipped(trained, run, capsys, base, data_flags, tmp_path):
     rows = [{"sentence1": "a", "sentence2": "b"}] * 300 + [{"sentence1": "", "sentence2": "b"}]
     bad, out = write(tmp_path / "bad.csv", rows), tmp_path / "out.csv"
     assert "bad.csv, row 301: 'sentence1' is ''" in refused(run, capsys, trained, "--input", bad, "--out", out)
@@ -116,7 +118,7 @@ def test_bad_input_is_refused_before_anything_is_written(trained, run, capsys, b
     assert "LanguageModel" in refused(run, capsys, words, "--input", bad, "--out", tmp_path / "words.csv")
 
 
-def test_memory_does_not_grow_with_the_file(trained, tmp_path):
+def test_classify_larger_file_uses_constant_memory(trained, tmp_path):
     peaks = []
     for n in (5_000, 40_000):  # more than is read at a time
         file = tmp_path / f"{n}.csv"
@@ -136,7 +138,7 @@ def test_memory_does_not_grow_with_the_file(trained, tmp_path):
     assert peaks[1] < peaks[0] + 80e6, peaks
 
 
-def test_quotes_mean_what_they_meant_in_training(run, base, pair_files, tmp_path):
+def test_classify_quoting_equals_setting_of_training(run, base, pair_files, tmp_path):
     rows = tmp_path / "quotes.csv"
     rows.write_text('sentence1\tsentence2\na\tb\n"a3" x\tb3\n"a5\tb5\na6\tb6\n"a7" z\tb7\n')
     folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", "--data.max_length=48",
@@ -149,13 +151,13 @@ def test_quotes_mean_what_they_meant_in_training(run, base, pair_files, tmp_path
         run("classify", folder, "--input", rows, "--out", tmp_path / "other.csv", "--quoting", "true")
 
 
-def test_an_out_that_cannot_be_made_is_refused_first(trained, run, capsys, tmp_path):
+def test_classify_out_below_a_file_is_refused_before_input_is_read(trained, run, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused(run, capsys, trained, "--input", "nowhere.csv", "--out", tmp_path / "file" / "out.csv")
     assert "is not a folder" in line
 
 
-def test_classify_row_without_tokens_is_named_or_left_out(trained, run, tmp_path, capsys):
+def test_classify_row_without_tokens_is_refused_by_number_or_skipped(trained, run, tmp_path, capsys):
     file = trained / "tokenizer.json"
     settings = json.loads(file.read_text())
     settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}

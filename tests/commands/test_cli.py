@@ -1,4 +1,4 @@
-"""The command line in this process: every configuration, its errors, what a run leaves."""
+"""The command line in this process: shipped configurations, errors, and the files of a run."""
 
 import itertools
 import json
@@ -49,7 +49,9 @@ MEANINGLESS = {
 
 
 @pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
-def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pair_flags, poem_flags, capsys):
+def test_fit_every_strategy_on_every_task_trains_or_is_refused(
+    task, strategy, run, base, data_flags, pair_flags, poem_flags, capsys
+):
     column = {"text": ["--data.column=sentence"], "sonnets": ["--data.prompt_lines=1"]}.get(task.stem, [])
     if strategy.stem == "sequence_unlikelihood" and task.stem in ("text", "sonnets"):
         column += ["--model.sequence_prefix=8", "--model.sequence_length=8"]
@@ -69,7 +71,7 @@ def test_every_strategy_on_every_task(task, strategy, run, base, data_flags, pai
 
 
 @pytest.mark.parametrize("file", TRAINERS, ids=lambda path: path.stem)
-def test_every_trainer_file_is_read(file, run, capsys):
+def test_fit_trainer_file_sets_trainer_values(file, run, capsys):
     main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
     stated = yaml.safe_load(file.read_text())["trainer"]
@@ -78,7 +80,7 @@ def test_every_trainer_file_is_read(file, run, capsys):
     }
 
 
-def test_the_quickstart_learns_and_leaves_its_account(run, capsys):
+def test_fit_quickstart_learns_and_writes_run_files(run, capsys):
     folder = run("fit", "--config", CONFIGS / "quickstart.yaml")
     account = metrics(folder)
     assert account["scores"]["test/accuracy"] >= 0.9
@@ -120,7 +122,7 @@ def test_the_quickstart_learns_and_leaves_its_account(run, capsys):
     assert metrics(bare)["scores"]["val/accuracy"] == pytest.approx(account["scores"]["val/accuracy"])
 
 
-def test_the_base_is_not_needed_to_test_or_predict(run, base, files, data_flags, tmp_path):
+def test_predict_deleted_base_weights_uses_checkpoint(run, base, files, data_flags, tmp_path):
     import shutil
 
     gone = shutil.copytree(base, tmp_path / "gone")
@@ -138,7 +140,7 @@ def test_the_base_is_not_needed_to_test_or_predict(run, base, files, data_flags,
     assert len(lines) == 3
 
 
-def test_flag_over_file_over_checkpoint(run, tmp_path):
+def test_validate_setting_prefers_flag_over_file_over_checkpoint(run, tmp_path):
     quick = ["--config", CONFIGS / "quickstart.yaml", *TINY]
     first = run("fit", *quick, "--model.label_smoothing=0.1", "--model.mean_weight=0.2")
     checkpoint = first / "checkpoints/last.ckpt"
@@ -173,27 +175,21 @@ def test_flag_over_file_over_checkpoint(run, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
 )
-def test_errors_are_one_line_and_write_nothing(args, words, run, capsys, base, data_flags, tmp_path):
+def test_fit_invalid_argument_is_refused_in_one_line_without_files(
+    args, words, run, capsys, base, data_flags, tmp_path
+):
     good = ["fit", "--config", CONFIGS / "task/imdb.yaml", "--model.base", base, "--data.max_length=64", *data_flags]
     line = refused(run, capsys, *good, *args)
     assert all(word in line for word in words), line
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
-def test_strategy_before_task(run, capsys):
-    line = refused(
-        run, capsys, "fit", "--config", CONFIGS / "strategy/linear_probe.yaml", "--config", CONFIGS / "task/sst5.yaml"
-    )
-    assert "task" in line
-    assert "first" in line or "begin" in line
-
-
-def test_nothing_given(run, capsys):
+def test_main_missing_config_or_unknown_command_is_refused(run, capsys):
     assert "--config task/sst5" in refused(run, capsys, "fit")
     assert "unknown command 'train'" in refused(run, capsys, "train")
 
 
-def test_checkpoints_that_do_not_fit(run, capsys, tmp_path):
+def test_fit_and_test_incompatible_or_unsafe_checkpoint_is_refused(run, capsys, tmp_path):
     quick = ["--config", CONFIGS / "quickstart.yaml", *TINY]
     checkpoint = run("fit", *quick) / "checkpoints/last.ckpt"
     before = checkpoint.read_bytes()
@@ -216,20 +212,14 @@ def test_checkpoints_that_do_not_fit(run, capsys, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_runs_never_write_over_another(run):
+def test_fit_repeated_writes_another_run_folder(run):
     first = run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY)
     before = json.dumps(metrics(first))
     assert run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY) != first
     assert json.dumps(metrics(first)) == before
 
 
-def test_early_stopping(run):
-    folder = run("fit", "--config", CONFIGS / "quickstart.yaml", *TINY, "--trainer.max_epochs=9",
-                 "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0")  # fmt: skip
-    assert len(metrics(folder)["epochs"]) == 2
-
-
-def test_resuming_at_the_end_of_an_epoch(run):
+def test_fit_finished_run_extended_by_an_epoch_equals_longer_run(run):
     quick = ["--config", CONFIGS / "quickstart.yaml", *TINY, "--model.schedule=gpt2_pl.optim.ConstantWithWarmup"]
     whole = run("fit", *quick, "--trainer.max_epochs=2")
     half = run("fit", *quick)
@@ -239,8 +229,8 @@ def test_resuming_at_the_end_of_an_epoch(run):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_hparams_page_shows_every_task_with_its_final_scores(run, tmp_path):
-    """What TensorBoard's own plugin makes of runs of two tasks."""
+def test_fit_two_tasks_hparams_page_shows_final_scores(run, tmp_path):
+    """Read the runs of two tasks with TensorBoard's HPARAMS plugin."""
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.context import RequestContext
@@ -268,7 +258,7 @@ def test_hparams_page_shows_every_task_with_its_final_scores(run, tmp_path):
                 assert final.Scalars(f"hp/{name.replace('/', '_')}")[-1].value == pytest.approx(value)
 
 
-def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
+def test_run_folder_simultaneous_runs_take_different_versions(tmp_path):
     loggers = [RunTensorBoardLogger(RunFolder(tmp_path, "run"), "run", tmp_path) for _ in range(2)]
     assert [logger.version for logger in loggers] == ["version_0"] * 2
     assert not list(tmp_path.iterdir())
@@ -281,7 +271,7 @@ def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path):
     assert [logger.log_dir for logger in loggers] == folders
 
 
-def test_without_a_logger_nothing_is_written_over(run, base, data_flags, tmp_path):
+def test_fit_logger_false_overwrites_no_existing_files(run, base, data_flags, tmp_path):
     for name in ("config.yaml", "predictions_val.csv", "metrics.json"):
         (tmp_path / name).write_text("mine")
     main(["fit", f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64",
@@ -300,7 +290,7 @@ def test_without_a_logger_nothing_is_written_over(run, base, data_flags, tmp_pat
         (["--config={strategy}/full.yaml", "--data.train_file=f"], "the task comes first"),
     ],
 )
-def test_advice(args, words, run, capsys, base, data_flags):
+def test_fit_common_mistake_error_suggests_fix(args, words, run, capsys, base, data_flags):
     folders = {name: CONFIGS / name for name in ("task", "strategy")}
     files = data_flags if "sst5" in args[0] else []
     assert words in refused(
@@ -308,7 +298,7 @@ def test_advice(args, words, run, capsys, base, data_flags):
     )
 
 
-def test_what_nothing_has_trained_is_scored_with_a_word_of_it(run, base, data_flags, capsys):
+def test_validate_untrained_model_warns_unless_verbalizer(run, base, data_flags, capsys):
     settings = [f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=64"]
     run("validate", *settings)
     assert "no ckpt_path is given: the model that is evaluated has not been trained" in capsys.readouterr().err

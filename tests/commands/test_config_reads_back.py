@@ -1,4 +1,4 @@
-"""config.yaml reads back: whatever was configured, the values in it make the same objects again."""
+"""Round trip of config.yaml: its values create the same objects."""
 
 import enum
 import inspect
@@ -36,14 +36,14 @@ def double(x: int) -> int:
 
 
 class Odd:
-    """Nothing that a configuration can hold."""
+    """A class that a configuration cannot represent."""
 
 
 ODD = Odd()
 
 
 class Everything(Callback):
-    """Arguments of every kind."""
+    """A callback with arguments of every type."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ def parser():
 
 
 def read_back(settings):
-    """A configuration, and the same after it was written and read."""
+    """Write and read a configuration; return it before and after, and the text."""
     first = parser().parse_object({"trainer": settings})
     text = parser().dump(first, skip_none=False)
     assert "Unable to serialize" not in text
@@ -93,7 +93,7 @@ def classes():
 
 
 @pytest.mark.parametrize(("key", "cls"), classes())
-def test_config_of_a_lightning_class_reads_back(key, cls):
+def test_parser_dump_of_lightning_class_reads_back_equal(key, cls):
     parameters = inspect.signature(cls.__init__).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     arguments = {name: REQUIRED.get(name, 1) for name in required if name != "self"}
@@ -121,7 +121,7 @@ def test_config_of_a_lightning_class_reads_back(key, cls):
     ],
     ids=["defaults", "given"],
 )  # fmt: skip
-def test_config_of_arguments_of_every_kind_reads_back(given, expected):
+def test_parser_dump_of_every_argument_type_reads_back_equal(given, expected):
     value = {"class_path": f"{__name__}.Everything", "init_args": given}
     first, second, _ = read_back({"callbacks": [value]})
     one, two = (parser().instantiate_classes(config).trainer.callbacks[0].arguments for config in (first, second))
@@ -129,7 +129,7 @@ def test_config_of_arguments_of_every_kind_reads_back(given, expected):
     assert {key: two[key] for key in expected} == expected
 
 
-def test_optimizer_and_schedule_by_class_path_read_back(run):
+def test_fit_optimizer_and_schedule_by_class_path_are_written_to_config(run):
     model = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args.momentum=0.5"]
     folder = run(*TINY, *model, f"--config={ROOT}/configs/trainer/debug.yaml")
     settings = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]

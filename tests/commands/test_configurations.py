@@ -1,4 +1,4 @@
-"""Every key of every shipped configuration, mistyped once and given a value of another kind once."""
+"""Invalid keys and values in configuration files and flags."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ BENEATH = {  # what a strategy's file lies over
 
 
 def beneath(file, base, flags):
-    """The command line on which a file is one of several."""
+    """The arguments before and after a file on the command line."""
     task = (
         [] if file.parent.name != "strategy" else ["--config", CONFIGS / f"task/{BENEATH.get(file.stem, 'sst5')}.yaml"]
     )
@@ -35,7 +35,7 @@ def beneath(file, base, flags):
 
 @pytest.fixture
 def built(monkeypatch, run):
-    """Read the command line and build everything, but run nothing; gives what was built."""
+    """Build everything from a command line without running it; return the built CLI."""
     found = []
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: found.append(self))
 
@@ -63,7 +63,7 @@ def found_in(settings, path):
 
 
 def cases():
-    """The deepest key of every file, which no other file before it has."""
+    """The deepest key of every file that no earlier file has."""
     seen = set()
     for file in FILES:
         paths = sorted(places(yaml.safe_load(file.read_text())), key=len, reverse=True)
@@ -86,7 +86,7 @@ def refused(built, capsys, *args):
 
 
 @pytest.mark.parametrize(("file", "path"), CASES)
-def test_a_mistyped_key_is_named(file, path, built, base, data_flags, capsys, tmp_path):
+def test_fit_misspelled_config_key_is_refused_by_name(file, path, built, base, data_flags, capsys, tmp_path):
     settings = yaml.safe_load(file.read_text())
     above, key = found_in(settings, path[:-1]), path[-1]
     wrong = f"{key.rstrip('+')}x{'+' if key.endswith('+') else ''}"
@@ -99,8 +99,8 @@ def test_a_mistyped_key_is_named(file, path, built, base, data_flags, capsys, tm
     assert not (tmp_path / "lightning_logs").exists()
 
 
-def test_flags_are_not_shortened(built, capsys, tmp_path):
-    """Every key cut anywhere: what looks at flags before they are parsed knows them by their names."""
+def test_fit_abbreviated_flag_is_refused(built, capsys, tmp_path):
+    """Abbreviate every flag at every position: flags are looked up by full name before they are parsed."""
     cli = built("--config", CONFIGS / "quickstart.yaml")
     names = {name for action in cli._parser("fit")._actions for name in action.option_strings}
     assert {"--ckpt_path", "--config", "--name", "--trainer.max_epochs"} <= names
@@ -120,7 +120,7 @@ def test_flags_are_not_shortened(built, capsys, tmp_path):
 
 @pytest.fixture
 def parse(built):
-    """Parse a command line, without building anything; gives the message, or None where all is accepted."""
+    """Parse a command line without building anything; return the error message or None."""
     cli = built("--config", CONFIGS / "quickstart.yaml")
 
     def parse(*args):
@@ -148,7 +148,7 @@ OF_KIND = {  # what a value of each kind cannot be
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 @pytest.mark.parametrize("value", [7, 1.5, True, None, [], {}, "nonsense", {"a": [1]}], ids=str)
-def test_value_of_another_kind_is_accepted_or_refused_in_one_line_that_names_its_key(value, parse, tmp_path):
+def test_parse_arguments_value_of_another_type_error_names_key_in_one_line(value, parse, tmp_path):
     changed = tmp_path / "changed.yaml"
     for file, path in (case.values for case in CASES):
         settings = yaml.safe_load(file.read_text())
@@ -166,7 +166,7 @@ def test_value_of_another_kind_is_accepted_or_refused_in_one_line_that_names_its
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
+def test_parse_arguments_misspelled_name_error_suggests_nearest(parse, tmp_path):
     def file(text):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
         path.write_text(text)
@@ -208,7 +208,7 @@ def test_misspelt_name_is_answered_by_the_nearest(parse, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_text_that_yaml_reads_as_something_else_is_answered_by_how_to_quote_it(parse, tmp_path):
+def test_parse_arguments_unquoted_yaml_text_error_shows_quoting(parse, tmp_path):
     sst5, labels = f"--config={CONFIGS}/task/sst5.yaml", tmp_path / "labels.yaml"
     for text, value in {"[no, yes]": "False", "[1, 2]": "1", "[1.5, a]": "1.5", "[a, null]": "None"}.items():
         assert f"data.labels must be text, got {value}; quote" in parse(sst5, f"--data.labels={text}")
@@ -231,14 +231,14 @@ def test_text_that_yaml_reads_as_something_else_is_answered_by_how_to_quote_it(p
         (["sweep", "--dry_rn"], "--dry_run"),
     ],
 )
-def test_misspelt_option_of_a_command_is_answered_by_the_nearest(args, nearest, capsys):
+def test_main_misspelled_command_or_option_error_suggests_nearest(args, nearest, capsys):
     with pytest.raises(SystemExit):
         main(args)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"did you mean {nearest}?" in line
 
 
-def test_unknown_words_of_the_parser_are_kept_on_one_line(built):
+def test_explain_unknown_parser_message_is_kept_on_one_line(built):
     cli = built("--config", CONFIGS / "quickstart.yaml")
     for text in ("", "\n", 'Parser key "model":', 'Parser key "a":\n  something\n  else', "no key at all\n  - x"):
         line = explain(text, cli.line, cli._parser("fit"))
@@ -261,7 +261,7 @@ def test_unknown_words_of_the_parser_are_kept_on_one_line(built):
         ("--model.optimizer.init_args.betas=[2, 2]", "model.optimizer: Invalid beta"),
     ],
 )
-def test_values_out_of_range_are_found_before_anything_is_written(flag, words, built, capsys, tmp_path):
+def test_fit_model_value_out_of_range_is_refused_before_writing(flag, words, built, capsys, tmp_path):
     assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
     assert not (tmp_path / "lightning_logs").exists()
 
@@ -273,7 +273,7 @@ def test_values_out_of_range_are_found_before_anything_is_written(flag, words, b
         ("--trainer.val_check_interval=500", "trainer: `val_check_interval` (500) must be less than or equal to"),
     ],
 )
-def test_values_that_only_the_machine_or_the_data_refuse(flag, words, run, capsys):
+def test_fit_value_invalid_for_machine_or_data_is_refused_in_one_line(flag, words, run, capsys):
     with pytest.raises(SystemExit):
         run("fit", f"--config={CONFIGS}/quickstart.yaml", flag)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -295,7 +295,9 @@ def test_values_that_only_the_machine_or_the_data_refuse(flag, words, run, capsy
     ],
     ids=str,
 )  # fmt: skip
-def test_values_of_keys_that_no_file_holds(flag, environment, built, capsys, tmp_path, monkeypatch):
+def test_fit_invalid_value_of_key_in_no_config_is_refused_before_writing(
+    flag, environment, built, capsys, tmp_path, monkeypatch
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
@@ -312,13 +314,13 @@ def test_values_of_keys_that_no_file_holds(flag, environment, built, capsys, tmp
         ("trainer: &a {x: *a}", "is recursive"),
     ],
 )
-def test_files_of_other_kinds(text, words, built, capsys, tmp_path):
+def test_fit_config_of_wrong_structure_is_refused(text, words, built, capsys, tmp_path):
     file = tmp_path / "other.yaml"
     file.write_text(text)
     assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", "--config", file)
 
 
-def test_a_seed_of_the_environment_is_not_the_runs(built, monkeypatch):
+def test_fit_pl_global_seed_in_environment_is_removed(built, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "x")
     built("--config", CONFIGS / "quickstart.yaml", "--seed_everything=false")
     assert "PL_GLOBAL_SEED" not in os.environ

@@ -1,4 +1,4 @@
-"""Arguments of Lightning's and torch's classes that cannot be used end a command with one line that names the key."""
+"""Unusable arguments of Lightning's and torch's classes: one-line errors that name the key."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ SHORT = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val", "tes
         ("strategy DDPStrategy process_group_backend=foo", ["trainer.strategy: DDPStrategy", "backend type foo"]),
     ],
 )  # fmt: skip
-def test_arguments_that_fail_at_first_use_are_one_line_with_key_and_values(flags, words, run, capsys):
+def test_fit_class_failing_at_first_use_error_names_key_and_arguments(flags, words, run, capsys):
     key, name, *arguments = flags.split()
     shown = [f"--trainer.{key.removesuffix('+')}.{one}".replace(":1", ": 1") for one in arguments]
     line = refused(run, capsys, *QUICK, *SHORT, f"--trainer.{key}={name}", *shown)
@@ -44,14 +44,14 @@ def test_arguments_that_fail_at_first_use_are_one_line_with_key_and_values(flags
         ("--model.surgery+=gpt2_pl.surgery.PeftAdapter", "PeftAdapter needs folder"),
     ],
 )  # fmt: skip
-def test_class_without_required_arguments_is_one_short_line(flag, words, run, capsys):
+def test_fit_class_without_required_arguments_is_refused_in_one_line(flag, words, run, capsys):
     line = refused(run, capsys, *QUICK, flag)
     assert f"error: {flag.partition('=')[0].strip('-+')}: " in line
     assert words in line
     assert len(line) < 250
 
 
-def test_missing_package_of_a_plugin_is_named_alone(run, capsys):
+def test_fit_plugin_without_its_package_error_names_package(run, capsys):
     line = refused(run, capsys, *QUICK, "--trainer.plugins=lightning.pytorch.plugins.environments.MPIEnvironment")
     assert "mpi4py" in line
     assert "subclass" not in line
@@ -65,7 +65,7 @@ class Faulty(Callback):
         raise KeyError("own fault")
 
 
-def test_fault_in_own_callback_keeps_its_traceback(run, monkeypatch):
+def test_fit_exception_in_own_callback_is_raised_unchanged(run, monkeypatch):
     module = types.ModuleType("own_faults")
     module.Faulty = Faulty
     monkeypatch.setitem(sys.modules, "own_faults", module)
@@ -76,5 +76,5 @@ def test_fault_in_own_callback_keeps_its_traceback(run, monkeypatch):
 
 
 @pytest.mark.parametrize("plugins", ["HalfPrecision", "[DoublePrecision]"])
-def test_precision_plugin_takes_the_place_of_the_default_precision(plugins, run, tmp_path):
+def test_fit_precision_plugin_replaces_default_precision(plugins, run, tmp_path):
     run("fit", *QUICK[1:], *SHORT, "--trainer.precision=null", f"--trainer.plugins={plugins}", "--data.template=null")

@@ -1,4 +1,4 @@
-"""Files and flags of the command line: read once, in order, and no strategy is lost before its task's file."""
+"""Order of files and flags on the command line, and refusal of a strategy before its task."""
 
 import pytest
 import yaml
@@ -41,14 +41,14 @@ def test_check_order_task_first_is_accepted(task, tmp_path):
             assert check_order(line(task, trainer, strategy, own, defaults)) == []
 
 
-def test_check_order_equal_values_and_other_keys_are_no_conflict(tmp_path):
+def test_check_order_equal_values_and_other_keys_are_accepted(tmp_path):
     data = tmp_path / "data.yaml"
     data.write_text("data: {class_path: gpt2_pl.datamodules.SST5, init_args: {train_file: x.csv, batch_size: 64}}\n")
     assert check_order(line(data, CONFIGS / "task/sst5.yaml")) == []
     assert check_order(line(CONFIGS / "strategy/full.yaml", CONFIGS / "task/sst5.yaml")) == []
 
 
-def test_check_order_other_files_and_flags_are_warned_of(tmp_path):
+def test_check_order_overridden_trainer_file_or_flag_warns(tmp_path):
     task, trainer = CONFIGS / "task/sst5.yaml", CONFIGS / "trainer/debug.yaml"
     (warning,) = check_order(line(trainer, task))
     assert f"{task} comes after {trainer} and overrides its trainer.max_epochs (1 becomes 6)" in warning
@@ -109,7 +109,7 @@ def test_command_line_states_parts_of_an_argument(flag):
 
 
 @pytest.mark.parametrize("after", [True, False])
-def test_command_line_checkpoint_of_a_file_or_flag_the_later_one(after, tmp_path):
+def test_command_line_checkpoint_in_file_and_flag_later_one_wins(after, tmp_path):
     for name in ("a.ckpt", "b.ckpt"):
         (tmp_path / name).touch()
     (tmp_path / "a.yaml").write_text(f"ckpt_path: {tmp_path}/a.ckpt\n")
@@ -118,7 +118,7 @@ def test_command_line_checkpoint_of_a_file_or_flag_the_later_one(after, tmp_path
     assert found.checkpoint() == str(tmp_path / ("b.ckpt" if after else "a.ckpt"))
 
 
-def test_configuration_file_without_settings_is_refused_by_name(run, tmp_path, capsys):
+def test_fit_config_without_settings_is_refused_by_name(run, tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     with pytest.raises(SystemExit):
         run("fit", "--config", ROOT / "configs/quickstart.yaml", "--config", "empty.yaml")

@@ -1,4 +1,4 @@
-"""Flag over file over checkpoint, for every hyperparameter of every task; a run's config.yaml says what it used."""
+"""Precedence of flag over file over checkpoint for every hyperparameter, and the values in config.yaml."""
 
 import inspect
 import itertools
@@ -106,7 +106,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("task", "variant"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
+def test_gpt2cli_hyperparameter_prefers_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
     bases = [str(shutil.copytree(base, tmp_path / name)) for name in ("from_checkpoint", "from_file", "from_flag")]
     names = sorted(set(arguments(task)) - {"num_classes"})  # which is the data's
     assert {"base", "dropout", "compile", *(["pooling"] if issubclass(task, Classifier) else [])} <= set(names)
@@ -137,8 +137,8 @@ def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
                 continue  # a checkpoint's are looked up again
             if name in ("optimizer", "schedule"):
                 if source:
-                    said = found[name]["init_args"]
-                    assert said.items() >= values[name][source]["init_args"].items(), name
+                    init_args = found[name]["init_args"]
+                    assert init_args.items() >= values[name][source]["init_args"].items(), name
                 continue
             expected = values[name][source]
             built = cli.model.hparams[name]
@@ -168,12 +168,12 @@ def test_flag_over_file_over_checkpoint(task, variant, build, base, tmp_path):
     assert dict(again.model.hparams) == dict(last.model.hparams)
 
 
-def test_every_task_is_looked_at():
+def test_tasks_public_classes_are_all_in_cases():
     public = {name for name in tasks.__all__ if inspect.isclass(getattr(tasks, name))}
     assert public - {"Task", "Classifier"} == {task.__name__ for task in TASKS}
 
 
-def test_files_and_flags_in_any_order_the_later_one_wins(build, tmp_path, capsys):
+def test_gpt2cli_files_and_flags_in_any_order_later_one_wins(build, tmp_path, capsys):
     over = tmp_path / "over.yaml"
     over.write_text("seed_everything: 7\ntrainer: {max_epochs: 8}\nname: by_file\n")
     quick = ["--config", ROOT / "configs/quickstart.yaml"]
@@ -186,7 +186,7 @@ def test_files_and_flags_in_any_order_the_later_one_wins(build, tmp_path, capsys
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
+def test_gpt2cli_ckpt_path_in_file_yields_to_values_of_file(build, tmp_path, base):
     checkpoint = tmp_path / "some.ckpt"
     stored = {"base": str(base), "config": None, "surgery": [], "mean_weight": 0.2, "label_smoothing": 0.3}
     torch.save(
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_a_file_names_lies_beneath_it(build, tmp_path, base):
 
 
 @pytest.mark.parametrize("variant", ["base", "config"])
-def test_a_file_that_is_silent_on_the_model_leaves_the_checkpoints(variant, build, tmp_path, base):
+def test_gpt2cli_file_without_model_keeps_checkpoint_base_and_config(variant, build, tmp_path, base):
     checkpoint = tmp_path / "some.ckpt"
     stored = {"base": None, "config": None, "surgery": [], variant: str(base) if variant == "base" else SHAPE}
     torch.save(

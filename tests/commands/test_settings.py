@@ -9,7 +9,7 @@ from gpt2_pl.commands.support.settings import _complete_trainer
 
 
 @pytest.mark.parametrize(("given", "expected"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5)])
-def test_complete_trainer_whole_number_of_batches_stays_one(given, expected):
+def test_complete_trainer_integer_number_of_batches_stays_integer(given, expected):
     line = CommandLine(["fit", "--config", str(CONFIGS / "quickstart.yaml"), f"--trainer.limit_train_batches={given}"])
     parsed = Namespace(limit_train_batches=float(given), precision="32-true", plugins=None, logger=True,
                        use_distributed_sampler=False, overfit_batches=0.0)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The values that configurations and defaults ship with, as the README and the methods' papers name them."""
+"""Values of shipped configurations and defaults, as documented in the README and the methods' papers."""
 
 import inspect
 
@@ -55,7 +55,7 @@ FILES = {
 
 
 def named(value, owner=""):
-    """Settings by the class, or else the section, that they are of."""
+    """Yield settings by their class or section."""
     for key, inner in value.items():
         if key == "init_args":
             yield from named(inner, value.get("class_path", owner).split(".")[-1])
@@ -68,14 +68,14 @@ def named(value, owner=""):
             yield f"{owner}.{key}", inner
 
 
-def test_the_table_has_every_strategy():
+def test_strategy_configs_all_have_documented_values():
     assert {file.stem for file in (ROOT / "configs/strategy").iterdir()} == {
         name.removeprefix("strategy/") for name in FILES if name.startswith("strategy/")
     }
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_configurations(file):
+def test_shipped_config_values_equal_documented_values(file):
     found = dict(named(yaml.safe_load((ROOT / f"configs/{file}.yaml").read_text(encoding="utf-8"))))
     assert {key: found.get(key) for key in FILES[file]} == FILES[file]
 
@@ -96,9 +96,9 @@ def test_configurations(file):
         (LanguageModel, "sequence_length", 100),
     ],
 )
-def test_defaults(owner, name, value):
+def test_signature_defaults_equal_documented_values(owner, name, value):
     assert inspect.signature(owner).parameters[name].default == value
 
 
-def test_poems_have_room_for_their_ends():
+def test_poem_generator_default_max_new_tokens_is_at_least_160():
     assert inspect.signature(PoemGenerator).parameters["max_new_tokens"].default >= 160

@@ -1,4 +1,4 @@
-"""Trainers with which a task cannot be trained are refused in one line, before any data are read."""
+"""Trainer settings that a task cannot use: one-line errors before any data are read."""
 
 import logging
 import re
@@ -46,13 +46,13 @@ def callback(name, **arguments):
         (["--trainer.strategy=ddp_notebook", "--trainer.devices=2"], "got one that starts them by fork"),
     ],
 )
-def test_trainer_that_a_task_cannot_be_trained_with_is_refused(settings, words, run, capsys, tmp_path):
+def test_fit_unusable_trainer_setting_is_refused_before_training(settings, words, run, capsys, tmp_path):
     assert words in refused(run, capsys, *TINY, *settings)
     assert not list(tmp_path.glob("lightning_logs/*/version_0/metrics.json"))
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
-def test_monitor_that_is_not_logged_ends_training_in_one_line(name, run, capsys):
+def test_fit_monitor_that_is_not_logged_is_refused_in_one_line(name, run, capsys):
     with pytest.raises(SystemExit) as ended:
         run(*TINY, callback(name, monitor="val/acc"))
     assert ended.value.code == 2
@@ -62,7 +62,7 @@ def test_monitor_that_is_not_logged_ends_training_in_one_line(name, run, capsys)
 
 
 @pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"])
-def test_share_of_batches_below_one_batch_is_refused_before_training(key, run, base, data_flags, capsys, tmp_path):
+def test_fit_fraction_below_one_batch_is_refused_before_training(key, run, base, data_flags, capsys, tmp_path):
     rows = ["fit", *SST5, f"--model.base={base}", "--data.max_length=40", "--data.labels=['0', '1']", *data_flags]
     line = refused(run, capsys, *rows, f"--trainer.{key}=0.01")
     assert f"trainer.{key} must be a number of batches, or a share of them that is at least one batch, got 0.01" in line
@@ -101,7 +101,7 @@ class Log(CSVLogger):
         ),
     ],
 )
-def test_class_that_cannot_be_instantiated_is_named_in_one_line(settings, words, run, capsys, tmp_path):
+def test_fit_class_that_cannot_be_instantiated_is_named_in_one_line(settings, words, run, capsys, tmp_path):
     (tmp_path / "lacking.py").write_text(LACKS_A_PACKAGE)
     line = refused(run, capsys, *TINY, *settings)
     assert re.search(words, line), line
@@ -109,12 +109,12 @@ def test_class_that_cannot_be_instantiated_is_named_in_one_line(settings, words,
 
 
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="the package is installed")
-def test_precision_whose_package_is_not_installed_is_refused_in_one_line(run, capsys):
+def test_fit_precision_without_its_package_is_refused_in_one_line(run, capsys):
     assert "transformer_engine" in refused(run, capsys, *TINY, "--trainer.precision=transformer-engine")
 
 
 class Closure(torch.optim.SGD):
-    """Needs a closure, as optimizers do that evaluate the loss more than once a step."""
+    """An optimizer that requires a closure."""
 
     def step(self, closure):
         return closure()
@@ -129,24 +129,24 @@ class Closure(torch.optim.SGD):
         (lambda groups: torch.optim.Adam(groups, lr=-1), "model.optimizer: Invalid learning rate"),
     ],
 )
-def test_optimizer_that_a_task_cannot_use_is_refused(optimizer, words):
+def test_check_optimizer_unusable_optimizer_is_refused(optimizer, words):
     with pytest.raises(InputError, match=words):
         check_optimizer(optimizer)
 
 
-def test_every_other_optimizer_of_torch_is_accepted():
+def test_check_optimizer_other_torch_optimizers_are_accepted():
     for name in ("Adafactor", "Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop",
                  "Rprop", "SGD", *(["Muon"] if hasattr(torch.optim, "Muon") else [])):  # fmt: skip
         check_optimizer(getattr(torch.optim, name))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_optimizer_that_refuses_the_shapes_of_parameters_ends_in_one_line(run, capsys):
+def test_fit_optimizer_refusing_parameter_shapes_is_refused_in_one_line(run, capsys):
     assert "model.optimizer: Muon only supports 2D" in refused(run, capsys, *TINY, "--model.optimizer=torch.optim.Muon")
 
 
 @pytest.mark.parametrize("name", ["TQDMProgressBar", "RichProgressBar"])
-def test_own_progress_bar_is_used_in_place_of_the_runs(name, run, monkeypatch, tmp_path, capsys):
+def test_fit_own_progress_bar_replaces_default_one(name, run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     made = []
     monkeypatch.setattr(
@@ -162,7 +162,7 @@ def test_own_progress_bar_is_used_in_place_of_the_runs(name, run, monkeypatch, t
     assert "enable_progress_bar=False" in line
 
 
-def test_advertisements_and_deprecations_of_libraries_are_not_shown(caplog):
+def test_main_library_tips_and_deprecations_are_not_shown(caplog):
     trainer_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
     def speak(self, _):

@@ -1,4 +1,4 @@
-"""Warnings are one line, and those of libraries that do not concern the user are not shown."""
+"""Warnings: one line each, without irrelevant ones of libraries."""
 
 import warnings
 
@@ -22,7 +22,7 @@ def test_shorten_warnings_shows_one_line_without_path_and_source(monkeypatch, ca
 @pytest.mark.parametrize(
     "callback", ["WeightAveraging", "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"]
 )
-def test_fit_and_test_show_no_warning_that_concerns_nobody(callback, run, recwarn, caplog):
+def test_fit_and_test_irrelevant_library_warnings_are_not_shown(callback, run, recwarn, caplog):
     folder = run(*QUICK, "--trainer.max_epochs=3", f"--trainer.callbacks+={callback}", "--trainer.log_every_n_steps=9")
     run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt")
     shown = [str(one.message) for one in recwarn] + [record.getMessage() for record in caplog.records]

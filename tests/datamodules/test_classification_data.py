@@ -29,7 +29,7 @@ from gpt2_pl.text.tokenizer import load_tokenizer
 # Templates
 
 
-def test_truncation_keeps_every_word_of_the_template(base):
+def test_template_encode_long_fields_are_cut_and_template_words_kept(base):
     tokenizer = load_tokenizer(base)
     template = Template("Sentence1: {a}, Sentence2: {b} → Are they paraphrases?")
     rng = random.Random(0)
@@ -56,7 +56,7 @@ def test_truncation_keeps_every_word_of_the_template(base):
             assert len(ids) >= limit - 8  # no more is lost than must be
 
 
-def test_the_longest_field_is_cut_first(base):
+def test_template_encode_two_fields_cuts_longest_first(base):
     tokenizer = load_tokenizer(base)
     row = {"a": "short one", "b": "the plot is really boring " * 20}
     (ids,) = Template("{a} | {b} |").encode([row], tokenizer, 40)
@@ -64,7 +64,7 @@ def test_the_longest_field_is_cut_first(base):
 
 
 @pytest.mark.parametrize("text", ["no field", "{}", "{a!r}", "{a:>3}", "{a", "{a.b}"])
-def test_broken_templates(text):
+def test_template_invalid_syntax_is_refused(text):
     with pytest.raises(InputError, match="template"):
         Template(text)
 
@@ -93,7 +93,7 @@ def test_template_encode_without_room_for_text_raises(base):
         template.encode([{"a": "a wonderful film"}], tokenizer, alone)
 
 
-def test_a_template_without_room(base):
+def test_template_encode_limit_below_template_length_is_refused(base):
     with pytest.raises(InputError, match=r"max_length must leave room for text .*, got 3"):
         Template("Review: {a} Sentiment:").encode([{"a": "x"}], load_tokenizer(base), 3)
 
@@ -107,7 +107,7 @@ def token_rows(n, seed=0):
     return TokenDataset(np.arange(offsets[-1], dtype=np.int32), offsets, np.arange(n) % 5)
 
 
-def test_a_batch_is_its_rows_padded_on_the_right():
+def test_token_dataset_batch_pads_rows_on_the_right():
     rows = token_rows(20)
     batch = rows.batch(np.array([3, 17, 5]))
     assert batch["attention_mask"].sum(1).tolist() == rows.lengths[[3, 17, 5]].tolist()
@@ -120,7 +120,7 @@ def test_a_batch_is_its_rows_padded_on_the_right():
 @pytest.mark.parametrize(
     ("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4)]
 )
-def test_every_row_once_an_epoch_on_one_rank(n, size, world):
+def test_training_loader_any_world_size_yields_each_row_once(n, size, world):
     rows = token_rows(n)
     loaders = [TrainingLoader(rows, size, 1, rank, world) for rank in range(world)]
     seen = [[batch["row"].tolist() for batch in loader] for loader in loaders]
@@ -136,40 +136,40 @@ def test_every_row_once_an_epoch_on_one_rank(n, size, world):
     assert all(0 < len(batch) <= size + 1 for batches in evaluated for batch in batches)
 
 
-def test_one_process_and_two_see_the_same_global_batches():
+def test_training_batches_one_and_two_ranks_have_equal_global_batches():
     lengths = token_rows(101).lengths
     one, two = training_batches(lengths, 16, 3, 2, 1), training_batches(lengths, 8, 3, 2, 2)
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_order_is_a_function_of_seed_and_epoch():
+def test_training_batches_order_depends_on_seed_and_epoch():
     lengths = token_rows(200).lengths
     order = lambda seed, epoch: np.concatenate(training_batches(lengths, 8, seed, epoch)).tolist()  # noqa: E731
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
-def test_the_smaller_batch_is_of_any_rows():
+def test_training_batches_remainder_has_other_rows_in_each_epoch():
     lengths = token_rows(101).lengths
     smaller = [[b for b in training_batches(lengths, 8, 0, epoch) if len(b) < 8] for epoch in range(4)]
     assert [[len(b) for b in batches] for batches in smaller] == [[5]] * 4
     assert len({tuple(sorted(batch.tolist())) for (batch,) in smaller}) == 4
 
 
-def test_resuming_goes_on_behind_the_finished_batches():
+def test_training_loader_next_batch_skips_finished_batches():
     rows = token_rows(90)
     whole = [batch["row"].tolist() for batch in TrainingLoader(rows, 8, 5)]
     assert [batch["row"].tolist() for batch in TrainingLoader(rows, 8, 5, next_batch=lambda: 4)] == whole[4:]
 
 
-def test_padding_on_sst5_is_at_most_five_percent(shared):
+def test_train_dataloader_of_sst5_padding_is_at_most_five_percent(shared):
     file = str(shared / "data" / "ids-sst-train.csv")
     data = SST5(train_file=file, tokenizer=str(shared / "base" / "gpt2-tiny"), val_fraction=0.01)
     data.setup()
     assert padding_share([batch["attention_mask"] for batch in data.train_dataloader()]) <= 0.05
 
 
-def test_evaluation_loader_gives_every_row():
+def test_evaluation_loader_any_set_yields_every_row():
     assert sorted(n for batch in EvaluationLoader(token_rows(13), 4) for n in batch["row"].tolist()) == list(range(13))
 
 
@@ -189,7 +189,7 @@ def test_evaluation_batches_with_a_limit_hold_every_row_once(n, size, world, lim
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 0.1, 0.25, 0.5, 0.9])
 def test_evaluation_batches_within_the_limit_are_a_sample_of_all_lengths(world, limit):
-    """Of every tenth of the rows by length, there are as many in the limited evaluation as of the others."""
+    """Every tenth of the rows by length is represented equally in the limited evaluation."""
     lengths = np.random.default_rng(3).permutation(2000) + 1
     global_batches = zip(
         *(evaluation_batches(lengths, 40 // world, r, world, limit) for r in range(world)), strict=True
@@ -219,8 +219,8 @@ def test_evaluation_batches_without_a_limit_begin_with_the_longest():
     assert (np.diff(lengths[order]) <= 0).all()
 
 
-def test_limited_validation_scores_stand_for_the_whole(run, base, tmp_path):
-    """Long rows are of one class, short rows of the other: both are in any part that is evaluated."""
+def test_fit_limited_evaluation_batches_hold_both_classes_equally(run, base, tmp_path):
+    """Evaluate parts of a set with long rows of one class and short rows of the other."""
     rows = ["a wonderful film\t0"] * 50 + ["a film that goes on and on and on without an end\t1"] * 50
     (tmp_path / "rows.csv").write_text("\n".join(["sentence\tlabel", *rows]))
     files = [f"--data.{split}_file={tmp_path / 'rows.csv'}" for split in ("train", "val", "test")]
@@ -259,7 +259,7 @@ def write(folder, ending):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
-def test_every_format_gives_the_same_rows(ending, base, tmp_path):
+def test_text_classification_any_file_format_gives_same_rows(ending, base, tmp_path):
     data = TextClassification(train_file=write(tmp_path, ending), template="{text}", tokenizer=str(base))
     data.test_dataloader = data.val_dataloader
     data.files["test"], data.files["train"] = data.files["train"], None
@@ -288,14 +288,14 @@ def test_every_format_gives_the_same_rows(ending, base, tmp_path):
         ("sentence,sentiment\ngood,1\nbad,0,0,0\n", r"rows\.csv, row 2 .* it must have 2 values, got 4"),
     ],
 )
-def test_bad_rows_are_named_by_file_and_row(content, message, base, tmp_path):
+def test_setup_invalid_csv_is_refused_by_file_and_row(content, message, base, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         IMDB(train_file=str(file), val_file=str(file), tokenizer=str(base)).setup()
 
 
-def test_text_that_is_not_text_and_labels_by_name(base, tmp_path):
+def test_setup_label_names_are_mapped_and_number_as_text_is_refused(base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"sentence": "a", "sentiment": "positive"}\n{"sentence": "b", "sentiment": "negative"}\n')
     data = IMDB(test_file=str(file), tokenizer=str(base))
@@ -307,18 +307,18 @@ def test_text_that_is_not_text_and_labels_by_name(base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "rows.xlsx"])
-def test_files_that_cannot_be(name, base, tmp_path):
+def test_setup_missing_file_or_unknown_extension_is_refused(name, base, tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(InputError, match=rf"data\.train_file.*{name}"):
         IMDB(train_file=str(tmp_path / name), tokenizer=str(base)).setup()
 
 
-def test_a_hub_dataset_without_network():
+def test_setup_hub_dataset_without_network_is_refused():
     with pytest.raises(InputError, match=r"SetFit/sst5.*cannot be loaded.*data\.train_file"):
         SST5(tokenizer="x").setup("fit")
 
 
-def test_validation_rows_are_no_training_rows(files, base):
+def test_setup_val_fraction_gives_disjoint_reproducible_splits(files, base):
     data = IMDB(train_file=str(files["train"]), tokenizer=str(base), val_fraction=0.2, train_fraction=0.5)
     data.setup()
     assert (len(data.encoded["val"]), len(data.encoded["train"])) == (19, 39)
@@ -329,18 +329,18 @@ def test_validation_rows_are_no_training_rows(files, base):
     assert np.array_equal(again.encoded["train"].values, data.encoded["train"].values)
 
 
-def test_toy_reviews_need_more_than_a_word():
+def test_toy_sentiment_single_word_does_not_determine_label():
     data = ToySentiment(n_train=400)
     data.setup()
     assert np.bincount(data.encoded["train"].labels).min() > 100
-    said = {}
+    labels_of_word = {}
     for row, label in zip(data.rows["train"], data.encoded["train"].labels, strict=True):
         for word in row["sentence"].split():
-            said.setdefault(word, set()).add(label)
-    assert all(len(labels) > 1 for word, labels in said.items() if word in ("wonderful", "boring", "long"))
+            labels_of_word.setdefault(word, set()).add(label)
+    assert all(len(labels) > 1 for word, labels in labels_of_word.items() if word in ("wonderful", "boring", "long"))
 
 
-def test_padding_share():
+def test_padding_share_one_of_four_tokens_padded_is_a_quarter():
     assert padding_share([torch.tensor([[1, 1], [1, 0]])]) == 0.25
 
 

@@ -1,4 +1,4 @@
-"""Packed weights: the same products as PyTorch's, for as long as they are wanted, and then the layers as they were."""
+"""Prepacked weights: results equal to PyTorch's, and layers restored afterwards."""
 
 import copy
 import io
@@ -46,7 +46,7 @@ def prepacked(model, num_calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 24), (12, 1, 24), (3, 7, 24)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_packed_layer_computes_what_the_layer_does(dtype, shape, biased):
+def test_prepacked_linear_any_shape_and_dtype_equals_linear(dtype, shape, biased):
     torch.manual_seed(0)
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(37, 24, dtype=dtype)
     bias = torch.randn(37, dtype=dtype) if biased else None
@@ -59,7 +59,7 @@ def test_a_packed_layer_computes_what_the_layer_does(dtype, shape, biased):
 
 @pytest.mark.parametrize("surgery", [None, {}, {"use_dora": True}], ids=["plain", "lora", "dora"])
 @torch.no_grad()
-def test_a_packed_model_computes_what_the_model_does_and_is_as_before_afterwards(model, surgery):
+def test_prepacked_weights_any_surgery_equals_plain_and_restores_layers(model, surgery):
     if surgery is not None:
         adapted(model, **surgery)
     ids = torch.randint(61, (3, 9))
@@ -72,7 +72,7 @@ def test_a_packed_model_computes_what_the_model_does_and_is_as_before_afterwards
 
 
 @torch.no_grad()
-def test_layers_without_a_bias_are_packed_too(model):
+def test_prepacked_weights_layer_without_bias_is_prepacked(model):
     model.h[0].attn.c_proj = nn.Sequential(nn.Linear(32, 4, bias=False), nn.Linear(4, 32))
     ids = torch.randint(61, (3, 9))
     before = model(ids)
@@ -93,7 +93,7 @@ class Scaled(nn.Module):
 
 
 @torch.no_grad()
-def test_prepacked_weights_module_of_another_package_is_computed_as_it_is(model):
+def test_prepacked_weights_module_of_another_package_is_unchanged(model):
     model.h[0].mlp.c_fc = Scaled(model.h[0].mlp.c_fc)
     ids = torch.randint(61, (3, 9))
     before = model(ids)
@@ -103,7 +103,7 @@ def test_prepacked_weights_module_of_another_package_is_computed_as_it_is(model)
     assert generate(model, ids, max_new_tokens=MIN_CALLS, temperature=0).shape == (3, 9 + MIN_CALLS)
 
 
-def test_the_layers_come_back_when_generation_fails(model):
+def test_generate_failing_logits_processor_restores_layers(model):
     modules = list(model.modules())
 
     def fail(*_):
@@ -115,7 +115,7 @@ def test_the_layers_come_back_when_generation_fails(model):
 
 
 @torch.no_grad()
-def test_under_autocast_packed_weights_are_of_its_dtype(model):
+def test_prepacked_weights_under_autocast_have_autocast_dtype(model):
     ids = torch.randint(61, (3, 9))
     with torch.autocast("cpu", torch.bfloat16):
         adapted(model)
@@ -134,7 +134,7 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("why", ["few tokens", "a hook", "switched off", "another dtype", "another layer", "compiled"])
 @torch.no_grad()
-def test_where_it_cannot_be_the_model_stays_as_it_is(model, why):
+def test_prepacked_weights_unsupported_case_leaves_model_unchanged(model, why):
     times = MIN_CALLS - 1 if why == "few tokens" else MIN_CALLS
     calls = []
     if why == "a hook":
@@ -162,7 +162,7 @@ bfloat16 = pytest.mark.skipif(
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Counts packings and packed products; every product is large enough."""
+    """Record calls of ``prepack`` and ``prepacked_linear``; any number of rows is large enough."""
     calls = []
     for name in ("prepack", "prepacked_linear"):
         own = getattr(kernel, name)
@@ -184,7 +184,7 @@ def gradients(layer, x, grad):
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "all"])
 @pytest.mark.parametrize("biased", [True, False])
-def test_training_packed_is_training(kernels, autocast, frozen, biased):
+def test_linear_prepacked_training_step_equals_plain_linear(kernels, autocast, frozen, biased):
     torch.manual_seed(0)
     plain = nn.Linear(24, 37, bias=biased)
     for parameter in plain.parameters():
@@ -212,7 +212,7 @@ def test_training_packed_is_training(kernels, autocast, frozen, biased):
 
 @bfloat16
 @torch.no_grad()
-def test_a_frozen_weight_is_packed_again_when_it_has_changed(kernels):
+def test_linear_changed_frozen_weight_is_prepacked_again(kernels):
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
 
     def check(packings):
@@ -237,7 +237,7 @@ def test_a_frozen_weight_is_packed_again_when_it_has_changed(kernels):
 
 
 @bfloat16
-def test_weights_that_are_replaced_are_packed_again_whatever_their_address(kernels):
+def test_linear_replaced_weight_data_is_prepacked_again(kernels):
     layer, x = Linear(64, 64, bias=False).requires_grad_(False), torch.randn(5, 64)
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(20):
@@ -253,7 +253,7 @@ def test_weights_that_are_replaced_are_packed_again_whatever_their_address(kerne
 
 @bfloat16
 @pytest.mark.parametrize("backward_before", [False, True])
-def test_a_frozen_weight_that_changes_before_the_backward_pass_is_an_error(kernels, backward_before):
+def test_linear_frozen_weight_changed_before_backward_raises(kernels, backward_before):
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16().requires_grad_()
     if backward_before:
         layer(x).sum().backward()
@@ -265,7 +265,7 @@ def test_a_frozen_weight_that_changes_before_the_backward_pass_is_an_error(kerne
 
 
 @bfloat16
-def test_one_row_without_a_batch(kernels):
+def test_linear_one_dimensional_input_has_correct_gradients(kernels):
     for frozen in (True, False):
         layer, x = Linear(8, 8).bfloat16(), torch.randn(8).bfloat16().requires_grad_()
         layer.weight.requires_grad_(not frozen)
@@ -278,14 +278,14 @@ def test_one_row_without_a_batch(kernels):
 
 
 @bfloat16
-def test_dtypes_that_do_not_fit_are_refused_as_by_pytorch(kernels):
+def test_linear_mismatched_dtypes_raise_runtime_error(kernels):
     for frozen in (True, False):
         with pytest.raises(RuntimeError, match="dtype"):
             Linear(8, 8).requires_grad_(not frozen)(torch.randn(5, 8).bfloat16())
 
 
 @bfloat16
-def test_an_adapter_put_aside_keeps_no_packed_weight(model):
+def test_lora_merge_drops_prepacked_weights_of_adapters(model):
     adapted(model).train()
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randint(61, (2, 5)))
@@ -296,7 +296,7 @@ def test_an_adapter_put_aside_keeps_no_packed_weight(model):
 
 
 @bfloat16
-def test_a_weight_that_thaws_lets_go_of_its_copies(kernels):
+def test_linear_unfrozen_weight_drops_prepacked_copy(kernels):
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
     layer(x)
     assert layer._prepacked is not None
@@ -307,7 +307,7 @@ def test_a_weight_that_thaws_lets_go_of_its_copies(kernels):
 
 
 @bfloat16
-def test_a_layer_can_be_copied_and_saved_while_its_weight_is_packed():
+def test_linear_with_prepacked_weight_can_be_copied_and_saved():
     layer, x = Linear(8, 8).requires_grad_(False).bfloat16(), torch.randn(5, 8).bfloat16()
     y = layer(x)
     assert layer._prepacked is not None
@@ -317,7 +317,7 @@ def test_a_layer_can_be_copied_and_saved_while_its_weight_is_packed():
 
 
 @bfloat16
-def test_a_product_with_few_rows_is_not_worth_packing_a_weight_that_trains(kernels, monkeypatch):
+def test_linear_trainable_weight_below_min_rows_is_not_prepacked(kernels, monkeypatch):
     monkeypatch.setattr(kernel, "MIN_ROWS", 11)
     layer = Linear(8, 8).bfloat16()
     layer(torch.randn(2, 5, 8).bfloat16())
@@ -328,7 +328,7 @@ def test_a_product_with_few_rows_is_not_worth_packing_a_weight_that_trains(kerne
 
 @bfloat16
 @pytest.mark.parametrize("why", ["float32", "switched off", "evaluation", "float16"])
-def test_where_it_does_not_pay_layers_are_pytorchs(kernels, why):
+def test_linear_unsupported_case_equals_plain_linear(kernels, why):
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(why, torch.bfloat16)
     for frozen in (False, True):
         layer = Linear(8, 8).to(dtype).requires_grad_(not frozen).train(why != "evaluation")
@@ -340,7 +340,7 @@ def test_where_it_does_not_pay_layers_are_pytorchs(kernels, why):
 
 @bfloat16
 @pytest.mark.parametrize("strategy", ["full", "lora", "dora", "checkpointed full", "checkpointed lora"])
-def test_a_model_trains_packed_as_it_does_otherwise(model, kernels, monkeypatch, strategy):
+def test_gpt2_prepacked_training_gradients_equal_plain(model, kernels, monkeypatch, strategy):
     if "full" not in strategy:
         adapted(model, use_dora=strategy == "dora")
     model.config = replace(SHAPE, dropout=0.0)
@@ -365,7 +365,7 @@ def test_a_model_trains_packed_as_it_does_otherwise(model, kernels, monkeypatch,
 
 
 class ScaledOutput(nn.Module):
-    """An adapter of somebody else: a linear layer whose output is scaled."""
+    """A third-party adapter that scales the output of a linear layer."""
 
     def __init__(self, layer):
         super().__init__()
@@ -393,7 +393,7 @@ def test_prepacked_weights_with_scaled_outputs_use_merged_weight_and_bias(model)
 @bfloat16
 @pytest.mark.parametrize("adapt", [False, True])
 def test_training_step_with_kernels_disabled_equals_enabled(model, monkeypatch, adapt):
-    """Dropout is off: kernels draw other masks than PyTorch."""
+    """Compare without dropout, whose masks differ between kernels and PyTorch."""
     if adapt:
         adapted(model)
     model.config = replace(SHAPE, dropout=0.0)

@@ -1,4 +1,4 @@
-"""Files of rows: read by their names, by what they contain, and from a cache that may be damaged."""
+"""Readers of row files: literal file names, valid and invalid contents, and a cache that may be damaged."""
 
 import csv
 import json
@@ -135,19 +135,19 @@ def test_fit_with_patterns_in_names_reads_those_files_and_its_config_reads_back(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_setup_after_a_change_under_a_kept_time_reads_the_change(ending, base, tmp_path):
+def test_setup_changed_file_with_same_mtime_reads_the_change(ending, base, tmp_path):
     file = tmp_path / f"rows{ending}"
-    for said in ("good film", "evil film", "good film"):
-        write(file, rows_of(said))
+    for text in ("good film", "evil film", "good film"):
+        write(file, rows_of(text))
         os.utime(file, ns=(10**18, 10**18))
-        assert texts(data(base, file)) == [said]
+        assert texts(data(base, file)) == [text]
     write(tmp_path / f"other{ending}", rows_of("evil film")).replace(file)
     os.utime(file, ns=(10**18, 10**18))
     assert texts(data(base, file)) == ["evil film"]
 
 
 def test_cache_key_covers_every_option(base, tmp_path, cache):
-    """What is read with one option is never the answer to another: the same rows as from an empty cache."""
+    """Compare the rows read with each option from a shared cache and from an empty one."""
     file, other = tmp_path / "rows.csv", tmp_path / "other"
     file.write_text('sentence,label,more\n"a ""good"" film",1,fine\nbad,0,worse\n', encoding="utf-8")
     other.mkdir()
@@ -174,7 +174,7 @@ def test_cache_key_covers_every_option(base, tmp_path, cache):
     assert len({repr(found) for found in together}) == len(options) - 1  # on_invalid_row: skip, where none is bad
 
 
-def test_file_that_grows_while_it_is_read_is_refused(base, tmp_path, cache):
+def test_read_file_growing_while_read_is_refused(base, tmp_path, cache):
     file = write(tmp_path / "rows.csv", rows_of(*("film" for _ in range(3000))))
     source = read_file(str(file), "data.train_file")
     rows = source.read(["sentence"])
@@ -197,7 +197,7 @@ def test_read_file_with_byte_order_marks_reads_the_same(marks, ending, tmp_path)
         assert read(file) == expected
 
 
-def test_read_poems_and_prompts_with_byte_order_marks_lose_nothing(tmp_path):
+def test_read_poems_and_prompts_with_byte_order_marks_keep_all_lines(tmp_path):
     file = tmp_path / "poems.txt"
     file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf1\n\na day\n\n2\n\na night\n")
     assert [(poem.number, poem.lines) for poem in read_poems(str(file), "f")] == [(1, ["a day"]), (2, ["a night"])]
@@ -235,7 +235,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("kind", [*NO_TEXT, *NUMBERS])
-def test_column_of_a_type_without_text_is_refused_by_type(kind, base, tmp_path):
+def test_setup_parquet_column_without_text_type_is_refused_by_type(kind, base, tmp_path):
     file, values = tmp_path / "rows.parquet", {**NO_TEXT, **NUMBERS}[kind]
     pq.write_table(pa.table({"sentence": values, "label": pa.array([1])}), file)
     with pytest.raises(InputError, match=rf"rows\.parquet: the column 'sentence' must be text, got the type {kind}"):
@@ -255,7 +255,7 @@ def test_column_of_a_type_without_text_is_refused_by_type(kind, base, tmp_path):
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
 )
-def test_column_of_text_of_any_type_is_read(kind, base, tmp_path):
+def test_setup_parquet_column_of_any_text_type_is_read(kind, base, tmp_path):
     words = pa.array(["film", "plot", "film"])
     words = words.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else words.cast(kind)
     pq.write_table(pa.table({"sentence": words, "label": words, "a.b": words}), tmp_path / "rows.parquet")
@@ -267,7 +267,7 @@ def test_column_of_text_of_any_type_is_read(kind, base, tmp_path):
     )
 
 
-def test_columns_of_json_of_other_kinds_are_refused_by_row(base, tmp_path):
+def test_setup_json_value_of_wrong_type_is_refused_by_row(base, tmp_path):
     for value in ({"as JSON": '"film"'}, ["film"], 3, None, True):
         file = write(tmp_path / "rows.jsonl", [{"sentence": value, "label": 1}])
         with pytest.raises(InputError, match=r"rows\.jsonl, row 1: 'sentence' must be a non-empty string, got "):
@@ -278,7 +278,7 @@ def test_columns_of_json_of_other_kinds_are_refused_by_row(base, tmp_path):
             data(base, file, labels=["x", "['1']"]).setup()
 
 
-def test_parquet_without_rows_has_no_rows(base, tmp_path):
+def test_read_file_parquet_without_rows_is_refused(base, tmp_path):
     file = tmp_path / "rows.parquet"
     empty = pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
     pq.write_table(empty, file)
@@ -290,7 +290,7 @@ def test_parquet_without_rows_has_no_rows(base, tmp_path):
         read(file)
 
 
-def test_parquet_with_a_name_twice_or_broken_text_is_refused(base, tmp_path):
+def test_read_file_parquet_duplicate_name_or_invalid_utf8_is_refused(base, tmp_path):
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["sentence", "sentence"]), file)
     with pytest.raises(InputError, match="different column names, got 'sentence' twice"):
@@ -305,7 +305,7 @@ def test_parquet_with_a_name_twice_or_broken_text_is_refused(base, tmp_path):
     assert [module.row_number("test", i) for i in range(2)] == [1, 3]
 
 
-def test_hub_split_is_read_by_type_as_files_are(base, monkeypatch):
+def test_hub_split_column_types_are_checked_as_in_files(base, monkeypatch):
     image = datasets.List(datasets.Value("int64"))
     label = datasets.ClassLabel(names=["no", "yes"])
     features = datasets.Features({"sentence": datasets.Value("string"), "label": label, "image": image})
@@ -340,7 +340,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_json_is_refused_in_linear_time_and_a_short_line(kind, base, tmp_path):
+def test_setup_hostile_json_is_refused_in_linear_time(kind, base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(HOSTILE[kind](200_000) + "\n")
     start = time.process_time()
@@ -350,8 +350,8 @@ def test_hostile_json_is_refused_in_linear_time_and_a_short_line(kind, base, tmp
     assert len(str(error.value)) < 1000
 
 
-def test_many_names_cost_no_more_than_their_sum(base, tmp_path):
-    """Rows with names of their own: once the time was rows times names."""
+def test_setup_many_column_names_take_linear_time(base, tmp_path):
+    """Read rows with distinct column names, which must not take time proportional to rows times names."""
     rows = [{"sentence": "film", "label": 1, **{f"k{i}_{j}": 1 for j in range(20)}} for i in range(3000)]
     file = write(tmp_path / "rows.jsonl", rows)
     start = time.process_time()
@@ -366,7 +366,7 @@ def test_many_names_cost_no_more_than_their_sum(base, tmp_path):
     assert len(str(error.value)) < 1000
 
 
-def test_quote_that_is_never_closed_is_refused_before_all_is_in_memory(tmp_path):
+def test_read_file_unclosed_quote_is_refused_at_field_limit(tmp_path):
     file = tmp_path / "rows.csv"
     with file.open("w") as lines:
         lines.write('sentence,label\nfilm,1\n"film,1\n')
@@ -410,7 +410,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "folder", "full folder", "dangling link", "link to itself", "fifo"])
-def test_damaged_cache_is_made_anew(how, base, tmp_path, cache, recwarn):
+def test_setup_damaged_cache_is_rebuilt(how, base, tmp_path, cache, recwarn):
     file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
     expected = texts(data(base, file))
     (cached,) = cache.iterdir()
@@ -435,7 +435,7 @@ def test_damaged_cache_is_made_anew(how, base, tmp_path, cache, recwarn):
     assert not [warning for warning in recwarn if "cache" in str(warning.message)]
 
 
-def test_cache_that_cannot_be_read_is_made_anew(base, tmp_path, cache, monkeypatch):
+def test_setup_unreadable_cache_is_rebuilt(base, tmp_path, cache, monkeypatch):
     file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
     expected, refused = texts(data(base, file)), []
     memory_map = pa.memory_map
@@ -452,7 +452,7 @@ def test_cache_that_cannot_be_read_is_made_anew(base, tmp_path, cache, monkeypat
 
 
 @pytest.mark.parametrize("how", ["a file in its place", "no permission", "read-only disk"])
-def test_cache_that_cannot_be_written_is_done_without(how, base, tmp_path, cache, monkeypatch):
+def test_setup_unwritable_cache_warns_and_uses_temporary_folder(how, base, tmp_path, cache, monkeypatch):
     file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
     cache_module._temporary_folder.cache_clear()
     if how == "a file in its place":
@@ -470,7 +470,7 @@ def test_cache_that_cannot_be_written_is_done_without(how, base, tmp_path, cache
     assert not cache.is_dir() or not list(cache.iterdir())
 
 
-def test_cache_that_cannot_be_written_but_is_complete_is_read(base, tmp_path, cache, monkeypatch, recwarn):
+def test_setup_complete_cache_is_read_without_writing(base, tmp_path, cache, monkeypatch, recwarn):
     file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
     expected = texts(data(base, file))
     monkeypatch.setattr(cache_module, "_writable_path", lambda file: pytest.fail("it is written to"))
@@ -478,7 +478,7 @@ def test_cache_that_cannot_be_written_but_is_complete_is_read(base, tmp_path, ca
     assert not [warning for warning in recwarn if "cache" in str(warning.message)]
 
 
-def test_data_that_are_refused_leave_nothing_in_the_cache(base, tmp_path, cache):
+def test_setup_refused_data_leaves_cache_empty(base, tmp_path, cache):
     file = write(tmp_path / "rows.csv", rows_of(*("film" for _ in range(12_000)), " "))
     with pytest.raises(InputError, match=r"row 12001: 'sentence' must be a non-empty string, got ' '"):
         data(base, file).setup()
@@ -490,7 +490,7 @@ def fit_one(base, file, folder, results):
     results.put(len(texts(data(base, file))))
 
 
-def test_processes_that_write_one_cache_at_once_read_the_same(base, tmp_path, cache):
+def test_setup_concurrent_processes_share_one_cache_file(base, tmp_path, cache):
     file = write(tmp_path / "rows.csv", rows_of(*(f"film {i}" for i in range(7000))))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
@@ -504,13 +504,13 @@ def test_processes_that_write_one_cache_at_once_read_the_same(base, tmp_path, ca
     assert len(list(cache.iterdir())) == 1
 
 
-def test_disk_that_gives_back_other_bytes_is_an_error_and_no_loop(base, tmp_path, monkeypatch):
+def test_setup_cache_unverifiable_after_writing_raises(base, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_read_verified", lambda file: None)
     with pytest.raises(RunError, match=r"\.arrow cannot be read after it was written"):
         data(base, write(tmp_path / "rows.csv", rows_of("film", "plot"))).setup()
 
 
-def test_rows_are_encoded_as_one_by_one_whatever_the_batches(base, tmp_path, monkeypatch):
+def test_setup_any_batch_size_encodes_rows_as_one_by_one(base, tmp_path, monkeypatch):
     pairs = [{"sentence1": f"film {i} " * (i % 40 + 1), "sentence2": "plot", "is_duplicate": i % 2} for i in range(203)]
     file = write(tmp_path / "rows.jsonl", pairs)
     monkeypatch.setattr("gpt2_pl.datamodules.classification._BATCH_ROWS", 50)

@@ -1,4 +1,4 @@
-"""Sets of one row, and files that are checked before a run begins."""
+"""Data sets of one row, and checks of files before training."""
 
 import csv
 import re
@@ -20,7 +20,7 @@ def table(file):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_gathered_rows_keep_their_shape(n):
+def test_row_outputs_one_or_two_rows_keep_shape_and_order(n):
     metric = RowOutputs("row", "probability", "one")
     expected = {"row": torch.arange(n), "probability": torch.rand(n, 3), "one": torch.rand(n, 1)}
     metric.update(**{name: values.flip(0) for name, values in expected.items()})
@@ -41,7 +41,7 @@ def one_row(folder, files, splits):
 
 
 @pytest.mark.parametrize("threshold", ["0.5", "accuracy", "f1"])
-def test_sets_of_one_row_are_scored_and_written(threshold, run, base, pair_files, tmp_path):
+def test_fit_validation_and_test_of_one_row_are_scored_and_written(threshold, run, base, pair_files, tmp_path):
     flags = one_row(tmp_path, pair_files, ("val", "test"))
     folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48",
                  "--trainer.max_epochs=1", f"--model.threshold={threshold}")  # fmt: skip
@@ -52,13 +52,13 @@ def test_sets_of_one_row_are_scored_and_written(threshold, run, base, pair_files
         assert float(row["p(duplicate)"]) + float(row["p(not_duplicate)"]) == pytest.approx(1.0, abs=2e-6)
     best = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt"]
     predicted = run("predict", *best, f"--data.predict_file={tmp_path / 'one_test.csv'}")
-    (said,) = table(predicted / "predictions_predict.csv")
+    (prediction,) = table(predicted / "predictions_predict.csv")
     run("classify", folder, "--input", tmp_path / "one_test.csv", "--out", tmp_path / "out.csv")
     (classified,) = table(tmp_path / "out.csv")
-    assert classified["prediction"] == said["prediction"] == row["prediction"]
+    assert classified["prediction"] == prediction["prediction"] == row["prediction"]
 
 
-def test_one_poem_is_scored_and_written(run, base, tmp_path):
+def test_fit_validation_and_test_of_one_poem_are_scored_and_written(run, base, tmp_path):
     train, one = tmp_path / "train.txt", tmp_path / "one.txt"
     train.write_text("".join(POEM.format(n) for n in range(5)))
     one.write_text(POEM.format(7))
@@ -82,7 +82,9 @@ BAD = {
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-def test_every_file_of_a_run_is_checked_before_it_begins(content, split, run, base, pair_files, capsys, tmp_path):
+def test_fit_invalid_file_of_any_split_is_refused_before_training(
+    content, split, run, base, pair_files, capsys, tmp_path
+):
     bad = tmp_path / "bad.csv"
     if content is not None:
         bad.write_text(content)
@@ -94,7 +96,7 @@ def test_every_file_of_a_run_is_checked_before_it_begins(content, split, run, ba
     assert not Path("lightning_logs").exists()
 
 
-def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_files, files, capsys, tmp_path):
+def test_fit_unusable_test_poems_or_text_are_refused_before_training(run, base, poem_files, files, capsys, tmp_path):
     (tmp_path / "short.txt").write_text("1\n\nonly\ntwo lines\n")
     (tmp_path / "empty.txt").write_text("")
     settings = [f"--model.base={base}", "--trainer.max_epochs=1"]
@@ -114,7 +116,7 @@ def test_a_test_file_of_another_task_is_found_before_training(run, base, poem_fi
         assert not Path("lightning_logs").exists()
 
 
-def test_rows_for_every_rank_and_world_size_are_counted_before_training(base, pair_files, tmp_path, monkeypatch):
+def test_prepare_data_fewer_rows_than_processes_is_refused(base, pair_files, tmp_path, monkeypatch):
     from gpt2_pl.datamodules import QuoraPairs
     from gpt2_pl.errors import InputError
 

@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Watched:
-    """A tokenizer that notes how many characters it encodes at a time."""
+    """A tokenizer that records how many characters it encodes at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.longest, self.total = tokenizer, 0, 0
@@ -73,7 +73,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_file_of_any_kind_equals_the_whole_text_in_bounded_memory(name, base, tmp_path):
+def test_text_corpus_long_text_equals_full_encoding_in_bounded_memory(name, base, tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(b"\xef\xbb\xbf" + TEXTS[name].encode())
     data, tokenizer = corpus(file, base)
@@ -82,7 +82,7 @@ def test_text_file_of_any_kind_equals_the_whole_text_in_bounded_memory(name, bas
     assert tokenizer.longest <= 1 << 17
 
 
-def test_rows_long_and_short_keep_their_order_in_bounded_memory(base, tmp_path):
+def test_text_corpus_rows_of_any_length_keep_order_in_bounded_memory(base, tmp_path):
     texts = ["a film", "  ", "a long film. " * 12_000, None, "the end", *["a story of " * 900] * 40, "\n" * 9, "fine "]
     data, tokenizer = corpus(write_jsonl(tmp_path / "rows.jsonl", texts), base)
     end, encode = tokenizer.token_to_id(END_OF_TEXT), tokenizer.tokenizer.encode
@@ -91,8 +91,8 @@ def test_rows_long_and_short_keep_their_order_in_bounded_memory(base, tmp_path):
     assert tokenizer.longest <= 1 << 17
 
 
-def test_special_tokens_and_texts_without_tokens_are_left_out(base, tmp_path):
-    """A post-processor would put its tokens around every window and every row."""
+def test_text_corpus_special_tokens_and_empty_texts_are_left_out(base, tmp_path):
+    """Use a post-processor that would add its tokens to every window and every row."""
     folder = shutil.copytree(base, tmp_path / "base")
     settings = json.loads((folder / "tokenizer.json").read_text())
     x, a, b = {"SpecialToken": {"id": "x", "type_id": 0}}, *({"Sequence": {"id": n, "type_id": 0}} for n in "AB")
@@ -111,7 +111,7 @@ def test_special_tokens_and_texts_without_tokens_are_left_out(base, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["word word word.\n\n", "one two\n\n", "a  \n \n\tb\n", "x\n\n\n  y z\n", "no ends "])
-def test_pieces_to_train_a_tokenizer_on_have_the_words_of_the_whole(line, base, tmp_path, monkeypatch):
+def test_texts_chunks_for_tokenizer_training_keep_all_words(line, base, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_CHUNK_CHARACTERS", 50)
     file = tmp_path / "text.txt"
     file.write_text(line * 60)
@@ -123,7 +123,7 @@ def test_pieces_to_train_a_tokenizer_on_have_the_words_of_the_whole(line, base, 
     assert words == Counter(word for word, _ in split(line * 60))
 
 
-def test_pieces_of_a_text_without_white_space_are_bounded(tmp_path, monkeypatch):
+def test_texts_chunks_without_whitespace_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_CHUNK_CHARACTERS", 50)
     (tmp_path / "text.txt").write_text("x" * 1000)
     pieces = list(TextCorpus(train_file=str(tmp_path / "text.txt"), vocab_size=300)._texts("train"))
@@ -135,7 +135,7 @@ def test_pieces_of_a_text_without_white_space_are_bounded(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("ending", [".txt", ".csv", ".jsonl"])
-def test_file_changed_under_its_modification_time_is_read_anew(ending, base, tmp_path):
+def test_text_corpus_changed_file_with_same_mtime_is_read_again(ending, base, tmp_path):
     file = tmp_path / f"text{ending}"
     contents = {".txt": "{0}", ".csv": "text\n{0}\n", ".jsonl": '{{"text": "{0}"}}\n'}[ending]
     found = []
@@ -148,7 +148,7 @@ def test_file_changed_under_its_modification_time_is_read_anew(ending, base, tmp
     assert found[0] != found[1]
 
 
-def test_same_contents_are_tokenised_once(base, tmp_path):
+def test_text_corpus_equal_contents_are_tokenized_once(base, tmp_path):
     text = "a good film, " * 100
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(text)
@@ -165,7 +165,7 @@ def _truncate(file: Path) -> None:
 
 
 def _zero(file: Path) -> None:
-    """As a file is whose last pages were not on the disk when the machine stopped."""
+    """Zero the second half, as after a power failure before the last pages were written."""
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
 
@@ -188,7 +188,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_cache_is_made_anew_quietly(name, base, tmp_path, cache, capfd, recwarn):
+def test_text_corpus_damaged_cache_is_rebuilt_without_output(name, base, tmp_path, cache, capfd, recwarn):
     file = tmp_path / "text.txt"
     file.write_text("a good film, " * 100)
     expected = tokens(corpus(file, base)[0])
@@ -201,7 +201,7 @@ def test_damaged_cache_is_made_anew_quietly(name, base, tmp_path, cache, capfd, 
     assert tokenizer.total == 0  # the cache is whole again
 
 
-def test_text_that_is_written_to_while_it_is_read_is_refused_and_not_cached(base, tmp_path, cache):
+def test_text_corpus_file_changed_while_read_is_refused_and_not_cached(base, tmp_path, cache):
     file = tmp_path / "text.txt"
     file.write_text("a good film, " * 100)
     tokenizer = load_tokenizer(base)
@@ -219,7 +219,7 @@ def test_text_that_is_written_to_while_it_is_read_is_refused_and_not_cached(base
 
 
 @pytest.mark.parametrize("name", ["x[1].txt", "a*.txt", "a?.txt", "zip:::b.txt", "$HOME.txt", "~.txt"])
-def test_text_files_are_named_not_matched(name, base, tmp_path, monkeypatch):
+def test_text_corpus_pattern_in_file_name_is_read_literally(name, base, tmp_path, monkeypatch):
     for other in ("x1.txt", "ab.txt", "b.txt"):
         (tmp_path / other).write_text("another text")
     (tmp_path / name).write_text("a good film")

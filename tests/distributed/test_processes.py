@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed and resumed, and two beside one."""
+"""Runs in separate processes: killed and resumed, and two processes compared with one."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_killed_in_mid_epoch_and_resumed(tmp_path):
+def test_fit_killed_in_mid_epoch_resumes_bitwise(tmp_path):
     sizes = ["--data.batch_size=16", "--checkpoint_every_n_steps=3"]  # 16 steps an epoch
     whole = fit(tmp_path / "whole", *sizes)
     stopped = tmp_path / "stopped"
@@ -66,7 +66,7 @@ def torchrun(folder, *args):
 EXACT = "--model.optimizer.init_args.eps=1e-6"
 
 
-def test_torchrun_two_processes_equal_one(tmp_path):
+def test_fit_torchrun_two_processes_equals_one(tmp_path):
     settings = ["--model.dropout=0.0", "--model.optimizer.init_args.lr=1e-4", EXACT]
     one = fit(tmp_path / "one", *settings, "--data.batch_size=16")
     ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
@@ -84,7 +84,7 @@ def test_torchrun_two_processes_equal_one(tmp_path):
         assert [line.split(",")[0] for line in rows[0]] == [line.split(",")[0] for line in rows[1]]
 
 
-def test_a_sharded_run_goes_on_in_two_processes_and_in_one(tmp_path):
+def test_fit_sharded_run_resumes_in_two_processes_and_in_one(tmp_path):
     settings = ["--model.dropout=0.0", "--model.optimizer.init_args.lr=1e-4", EXACT]
     one = [*settings, "--data.batch_size=16"]
     fsdp = [f"--config={ROOT}/configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
@@ -117,7 +117,7 @@ def staged(tmp_path, dropout):
     return [f"--config={file}", "--model.optimizer.init_args.lr=1e-4", "--model.optimizer.init_args.weight_decay=0.1"]
 
 
-def test_unfreezing_in_two_processes_equals_one(tmp_path):
+def test_fit_gradual_unfreezing_in_two_processes_equals_one(tmp_path):
     settings = [*staged(tmp_path, 0.0), EXACT]
     one = fit(tmp_path / "one", *settings, "--data.batch_size=16")
     ddp = [f"--config={ROOT}/configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
@@ -134,7 +134,7 @@ def test_unfreezing_in_two_processes_equals_one(tmp_path):
     assert moved.keys() == first.keys()
 
 
-def test_killed_within_a_stage_and_resumed(tmp_path):
+def test_fit_killed_within_unfreezing_stage_resumes_bitwise(tmp_path):
     settings = [*staged(tmp_path, 0.1), "--data.batch_size=16", "--checkpoint_every_n_steps=3"]
     whole = fit(tmp_path / "whole", *settings)
     stopped = tmp_path / "stopped"
@@ -149,7 +149,7 @@ def test_killed_within_a_stage_and_resumed(tmp_path):
     assert same(whole, resumed)
 
 
-def test_poems_and_unlikelihood_in_two_processes_equal_one(tmp_path, poem_flags):
+def test_fit_poems_with_unlikelihood_in_two_processes_equals_one(tmp_path, poem_flags):
     torch.manual_seed(0)
     GPT2(GPT2Config(vocab_size=300, n_positions=640, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "base")
     train_tokenizer(["the plot is wonderful and not at all boring\n"] * 50, 300).save(

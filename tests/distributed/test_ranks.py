@@ -1,4 +1,4 @@
-"""Two and four processes against one: strategies on tasks; and what happens when one of them dies."""
+"""Two and four processes compared with one, and the end of a run when one of its processes dies."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def wide(tmp_path_factory):
 
 @pytest.fixture
 def differences(tmp_path, wide, files, pair_files, poem_files):
-    """In what one process and ``world`` differ, of the cases that do."""
+    """Run cases in one and in ``world`` processes; return the differences of the cases that differ."""
     data = {
         # the last batch of an epoch has a row for every process: what is smaller waits for the next epoch
         "imdb": [*flags(files), "--data.max_length=80", "--data.train_fraction=0.9"],
@@ -86,27 +86,27 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
     return differences
 
 
-def test_two_processes_equal_one(differences):
+def test_fit_ddp_two_processes_equals_one(differences):
     cases = ["imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood", "quora/linear_probe"]
     assert differences(cases, 2) == {}
 
 
-def test_four_processes_equal_one(differences):
+def test_fit_ddp_four_processes_equals_one(differences):
     assert differences(["quora/lora_ffn"], 4) == {}
 
 
-def test_two_processes_that_share_the_weights_equal_one(differences):
+def test_fit_fsdp_two_processes_equals_one(differences):
     cases = ["imdb/ulmfit+lora", "quora/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood"]
     assert differences(cases, 2, "fsdp") == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "trainer"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_every_strategy_on_every_task_equals_one_process(differences, world, trainer):
+def test_fit_every_strategy_on_every_task_distributed_equals_one_process(differences, world, trainer):
     assert differences(CASES, world, trainer) == {}
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path):
+def test_fit_killed_rank_ends_other_processes(tmp_path):
     ddp = [f"--config={CONFIGS}/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     settings = ["--trainer.max_epochs=500", "--trainer.enable_progress_bar=false"]
     command = [ROOT / "cli.py", "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp, *settings]
@@ -126,8 +126,8 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert "Traceback" not in error
 
 
-def test_a_rank_whose_launcher_is_killed_before_they_meet_ends(tmp_path):
-    """Lightning's first process starts the second, which would wait for it for half an hour."""
+def test_fit_rank_with_launcher_killed_before_rendezvous_ends(tmp_path):
+    """Kill the first process, for which the second would otherwise wait half an hour."""
     ddp = [f"--config={CONFIGS}/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
     command = [sys.executable, str(ROOT / "cli.py"), "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp]
     with open(tmp_path / "log", "w") as log:
@@ -179,8 +179,8 @@ def test_watch_launcher_ends_a_rank_with_its_launcher_and_no_other_process(launc
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_in_vain_ends_with_one_line(rank, tmp_path, free_port):
-    """Without a launcher that watches, the time that the strategy is given ends it."""
+def test_fit_rank_without_peers_times_out_with_one_line_error(rank, tmp_path, free_port):
+    """Use the timeout of the strategy, without a launcher that watches."""
     (tmp_path / "ddp.yaml").write_text(
         "trainer: {accelerator: cpu, devices: 2, enable_progress_bar: false, strategy: {class_path: "
         "lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: '0:00:04'}}}"

@@ -1,4 +1,4 @@
-"""gpt2-pl compare: groups, figures against loops, what is left out and why, what it writes."""
+"""gpt2-pl compare: groups, statistics, excluded runs, and the written reports."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def runs(tmp_path):
     return folders
 
 
-def test_groups_and_figures(runs):
+def test_compare_two_strategies_gives_group_means_and_differences(runs):
     (comparison,) = compare([Run.read(folder) for folder in runs])
     full, lora = comparison.groups
     assert (full.label, lora.label) == ("full", "lora")
@@ -50,7 +50,7 @@ def test_groups_and_figures(runs):
     assert not comparison.notes
 
 
-def test_what_is_left_out_and_what_is_repeated(runs, tmp_path):
+def test_compare_incomparable_or_repeated_runs_are_left_out_with_notes(runs, tmp_path):
     right = np.arange(400) % 3 > 0
     extra = [
         fake_run(tmp_path / "a", "dora", 1, right, status="running"),
@@ -72,7 +72,7 @@ def test_what_is_left_out_and_what_is_repeated(runs, tmp_path):
     assert notes["g"].endswith("seed 2: OTHER SCORES")
 
 
-def test_settings_tell_groups_of_one_strategy_apart(runs, tmp_path):
+def test_compare_different_settings_of_a_strategy_form_groups(runs, tmp_path):
     right = np.arange(400) % 3 > 0
     fake_run(tmp_path / "x", "lora", 1, right, lr=0.5)
     named = fake_run(tmp_path / "y", "own", 1, right, configs=False)
@@ -80,7 +80,7 @@ def test_settings_tell_groups_of_one_strategy_apart(runs, tmp_path):
     assert [group.label for group in comparison.groups] == ["full", "lora (lr 0.001)", "lora (lr 0.5)", "own"]
 
 
-def test_guards_that_did_nothing_do_not_tell_groups_apart(runs):
+def test_compare_non_finite_guard_separates_only_runs_with_skipped_steps(runs):
     for folder, skipped in zip(runs[:3], (0, 0, 4), strict=True):
         account = json.loads((folder / "metrics.json").read_text())
         (folder / "metrics.json").write_text(json.dumps({**account, "skipped_steps": skipped}))
@@ -91,7 +91,7 @@ def test_guards_that_did_nothing_do_not_tell_groups_apart(runs):
     assert labels == {"full": [1, 2, 3], "lora (skipped_steps None)": [1, 2], "lora (skipped_steps 4)": [3]}
 
 
-def test_what_the_command_writes(runs, run, tmp_path, capsys):
+def test_compare_command_writes_reports_and_plots(runs, run, tmp_path, capsys):
     cli = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
     from gpt2_pl.commands import main
 
@@ -125,7 +125,7 @@ def test_what_the_command_writes(runs, run, tmp_path, capsys):
         (lambda folder: (folder / "metrics.json").unlink(), "must be a run folder"),
     ],
 )
-def test_folders_that_are_no_runs(break_it, words, runs, tmp_path, capsys):
+def test_compare_command_invalid_run_folder_is_refused(break_it, words, runs, tmp_path, capsys):
     from gpt2_pl.commands import main
 
     break_it(runs[0])
@@ -135,7 +135,7 @@ def test_folders_that_are_no_runs(break_it, words, runs, tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
-def test_it_starts_without_torch(tmp_path):
+def test_compare_command_starts_without_importing_torch(tmp_path):
     before = os.times()
     done = start(tmp_path, "compare", "--help")
     assert done.returncode == 0
@@ -148,7 +148,7 @@ def test_it_starts_without_torch(tmp_path):
     assert not re.search(r"\| +(torch|lightning|transformers|datasets)$", done.stderr, flags=re.M)
 
 
-def test_real_runs(run, base, pair_flags, tmp_path):
+def test_compare_real_runs_gives_groups_scores_and_costs(run, base, pair_flags, tmp_path):
     for name in ("full", "lora"):
         files = ["--config", CONFIG / "task/quora.yaml", "--config", CONFIG / f"strategy/{name}.yaml"]
         run("fit", *files, *pair_flags, f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1")
@@ -160,7 +160,7 @@ def test_real_runs(run, base, pair_flags, tmp_path):
     assert comparison.groups[0].cost("trainable") > comparison.groups[1].cost("trainable")
 
 
-def test_training_on_more_rows_is_another_group_and_the_baseline_stays(runs, tmp_path):
+def test_compare_more_training_rows_form_a_group_and_keep_the_baseline(runs, tmp_path):
     right = np.arange(400) % 3 > 0
     fake_run(tmp_path / "more", "full", 1, right, rows={"train": 900, "val": 400})
     fake_run(tmp_path / "dora", "dora", 1, right)
@@ -177,14 +177,14 @@ def test_training_on_more_rows_is_another_group_and_the_baseline_stays(runs, tmp
     assert comparison.notes == ["no run is the baseline 'full'; differences are to dora"]
 
 
-def test_a_run_given_twice_is_one_run(runs):
+def test_compare_run_given_twice_gives_no_notes(runs):
     (comparison,) = compare([Run.read(folder) for folder in [*runs, runs[0], runs[0].parent / "." / runs[0].name]])
     assert not comparison.notes
 
 
 @pytest.mark.parametrize(("key", "value"), [("context", 512), ("stride", 64)])
 def test_compare_perplexities_of_another_context_are_left_out(key, value, runs):
-    """Their contexts can be as many as those of the others."""
+    """Their number of contexts can equal that of the other runs."""
     for folder in runs:
         account = json.loads((folder / "metrics.json").read_text())
         account["data"].update({"context": 256, "stride": 256, **({key: value} if folder == runs[0] else {})})
@@ -193,7 +193,7 @@ def test_compare_perplexities_of_another_context_are_left_out(key, value, runs):
     assert comparison.notes == [f"{runs[0]} is left out: other {key} than most ({value})"]
 
 
-def test_runs_without_the_score_are_left_out(runs):
+def test_compare_run_without_primary_score_is_left_out(runs):
     account = json.loads((runs[0] / "metrics.json").read_text())
     del account["scores"]["val/accuracy"]
     (runs[0] / "metrics.json").write_text(json.dumps(account))
@@ -201,7 +201,7 @@ def test_runs_without_the_score_are_left_out(runs):
     assert comparison.notes == [f"{runs[0]} is left out: it has no val/accuracy"]
 
 
-def test_a_base_that_was_trained_first_is_the_same_base_and_costs_what_it_took(runs, tmp_path):
+def test_compare_adapted_base_counts_as_same_base_and_adds_its_cost(runs, tmp_path):
     folder = fake_run(tmp_path / "ulmfit", "ulmfit", 1, np.arange(400) % 3 > 0, base="adapted")
     account = json.loads((folder / "metrics.json").read_text())
     account["base"] |= {"origin": "abc", "recipe": "text+ulmfit_lm", "seconds": 30.0, "cpu_seconds": 45.0}
@@ -215,7 +215,7 @@ def test_a_base_that_was_trained_first_is_the_same_base_and_costs_what_it_took(r
 
 
 def poem_run(folder, strategy, seed, losses):
-    """A run of poems whose losses per token are these."""
+    """Write a run of poems with the given losses per token."""
     fake_run(folder, strategy, seed, [True])
     account = json.loads((folder / "metrics.json").read_text())
     scores = {"val/loss": float(np.mean(losses)), "test/perplexity": float(np.exp(np.mean(losses)))}
@@ -229,7 +229,7 @@ def poem_run(folder, strategy, seed, losses):
         (folder / f"losses_{split}.csv").write_text(f"poem,n_tokens,loss\n{rows}")
 
 
-def test_poems_differ_in_perplexity(tmp_path):
+def test_compare_poem_runs_gives_differences_in_perplexity(tmp_path):
     generator = np.random.default_rng(0)
     of_poem = generator.normal(4.5, 0.3, 12)
     for seed in (1, 2):
@@ -247,8 +247,8 @@ def test_poems_differ_in_perplexity(tmp_path):
     assert lora.over_seeds["test/perplexity"].p > 0.05
 
 
-def test_what_to_use(runs, tmp_path):
-    """The best, and the cheapest that is not shown to be worse."""
+def test_compare_equally_good_group_of_lower_cost_is_recommended(runs, tmp_path):
+    """The best group, and the cheapest one that is not significantly worse."""
     text = (np.arange(400) % 8 > 5).astype(bool)
     fake_run(tmp_path / "bad", "prompt", 1, text)
     for folder, count in ((runs[3], 10**6), (runs[4], 10**6), (runs[5], 10**6), (tmp_path / "bad", 10)):
@@ -277,7 +277,7 @@ def test_compare_command_report_summarizes_links_plots_and_is_repeatable(runs, t
     assert (tmp_path / "out/report.html").read_text() == page
 
 
-def test_two_hundred_runs_in_seconds(tmp_path):
+def test_compare_two_hundred_runs_takes_less_than_a_minute(tmp_path):
     generator = np.random.default_rng(0)
     for i in range(200):
         fake_run(tmp_path / f"{i}", f"s{i // 4}", i % 4, generator.random(1101) < 0.5)
@@ -287,8 +287,8 @@ def test_two_hundred_runs_in_seconds(tmp_path):
     assert time.perf_counter() - since < 60.0  # under ten when nothing else runs
 
 
-def test_runs_that_were_stopped_and_others_that_differ_unseen(runs, tmp_path):
-    """A resumed run is one of its group; other rows to train on, limits of training or bases are other groups."""
+def test_compare_resumed_run_joins_group_and_other_data_or_base_does_not(runs, tmp_path):
+    """A resumed run joins its group; other training rows, training limits or bases form other groups."""
     right = np.arange(400) % 3 > 0
 
     def variant(name, settings=None, account=None):
@@ -316,7 +316,7 @@ def test_runs_that_were_stopped_and_others_that_differ_unseen(runs, tmp_path):
         assert sorted(len(group.runs) for group in comparison.groups) == [1, 3]
 
 
-def test_nothing_is_recommended_that_was_not_compared(runs, tmp_path):
+def test_compare_one_seed_per_group_recommends_no_cheapest_group(runs, tmp_path):
     probe = fake_run(tmp_path / "probe", "linear_probe", 1, np.zeros(400, bool))
     (comparison,) = compare([Run.read(folder) for folder in [runs[3], probe]])
     assert comparison.groups[1].over_seeds == {}  # one seed of each says nothing of others
@@ -329,7 +329,7 @@ def test_nothing_is_recommended_that_was_not_compared(runs, tmp_path):
     [("row,text,label,prediction,p(a)\n1,x,b,a,1\n", "is broken"),
      ("row,text,label,prediction,p(a),p(b)\n", "has no rows")],
 )  # fmt: skip
-def test_files_of_rows_that_are_broken(text, message, runs, capsys, tmp_path):
+def test_compare_command_broken_predictions_file_is_refused(text, message, runs, capsys, tmp_path):
     from gpt2_pl.commands import main
 
     (runs[0] / "predictions_val.csv").write_text(text)
@@ -339,7 +339,7 @@ def test_files_of_rows_that_are_broken(text, message, runs, capsys, tmp_path):
     assert f"{runs[0]}/predictions_val.csv {message}" in error
 
 
-def test_a_group_without_outcomes_does_not_take_those_of_others(runs, tmp_path):
+def test_compare_group_without_row_outcomes_is_noted_without_differences(runs, tmp_path):
     right = np.arange(400) % 3 > 0
     bare = fake_run(tmp_path / "bare", "dora", 1, right)
     for folder in runs:

@@ -1,4 +1,4 @@
-"""The bootstrap: its coverage, and against rows drawn again one by one."""
+"""The bootstrap: coverage of its intervals, and equality with rows drawn one by one."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def outcomes(generator, n):
 
 
 def accuracy(sums):
-    """The mean of outcomes, as the one score."""
+    """The mean outcome as the only score."""
     return sums[..., :1] / sums[..., 1:]
 
 
@@ -34,7 +34,7 @@ def difference(a, b, seed, n_resamples=500):
     return percentile_interval((b - a).mean(), draws[:, 1] - draws[:, 0])
 
 
-def test_intervals_cover_a_known_difference():
+def test_paired_bootstrap_accuracy_interval_covers_known_difference():
     generator, covered, draws = np.random.default_rng(1), 0, 1000
     for i in range(draws):
         found = difference(*outcomes(generator, 400), seed=i)
@@ -42,7 +42,7 @@ def test_intervals_cover_a_known_difference():
     assert 0.93 <= covered / draws <= 0.97
 
 
-def test_p_is_rarely_small_without_a_difference():
+def test_paired_bootstrap_without_difference_p_is_rarely_small():
     generator, small, draws = np.random.default_rng(2), 0, 1000
     for i in range(draws):
         a, b = outcomes(generator, 400)[0], outcomes(generator, 400)[0]
@@ -51,8 +51,8 @@ def test_p_is_rarely_small_without_a_difference():
 
 
 @pytest.mark.parametrize("deviation", [0.0, 0.02, 0.05])
-def test_intervals_over_texts_and_seeds_cover_too(deviation):
-    """Three seeds whose own accuracies vary: an interval of a difference of none is never too narrow."""
+def test_paired_bootstrap_with_seed_noise_interval_covers_zero_difference(deviation):
+    """Simulate three seeds per group with varying accuracies and no true difference."""
     generator, covered, draws = np.random.default_rng(3), 0, 400
     for i in range(draws):
         hard = generator.random(300)  # the same texts for all
@@ -69,7 +69,7 @@ def test_intervals_over_texts_and_seeds_cover_too(deviation):
     assert covered / draws >= 0.93
 
 
-def test_the_spread_over_seeds_is_pooled():
+def test_seed_noise_several_groups_pools_variance():
     groups = [np.array([[1.0], [3.0]]), np.array([[5.0], [6.0], [10.0]]), np.array([[7.0]])]
     draws = seed_noise(groups, 200_000)[:, 0]
     deviation = np.sqrt((2.0 + 14.0) / 3)
@@ -77,27 +77,27 @@ def test_the_spread_over_seeds_is_pooled():
     assert seed_noise(groups[2:], 10) is None
 
 
-def test_equal_outcomes_do_not_differ():
+def test_paired_bootstrap_equal_outcomes_give_zero_difference():
     a = np.array([1.0, 0, 1, 1])
     assert difference(a, a, seed=0) == (0.0, 0.0, 0.0, 1.0)
 
 
-def as_confusion(label, said, K):
-    return np.eye(K * K)[label * K + said]
+def as_confusion(label, prediction, K):
+    return np.eye(K * K)[label * K + prediction]
 
 
 @pytest.mark.parametrize("K", [2, 5])
-def test_scores_of_confusion_counts_are_torchmetrics(K):
+def test_confusion_scores_random_predictions_equal_torchmetrics(K):
     generator = np.random.default_rng(K)
-    label = generator.integers(0, K - (K == 5), 200)  # of five classes one is neither true nor said
-    said = np.where(generator.random(200) < 0.5, label, generator.integers(0, K - (K == 5), 200))
-    accuracy, macro_f1, f1 = confusion_scores(as_confusion(label, said, K).sum(0))
-    assert accuracy == pytest.approx((label == said).mean())
-    assert macro_f1 == pytest.approx(float(multiclass_f1_score(tensor(said), tensor(label), K, average="macro")))
-    assert f1 == pytest.approx(float(multiclass_f1_score(tensor(said), tensor(label), K, average="none")[1]))
+    label = generator.integers(0, K - (K == 5), 200)  # of five classes one is neither a label nor a prediction
+    prediction = np.where(generator.random(200) < 0.5, label, generator.integers(0, K - (K == 5), 200))
+    accuracy, macro_f1, f1 = confusion_scores(as_confusion(label, prediction, K).sum(0))
+    assert accuracy == pytest.approx((label == prediction).mean())
+    assert macro_f1 == pytest.approx(float(multiclass_f1_score(tensor(prediction), tensor(label), K, average="macro")))
+    assert f1 == pytest.approx(float(multiclass_f1_score(tensor(prediction), tensor(label), K, average="none")[1]))
 
 
-def test_resampled_scores_are_those_of_rows_drawn_one_by_one():
+def test_paired_bootstrap_scores_equal_rows_drawn_one_by_one():
     generator = np.random.default_rng(4)
     label = generator.integers(0, 2, 60)
     models = [as_confusion(label, np.where(generator.random(60) < 0.7, label, 1 - label), 2) for _ in range(3)]
@@ -108,17 +108,17 @@ def test_resampled_scores_are_those_of_rows_drawn_one_by_one():
         np.testing.assert_allclose(texts[r], [(each[0] + each[1]) / 2, each[2]])
 
 
-def test_intervals_of_macro_f1_cover_a_known_difference():
-    """The difference of two models over a large population of texts lies in 93 to 97 of 100 intervals."""
+def test_paired_bootstrap_macro_f1_interval_covers_known_difference():
+    """Require that 93 to 97 of 100 intervals cover the difference in a large population of texts."""
     generator = np.random.default_rng(6)
 
     def population(n):
         label = generator.integers(0, 3, n)
         shared = generator.random(n) < 0.5
-        said = [
+        predictions = [
             np.where(shared | (generator.random(n) < share), label, generator.integers(0, 3, n)) for share in (0.1, 0.3)
         ]
-        return [as_confusion(label, one, 3) for one in said]
+        return [as_confusion(label, prediction, 3) for prediction in predictions]
 
     a, b = population(400_000)
     true = confusion_scores(b.sum(0))[1] - confusion_scores(a.sum(0))[1]
@@ -131,13 +131,13 @@ def test_intervals_of_macro_f1_cover_a_known_difference():
     assert 0.93 <= covered / draws <= 0.97
 
 
-def test_perplexity_is_that_of_all_tokens():
+def test_loss_scores_rows_of_any_length_are_weighted_by_tokens():
     rows = np.array([[30.0, 10], [2.0, 1]])
     loss, perplexity = loss_scores(rows.sum(0))
     assert loss == pytest.approx(32 / 11)
     assert perplexity == pytest.approx(np.exp(32 / 11))
 
 
-def test_resampling_refuses_models_of_other_rows():
+def test_paired_bootstrap_different_numbers_of_rows_raises():
     with pytest.raises(ValueError, match="same"):
         paired_bootstrap([[np.ones((3, 2))], [np.ones((2, 2))]], loss_scores)

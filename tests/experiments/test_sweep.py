@@ -1,4 +1,4 @@
-"""gpt2-pl sweep: what a file asks for, and that it is run once, whatever happens meanwhile."""
+"""gpt2-pl sweep: its configuration, and execution of every run exactly once despite interruptions."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def file(tmp_path, monkeypatch):
 
 
 def start(folder, *args):
-    """The sweep in a process of its own, whose jobs end with it."""
+    """Start the sweep in a separate process, whose jobs end with it."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     return Forked([ROOT / "cli.py", "sweep", "s.yaml", *args], cwd=folder, env=environment)
 
@@ -57,7 +57,7 @@ def kill(process):
 # What a file asks for
 
 
-def test_the_grid(file):
+def test_sweep_config_grid_and_seeds_give_commands(file):
     plan = SweepConfig.read(
         file(
             f"""
@@ -163,7 +163,7 @@ tasks:
         ("[" * 5000, "nested more than 100 deep"),
     ],
 )
-def test_what_cannot_be_run(text, message, file):
+def test_sweep_config_invalid_file_is_refused(text, message, file):
     path = file(text)
     with pytest.raises(InputError) as error:
         SweepConfig.read(path)
@@ -171,7 +171,7 @@ def test_what_cannot_be_run(text, message, file):
     assert message in str(error.value)
 
 
-def test_cells_whose_folders_are_linked_are_refused(file, tmp_path, capsys):
+def test_sweep_linked_run_folders_are_refused(file, tmp_path, capsys):
     path = file(FILE + f"      lora: {{configs: [{ROOT}/configs/strategy/full.yaml]}}\n")
     (tmp_path / "lightning_logs/s/toy/full").mkdir(parents=True)
     SweepConfig.read(path)
@@ -183,7 +183,7 @@ def test_cells_whose_folders_are_linked_are_refused(file, tmp_path, capsys):
     assert "two runs have one folder, lightning_logs/s/toy/full/seed_1 and lightning_logs/s/toy/lora/seed_1" in line
 
 
-def test_bases_that_several_strategies_start_from_are_no_conflict(file):
+def test_sweep_config_base_shared_by_strategies_is_accepted(file):
     text = FILE.replace("    strategies:\n", "    pretrain: {b: {configs: []}}\n    strategies:\n")
     text = text.replace("full: {", "full: {base: b, ") + "      other: {base: b, configs: []}\n"
     assert len(SweepConfig.read(file(text)).arms) == 2
@@ -194,7 +194,7 @@ def test_bases_that_several_strategies_start_from_are_no_conflict(file):
         SweepConfig.read(file(text))
 
 
-def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
+def test_sweep_dry_run_prints_commands_and_runs_nothing(file, tmp_path, capsys):
     search = "full: {search: {trials: 3, space: {data.batch_size: [8, 16]}}, "
     path = file(FILE + f"      other: {{configs: [{ROOT}/configs/strategy/llrd.yaml]}}\n".replace("full: {", search))
     main(["sweep", str(path), "--dry_run"])
@@ -211,7 +211,7 @@ def test_a_dry_run_runs_nothing(file, tmp_path, capsys):
                                         '{"flags": {"a": 1}, "files": {}, "base": null, "threads": 1}')],
     ids=range(13),
 )  # fmt: skip
-def test_files_of_runs_that_are_broken(name, text, file, tmp_path, capsys):
+def test_sweep_broken_run_files_are_refused(name, text, file, tmp_path, capsys):
     folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"status": "finished"}')
@@ -228,7 +228,7 @@ def test_files_of_runs_that_are_broken(name, text, file, tmp_path, capsys):
 # Running
 
 
-def test_it_runs_what_is_missing_and_then_nothing(file, tmp_path):
+def test_sweep_repeated_runs_nothing_and_refuses_changed_settings(file, tmp_path):
     file(FILE)
     done = start(tmp_path, "--max_parallel=2")
     out, error = done.communicate(timeout=200)
@@ -258,13 +258,13 @@ def wait_for(found, seconds=100.0):
 
 
 def epochs_begun(folder):
-    """How often a run's job validated an epoch, over all of its processes, from TensorBoard's files."""
+    """The number of epochs validated by all processes of a run, from TensorBoard's files."""
     scalars = EventAccumulator(str(folder)).Reload().Scalars("val/accuracy")
     return len(scalars)
 
 
-def test_killed_at_any_moment_it_is_completed_and_nothing_runs_twice(file, tmp_path):
-    """The sweep and its jobs are killed while jobs start, after an epoch, and after a run; then the sweep alone."""
+def test_sweep_killed_at_any_moment_completes_without_repeating_runs(file, tmp_path):
+    """Kill the sweep with its jobs while jobs start, after an epoch, and after a run; then the sweep alone."""
     file(FILE.replace("max_epochs: 2", "max_epochs: 8"))
     logs = tmp_path / "lightning_logs"
     runs = [logs / f"s/toy/full/seed_{seed}" for seed in (1, 2)]
@@ -297,7 +297,7 @@ def metrics_of(folder):
     return (folder / "metrics.json").is_file()
 
 
-def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
+def test_run_job_two_processes_execute_the_same_run_once(file, tmp_path):
     file(FILE.replace("[1, 2]", "[1]"))
     code = (
         "from pathlib import Path; from gpt2_pl.commands import main\n"
@@ -312,7 +312,7 @@ def test_two_that_ask_for_the_same_run_make_it_once(file, tmp_path):
     assert sorted("gpt2-pl fit" in out for out in outs) == [False, True]
 
 
-def test_a_run_that_fails_is_told_and_tried_again(file, tmp_path):
+def test_sweep_failed_run_is_reported_and_retried(file, tmp_path):
     bad = "      bad: {configs: [], overrides: {data.nonsense: 1}, seeds: [1]}\n"
     file(FILE.replace("[1, 2]", "[1]") + bad)
     process = start(tmp_path, "--max_parallel=2")
@@ -326,7 +326,7 @@ def test_a_run_that_fails_is_told_and_tried_again(file, tmp_path):
     assert out.count("begins") == 1
 
 
-def test_bases_are_made_first_and_once_a_seed(file, tmp_path, base):
+def test_sweep_pretrained_base_is_trained_first_and_once_per_seed(file, tmp_path, base):
     reviews = tmp_path / "reviews.csv"
     reviews.write_text("sentence\tsentiment\n" + "".join(f"a fine film number {i}\t{i % 2}\n" for i in range(40)))
     files = f"data.train_file: {reviews}, data.val_file: {reviews}, trainer.max_epochs: 1, trainer.accelerator: cpu"
@@ -358,7 +358,7 @@ tasks:
     assert sum(text.count("--name=s.pretrain/imdb/adapted") for text in logs_of_jobs) == 1
 
 
-def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
+def test_sweep_search_best_settings_are_used_by_seeds(file, tmp_path):
     pytest.importorskip("optuna")
     search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: [0.0, 3.0e-3]}}, "
     file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
@@ -391,7 +391,7 @@ def test_a_search_finds_settings_and_the_seeds_use_them(file, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the sweep", "Ctrl-C in its terminal"])
-def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
+def test_sweep_interrupted_ends_its_runs_and_prints_one_line(how, file, tmp_path):
     file(FILE.replace("max_epochs: 2", "max_epochs: 2000"))
     process = start(tmp_path, "--max_parallel=1")
     folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
@@ -411,8 +411,8 @@ def test_a_sweep_that_is_stopped_ends_its_runs_in_one_line(how, file, tmp_path):
     assert reached >= metrics(folder)["steps"] - 1
 
 
-def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
-    """A trial without all of its settings, a torn last line, losses that are no numbers, a best that changes."""
+def test_hyperparameter_search_killed_resumes_with_complete_trials(file, tmp_path):
+    """An incomplete trial, a truncated last line, a score of NaN, and a best trial that changes."""
     pytest.importorskip("optuna")
     from gpt2_pl.experiments.sweep.search import HyperparameterSearch
 
@@ -457,7 +457,7 @@ def test_a_search_that_was_killed_in_the_middle(file, tmp_path):
     assert more.arm.found != best
 
 
-def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_path):
+def test_check_run_failed_before_first_checkpoint_is_accepted(file, tmp_path):
     path = file(FILE)
     run = SweepConfig.read(path).arms[0].runs()[0]
     run.folder.mkdir(parents=True)
@@ -473,8 +473,8 @@ def test_what_broke_off_before_its_first_checkpoint_is_begun_again(file, tmp_pat
     run.check()
 
 
-def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
-    """The script that submitit writes for sbatch; the cluster is a program that only notes it."""
+def test_make_executor_slurm_settings_are_written_to_the_script(file, tmp_path, monkeypatch):
+    """Check the script that submitit writes, with an sbatch that only stores it."""
     from gpt2_pl.experiments.sweep.executor import make_executor
 
     tools = tmp_path / "bin"
@@ -498,7 +498,7 @@ def test_slurm_is_given_what_the_file_says(file, tmp_path, monkeypatch):
         make_executor(SweepConfig.read(file(FILE + "slurm: {nonsense: 1}")), None, main)
 
 
-def test_sweep_from_another_folder_says_from_where_its_files_count(run, capsys, tmp_path):
+def test_sweep_missing_config_error_names_working_folder(run, capsys, tmp_path):
     own = (ROOT / "configs/sweep/example.yaml").read_text().replace("configs/quickstart.yaml", "mine/own.yaml")
     (tmp_path / "s.yaml").write_text(own)
     line = refused(run, capsys, "sweep", "s.yaml", "--dry_run")

@@ -1,4 +1,4 @@
-"""The gradient of an optimizer step is that of one batch of all its rows, however they are spread."""
+"""Gradient accumulation: each optimizer step has the gradient of one batch of all its rows."""
 
 import json
 
@@ -19,7 +19,7 @@ ROWS = [[9, 7, 8], [5], [11, 3], [2, 2, 2, 4]]  # foreign batches: tokens of the
 
 @pytest.fixture
 def own(files, base, poem_files, tmp_path):
-    """Arguments of our datamodules, by task; batches have rows and tokens of unequal numbers."""
+    """Arguments of the library's datamodules by task; batches differ in their numbers of rows and tokens."""
     text = tmp_path / "text.txt"
     text.write_text("the plot is wonderful and not at all boring\n" * 9 + "dull\n")
     shared = {"tokenizer": str(base), "batch_size": 7}
@@ -42,7 +42,7 @@ def assert_equal_to_one_batch(task, steps, options=None, n=None, clip=None, clos
     [("classifier", None), ("text", None), ("text", {"unlikelihood": 0.7})],
     ids=["classifier", "text", "unlikelihood"],
 )
-def test_step_of_batches_without_counts_equals_one_batch(task, options, accumulate, n):
+def test_optimizer_step_of_batches_without_counts_equals_one_batch(task, options, accumulate, n):
     assert_equal_to_one_batch(task, fit(task, ROWS, accumulate, options=options), options, n)
 
 
@@ -56,7 +56,7 @@ def test_step_of_batches_without_counts_equals_one_batch(task, options, accumula
     ],
     ids=lambda value: "" if isinstance(value, dict) else None,
 )
-def test_step_of_our_batches_equals_one_batch_without_a_correction(task, options, accumulate, own, monkeypatch):
+def test_optimizer_step_of_library_batches_equals_one_batch_uncorrected(task, options, accumulate, own, monkeypatch):
     corrections = []
     correction = StepMean.correction
     monkeypatch.setattr(StepMean, "correction", lambda *args: corrections.append(correction(*args)) or corrections[-1])
@@ -68,7 +68,7 @@ def test_step_of_our_batches_equals_one_batch_without_a_correction(task, options
     assert set(corrections) == {1.0}
 
 
-def test_steps_under_a_scheduler_equal_one_batch_and_are_all_counted(own):
+def test_accumulation_scheduler_steps_equal_one_batch_and_are_all_counted(own):
     class Total(Callback):
         def on_train_start(self, trainer, pl_module):
             self.factors = [pl_module.schedule.factor(step, 100) for step in range(3)]
@@ -85,12 +85,12 @@ def test_steps_under_a_scheduler_equal_one_batch_and_are_all_counted(own):
     "limits", [{"limit_train_batches": 5}, {"max_steps": 1}, {"limit_train_batches": 0.3}], ids=str
 )
 @pytest.mark.parametrize("task", ["classifier", "text"])
-def test_step_at_a_limit_equals_one_batch(task, limits, own):
+def test_optimizer_step_at_a_trainer_limit_equals_one_batch(task, limits, own):
     steps = fit(task, own[task], 3, **limits)
     assert_equal_to_one_batch(task, steps, n={5: 2, 1: 1}.get(next(iter(limits.values()))))
 
 
-def test_validation_within_a_step_changes_nothing(own):
+def test_optimizer_step_interrupted_by_validation_has_the_same_gradients(own):
     one = fit("classifier", own["classifier"], 4)
     two = fit("classifier", own["classifier"], 4, limit_val_batches=2, val_check_interval=3)
     assert len(one.of) == 4
@@ -100,8 +100,8 @@ def test_validation_within_a_step_changes_nothing(own):
 
 @pytest.mark.parametrize("accumulate", [3, {"0": 1, "1": 3}], ids=["", "scheduler"])
 @pytest.mark.parametrize("every", [3, 2], ids=["between steps", "within a step"])
-def test_steps_of_a_run_that_resumes_equal_one_batch(accumulate, every, own, tmp_path):
-    """A step of which the resumed run sees the end only is that of the rows it sees."""
+def test_optimizer_steps_of_resumed_run_equal_one_batch(accumulate, every, own, tmp_path):
+    """A step that the resumed run sees only in part has the gradient of the rows that it sees."""
     epochs = {"max_epochs": 2 if isinstance(accumulate, dict) else 1}
 
     class Save(Callback):
@@ -117,7 +117,7 @@ def test_steps_of_a_run_that_resumes_equal_one_batch(accumulate, every, own, tmp
 
 
 @pytest.mark.parametrize("data", ["own", "foreign"])
-def test_clipping_is_of_the_whole_gradient(data, own):
+def test_gradient_clipping_with_accumulation_equals_one_batch(data, own):
     for algorithm, value in (("norm", 0.1), ("norm", 1e3)):
         steps = fit("text", own["text"] if data == "own" else ROWS, 3, gradient_clip_val=value,
                     gradient_clip_algorithm=algorithm)  # fmt: skip
@@ -128,7 +128,7 @@ def test_clipping_is_of_the_whole_gradient(data, own):
 
 @pytest.mark.parametrize("poisoned", [[0], [1], [2], [0, 1], [3], [0, 1, 2], [1, 3]], ids=str)
 @pytest.mark.parametrize(("task", "data"), [("classifier", "foreign"), ("text", "foreign"), ("classifier", "own")])
-def test_rows_of_a_batch_that_is_left_out_do_not_count(task, data, poisoned, own):
+def test_non_finite_batches_are_excluded_from_the_mean_of_a_step(task, data, poisoned, own):
     steps = fit(task, ROWS if data == "foreign" else own[task], 3, poisoned=poisoned)
     assert [len(of) for of in steps.of][:2] == [3 - len({0, 1, 2} & {*poisoned}),
                                                 (3 if data == "own" else 1) - (3 in poisoned)]  # fmt: skip
@@ -137,13 +137,13 @@ def test_rows_of_a_batch_that_is_left_out_do_not_count(task, data, poisoned, own
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("poisoned", [[], [1], [0, 1, 2]], ids=str)
-def test_mixed_precision_is_close_to_one_batch(precision, poisoned, own):
+def test_optimizer_step_in_mixed_precision_is_close_to_one_batch(precision, poisoned, own):
     steps = fit("text", own["text"], 3, precision=precision, poisoned=poisoned)
     assert_equal_to_one_batch("text", steps, close=0.03)
 
 
-def test_step_of_sequence_unlikelihood_equals_one_batch():
-    """Texts shorter than the prefix are continued from their ends, whichever other rows share their batch."""
+def test_sequence_unlikelihood_accumulated_step_equals_one_batch():
+    """Texts shorter than the prefix are continued from their ends, independent of the other rows of the batch."""
     options = {"sequence_unlikelihood": 1.0, "sequence_prefix": 6, "sequence_length": 12}
     steps = fit("text", ROWS, 4, options=options)
     (batches,) = steps.of
@@ -158,15 +158,15 @@ def test_step_of_sequence_unlikelihood_equals_one_batch():
     assert (found - expected).norm() < CLOSE * expected.norm()
 
 
-def test_stage_of_unfreezing_begins_with_an_optimizer_step(own):
-    """Half an epoch is seven batches: the stage waits for the ninth, which begins the third step of four."""
+def test_gradual_unfreezing_with_accumulation_starts_at_an_optimizer_step(own):
+    """Half an epoch has seven batches; the stage starts at the ninth, the first batch of the third of four steps."""
     unfreezing = GradualUnfreezing(stages=[["head"], ["ln_f", "block.0-1"]], epochs_per_stage=0.5)
     steps = fit("classifier", own["classifier"], 4, callbacks=[unfreezing])
     trained = [sorted({name.split(".")[0] for name in gradient}) for gradient in steps.gradients]
     assert trained == [["head"], ["head"], ["gpt2", "head"], ["gpt2", "head"]]
 
 
-def test_logged_loss_is_the_mean_of_the_batch(own):
+def test_train_loss_step_with_accumulation_logs_each_batch_mean(own):
     class Logged(Callback):
         values = []
 
@@ -199,7 +199,7 @@ CASES = {
 }  # fmt: skip
 
 
-def test_steps_of_two_processes_equal_one_batch(own, tmp_path):
+def test_optimizer_steps_of_two_processes_equal_one_batch(own, tmp_path):
     cases = [{**case, "data": own[case["task"]] if case["data"] == "own" else case["data"]} for case in CASES.values()]
     lines = "\n".join(map(json.dumps, cases))
     done = forked.run([ROOT / "tests/helpers/accumulated_steps.py", tmp_path], cwd=tmp_path, input=lines, timeout=600)

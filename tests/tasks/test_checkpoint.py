@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with, and what of it may be another when it is loaded."""
+"""Consistency of a checkpoint with the settings that it is loaded with, peft adapters and compositions."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def fit(run, base, data_flags):
     [{"targets": ["k", "v"]}, {"alpha": 64}, {"use_rslora": True}, {"layers": "1"}, {"use_dora": True}, {"rank": 4}],
     ids=str,
 )
-def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, capsys, data_flags):
+def test_load_checkpoint_with_other_surgery_is_refused(other, fit, run, capsys, data_flags):
     surgery = "--model.surgery=[{class_path: gpt2_pl.surgery.LoRA, init_args: {targets: [q, v]}}]"
     checkpoint = fit(extra=[surgery]) / "checkpoints/best.ckpt"
     settings = {"targets": ["q", "v"], **other}
@@ -58,18 +58,18 @@ def test_other_surgery_than_it_was_trained_with_is_refused(other, fit, run, caps
     assert same.backbone.h[0].attn.c_attn.dropout == 0.3
 
 
-def test_a_soft_prompt_from_words_and_a_base_that_trains_are_exported(fit, run, tmp_path):
+def test_checkpoint_prompt_init_text_with_trained_base_loads_and_classifies(fit, run, tmp_path):
     surgery = "--model.surgery=[{class_path: gpt2_pl.surgery.PromptTuning, init_args: {length: 3, init_text: a film}}]"
     folder = fit("full", extra=[surgery])
     checkpoint = folder / "checkpoints/best.ckpt"
     assert SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True).backbone.n_virtual == 3
     rows = tmp_path / "new.csv"
     rows.write_text("sentence\na fine film\n")
-    run("classify", folder, "--input", rows, "--out", tmp_path / "said.csv")
-    assert len((tmp_path / "said.csv").read_text().splitlines()) == 2
+    run("classify", folder, "--input", rows, "--out", tmp_path / "predictions.csv")
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 2
 
 
-def test_a_base_given_for_a_checkpoint_that_needs_none(fit, run, base, capsys, tmp_path):
+def test_export_base_for_a_complete_checkpoint_is_refused(fit, run, base, capsys, tmp_path):
     folder = fit("full")
     line = refused(run, capsys, "export", folder, "--format", "hf", "--out", tmp_path / "x", "--base", base)
     assert "holds every weight; leave --base out" in line
@@ -84,7 +84,7 @@ def test_a_base_given_for_a_checkpoint_that_needs_none(fit, run, base, capsys, t
         (("linear_probe", "prefix_tuning"), ["prefix_tuning.yaml", "linear_probe.yaml", "linear probe"]),
     ],
 )
-def test_files_that_contradict_each_other(strategies, words, fit, capsys, tmp_path):
+def test_fit_contradictory_strategy_files_are_named(strategies, words, fit, capsys, tmp_path):
     with pytest.raises(SystemExit):
         fit(*strategies)
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -92,14 +92,14 @@ def test_files_that_contradict_each_other(strategies, words, fit, capsys, tmp_pa
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
-def test_a_verbaliser_in_which_nothing_would_train(fit, capsys, tmp_path):
+def test_fit_verbalizer_without_trainable_parameters_is_refused(fit, capsys, tmp_path):
     with pytest.raises(SystemExit):
         fit("linear_probe", extra=["--model.head=verbalizer", "--model.label_words=[' a', ' b']"])
     assert "nothing would train" in capsys.readouterr().err
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
-def test_a_schedule_out_of_range_is_one_line(fit, capsys):
+def test_fit_schedule_out_of_range_is_refused_in_one_line(fit, capsys):
     with pytest.raises(SystemExit):
         fit("ulmfit", extra=["--model.schedule.init_args.cut_frac=2"])
     error = capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_a_schedule_out_of_range_is_one_line(fit, capsys):
     assert "Traceback" not in error
 
 
-def test_what_trained_is_counted_at_the_end_of_training_not_of_testing(fit):
+def test_fit_trainable_parameters_are_counted_at_the_end_of_training(fit):
     account = metrics(fit("ulmfit"))["parameters"]
     assert account["trainable"] == sum(layer["trainable"] for layer in account["layers"]) < account["total"]
 
@@ -130,7 +130,7 @@ def peft_adapter(base, folder, **settings):
     "pattern",
     [r"h\.[01]\..*c_attn", "^transformer.h.0.attn.c_attn", "attn.c_attn", r"h.\d.mlp.c_fc", "c_f", "c_attn|c_fc"],
 )
-def test_patterns_of_alpha_are_those_of_peft(pattern, base, tmp_path):
+def test_peft_adapter_alpha_pattern_equals_peft(pattern, base, tmp_path):
     theirs = peft_adapter(base, tmp_path / "adapter", alpha_pattern={pattern: 40})
     ours = PeftAdapter(str(tmp_path / "adapter")).apply(GPT2.from_pretrained(base)).eval()
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_patterns_of_alpha_are_those_of_peft(pattern, base, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora", "pissa_niter_4"])
-def test_adapters_that_change_the_base_are_refused(how, base, tmp_path):
+def test_peft_adapter_initialisation_that_changes_the_base_is_refused(how, base, tmp_path):
     peft_adapter(base, tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": how}))
@@ -146,7 +146,7 @@ def test_adapters_that_change_the_base_are_refused(how, base, tmp_path):
         PeftAdapter(str(tmp_path / "adapter")).apply(GPT2.from_pretrained(base))
 
 
-def test_an_adapter_that_has_changed_since_is_refused(fit, base, tmp_path):
+def test_load_checkpoint_with_changed_peft_adapter_is_refused(fit, base, tmp_path):
     folder = tmp_path / "adapter"
     peft_adapter(base, folder)
     surgery = f"--model.surgery=[{{class_path: gpt2_pl.surgery.PeftAdapter, init_args: {{folder: {folder}}}}}]"
@@ -160,7 +160,7 @@ def test_an_adapter_that_has_changed_since_is_refused(fit, base, tmp_path):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[PeftAdapter(str(folder))])
 
 
-def test_dora_and_an_adapted_embedding_are_not_one_peft_adapter(base, tmp_path):
+def test_save_peft_dora_with_adapted_embedding_is_refused(base, tmp_path):
     from gpt2_pl.heads import ClassificationHead
     from gpt2_pl.surgery.peft_format import save
 
@@ -174,7 +174,7 @@ def test_dora_and_an_adapted_embedding_are_not_one_peft_adapter(base, tmp_path):
 # Compositions
 
 
-def test_prefix_and_lora_both_train(base):
+def test_prefix_tuning_and_lora_training_moves_both_and_not_the_base(base):
     torch.manual_seed(0)
     model = GPT2.from_pretrained(base)
     for surgery in (LoRA(targets=["q", "v"]), PrefixTuning(length=3)):
@@ -190,7 +190,7 @@ def test_prefix_and_lora_both_train(base):
 
 
 @pytest.mark.parametrize("train_base", [True, False])
-def test_the_base_trains_beside_a_prefix_where_that_is_asked_for(train_base, base, files):
+def test_train_base_with_prefix_tuning_determines_whether_base_moves(train_base, base, files):
     task = SentimentClassifier(base=str(base), num_classes=2, surgery=[PrefixTuning(3)], train_base=train_base)
     data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
     task.configure_model()
@@ -201,8 +201,8 @@ def test_the_base_trains_beside_a_prefix_where_that_is_asked_for(train_base, bas
 
 
 @pytest.mark.parametrize("surgery", [[], [LoRA(rank=2)]], ids=["full", "LoRA"])
-def test_any_strategy_starts_from_the_language_model_stages_weights(surgery, run, base, files, tmp_path):
-    """Its first loss is that of stage one's own model with the same head."""
+def test_exported_language_model_as_base_gives_the_same_first_loss(surgery, run, base, files, tmp_path):
+    """The first loss is that of the language model's own weights with the same head."""
     stage = run("fit", "--config", CONFIG / "task/text.yaml", "--config", CONFIG / "strategy/ulmfit_lm.yaml",
                 f"--model.base={base}", f"--data.train_file={files['train']}", "--data.column=sentence",
                 "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",

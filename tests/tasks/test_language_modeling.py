@@ -1,4 +1,4 @@
-"""LanguageModel and TextCorpus against torch, a loop and transformers."""
+"""LanguageModel and TextCorpus against torch, loops and transformers."""
 
 import math
 
@@ -19,7 +19,7 @@ from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-def test_the_chunked_loss_is_torchs(chunk):
+def test_cross_entropy_chunked_equals_torch(chunk):
     torch.manual_seed(0)
     hidden = torch.randn(3, 7, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
@@ -38,7 +38,7 @@ def test_the_chunked_loss_is_torchs(chunk):
 
 @pytest.mark.parametrize("multiple", [1, 64])  # a vocabulary of 50, filled up
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_chunked_loss_under_autocast(multiple, compiled, monkeypatch):
+def test_cross_entropy_under_autocast_is_close_to_torch(multiple, compiled, monkeypatch):
     monkeypatch.setattr("gpt2_pl.losses.VOCAB_PAD_MULTIPLE", {"cpu": multiple})
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
@@ -59,8 +59,8 @@ def test_the_chunked_loss_under_autocast(multiple, compiled, monkeypatch):
         assert (mine - other).norm() < 0.02 * other.norm()
 
 
-def test_the_gradient_of_a_mean_in_16_bits_is_that_of_the_sum_rounded_once():
-    """1 / 7 has no short binary form: it would be rounded before it scales the gradients."""
+def test_cross_entropy_bfloat16_mean_gradient_is_rounded_once():
+    """1 / 7 is not exact in binary: bfloat16 would round it before it scales the gradients."""
     hidden, weight = torch.randn(1, 7, 4).bfloat16(), torch.randn(11, 4).bfloat16()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     targets = torch.randint(11, (1, 7))
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_mean_in_16_bits_is_that_of_the_sum_rounded_once():
         assert torch.equal(mean, (whole.float() * (torch.tensor(1.0) / 7)).bfloat16())
 
 
-def test_no_targets_are_no_loss():
+def test_cross_entropy_without_targets_is_zero():
     hidden = torch.randn(1, 3, 4, requires_grad=True)
     total, count = cross_entropy(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
     total.backward()
@@ -81,7 +81,7 @@ def test_no_targets_are_no_loss():
 
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 31])
-def test_packing(n):
+def test_packed_token_dataset_rows_predict_every_token_once(n):
     tokens = np.arange(n, dtype=np.uint16)
     rows = PackedTokenDataset(tokens, 8)
     batch = rows.batch(np.arange(len(rows)))
@@ -98,7 +98,7 @@ def test_packing(n):
 @pytest.mark.parametrize(
     ("n", "context", "stride"), [(40, 8, 3), (41, 8, 8), (10, 8, 1), (9, 8, 5), (5, 8, 2), (34, 8, 8)]
 )
-def test_packed_rows_with_a_stride_predict_every_token_once_with_context(n, context, stride):
+def test_packed_token_dataset_with_stride_predicts_every_token_once(n, context, stride):
     tokens = np.arange(100, 100 + n, dtype=np.uint16)
     rows = PackedTokenDataset(tokens, context, stride)
     batch = rows.batch(np.arange(len(rows)))
@@ -122,8 +122,8 @@ def test_packed_rows_with_a_stride_predict_every_token_once_with_context(n, cont
 
 
 @pytest.mark.parametrize("stride", [None, 5, 16, 32])
-def test_perplexity_equals_the_sliding_window_of_transformers_documentation(stride, run, base, story, tmp_path):
-    """The loop of "Perplexity of fixed-length models", whose windows hold the last target too."""
+def test_validate_perplexity_equals_sliding_window_of_transformers(stride, run, base, story, tmp_path):
+    """Use the loop of "Perplexity of fixed-length models", whose windows include the last target."""
     context, file = 32, tmp_path / "val.txt"
     file.write_text(story.read_text()[:1500])
     flags = [] if stride is None else [f"--data.stride={stride}"]
@@ -151,7 +151,7 @@ def test_perplexity_equals_the_sliding_window_of_transformers_documentation(stri
 
 
 @pytest.mark.parametrize("stride", [0, -1, 33])
-def test_stride_out_of_range_is_refused(stride, base, files):
+def test_text_corpus_stride_out_of_range_is_refused(stride, base, files):
     options = {"column": "sentence", "tokenizer": str(base), "stride": stride}
     with pytest.raises(InputError, match=rf"data\.stride must be between 1 and 32 \(data\.max_length\), got {stride}"):
         TextCorpus(train_file=str(files["train"]), max_length=32, **options)
@@ -162,7 +162,7 @@ def test_stride_out_of_range_is_refused(stride, base, files):
             data.setup()
 
 
-def test_stride_leaves_the_training_contexts_apart(base, files):
+def test_text_corpus_stride_applies_to_validation_only(base, files):
     data = [TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32, **options)
             for options in ({}, {"stride": 4})]  # fmt: skip
     for corpus in data:
@@ -182,7 +182,7 @@ def story(tmp_path):
     return path
 
 
-def test_rows_of_a_file_are_texts(files, base):
+def test_text_corpus_rows_of_a_table_are_separate_texts(files, base):
     data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
     data.setup()
     tokenizer = load_tokenizer(base)
@@ -193,7 +193,7 @@ def test_rows_of_a_file_are_texts(files, base):
     assert data.encoded["val"].values.tolist() == expected[n_train:]
 
 
-def test_a_run_and_its_perplexity(run, base, files, capsys):
+def test_fit_language_model_perplexity_equals_transformers(run, base, files, capsys):
     folder = run(
         "fit", "--config", ROOT / "configs/task/text.yaml", "--model.base", base, "--data.column=sentence",
         *(f"--data.{split}_file={path}" for split, path in files.items()), "--data.max_length=32",
@@ -231,7 +231,7 @@ def test_a_run_and_its_perplexity(run, base, files, capsys):
         ({}, "data.train_file is missing"),
     ],
 )
-def test_text_that_cannot_be_used(options, message, files, base, tmp_path):
+def test_text_corpus_unusable_file_is_refused(options, message, files, base, tmp_path):
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
     short.write_text("a")
     latin.write_bytes(b"caf\xe9\n")
@@ -241,7 +241,7 @@ def test_text_that_cannot_be_used(options, message, files, base, tmp_path):
         TextCorpus(**options, tokenizer=str(base), max_length=16).setup("fit")
 
 
-def test_from_scratch_with_a_tokenizer_of_its_own(run, files, tmp_path):
+def test_fit_from_scratch_trains_a_tokenizer_and_records_flops(run, files, tmp_path):
     text = tmp_path / "own.txt"
     text.write_text("\n".join(line.split("\t")[0] for line in files["train"].read_text().splitlines()[1:]) * 3)
     shape = "{vocab_size: 300, n_positions: 32, n_embd: 32, n_layer: 2, n_head: 2, dropout: 0.0}"
@@ -263,13 +263,13 @@ def test_from_scratch_with_a_tokenizer_of_its_own(run, files, tmp_path):
     assert {"train/tokens_per_second"} <= set(board.Tags()["scalars"])
 
 
-def test_a_tokenizer_is_trained_or_given(base, files):
+def test_text_corpus_tokenizer_and_vocab_size_together_are_refused(base, files):
     with pytest.raises(InputError, match=r"data\.vocab_size \(300\) and data\.tokenizer"):
         TextCorpus(train_file=str(files["train"]), tokenizer=str(base), vocab_size=300)
 
 
 def flops_per_token(model, ids):
-    """Operations of a step of a Hugging Face model, its attention in plain matrix products."""
+    """Return the operations per token of a training step of a Hugging Face model with eager attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -303,7 +303,7 @@ def test_training_flops_per_token_frozen_layers_cost_less(base):
     assert task.training_flops_per_token(32.0) == pytest.approx(everything / 3, rel=0.01)
 
 
-def test_texts_to_ignore_must_be_tokens(base, files):
+def test_unlikelihood_ignores_unknown_token_is_refused(base, files):
     from lightning.pytorch import Trainer
 
     task = LanguageModel(base=str(base), unlikelihood=1.0, unlikelihood_ignores=["no such token"])

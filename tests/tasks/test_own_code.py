@@ -1,4 +1,4 @@
-"""Strategies and tasks of users: what trains, what a checkpoint holds, and which classes it may name."""
+"""User-defined strategies and tasks: trained parameters, checkpoint contents, and permitted class names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = torch.randint(400, (3, 9), generator=torch.Generator().manual_seed(2))
 
 @dataclass
 class Biases(Surgery):
-    """BitFit, on the published parameters alone."""
+    """BitFit on the published parameters only."""
 
     def apply(self, model, tokenizer=None):
         for name, parameter in model.named_parameters():
@@ -40,7 +40,7 @@ class Biases(Surgery):
 
 @dataclass
 class FrozenEmbeddings(Surgery):
-    """Full fine-tuning but for the embeddings."""
+    """Full fine-tuning except for the embeddings."""
 
     def apply(self, model, tokenizer=None):
         model.wte.requires_grad_(False)
@@ -49,7 +49,7 @@ class FrozenEmbeddings(Surgery):
 
 
 def fitted(base, surgery, folder, callbacks=(), **settings):
-    """A classifier after four steps, the checkpoint of it, and what the optimizer held."""
+    """Return a classifier after four steps, its checkpoint, and the names of the parameters in the optimizer."""
     torch.manual_seed(1)
     task = SentimentClassifier(base=str(base), surgery=surgery, dropout=0.0, **settings)
     task.make_optimizer = lambda groups: torch.optim.AdamW(groups, lr=0.1)
@@ -85,7 +85,7 @@ HEAD = {"head.linear.weight", "head.linear.bias"}
     ],
     ids=lambda value: "+".join(type(one).__name__ for one in value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_task_own_surgery_trains_saves_and_loads_what_requires_a_gradient(surgery, settings, trains, base, tmp_path):
+def test_task_custom_surgery_trains_and_saves_what_requires_a_gradient(surgery, settings, trains, base, tmp_path):
     task, checkpoint, optimized = fitted(base, surgery, tmp_path, **settings)
     names = {name for name, _ in task.named_parameters()}
     if isinstance(surgery[0], Houlsby) and len(surgery) > 1:  # published biases that keep their names
@@ -112,7 +112,7 @@ def test_task_complete_checkpoint_loads_without_the_base(base, tmp_path):
     assert torch.equal(logits(SentimentClassifier.load_from_checkpoint(checkpoint)), logits(task))
 
 
-def test_task_partly_frozen_random_model_is_saved_whole(tmp_path):
+def test_task_partly_frozen_random_model_saves_all_weights(tmp_path):
     shape = {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
     task, checkpoint, optimized = fitted_from_config(shape, tmp_path)
     assert "gpt2.wte.weight" not in optimized
@@ -130,14 +130,14 @@ def fitted_from_config(shape, folder):
 
 
 class Freeze(Callback):
-    """Freezes all but the head from the second step on, and leaves it so."""
+    """Freeze all but the head from the second step on."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
             pl_module.backbone.requires_grad_(False)
 
 
-def test_task_callback_that_freezes_changes_neither_checkpoint_nor_optimizer(base, tmp_path):
+def test_task_freezing_callback_does_not_change_checkpoint_or_optimizer(base, tmp_path):
     task, checkpoint, optimized = fitted(base, None, tmp_path, [Freeze()])
     assert optimized == {name for name, _ in task.named_parameters()} == set(torch.load(checkpoint)["state_dict"])
     again = trainer(max_steps=1)
@@ -146,7 +146,7 @@ def test_task_callback_that_freezes_changes_neither_checkpoint_nor_optimizer(bas
     assert held == {id(p) for p in task.parameters()}
 
 
-def test_task_surgery_that_freezes_all_is_a_probe(base, tmp_path):
+def test_task_surgery_that_freezes_all_is_a_linear_probe(base, tmp_path):
     @dataclass
     class FreezeAll(Surgery):
         def apply(self, model, tokenizer=None):
@@ -172,7 +172,7 @@ class Focal(SentimentClassifier):
         self.save_hyperparameters()
 
 
-def test_task_own_hyperparameters_are_restored_and_objects_left_out(base, tmp_path):
+def test_task_custom_hyperparameters_are_restored_without_objects(base, tmp_path):
     task = Focal(gamma=1.5, loss=nn.Flatten(), base=str(base), surgery=[LoRA(rank=2)])
     fit = trainer(max_steps=1)
     fit.fit(task, ToySentiment(n_train=64, vocab_size=400, batch_size=16))
@@ -188,7 +188,7 @@ def test_task_own_hyperparameters_are_restored_and_objects_left_out(base, tmp_pa
 # Names of classes
 
 
-def test_class_path_is_public_for_our_classes_and_whole_for_others():
+def test_class_path_is_public_for_library_and_full_for_user_classes():
     assert class_path(SentimentClassifier) == "gpt2_pl.tasks.SentimentClassifier"
     assert class_path(LoRA) == "gpt2_pl.surgery.LoRA"
     assert class_path(Biases) == f"{__name__}.Biases"
@@ -200,13 +200,13 @@ def test_class_path_is_public_for_our_classes_and_whole_for_others():
 @pytest.mark.parametrize(
     "surgery", [Biases(), Houlsby(7), LoRA(rank=3, targets=["q"])], ids=lambda value: type(value).__name__
 )
-def test_build_own_surgery_from_its_settings(surgery):
+def test_build_custom_surgery_from_its_settings_restores_it(surgery):
     again = build(surgery.settings())
     assert type(again) is type(surgery)
     assert again.settings() == surgery.settings()
 
 
-def test_surgery_settings_that_are_not_plain_are_refused(base, tmp_path):
+def test_task_surgery_settings_that_are_not_plain_values_are_refused(base, tmp_path):
     @dataclass
     class From(Surgery):
         folder: object
@@ -227,7 +227,7 @@ def test_surgery_settings_that_are_not_plain_are_refused(base, tmp_path):
         SentimentClassifier(base=str(base), surgery=[Forgets(3)])
 
 
-def test_save_class_of_main_warns(base, tmp_path, monkeypatch):
+def test_save_checkpoint_task_defined_in_main_warns(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Focal, "__module__", "__main__")
     task = Focal(base=str(base))
     fit = trainer(max_steps=1)
@@ -273,7 +273,7 @@ class Shouting(IMDB):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A module of the user's in the working folder, under a name of its own; imported by nobody yet."""
+    """Create a user module with a unique name in the working folder, not imported yet."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     name = f"mine_{tmp_path.name.replace('-', '_')}"
@@ -285,7 +285,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def forget(module):
-    """What a new process does not know."""
+    """Unload a module and its classes, as if in a new process."""
     del sys.modules[module]
     for root in (Task, Surgery):
         for path in [path for path in root._classes if path.startswith(f"{module}.")]:
@@ -301,7 +301,7 @@ def fit(run, base, data_flags):
     return fit
 
 
-def test_commands_own_task_and_callback_are_trained_tested_resumed_and_used(fit, run, mine, tmp_path, files, capsys):
+def test_commands_custom_task_and_callback_train_test_resume_classify(fit, run, mine, tmp_path, files, capsys):
     own = [f"--model={mine}.Focal", "--model.gamma=1.5", f"--trainer.callbacks+={mine}.Count"]
     folder = fit(*own, f"--data={mine}.Shouting", "--data.loud=false", "--name=task")
     assert (tmp_path / "counted").is_file()
@@ -313,18 +313,18 @@ def test_commands_own_task_and_callback_are_trained_tested_resumed_and_used(fit,
     assert [epoch["epoch"] for epoch in metrics(folder)["epochs"]] == [1, 2]
     capsys.readouterr()
     forget(mine)
-    said = ["classify", folder, "--input", files["test"], "--out", tmp_path / "said.csv"]
-    for command in (said, ["test", "--data=gpt2_pl.datamodules.IMDB", f"--data.test_file={files['test']}",
+    classify = ["classify", folder, "--input", files["test"], "--out", tmp_path / "predictions.csv"]
+    for command in (classify, ["test", "--data=gpt2_pl.datamodules.IMDB", f"--data.test_file={files['test']}",
                            f"--ckpt_path={folder}/checkpoints/best.ckpt"]):  # fmt: skip
         line = refused(run, capsys, *command)
         assert f"was written by '{mine}.Focal'" in line
         assert "--plugin MODULE" in line
     assert mine not in sys.modules
-    run(*said, "--plugin", mine)
-    assert len((tmp_path / "said.csv").read_text().splitlines()) == 36
+    run(*classify, "--plugin", mine)
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 36
 
 
-def test_commands_own_strategy_is_tested_and_exported(fit, run, mine, tmp_path, capsys):
+def test_commands_custom_strategy_is_tested_resumed_and_exported(fit, run, mine, tmp_path, capsys):
     surgery = f"--model.surgery+={{class_path: {mine}.BitFit, init_args: {{also: ln_1.weight}}}}"
     folder = fit(surgery, "--name=bitfit")
     task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/last.ckpt")
@@ -413,7 +413,9 @@ FAULTS = [(n, *line.split()[-3:]) for n, line in enumerate(FAULTY.split("\n"), 1
 
 
 @pytest.mark.parametrize(("number", "key", "name", "kind"), FAULTS, ids=[name for _, _, name, _ in FAULTS])
-def test_fault_in_own_code_is_one_line_with_file_line_and_class(number, key, name, kind, run, mine, tmp_path, capsys):
+def test_fit_fault_in_user_code_is_one_line_with_file_line_and_class(
+    number, key, name, kind, run, mine, tmp_path, capsys
+):
     (tmp_path / f"{mine}.py").write_text(FAULTY)
     name = name.replace("mine", mine)
     flag = f"--{KEYS[key]}{'+' if key in ('surgery', 'callbacks') else ''}={name}"
@@ -424,7 +426,7 @@ def test_fault_in_own_code_is_one_line_with_file_line_and_class(number, key, nam
     assert line.startswith(f"gpt2-pl: error: {KEYS[key]}: {name}: {tmp_path / mine}.py, line {number}: {kind}: "), line
 
 
-def test_fault_in_own_code_with_traceback_shows_it_before_the_line(run, mine, tmp_path, capsys, monkeypatch):
+def test_fit_fault_in_user_code_with_traceback_variable_shows_it(run, mine, tmp_path, capsys, monkeypatch):
     (tmp_path / f"{mine}.py").write_text(FAULTY)
     monkeypatch.setenv("GPT2_PL_TRACEBACK", "1")
     with pytest.raises(SystemExit):
@@ -435,7 +437,7 @@ def test_fault_in_own_code_with_traceback_shows_it_before_the_line(run, mine, tm
     assert any(text.endswith("in load_state_dict") for text in shown)
 
 
-def test_build_fault_in_own_class_names_file_and_line(mine, tmp_path, monkeypatch):
+def test_build_fault_in_user_class_names_file_and_line(mine, tmp_path, monkeypatch):
     (tmp_path / f"{mine}.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module(mine)
@@ -446,8 +448,8 @@ def test_build_fault_in_own_class_names_file_and_line(mine, tmp_path, monkeypatc
 EVIL = "import pathlib; pathlib.Path({marker!r}).write_text('run')\n"
 
 
-def test_commands_run_nothing_of_a_folder_or_that_a_checkpoint_names(fit, tmp_path, files, monkeypatch):
-    """In processes: modules that shadow installed ones, and the module of a task that a checkpoint names."""
+def test_commands_never_import_shadowing_modules_or_checkpoint_tasks(fit, tmp_path, files, monkeypatch):
+    """Neither modules that shadow installed ones nor the task module named by a checkpoint are imported."""
     folder = fit("--name=good")
     checkpoint = folder / "checkpoints/best.ckpt"
     content = torch.load(checkpoint, weights_only=True)
@@ -455,7 +457,7 @@ def test_commands_run_nothing_of_a_folder_or_that_a_checkpoint_names(fit, tmp_pa
     for name in ("evil", "yaml", "torch", "numpy", "lightning", "argparse", "datasets", "pydantic"):
         (tmp_path / f"{name}.py").write_text(EVIL.format(marker=str(tmp_path / f"{name}.run")))
     commands = (
-        ["classify", folder, "--input", files["test"], "--out", tmp_path / "said.csv"],
+        ["classify", folder, "--input", files["test"], "--out", tmp_path / "predictions.csv"],
         ["export", folder, "--format=hf", "--out", tmp_path / "hf"],
         ["test", "--data=gpt2_pl.datamodules.IMDB", f"--data.test_file={files['test']}", f"--ckpt_path={checkpoint}"],
     )
@@ -471,7 +473,7 @@ def test_plugin_that_cannot_be_imported_is_one_line(run, tmp_path, capsys, monke
     (tmp_path / "mine_bad.py").write_text("x = 1\ny = undefined\n")
     (tmp_path / "mine_worse.py").write_text("def f(:\n")
     (tmp_path / "mine_needs.py").write_text("import no_such_package\n")
-    said = ["classify", tmp_path, "--input", "x.csv", "--out", tmp_path / "said.csv"]
+    classify = ["classify", tmp_path, "--input", "x.csv", "--out", tmp_path / "predictions.csv"]
     for name, words in (
         ("mine_bad", "mine_bad.py, line 2: NameError: name 'undefined' is not defined"),
         ("mine_worse", "mine_worse.py, line 1: SyntaxError"),
@@ -479,13 +481,13 @@ def test_plugin_that_cannot_be_imported_is_one_line(run, tmp_path, capsys, monke
         ("mine_absent", "there is no module 'mine_absent'"),
         ("folder/mine_bad.py", "must be the import name of a module, such as mine_bad"),
     ):
-        assert words in refused(run, capsys, *said, "--plugin", name)
+        assert words in refused(run, capsys, *classify, "--plugin", name)
         if "/" not in name and name != "mine_absent":
             assert words in refused(run, capsys, "fit", "--config", ROOT / "configs/quickstart.yaml",
                                     f"--model={name}.Focal")  # fmt: skip
 
 
-def test_plugins_of_a_run_are_its_own_modules(tmp_path):
+def test_plugins_of_config_returns_modules_outside_the_library(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"model": {"class_path": "mine.tasks.Focal", "init_args": {"surgery": [
         {"class_path": "gpt2_pl.surgery.LoRA"}, {"class_path": "mine.BitFit", "init_args": {}}]}}}))  # fmt: skip

@@ -1,4 +1,4 @@
-"""QuoraPairs and ParaphraseDetector: formats, augmentation, bad rows, scores and thresholds; loops and transformers."""
+"""QuoraPairs and ParaphraseDetector: formats, augmentation, invalid rows, scores and thresholds."""
 
 import csv
 import random
@@ -35,7 +35,7 @@ def texts(data, split):
 # Data
 
 
-def test_every_published_format_gives_the_same_rows(base, tmp_path):
+def test_quora_pairs_published_formats_give_the_same_rows(base, tmp_path):
     formats = {
         "cs224n.csv": 'id\tsentence1\tsentence2\tis_duplicate\n7\tA fine "film\t"He said ""no"""\t1\n8\tb\tc\t0\n',
         "qqp.tsv": 'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n7\t1\t2\tA fine "film\t"He said ""no"""\t1\n'
@@ -55,7 +55,7 @@ def test_every_published_format_gives_the_same_rows(base, tmp_path):
         assert data.text("test", 0) == 'A fine "film | He said "no"'
 
 
-def test_several_files_are_one_set_even_in_several_formats(base, pair_files, tmp_path):
+def test_quora_pairs_several_files_and_formats_form_one_set(base, pair_files, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"question1": "one", "question2": "two", "label": 1}\n')
     data = QuoraPairs(train_file=[str(pair_files["train"]), str(other)], tokenizer=str(base), val_fraction=0.25)
@@ -67,7 +67,7 @@ def test_several_files_are_one_set_even_in_several_formats(base, pair_files, tmp
     assert all(data.text("val", n) == texts(data, "val")[n].strip().replace("\n", " | ") for n in range(24))
 
 
-def test_symmetric_pairs_are_trained_on_and_never_validated_on(base, pair_files):
+def test_quora_pairs_swap_pairs_adds_swapped_rows_to_training_only(base, pair_files):
     settings = {"train_file": str(pair_files["train"]), "tokenizer": str(base), "val_fraction": 0.2}
     plain, both = QuoraPairs(**settings), QuoraPairs(**settings, swap_pairs=True)
     plain.setup(), both.setup()
@@ -78,7 +78,7 @@ def test_symmetric_pairs_are_trained_on_and_never_validated_on(base, pair_files)
 
 
 @pytest.mark.parametrize("how", ["oversample", "undersample"])
-def test_balanced_classes(how, base, pair_files):
+def test_quora_pairs_balance_gives_equal_class_counts(how, base, pair_files):
     labels = np.array([0] * 7 + [1] * 3 + [2] * 5)
     rows = balanced(labels, how, 0)
     assert np.bincount(labels[rows]).tolist() == [7 if how == "oversample" else 3] * 3
@@ -109,7 +109,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("content", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_bad_rows_are_named_or_skipped_and_counted(content, message, base, tmp_path):
+def test_quora_pairs_invalid_rows_are_named_or_skipped_and_counted(content, message, base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_bytes((content if isinstance(content, bytes) else content.encode()) + b"d\te\t0\n")
     with pytest.raises(InputError, match=rf"pairs\.csv, {message}"):
@@ -127,21 +127,14 @@ def test_bad_rows_are_named_or_skipped_and_counted(content, message, base, tmp_p
     assert again.skipped == data.skipped
 
 
-def test_nothing_but_bad_rows(base, tmp_path):
+def test_quora_pairs_without_valid_rows_is_refused(base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("sentence1\tsentence2\tis_duplicate\na\tb\t7\n")
     with pytest.warns(match="1 of 1"), pytest.raises(InputError, match="no valid rows"):
         QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip").setup()
 
 
-def test_broken_json_lines_are_named(base, tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"sentence1": "a", "sentence2": "b", "is_duplicate": 1}\n{"sentence1": \n')
-    with pytest.raises(InputError, match=r"pairs\.jsonl, row 2 cannot be read"):
-        QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
-
-
-def test_truncation_keeps_the_template_for_any_lengths(base):
+def test_template_encode_any_field_lengths_keeps_the_fixed_parts(base):
     tokenizer, template, rng = load_tokenizer(base), Template(WORDS), random.Random(5)
     parts = WORDS.replace("{sentence2}", "{sentence1}").split("{sentence1}")
     for _ in range(300):
@@ -162,7 +155,7 @@ def test_truncation_keeps_the_template_for_any_lengths(base):
         assert text.endswith(parts[-1])
 
 
-def test_real_pairs(shared):
+def test_quora_pairs_real_files_have_the_known_counts(shared):
     folder, tokenizer = shared / "data", str(shared / "base" / "gpt2-tiny")
     train = [str(folder / f"quora-train-{n}.csv") for n in (1, 2)]
     data = QuoraPairs(train_file=train, val_file=str(folder / "quora-dev.csv"), tokenizer=tokenizer)
@@ -202,7 +195,7 @@ def test_best_threshold_is_the_optimum_over_all_distinct_thresholds(score, draw)
     assert reached == pytest.approx(threshold_score(p, y, threshold, score)) == pytest.approx(best)
 
 
-def test_scores_are_those_of_loops_and_the_tuned_threshold_decides(run, base, pair_flags, tmp_path):
+def test_fit_paraphrase_scores_equal_loops_and_tuned_threshold_is_used(run, base, pair_flags, tmp_path):
     quora = ["--config", CONFIG / "task/quora.yaml", f"--model.base={base}", "--data.max_length=64", *pair_flags,
              "--trainer.accelerator=cpu", "--trainer.precision=32-true"]  # fmt: skip
     folder = run("fit", *quora, "--trainer.max_epochs=2", "--model.threshold=f1", "--model.optimizer.init_args.lr=1e-3")
@@ -213,15 +206,15 @@ def test_scores_are_those_of_loops_and_the_tuned_threshold_decides(run, base, pa
     for split, threshold in (("val", 0.5), ("test", tuned)):
         with (folder / f"predictions_{split}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        said = [float(row["p(duplicate)"]) >= threshold for row in rows]
+        predictions = [float(row["p(duplicate)"]) >= threshold for row in rows]
         truth = [row["label"] == "duplicate" for row in rows]
-        assert [row["prediction"] for row in rows] == ["duplicate" if yes else "not_duplicate" for yes in said]
-        hits = sum(a and b for a, b in zip(said, truth, strict=True))
+        assert [row["prediction"] for row in rows] == ["duplicate" if yes else "not_duplicate" for yes in predictions]
+        hits = sum(a and b for a, b in zip(predictions, truth, strict=True))
         expected = {
-            "accuracy": sum(a == b for a, b in zip(said, truth, strict=True)) / len(rows),
-            "precision": hits / sum(said) if sum(said) else 0.0,
+            "accuracy": sum(a == b for a, b in zip(predictions, truth, strict=True)) / len(rows),
+            "precision": hits / sum(predictions) if sum(predictions) else 0.0,
             "recall": hits / sum(truth),
-            "f1": 2 * hits / (sum(said) + sum(truth)),
+            "f1": 2 * hits / (sum(predictions) + sum(truth)),
         }
         for name, value in expected.items():
             assert account["scores"][f"{split}/{name}"] == pytest.approx(value, abs=1e-6), (split, name)
@@ -234,12 +227,12 @@ def test_scores_are_those_of_loops_and_the_tuned_threshold_decides(run, base, pa
     ("options", "message"),
     [({"num_classes": 3}, "num_classes must be 2 for paraphrase detection, got 3"), ({"threshold": 1.0}, "got 1.0")],
 )
-def test_options_out_of_range(options, message):
+def test_paraphrase_detector_options_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         ParaphraseDetector(config=SHAPE, **options)
 
 
-def test_the_verbaliser_gives_the_logits_of_transformers_without_training(run, base, pair_flags):
+def test_validate_verbalizer_probabilities_equal_transformers(run, base, pair_flags):
     folder = run("validate", "--config", CONFIG / "task/quora.yaml", "--config", CONFIG / "strategy/verbalizer.yaml",
                  f"--model.base={base}", *pair_flags, "--trainer.accelerator=cpu",
                  "--trainer.precision=32-true")  # fmt: skip
@@ -258,7 +251,7 @@ def test_the_verbaliser_gives_the_logits_of_transformers_without_training(run, b
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "max", "mix", "concat"])
 @pytest.mark.parametrize("surgery", [[], [{"class_path": "gpt2_pl.surgery.PromptTuning", "init_args": {"length": 3}}]])
-def test_padding_side_and_batch_composition_change_no_prediction(pooling, surgery, base, pair_files):
+def test_predict_proba_is_independent_of_padding_side_and_batch(pooling, surgery, base, pair_files):
     torch.manual_seed(0)
     data = QuoraPairs(test_file=str(pair_files["test"]), tokenizer=str(base), max_length=60)
     data.setup()
@@ -282,22 +275,22 @@ def test_padding_side_and_batch_composition_change_no_prediction(pooling, surger
     torch.testing.assert_close(on_the_left, alone, rtol=0, atol=1e-5)
 
 
-def test_toy_pairs_need_both_sentences():
+def test_toy_pairs_single_words_do_not_determine_the_label():
     data = ToyPairs(n_train=400)
     data.setup()
     labels = data.encoded["train"].labels
     assert 150 < labels.sum() < 250
-    said = {}
+    labels_of = {}
     for row, label in zip(data.rows["train"], labels, strict=True):
         for word in row["sentence1"].split() + row["sentence2"].split():
-            said.setdefault(word, set()).add(int(label))
-    assert all(len(seen) == 2 for seen in said.values())
+            labels_of.setdefault(word, set()).add(int(label))
+    assert all(len(seen) == 2 for seen in labels_of.values())
 
 
 # One wording
 
 
-def test_a_model_is_never_asked_in_other_words(run, capsys, base, pair_flags):
+def test_command_test_with_other_template_or_labels_is_refused(run, capsys, base, pair_flags):
     quora = ["--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *pair_flags]
     folder = run("fit", *quora, "--config", CONFIG / "trainer/debug.yaml")
     checkpoint = shutil.copy(folder / "checkpoints/best.ckpt", folder / "kept.ckpt")
@@ -315,7 +308,7 @@ def test_a_model_is_never_asked_in_other_words(run, capsys, base, pair_flags):
 # Rows that must not be merged, lost, or seen twice
 
 
-def test_quotes_that_are_not_closed_are_named_and_never_swallow_rows(base, tmp_path):
+def test_quora_pairs_unclosed_quote_is_named_and_never_merges_rows(base, tmp_path):
     header = "sentence1\tsentence2\tis_duplicate\n"
     stray = tmp_path / "stray.csv"
     stray.write_text(header + 'a\tb\t1\n"Dune part one\tb2\t1\nc\td\t0\n"Dune" part two\tz\t1\ng\th\t0\n')
@@ -333,7 +326,7 @@ def test_quotes_that_are_not_closed_are_named_and_never_swallow_rows(base, tmp_p
     assert len(data.encoded["test"]) == 5
 
 
-def test_bad_json_lines_are_named_or_skipped(base, tmp_path):
+def test_quora_pairs_invalid_json_lines_are_named_or_skipped(base, tmp_path):
     good = '{"sentence1": "a", "sentence2": "b", "is_duplicate": 1}\n'
     for bad, reason in (
         (b'{"sentence1": "gr\xfcn"}\n', "not UTF-8"),
@@ -351,7 +344,7 @@ def test_bad_json_lines_are_named_or_skipped(base, tmp_path):
         assert [data.row_number("test", n) for n in (0, 1)] == [1, 3]
 
 
-def test_predictions_carry_the_numbers_of_the_file(run, base, pair_flags, tmp_path):
+def test_predict_skipped_rows_keeps_row_numbers_of_the_file(run, base, pair_flags, tmp_path):
     folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", "--data.max_length=48",
                  *pair_flags, "--trainer.max_epochs=1", "--trainer.accelerator=cpu")  # fmt: skip
     rows = tmp_path / "new.csv"
@@ -364,7 +357,7 @@ def test_predictions_carry_the_numbers_of_the_file(run, base, pair_flags, tmp_pa
         ]  # fmt: skip
 
 
-def test_no_pair_is_validated_on_and_trained_on_the_other_way_round(base, tmp_path):
+def test_quora_pairs_mirrored_pairs_are_not_split_between_train_and_val(base, tmp_path):
     file = tmp_path / "mirrored.csv"
     pairs = [(f"question {i}", f"other {i}") for i in range(40)]
     lines = [f"{a},{b},1" for a, b in pairs] + [f"{b},{a},1" for a, b in pairs]
@@ -377,7 +370,7 @@ def test_no_pair_is_validated_on_and_trained_on_the_other_way_round(base, tmp_pa
     assert len(train) == 40 - len(val)
 
 
-def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
+def test_quora_pairs_swap_pairs_swaps_custom_template_fields(base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("a,b,is_duplicate\n" + "".join(f"x{i},y{i},1\n" for i in range(10)))
     data = QuoraPairs(
@@ -389,14 +382,14 @@ def test_symmetric_swaps_the_templates_own_fields(base, tmp_path):
         QuoraPairs(train_file=str(file), template="{sentence1}", swap_pairs=True)
 
 
-def test_a_verbaliser_has_no_dropout_of_its_own():
+def test_paraphrase_detector_verbalizer_with_head_dropout_samples_is_refused():
     with pytest.raises(
         InputError, match=r"model\.num_dropout_samples and model\.head_dropout require model\.head linear"
     ):
         ParaphraseDetector(config=SHAPE, head="verbalizer", label_words=["a", "b"], num_dropout_samples=3)
 
 
-def test_batches_of_other_loaders_have_their_rows_numbered():
+def test_task_batches_without_row_numbers_are_numbered_in_order():
     from lightning.pytorch import Trainer
 
     task = ParaphraseDetector(config=SHAPE, threshold="f1")

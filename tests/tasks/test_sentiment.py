@@ -1,4 +1,4 @@
-"""SentimentClassifier: its learning against transformers, its metrics against loops, its options."""
+"""SentimentClassifier: loss curves against transformers, metrics against loops, and options."""
 
 import csv
 
@@ -32,7 +32,7 @@ class Losses(Callback):
 
 
 def compare_with_transformers(base, data, steps, lr):
-    """Both learn from the same weights, rows and order, without dropout; the largest difference of their losses."""
+    """Train both from the same weights on the same batches without dropout; return the largest loss difference."""
     seed_everything(4, verbose=False)
     task = SentimentClassifier(
         base=str(base),
@@ -68,20 +68,20 @@ def compare_with_transformers(base, data, steps, lr):
     return max(abs(a - b) for a, b in zip(losses.losses, expected, strict=True)), expected
 
 
-def test_the_loss_curve_is_that_of_transformers(base, files):
+def test_sentiment_classifier_loss_curve_equals_transformers(base, files):
     data = IMDB(train_file=str(files["train"]), tokenizer=str(base), batch_size=16)
     difference, losses = compare_with_transformers(base, data, 50, 1e-3)
     assert difference < 1e-3
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_the_loss_curve_on_sst5_is_that_of_transformers(shared):
+def test_sentiment_classifier_loss_curve_on_sst5_equals_transformers(shared):
     base, file = str(shared / "base" / "gpt2-tiny"), str(shared / "data" / "ids-sst-train.csv")
     difference, _ = compare_with_transformers(base, SST5(train_file=file, tokenizer=base, batch_size=16), 50, 1e-4)
     assert difference < 1e-3
 
 
-def test_scores_and_predictions_equal_loops(run, base, data_flags):
+def test_fit_sentiment_scores_equal_loops_over_predictions(run, base, data_flags):
     folder = run("fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=64",
                  *data_flags, "--trainer.max_epochs=2", "--trainer.accelerator=cpu")  # fmt: skip
     account = metrics(folder)
@@ -100,7 +100,7 @@ def test_scores_and_predictions_equal_loops(run, base, data_flags):
 
 
 class Scores(Callback):
-    """The training accuracy that every epoch ends with. Before the step ``stop_at`` it saves and breaks off."""
+    """Record the training accuracy at the end of every epoch; save and interrupt before the step ``stop_at``."""
 
     def __init__(self, stop_at=None, file=None):
         self.stop_at, self.file, self.accuracy = stop_at, file, []
@@ -115,7 +115,7 @@ class Scores(Callback):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_an_epochs_scores_are_of_all_its_steps_and_logged_once(resumed, monkeypatch, tmp_path):
+def test_epoch_scores_of_resumed_run_cover_all_steps_and_are_logged_once(resumed, monkeypatch, tmp_path):
     data, file = ToySentiment(n_train=96, vocab_size=300, batch_size=16), tmp_path / "broken_off.ckpt"
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.0)
     task = SentimentClassifier(config=config, num_classes=3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
@@ -136,7 +136,7 @@ def test_an_epochs_scores_are_of_all_its_steps_and_logged_once(resumed, monkeypa
     assert [logged.count(name) for name in ("train/accuracy", "val/accuracy", "train/loss_step")] == [2, 2, steps]
 
 
-def test_a_linear_probe_computes_its_features_once(base, files):
+def test_linear_probe_features_are_computed_once(base, files):
     data = IMDB(train_file=str(files["train"]), val_file=str(files["val"]), tokenizer=str(base), batch_size=16)
     task = SentimentClassifier(
         base=str(base), num_classes=2, train_base=False, head_dropout=0.0,
@@ -171,7 +171,7 @@ def test_a_linear_probe_computes_its_features_once(base, files):
         {"compile": True},
     ],
 )
-def test_options_train(options):
+def test_sentiment_classifier_options_lower_the_loss(options):
     task = SentimentClassifier(
         config=SHAPE, num_classes=3, optimizer=lambda groups: torch.optim.AdamW(groups, lr=5e-3), **options
     )
@@ -182,7 +182,7 @@ def test_options_train(options):
 
 
 @pytest.mark.parametrize("average", ["loss", "logits"])
-def test_the_loss_of_a_step_is_that_of_the_options(average):
+def test_sentiment_classifier_step_loss_equals_the_options_formula(average):
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, dropout=0.0)
     task = SentimentClassifier(config=config, num_classes=3, pooling="mix", mean_weight=0.2,
                                head_dropout=0.5, num_dropout_samples=4,
@@ -207,7 +207,7 @@ def test_the_loss_of_a_step_is_that_of_the_options(average):
     assert losses.losses == pytest.approx([sum(of_masks) / len(of_masks)])
 
 
-def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_path, monkeypatch):
+def test_picture_writer_confusion_figure_has_labels_in_rows(tmp_path, monkeypatch):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
     data, logger = ToySentiment(n_train=160, vocab_size=300), TensorBoardLogger(tmp_path)
     task = SentimentClassifier(config=config, num_classes=3)
@@ -220,8 +220,8 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
     counts = {(i, j): 0 for i in range(3) for j in range(3)}
     with torch.no_grad():
         for batch in data.test_dataloader():
-            for label, said in zip(batch["labels"], task.eval().predict_proba(batch).argmax(-1), strict=True):
-                counts[int(label), int(said)] += 1
+            for label, prediction in zip(batch["labels"], task.eval().predict_proba(batch).argmax(-1), strict=True):
+                counts[int(label), int(prediction)] += 1
     assert counts != {(j, i): n for (i, j), n in counts.items()}
     (axes, *_) = figures["test"].axes
     shown = {(int(y), int(x)): int(text.get_text()) for text in axes.texts for x, y in [text.get_position()]}
@@ -242,13 +242,13 @@ def test_the_confusion_figures_rows_are_labels_and_its_columns_predictions(tmp_p
         ({"dropout": 1.5}, r"model.dropout must be in \[0, 1\), got 1.5"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_sentiment_classifier_options_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SentimentClassifier(**{"config": SHAPE, "num_classes": 3, **options})
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_gradients_are_clipped_at_any_precision(precision):
+def test_gradient_clipping_fused_optimizer_works_at_any_precision(precision):
     # Lightning itself refuses to clip for a fused optimizer under any mixed precision.
     norms = []
 
@@ -272,7 +272,7 @@ def test_gradients_are_clipped_at_any_precision(precision):
 
 
 class Gradients(Callback):
-    """Whether there are gradients after every batch."""
+    """Record after every batch whether there are gradients."""
 
     def __init__(self):
         self.there = []
@@ -284,7 +284,7 @@ class Gradients(Callback):
 
 
 @pytest.mark.parametrize(("accumulate", "there"), [(1, [False] * 4), (2, [True, False] * 2)])
-def test_gradients_go_after_a_step_and_not_before(accumulate, there):
+def test_gradients_are_freed_after_each_optimizer_step(accumulate, there):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
     task, watch = SentimentClassifier(config=config, num_classes=3), Gradients()
     fitting = trainer(max_steps=4 // accumulate, callbacks=[watch], accumulate_grad_batches=accumulate)
@@ -292,13 +292,13 @@ def test_gradients_go_after_a_step_and_not_before(accumulate, there):
     assert watch.there == there
 
 
-def test_words_of_several_tokens_are_refused():
+def test_verbalizer_label_words_of_several_tokens_are_refused():
     task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", label_words=["a", "b", "quixotic"])
     with pytest.raises(InputError, match=r"got 'quixotic' of \d"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
 
 
-def test_a_tokenizer_that_is_not_the_bases(base):
+def test_trainer_fit_tokenizer_larger_than_the_base_is_refused(base):
     task = SentimentClassifier(base=str(base), num_classes=3)
     with pytest.raises(InputError, match="vocab_size 400"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=400, vocab_size=450))

@@ -1,4 +1,4 @@
-"""The training state of a checkpoint enters only optimizers, schedulers and loops that it fits."""
+"""Validation of a checkpoint's training state against the optimizers, schedulers and loops of the run."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 class Third(torch.optim.Optimizer):
-    """Somebody's optimizer: numbers that change in its groups, keys added later, lists, short tensors."""
+    """A third-party optimizer: numbers that change in its groups, keys added later, lists and short tensors."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr, "k": 0, "train_mode": False})
@@ -49,7 +49,7 @@ class Third(torch.optim.Optimizer):
 
 
 class Stop(Callback):
-    """Save in mid-epoch, and end."""
+    """Save a checkpoint after the fourth step."""
 
     def __init__(self, file):
         self.file = file
@@ -71,7 +71,7 @@ def fit(optimizer, **settings):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Checkpoints of the fourth of twelve steps, by optimizer, and what training ended with."""
+    """Checkpoints of the fourth of twelve steps, by optimizer, and the final weights of the uninterrupted run."""
     made = {}
 
     def checkpoint(name):
@@ -85,7 +85,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumed_run_of_any_optimizer_ends_as_one_that_was_not_stopped(name, saved):
+def test_trainer_fit_resumed_with_any_optimizer_equals_uninterrupted(name, saved):
     file, expected = saved(name)
     for key, value in fit(name, ckpt_path=file).state_dict().items():
         assert torch.equal(value, expected[key]), key
@@ -254,7 +254,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_training_state_is_refused_before_it_is_used(name, saved, tmp_path):
+def test_trainer_fit_hostile_training_state_is_refused(name, saved, tmp_path):
     change, words = HOSTILE[name]
     checkpoint = torch.load(saved("fused")[0], weights_only=True)
     change(checkpoint)
@@ -267,8 +267,8 @@ def test_hostile_training_state_is_refused_before_it_is_used(name, saved, tmp_pa
     assert len(str(caught.value)) < 600
 
 
-def test_switches_of_the_step_are_the_configured_ones(saved, tmp_path):
-    """A run that was computed by a fused optimizer goes on with one that is not, whatever the file says."""
+def test_trainer_fit_resumed_optimizer_switches_are_the_configured_ones(saved, tmp_path):
+    """The switches of the step (fused, capturable, foreach) are those of the configuration, not of the file."""
     checkpoint = torch.load(saved("fused")[0], weights_only=True)
     for one in checkpoint["optimizer_states"][0]["param_groups"]:
         one |= {"foreach": "x", "capturable": True, "differentiable": 3, "fused": [1]}
@@ -281,8 +281,8 @@ def test_switches_of_the_step_are_the_configured_ones(saved, tmp_path):
         assert torch.equal(value, saved("fused")[1][key])
 
 
-def test_state_of_every_torch_optimizer_has_the_layout_of_its_first_step():
-    """Each layout against a step on the parameters themselves."""
+def test_state_layouts_of_torch_optimizers_equal_state_after_first_step():
+    """Compare each layout with the state after a step on the parameters."""
     from gpt2_pl.tasks.optimizer_state import state_layouts
 
     for make in (make for name, make in OPTIMIZERS.items() if name != "third"):

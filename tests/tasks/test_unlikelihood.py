@@ -1,4 +1,4 @@
-"""Unlikelihood: against a triple loop, finite differences and cross-entropy, in one piece and in chunks."""
+"""Unlikelihood losses against triple loops, finite differences and cross-entropy, in one piece and in chunks."""
 
 import math
 
@@ -29,7 +29,7 @@ V = 9
 
 
 def brute_force(logits, rows, predicted, alpha, ignored=(), window=None):
-    """The mean loss of rows x_1 .. x_(T+1) (B, T + 1), over the tokens x_2 .. x_(T+1) that are predicted (B, T)."""
+    """Return the mean loss of rows x_1 .. x_(T+1) (B, T + 1) over their predicted tokens x_2 .. x_(T+1) (B, T)."""
     total, n = 0.0, 0
     for scores, row, wanted in zip(logits, rows.tolist(), predicted.tolist(), strict=True):
         for t in range(1, len(row)):  # x_(t+1) is row[t]
@@ -45,7 +45,7 @@ def brute_force(logits, rows, predicted, alpha, ignored=(), window=None):
 
 
 def random_rows(seed, B=3, T=11):
-    """Rows (B, T + 1), of which tokens at the end are padding, or at the beginning or within are not predicted."""
+    """Return rows (B, T + 1) with padding at the end, and tokens at the start or within that are not predicted."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, V, (B, T + 1), generator=generator)
     predicted = torch.ones(B, T, dtype=torch.bool)
@@ -54,13 +54,13 @@ def random_rows(seed, B=3, T=11):
 
 
 def random_text(seed, B=3, T=11):
-    """Targets alone."""
+    """Return the targets of random rows and the generator."""
     return random_rows(seed, B, T)[2:]
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}, {"alpha": 0.3, "window": 1}])
-def test_it_equals_a_triple_loop(seed, settings):
+def test_unlikelihood_losses_equal_a_triple_loop(seed, settings):
     rows, predicted, targets, generator = random_rows(seed)
     hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -83,7 +83,7 @@ def test_it_equals_a_triple_loop(seed, settings):
 
 
 @pytest.mark.parametrize("surgery", [[PrefixTuning(length=3)], [PromptTuning(length=2)], [LoRA(rank=2)]])
-def test_virtual_tokens_are_never_seen_by_the_loss(surgery):
+def test_unlikelihood_cross_entropy_with_adapters_ignores_virtual_tokens(surgery):
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=V, n_positions=24, n_embd=8, n_layer=2, n_head=2, dropout=0.0))
     for change in surgery:
@@ -97,8 +97,8 @@ def test_virtual_tokens_are_never_seen_by_the_loss(surgery):
 
 
 @pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}])
-def test_without_the_rows_the_candidates_are_the_earlier_targets(settings):
-    """The same as of rows whose first token, and those not predicted, are none that could be a candidate."""
+def test_unlikelihood_loss_without_input_ids_uses_earlier_targets(settings):
+    """Equal the loss of rows whose first token and unpredicted tokens cannot be candidates."""
     _, _, targets, generator = random_rows(2)
     nothing = V - 1
     targets = targets.where(targets != nothing, 0)
@@ -109,7 +109,7 @@ def test_without_the_rows_the_candidates_are_the_earlier_targets(settings):
     assert unlikelihood_loss(logits, targets, **settings).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_first_token_of_a_row_is_a_candidate():
+def test_unlikelihood_loss_first_token_of_a_row_is_a_candidate():
     rows = torch.tensor([[7, 1, 2]])
     logits = torch.randn(1, 2, V, dtype=torch.float64)
     inputs, targets = rows[:, :-1], rows[:, 1:]
@@ -119,7 +119,7 @@ def test_first_token_of_a_row_is_a_candidate():
     assert unlikelihood_loss(logits, targets, input_ids=inputs).item() == pytest.approx(likelihood + held, rel=1e-12)
 
 
-def test_gradients_are_finite_differences():
+def test_unlikelihood_gradients_equal_finite_differences():
     rows, _, targets, generator = random_rows(7, T=6)
     inputs = rows[:, :-1]
     hidden = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -135,7 +135,7 @@ def test_gradients_are_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: sequence_unlikelihood_loss(h, w, text, n=3, chunk=7), (states, weight))
 
 
-def test_compiled_losses_are_the_same():
+def test_unlikelihood_compiled_gradients_equal_eager():
     targets, generator = random_text(5)
     hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -147,7 +147,7 @@ def test_compiled_losses_are_the_same():
         torch.testing.assert_close(compiled, eager)
 
 
-def test_without_weight_it_is_cross_entropy():
+def test_unlikelihood_loss_with_zero_alpha_equals_cross_entropy():
     targets, generator = random_text(1)
     logits = torch.randn(*targets.shape, V, generator=generator)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
@@ -158,7 +158,7 @@ def test_without_weight_it_is_cross_entropy():
     )
 
 
-def test_a_certain_repetition_costs_what_the_clamp_allows():
+def test_unlikelihood_loss_certain_repetition_is_clamped_and_finite():
     logits = torch.full((1, 2, V), -50.0, dtype=torch.float64, requires_grad=True)
     certain = logits.clone()
     certain[0, :, 3] = 50.0
@@ -172,7 +172,7 @@ def test_a_certain_repetition_costs_what_the_clamp_allows():
     assert torch.autograd.grad(total, hidden)[0].isfinite().all()
 
 
-def test_tokens_of_repeated_ngrams_are_marked():
+def test_repeated_ngrams_marks_tokens_of_later_occurrences():
     text = [1, 2, 3, 4, 9, 1, 2, 3, 4, 1, 2, 3, 4]
     marked = repeated_ngrams(torch.tensor([text, [IGNORE_INDEX] * 13, list(range(13))]), 4).tolist()
     seen, expected = set(), [False] * len(text)
@@ -186,7 +186,7 @@ def test_tokens_of_repeated_ngrams_are_marked():
     assert not repeated_ngrams(torch.tensor([[1, 1]]), 4).any()
 
 
-def test_repetition_loss_is_over_all_tokens():
+def test_sequence_unlikelihood_loss_is_divided_by_all_tokens():
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 8, 4), torch.randn(V, 4)
     targets = torch.tensor([[5, 6, 5, 6, 5, 6, 1, 2], [IGNORE_INDEX, IGNORE_INDEX, 1, 1, 1, 1, 1, 3]])
@@ -199,7 +199,7 @@ def test_repetition_loss_is_over_all_tokens():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_low_precision_is_not_lost(autocast):
+def test_unlikelihood_loss_of_bfloat16_logits_is_close_to_float32(autocast):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 300, (4, 64), generator=generator)
     logits = torch.randn(4, 64, 300, generator=generator).bfloat16()
@@ -212,7 +212,7 @@ def test_low_precision_is_not_lost(autocast):
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made."""
+    """Record the bytes of the largest tensor that is created."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_no_tensor_is_larger_than_a_chunks_logits():
+def test_unlikelihood_losses_allocate_no_tensor_larger_than_a_chunk():
     B, T, entries, chunk = 2, 64, 1000, 16
     hidden, weight = torch.randn(B, T, 8, requires_grad=True), torch.randn(entries, 8, requires_grad=True)
     targets = torch.randint(entries, (B, T))
@@ -247,14 +247,14 @@ def test_no_tensor_is_larger_than_a_chunks_logits():
 
 
 class Step(Callback):
-    """The loss of the last step, and its batch."""
+    """Record the loss and the batch of the last step."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.loss, self.batch = float(outputs["loss"]), batch
 
 
 def decoded(core, prompt, n):
-    """Continued greedily, by full passes."""
+    """Return a prompt continued greedily by full passes."""
     ids = prompt
     for _ in range(n):
         ids = torch.cat([ids, core.logits(core(ids))[:, -1:].argmax(-1)], dim=1)
@@ -262,7 +262,7 @@ def decoded(core, prompt, n):
 
 
 @pytest.mark.parametrize("asked", [5, 9])  # more than the shortest text has, which is continued from its end
-def test_a_step_of_sequence_unlikelihood_is_a_loop_over_the_greedy_continuation(asked):
+def test_sequence_unlikelihood_step_equals_loop_over_greedy_continuation(asked):
     config = GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.0)
     task = LanguageModel(config=config, sequence_unlikelihood=1.0, sequence_prefix=asked, sequence_length=25)
     task.configure_model()
@@ -291,7 +291,7 @@ def test_a_step_of_sequence_unlikelihood_is_a_loop_over_the_greedy_continuation(
 
 
 @pytest.mark.parametrize("settings", [{"unlikelihood_window": 5}, {"unlikelihood_ignores": ["the", " is", "t"]}])
-def test_a_step_of_token_unlikelihood_is_a_triple_loop(settings, base, files):
+def test_token_unlikelihood_step_equals_a_triple_loop(settings, base, files):
     data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
     task, step = LanguageModel(base=str(base), dropout=0.0, unlikelihood=2.5, **settings), Step()
     trainer(max_steps=1, callbacks=[step], limit_val_batches=0).fit(task, data)

@@ -1,4 +1,4 @@
-"""Data files of any bytes: what is read is what Python's csv and json say, or one error names the file."""
+"""Data files of arbitrary bytes: read as Python's csv and json modules do, or refused with an error that names them."""
 
 import csv
 import gzip
@@ -30,14 +30,14 @@ HEADER = "sentence,sentiment\n"
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """What is read is cached where it vanishes."""
+    """Put the dataset cache into a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
 
 
 def read(folder, name, content, **options):
-    """The rows of a file and why others are left out, by number; None where it is refused, which names the file."""
+    """Return the rows of a file and the reasons for skipped rows by number, or None if the file is refused by name."""
     file = folder / name
     file.write_bytes(content)
     try:
@@ -55,7 +55,7 @@ def read(folder, name, content, **options):
 
 
 def by_csv(content, delimiter):
-    """The rows that Python's csv finds, without blank lines; None where it finds none or they are ragged."""
+    """Return the rows of Python's csv module without blank lines, or None if the text is invalid or ragged."""
     try:
         text = content.decode("utf-8-sig")
         header, *records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -79,7 +79,7 @@ tables = st.lists(st.tuples(cells.map(lambda text: f"{text}x"), cells), min_size
 
 @fuzz
 @given(tables, st.sampled_from(",;\t"), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
-def test_what_a_writer_of_csv_writes_is_read_back(tmp_path, rows, delimiter, end, marked):
+def test_read_file_csv_writer_output_is_read_back(tmp_path, rows, delimiter, end, marked):
     out = io.StringIO(newline="")
     table = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
     table.writerows([("sentence", 'the "label",\n;'), *rows])
@@ -92,7 +92,7 @@ def test_what_a_writer_of_csv_writes_is_read_back(tmp_path, rows, delimiter, end
 
 @fuzz
 @given(tables, st.sampled_from(",;\t"), st.sampled_from(["utf-8", "utf-16", "latin-1", "cp1252"]), st.data())
-def test_damaged_csv_is_read_as_csv_says_or_refused(tmp_path, rows, delimiter, encoding, data):
+def test_read_file_damaged_csv_equals_csv_module_or_is_refused(tmp_path, rows, delimiter, encoding, data):
     lines = [delimiter.join(("sentence", "label")), *(delimiter.join(row) for row in rows)]
     content = bytearray("\n".join(lines).encode(encoding, errors="replace"))
     for _ in range(data.draw(st.integers(0, 3))):
@@ -107,7 +107,7 @@ def test_damaged_csv_is_read_as_csv_says_or_refused(tmp_path, rows, delimiter, e
 
 @fuzz
 @given(st.binary(max_size=60), st.sampled_from([".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet"]))
-def test_bytes_of_no_format(tmp_path, content, ending):
+def test_read_file_arbitrary_bytes_equal_csv_module_or_are_refused(tmp_path, content, ending):
     found = read(tmp_path, f"rows{ending}", content)
     if found is not None:
         assert ending != ".parquet"
@@ -117,7 +117,7 @@ def test_bytes_of_no_format(tmp_path, content, ending):
 
 @fuzz
 @given(st.lists(st.sampled_from(["good,1", "bad", "a,b,c", "\xff,1", ' ,"', "", "fine,0"]), min_size=1, max_size=8))
-def test_bad_rows_are_left_out_and_the_others_keep_their_numbers(tmp_path, lines):
+def test_read_file_skip_bad_omits_bad_rows_and_keeps_numbers(tmp_path, lines):
     content = (HEADER + "\n".join(lines)).encode("latin-1")
     found = read(tmp_path, "rows.csv", content, skip_bad=True, quoting=False)
     numbered = dict(enumerate((line for line in lines if line), start=1))
@@ -142,14 +142,14 @@ def test_bad_rows_are_left_out_and_the_others_keep_their_numbers(tmp_path, lines
         (b"sentence,sentence\na,b\n", "'sentence' twice in the header"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(content, words, tmp_path):
+def test_read_file_invalid_csv_is_refused_with_the_reason(content, words, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_bytes(content)
     with pytest.raises(InputError, match=words):
         list(read_file(str(file), "data.train_file").read(["sentence"]))
 
 
-def test_a_row_of_blanks_in_the_only_column_is_not_left_out_unseen(tmp_path):
+def test_read_file_blank_row_of_single_column_is_refused_or_reported(tmp_path):
     for blank in (b"   ", b" \t ", b'" "'):
         content = b"sentence\na\n" + blank + b"\n\nb\n\n"
         assert read(tmp_path, "rows.csv", content) is None
@@ -160,7 +160,7 @@ def test_a_row_of_blanks_in_the_only_column_is_not_left_out_unseen(tmp_path):
     assert (len(found), skipped) == (2, {})
 
 
-def test_a_line_of_a_megabyte_is_a_row_like_others(tmp_path):
+def test_read_file_line_of_a_megabyte_is_read(tmp_path):
     for name, content in (
         ("rows.csv", HEADER + "x" * 1_000_000 + ",1\ny,0\n"),
         ("rows.jsonl", json.dumps({"sentence": "x" * 1_000_000}) + '\n{"sentence": "y"}\n'),
@@ -169,7 +169,7 @@ def test_a_line_of_a_megabyte_is_a_row_like_others(tmp_path):
         assert [len(row["sentence"]) for row in found] == [1_000_000, 1]
 
 
-def test_parquet_that_breaks_off(tmp_path, capfd):
+def test_read_file_truncated_parquet_is_refused(tmp_path, capfd):
     file = tmp_path / "rows.parquet"
     datasets.Dataset.from_list([{"sentence": "a" * 50, "sentiment": 1}] * 50).to_parquet(file)
     whole = file.read_bytes()
@@ -180,7 +180,7 @@ def test_parquet_that_breaks_off(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", ["folder.csv", "x" * 400 + ".csv", "~nobody/rows.csv", "a\0b.csv", "rows.csv.gz"])
-def test_paths_that_are_no_files(name, tmp_path, monkeypatch):
+def test_read_file_and_read_poems_invalid_path_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(HEADER.encode()))
@@ -208,7 +208,7 @@ objects = st.dictionaries(st.sampled_from(["sentence", "label", "type", "message
 
 
 def same(a, b):
-    """Equal in type and value, NaN too."""
+    """Return whether two values are equal in type and value, NaN included."""
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a):
         return math.isnan(b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -225,9 +225,9 @@ def same(a, b):
     st.sampled_from(["\n", "\r\n", "\n\n"]),
     st.sampled_from(["lines", "array"]),
 )
-def test_json_is_read_as_python_reads_it(tmp_path, rows, ascii_only, end, how):
-    told = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
-    text = end.join(told) + end if how == "lines" else f"[{','.join(told)}]"
+def test_read_file_json_equals_the_json_module(tmp_path, rows, ascii_only, end, how):
+    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    text = end.join(lines) + end if how == "lines" else f"[{','.join(lines)}]"
     found, skipped = read(tmp_path, "rows.jsonl", text.encode())
     names = dict.fromkeys(name for row in rows for name in row)
     assert not skipped
@@ -237,7 +237,7 @@ def test_json_is_read_as_python_reads_it(tmp_path, rows, ascii_only, end, how):
 
 @fuzz
 @given(st.lists(objects, min_size=1, max_size=4), st.data())
-def test_damaged_json_is_read_as_json_says_or_refused(tmp_path, rows, data):
+def test_read_file_damaged_json_equals_json_module_or_is_refused(tmp_path, rows, data):
     content = bytearray("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     for _ in range(data.draw(st.integers(0, 2))):
         place = data.draw(st.integers(0, len(content)))
@@ -271,7 +271,7 @@ def test_damaged_json_is_read_as_json_says_or_refused(tmp_path, rows, data):
     ],
     ids=range(10),
 )
-def test_lines_that_are_no_objects_are_named(line, words, tmp_path):
+def test_read_file_invalid_json_line_is_named_or_skipped(line, words, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"sentence": "fine"}\n\n{"sentence": "fine"}\n' + line + b"\n")
     with pytest.raises(InputError, match=rf"rows\.jsonl, row 3 .*{words}|rows\.jsonl, {words}"):
@@ -281,20 +281,20 @@ def test_lines_that_are_no_objects_are_named(line, words, tmp_path):
     assert [(number, type(row)) for number, row in rows[2:]] == [(3, str)]
 
 
-def test_texts_that_look_like_dates_or_numbers_stay_texts(base, tmp_path):
-    said = ["2020-01-01", "2021-02-03", "007", "1e5"]
+def test_imdb_texts_like_dates_or_numbers_remain_texts(base, tmp_path):
+    texts = ["2020-01-01", "2021-02-03", "007", "1e5"]
     for n in (2, 4):
         file = tmp_path / f"{n}.jsonl"
-        file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": 1}) for text in said[:n]))
+        file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": 1}) for text in texts[:n]))
         data = IMDB(test_file=str(file), tokenizer=str(base))
         data.setup()
-        assert [row["sentence"] for row in data.rows["test"]] == said[:n]
+        assert [row["sentence"] for row in data.rows["test"]] == texts[:n]
 
 
-def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
+def test_imdb_values_that_are_not_text_are_named_or_skipped(base, tmp_path):
     file = tmp_path / "rows.jsonl"
-    said = ["fine", 3, "0", None, "bad", ["a"]]
-    file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": i % 2}) for i, text in enumerate(said)))
+    texts = ["fine", 3, "0", None, "bad", ["a"]]
+    file.write_text("\n".join(json.dumps({"sentence": text, "sentiment": i % 2}) for i, text in enumerate(texts)))
     with pytest.raises(InputError, match=r"rows\.jsonl, row 2: 'sentence' must be a non-empty string, got 3"):
         IMDB(test_file=str(file), tokenizer=str(base)).setup()
     data = IMDB(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
@@ -306,7 +306,7 @@ def test_numbers_among_texts_are_named_or_left_out(base, tmp_path):
         TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
 
 
-def test_row_without_tokens_is_named_or_left_out(base, tmp_path):
+def test_imdb_row_without_tokens_is_named_or_skipped(base, tmp_path):
     settings = json.loads((base / "tokenizer.json").read_text())
     settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
@@ -326,7 +326,7 @@ def test_row_without_tokens_is_named_or_left_out(base, tmp_path):
 
 @fuzz
 @given(scalars | st.sampled_from(["0", "1", "1.0", " 1 ", "yes", "no", "-1", "2", "1.5", "inf", "True", "0x1", "-0"]))
-def test_a_label_is_a_class_or_refused_by_row(value):
+def test_parse_label_any_value_is_a_class_or_refused_by_row(value):
     text = "" if value is None else str(value).strip()
     index = re.fullmatch(r"0*([01])(\.0+)?", text, flags=re.ASCII)
     expected = {"no": 0, "yes": 1}.get(text, None if index is None else int(index[1]))
@@ -347,7 +347,7 @@ def test_a_label_is_a_class_or_refused_by_row(value):
         ("no yes", "-0", None), ("no yes", "1e0", None), ("no yes", "01", 1), ("1 2", "\u0967", None),
     ],
 )  # fmt: skip
-def test_names_that_are_numbers_are_no_indices(names, value, expected):
+def test_parse_label_numeric_names_are_not_taken_as_indices(names, value, expected):
     names = names.split()
     if expected is None:
         with pytest.raises(InputError, match="row 1: the label in 'label' must be"):
@@ -357,14 +357,14 @@ def test_names_that_are_numbers_are_no_indices(names, value, expected):
 
 
 @pytest.mark.parametrize("label", ["", "3", "-1", "1.5", "nan", "good", "1,", "0x1"])
-def test_a_bad_label_a_thousand_rows_in(label, base, tmp_path):
+def test_imdb_invalid_label_in_row_1001_is_named(label, base, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text(HEADER + "good,1\n" * 1000 + f'bad,"{label}"\n' + "good,1\n" * 10)
     with pytest.raises(InputError, match=r"rows\.csv, row 1001: the label in 'sentiment'"):
         IMDB(train_file=str(file), val_file=str(file), tokenizer=str(base)).setup()
 
 
-def test_columns_that_are_not_there_or_serve_twice(base, tmp_path):
+def test_text_classification_missing_or_shared_column_is_refused(base, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("a,b,label\nx,y,1\n")
     for columns, words in (({"a": "c"}, "no column 'c'"), ({"b": "a"}, "a different column to each template field")):
@@ -380,7 +380,7 @@ def test_columns_that_are_not_there_or_serve_twice(base, tmp_path):
 
 @fuzz
 @given(st.lists(st.sampled_from(["1", "2", "3", "../4", "a line", "", "0", "1234567", "\u0663"]) | cells, max_size=9))
-def test_poems_are_read_or_refused(tmp_path, lines):
+def test_read_poems_any_lines_are_kept_or_refused(tmp_path, lines):
     file = tmp_path / "poems.txt"
     file.write_text("\n".join(lines), encoding="utf-8", newline="")
     try:
@@ -388,16 +388,16 @@ def test_poems_are_read_or_refused(tmp_path, lines):
     except InputError as error:
         assert "poems.txt" in str(error)
         return
-    said = [line for line in (line.strip() for line in "\n".join(lines).splitlines()) if line]
+    written = [line for line in (line.strip() for line in "\n".join(lines).splitlines()) if line]
     kept = [line for poem in poems for line in (str(poem.number), *poem.lines)]
-    assert [line.lstrip("0") or "0" for line in said[len(said) - len(kept) :]] == [
+    assert [line.lstrip("0") or "0" for line in written[len(written) - len(kept) :]] == [
         line.lstrip("0") or "0" for line in kept
     ]  # nothing between the first number and the end is lost
 
 
 @fuzz
 @given(st.binary(max_size=40))
-def test_poems_of_any_bytes(tmp_path, content):
+def test_read_poems_any_bytes_are_read_or_refused(tmp_path, content):
     file = tmp_path / "poems.txt"
     file.write_bytes(content)
     try:

@@ -1,4 +1,4 @@
-"""Model folders, tokenizers, adapters and prompts that are not what they should be: one error names the thing."""
+"""Invalid model folders, tokenizers, adapters and prompts: each is refused with one error that names it."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def folder(base, tmp_path):
 
 
 def state(folder, **changes):
-    """Change what config.json says."""
+    """Change values of config.json."""
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -49,7 +49,7 @@ ODD = [None, "32", -1, 0, 3.5, 64.0, [2], {"a": 1}, True, 10**7, 10**18, 2**70, 
 
 
 @pytest.mark.parametrize("key", SIZES)
-def test_sizes_that_lie(key, folder):
+def test_from_pretrained_invalid_sizes_in_config_are_refused(key, folder):
     for value in [*ODD, 7]:
         state(folder, **{key: value})
         with pytest.raises(InputError, match=key if value not in (7, 10**7, 10**18, 2**70) else "config"):
@@ -69,7 +69,7 @@ def test_sizes_that_lie(key, folder):
         ("model_type", ("gpt2",)),
     ],
 )
-def test_other_architectures_are_never_loaded(key, fine, folder):
+def test_from_pretrained_other_architecture_settings_are_refused(key, fine, folder):
     for value in [*ODD, "relu", "gelu", "llama", 7, 1e-6, *fine]:
         state(folder, **{key: value})
         if any(type(value) is type(one) and value == one for one in fine):
@@ -80,7 +80,7 @@ def test_other_architectures_are_never_loaded(key, fine, folder):
 
 
 @pytest.mark.parametrize("key", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
-def test_rates_that_are_none(key, folder):
+def test_from_pretrained_invalid_dropout_rates_are_refused(key, folder):
     for value in (None, "0.1", -0.1, 1.0, [0.1], True, float("nan")):
         state(folder, **{key: value})
         with pytest.raises(InputError, match=key):
@@ -88,7 +88,7 @@ def test_rates_that_are_none(key, folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"1", b"null", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"n_embd": '])
-def test_config_json_that_is_none(content, folder):
+def test_from_pretrained_malformed_config_json_is_refused(content, folder):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json"):
         GPT2.from_pretrained(folder)
@@ -109,12 +109,12 @@ def written(header, tail):
 
 
 def lying(header, **lie):
-    return {name: {**said, **lie} if "ln_" in name else said for name, said in header.items()}
+    return {name: {**entry, **lie} if "ln_" in name else entry for name, entry in header.items()}
 
 
 @fuzz
 @given(st.data())
-def test_damaged_weights_are_refused_or_load_as_they_are(base, tmp_path, data):
+def test_from_pretrained_damaged_weights_are_refused_or_equal_the_file(base, tmp_path, data):
     folder = tmp_path / "copy"
     if not folder.exists():
         shutil.copytree(base, folder)
@@ -155,7 +155,7 @@ def test_damaged_weights_are_refused_or_load_as_they_are(base, tmp_path, data):
     ],
     ids=range(7),
 )
-def test_headers_that_lie(change, folder):
+def test_from_pretrained_false_safetensors_header_is_refused(change, folder):
     (folder / "model.safetensors").write_bytes(change(*whole(folder)))
     with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
         GPT2.from_pretrained(folder)
@@ -174,7 +174,7 @@ def test_headers_that_lie(change, folder):
     ],
     ids=range(7),
 )  # fmt: skip
-def test_tensors_that_are_none(change, words, folder):
+def test_from_pretrained_invalid_tensors_are_refused(change, words, folder):
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -190,21 +190,21 @@ def test_tensors_that_are_none(change, words, folder):
     + [{"weight_map": {"a": 1, "b": "x"}}, {"weight_map": [1]}, {"weight_map": {}}, {}, [], {"weight_map": {"a": {}}}],
     ids=str,
 )  # fmt: skip
-def test_shards_lie_in_the_folder(index, folder):
+def test_from_pretrained_shard_index_outside_the_folder_is_refused(index, folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="copy"):
         GPT2.from_pretrained(folder)
 
 
-def test_an_index_that_is_nested_too_deeply(folder):
+def test_from_pretrained_deeply_nested_shard_index_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"index\.json: its values are nested more than 100 deep"):
         GPT2.from_pretrained(folder)
 
 
-def test_nothing_is_built_before_it_is_known_to_fit(folder, monkeypatch):
+def test_check_too_many_layers_are_refused_before_the_model_is_built(folder, monkeypatch):
     state(folder, n_layer=10**9)
     monkeypatch.setattr(pretrained, "GPT2", None)  # would be called
     with pytest.raises(InputError, match="n_layer is 1000000000"):
@@ -214,14 +214,7 @@ def test_nothing_is_built_before_it_is_known_to_fit(folder, monkeypatch):
 # Tokenizers
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "null", '{"model": 3}', "\0"])
-def test_broken_tokenizers(content, folder):
-    (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match="tokenizer"):
-        load_tokenizer(folder)
-
-
-def test_an_empty_tokenizer(folder):
+def test_load_tokenizer_empty_vocabulary_is_refused(folder):
     file = folder / "tokenizer.json"
     settings = json.loads(file.read_text())
     settings["model"].update(vocab={}, merges=[])
@@ -235,13 +228,13 @@ def test_an_empty_tokenizer(folder):
         load_tokenizer(folder)
 
 
-def test_ids_far_beyond_the_number_of_tokens(folder):
+def test_load_tokenizer_huge_token_id_is_refused(folder):
     larger(folder, 4_000_000_000)
     with pytest.raises(InputError, match="one with the id 4000000000"):
         load_tokenizer(folder)
 
 
-def test_a_token_around_every_text_that_the_model_lacks(folder):
+def test_validate_vocab_size_special_token_beyond_vocabulary_is_refused(folder):
     file = folder / "tokenizer.json"
     settings = json.loads(file.read_text())
     around = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}},
@@ -254,7 +247,7 @@ def test_a_token_around_every_text_that_the_model_lacks(folder):
 
 
 def larger(folder, token_id=450):
-    """Give a tokenizer a token that no model has."""
+    """Add a token beyond the model's vocabulary to a tokenizer."""
     file = folder / "tokenizer.json"
     settings = json.loads(file.read_text())
     settings["model"]["vocab"]["beyond"] = token_id
@@ -285,14 +278,14 @@ def adapter(base, tmp_path):
      ("alpha_pattern", {"x" * 10**6: 1})],
     ids=shorten,
 )  # fmt: skip
-def test_adapter_settings_of_another_kind(key, value, adapter, base):
+def test_peft_adapter_invalid_settings_are_refused_by_name(key, value, adapter, base):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(InputError, match=key):
         PeftAdapter(str(adapter)).apply(GPT2.from_pretrained(base))
 
 
-def test_adapter_tensors_that_are_none(adapter, base):
+def test_peft_adapter_invalid_tensors_or_config_are_refused(adapter, base):
     file = adapter / "adapter_model.safetensors"
     original = load_file(file)
     name = next(name for name in original if name.endswith("lora_A.weight"))
@@ -306,7 +299,7 @@ def test_adapter_tensors_that_are_none(adapter, base):
             PeftAdapter(str(adapter)).apply(GPT2.from_pretrained(base))
 
 
-def test_an_adapter_of_pickles_is_not_read(adapter, base):
+def test_peft_adapter_pickled_weights_are_refused(adapter, base):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(InputError, match="is not a peft adapter"):
         PeftAdapter(str(adapter)).apply(GPT2.from_pretrained(base))
@@ -317,7 +310,7 @@ def test_an_adapter_of_pickles_is_not_read(adapter, base):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, base, files):
-    """The folders of a classifier's and a language model's run."""
+    """The run folders of a classifier and a language model."""
     place = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -363,7 +356,7 @@ def prompts(tmp_path):
     ],
     ids=str,
 )
-def test_flags_of_generate(flags, words, trained, prompts, run, capsys, tmp_path):
+def test_generate_invalid_flags_are_refused_without_output(flags, words, trained, prompts, run, capsys, tmp_path):
     out = tmp_path / "out.txt"
     assert words in refused(run, capsys, "generate", trained["text"], "--prompt_file", prompts, "--out", out, *flags)
     assert not out.exists()
@@ -383,7 +376,7 @@ def test_flags_of_generate(flags, words, trained, prompts, run, capsys, tmp_path
     ],
     ids=str,
 )
-def test_flags_of_classify(flags, words, trained, files, run, capsys, tmp_path):
+def test_classify_invalid_flags_are_refused_without_output(flags, words, trained, files, run, capsys, tmp_path):
     out = tmp_path / "out.csv"
     assert words in refused(run, capsys, "classify", trained["imdb"], "--input", files["val"], "--out", out, *flags)
     assert not out.exists()
@@ -401,7 +394,7 @@ def test_flags_of_classify(flags, words, trained, files, run, capsys, tmp_path):
     ids=["nan", "inf", "int8", "complex", "bool"],
 )
 @pytest.mark.parametrize("command", ["classify", "generate", "export", "test", "fit"])
-def test_weights_that_are_no_finite_numbers(
+def test_commands_checkpoint_weights_not_finite_or_of_other_dtype_are_refused(
     change, words, command, trained, base, prompts, files, run, capsys, tmp_path
 ):
     folder = shutil.copytree(trained["text" if command == "generate" else "imdb"], tmp_path / "run")
@@ -422,12 +415,12 @@ def test_weights_that_are_no_finite_numbers(
 
 
 @pytest.mark.parametrize("command", ["classify", "generate", "export", "compare"])
-def test_options_that_are_missing(command, run, capsys):
+def test_commands_missing_options_are_refused(command, run, capsys):
     assert "required" in refused(run, capsys, command)
 
 
 @pytest.mark.parametrize("poems", [False, True])
-def test_prompts_beyond_the_context_are_named_before_any_is_continued(
+def test_generate_prompt_beyond_the_context_is_named_before_generation(
     poems, trained, run, capsys, tmp_path, monkeypatch
 ):
     from gpt2_pl.tasks import LanguageModel
@@ -452,21 +445,21 @@ def test_prompts_beyond_the_context_are_named_before_any_is_continued(
      ("p.jsonl", b'{"prompt": "\\ud800"}')],
     ids=range(11),
 )  # fmt: skip
-def test_prompt_files_that_are_none(name, content, trained, run, capsys, tmp_path):
+def test_generate_invalid_prompt_file_is_refused(name, content, trained, run, capsys, tmp_path):
     file, out = tmp_path / name, tmp_path / "out.txt"
     file.write_bytes(content)
     assert name in refused(run, capsys, "generate", trained["text"], "--prompt_file", file, "--out", out)
     assert not out.exists()
 
 
-def test_text_beyond_the_context_is_cut_and_classified(trained, tmp_path):
+def test_classify_text_beyond_the_context_is_truncated(trained, tmp_path):
     file, out = tmp_path / "rows.csv", tmp_path / "out.csv"
     file.write_text("sentence\n" + "a long film " * 500 + "\n")
     main(["classify", str(trained["imdb"]), "--input", str(file), "--out", str(out)])
     assert len(out.read_text().splitlines()) == 2
 
 
-def test_a_template_beyond_the_context_is_refused(base, data_flags, run, capsys, tmp_path):
+def test_fit_template_beyond_the_context_is_refused(base, data_flags, run, capsys, tmp_path):
     line = refused(run, capsys, "fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", *data_flags,
                    "--data.max_length=32", f"--data.template={'so long ' * 50}{{sentence}}")  # fmt: skip
     assert "max_length is 32" in line
@@ -474,7 +467,9 @@ def test_a_template_beyond_the_context_is_refused(base, data_flags, run, capsys,
 
 
 @pytest.mark.parametrize(("command", "name"), [("classify", "imdb"), ("generate", "text"), ("export", "imdb")])
-def test_a_tokenizer_with_tokens_that_the_model_lacks(command, name, trained, prompts, files, run, capsys, tmp_path):
+def test_commands_tokenizer_larger_than_the_model_is_refused(
+    command, name, trained, prompts, files, run, capsys, tmp_path
+):
     folder = shutil.copytree(trained[name], tmp_path / "run")
     larger(folder)
     out = tmp_path / ("out" if command == "export" else "out.csv" if command == "classify" else "out.txt")
@@ -494,7 +489,7 @@ def changed_tokenizer(folder, **changes):
 DELETES_Z = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
 
 
-def test_generate_prompt_without_a_token_is_named(trained, run, capsys, tmp_path):
+def test_generate_prompt_without_tokens_is_named(trained, run, capsys, tmp_path):
     folder = shutil.copytree(trained["text"], tmp_path / "run")
     changed_tokenizer(folder, normalizer=DELETES_Z)
     (tmp_path / "prompts.txt").write_text("a film\nzzz\n")
@@ -505,8 +500,8 @@ def test_generate_prompt_without_a_token_is_named(trained, run, capsys, tmp_path
     assert not (tmp_path / "o.txt").exists()
 
 
-def test_generate_special_tokens_around_texts_are_left_out(trained, prompts, run, tmp_path):
-    """As in training; an end of text behind a prompt would begin another text."""
+def test_generate_special_tokens_of_the_tokenizer_are_not_added(trained, prompts, run, tmp_path):
+    """As in training: an end-of-text token after a prompt would start another text."""
     folder = shutil.copytree(trained["text"], tmp_path / "run")
     written = []
     for name in ("without", "with"):
@@ -523,7 +518,7 @@ def test_generate_special_tokens_around_texts_are_left_out(trained, prompts, run
     assert written[0] == written[1]
 
 
-def test_a_tokenizer_that_is_not_the_bases(folder, data_flags, run, capsys, tmp_path):
+def test_fit_tokenizer_larger_than_the_base_is_refused(folder, data_flags, run, capsys, tmp_path):
     larger(folder)
     for task, flags in (("imdb", data_flags), ("text", [data_flags[0], "--data.column=sentence"])):
         line = refused(run, capsys, "fit", "--config", CONFIG / f"task/{task}.yaml", f"--model.base={folder}", *flags,
@@ -532,7 +527,7 @@ def test_a_tokenizer_that_is_not_the_bases(folder, data_flags, run, capsys, tmp_
     assert not (tmp_path / "lightning_logs").exists()
 
 
-def test_a_bad_row_a_thousand_rows_in_leaves_no_file(trained, run, capsys, tmp_path):
+def test_classify_bad_row_1001_leaves_no_output_file(trained, run, capsys, tmp_path):
     file = tmp_path / "rows.csv"
     for bad in ("a\tb\n", '"  "\n', '""\n', '"open\n'):
         file.write_text("sentence\n" + "fine\n" * 1000 + bad + "fine\n" * 3)
@@ -542,7 +537,7 @@ def test_a_bad_row_a_thousand_rows_in_leaves_no_file(trained, run, capsys, tmp_p
 
 
 @pytest.mark.parametrize("command", ["classify", "generate", "export"])
-def test_what_fails_in_the_middle_leaves_no_file(command, trained, prompts, run, tmp_path, monkeypatch):
+def test_commands_failure_in_the_middle_leaves_no_output_file(command, trained, prompts, run, tmp_path, monkeypatch):
     import gpt2_pl.commands.classify
     import gpt2_pl.pretrained
     from gpt2_pl.tasks import LanguageModel

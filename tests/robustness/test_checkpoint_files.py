@@ -1,4 +1,4 @@
-"""Files that call themselves checkpoints: bombs, claims, halves. Each is refused in one line, soon, without memory."""
+"""Hostile and damaged checkpoint files: each is refused in one line, quickly and with little memory."""
 
 import struct
 import time
@@ -17,7 +17,7 @@ from gpt2_pl.tasks.checkpoint import read
 
 
 def pickled(body):
-    """A pickle of protocol 2."""
+    """Return a pickle of protocol 2."""
     return b"\x80\x02" + body + b"."
 
 
@@ -26,17 +26,17 @@ def text(value):
 
 
 def aliases(n):
-    """Lists of nine lists of nine ..., n deep."""
+    """Return the pickle of nested lists, n deep, each with nine references to the next."""
     return b"]q\x00" + b"".join(b"]q" + bytes([i]) + b"(" + (b"h" + bytes([i - 1])) * 9 + b"e" for i in range(1, n))
 
 
 def as_task(value, before=b""):
-    """A checkpoint whose task is this value."""
+    """Return the pickle of a checkpoint whose task is the given value."""
     return pickled(before + b"}" + text(b"task") + value + b"s")
 
 
 def claim(pickle, at, size):
-    """The pickle with another number where a tensor of 7 numbers says how many they are."""
+    """Return the pickle with another size of a tensor of 7 elements."""
     places = [i for i in range(len(pickle)) if pickle[i : i + 2] == b"K\x07"]
     place = places[at]
     return pickle[:place] + b"\x8a\x06" + size.to_bytes(6, "little") + pickle[place + 2 :]
@@ -99,14 +99,14 @@ def refused(file, words):
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_read_hostile_archive_is_refused(name, good, tmp_path, monkeypatch):
-    """With a tenth of the values that are allowed: to trace their memory is slow."""
+    """Use a tenth of the limit of values, since tracing of memory is slow."""
     changes, compression, words = BOMBS[name]
     monkeypatch.setattr(checkpoint, "_MAX_VALUES", 200_000)
     repacked(good, tmp_path / "hostile.ckpt", changes, compression)
     refused(tmp_path / "hostile.ckpt", words.replace("2,000,000", "200,000"))
 
 
-def test_read_more_values_than_are_allowed_takes_seconds(good, tmp_path):
+def test_read_too_many_values_is_refused_within_seconds(good, tmp_path):
     changes = {"data.pkl": lambda _: pickled(b"](" + b"K\x01" * (2 * 10**6 + 1) + b"e")}
     repacked(good, tmp_path / "many.ckpt", changes, 0)
     since = time.process_time()
@@ -115,8 +115,8 @@ def test_read_more_values_than_are_allowed_takes_seconds(good, tmp_path):
     assert time.process_time() - since < 10.0
 
 
-def test_archive_of_which_a_part_is_shorter_than_said_is_refused(run, base, data_flags, capsys, tmp_path):
-    """Mapped from the file it is read, past the end of the part; what reads it whole would raise an error."""
+def test_commands_archive_with_shortened_record_is_refused(run, base, data_flags, capsys, tmp_path):
+    """A memory-mapped read would continue past the end of the record without an error."""
     fit = ["--config", ROOT / "configs/task/imdb.yaml", f"--model.base={base}", *data_flags, "--data.max_length=32"]
     folder = run("fit", *fit, "--trainer.max_epochs=1", "--trainer.accelerator=cpu")
     repacked(folder / "checkpoints/last.ckpt", tmp_path / "short.ckpt", {"data/3": lambda data: data[:-8]}, 0)
@@ -127,14 +127,14 @@ def test_archive_of_which_a_part_is_shorter_than_said_is_refused(run, base, data
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
-def test_read_half_an_archive_is_refused(share, good, tmp_path):
+def test_read_truncated_archive_is_refused(share, good, tmp_path):
     whole = good.read_bytes()
     (tmp_path / "half.ckpt").write_bytes(whole[: int(share * len(whole))])
     refused(tmp_path / "half.ckpt", "is not a checkpoint of this library")
 
 
-def test_read_archive_that_says_it_is_larger_is_refused(good, tmp_path):
-    """The directory of the archive says that a part has a terabyte."""
+def test_read_archive_with_false_record_size_is_refused(good, tmp_path):
+    """The archive's directory gives a record a size of gigabytes."""
     data = good.read_bytes()
     place = data.rindex(b"PK\x01\x02")
     lying = data[: place + 20] + struct.pack("<II", 2**31, 2**31) + data[place + 28 :]
@@ -142,6 +142,6 @@ def test_read_archive_that_says_it_is_larger_is_refused(good, tmp_path):
     refused(tmp_path / "lying.ckpt", "its entries are larger than the file")
 
 
-def test_read_repacked_archive_without_changes_is_read(good, tmp_path):
+def test_read_repacked_archive_without_changes_is_accepted(good, tmp_path):
     repacked(good, tmp_path / "same.ckpt", {}, zipfile.ZIP_STORED)
     assert torch.equal(read(tmp_path / "same.ckpt", "ckpt_path", Task)["state_dict"]["head"], torch.ones(7))

@@ -1,4 +1,4 @@
-"""Processes that are killed, asked to end, or find no room; losses that are no numbers."""
+"""Killed and terminated processes, full disks, and non-finite losses."""
 
 import json
 import os
@@ -34,8 +34,8 @@ STAGES = [*QUICK, "--early_stopping_patience=1", f"--config={ROOT}/configs/strat
     ],
     ids=["steps", "stages and patience"],
 )
-def test_killed_at_a_moment_of_each_kind_and_gone_on(seed, arguments, kinds, tmp_path):
-    """One moment each in steps, validation and test, and while files are written and renamed."""
+def test_fit_killed_once_per_kind_of_moment_resumes_to_the_same_result(seed, arguments, kinds, tmp_path):
+    """Kill the process once in each kind of step and while files are written and renamed."""
     cases = faults(tmp_path, len(kinds), seed, arguments, FAULT_KINDS=",".join(kinds))
     assert {case["killed"] for case in cases} == {-9}
     assert not [case for case in cases if case["went_on"] or case["wrong"]]
@@ -43,14 +43,14 @@ def test_killed_at_a_moment_of_each_kind_and_gone_on(seed, arguments, kinds, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "arguments"), [(1, STEPS), (2, STAGES)], ids=["steps", "stages and patience"])
-def test_killed_at_any_moment_and_gone_on(seed, arguments, tmp_path):
-    """Fifteen moments each: in steps, validation and test, and while every kind of file is written and renamed."""
+def test_fit_killed_at_any_moment_resumes_to_the_same_result(seed, arguments, tmp_path):
+    """Kill the process at fifteen moments: in steps, validation and test, and while files are written and renamed."""
     cases = faults(tmp_path, 15, seed, arguments)
     assert {case["killed"] for case in cases} == {-9}
     assert not [case for case in cases if case["went_on"] or case["wrong"]]
 
 
-def test_a_file_is_replaced_and_never_rewritten(tmp_path):
+def test_atomic_write_replaces_the_file_without_rewriting_it(tmp_path):
     for text in ("before", "after"):
         with atomic_write(tmp_path / "file") as file:
             file.write(text)
@@ -59,15 +59,15 @@ def test_a_file_is_replaced_and_never_rewritten(tmp_path):
     assert [(tmp_path / name).read_text() for name in ("file", "reader")] == ["after", "before"]
 
 
-def test_asked_to_end_it_saves_and_goes_on(tmp_path):
-    """SIGTERM in a training step and in validation."""
+def test_fit_sigterm_in_a_step_resumes_to_the_same_result(tmp_path):
+    """Send SIGTERM in a training step and in validation."""
     cases = faults(tmp_path, 4, 3, QUICK, FAULT_SIGNAL="SIGTERM", FAULT_KINDS="training_step,validation_step")
     assert {case["killed"] for case in cases} == {143}
     assert not [case for case in cases if case["went_on"] or case["wrong"]]
 
 
-def test_what_sigterm_leaves(tmp_path):
-    """The step that it reached is in the checkpoint, though checkpoints are written once an epoch."""
+def test_fit_sigterm_saves_the_current_step_and_prints_the_resume_command(tmp_path):
+    """The checkpoint contains the reached step, although checkpoints are otherwise written once per epoch."""
     code = (
         "import os, signal, sys; from gpt2_pl.tasks.classification import Classifier\n"
         "from gpt2_pl.commands import main\n"
@@ -90,8 +90,8 @@ def test_what_sigterm_leaves(tmp_path):
     assert metrics(run)["status"] == "interrupted"
 
 
-def test_a_disk_that_fills_up(run, capsys, monkeypatch):
-    """Files may not grow to the size of a checkpoint: the first epoch's stays, and is gone on from."""
+def test_fit_disk_full_keeps_the_previous_checkpoint_and_resumes(run, capsys, monkeypatch):
+    """Files cannot grow to the size of a checkpoint: that of the first epoch is kept, and the run resumes from it."""
     folder = run("fit", *QUICK, "--trainer.max_epochs=1")
     checkpoint = folder / "checkpoints/last.ckpt"
     before = checkpoint.read_bytes()
@@ -114,14 +114,14 @@ def test_a_disk_that_fills_up(run, capsys, monkeypatch):
 
 @pytest.fixture
 def small_disk():
-    """A function that makes files fail to grow beyond so many bytes."""
+    """A function that limits the size of files to a number of bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def no_room(run, capsys, *args):
-    """The one line that a command ends with on a full disk."""
+    """Run a command that fails on a full disk, and return its one line of error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*args)
@@ -131,8 +131,8 @@ def no_room(run, capsys, *args):
     return line
 
 
-def test_a_disk_without_room_for_the_configuration(run, small_disk, capsys):
-    """A run that goes on writes its config.yaml anew: the one that was there stays."""
+def test_fit_disk_full_at_resume_keeps_the_previous_configuration(run, small_disk, capsys):
+    """A resumed run writes its config.yaml again: on failure the previous one is kept."""
     folder = run("fit", *QUICK, "--trainer.max_epochs=1")
     before = (folder / "config.yaml").read_bytes()
     small_disk(len(before) // 2)
@@ -142,7 +142,7 @@ def test_a_disk_without_room_for_the_configuration(run, small_disk, capsys):
     assert not list(folder.glob(".*"))
 
 
-def test_an_export_without_room_leaves_nothing(run, base, small_disk, capsys, tmp_path, data_flags):
+def test_export_disk_full_leaves_no_files(run, base, small_disk, capsys, tmp_path, data_flags):
     shared = ["fit", f"--config={ROOT}/configs/task/imdb.yaml", f"--model.base={base}", "--data.max_length=32",
               *data_flags, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]  # fmt: skip
     whole = run(*shared, "--name=whole")
@@ -156,7 +156,7 @@ def test_an_export_without_room_leaves_nothing(run, base, small_disk, capsys, tm
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_a_cache_without_room_is_named(ending, run, base, small_disk, capsys, tmp_path, monkeypatch):
+def test_fit_disk_full_in_dataset_cache_is_named(ending, run, base, small_disk, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"sentence": f"a long film, the {i}th", "sentiment": i % 2} for i in range(2000)]
     file = tmp_path / f"rows.{ending}"
@@ -170,8 +170,8 @@ def test_a_cache_without_room_is_named(ending, run, base, small_disk, capsys, tm
     assert str(tmp_path / "cache") in line
 
 
-def test_equal_settings_give_equal_runs_to_the_last_digit(tmp_path):
-    """Two whole runs in processes of their own, which hash text differently: scores, predictions and weights."""
+def test_fit_equal_settings_give_bitwise_equal_runs(tmp_path):
+    """Compare scores, predictions and weights of two runs in processes with different hash seeds."""
     found = []
     for name, begin in (("one", process), ("two", started)):
         (tmp_path / name).mkdir()
@@ -183,7 +183,7 @@ def test_equal_settings_give_equal_runs_to_the_last_digit(tmp_path):
 
 
 class Poison(Callback):
-    """Makes the loss of one step a NaN or infinite."""
+    """Make the loss of one step NaN or infinite."""
 
     def __init__(self, step, value):
         self.step, self.value = step, value
@@ -215,7 +215,7 @@ def test_message_of_a_non_finite_loss_has_the_numbers_of_rows_in_their_file():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monkeypatch):
+def test_fit_non_finite_loss_stops_and_names_the_place(value, run, capsys, monkeypatch):
     poison(monkeypatch, Poison(14, value))
     with pytest.raises(SystemExit) as stop:
         run("fit", *QUICK)
@@ -232,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(value, run, capsys, monke
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_steps_of_such_losses_are_left_out_and_counted(value, run, monkeypatch):
+def test_fit_on_non_finite_loss_skip_omits_and_counts_the_step(value, run, monkeypatch):
     callback = Poison(14, value)
     poison(monkeypatch, callback)
     folder = run("fit", *QUICK, "--on_non_finite_loss=skip")
@@ -250,7 +250,7 @@ def poison(monkeypatch, callback):
         cli, config, [callback, *callbacks]))  # fmt: skip
 
 
-def test_losses_that_are_no_numbers_show_in_validation(base):
+def test_finite_keeps_non_finite_losses_in_validation_only(base):
     for task in (SentimentClassifier(base=str(base), num_classes=2), LanguageModel(base=str(base))):
         metric = task.metrics["val_metrics"]["loss"]
         metric.update(*finite(torch.tensor([1.0, torch.nan]), "val"))

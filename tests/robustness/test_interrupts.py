@@ -1,4 +1,4 @@
-"""Ctrl-C, at whatever moment, ends a command with one line and exit status 130."""
+"""Ctrl-C at any moment ends a command with one line and exit status 130."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from helpers.faults import QUICK, faults
 from gpt2_pl.commands import main
 
 
-def test_ctrl_c_in_training_says_how_to_resume_and_loses_nothing(tmp_path):
-    """In training, validation and test steps, and while every kind of file is written."""
+def test_fit_ctrl_c_prints_resume_command_and_resumes_to_the_same_result(tmp_path):
+    """Send SIGINT in training, validation and test steps, and while checkpoints are written."""
     kinds = "training_step,validation_step,test_step,in last.ckpt,in best.ckpt,before last.ckpt"
     arguments = [*QUICK, "--trainer.max_epochs=2", "--data.n_train=60", "--checkpoint_every_n_steps=2"]
     for case in faults(tmp_path, 6, 5, arguments, FAULT_SIGNAL="SIGINT", FAULT_KINDS=kinds):
@@ -52,7 +52,7 @@ main()
 @pytest.mark.parametrize(
     ("module", "command"), [("torch", "generate"), ("gpt2_pl.commands.sweep", "sweep"), ("numpy", "fit")]
 )
-def test_ctrl_c_while_modules_are_imported_is_one_line(module, command):
+def test_main_ctrl_c_during_imports_is_one_line(module, command):
     args = ["RUN", "--prompt_file", __file__, "--out", "o.txt"] if command == "generate" else ["nothing.yaml"]
     done = python(AT_IMPORT, module, command, *args)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpt2-pl: stopped by Ctrl-C\n")
@@ -63,7 +63,7 @@ def press_ctrl_c(*_, **__):
 
 
 @pytest.mark.parametrize("command", ["classify", "compare", "export", "test", "sweep"])
-def test_ctrl_c_in_other_commands_is_one_line_and_leaves_nothing(command, run, capsys, monkeypatch, tmp_path):
+def test_commands_ctrl_c_is_one_line_and_leaves_no_files(command, run, capsys, monkeypatch, tmp_path):
     folder = run("fit", *QUICK, "--trainer.max_epochs=1")
     rows = tmp_path / "rows.csv"
     rows.write_text("sentence\na fine film\n")
@@ -91,7 +91,7 @@ def test_ctrl_c_in_other_commands_is_one_line_and_leaves_nothing(command, run, c
     assert command == "compare" or not list(tmp_path.glob("o*"))
 
 
-def test_ctrl_c_that_a_destructor_swallows_is_raised_again():
+def test_interrupts_ctrl_c_swallowed_by_a_destructor_is_raised_again():
     done = python("""
 import os, signal, time
 from gpt2_pl.commands.support.process import interrupts
@@ -112,7 +112,7 @@ except KeyboardInterrupt:
     assert (done.stdout, done.stderr) == ("swallowed\nraised\n", "")
 
 
-def test_second_ctrl_c_ends_at_once_with_the_line():
+def test_interrupts_second_ctrl_c_exits_at_once_with_the_message():
     done = python("""
 import os, signal, time
 from gpt2_pl.commands.support.process import interrupts
@@ -131,8 +131,8 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpt2-pl: stopped by Ctrl-C; go on\n")
 
 
-def test_ctrl_c_reaches_a_command_that_a_shell_started_in_the_background(tmp_path):
-    """Without job control a shell has what it starts with ``&`` ignore SIGINT."""
+def test_main_ctrl_c_of_background_command_is_received(tmp_path):
+    """A shell without job control starts background processes with SIGINT ignored."""
     file = tmp_path / "start.py"
     file.write_text(f"import signal\nassert signal.getsignal(signal.SIGINT) == signal.SIG_IGN\n{AT_IMPORT}")
     command = f"{sys.executable} {file} torch generate R --prompt_file {file} --out o.txt & wait $!"
@@ -141,8 +141,8 @@ def test_ctrl_c_reaches_a_command_that_a_shell_started_in_the_background(tmp_pat
     assert done.stderr == "gpt2-pl: stopped by Ctrl-C\n"
 
 
-def test_ctrl_c_in_this_process_is_a_keyboard_interrupt_to_others():
-    """Whoever calls the command line from Python keeps Python's own handler."""
+def test_main_called_from_python_keeps_the_sigint_handler():
+    """A caller from Python keeps Python's own handler."""
     before = signal.getsignal(signal.SIGINT)
     main(["--version"])
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,4 +1,4 @@
-"""The folder of a run is one process's at a time."""
+"""Locks of run folders: one process at a time writes into a folder."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ QUICK = ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60",
 
 @contextmanager
 def held(folder):
-    """Another process that holds the lock of a folder, until it is killed."""
+    """Hold the lock of a folder in another process, which is killed at the end."""
     ready, tell = os.pipe()
     holder = os.fork()
     if holder == 0:
@@ -49,7 +49,7 @@ def refused(capsys, *args):
     return line
 
 
-def test_run_lock_of_another_process_refuses_until_it_is_killed(tmp_path):
+def test_run_lock_held_by_another_process_is_refused_until_it_is_killed(tmp_path):
     folder = tmp_path / "run"
     with held(folder) as holder, pytest.raises(InputError, match=f"{folder} is in use: process {holder} writes"):
         RunLock(folder)
@@ -80,7 +80,7 @@ def test_run_lock_names_the_other_host(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks files otherwise")
-def test_run_lock_on_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_run_lock_on_file_system_without_locks_warns_and_continues(tmp_path, monkeypatch, capsys):
     import fcntl
 
     def missing(descriptor, operation):
@@ -91,7 +91,7 @@ def test_run_lock_on_a_file_system_without_locks_warns_and_goes_on(tmp_path, mon
     assert "has no locks" in capsys.readouterr().err
 
 
-def test_run_logger_leaves_a_folder_that_is_locked_to_its_holder(tmp_path):
+def test_run_folder_locked_version_is_skipped(tmp_path):
     (tmp_path / "run").mkdir()
     with held(tmp_path / "run/version_0"):
         folder = RunFolder(tmp_path, "run")
@@ -101,7 +101,7 @@ def test_run_logger_leaves_a_folder_that_is_locked_to_its_holder(tmp_path):
         RunLock(tmp_path / "run/version_1")
 
 
-def test_fit_into_the_folder_of_a_live_run_is_refused(tmp_path, monkeypatch, capsys):
+def test_fit_into_folder_of_running_process_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = Path("lightning_logs/a/v")
     with held(folder) as holder:
@@ -110,7 +110,7 @@ def test_fit_into_the_folder_of_a_live_run_is_refused(tmp_path, monkeypatch, cap
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
-def test_a_live_run_is_not_resumed_or_written_into_but_read(run, capsys):
+def test_commands_on_locked_run_refuse_writing_and_allow_reading(run, capsys):
     folder = run(*QUICK)
     last, best = (folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
     part = folder / ".metrics.json.abc.part"  # which the live process is writing
@@ -131,7 +131,7 @@ def test_a_live_run_is_not_resumed_or_written_into_but_read(run, capsys):
     assert not list(folder.rglob(".*"))
 
 
-def test_fit_that_is_refused_leaves_no_folder_of_its_version(tmp_path, monkeypatch, capsys):
+def test_fit_refused_configuration_leaves_no_version_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(capsys, *QUICK, "--name=a", "--version=v", "--model.optimizer.init_args.lr=-1.0")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Windows and macOS: modules, functions and names of Unix alone are not needed."""
+"""Portability to Windows and macOS: no dependence on Unix-only modules, functions and file names."""
 
 import ast
 import errno
@@ -31,7 +31,7 @@ def sources():
         yield file, ast.parse(file.read_text(encoding="utf-8"))
 
 
-def test_sources_use_nothing_of_unix_alone():
+def test_sources_use_no_unix_only_modules_or_functions():
     found = []
     for file, tree in sources():
         guarded = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
@@ -45,8 +45,8 @@ def test_sources_use_nothing_of_unix_alone():
     assert found == []
 
 
-def test_sources_say_the_encoding_of_every_text_file():
-    """Without one, Windows takes its own."""
+def test_sources_text_files_are_opened_with_an_encoding():
+    """Windows has another default encoding."""
     found = []
     for file, tree in sources():
         for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
@@ -96,7 +96,7 @@ sys.modules["cli"].main()
 """
 
 
-def test_every_module_imports_and_a_model_trains_without_what_is_of_unix_alone(tmp_path):
+def test_fit_without_unix_only_modules_and_functions_works(tmp_path):
     quick = ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.max_epochs=1",
              "--trainer.accelerator=cpu", "--name=a", "--version=v"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path, *quick], cwd=ROOT, capture_output=True, text=True,
@@ -107,7 +107,7 @@ def test_every_module_imports_and_a_model_trains_without_what_is_of_unix_alone(t
     assert account["peak_memory_bytes"] > 10**7
 
 
-def test_peak_process_memory_without_the_module_resource_is_psutils(monkeypatch):
+def test_peak_process_memory_without_resource_module_uses_psutil(monkeypatch):
     exact = machine.peak_process_memory()
     monkeypatch.setitem(sys.modules, "resource", None)
     assert 10**7 < machine.peak_process_memory() <= exact
@@ -120,13 +120,13 @@ def test_peak_process_memory_without_the_module_resource_is_psutils(monkeypatch)
     assert machine.peak_process_memory() == 2
 
 
-def test_available_cores_without_affinities_are_all(monkeypatch):
+def test_available_cores_without_cpu_affinity_equals_cpu_count(monkeypatch):
     assert 1 <= machine.available_cores() <= os.cpu_count()
     monkeypatch.delattr(machine.psutil.Process, "cpu_affinity")
     assert machine.available_cores() == os.cpu_count()
 
 
-def test_peak_process_memory_includes_what_was_freed():
+def test_peak_process_memory_includes_freed_memory():
     before = machine.peak_process_memory()
     bytes(bytearray(range(256)) * 2**20)  # 256 MB, written to
     assert machine.peak_process_memory() > before or before > 2**28
@@ -135,7 +135,7 @@ def test_peak_process_memory_includes_what_was_freed():
 @pytest.mark.parametrize(
     "name", ["a:b", "C:run", "what?", "a|b", 'a"b', "<a>", "a*", "run.", "run ", "a/nul", "COM1.txt"]
 )
-def test_check_name_on_windows_refuses_what_it_has_no_folder_for(name, monkeypatch):
+def test_check_name_invalid_windows_folder_name_is_refused(name, monkeypatch):
     if os.name != "nt":
         config_merge.check_name(name)
     monkeypatch.setattr(config_merge, "WINDOWS", True)
@@ -145,8 +145,8 @@ def test_check_name_on_windows_refuses_what_it_has_no_folder_for(name, monkeypat
         config_merge.check_name(good)
 
 
-def test_whole_file_on_windows_waits_for_a_reader(tmp_path, monkeypatch):
-    """Windows replaces no file that is open."""
+def test_atomic_write_on_windows_retries_while_the_file_is_open(tmp_path, monkeypatch):
+    """Windows does not replace an open file."""
     path, replace, refusals = tmp_path / "file", Path.replace, [1, 1]
 
     def refuse(part, target):

@@ -1,4 +1,4 @@
-"""No file of others is executed, nothing is written outside a run's folder, and reports show text as text."""
+"""Untrusted files: no code execution, no writes outside a run's folder, and escaped text in reports."""
 
 import ast
 import csv
@@ -30,7 +30,7 @@ CONFIG = ROOT / "configs"
 
 
 class Evil:
-    """A pickle that makes a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -46,13 +46,13 @@ def marker(tmp_path):
 
 @pytest.fixture(params=[None, "1"], ids=["", "forced"])
 def environment(request, monkeypatch):
-    """Also where torch is told to execute pickles unless a caller forbids it."""
+    """With and without the variable that makes torch load pickles by default."""
     if request.param is not None:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", request.param)
 
 
 def commands(checkpoint, base, rows, out):
-    """Every command that reads a checkpoint."""
+    """Yield every command that reads a checkpoint."""
     model = ["--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", "--data.max_length=32"]
     data = [f"--data.{split}_file={rows}" for split in ("train", "val", "test", "predict")]
     folder, prompts = checkpoint.parents[1], base.parent / "prompts.txt"
@@ -66,7 +66,7 @@ def commands(checkpoint, base, rows, out):
 
 
 def evil_checkpoints(marker, path):
-    """Checkpoints that execute something, each written by a function."""
+    """Yield functions that write checkpoints whose pickles execute code."""
     yield lambda: torch.save(content(hyper_parameters=Evil(marker)), path)
     yield lambda: torch.save(content(state_dict={"x": Evil(marker)}), path)
     yield lambda: torch.save(content(callbacks={"x": Evil(marker)}), path)
@@ -75,7 +75,7 @@ def evil_checkpoints(marker, path):
 
 
 @pytest.mark.usefixtures("environment")
-def test_pickles_in_checkpoints_are_never_executed(run, base, files, marker, capsys, tmp_path):
+def test_commands_pickle_in_checkpoint_is_never_executed(run, base, files, marker, capsys, tmp_path):
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     checkpoint.parent.mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
@@ -93,7 +93,7 @@ def test_pickles_in_checkpoints_are_never_executed(run, base, files, marker, cap
 
 
 @pytest.mark.usefixtures("environment")
-def test_pickled_weights_are_never_read(base, marker, run, files, capsys, tmp_path):
+def test_commands_pickled_weights_and_data_are_never_executed(base, marker, run, files, capsys, tmp_path):
     folder, adapter = tmp_path / "model", tmp_path / "adapter"
     folder.mkdir()
     adapter.mkdir()
@@ -118,7 +118,7 @@ def test_pickled_weights_are_never_read(base, marker, run, files, capsys, tmp_pa
     assert not marker.exists()
 
 
-def test_the_variable_that_has_torch_execute_pickles_is_dropped(monkeypatch):
+def test_main_removes_torch_force_no_weights_only_load(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     main(["--version"])
     assert subprocess.run(
@@ -127,7 +127,7 @@ def test_the_variable_that_has_torch_execute_pickles_is_dropped(monkeypatch):
     ).returncode == 0  # fmt: skip
 
 
-def test_weights_only_cannot_be_switched_off(run, base, data_flags, capsys, tmp_path):
+def test_load_checkpoint_weights_only_false_is_refused(run, base, data_flags, capsys, tmp_path):
     file = tmp_path / "some.ckpt"
     torch.save(content(), file)
     with pytest.raises(InputError, match="weights_only"):
@@ -180,7 +180,9 @@ LEGACY = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}  # where 
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files, capsys, tmp_path, monkeypatch):
+def test_commands_classes_named_by_a_checkpoint_are_not_called(
+    changes, words, run, base, files, capsys, tmp_path, monkeypatch
+):
     monkeypatch.delitem(sys.modules, "this", raising=False)  # a module of Python's that nothing else imports
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     checkpoint.parent.mkdir(parents=True)
@@ -202,7 +204,7 @@ def test_what_a_checkpoint_names_is_not_called(changes, words, run, base, files,
      {"label_words": 3}],
     ids=str,
 )  # fmt: skip
-def test_hyperparameters_of_another_kind(changes, run, base, files, capsys, tmp_path):
+def test_commands_checkpoint_hyperparameters_of_wrong_type_are_refused(changes, run, base, files, capsys, tmp_path):
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save(content(hyper_parameters={**STORED, **changes}), checkpoint)
@@ -287,7 +289,7 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
     ],
     ids=shorten,
 )  # fmt: skip
-def test_contents_of_another_kind(changes, words, run, base, files, capsys, tmp_path):
+def test_commands_checkpoint_contents_of_wrong_type_are_refused(changes, words, run, base, files, capsys, tmp_path):
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save(content(**changes), checkpoint)
@@ -298,7 +300,9 @@ def test_contents_of_another_kind(changes, words, run, base, files, capsys, tmp_
 
 
 @pytest.mark.parametrize("place", ["https://example.com/x", "http://example.com/x", "s3://bucket/x", "file:///etc/x"])
-def test_nothing_is_fetched_from_addresses(place, run, base, data_flags, capsys, tmp_path, monkeypatch):
+def test_commands_addresses_as_paths_are_refused_without_download(
+    place, run, base, data_flags, capsys, tmp_path, monkeypatch
+):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # would be called
@@ -326,7 +330,7 @@ def test_nothing_is_fetched_from_addresses(place, run, base, data_flags, capsys,
     assert not (tmp_path / "lightning_logs").exists()
 
 
-def test_the_environment_gives_no_settings(run, capsys, tmp_path, monkeypatch):
+def test_fit_environment_variables_set_no_arguments(run, capsys, tmp_path, monkeypatch):
     for name, value in {"CKPT_PATH": "https://example.com/x.ckpt", "NAME": "by_environment", "CONFIG": "x"}.items():
         monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
         monkeypatch.setenv(f"PL_FIT__{name}", value)
@@ -336,8 +340,8 @@ def test_the_environment_gives_no_settings(run, capsys, tmp_path, monkeypatch):
         assert folder == tmp_path / f"lightning_logs/quickstart/version_{name}"
 
 
-def test_a_checkpoint_that_is_found_only_in_parsing_is_refused(tmp_path, monkeypatch):
-    """Whatever way leads around what looks for it before: Lightning would load it from any address."""
+def test_cli_checkpoint_address_found_in_parsing_is_refused(tmp_path, monkeypatch):
+    """The check after parsing works without the earlier one: Lightning would load from any address."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gpt2_pl.commands.lightning_cli.CommandLine.checkpoint", lambda self: None)
     with pytest.raises(InputError, match=r"ckpt_path: .*https://example\.com/x\.ckpt.*--ckpt_path FILE"):
@@ -351,7 +355,7 @@ def test_a_checkpoint_that_is_found_only_in_parsing_is_refused(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "name", ["../../x", "/tmp/x", "..", ".", "", "a/../../x", "~/x", "a\\..\\x", "a\0b", "a\nb", "x" * 300]
 )
-def test_a_runs_name_stays_below_the_runs_folder(name, run, capsys, tmp_path):
+def test_fit_name_outside_the_runs_folder_is_refused(name, run, capsys, tmp_path):
     file = tmp_path / "name.yaml"
     file.write_text(yaml.safe_dump({"name": name}))
     inside = sorted(tmp_path.iterdir())
@@ -364,7 +368,7 @@ LONG = ["x" * 300, "x" * 236, "/".join(["y" * 190] * 25), "file/inside", "/proc/
 
 
 @pytest.mark.parametrize("place", LONG, ids=["300", "236", "path", "file", "proc"])
-def test_places_that_cannot_be_written_are_named_before_anything_is_done(place, run, capsys, tmp_path, monkeypatch):
+def test_commands_unwritable_output_is_refused_before_any_work(place, run, capsys, tmp_path, monkeypatch):
     import gpt2_pl.commands.export
 
     monkeypatch.setattr(gpt2_pl.commands.export, "load", None)  # would be called
@@ -384,7 +388,7 @@ def test_places_that_cannot_be_written_are_named_before_anything_is_done(place, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_whose_name_is_too_long_is_not_there(run, capsys, tmp_path):
+def test_commands_overlong_run_path_is_refused(run, capsys, tmp_path):
     for place in LONG[:3]:
         for command in (["export", place, "--format", "hf", "--out", "o"], ["compare", place, "--out", "o"],
                         ["classify", place, "--input", "x.csv", "--out", "o.csv"]):  # fmt: skip
@@ -392,7 +396,7 @@ def test_a_run_whose_name_is_too_long_is_not_there(run, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_has_no_place(run, capsys, tmp_path):
+def test_fit_overlong_name_or_blocked_log_folder_is_refused(run, capsys, tmp_path):
     fit = ["fit", "--config", CONFIG / "quickstart.yaml"]
     assert "too long" in refused(run, capsys, *fit, f"--name={LONG[2]}")
     (tmp_path / "lightning_logs").touch()
@@ -414,7 +418,7 @@ EVIL_TEXT = [
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Runs that say of themselves what they should not."""
+    """Runs with hostile texts in their records."""
     generator = np.random.default_rng(0)
     for n, text in enumerate(EVIL_TEXT):
         for strategy, seed in itertools.product((text, f"{text} more"), (1, 2)):
@@ -430,7 +434,7 @@ def hostile(tmp_path):
     return tmp_path / "runs"
 
 
-def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
+def test_compare_hostile_run_texts_are_escaped_in_reports(hostile, tmp_path, monkeypatch):
     out = tmp_path / "place/report"
     main(["compare", str(hostile), "--out", str(out)])
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "place"}
@@ -465,7 +469,7 @@ def test_what_runs_say_is_text_in_reports(hostile, tmp_path, monkeypatch):
      ("seed", True), ("data", {"labels": "ab"}), ("base", {"paht": "x"}), ("versions", {"torch": 2})],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_accounts_of_another_kind(key, value, tmp_path, run, capsys):
+def test_compare_metrics_of_wrong_type_are_refused(key, value, tmp_path, run, capsys):
     folder = fake_run(tmp_path / "run", "full", 1, [True, False])
     file = folder / "metrics.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
@@ -505,7 +509,7 @@ LAUGHS = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n"
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
-def test_compare_hostile_sizes_take_little_time(name, text, words, tmp_path, run, capsys):
+def test_compare_hostile_file_sizes_are_handled_within_ten_seconds(name, text, words, tmp_path, run, capsys):
     right = [True, False] * 20
     folders = [fake_run(tmp_path / f"runs/{seed}", "full", seed, right) for seed in (1, 2)]
     (folders[1] / name).write_text(text)
@@ -521,7 +525,7 @@ def test_compare_hostile_sizes_take_little_time(name, text, words, tmp_path, run
 
 
 @pytest.mark.parametrize("what", ["task", "config", "alias", "keys", "yaml"])
-def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
+def test_compare_run_with_unencodable_text_is_refused(what, tmp_path, run, capsys):
     folder = fake_run(tmp_path / "run", "full", 1, [True, False])
     if what == "task":
         changed(folder, task="\ud800")
@@ -544,7 +548,7 @@ def test_runs_of_which_no_text_can_be_made(what, tmp_path, run, capsys):
      "row,text,text,label,prediction,p(a),p(b)", "row,text,label,prediction,p(a)", "row,text,label,prediction"],
     ids=["many", "twice", "text", "one", "none"],
 )  # fmt: skip
-def test_outcomes_with_other_classes_than_they_have(header, tmp_path, run, capsys):
+def test_compare_predictions_with_wrong_classes_are_refused(header, tmp_path, run, capsys):
     folder = fake_run(tmp_path / "run", "full", 1, [True, False])
     (folder / "predictions_val.csv").write_text(f"{header}\n1,x,a,a,1.0,0.0\n")
     line = refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
@@ -552,7 +556,7 @@ def test_outcomes_with_other_classes_than_they_have(header, tmp_path, run, capsy
     assert not (tmp_path / "report").exists()
 
 
-def test_figures_that_are_no_finite_numbers_are_shown(tmp_path):
+def test_compare_non_finite_scores_are_shown(tmp_path):
     for seed, value in enumerate((float("nan"), float("inf"), -1e299, 1e299)):
         folder = fake_run(tmp_path / f"runs/{seed}", "full", seed, [True, False])
         costs = dict.fromkeys(("seconds", "cpu_seconds"), value if abs(value) < 1e300 else 1.0)
@@ -571,7 +575,7 @@ FORBIDDEN = {
 }  # fmt: skip
 
 
-def test_the_source_executes_nothing_that_it_reads():
+def test_sources_call_no_function_that_executes_data():
     sources = [ROOT / "cli.py"]
     for package in ("gpt2_pl", "datamodules", "callbacks", "configs"):
         sources += (ROOT / package).rglob("*.py")

@@ -1,4 +1,4 @@
-"""Files with unusual names, and what is no regular file."""
+"""Files with unusual names, and special files."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ IMDB = ["--config", ROOT / "configs/task/imdb.yaml", "--trainer.max_epochs", "1"
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("name", ["-v.csv", "#x.csv", "a #b.csv"])
-def test_fit_data_file_of_any_name_is_read(name, joined, run, base, files, tmp_path):
+def test_fit_data_file_with_unusual_name_is_read(name, joined, run, base, files, tmp_path):
     (tmp_path / name).write_bytes(files["train"].read_bytes())
     flag = [f"--data.train_file={name}"] if joined else ["--data.train_file", name]
     more = [f"--model.base={base}", "--data.max_length=32", f"--data.val_file={files['val']}"]
@@ -22,26 +22,26 @@ def test_fit_data_file_of_any_name_is_read(name, joined, run, base, files, tmp_p
 
 @pytest.mark.parametrize("flag", ["--data.train_file", "--data.val_file", "--ckpt_path"])
 @pytest.mark.parametrize("name", ["-missing.csv", "#missing.csv"])
-def test_missing_file_of_any_name_is_named(flag, name, run, base, files, capsys):
+def test_fit_missing_file_with_unusual_name_is_named(flag, name, run, base, files, capsys):
     more = [f"--model.base={base}", f"--data.train_file={files['train']}", "--data.max_length=32"]
     assert f"{flag[2:]}: there is no file {name}" in refused(run, capsys, "fit", *IMDB, *more, flag, name)
 
 
 @pytest.mark.parametrize("rest", [[], ["--name", "x"]])
-def test_flag_without_its_value_is_named_whole(rest, run, capsys):
+def test_fit_flag_without_its_value_is_named(rest, run, capsys):
     line = refused(run, capsys, "fit", *IMDB, "--data.train_file", *rest)
     assert "error: --data.train_file needs a value" in line
 
 
 @pytest.fixture(params=["/dev/null", "/dev/full", "pipe.csv"])
 def special(request, tmp_path):
-    """A device, or a pipe without a writer, and what it is called."""
+    """A device or a pipe without a writer, and its description."""
     if request.param == "pipe.csv":
         os.mkfifo(tmp_path / "pipe.csv")
     return request.param, "a pipe" if request.param == "pipe.csv" else "a device"
 
 
-def test_special_files_are_refused_as_what_they_are(special, run, base, files, capsys, tmp_path):
+def test_commands_special_files_are_refused_with_their_kind(special, run, base, files, capsys, tmp_path):
     name, kind = special
     train = [f"--model.base={base}", "--data.max_length=32", f"--data.train_file={files['train']}"]
     commands = {
@@ -56,7 +56,7 @@ def test_special_files_are_refused_as_what_they_are(special, run, base, files, c
         assert f"{key}: {name} is {kind}, not a regular file" in line
 
 
-def test_fit_file_with_a_key_twice_is_refused_with_file_and_line(run, capsys, tmp_path):
+def test_fit_duplicate_key_is_refused_with_file_and_line(run, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("trainer:\n  max_epochs: 1\n  accelerator: cpu\n  max_epochs: 2\n")
     line = refused(run, capsys, "fit", *IMDB, "--config", "mine.yaml")
     assert "mine.yaml, line 4: the key 'max_epochs' is given twice, first in line 2" in line

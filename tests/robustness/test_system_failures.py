@@ -1,4 +1,4 @@
-"""What the system refuses (disks, files, memory, streams) is one line or nothing, in every command."""
+"""System failures (disks, files, memory, streams): every command ends with one line or none."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def failure(number, path=None):
 
 
 def raised(make):
-    """An error as it is when it arrives at the command line."""
+    """Return the error that a function raises."""
     try:
         make()
     except Exception as error:
@@ -42,7 +42,7 @@ def raised(make):
 
 
 def from_worker():
-    """What torch's DataLoader raises in place of what a worker has raised."""
+    """Raise the error by which torch's DataLoader replaces that of a worker."""
     from torch._utils import ExceptionWrapper
 
     try:
@@ -86,14 +86,14 @@ def while_handling():
         (lambda: bytearray(10**15), "there is not enough memory"),
     ],
 )
-def test_describe_failure_of_the_system(make, line):
+def test_describe_failure_of_system_errors_is_one_line(make, line):
     described = describe_failure(raised(make))
     assert described is not None
     assert described.startswith(line)
     assert "\n" not in described
 
 
-def test_describe_failure_of_a_device():
+def test_describe_failure_of_device_memory_names_the_amount():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total of ...\nmore")
     assert describe_failure(error).startswith("there is not enough memory on the device for another 20.00 MiB; ")
 
@@ -107,11 +107,11 @@ def probed():
 
 @pytest.mark.parametrize("make", [lambda: {}["a"], probed, lambda: torch.zeros(2) @ torch.zeros(3),
                                   lambda: os.close(10**6)])  # fmt: skip
-def test_describe_failure_of_a_fault_of_the_program_is_none(make):
+def test_describe_failure_of_program_errors_is_none(make):
     assert describe_failure(raised(make)) is None
 
 
-def test_room_names_the_file_that_was_written_and_leaves_errors_of_others_alone(tmp_path):
+def test_reraise_disk_full_names_the_written_file_and_keeps_other_errors(tmp_path):
     path = tmp_path / "out"
     for number in (errno.ENOSPC, errno.EIO):
         with pytest.raises(Exception, match=f"{path}"), reraise_disk_full(path):
@@ -138,7 +138,7 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, run, tmp_path):
-    """A run's folder, in the working folder."""
+    """A run's folder in the working folder."""
     shutil.copytree(trained_once, tmp_path / "lightning_logs")
     (tmp_path / "rows.csv").write_text("sentence\na fine film\n")
     return Path("lightning_logs/quickstart/version_0")
@@ -164,7 +164,7 @@ def ends_in_one_line(run, capsys, command, folder):
     return lines[0]
 
 
-def test_every_error_of_writing_is_one_line_in_every_command(trained, run, capsys, monkeypatch, tmp_path):
+def test_commands_write_error_is_one_line_and_keeps_files(trained, run, capsys, monkeypatch, tmp_path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     for i, number in enumerate(ERRORS):
         command = COMMANDS[i % len(COMMANDS)]
@@ -181,8 +181,8 @@ def test_every_error_of_writing_is_one_line_in_every_command(trained, run, capsy
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])
-def test_every_error_of_reading_is_one_line(command, trained, run, capsys, monkeypatch, tmp_path):
-    """Of files of the run, when they are opened and when they are looked for."""
+def test_commands_read_error_is_one_line(command, trained, run, capsys, monkeypatch, tmp_path):
+    """Fail when files of the run are opened and when they are looked up."""
     folders = (trained, trained.resolve())
     for i, number in enumerate(ERRORS):
         name = ("open", "stat")[i % 2]
@@ -214,7 +214,7 @@ def test_every_error_of_reading_is_one_line(command, trained, run, capsys, monke
 )
 @pytest.mark.parametrize("how", [lambda *_, **__: torch.empty(10**15), lambda *_, **__: bytearray(10**15)],
                          ids=["tensor", "bytes"])  # fmt: skip
-def test_no_memory_is_one_line(how, command, moment, trained, run, capsys, monkeypatch):
+def test_commands_out_of_memory_is_one_line(how, command, moment, trained, run, capsys, monkeypatch):
     monkeypatch.setattr(moment, how)
     assert "there is not enough memory" in ends_in_one_line(run, capsys, command, trained)
 
@@ -224,7 +224,7 @@ def test_no_memory_is_one_line(how, command, moment, trained, run, capsys, monke
 
 @pytest.mark.parametrize("command", ["fit", "sweep"])
 @pytest.mark.parametrize("what", ["dangling", "loop", "file"])
-def test_lightning_logs_that_is_no_folder_is_refused_in_one_line(what, command, tmp_path, monkeypatch, capsys):
+def test_fit_and_sweep_log_folder_that_is_not_a_folder_is_refused(what, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if what == "file":
         Path("lightning_logs").touch()
@@ -241,7 +241,7 @@ def test_lightning_logs_that_is_no_folder_is_refused_in_one_line(what, command, 
         assert line.endswith("lightning_logs is a link to /nonexistent/disk, which does not exist")
 
 
-def test_check_place_of_a_path_through_a_dangling_link_is_refused(tmp_path):
+def test_require_writable_path_through_dangling_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for path in (tmp_path / "link", tmp_path / "link/a/b"):
         with pytest.raises(InputError, match=f"out: {path} cannot be made: {tmp_path}/link is a link to"):
@@ -249,7 +249,7 @@ def test_check_place_of_a_path_through_a_dangling_link_is_refused(tmp_path):
     require_writable(tmp_path / "a/b", "out")
 
 
-def test_existing_file_that_cannot_be_looked_at_says_why(tmp_path, monkeypatch):
+def test_require_file_unreadable_file_gives_the_reason(tmp_path, monkeypatch):
     def stale(path):
         raise failure(errno.ESTALE, path)
 
@@ -258,12 +258,12 @@ def test_existing_file_that_cannot_be_looked_at_says_why(tmp_path, monkeypatch):
         require_file("a", "input")
 
 
-def test_whole_file_on_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
+def test_atomic_write_on_failing_disk_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("before")
     monkeypatch.setattr(Path, "replace", lambda part, target: (_ for _ in ()).throw(failure(errno.EIO)))
-    said = "cannot be written: Input/output error; what was there before is as it was"
-    with pytest.raises(RunError, match=said), atomic_write(path) as file:
+    message = "cannot be written: Input/output error; what was there before is as it was"
+    with pytest.raises(RunError, match=message), atomic_write(path) as file:
         file.write("after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
 
@@ -273,7 +273,7 @@ def test_whole_file_on_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
-    """A run's folder that compare reads in a moment."""
+    """A folder with a synthetic run that compare reads quickly."""
     from helpers.runs import fake_run
 
     folder = tmp_path_factory.mktemp("fake")
@@ -301,12 +301,12 @@ def shell(folder, command, **environment):
         ("gpt2-pl nonsense 2>&1 >&- | true; exit ${PIPESTATUS[0]}", 2),
     ],
 )
-def test_streams_that_nobody_reads_are_no_error(command, status, fake):
+def test_main_closed_output_streams_are_no_error(command, status, fake):
     done = shell(fake, command)
     assert (done.returncode, done.stderr) == (status, "")
 
 
-def test_streams_that_nobody_reads_do_not_cut_short_what_is_written(fake):
+def test_compare_closed_output_streams_writes_complete_reports(fake):
     for how in ("| true", ">&- 2>&-"):
         out = fake / f"whole{len(how)}"
         shell(fake, f"gpt2-pl compare lightning_logs/a --out {out} {how}")
@@ -315,18 +315,18 @@ def test_streams_that_nobody_reads_do_not_cut_short_what_is_written(fake):
 
 
 @pytest.mark.parametrize("args", ["--help", "compare lightning_logs/a --out full", "compare --help"])
-def test_output_to_a_full_disk_is_an_error_of_one_line(args, fake):
+def test_main_output_to_a_full_disk_is_one_line(args, fake):
     done = shell(fake, f"gpt2-pl {args} >/dev/full")
     assert (done.returncode, done.stderr) == (1, "gpt2-pl: error: standard output: No space left on device\n")
 
 
-def test_output_in_an_encoding_without_the_character_is_escaped(fake):
+def test_main_output_character_outside_the_encoding_is_escaped(fake):
     done = shell(fake, "gpt2-pl compare lightning_logs/a --out \u00fc", PYTHONIOENCODING="ascii")
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1].startswith(r"\xfc: ")
 
 
-def test_a_deleted_working_folder_is_one_line(fake):
+def test_main_deleted_working_folder_is_one_line(fake):
     for command in ("compare a --out b", "fit --config x.yaml", "sweep s.yaml"):
         done = shell(fake, f"mkdir gone && cd gone && rmdir ../gone && gpt2-pl {command}")
         assert done.returncode == 2
@@ -334,7 +334,7 @@ def test_a_deleted_working_folder_is_one_line(fake):
         assert line.startswith("gpt2-pl: error: the working folder cannot be used: ")
 
 
-def test_a_process_that_may_open_few_files_ends_in_one_line(fake):
+def test_main_too_many_open_files_is_one_line(fake):
     limited = (
         "import resource; from gpt2_pl.commands import main; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); main()"
     )
@@ -347,6 +347,6 @@ def test_a_process_that_may_open_few_files_ends_in_one_line(fake):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the address space")
-def test_a_process_without_memory_ends_in_one_line(fake):
+def test_main_without_memory_is_one_line(fake):
     done = shell(fake, "ulimit -v 400000; gpt2-pl fit --config x.yaml")
     assert (done.returncode, done.stderr) == (1, "gpt2-pl: error: there is not enough memory\n")

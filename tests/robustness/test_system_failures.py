@@ -107,7 +107,7 @@ def probed():
 
 @pytest.mark.parametrize("make", [lambda: {}["a"], probed, lambda: torch.zeros(2) @ torch.zeros(3),
                                   lambda: os.close(10**6)])  # fmt: skip
-def test_describe_failure_of_program_errors_is_none(make):
+def test_describe_failure_of_program_errors_returns_none(make):
     assert describe_failure(raised(make)) is None
 
 

@@ -161,7 +161,7 @@ def test_load_tokenizer_malformed_json_raises_one_line(content, folder, capfd):
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_load_tokenizer_unusual_file_encodes_the_whole_text(name, folder):
+def test_load_tokenizer_unusual_file_encodes_the_complete_text(name, folder):
     change(folder, ACCEPTED[name])
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("a b a b a b", add_special_tokens=False).ids
@@ -238,7 +238,7 @@ FRAGMENTS = ("a", "the ", " ", "  ", "\n", "\r\n", "\t", "'", "'s", "1", "23", "
 
 @given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4), st.integers(1, 400), st.randoms())
 @settings(max_examples=100, deadline=None)
-def test_encode_stream_small_windows_equal_the_whole_text(base, fragments, n, random):
+def test_encode_stream_small_windows_equal_the_complete_text(base, fragments, n, random):
     """Texts of few distinct fragments contain long runs of white space, of letters or of one character."""
     tokenizer = load_tokenizer(base)
     text = "".join(random.choices(fragments, k=n))
@@ -247,14 +247,14 @@ def test_encode_stream_small_windows_equal_the_whole_text(base, fragments, n, ra
 
 
 @pytest.mark.parametrize("unit", ["\n", " ", "a", "acgt", "\n \n", "good film ", "漢", ".", ""])
-def test_encode_stream_megabyte_without_boundary_equals_the_whole_text(unit, base):
+def test_encode_stream_megabyte_without_boundary_equals_the_complete_text(unit, base):
     tokenizer = load_tokenizer(base)
     text = unit * (150_000 // max(len(unit), 1))
     assert streamed(tokenizer, text) == tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize("unit", ["\n", "a", "acgt", "."])
-def test_encode_stream_published_vocabulary_equals_the_whole_text(unit, shared):
+def test_encode_stream_published_vocabulary_equals_the_complete_text(unit, shared):
     """The GPT-2 vocabulary has tokens of 64 dots and of 32 spaces."""
     tokenizer = load_tokenizer(shared / "tokenizer" / "gpt2")
     text = unit * (150_000 // len(unit))
@@ -288,7 +288,7 @@ def test_encode_stream_reads_one_window_at_a_time(base):
      {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
      {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}}],
 )  # fmt: skip
-def test_encode_stream_unusual_tokenizer_equals_the_whole_text(changes, folder):
+def test_encode_stream_unusual_tokenizer_equals_the_complete_text(changes, folder):
     """Changes that a tokenizer makes at the ends of a text apply to the complete text only, without special tokens."""
     change(folder, changes)
     tokenizer = load_tokenizer(folder)

@@ -135,9 +135,9 @@ def test_epoch_lines_table_and_closing_scores_agree(interval, run, capsys):
     ("mode", "values", "best"), [("min", [math.nan, 3.0, 2.0], 2.0), ("max", [math.nan, 0.1], 0.1)]
 )
 def test_run_summary_several_values_in_an_epoch_keep_best_number(mode, values, best):
-    summary, module = RunSummary({}, []), SimpleNamespace(monitor="val/x", mode=mode)
+    summary, module = RunSummary(), SimpleNamespace(monitor="val/x", mode=mode)
     for value in values:
         summary._keep_better(module, {"val/x": value})
-    assert summary.val_metrics == {"val/x": best}
+    assert summary._val_metrics == {"val/x": best}
     summary.epochs = [{"epoch": 1, "val/x": math.nan}, {"epoch": 2, "val/x": best}, {"epoch": 3}]
     assert summary.best_epoch(module)["epoch"] == 2

@@ -388,8 +388,8 @@ def test_classify_invalid_flags_are_refused_without_output(flags, words, trained
         (lambda tensor: tensor.fill_(torch.nan), "gpt2.ln_f.weight must be finite"),
         (lambda tensor: tensor[:1].fill_(-torch.inf), "gpt2.ln_f.weight must be finite"),
         (lambda tensor: tensor.to(torch.int8), "gpt2.ln_f.weight must be of torch.float32, got torch.int8"),
-        (lambda tensor: tensor.to(torch.complex64), "gpt2.ln_f.weight is of torch.complex64"),
-        (lambda tensor: tensor.bool(), "gpt2.ln_f.weight is of torch.bool"),
+        (lambda tensor: tensor.to(torch.complex64), "gpt2.ln_f.weight must be of torch.float32, got torch.complex64"),
+        (lambda tensor: tensor.bool(), "gpt2.ln_f.weight must be of torch.float32, got torch.bool"),
     ],
     ids=["nan", "inf", "int8", "complex", "bool"],
 )

@@ -270,7 +270,7 @@ WORDING = {"template": "{sentence}", "columns": {"sentence": ["sentence"]}, "lab
         ({"pytorch-lightning_version": "0.1.0"}, "must be a version of Lightning from 2.0 on, got '0.1.0'"),
         ({"pytorch-lightning_version": "1.9.5"}, "must be a version of Lightning from 2.0 on, got '1.9.5'"),
         ({"pytorch-lightning_version": "2.6 or so"}, "must be a version of Lightning from 2.0 on, got '2.6 or so'"),
-        ({"base": {}, "hyper_parameters": {**STORED, "num_classes": 3}}, "num_classes must be at most 0, as the weigh"),
+        ({"base": {}, "hyper_parameters": {**STORED, "num_classes": 3}}, "num_classes must be at most 0 for the"),
         ({"hyper_parameters": {**STORED, "num_dropout_samples": 2.5}},
          "hyper_parameters.num_dropout_samples must be a whole number, got 2.5"),
         ({"hyper_parameters": {**STORED, "pooling": "up"}}, "hyper_parameters.pooling must be 'last'"),

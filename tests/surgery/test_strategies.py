@@ -149,7 +149,7 @@ def test_checkpoint_frozen_base_is_left_out_and_verified_by_digest(
     assert "holds other weights" in line
     with pytest.raises(InputError, match="holds other weights"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, base=str(other))
-    with pytest.raises(InputError, match="here the base trains"):
+    with pytest.raises(InputError, match="the base of this model trains"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=None, train_base=True)
 
 

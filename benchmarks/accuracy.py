@@ -100,7 +100,7 @@ def theirs(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
         for file in files:
             with open(file, encoding="utf-8", newline="") as lines:
                 found += list(csv.DictReader(lines, delimiter="\t"))
-        chosen = settings._chosen("train", len(found)) if files == args.train_file else None
+        chosen = settings._split_indices("train", len(found)) if files == args.train_file else None
         texts = [{field: text.strip() for field, text in row.items() if field} for row in found]
         return [
             {**tokenizer(settings.template.text.format(**texts[i])), "labels": int(texts[i][settings.label_column])}

@@ -99,7 +99,7 @@ cycle = Cycle()
 cycle.itself = cycle
 alive = weakref.ref(cycle)
 del cycle
-commands._imported("compare", alone={alone})
+commands._import_command("compare", owns_process={alone})
 assert gc.isenabled()
 gc.collect()
 assert (alive() is not None) == (gc.get_freeze_count() > 0) == {alone}

@@ -1,10 +1,11 @@
-"""classify: say of every row of a file what a run's model takes it for, reading and writing as it goes."""
+"""Classify every row of a file with the model of a run; rows are streamed, so that files may exceed the memory."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,48 +22,29 @@ if TYPE_CHECKING:
     from gpt2_pl.datamodules.readers import RowSource
     from gpt2_pl.tasks.protocols import TextClassifier
 
-_CHUNK = 64  # batches that are read, sorted by length and written together
-_ENDINGS = {".csv": ",", ".tsv": "\t", ".jsonl": None}
+_CHUNK_BATCHES = 64  # number of batches that are read, sorted by length and written together
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}  # by the extension of the output file
 
 
 class InputRow(NamedTuple):
-    """A row to classify: its number in the file, from 1, and its texts by template field."""
+    """Row to classify: its number in the file, from 1, and its texts by template field."""
 
     number: int
     fields: dict[str, str]
 
 
 def main(args: list[str]) -> None:
-    """Classify the rows of a file, which need no labels and may be more than fit in memory."""
-    parser = CommandParser(plugins=True, prog="gpt2-pl classify", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument(
-        "--input", required=True, help="CSV, TSV, JSON lines or Parquet file with the template's columns"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help=f"file to write: {', '.join(_ENDINGS)}; it must not exist"
-    )
-    parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
-    parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--quoting", choices=("true", "false"), help="whether double quotes enclose values; by default as in training"
-    )
-    parser.add_argument(
-        "--on_invalid_row", choices=("error", "skip"), default="error", help="what to do about rows without text"
-    )
-    parser.add_argument(
-        "--precision", choices=("bf16-mixed", "32-true"), help="by default what the hardware is good at"
-    )
-    given = parser.parse_args(args)
-    require_absent(given.out)
-    if given.out.suffix.lower() not in _ENDINGS:
-        raise InputError(f"out: {given.out} does not end in one of {', '.join(_ENDINGS)}")
-    if given.batch_size < 1:
-        raise InputError(f"batch_size is {given.batch_size}; it must be at least 1")
+    """Run ``gpt2-pl classify``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: an argument, the checkpoint or a row is invalid.
+    """
+    options = _parse_arguments(args)
 
     import torch
-    from rich.progress import track
 
     from gpt2_pl.commands.export import load
     from gpt2_pl.commands.support.settings import best_precision
@@ -71,103 +53,162 @@ def main(args: list[str]) -> None:
     from gpt2_pl.tasks.protocols import TextClassifier, lacks
     from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
-    checkpoint = given.ckpt_path or best_checkpoint(given.run)
-    task = load(checkpoint, given.base)
+    checkpoint = options.ckpt_path or best_checkpoint(options.run)
+    task = load(checkpoint, options.base)
     if not isinstance(task, TextClassifier):
         raise InputError(
-            f"{checkpoint} is of a {type(task).__name__}, which classifies no text: {lacks(task, TextClassifier)}"
-        )
-    if not task.prompt_spec:
-        raise InputError(
-            f"{checkpoint} does not say which template it learned with; train it with data of this library"
+            f"{checkpoint} must be of a task that classifies text, got {type(task).__name__}: "
+            f"{lacks(task, TextClassifier)}"
         )
     check_prompt_spec(task, checkpoint)
-    tokenizer, template = load_tokenizer(given.run, "RUN"), Template(task.prompt_spec["template"])
+    spec = task.prompt_spec
+    assert spec is not None
+    tokenizer, template = load_tokenizer(options.run, "RUN"), Template(spec["template"])
     validate_vocab_size(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
-    skip = given.on_invalid_row == "skip"
-    quoting = task.prompt_spec.get("quoting") if given.quoting is None else given.quoting == "true"
-    source = read_file(given.input, "input", quoting, skip)
-    texts = reader(source, task.prompt_spec["columns"], skip)
-    counts = Counter(text is None for text in texts())  # every row is checked before any is classified
-    if not (n_rows := counts[False]):
-        raise InputError(f"input: {given.input} has no rows that can be used")
+    skip = options.on_invalid_row == "skip"
+    quoting = spec.get("quoting") if options.quoting is None else options.quoting == "true"
+    source = read_file(options.input, "input", quoting, skip)
+    read_rows = reader(source, spec["columns"], skip)
+    counts = Counter(row is None for row in read_rows())  # all rows are checked before the first is classified
+    if not (n_valid := counts[False]):
+        raise InputError(f"input: {options.input} has no valid rows")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = (given.precision or best_precision("auto")) == "bf16-mixed"
+    bf16 = (options.precision or best_precision("auto")) == "bf16-mixed"
     task.to(device).eval()
-    set_cudnn_sdp(False)  # batches are of many lengths
+    set_cudnn_sdp(False)  # batches have many different lengths
+    rows = (row for row in read_rows() if row is not None)
+    n_classified = 0
     with (
-        writer(given.out, list(template.fields), task.prompt_spec["labels"]) as write,
+        writer(options.out, list(template.fields), spec["labels"]) as write,
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
-        n_classified = 0
-        rows, n = (text for text in texts() if text is not None), _CHUNK * given.batch_size
-        hidden = not sys.stdout.isatty()
-        for _ in track(range(0, n_rows, n), "Classifying", transient=True, disable=hidden):
-            chunk = list(islice(rows, n))
-            ids = template.encode([text.fields for text in chunk], tokenizer, task.prompt_spec["max_length"])
-            usable = [i for i, tokens in enumerate(ids) if tokens]
-            if len(usable) < len(chunk) and not skip:
-                text = next(text for text, tokens in zip(chunk, ids, strict=True) if not tokens)
-                raise InputError(f"{source.name}, row {text.number}: {template.no_token(text.fields)}")
-            n_classified += len(usable)
-            outcomes = classify(task, [ids[i] for i in usable], given.batch_size)
-            for i, (decision, probability) in zip(usable, outcomes, strict=True):
-                write(chunk[i], decision, probability)
+        for chunk in _chunks(rows, n_valid, _CHUNK_BATCHES * options.batch_size):
+            ids = template.encode([row.fields for row in chunk], tokenizer, spec["max_length"])
+            encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
+            if len(encoded) < len(chunk) and not skip:
+                row = next(row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids)
+                raise InputError(f"{source.name}, row {row.number}: {template.no_token(row.fields)}")
+            n_classified += len(encoded)
+            predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size)
+            for (row, _), (prediction, probabilities) in zip(encoded, predictions, strict=True):
+                write(row, prediction, probabilities)
         if not n_classified:
-            raise InputError(f"input: {given.input} has no rows that can be used")
+            raise InputError(f"input: {options.input} has no valid rows")
     n_skipped = counts.total() - n_classified
-    skipped = f"; {n_skipped} rows that cannot be used are left out" if n_skipped else ""
-    print(printable(f"{given.out}: {n_classified} rows{skipped}"))
+    skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
+    print(printable(f"{options.out}: {n_classified} rows{skipped}"))
+
+
+def _parse_arguments(args: list[str]) -> Namespace:
+    parser = CommandParser(plugins=True, prog="gpt2-pl classify", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="CSV, TSV, JSON lines or Parquet file with the columns of the training data, without labels",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"output file, {', '.join(_DELIMITERS)}; it must not exist",
+    )
+    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
+    parser.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="rows per batch (default: %(default)s)")
+    parser.add_argument(
+        "--quoting",
+        choices=("true", "false"),
+        help="whether double quotes enclose values in CSV and TSV files (default: as in training)",
+    )
+    parser.add_argument(
+        "--on_invalid_row",
+        choices=("error", "skip"),
+        default="error",
+        help="whether a row that cannot be read or has no text is an error or skipped (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("bf16-mixed", "32-true"),
+        help="default: bf16-mixed if the hardware supports bfloat16, else 32-true",
+    )
+    options = parser.parse_args(args)
+    require_absent(options.out)
+    if options.out.suffix.lower() not in _DELIMITERS:
+        raise InputError(f"out must be a file with one of the extensions {', '.join(_DELIMITERS)}, got {options.out}")
+    if options.batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {options.batch_size}")
+    return options
+
+
+def _chunks(rows: Iterator[InputRow], n_rows: int, size: int) -> Iterator[list[InputRow]]:
+    """Yield rows in lists of ``size``, with a progress bar if standard output is a terminal."""
+    from rich.progress import track
+
+    is_hidden = not sys.stdout.isatty()
+    for _ in track(range(0, n_rows, size), "Classifying", transient=True, disable=is_hidden):
+        yield list(islice(rows, size))
 
 
 def check_prompt_spec(task: TextClassifier, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose wording is none, or is of another model.
+    """Check that the prompt format of a checkpoint is complete and fits its model.
+
+    Args:
+        task: the classifier of the checkpoint.
+        checkpoint: path of the checkpoint, for error messages.
 
     Raises:
-        InputError: naming the checkpoint and what is wrong.
+        InputError: the prompt format is missing, incomplete, or does not fit the model.
     """
     from gpt2_pl.datamodules.prompt_template import Template
 
-    prompt_spec: Any = task.prompt_spec
+    spec: Any = task.prompt_spec
+    if not spec:
+        raise InputError(f"{checkpoint} must contain a template (prompt_spec); train it with data of this library")
     for key in ("template", "columns", "labels", "max_length"):
-        if prompt_spec.get(key) is None:
-            raise InputError(f"{checkpoint} does not say its {key}; it is broken")
-    fields, names = Template(prompt_spec["template"]).fields, prompt_spec["columns"]
-    if set(fields) != names.keys() or not all(names.values()):
-        raise InputError(f"{checkpoint} does not say which columns its template's fields are; it is broken")
-    if len(prompt_spec["labels"]) != task.num_classes or not 1 <= prompt_spec["max_length"] <= task.max_length:
+        if spec.get(key) is None:
+            raise InputError(f"{checkpoint} is broken: prompt_spec.{key} is missing")
+    fields, columns = Template(spec["template"]).fields, spec["columns"]
+    if set(fields) != columns.keys() or not all(columns.values()):
+        raise InputError(f"{checkpoint} is broken: prompt_spec.columns must name a column for each template field")
+    if len(spec["labels"]) != task.num_classes or not 1 <= spec["max_length"] <= task.max_length:
         raise InputError(
-            f"{checkpoint} says {len(prompt_spec['labels'])} labels and max_length {prompt_spec['max_length']}; "
-            f"its model has {task.num_classes} classes and room for {task.max_length} tokens"
+            f"{checkpoint} is broken: prompt_spec must have {task.num_classes} labels and a max_length of 1 to "
+            f"{task.max_length}, as its model, got {len(spec['labels'])} labels and {spec['max_length']}"
         )
 
 
 def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[InputRow | None]]:
-    """Make a function that reads a source from the start.
+    """Return a function that reads a source from its start.
 
     Args:
         source: the rows.
-        columns: template field -> the names that its column may have, the first of them that exists counts.
-        skip: give None for a row that cannot be used, in place of an error.
+        columns: possible column names of each template field; the first one that exists is read.
+        skip: whether to yield None for an invalid row instead of raising an error.
+
+    Returns:
+        A function that returns an iterator over the rows; iterating raises an InputError for an invalid row.
 
     Raises:
-        InputError: no such column; and when it comes to it, a row without text or a file that is broken.
+        InputError: a column is missing.
     """
     from gpt2_pl.datamodules.readers import parse_text, require_columns
 
-    names = source.columns
-    chosen = {field: next((name for name in among if name in names), among[0]) for field, among in columns.items()}
-    require_columns(source, list(chosen.values()), keys="the run's data.columns")
+    existing = source.columns
+    selected = {field: next((name for name in names if name in existing), names[0]) for field, names in columns.items()}
+    require_columns(source, list(selected.values()), keys="data.columns in training")
 
-    def texts() -> Iterator[InputRow | None]:
-        for number, row in source.read(list(dict.fromkeys(chosen.values()))):
+    def read_rows() -> Iterator[InputRow | None]:
+        for number, row in source.read(list(dict.fromkeys(selected.values()))):
             if isinstance(row, str):
                 yield None
                 continue
             try:
-                fields = {field: parse_text(row, column, source.name, number) for field, column in chosen.items()}
+                fields = {field: parse_text(row, column, source.name, number) for field, column in selected.items()}
             except InputError:
                 if not skip:
                     raise
@@ -175,16 +216,19 @@ def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Call
                 continue
             yield InputRow(number, fields)
 
-    return texts
+    return read_rows
 
 
 def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> list[tuple[int, list[float]]]:
-    """Return the class of every text and the probabilities of all classes, in the order of the texts.
+    """Classify texts in batches of similar length.
 
     Args:
-        task: the model.
-        ids: of every text, at least one token id.
-        batch_size: texts in a batch.
+        task: the classifier.
+        ids: token ids of each text, at least one per text.
+        batch_size: number of texts in a batch.
+
+    Returns:
+        The class index and the probabilities of all classes for each text, in the order of the texts.
     """
     import numpy as np
     import torch
@@ -193,25 +237,35 @@ def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> lis
 
     offsets = np.cumsum([0, *map(len, ids)])
     rows = TokenDataset(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
-    probability = torch.empty(len(ids), task.num_classes)
-    for numbers in evaluation_batches(rows.lengths, batch_size):
-        batch = {key: tensor.to(task.device) for key, tensor in rows.batch(numbers).items()}
-        probability[torch.from_numpy(numbers)] = task.predict_proba(batch).float().cpu()
-    return list(zip(task.predict_class(probability).tolist(), probability.tolist(), strict=True))
+    probabilities = torch.empty(len(ids), task.num_classes)
+    for indices in evaluation_batches(rows.lengths, batch_size):
+        batch = {key: tensor.to(task.device) for key, tensor in rows.batch(indices).items()}
+        probabilities[torch.from_numpy(indices)] = task.predict_proba(batch).float().cpu()
+    return list(zip(task.predict_class(probabilities).tolist(), probabilities.tolist(), strict=True))
 
 
 @contextmanager
 def writer(out: Path, fields: list[str], labels: list[str]) -> Iterator[Callable[[InputRow, int, list[float]], None]]:
-    """A function that writes one row: its number, its texts, the class and every class's probability."""
+    """Open an output file and provide a function that writes a row to it.
+
+    Args:
+        out: the file, which appears when all rows are written; its extension determines the format.
+        fields: template fields.
+        labels: class names.
+
+    Yields:
+        A function of a row, its predicted class index and the probabilities of all classes.
+    """
     names = ["row", *fields, "prediction", *(f"p({label})" for label in labels)]
     with atomic_write(out) as file:
-        put = _line_writer(file, names, _ENDINGS[out.suffix.lower()])
-        yield lambda text, decision, probability: put(
-            [text.number, *text.fields.values(), labels[decision], *(round(p, 6) for p in probability)]
+        write_values = _value_writer(file, names, _DELIMITERS[out.suffix.lower()])
+        yield lambda row, prediction, probabilities: write_values(
+            [row.number, *row.fields.values(), labels[prediction], *(round(p, 6) for p in probabilities)]
         )
 
 
-def _line_writer(file: IO[str], names: list[str], delimiter: str | None) -> Callable[[list[Any]], Any]:
+def _value_writer(file: IO[str], names: list[str], delimiter: str | None) -> Callable[[list[Any]], Any]:
+    """Write the header of a table, if it has one, and return a function that writes a row of values."""
     if delimiter is None:
         return lambda values: file.write(json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n")
     table = csv.writer(file, delimiter=delimiter)

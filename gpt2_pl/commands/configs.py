@@ -1,4 +1,4 @@
-"""List, print and copy the configuration files that come with the library."""
+"""List, print and copy the packaged configuration files."""
 
 from __future__ import annotations
 
@@ -17,29 +17,42 @@ _TITLES = {"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sw
 
 
 def main(args: list[str]) -> None:
-    """Run ``gpt2-pl configs``."""
+    """Run ``gpt2-pl configs``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: there is no such file, or the copy cannot be written.
+    """
     parser = CommandParser(prog="gpt2-pl configs", description=__doc__)
     actions = parser.add_subparsers(dest="action", metavar="list|show|copy", parser_class=CommandParser)
-    actions.add_parser("list", help="list them with a line each (the default)", description="List all of them.")
+    actions.add_parser(
+        "list", help="list all files with a description (default)", description="List all configuration files."
+    )
     show = actions.add_parser("show", help="print a file", description="Print a configuration file.")
-    copy = actions.add_parser("copy", help="copy a file", description="Copy a configuration file, to change the copy.")
+    copy = actions.add_parser(
+        "copy", help="copy a file, in order to edit the copy", description="Copy a configuration file."
+    )
     for action in (show, copy):
-        action.add_argument("name", metavar="NAME", help="such as task/sst5")
-    copy.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="where to (default: the working folder)")
-    given = parser.parse_args(args)
-    if given.action == "show":
-        print(config_path(given.name, "NAME").read_text(encoding="utf-8"), end="")
-    elif given.action == "copy":
-        print(_copy(config_path(given.name, "NAME"), Path(given.folder)))
+        action.add_argument("name", metavar="NAME", help="name of the configuration, such as task/sst5")
+    copy.add_argument(
+        "folder", metavar="FOLDER", nargs="?", default=".", help="destination (default: the working folder)"
+    )
+    options = parser.parse_args(args)
+    if options.action == "show":
+        print(config_path(options.name, "NAME").read_text(encoding="utf-8"), end="")
+    elif options.action == "copy":
+        print(_copy(config_path(options.name, "NAME"), Path(options.folder)))
     else:
         _print_list()
 
 
 def _copy(file: Path, folder: Path) -> Path:
-    """Copy a file into a folder and return the copy.
+    """Copy a file into a folder and return the path of the copy.
 
     Raises:
-        InputError: there is no such folder, or it holds a file of that name.
+        InputError: the folder does not exist, or already contains a file of this name.
     """
     if not folder.is_dir():
         raise InputError(f"FOLDER must be an existing folder, got {str(folder)!r}")
@@ -51,7 +64,7 @@ def _copy(file: Path, folder: Path) -> Path:
 
 
 def _print_list() -> None:
-    """Print every file's name and first sentence, by kind."""
+    """Print the name and the first sentence of each file, by kind."""
     files = packaged_configs()
     width, columns = max(map(len, files)), max(shutil.get_terminal_size().columns, 60)
     for kind in (*KINDS, ""):

@@ -1,4 +1,4 @@
-"""export: a run's model as a folder that transformers or peft loads."""
+"""Convert the model of a run to a folder that transformers or peft can load."""
 
 from __future__ import annotations
 
@@ -22,78 +22,106 @@ if TYPE_CHECKING:
 
 
 def main(args: list[str]) -> None:
-    """Write RUN's best checkpoint in another program's format."""
+    """Run ``gpt2-pl export``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: an argument or the checkpoint is invalid, or the format cannot represent the model.
+    """
     parser = CommandParser(plugins=True, prog="gpt2-pl export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument(
         "--format",
         choices=("hf", "peft"),
         required=True,
-        help="hf: the whole model with adapters merged, for transformers; peft: what was added to the base, for peft",
+        help="hf: the complete model with merged adapters, for transformers; peft: the adapter without the base model",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
-    parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
-    parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
-    parser.add_argument("--backbone", action="store_true", help="leave the task's head out")
-    given = parser.parse_args(args)
-    require_absent(given.out)
-    task = load(given.ckpt_path or best_checkpoint(given.run), given.base)
-    with atomic_directory(given.out) as folder:
-        if given.format == "hf":
-            export_hf(task, folder, given.run, given.backbone)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="output folder; it must not exist")
+    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
+    parser.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
+    parser.add_argument("--backbone", action="store_true", help="omit the head of the task")
+    options = parser.parse_args(args)
+    require_absent(options.out)
+    task = load(options.ckpt_path or best_checkpoint(options.run), options.base)
+    with atomic_directory(options.out) as folder:
+        if options.format == "hf":
+            export_hf(task, folder, options.run, options.backbone)
         else:
-            export_peft(task, folder, given.backbone)
-    print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
+            export_peft(task, folder, options.backbone)
+    print(printable(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}"))
 
 
 def load(checkpoint: Path, base: str | None = None) -> Task:
-    """The trained task of a checkpoint, whatever task it is, for evaluation on the CPU."""
+    """Load the trained task of a checkpoint on the CPU.
+
+    Args:
+        checkpoint: path of the checkpoint, of any task.
+        base: path or hub id of the pretrained base; defaults to the one that the checkpoint names.
+
+    Returns:
+        The task.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or ``base`` is given for a checkpoint with all weights.
+    """
     from gpt2_pl.tasks import Task
     from gpt2_pl.tasks.checkpoint import read
 
     content = read(checkpoint, "checkpoint", Task)
     if base is not None and content["base"].get("complete"):
-        raise InputError(f"base: {checkpoint} holds every weight; leave --base out")
-    moved = {} if base is None else {"base": base}
+        raise InputError(f"base: {checkpoint} contains all weights; omit --base")
+    overrides = {} if base is None else {"base": base}
     try:
         cls: Any = Task.find(content["task"])
-        return cls.load_from_checkpoint(checkpoint, map_location="cpu", **moved)
+        return cls.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of other kinds than ours
-        if describe_failure(error) is not None:  # no memory, not a fault of the checkpoint
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of unexpected types
+        if describe_failure(error) is not None:  # for example, out of memory
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{checkpoint} does not hold what its task needs: {reason[:200]}") from error
+        raise InputError(f"{checkpoint} is not valid for its task: {reason[:200]}") from error
 
 
 @contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when all is written, and vanishes when that fails."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Provide a temporary folder that is renamed to ``out`` on success and removed on failure.
+
+    Args:
+        out: folder to create; it must not exist.
+
+    Yields:
+        The temporary folder, which has the same parent as ``out``.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    temporary = out.with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with reraise_disk_full(out):
-            part.mkdir(parents=True)
-            yield part
-            part.rename(out)
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> None:
-    """Write the whole model for transformers, with its tokenizer, adapters merged.
+    """Write the complete model with merged adapters, and its tokenizer, for transformers.
 
-    A classifier on the last token becomes ``GPT2ForSequenceClassification``; everything else a language model.
+    A classifier on the last token becomes a ``GPT2ForSequenceClassification``, any other model a ``GPT2LMHeadModel``.
 
     Args:
-        task: the trained task, which is changed.
-        folder: where to write.
-        run: the run's folder, which holds the tokenizer.
-        backbone: leave the task's head out.
+        task: the trained task, which is modified.
+        folder: output folder.
+        run: folder of the run, which contains the tokenizer.
+        backbone: whether to omit the head of the task.
 
     Raises:
-        InputError: a head or surgery that the format has no place for.
+        InputError: the format cannot represent the head or an adapter.
     """
     import torch
 
@@ -104,13 +132,15 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     gpt2 = task.backbone
     if gpt2.n_virtual:
         raise InputError(
-            "a prefix or soft prompt cannot be merged into the weights; --format peft holds one, where nothing else "
-            "was trained or added"
+            "a prefix or soft prompt cannot be merged into the weights; use --format peft, which supports it if "
+            "nothing else was trained or added"
         )
     head = None if backbone else _head(task)
     merge(gpt2)
     end = _save_tokenizer(run, folder, gpt2.config.n_positions, gpt2.config.vocab_size)
-    settings: dict[str, Any] = {} if end is None else {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    settings: dict[str, Any] = {}
+    if end is not None:
+        settings |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     settings |= _provenance(run)
     if head is None:
         pretrained.save(gpt2, folder, settings=settings)
@@ -118,77 +148,93 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     labels = _labels(task, head.linear.out_features)
     settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
     settings["label2id"] = {label: i for i, label in enumerate(labels)}
-    with torch.no_grad():  # transformers' head has no bias
+    with torch.no_grad():  # the head of transformers has no bias
         gpt2.ln_f.bias.add_(fold_bias_into_ln_f(head.linear.weight, head.linear.bias))
     pretrained.save(gpt2, folder, score=head.linear.weight, settings=settings)
 
 
 def _provenance(run: Path) -> dict[str, Any]:
-    """What the folder says of the model's past: the base that its training began from, and what it took since."""
+    """Return the origin of a model: its pretrained base, the recipe and the total time, or {} without a run record."""
     from gpt2_pl.pretrained import PROVENANCE
     from gpt2_pl.utils.run_schema import check_metrics
 
     try:
         record = check_metrics(read_json(run / "metrics.json"), "metrics.json")
         base = record["base"]
-        spent = {key: record[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
+        times = {key: record[key] + base.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
         origin = base.get("origin", base["digest"])
         recipe = "+".join(Path(file).stem for file in record["configs"]) or str(run.parent.name)
-        return {} if origin is None else {PROVENANCE: {"origin": origin, "recipe": recipe, **spent}}
+        return {} if origin is None else {PROVENANCE: {"origin": origin, "recipe": recipe, **times}}
     except (InputError, KeyError, TypeError):
         return {}
 
 
 def export_peft(task: Task, folder: Path, backbone: bool = False) -> None:
-    """Write what was added to the base for peft; with ``backbone``, without the task's head."""
+    """Write the adapter of a model for peft.
+
+    Args:
+        task: the trained task.
+        folder: output folder.
+        backbone: whether to omit the head of the task.
+
+    Raises:
+        InputError: the format cannot represent the head or the adapter, or weights of the base have changed.
+    """
     from gpt2_pl.pretrained import weights_sha256
     from gpt2_pl.surgery import peft_format
 
-    gpt2, otherwise = task.backbone, peft_format.other_format(task.backbone)
+    gpt2, alternative = task.backbone, peft_format.other_format(task.backbone)
     if not task.base_is_frozen:
-        raise InputError(f"the base itself was trained (train_base); an adapter would not hold that{otherwise}")
+        raise InputError(f"the base was trained (train_base); an adapter cannot contain its weights{alternative}")
     head = None if backbone else _head(task)
     peft_format.save(gpt2, folder, task.base, head)
     if weights_sha256(gpt2) != task.base_digest:
-        raise InputError(f"surgery changed the base's own weights; an adapter would not hold that{otherwise}")
+        raise InputError(f"surgery changed weights of the base; an adapter cannot contain them{alternative}")
 
 
 def _head(task: Task) -> ClassificationHead | None:
-    """Return the task's linear head; None if the task has no parameters besides the GPT-2's.
+    """Return the linear head of a task, or None if only the backbone has parameters.
 
     Raises:
-        InputError: a head that transformers does not have.
+        InputError: transformers has no such head.
     """
     from gpt2_pl.heads import ClassificationHead
 
     head: Any = getattr(task, "head", None)
-    is_ours = isinstance(head, ClassificationHead)
-    kept = ("head.linear.weight", "head.linear.bias") if is_ours else ()
-    if foreign := [name for name, _ in task.head_parameters() if name not in kept]:
+    is_linear = isinstance(head, ClassificationHead)
+    supported = ("head.linear.weight", "head.linear.bias") if is_linear else ()
+    if unsupported := [name for name, _ in task.head_parameters() if name not in supported]:
         raise InputError(
-            f"transformers has no place for {listing(foreign)}, the head of {class_path(type(task))}; --backbone "
-            "leaves it out"
+            f"transformers does not support {listing(unsupported)}, the head of {class_path(type(task))}; omit it "
+            "with --backbone"
         )
-    if is_ours and (pooling := getattr(task, "pooling", None)) != "last":
+    if is_linear and (pooling := getattr(task, "pooling", None)) != "last":
         raise InputError(
-            f"transformers' classifier reads the last token; this one has pooling {pooling!r}; --backbone leaves the "
-            "head out"
+            f"pooling must be 'last', as in the classifier of transformers, got {pooling!r}; omit the head with "
+            "--backbone"
         )
-    return head if is_ours else None
+    return head if is_linear else None
 
 
 def _labels(task: Task, n: int) -> list[str]:
-    """The class names that the model learned with, or numbers."""
+    """Return the ``n`` class names of the training data, or the class indices as text."""
     labels = (getattr(task, "prompt_spec", None) or {}).get("labels") or []
     return labels if len(labels) == n else [str(i) for i in range(n)]
 
 
 def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) -> int | None:
-    """Copy the run's tokenizer; returns the id of its end of text, which also serves for padding."""
+    """Write the tokenizer of a run for transformers.
+
+    Returns:
+        The id of ``<|endoftext|>``, which is the padding token as well; None if the tokenizer does not have it.
+
+    Raises:
+        InputError: the run has no tokenizer, or its vocabulary is larger than that of the model.
+    """
     from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
     if not (run / "tokenizer.json").is_file():
-        raise InputError(f"{run} has no tokenizer.json; runs of this library have one")
+        raise InputError(f"RUN must contain tokenizer.json, as every run of this library does, got {run}")
     tokenizer = load_tokenizer(run, "RUN")
     validate_vocab_size(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
     with atomic_write(folder / "tokenizer.json") as file:

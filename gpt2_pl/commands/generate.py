@@ -1,157 +1,249 @@
-"""generate: continue prompts with a run's language model."""
+"""Continue prompts with the language model of a run."""
 
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.support.parser import CommandParser, best_checkpoint
 from gpt2_pl.errors import InputError, printable, shorten
 from gpt2_pl.filesystem import atomic_write, read_text, require_absent, require_file
 
-_SEEDS = 1_000_003  # prompt n of seed s draws from a generator of its own, whatever else is asked
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from gpt2_pl.tasks.protocols import TextGenerator
+
+_SEED_STRIDE = 1_000_003  # prompt i has the generator seed * _SEED_STRIDE + i, independent of the other prompts
+_EXTENSIONS = (".txt", ".jsonl")
 
 
 def main(args: list[str]) -> None:
-    """Write what a run's model makes of every prompt of a file."""
-    parser = CommandParser(plugins=True, prog="gpt2-pl generate", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument(
-        "--prompt_file",
-        required=True,
-        help="UTF-8 text (.txt) with a prompt on every line, JSON lines (.jsonl) with a key `prompt`, or (--poems) "
-        "poems' first lines",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="file to write, .txt or .jsonl; it must not exist")
-    parser.add_argument("--ckpt_path", type=Path, help="instead of RUN/checkpoints/best.ckpt")
-    parser.add_argument("--base", help="where the base of an adapter checkpoint lies now, if it has moved")
-    parser.add_argument("--max_new_tokens", type=int, default=220)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--no_repeat_ngram_size", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--poems", action="store_true", help="the prompts are poems, each with its number before it")
-    parser.add_argument(
-        "--no_line_length_bias", action="store_true", help="poems: do not favour line ends in long lines"
-    )
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="compile each block first, which takes a while")
-    given = parser.parse_args(args)
-    require_absent(given.out)
-    if given.out.suffix.lower() not in (".txt", ".jsonl"):
-        raise InputError(f"out: {given.out} does not end in .txt or .jsonl")
-    if given.batch_size < 1:
-        raise InputError(f"batch_size is {given.batch_size}; it must be at least 1")
+    """Run ``gpt2-pl generate``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: an argument, a prompt or the checkpoint is invalid.
+    """
+    options = _parse_arguments(args)
+    sampling = _sampling_arguments(options)
 
     import torch
-    from rich.progress import track
 
     from gpt2_pl.commands.export import load
-    from gpt2_pl.generation import validate_sampling
     from gpt2_pl.tasks.protocols import TextGenerator, lacks
     from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, split_lines
     from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
-    settings: dict[str, Any] = {
-        key: getattr(given, key)
-        for key in ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
-    }
-    try:
-        validate_sampling(**settings, max_new_tokens=given.max_new_tokens)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    prompts, numbers = read_prompts(given.prompt_file, given.poems)
-    checkpoint = given.ckpt_path or best_checkpoint(given.run)
-    task = load(checkpoint, given.base)
+    prompts, numbers = read_prompts(options.prompt_file, options.poems)
+    checkpoint = options.ckpt_path or best_checkpoint(options.run)
+    task = load(checkpoint, options.base)
     if not isinstance(task, TextGenerator):
         raise InputError(
-            f"{checkpoint} is of a {type(task).__name__}, which generates no text: {lacks(task, TextGenerator)}"
+            f"{checkpoint} must be of a task that generates text, got {type(task).__name__}: "
+            f"{lacks(task, TextGenerator)}"
         )
-    tokenizer = load_tokenizer(given.run, "RUN")
-    validate_vocab_size(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
+    vocab_size = task.config.vocab_size
+    tokenizer = load_tokenizer(options.run, "RUN")
+    validate_vocab_size(tokenizer, vocab_size, str(checkpoint), "RUN's tokenizer.json")
     task.eval().to(
         device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=torch.bfloat16 if given.precision == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
     )
-    if given.compile:
+    if options.compile:
         for block in task.backbone.h:
             block.compile(dynamic=True)
     if numbers is not None:
-        V = task.config.vocab_size
-        settings["stopping_criteria"] = MaxLinesCriteria(tokenizer, V)
-        settings["logits_processors"] = [] if given.no_line_length_bias else [LineLengthProcessor(tokenizer, V)]
+        bias = [] if options.no_line_length_bias else [LineLengthProcessor(tokenizer, vocab_size)]
+        sampling |= {"stopping_criteria": MaxLinesCriteria(tokenizer, vocab_size), "logits_processors": bias}
+    ids = _encode_prompts(prompts, tokenizer, task.max_length, options.prompt_file)
+    texts = _continue(task, tokenizer, ids, options, sampling)
+    if numbers is not None:
+        texts = [Poem(number, split_lines(text)).text for number, text in zip(numbers, texts, strict=True)]
+    _write(options.out, prompts, texts, numbers)
+    print(printable(f"{options.out}: {len(texts)} texts"))
+
+
+def _parse_arguments(args: list[str]) -> Namespace:
+    parser = CommandParser(plugins=True, prog="gpt2-pl generate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--prompt_file",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text (.txt) with one prompt per line, JSON lines (.jsonl) with the key `prompt`, or, with --poems, "
+        "numbered poems (.txt) that consist of their first lines",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="output file, .txt or .jsonl; it must not exist"
+    )
+    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
+    parser.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=220, metavar="N", help="tokens per prompt at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 for greedy decoding (default: %(default)s)"
+    )
+    parser.add_argument("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="sample from the most likely tokens with a total probability of P (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        metavar="PENALTY",
+        help="penalty of tokens that have occurred; 1.0 is none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no_repeat_ngram_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="do not repeat n-grams of this size; 0 allows all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of sampling; each prompt has its own generator (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, metavar="N", help="prompts per batch (default: %(default)s)"
+    )
+    parser.add_argument("--poems", action="store_true", help="read numbered poems and complete them")
+    parser.add_argument(
+        "--no_line_length_bias", action="store_true", help="with --poems, do not make line ends likelier in long lines"
+    )
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts"
+    )
+    options = parser.parse_args(args)
+    require_absent(options.out)
+    if options.out.suffix.lower() not in _EXTENSIONS:
+        raise InputError(f"out must be a file with one of the extensions {', '.join(_EXTENSIONS)}, got {options.out}")
+    if options.batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {options.batch_size}")
+    return options
+
+
+def _sampling_arguments(options: Namespace) -> dict[str, Any]:
+    """Return the arguments of :func:`gpt2_pl.generation.generate` that control sampling.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+    from gpt2_pl.generation import validate_sampling
+
+    keys = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
+    sampling = {key: getattr(options, key) for key in keys}
+    try:
+        validate_sampling(**sampling, max_new_tokens=options.max_new_tokens)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return sampling
+
+
+def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
+    """Read the prompts of a file.
+
+    Args:
+        file: ``.txt`` with one prompt per line, or ``.jsonl`` with the key ``prompt``.
+        poems: whether the file contains numbered poems, each of which is a prompt.
+
+    Returns:
+        The prompts, and the numbers of poems or None.
+
+    Raises:
+        InputError: the file is missing, has an unknown extension, no prompt, or an invalid line.
+    """
+    from gpt2_pl.datamodules.sonnets import read_poems
+
+    path = require_file(file, "prompt_file")
+    if path.suffix.lower() not in _EXTENSIONS:
+        raise InputError(f"prompt_file must be a file with one of the extensions {', '.join(_EXTENSIONS)}, got {file}")
+    text = read_text(file, "prompt_file")
+    if poems:
+        openings = read_poems(file, "prompt_file")
+        return [poem.text for poem in openings], [poem.number for poem in openings]
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"prompt_file: {file} has no prompt")
+    if path.suffix.lower() == ".jsonl":
+        return [_parse_prompt(line, f"prompt_file: {file}, line {number}") for number, line in lines], None
+    return [line for _, line in lines], None
+
+
+def _parse_prompt(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+        str(prompt).encode()  # lone surrogates raise UnicodeError
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f'{where} must be a JSON object with the key "prompt"') from None
+    if not isinstance(prompt, str) or not prompt:
+        raise InputError(f"{where}: the prompt must be a non-empty string, got {prompt!r}")
+    return prompt
+
+
+def _encode_prompts(prompts: list[str], tokenizer: Tokenizer, max_length: int, file: str) -> list[list[int]]:
+    """Return the token ids of each prompt.
+
+    Raises:
+        InputError: a prompt has no token, or leaves no room for a new one.
+    """
     ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]  # as in training
-    for prompt, found in enumerate(ids, start=1):
-        if not found:
-            text = shorten(prompts[prompt - 1])
+    for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True), start=1):
+        where = f"prompt_file: {file}, prompt {number}"
+        if not prompt_ids:
+            raise InputError(f"{where}: the tokenizer of the run gives no token for {shorten(prompt)}")
+        if len(prompt_ids) >= max_length:
             raise InputError(
-                f"prompt_file: {given.prompt_file}, prompt {prompt}: the run's tokenizer makes no token of {text}"
+                f"{where} must have at most {max_length - 1} tokens, which leaves room for one new token, "
+                f"got {len(prompt_ids)}"
             )
-        if len(found) >= task.max_length:
-            raise InputError(
-                f"prompt_file: {given.prompt_file}, prompt {prompt} has {len(found)} tokens; the model has room for "
-                f"{task.max_length}, so that a prompt has at most {task.max_length - 1}"
-            )
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of similar length together
+    return ids
+
+
+def _continue(
+    task: TextGenerator, tokenizer: Tokenizer, ids: list[list[int]], options: Namespace, sampling: dict[str, Any]
+) -> list[str]:
+    """Return each prompt with its continuation; prompts of similar length are generated together."""
+    from rich.progress import track
+
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
-    for start in track(range(0, len(order), given.batch_size), "Generating", transient=True):
-        batch = order[start : start + given.batch_size]
-        written = task.continue_prompts(
+    for start in track(range(0, len(order), options.batch_size), "Generating", transient=True):
+        batch = order[start : start + options.batch_size]
+        continuations = task.continue_prompts(
             tokenizer,
             [ids[i] for i in batch],
-            seeds=[(given.seed * _SEEDS + i) % 2**63 for i in batch],
-            max_new_tokens=given.max_new_tokens,
-            **settings,
+            seeds=[(options.seed * _SEED_STRIDE + i) % 2**63 for i in batch],
+            max_new_tokens=options.max_new_tokens,
+            **sampling,
         )
-        for i, new in zip(batch, written, strict=True):
-            texts[i] = tokenizer.decode([*ids[i], *new], skip_special_tokens=False)
-    if numbers is not None:
-        poems = [Poem(number, split_lines(text)) for number, text in zip(numbers, texts, strict=True)]
-        texts = [poem.text for poem in poems]
-    with atomic_write(given.out) as file:
-        if given.out.suffix.lower() == ".jsonl":
+        for i, new_ids in zip(batch, continuations, strict=True):
+            texts[i] = tokenizer.decode([*ids[i], *new_ids], skip_special_tokens=False)
+    return texts
+
+
+def _write(out: Path, prompts: list[str], texts: list[str], numbers: list[int] | None) -> None:
+    """Write texts as JSON lines, as numbered poems, or as text with a blank line after each."""
+    with atomic_write(out) as file:
+        if out.suffix.lower() == ".jsonl":
             rows: list[dict[str, Any]] = [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
             for row, number in zip(rows, numbers or [], strict=False):
                 row["number"] = number
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         elif numbers is not None:
-            file.write("\n".join(f"{poem.number}\n\n{poem.text}" for poem in poems))
+            file.write("\n".join(f"{number}\n\n{text}" for number, text in zip(numbers, texts, strict=True)))
         else:
             file.writelines(f"{text}\n\n" for text in texts)
-    print(printable(f"{given.out}: {len(texts)} texts"))
-
-
-def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
-    """The prompts of a file, and their numbers where they are poems.
-
-    Raises:
-        InputError: no such file, no prompt, or a line that is not what it should be.
-    """
-    from gpt2_pl.datamodules.sonnets import read_poems
-
-    path = require_file(file, "prompt_file")
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise InputError(f"prompt_file: {file} does not end in .txt or .jsonl")
-    text = read_text(file, "prompt_file")
-    if poems:
-        found = read_poems(file, "prompt_file")
-        return [poem.text for poem in found], [poem.number for poem in found]
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise InputError(f"prompt_file: {file} has no prompt")
-    if path.suffix.lower() == ".jsonl":
-        prompts = []
-        for number, line in lines:
-            try:
-                prompts.append(json.loads(line)["prompt"])
-                str(prompts[-1]).encode()  # halves of surrogate pairs are no text
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise InputError(f'prompt_file: {file}, line {number} is not an object with "prompt"') from None
-            if not isinstance(prompts[-1], str) or not prompts[-1]:
-                raise InputError(f"prompt_file: {file}, line {number}: the prompt is {prompts[-1]!r}; it must be text")
-        return prompts, None
-    return [line for _, line in lines], None

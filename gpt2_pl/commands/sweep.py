@@ -1,4 +1,4 @@
-"""sweep: a grid of tasks, strategies and seeds in one file; what is missing is run, what was stopped goes on."""
+"""Run a grid of tasks, strategies and seeds; finished runs are skipped and interrupted ones are resumed."""
 
 from __future__ import annotations
 
@@ -27,71 +27,96 @@ from gpt2_pl.filesystem import require_writable
 if TYPE_CHECKING:
     from rich.table import Table
 
-_POLL, _GRACE = 1.0, 30.0  # seconds
+_POLL_INTERVAL, _GRACE_PERIOD = 1.0, 30.0  # seconds
 
 
 def main(args: list[str]) -> None:
-    """Run what a sweep's file asks for and is not finished."""
+    """Run ``gpt2-pl sweep``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: the file is invalid, or another process is running the sweep.
+        SystemExit: the sweep was stopped (status 130), or a run failed (status 1).
+    """
     parser = CommandParser(prog="gpt2-pl sweep", description=__doc__)
-    parser.add_argument("file", metavar="FILE", type=Path, help="the sweep's file; configs/sweep has examples")
-    parser.add_argument("--max_parallel", type=int, help="runs at the same time; by default the file's, or one a GPU")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be run, and run nothing")
-    given = parser.parse_args(args)
-    if given.max_parallel is not None and given.max_parallel < 1:
-        raise InputError(f"max_parallel is {given.max_parallel}; it must be at least 1")
-    plan = SweepConfig.read(given.file)
-    require_writable(RUNS / plan.name, "name")
-    for arm in plan.arms:
-        if arm.search is None:
-            for run in arm.runs():
+    parser.add_argument("file", metavar="FILE", type=Path, help="YAML file of the sweep; see configs/sweep")
+    parser.add_argument(
+        "--max_parallel",
+        type=int,
+        metavar="N",
+        help="number of runs at the same time (default: max_parallel of FILE, else one per GPU)",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the state of all runs without running any")
+    options = parser.parse_args(args)
+    if options.max_parallel is not None and options.max_parallel < 1:
+        raise InputError(f"max_parallel must be at least 1, got {options.max_parallel}")
+    config = SweepConfig.read(options.file)
+    require_writable(RUNS / config.name, "name")
+    for experiment in config.experiments:
+        if experiment.search is None:
+            for run in experiment.runs():
                 run.check()
-    if given.dry_run:
-        _print_plan(plan)
+    if options.dry_run:
+        _print_plan(config)
         return
-    with locked(RUNS / f"{plan.name}.sweep" / "lock") as alone:
-        if not alone:
-            raise InputError(f"{given.file}: this sweep is being run by another process")
-        launcher = make_executor(plan, given.max_parallel, run_command)
-        sweep = _Sweep(
-            plan, {id(arm): HyperparameterSearch(arm) for arm in plan.arms if arm.search is not None}, launcher
-        )
-        with _stopping():
-            try:
-                sweep.run()
-            except KeyboardInterrupt:
-                sweep.stop()
-                print("gpt2-pl: stopped; the same command goes on", file=sys.stderr)
-                raise SystemExit(130) from None
-            finally:
-                sweep.stop()
-    if sweep.failures:
-        for run, reason in sweep.failures.items():
+    with locked(RUNS / f"{config.name}.sweep" / "lock") as is_locked:
+        if not is_locked:
+            raise InputError(f"{options.file}: another process is running this sweep")
+        failures = _run_sweep(config, make_executor(config, options.max_parallel, run_command))
+    if failures:
+        for run, reason in failures.items():
             print(printable(f"{run.folder} failed: {reason}"), file=sys.stderr)
-        print("the same command tries again what failed", file=sys.stderr)
+        print("the same command repeats the failed runs", file=sys.stderr)
         raise SystemExit(1)
-    compare = shlex.join([*program(), "compare", str(RUNS / plan.name)])
-    print(f"all runs are finished; set them side by side: {compare} --out FOLDER")
+    compare = shlex.join([*program(), "compare", str(RUNS / config.name)])
+    print(f"all runs are finished; compare them: {compare} --out FOLDER")
 
 
-def _print_plan(plan: SweepConfig) -> None:
-    """Say what would be run."""
-    told = set()
-    for arm in plan.arms:
-        if arm.search is not None:
-            done = len(list(journal(arm).with_suffix("").glob("trial_*/metrics.json")))
-            print(f"search   {arm.task} {arm.strategy}: {done} of {arm.search.trials} trials begun; then {arm.seeds}")
+def _run_sweep(config: SweepConfig, executor: Executor) -> dict[SweepRun, str]:
+    """Run all unfinished runs.
+
+    Returns:
+        The reason of each failed run.
+
+    Raises:
+        SystemExit: the sweep was stopped; the status is 130.
+    """
+    searches = {id(one): HyperparameterSearch(one) for one in config.experiments if one.search is not None}
+    sweep = _Sweep(config, searches, executor)
+    with _stop_signals():
+        try:
+            sweep.run()
+        except KeyboardInterrupt:
+            sweep.stop()
+            print("gpt2-pl: stopped; the same command resumes the sweep", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            sweep.stop()
+    return sweep.failures
+
+
+def _print_plan(config: SweepConfig) -> None:
+    """Print the state and the command of each run."""
+    printed = set()
+    for experiment in config.experiments:
+        if experiment.search is not None:
+            n_started = len(list(journal(experiment).with_suffix("").glob("trial_*/metrics.json")))
+            trials = f"{n_started} of {experiment.search.trials} trials started; then seeds {experiment.seeds}"
+            print(f"search   {experiment.task} {experiment.strategy}: {trials}")
             continue
-        for run in arm.runs():
+        for run in experiment.runs():
             for one in filter(None, (run.base, run)):
-                if one not in told:
-                    state = "finished" if one.finished else "goes on" if one.last.is_file() else "to do"
+                if one not in printed:
+                    state = "finished" if one.finished else "resume" if one.last.is_file() else "to do"
                     print(printable(f"{state:8} {shlex.join([*program(), *one.command()])}"))
-                    told.add(one)
+                    printed.add(one)
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C does, which a shell may have told us, and so our jobs, to ignore."""
+def _stop_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGINT, even if a shell had this process ignore it, and at SIGTERM."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -100,21 +125,29 @@ def _stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# The search
-
-
 class _Sweep:
-    """Keeps the launcher's places busy, and says how far everything is."""
+    """Scheduler of the runs of a sweep.
 
-    def __init__(self, plan: SweepConfig, searches: dict[int, HyperparameterSearch], launcher: Executor) -> None:
-        self.plan, self.searches, self.launcher = plan, searches, launcher
+    Args:
+        config: the sweep.
+        searches: the search of each experiment that has one, by the ``id`` of the experiment.
+        executor: starts the runs.
+
+    Attributes:
+        failures: the reason of each failed run.
+        running: run and job in each occupied slot of the executor.
+        submitted: runs that have been started.
+    """
+
+    def __init__(self, config: SweepConfig, searches: dict[int, HyperparameterSearch], executor: Executor) -> None:
+        self.config, self.searches, self.executor = config, searches, executor
         self.failures: dict[SweepRun, str] = {}
-        self.running: dict[int, tuple[SweepRun, Any]] = {}  # place -> run and job
-        self.begun: set[SweepRun] = set()
-        self.since = time.monotonic()
+        self.running: dict[int, tuple[SweepRun, Any]] = {}
+        self.submitted: set[SweepRun] = set()
+        self.start_time = time.monotonic()
 
     def run(self) -> None:
-        """Make everything that is not finished."""
+        """Run all unfinished runs, with a live table if the output is a terminal."""
         from rich.console import Console
         from rich.live import Live
 
@@ -126,63 +159,68 @@ class _Sweep:
                     live.update(self._table())
                 if not self.running:
                     return
-                time.sleep(_POLL)
+                time.sleep(_POLL_INTERVAL)
                 self._collect(console)
 
     def stop(self) -> None:
-        """Ask what is running to end; every run goes on from its last checkpoint.
+        """Terminate all running jobs; each run saves a checkpoint from which it can be resumed.
 
-        What has not ended half a minute later, or at another Ctrl-C, is killed.
+        Processes that are still alive after the grace period, or after another Ctrl-C, are killed.
         """
         if not self.running:
             return
-        started = psutil.Process().children(recursive=True)
+        processes = psutil.Process().children(recursive=True)
         try:
             for _, job in self.running.values():
-                self.launcher.cancel(job)
-            deadline = time.monotonic() + _GRACE
+                self.executor.cancel(job)
+            deadline = time.monotonic() + _GRACE_PERIOD
             while time.monotonic() < deadline and not all(job.done() for _, job in self.running.values()):
                 time.sleep(0.1)
         except KeyboardInterrupt:
             pass
         self.running.clear()
-        started += psutil.Process().children(recursive=True)
-        for process in started:
+        processes += psutil.Process().children(recursive=True)
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(started, timeout=_POLL)
+        psutil.wait_procs(processes, timeout=_POLL_INTERVAL)
 
     def _fill(self, console: Any) -> None:
-        for place in range(self.launcher.places):
-            if place in self.running:
+        """Start runs in all free slots of the executor."""
+        for slot in range(self.executor.slots):
+            if slot in self.running:
                 continue
             if (run := self._next()) is None:
                 return
-            self.begun.add(run)
-            self.running[place] = (run, self.launcher.submit(run, place))
+            self.submitted.add(run)
+            self.running[slot] = (run, self.executor.submit(run, slot))
             if not console.is_terminal:
-                console.print(f"{_run_name(run)}: begins", highlight=False)
+                console.print(f"{_run_name(run)}: started", highlight=False)
 
     def _next(self) -> SweepRun | None:
-        """What to begin next: searches, then one seed of every arm before the next seed."""
+        """Return the next run to start: trials of searches first, then the experiments' runs seed by seed."""
         for search in self.searches.values():
             if not search.finished and (run := search.next()) is not None:
                 return run
-        arms = [arm for arm in self.plan.arms if id(arm) not in self.searches or self.searches[id(arm)].finished]
-        rows = [arm.runs() for arm in arms]
-        for i in range(max(map(len, rows), default=0)):
-            for runs in rows:
-                if i < len(runs) and runs[i] not in self.begun and not runs[i].finished:
+        ready = [
+            experiment.runs()
+            for experiment in self.config.experiments
+            if id(experiment) not in self.searches or self.searches[id(experiment)].finished
+        ]
+        for i in range(max(map(len, ready), default=0)):
+            for runs in ready:
+                if i < len(runs) and runs[i] not in self.submitted and not runs[i].finished:
                     return runs[i]
         return None
 
     def _collect(self, console: Any) -> None:
-        for place, (run, job) in list(self.running.items()):
+        """Remove ended jobs from their slots and record their results."""
+        for slot, (run, job) in list(self.running.items()):
             if not job.done():
                 continue
-            del self.running[place]
+            del self.running[slot]
             for search in self.searches.values():
-                if run.name == search.arm.trial(0, {}).name:
+                if run.name == search.experiment.trial(0, {}).name:
                     search.report_result(run)
             if not run.finished:
                 self.failures[run] = _failure_reason(job)
@@ -194,22 +232,23 @@ class _Sweep:
         from rich.table import Table
         from rich.text import Text
 
-        rows = [(arm, arm.runs()) for arm in self.plan.arms]
-        n_done = sum(run.finished for _, runs in rows for run in runs)
-        minutes = (time.monotonic() - self.since) / 60
+        rows = [(experiment, experiment.runs()) for experiment in self.config.experiments]
+        n_finished = sum(run.finished for _, runs in rows for run in runs)
+        minutes = (time.monotonic() - self.start_time) / 60
         total = sum(len(runs) for _, runs in rows)
-        table = Table(title=f"{self.plan.name}: {n_done} of {total} runs finished, {minutes:.0f} minutes")
-        for column in ("task", "strategy", *dict.fromkeys(run.version for _, runs in rows for run in runs)):
+        table = Table(title=f"{self.config.name}: {n_finished} of {total} runs finished, {minutes:.0f} minutes")
+        versions = list(dict.fromkeys(run.version for _, runs in rows for run in runs))
+        for column in ("task", "strategy", *versions):
             table.add_column(column.replace("_", " "))
         active = {run for run, _ in self.running.values()}
-        versions = list(dict.fromkeys(run.version for _, runs in rows for run in runs))
-        for arm, runs in rows:
-            search = self.searches.get(id(arm))
+        for experiment, runs in rows:
+            search = self.searches.get(id(experiment))
             if search is not None and not search.finished:
-                table.add_row(arm.task, arm.strategy, f"search: {search.n_done} of {search.trials} trials")
+                trials = f"search: {search.n_done} of {search.trials} trials"
+                table.add_row(experiment.task, experiment.strategy, trials)
                 continue
             states = {run.version: Text(_status(run, run in active, run in self.failures)) for run in runs}
-            table.add_row(arm.task, arm.strategy, *(states.get(version, "") for version in versions))
+            table.add_row(experiment.task, experiment.strategy, *(states.get(version, "") for version in versions))
         return table
 
 
@@ -218,7 +257,7 @@ def _run_name(run: SweepRun) -> str:
 
 
 def _status(run: SweepRun, active: bool, failed: bool) -> str:
-    """How far a run is, in a few words."""
+    """Return the state of a run, with its score if it has one."""
     record = run.metrics()
     monitor, scores, epochs = record.get("monitor"), record.get("scores") or {}, record.get("epochs") or []
     score = f", {printable(monitor)} {scores[monitor]:.4g}" if monitor in scores else ""
@@ -232,8 +271,11 @@ def _status(run: SweepRun, active: bool, failed: bool) -> str:
 
 
 def _failure_reason(job: Any) -> str:
-    """The last line of what a job wrote, and where the rest is."""
+    """Return the error message, or else the last line, of a job's output, and the path of the output."""
     path = job.paths.stdout
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    told = [line for line in lines if line.startswith("gpt2-pl: error:")] or [line for line in lines if line.strip()]
-    return f"{told[-1].removeprefix('gpt2-pl: error: ') if told else 'it wrote nothing'} (all of it: {path})"
+    messages = [line for line in lines if line.startswith("gpt2-pl: error:")] or [
+        line for line in lines if line.strip()
+    ]
+    reason = messages[-1].removeprefix("gpt2-pl: error: ") if messages else "no output"
+    return f"{reason} (complete output: {path})"

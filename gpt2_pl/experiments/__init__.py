@@ -1,1 +1,1 @@
-"""Runs after they have run: reading, comparing and reporting them, and running many."""
+"""Reading, comparing and reporting runs, and sweeps of many runs."""

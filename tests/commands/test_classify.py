@@ -90,7 +90,9 @@ def refused(run, capsys, *args):
 def test_classify_invalid_input_is_refused_without_output_or_skipped(trained, run, capsys, base, data_flags, tmp_path):
     rows = [{"sentence1": "a", "sentence2": "b"}] * 300 + [{"sentence1": "", "sentence2": "b"}]
     bad, out = write(tmp_path / "bad.csv", rows), tmp_path / "out.csv"
-    assert "bad.csv, row 301: 'sentence1' is ''" in refused(run, capsys, trained, "--input", bad, "--out", out)
+    assert "bad.csv, row 301: 'sentence1' must be a non-empty string, got ''" in refused(
+        run, capsys, trained, "--input", bad, "--out", out
+    )
     stray = tmp_path / "stray.csv"
     stray.write_text("sentence1,sentence2\na,b\na,b,c\nd,e\n")
     assert "stray.csv, row 2 cannot" in refused(run, capsys, trained, "--input", stray, "--out", out)
@@ -109,7 +111,7 @@ def test_classify_invalid_input_is_refused_without_output_or_skipped(trained, ru
     assert not out.exists()
 
     run("classify", trained, "--input", bad, "--out", out, "--on_invalid_row", "skip")
-    assert "300 rows; 1 rows that cannot be used are left out" in capsys.readouterr().out
+    assert "300 rows; 1 invalid rows are skipped" in capsys.readouterr().out
     run("classify", trained, "--input", stray, "--out", tmp_path / "stray_out.csv", "--on_invalid_row", "skip")
     assert [row["row"] for row in table(tmp_path / "stray_out.csv")] == ["1", "3"]
 
@@ -171,7 +173,7 @@ def test_classify_row_without_tokens_is_refused_by_number_or_skipped(trained, ru
     assert "in.csv, row 2: the tokenizer gives no token for one of the texts 'zz', 'the film'" in line
     assert not (tmp_path / "out.csv").exists()
     run(*classify, "--on_invalid_row", "skip")
-    assert capsys.readouterr().out.strip().endswith("2 rows; 2 rows that cannot be used are left out")
+    assert capsys.readouterr().out.strip().endswith("2 rows; 2 invalid rows are skipped")
     assert [row["row"] for row in table(tmp_path / "out.csv")] == ["1", "3"]
     write(tmp_path / "in.csv", rows[1:2])
     with pytest.raises(SystemExit):

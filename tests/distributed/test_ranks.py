@@ -195,7 +195,7 @@ def test_fit_rank_without_peers_times_out_with_one_line_error(rank, tmp_path, fr
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("gpt2-pl: error: the other processes of this run did not come, and so this one ends: ")
+    assert line.startswith("gpt2-pl: error: the other processes of this run did not connect: ")
 
 
 @pytest.fixture

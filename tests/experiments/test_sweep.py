@@ -78,7 +78,7 @@ tasks:
         )
     )
     assert plan.name == "s"
-    runs = [run for arm in plan.arms for run in arm.runs()]
+    runs = [run for experiment in plan.experiments for run in experiment.runs()]
     assert [(run.strategy, run.version) for run in runs] == [
         ("full", "seed_1"), ("full", "seed_2"),
         ("llrd+lora,lr=0.001,batch_size=8", "seed_7"), ("llrd+lora,lr=0.002,batch_size=8", "seed_7"),
@@ -98,52 +98,73 @@ tasks:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a", "the file is a list; it must be a mapping"),
+        ("- a", "the file must be a mapping with name, "),
         (
             "tasks: {toy: {config: []}}",
-            "tasks.toy.config is no key; did you mean configs? there are configs, overrides",
+            "unknown key tasks.toy.config; did you mean configs? keys are configs, overrides",
         ),
         (
             "tasks: {toy: {configs: [nowhere.yaml], strategies: [full]}}",
             "tasks.toy.configs: there is no file nowhere.yaml",
         ),
         ("tasks: {sst9: {strategies: [full]}}", "tasks.sst9.configs: there is no file configs/task/sst9.yaml"),
-        (FILE.replace("[1, 2]", "[1, 1]"), "seeds is [1, 1]; it must be a list of different whole numbers"),
-        (FILE.replace("name: s", "name: ../s"), "name is '../s'; it must be a name of up to 200 letters"),
-        (FILE.replace("full:", "../full:"), "tasks.toy.strategies: '../full' is no name"),
-        (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment has no NOWHERE_TO_BE_FOUND"),
+        (FILE.replace("[1, 2]", "[1, 1]"), "seeds must be a list of different integers of at least 0, got [1, 1]"),
+        (
+            FILE.replace("name: s", "name: ../s"),
+            "name must be a name of up to 200 letters, digits, _ . + -, got '../s'",
+        ),
+        (
+            FILE.replace("full:", "../full:"),
+            "tasks.toy.strategies: a name must be up to 200 letters, digits, _ . + -, got '../full'",
+        ),
+        (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment variable NOWHERE_TO_BE_FOUND is not set"),
         (FILE + "        base: x\n", "is not YAML"),
         (
             FILE.replace("full: {", "full: {base: x, "),
-            "tasks.toy.strategies.full.base is 'x'; the task's bases are none",
+            "tasks.toy.strategies.full.base must be one of the task's bases (none), got 'x'",
         ),
-        (FILE.replace("full: {", "full: {grid: {a: 3}, "), "grid is {'a': 3}; it must give every key a list"),
-        (FILE.replace("full: {", "full: {overrides: {name: x}, "), "full.overrides.name is the sweep's own to say"),
-        (FILE.replace("full: {", "full: {search: {space: {a: 3}}, "), "full.search.space.a is 3; it must be a list"),
-        (FILE.replace("full: {", "full: {search: {space: {a: {low: 0, high: 1, log: true}}}, "), "space.a is"),
-        (FILE + "max_parallel: 0", "max_parallel is 0; it must be a whole number of at least 1"),
-        (FILE + "slurm: yes", "slurm is True; it must be a mapping"),
-        (FILE + "slurm: {tasks_per_node: 2}", "slurm.tasks_per_node is 2; a run of a sweep is one task on one node"),
-        ("tasks: {}", "tasks is {}; it must name its parts"),
-        (FILE.replace("full: {", "full: {grid: {seed_everything: [1]}, "), "grid.seed_everything is the sweep's own"),
-        (FILE.replace("full: {", "full: {search: {space: {name: [a]}}, "), "space.name is the sweep's own to say"),
-        (FILE.replace("full: {", "full: {search: {space: {a: {low: 1, high: 2, log: true, step: 1}}}, "), "space.a is"),
-        (FILE.replace("full: {", "full: {overrides: {3: 4}, "), "full.overrides: 3 is no key of a run"),
-        (FILE.replace("full: {", "full: {overrides: {'version=../../x': 4}, "), "'version=../../x' is no key of a run"),
-        (FILE.replace("full: {", "full: {overrides: {nam: ../x}, "), "'nam' is no key of a run"),
-        (FILE.replace("full: {", "full: {overrides: {trainer.default_root_dir: /x}, "), "root_dir is the sweep's own"),
+        (
+            FILE.replace("full: {", "full: {grid: {a: 3}, "),
+            "grid must be a mapping of keys to lists of values, got {'a': 3}",
+        ),
+        (FILE.replace("full: {", "full: {overrides: {name: x}, "), "full.overrides.name is set by the sweep"),
+        (FILE.replace("full: {", "full: {search: {space: {a: 3}}, "), "full.search.space.a must be a list of choices"),
+        (FILE.replace("full: {", "full: {search: {space: {a: {low: 0, high: 1, log: true}}}, "), "space.a must be"),
+        (FILE + "max_parallel: 0", "max_parallel must be an integer of at least 1, got 0"),
+        (FILE + "slurm: yes", "slurm must be a mapping"),
+        (
+            FILE + "slurm: {tasks_per_node: 2}",
+            "slurm.tasks_per_node must be 1, because a run of a sweep is one task on one node, got 2",
+        ),
+        ("tasks: {}", "tasks must be a mapping of names"),
+        (FILE.replace("full: {", "full: {grid: {seed_everything: [1]}, "), "grid.seed_everything is set by the sweep"),
+        (FILE.replace("full: {", "full: {search: {space: {name: [a]}}, "), "space.name is set by the sweep"),
+        (
+            FILE.replace("full: {", "full: {search: {space: {a: {low: 1, high: 2, log: true, step: 1}}}, "),
+            "space.a must be",
+        ),
+        (FILE.replace("full: {", "full: {overrides: {3: 4}, "), "full.overrides: unknown key 3"),
+        (FILE.replace("full: {", "full: {overrides: {'version=../../x': 4}, "), "unknown key 'version=../../x'"),
+        (FILE.replace("full: {", "full: {overrides: {nam: ../x}, "), "unknown key 'nam'"),
+        (FILE.replace("full: {", "full: {overrides: {trainer.default_root_dir: /x}, "), "root_dir is set by the sweep"),
         (
             FILE.replace("full: {", "full: {overrides: {trainer: {default_root_dir: /x}}, "),
-            "trainer is the sweep's own",
+            "trainer is set by the sweep",
         ),
-        (FILE.replace("full: {", "full: {overrides: {data.n_train: 2001-01-01}, "), "data.n_train is '2001-01-01'"),
-        (FILE.replace("full: {", "full: {overrides: {data.n_train: !!binary aaaa}, "), "overrides.data.n_train is"),
+        (
+            FILE.replace("full: {", "full: {overrides: {data.n_train: 2001-01-01}, "),
+            "data.n_train must be text, a number",
+        ),
+        (
+            FILE.replace("full: {", "full: {overrides: {data.n_train: !!binary aaaa}, "),
+            "overrides.data.n_train must be",
+        ),
         (FILE.replace("full: {", 'full: {overrides: {data.n_train: "\\ud800"}, '), "is not YAML"),
         (FILE.replace("full: {", "full: {overrides: &a {data.n_train: *a}, "), "*a is recursive"),
-        (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: 3 is no key of a run"),
-        (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train is"),
-        (FILE.replace("full: {", "full: {base: [1], "), "full.base is [1]; the task's bases are none"),
-        (FILE.replace("full:", f"{'x' * 300}:"), "is no name"),
+        (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: unknown key 3"),
+        (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train must be"),
+        (FILE.replace("full: {", "full: {base: [1], "), "full.base must be one of the task's bases (none), got [1]"),
+        (FILE.replace("full:", f"{'x' * 300}:"), "a name must be up to"),
         (FILE.replace("full.yaml", f"{'x' * 300}.yaml"), "there is no file"),
         (FILE + f"      Full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "two runs have one folder, "),
         (FILE + f"      full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "the key 'full' is given twice"),
@@ -159,7 +180,10 @@ tasks:
             FILE + f"  Toy: {{configs: [{ROOT}/configs/quickstart.yaml], strategies: {{full: {{configs: []}}}}}}\n",
             "lightning_logs/s/toy/full/seed_1 and lightning_logs/s/Toy/full/seed_1: toy.full, seed 1 and Toy.full",
         ),
-        (FILE + "  two: {configs: [], strategies: [full, full]}\n", "tasks.two.strategies names 'full' twice"),
+        (
+            FILE + "  two: {configs: [], strategies: [full, full]}\n",
+            "tasks.two.strategies must have different names, got 'full' twice",
+        ),
         ("[" * 5000, "nested more than 100 deep"),
     ],
 )
@@ -186,7 +210,7 @@ def test_sweep_linked_run_folders_are_refused(file, tmp_path, capsys):
 def test_sweep_config_base_shared_by_strategies_is_accepted(file):
     text = FILE.replace("    strategies:\n", "    pretrain: {b: {configs: []}}\n    strategies:\n")
     text = text.replace("full: {", "full: {base: b, ") + "      other: {base: b, configs: []}\n"
-    assert len(SweepConfig.read(file(text)).arms) == 2
+    assert len(SweepConfig.read(file(text)).experiments) == 2
     text = text.replace("{b: {configs: []}}", "{b: {configs: []}, B: {configs: []}}").replace(
         "other: {base: b", "other: {base: B"
     )
@@ -233,13 +257,13 @@ def test_sweep_repeated_runs_nothing_and_refuses_changed_settings(file, tmp_path
     done = start(tmp_path, "--max_parallel=2")
     out, error = done.communicate(timeout=200)
     assert done.returncode == 0, error
-    assert out.count(": begins") == 2
+    assert out.count(": started") == 2
     folders = [tmp_path / f"lightning_logs/s/toy/full/seed_{seed}" for seed in (1, 2)]
     assert [metrics(folder)["seed"] for folder in folders] == [1, 2]
     assert all(metrics(folder)["status"] == "finished" for folder in folders)
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
     out, _ = start(tmp_path).communicate(timeout=60)
-    assert "begins" not in out
+    assert "started" not in out
     assert "all runs are finished" in out
     assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
 
@@ -303,7 +327,7 @@ def test_run_job_two_processes_execute_the_same_run_once(file, tmp_path):
         "from pathlib import Path; from gpt2_pl.commands import main\n"
         "from gpt2_pl.experiments.sweep.config import SweepConfig\n"
         "from gpt2_pl.experiments.sweep.executor import RunJob\n"
-        "RunJob(main)(SweepConfig.read(Path('s.yaml')).arms[0].runs()[0])"
+        "RunJob(main)(SweepConfig.read(Path('s.yaml')).experiments[0].runs()[0])"
     )
     (tmp_path / "make.py").write_text(code)
     both = [Forked([tmp_path / "make.py"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
@@ -323,7 +347,7 @@ def test_sweep_failed_run_is_reported_and_retried(file, tmp_path):
     assert "lightning_logs/s/toy/bad/seed_1 failed: " in error
     assert "nonsense" in error
     out, _ = start(tmp_path).communicate(timeout=200)
-    assert out.count("begins") == 1
+    assert out.count("started") == 1
 
 
 def test_sweep_pretrained_base_is_trained_first_and_once_per_seed(file, tmp_path, base):
@@ -382,7 +406,7 @@ def test_sweep_search_best_settings_are_used_by_seeds(file, tmp_path):
     assert set(rates.values()) <= {"0.0", "0.003"}
     again = start(tmp_path)
     out, _ = again.communicate(timeout=60)
-    assert "begins" not in out
+    assert "started" not in out
     file((tmp_path / "s.yaml").read_text().replace("3.0e-3", "4.0e-3"))
     other = start(tmp_path)
     _, error = other.communicate(timeout=60)
@@ -404,7 +428,7 @@ def test_sweep_interrupted_ends_its_runs_and_prints_one_line(how, file, tmp_path
         os.kill(process.pid, signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "gpt2-pl: stopped; the same command goes on\n"
+    assert error == "gpt2-pl: stopped; the same command resumes the sweep\n"
     assert not [job for job in jobs if job.is_running() and job.status() != psutil.STATUS_ZOMBIE]
     assert metrics(folder)["status"] == "interrupted"  # it saved the step that it had reached
     reached = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
@@ -418,13 +442,13 @@ def test_hyperparameter_search_killed_resumes_with_complete_trials(file, tmp_pat
 
     search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: {low: 0.001, high: 0.01}}}, "
     path = file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
-    begun = HyperparameterSearch(SweepConfig.read(path).arms[0])
+    begun = HyperparameterSearch(SweepConfig.read(path).experiments[0])
     begun.study.ask()
     journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole[: len(whole) // 3].rpartition(b"\n")[0] + b'\n{"op')
     journal.write_bytes(whole + b'{"op')
-    search = HyperparameterSearch(SweepConfig.read(path).arms[0])
+    search = HyperparameterSearch(SweepConfig.read(path).experiments[0])
     first, second = search.next(), search.next()
     assert [run.version for run in (first, second)] == ["trial_1", "trial_2"]
     assert all(any("lr=" in flag for flag in run.flags) for run in (first, second))
@@ -442,11 +466,13 @@ def test_hyperparameter_search_killed_resumes_with_complete_trials(file, tmp_pat
     search.report_result(second)
     assert search.finished
     assert search.next() is None
-    best = search.arm.found
-    (run,) = search.arm.runs()
+    best = search.experiment.best_flags
+    (run,) = search.experiment.runs()
     score(run, 0.5)
     (run.folder / "sweep.json").write_text(json.dumps(run.record()))
-    more = HyperparameterSearch(SweepConfig.read(file(path.read_text().replace("trials: 2", "trials: 3"))).arms[0])
+    more = HyperparameterSearch(
+        SweepConfig.read(file(path.read_text().replace("trials: 2", "trials: 3"))).experiments[0]
+    )
     third, fourth = more.next(), more.next()  # of the trials that failed, one is made again
     assert {third.version, fourth.version} == {"trial_3", "trial_4"}
     score(third, 0.4)
@@ -454,12 +480,12 @@ def test_hyperparameter_search_killed_resumes_with_complete_trials(file, tmp_pat
     score(fourth, 0.9)
     with pytest.raises(InputError, match="was run with other settings"):
         more.report_result(fourth)
-    assert more.arm.found != best
+    assert more.experiment.best_flags != best
 
 
 def test_check_run_failed_before_first_checkpoint_is_accepted(file, tmp_path):
     path = file(FILE)
-    run = SweepConfig.read(path).arms[0].runs()[0]
+    run = SweepConfig.read(path).experiments[0].runs()[0]
     run.folder.mkdir(parents=True)
     (run.folder / ".sweep.json.abc.part").write_text("{")
     run.check()
@@ -489,7 +515,7 @@ def test_make_executor_slurm_settings_are_written_to_the_script(file, tmp_path, 
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     plan = SweepConfig.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
     launcher = make_executor(plan, None, main)
-    job = launcher.submit(plan.arms[0].runs()[0], 0)
+    job = launcher.submit(plan.experiments[0].runs()[0], 0)
     assert job.job_id == "7"
     script = (tmp_path / "script").read_text()
     for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=s"):
@@ -503,4 +529,4 @@ def test_sweep_missing_config_error_names_working_folder(run, capsys, tmp_path):
     (tmp_path / "s.yaml").write_text(own)
     line = refused(run, capsys, "sweep", "s.yaml", "--dry_run")
     assert "there is no file mine/own.yaml; " in line
-    assert f"; its path counts from the working folder, {tmp_path}" in line
+    assert f"; paths are relative to the working folder, {tmp_path}" in line

@@ -351,7 +351,7 @@ def prompts(tmp_path):
         (["--precision=fp64"], "precision"),
         (["--temprature=1"], "temprature"),
         (["--temp=1"], "--temp"),
-        (["--base=nowhere"], "holds every weight"),
+        (["--base=nowhere"], "contains all weights"),
         (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
     ],
     ids=str,
@@ -371,7 +371,7 @@ def test_generate_invalid_flags_are_refused_without_output(flags, words, trained
         (["--on_invalid_row=drop"], "on_invalid_row"),
         (["--precision=8"], "precision"),
         (["--inptu=x"], "inptu"),
-        (["--base=nowhere"], "holds every weight"),
+        (["--base=nowhere"], "contains all weights"),
         (["--ckpt_path=s3://bucket/best.ckpt"], "s3:"),
     ],
     ids=str,
@@ -496,7 +496,7 @@ def test_generate_prompt_without_tokens_is_named(trained, run, capsys, tmp_path)
     line = refused(
         run, capsys, "generate", folder, "--prompt_file", tmp_path / "prompts.txt", "--out", tmp_path / "o.txt"
     )
-    assert "prompts.txt, prompt 2: the run's tokenizer makes no token of 'zzz'" in line
+    assert "prompts.txt, prompt 2: the tokenizer of the run gives no token for 'zzz'" in line
     assert not (tmp_path / "o.txt").exists()
 
 

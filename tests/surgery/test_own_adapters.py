@@ -123,7 +123,7 @@ def built(base, surgery, cls=LanguageModel, **settings):
         ([LoRA(rank=2), OutputScale()], r"no place for scale; use --format hf$"),
         ([PrefixTuning(3), IA3(keeps=False)], r"c_fc\.scale; no format holds that beside virtual tokens$"),
         ([OutputScale()], r"no place for scale"),
-        ([LoRA(rank=2), Doubled()], r"surgery changed the base's own weights; .*; use --format hf$"),
+        ([LoRA(rank=2), Doubled()], r"surgery changed weights of the base; .*; use --format hf$"),
     ],
     ids=["wrapper", "layer", "tensor", "prefix", "alone", "weight"],
 )
@@ -134,9 +134,9 @@ def test_export_peft_unsupported_parameters_are_refused(surgery, words, base, tm
 
 def test_export_trained_base_with_virtual_tokens_is_refused_by_both_formats(base, tmp_path):
     task = built(base, [PromptTuning(3), Unfreeze()])
-    with pytest.raises(InputError, match=r"base itself was trained.*no format holds that beside virtual tokens$"):
+    with pytest.raises(InputError, match=r"the base was trained.*no format holds that beside virtual tokens$"):
         export_peft(task, tmp_path)
-    with pytest.raises(InputError, match=r"--format peft holds one, where nothing else was trained or added"):
+    with pytest.raises(InputError, match=r"use --format peft, which supports it if nothing else was trained or added"):
         export_hf(task, tmp_path, base)
 
 
@@ -146,7 +146,7 @@ def test_export_trained_base_with_virtual_tokens_is_refused_by_both_formats(base
 )
 def test_export_custom_head_is_refused_unless_backbone_only(cls, names, base, tmp_path):
     task = built(base, [LoRA(rank=2)], cls)
-    words = rf"no place for {names}.*the head of test_own_adapters\.{cls.__name__}; --backbone leaves it out"
+    words = rf"does not support {names}.*the head of test_own_adapters\.{cls.__name__}; omit it with --backbone"
     with pytest.raises(InputError, match=words):
         export_hf(task, tmp_path / "hf", base)
     with pytest.raises(InputError, match=words):
@@ -292,11 +292,11 @@ def test_commands_task_without_protocols_names_missing_methods(run, capsys, tmp_
     (tmp_path / "in.txt").write_text("x\n")
     for command, what in (
         (["classify", folder, "--input", tmp_path / "in.csv"],
-         "classifies no text: plain_task.Plain lacks predict_class, predict_proba "
+         "classifies text, got Plain: plain_task.Plain lacks predict_class, predict_proba "
          "(see gpt2_pl.tasks.protocols.TextClassifier)"),
         (["generate", folder, "--prompt_file", tmp_path / "in.txt"],
-         "generates no text: plain_task.Plain lacks continue_prompts (see gpt2_pl.tasks.protocols.TextGenerator)"),
-        (["export", folder, "--format=hf"], "no place for scores.bias, scores.weight, the head of plain_task.Plain"),
+         "generates text, got Plain: plain_task.Plain lacks continue_prompts (see gpt2_pl.tasks.protocols"),
+        (["export", folder, "--format=hf"], "does not support scores.bias, scores.weight, the head of plain_task"),
     ):  # fmt: skip
         ending = {"classify": ".csv", "generate": ".txt", "export": ""}[command[0]]
         assert what in refused(run, capsys, *command, "--out", tmp_path / f"out{ending}", "--plugin=plain_task")

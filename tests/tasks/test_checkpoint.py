@@ -72,7 +72,7 @@ def test_checkpoint_prompt_init_text_with_trained_base_loads_and_classifies(fit,
 def test_export_base_for_a_complete_checkpoint_is_refused(fit, run, base, capsys, tmp_path):
     folder = fit("full")
     line = refused(run, capsys, "export", folder, "--format", "hf", "--out", tmp_path / "x", "--base", base)
-    assert "holds every weight; leave --base out" in line
+    assert "contains all weights; omit --base" in line
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: a run in a process of its own, and the launcher that starts them."""
+"""Jobs of a sweep, each a run in its own process, and the executor that starts them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from gpt2_pl.experiments.sweep.run import SweepRun
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.machine import available_cores
 
-_FOREVER = 60 * 24 * 365  # minutes: a run on this machine may take as long as it does
+_NO_TIMEOUT = 60 * 24 * 365  # minutes, because submitit requires a time limit
 
 
 class RunJob:
-    """Makes a run: begins it, goes on with it where it was stopped, or does nothing where it is finished.
+    """Job of a run: starts it, resumes it, or does nothing if it is finished.
 
-    Whoever asks for the same run at the same time waits until the first has made it, so that nothing is run twice.
+    A second job of the same run waits until the first one has ended, so that nothing is run twice.
 
     Args:
         run_command: runs a command of ``gpt2-pl``, given its arguments, in this process.
-        gpu: the one that is the run's own.
+        gpu: GPU of the run, as in CUDA_VISIBLE_DEVICES; None for all visible ones.
     """
 
     def __init__(self, run_command: Callable[[list[str]], None], gpu: str | None = None) -> None:
@@ -45,14 +45,14 @@ class RunJob:
         self.gpu = gpu
 
     def __call__(self, run: SweepRun) -> None:
-        """Make a run, the one that it starts from first."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore what Lightning saves a run at
+        """Run the pretraining run that a run starts from, if it is unfinished, and then the run."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores SIGTERM, at which Lightning saves a checkpoint
         if self.gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         if run.base is not None:
             with locked(_lock(run.base), wait=True):
                 if not run.base.finished:
-                    _run(run.base, _run_in_subprocess)  # so that its memory is not counted as the run's
+                    _run(run.base, _run_in_subprocess)  # so that its memory is not part of the run's peak memory
         with locked(_lock(run), wait=True):
             if not run.finished:
                 _run(run, self._run_in_process)
@@ -63,13 +63,13 @@ class RunJob:
         try:
             self.run_command(args)
         except SystemExit as stop:
-            if stop.code in (1, 2):  # the command's own; others are submitit's, of jobs whose time is up
+            if stop.code in (1, 2):  # statuses of gpt2-pl; submitit uses others for jobs whose time is up
                 raise RuntimeError(f"gpt2-pl {args[0]} ended with status {stop.code}") from None
             if stop.code:
                 raise
 
     def checkpoint(self, run: SweepRun) -> Any:
-        """What submitit asks for when a job's time is up: the same again."""
+        """Return the job that submitit submits when the time of this one is up: the same, which resumes the run."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, run)
@@ -80,19 +80,19 @@ def _lock(run: SweepRun) -> Path:
 
 
 def _run(run: SweepRun, command: Callable[[list[str]], None]) -> None:
-    """Begin or go on with a run whose lock is held, and export its model where others start from it."""
+    """Start or resume a run whose lock is held, and export its model if other runs start from it."""
     if run.metrics().get("status") != "finished":
         run.check()
         record = run.folder / "sweep.json"
         if run.last.is_file():
-            threads = run.begun()["threads"]
+            threads = run.saved_record()["threads"]
         else:
             threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
             _check_unused(run.folder)
-            shutil.rmtree(run.folder, ignore_errors=True)  # what broke off before its first checkpoint
+            shutil.rmtree(run.folder, ignore_errors=True)  # remains of a run without a checkpoint
             with atomic_write(record) as file:
                 json.dump({**run.record(), "threads": threads}, file, indent=2)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # the same when it goes on: sums depend on it in their last digits
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # constant over a run, because it affects the rounding of sums
         command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
     if run.exported and not (run.folder / "exported").is_dir():
         plugins = [f"--plugin={module}" for module in plugins_of(run.folder / "config.yaml")]
@@ -100,7 +100,7 @@ def _run(run: SweepRun, command: Callable[[list[str]], None]) -> None:
 
 
 def _run_in_subprocess(args: list[str]) -> None:
-    """Run a command of ours in a process of its own, which is asked to end when this one is."""
+    """Run a command of ``gpt2-pl`` in a child process, to which SIGTERM is forwarded."""
     print("gpt2-pl", printable(shlex.join(args)), flush=True)
     command = [sys.executable, "-m", "gpt2_pl", *args]
     with subprocess.Popen(command) as process:
@@ -115,10 +115,10 @@ def _run_in_subprocess(args: list[str]) -> None:
 
 
 def _check_unused(folder: Path) -> None:
-    """Refuse a folder that a process outside the sweep writes into.
+    """Check that no process outside the sweep writes into a folder.
 
     Raises:
-        InputError: naming the folder and the process.
+        InputError: a process does; the message names the folder and the process.
     """
     if (folder / LOCK).exists():
         RunLock(folder).release()
@@ -126,7 +126,15 @@ def _check_unused(folder: Path) -> None:
 
 @contextmanager
 def locked(file: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock that ends with the process, however it ends; False where another holds it."""
+    """Hold a lock, which the operating system releases when the process ends.
+
+    Args:
+        file: file of the lock.
+        wait: whether to wait until another process releases it.
+
+    Yields:
+        Whether the lock is held; False only if ``wait`` is False and another process holds it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, thread_local=False, fallback_to_soft=False, poll_interval=0.2)
     try:
@@ -140,76 +148,76 @@ def locked(file: Path, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
-# Where jobs go
-
-
 @dataclass
 class Executor:
-    """Starts jobs through submitit.
+    """Functions that start and cancel jobs through submitit.
 
     Args:
-        submit: starts a run on a place; gives submitit's job.
-        cancel: asks a job to end; a run saves a checkpoint first.
-        places: how many there are.
+        submit: starts a run in a slot and returns submitit's job.
+        cancel: asks a job to end; its run saves a checkpoint first.
+        slots: maximum number of jobs at the same time.
     """
 
     submit: Callable[[SweepRun, int], Any]
     cancel: Callable[[Any], None]
-    places: int
+    slots: int
 
 
-def make_executor(plan: SweepConfig, max_parallel: int | None, run_command: Callable[[list[str]], None]) -> Executor:
-    """The launcher that a plan asks for.
+def make_executor(config: SweepConfig, max_parallel: int | None, run_command: Callable[[list[str]], None]) -> Executor:
+    """Create the executor of a sweep, on SLURM or on this machine.
 
     Args:
-        plan: of the sweep.
-        max_parallel: how many runs at the same time; None for what the plan says, or one a GPU.
+        config: the sweep.
+        max_parallel: maximum number of runs at the same time; defaults to that of the sweep, else one per GPU.
         run_command: runs a command of ``gpt2-pl``, given its arguments, in this process.
 
+    Returns:
+        The executor.
+
     Raises:
-        InputError: submitit is not installed, or SLURM is not there or knows a parameter not.
+        InputError: submitit is not installed, SLURM is not available, or a SLURM parameter is unknown.
     """
     try:
         import submitit
     except ImportError:
         raise InputError("sweep needs submitit: pip install 'gpt2_pl[sweep]'") from None
-    folder = RUNS / f"{plan.name}.sweep" / "jobs"
-    wanted = max_parallel or plan.max_parallel
+    folder = RUNS / f"{config.name}.sweep" / "jobs"
+    max_jobs = max_parallel or config.max_parallel
     executor: Any
-    if plan.slurm is not None:
+    if config.slurm is not None:
         try:
             executor = submitit.AutoExecutor(folder, cluster="slurm")
-            executor.update_parameters(name=plan.name, **plan.slurm)
+            executor.update_parameters(name=config.name, **config.slurm)
         except (ValueError, TypeError, NameError, RuntimeError) as error:
             raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
 
-        def submit_to_slurm(run: SweepRun, place: int) -> Any:
-            with _environment_of_jobs():
+        def submit_to_slurm(run: SweepRun, slot: int) -> Any:
+            with _job_environment():
                 return executor.submit(RunJob(run_command), run)
 
-        return Executor(submit_to_slurm, lambda job: job.cancel(), wanted or 64)
+        return Executor(submit_to_slurm, lambda job: job.cancel(), max_jobs or 64)
     executor = submitit.LocalExecutor(folder)
-    executor.update_parameters(timeout_min=_FOREVER, stderr_to_stdout=True)
-    gpus = _gpus()
-    places = wanted or max(1, len(gpus))
+    executor.update_parameters(timeout_min=_NO_TIMEOUT, stderr_to_stdout=True)
+    gpus = _visible_gpus()
+    slots = max_jobs or max(1, len(gpus))
     if not gpus:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // places)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // slots)))
 
-    def submit(run: SweepRun, place: int) -> Any:
-        # The process of a job ignores Ctrl-C in the terminal that it shares: this one hears it and cancels the jobs.
+    def submit(run: SweepRun, slot: int) -> Any:
+        # Jobs ignore Ctrl-C in the terminal that they share with this process, which receives it and cancels the jobs.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with _environment_of_jobs():
-                return executor.submit(RunJob(run_command, gpus[place % len(gpus)] if gpus else None), run)
+            with _job_environment():
+                return executor.submit(RunJob(run_command, gpus[slot % len(gpus)] if gpus else None), run)
         finally:
             signal.signal(signal.SIGINT, before)
 
-    return Executor(submit, _terminate, places)
+    return Executor(submit, _terminate, slots)
 
 
 @contextmanager
-def _environment_of_jobs() -> Iterator[None]:
-    """Within, processes that start import this library from where it is, and nothing else from the working folder."""
+def _job_environment() -> Iterator[None]:
+    """Set the import path of new processes: this copy of the library, without the working folder."""
     root = str(Path(gpt2_pl.__file__).resolve().parents[1])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     paths = [root, *filter(None, (before["PYTHONPATH"] or "").split(os.pathsep))]
@@ -225,13 +233,13 @@ def _environment_of_jobs() -> Iterator[None]:
 
 
 def _terminate(job: Any) -> None:
-    """Ask a local job to end: submitit's process passes SIGTERM on, at which Lightning saves a checkpoint."""
+    """Terminate a local job; submitit's process forwards SIGTERM, at which Lightning saves a checkpoint."""
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(job.job_id)).terminate()
 
 
-def _gpus() -> list[str]:
-    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
+def _visible_gpus() -> list[str]:
+    """Return the visible GPUs, as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]

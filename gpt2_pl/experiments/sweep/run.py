@@ -1,4 +1,4 @@
-"""One run of a sweep: how it is made, and how far it is."""
+"""A run of a sweep: its command, its record and its state."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.utils.yaml_json import read_json
 
+_DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
+
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: what it is called, and the flags that make it.
+    """Run of a sweep: its name, configuration files and flags.
 
     Args:
-        sweep: the sweep's folder below ``lightning_logs``.
-        task: the task's name in the file.
-        strategy: the strategy's.
-        version: the run's own folder, such as ``seed_1``.
-        files: its configuration files.
-        flags: those over them.
-        base: a run whose model this one starts from, exported; it is made first.
-        exported: whether the model is exported into the run's folder, for others to start from.
+        sweep: folder of the sweep below ``lightning_logs``.
+        task: name of the task in the sweep file.
+        strategy: name of the strategy.
+        version: name of the run's folder, such as ``seed_1``.
+        files: configuration files.
+        flags: flags, which override the files.
+        base: pretraining run; this run starts from its exported model.
+        exported: whether the model is exported into the run's folder, as the base of other runs.
     """
 
     sweep: str
@@ -41,33 +43,33 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """What ``--name`` is given."""
+        """Value of ``--name``."""
         return f"{self.sweep}/{self.task}/{self.strategy}"
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return RUNS / self.name / self.version
 
     def command(self) -> list[str]:
-        """The arguments of the command line, from the beginning."""
+        """Return the arguments of ``gpt2-pl`` that start the run."""
         base = [] if self.base is None else [f"--model.base={self.base.folder / 'exported'}"]
         files = [f"--config={file}" for file in self.files]
         return ["fit", *files, *self.flags, *base, f"--name={self.name}", f"--version={self.version}"]
 
     def record(self) -> dict[str, Any]:
-        """What the run is made of: flags, and the content of configuration files. Runs of equal records are equal."""
+        """Return digests of the configuration files and the flags; runs with equal records are equal."""
         return {
             "files": {path: hashlib.sha256(config_path(path).read_bytes()).hexdigest() for path in self.files},
-            "flags": dict(_parts(flag) for flag in self.flags),  # of one given twice, the last counts
+            "flags": dict(_split_flag(flag) for flag in self.flags),  # the last of repeated flags applies
             "base": None if self.base is None else self.base.record(),
         }
 
     def metrics(self) -> dict[str, Any]:
-        """The run's ``metrics.json`` as it stands; empty before its first epoch.
+        """Return the current content of ``metrics.json``, or {} before the end of the first epoch.
 
         Raises:
-            InputError: it is broken.
+            InputError: the file is invalid.
         """
         file = self.folder / "metrics.json"
         if not file.is_file():
@@ -77,11 +79,11 @@ class SweepRun:
         with self._hint():
             return check_metrics(read_json(file), str(file))
 
-    def begun(self) -> dict[str, Any]:
-        """What the run was begun with: :meth:`record`, and the number of ``threads``.
+    def saved_record(self) -> dict[str, Any]:
+        """Return the :meth:`record` with which the run was started, and its number of ``threads``.
 
         Raises:
-            InputError: there is no such record, or it is broken.
+            InputError: the file is missing or invalid.
         """
         file = self.folder / "sweep.json"
         if not file.is_file():
@@ -94,7 +96,7 @@ class SweepRun:
 
     @contextmanager
     def _hint(self) -> Iterator[None]:
-        """Say in errors of broken files what to do about them."""
+        """Append the remedy to errors of invalid files."""
         try:
             yield
         except InputError as error:
@@ -102,50 +104,52 @@ class SweepRun:
 
     @property
     def last(self) -> Path:
-        """The checkpoint that the run goes on from."""
+        """Checkpoint from which the run is resumed."""
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run has ended successfully and its model is exported if required."""
         exported = not self.exported or (self.folder / "exported").is_dir()
         return exported and self.metrics().get("status") == "finished"
 
     def check(self) -> None:
-        """Refuse a folder that holds a run with other settings; what broke off before its first checkpoint is none.
+        """Check that the folder does not contain a run with other settings; a run without a checkpoint is ignored.
 
         Raises:
-            InputError: naming the folder and the setting.
+            InputError: it does; the message names the folder and the settings.
         """
         if self.base is not None:
             self.base.check()
         if not self.last.is_file() and self.metrics().get("status") != "finished":
             return
-        then, now = self.begun(), self.record()
-        what = [
-            f"{name} was {before} and is {after}"
-            for part in ("flags", "files")
-            for name, before, after in _changes(then[part], now[part])
-        ]
-        if then["base"] != now["base"]:
-            what.append("its base has changed")
-        if what:
+        saved, current = self.saved_record(), self.record()
+        changes = [change for part in ("flags", "files") for change in _describe_changes(saved[part], current[part])]
+        if saved["base"] != current["base"]:
+            changes.append("its base has changed")
+        if changes:
             raise InputError(
-                f"{self.folder} was run with other settings ({'; '.join(what)}); delete it, or give the strategy or "
-                "the sweep another name"
+                f"{self.folder} was run with other settings ({'; '.join(changes)}); delete it, or rename the strategy "
+                "or the sweep"
             )
 
 
-def _parts(flag: str) -> tuple[str, str]:
+def _split_flag(flag: str) -> tuple[str, str]:
     name, _, value = flag.removeprefix("--").partition("=")
     return name, value
 
 
-def _changes(then: dict[str, str], now: dict[str, str]) -> list[tuple[str, str, str]]:
-    """What differs, as name, before and after; of files, whose values are digests, without these."""
-
-    def shown(value: str | None) -> str:
-        return "not there" if value is None else "other" if len(value) == 64 else repr(value)
-
-    names = sorted(then.keys() | now.keys())
-    return [(name, shown(then.get(name)), shown(now.get(name))) for name in names if then.get(name) != now.get(name)]
+def _describe_changes(saved: dict[str, str], current: dict[str, str]) -> list[str]:
+    """Describe each name whose value has changed; values of files are digests, which are omitted."""
+    changes = []
+    for name in sorted(saved.keys() | current.keys()):
+        before, after = saved.get(name), current.get(name)
+        if before == after:
+            continue
+        if before is None or after is None:
+            changes.append(f"{name} was {'added' if before is None else 'removed'}")
+        elif len(before) == len(after) == _DIGEST_LENGTH:
+            changes.append(f"{name} has changed")
+        else:
+            changes.append(f"{name} was {before!r} and is {after!r}")
+    return changes

@@ -1,4 +1,4 @@
-"""The search for a strategy's settings."""
+"""Hyperparameter search for an experiment of a sweep."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.yaml_json import read_json
 
 
-def journal(arm: Experiment) -> Path:
-    """The file that keeps the trials of an arm's search."""
-    return RUNS / f"{arm.sweep}.search" / arm.task / f"{arm.strategy}.journal"
+def journal(experiment: Experiment) -> Path:
+    """Return the path of the file that stores the trials of an experiment's search."""
+    return RUNS / f"{experiment.sweep}.search" / experiment.task / f"{experiment.strategy}.journal"
 
 
 class HyperparameterSearch:
-    """An arm's search with Optuna, which keeps its trials in a file: it goes on where it was stopped."""
+    """Resumable search for the best settings of an experiment, with Optuna's TPE sampler and journal storage.
 
-    def __init__(self, arm: Experiment) -> None:
+    Args:
+        experiment: an experiment with a search.
+
+    Attributes:
+        finished: whether all trials have ended and the experiment has the best settings.
+
+    Raises:
+        InputError: Optuna is not installed, or stored trials belong to another search.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
         try:
             import optuna
             from optuna.storages import JournalStorage
@@ -30,76 +40,80 @@ class HyperparameterSearch:
         except ImportError:
             raise InputError("search needs Optuna: pip install 'gpt2_pl[sweep]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        assert arm.search is not None
-        self.arm, self.trials, seed = arm, arm.search.trials, arm.search.seed
-        file = journal(arm)
+        assert experiment.search is not None
+        self.experiment, self.trials, seed = experiment, experiment.search.trials, experiment.search.seed
+        file = journal(experiment)
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._check(file.with_suffix(".json"))
-        if file.is_file() and not (written := file.read_bytes()).endswith(b"\n"):  # a disk was full, or power went off
-            with atomic_write(file, "wb") as whole:
-                whole.write(written[: written.rfind(b"\n") + 1])
+        self._check_record(file.with_suffix(".json"))
+        if file.is_file() and not (content := file.read_bytes()).endswith(b"\n"):  # remove an incomplete last line
+            with atomic_write(file, "wb") as repaired:
+                repaired.write(content[: content.rfind(b"\n") + 1])
         self._states = optuna.trial.TrialState
         self._sampler = lambda n: optuna.samplers.TPESampler(
             seed=seed + n, n_startup_trials=max(2, self.trials // 2), constant_liar=True
         )
         self.study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(file))),
-            study_name=arm.strategy,
+            study_name=experiment.strategy,
             direction="maximize",
             load_if_exists=True,
         )
         self._waiting = []
         for trial in self.study.get_trials(states=(self._states.RUNNING,)):
-            if trial.params.keys() == arm.search.space.keys():
+            if trial.params.keys() == experiment.search.space.keys():
                 self._waiting.append(trial.number)
-            else:  # the sweep was killed before it had all of its settings
+            else:  # the sweep was killed while it sampled the settings of the trial
                 self.study.tell(trial.number, state=self._states.FAIL)
-        self._n_failed = 0  # which a sweep begun anew tries again
+        self._n_failed = 0  # in this process; a new one repeats failed trials
         self.finished = False
         self.finalize()
 
-    def _check(self, file: Path) -> None:
-        """Refuse to go on with a search of something else; more trials are welcome.
+    def _check_record(self, file: Path) -> None:
+        """Check that stored trials have the same space and settings; the number of trials may differ.
 
         Raises:
-            InputError: naming the folder.
+            InputError: they differ; the message names the files to delete.
         """
-        assert self.arm.search is not None
-        search, run = self.arm.search, self.arm.trial(0, {})
+        assert self.experiment.search is not None
+        search, run = self.experiment.search, self.experiment.trial(0, {})
         record = {"space": search.space, "seed": search.seed, **run.record()}
         if not file.is_file():
             with atomic_write(file) as out:
                 json.dump(record, out, indent=2)
         elif read_json(file) != record:
             raise InputError(
-                f"{file.with_suffix('')} was searched with another space or other settings; delete it and "
-                f"{file.with_suffix('.journal')} and {file.name}, or give the strategy or the sweep another name"
+                f"{file.with_suffix('')} was searched with another space or other settings; delete it, "
+                f"{file.with_suffix('.journal')} and {file.name}, or rename the strategy or the sweep"
             )
 
     @property
     def n_done(self) -> int:
-        """How many trials have a score."""
+        """Number of trials with a score."""
         return len(self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE,)))
 
     def next(self) -> SweepRun | None:
-        """The run of the next trial, of one that was stopped first; None where as many as are wanted are under way."""
+        """Return the run of the next trial, or None if enough trials have been started.
+
+        Interrupted trials come before new ones.
+        """
         while True:
             if not self._waiting:
-                under_way = self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE, self._states.RUNNING))
-                if len(under_way) + self._n_failed >= self.trials:
+                started = self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE, self._states.RUNNING))
+                if len(started) + self._n_failed >= self.trials:
                     return None
-                self._waiting.append(self._ask())
+                self._waiting.append(self._sample_trial())
             number = self._waiting.pop(0)
-            run = self.arm.trial(number, self.study.trials[number].params)
+            run = self.experiment.trial(number, self.study.trials[number].params)
             if not run.finished:
                 return run
-            self.report_result(run)  # it was, when the sweep was killed
+            self.report_result(run)  # it had finished when the sweep was killed
 
-    def _ask(self) -> int:
-        assert self.arm.search is not None
+    def _sample_trial(self) -> int:
+        """Sample the settings of a new trial and return its number."""
+        assert self.experiment.search is not None
         self.study.sampler = self._sampler(len(self.study.trials))
         trial = self.study.ask()
-        for key, values in self.arm.search.space.items():
+        for key, values in self.experiment.search.space.items():
             if isinstance(values, list):
                 trial.suggest_categorical(key, values)
                 continue
@@ -111,7 +125,7 @@ class HyperparameterSearch:
         return trial.number
 
     def report_result(self, run: SweepRun) -> None:
-        """Enter a trial's score."""
+        """Store the score of a trial's run, or that it failed."""
         number, record = int(run.version.rpartition("_")[2]), run.metrics()
         score = (record.get("scores") or {}).get(record.get("monitor"), math.nan) if run.finished else math.nan
         if math.isfinite(score):
@@ -122,16 +136,16 @@ class HyperparameterSearch:
         self.finalize()
 
     def finalize(self) -> bool:
-        """Give the arm the best settings, once all trials have ended and one of them has a score.
+        """Set the best settings of the experiment, if all trials have ended and at least one has a score.
+
+        Returns:
+            Whether the search is finished.
 
         Raises:
-            InputError: a run of the arm was made with other settings, when fewer trials had found others.
+            InputError: a run of the experiment has other settings, which a search with fewer trials had found.
         """
         if not self.finished and self.n_done and self.n_done + self._n_failed >= self.trials:
-            self.arm.found, self.finished = as_flags(self.study.best_params, "search"), True
-            for run in self.arm.runs():
+            self.experiment.best_flags, self.finished = as_flags(self.study.best_params, "search"), True
+            for run in self.experiment.runs():
                 run.check()
         return self.finished
-
-
-# The sweep

@@ -88,7 +88,10 @@ def test_commands_external_task_strategy_data_and_callback_work(name, stars, tmp
     capsys.readouterr()
     with pytest.raises(SystemExit):
         stars(*export, "--plugin=stars.surgery")
-    assert "head.bias, head.weight, the head of stars.task.StarRegressor; --backbone" in capsys.readouterr().err
+    assert (
+        "head.bias, head.weight, the head of stars.task.StarRegressor; omit it with --backbone"
+        in capsys.readouterr().err
+    )
     stars(*export, "--plugin=stars.surgery", "--backbone")
     from transformers import GPT2Model
 

@@ -1,4 +1,4 @@
-"""A run's folder: what was set, what it scored, and the outcome of every row."""
+"""Folder of a run: its settings, its record and the scores of every row."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.experiments.inference import Score, confusion_scores, loss_scores
 from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
-RUNS = Path("lightning_logs")  # the folder of runs, below the working folder
+RUNS = Path("lightning_logs")  # folder of all runs, relative to the working folder
 
-_LOCATION_KEYS = re.compile(  # where things lie and what is shown, not what was done
+_LOCATION_KEYS = re.compile(  # locations, hardware and displays, which do not affect what is compared
     r"data\..*(_file|tokenizer)$|model\.(base|label_token_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"
     r"enable_progress_bar|enable_model_summary|enable_checkpointing|enable_autolog_hparams|log_every_n_steps|barebones)$"
 )
 
 
-_LONGEST_NAME = 1000  # characters of a dotted name
-_MOST_CLASSES = 200  # a row's outcome is one of their square
+_MAX_KEY_CHARACTERS = 1000  # of a dotted key
+_MAX_CLASSES = 200  # limits the memory of one-hot confusion counts, K * K per row
 
 
 @dataclass(eq=False)
 class Run:
-    """A run's folder.
+    """Finished or unfinished run.
 
     Args:
-        folder: it.
-        record: its ``metrics.json``.
-        settings: its ``config.yaml``.
+        folder: path of the run's folder.
+        record: content of its ``metrics.json``.
+        settings: content of its ``config.yaml``.
     """
 
     folder: Path
@@ -48,14 +48,14 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Read a run's record and settings.
+        """Read the record and the settings of a run.
 
         Raises:
-            InputError: the folder has none, or they are broken.
+            InputError: a file is missing or invalid.
         """
         for name in ("metrics.json", "config.yaml"):
             if not (folder / name).is_file():
-                raise InputError(f"{folder} has no {name}; a run's folder is lightning_logs/NAME/version_N")
+                raise InputError(f"{folder} has no {name}; the folder of a run is {RUNS}/NAME/version_N")
         from gpt2_pl.utils.run_schema import check_metrics
 
         record = check_metrics(read_json(folder / "metrics.json"), str(folder / "metrics.json"))
@@ -63,29 +63,37 @@ class Run:
         settings = read_yaml(file)
         parts = [settings.get(key) for key in ("model", "data", "trainer")] if isinstance(settings, dict) else [0]
         if not all(isinstance(part, dict | None) for part in parts):
-            raise InputError(f"{file} must hold keys, and its model, data and trainer too, got {shorten(settings)}")
+            raise InputError(
+                f"{file} must be a mapping, and so must its model, data and trainer, got {shorten(settings)}"
+            )
         try:
             json.dumps(settings, ensure_ascii=False, sort_keys=True, default=str).encode()
-        except (TypeError, ValueError) as error:  # keys of several kinds, halves of surrogate pairs
+        except (TypeError, ValueError) as error:  # keys of several types, lone surrogates
             raise InputError(f"{file} cannot be compared: {error}") from None
         return cls(folder, record, settings)
 
     @property
     def strategy(self) -> str:
-        """The strategy files that it was laid together from, or its name without a seed's number."""
+        """Names of the strategy files of the run, or else the name of the run without the number of its seed."""
         files = [Path(file) for file in self.record.get("configs") or []]
         stems = [file.stem for file in files if file.parent.name == "strategy"]
         return "+".join(stems) or re.sub(r"[-_](seed)?[0-9]+$", "", str(self.settings.get("name"))) or "run"
 
     @cached_property
     def flat(self) -> dict[str, Any]:
-        """What was set, by dotted name, but where things lie, names and seeds."""
-        found: dict[str, Any] = {}
+        """Settings by dotted key, without locations, names and seeds.
+
+        Raises:
+            InputError: a key is too long.
+        """
+        flat: dict[str, Any] = {}
 
         def walk(name: str, value: Any) -> None:
-            if len(name) > _LONGEST_NAME:
+            if len(name) > _MAX_KEY_CHARACTERS:
                 file = self.folder / "config.yaml"
-                raise InputError(f"{file}: the key {name[:80]}... has more than {_LONGEST_NAME} characters")
+                raise InputError(
+                    f"{file}: a key must have at most {_MAX_KEY_CHARACTERS} characters, got {name[:80]}..."
+                )
             if isinstance(value, dict):
                 for key, inner in value.items():
                     walk(f"{name}.{key}".replace(".init_args", "").replace(".class_path", ""), inner)
@@ -93,31 +101,31 @@ class Run:
                 for i, inner in enumerate(value):
                     walk(f"{name}.{i}", inner)
             elif value is not None and value != [] and not _LOCATION_KEYS.match(name):
-                found[name] = value
+                flat[name] = value
 
         for key in ("model", "data", "trainer"):
             walk(key, self.settings.get(key) or {})
         data = self.record.get("data") or {}
         walk("data.training_rows", (data.get("rows") or {}).get("train"))
-        walk("data.training_files", _name((data.get("files") or {}).get("train") or []))
+        walk("data.training_files", _file_names((data.get("files") or {}).get("train") or []))
         walk("base.trained_with", (self.record.get("base") or {}).get("recipe"))
         for key in ("device", "processes"):
             walk(key, self.record.get(key))
         walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
         walk("skipped_steps", self.record.get("skipped_steps") or None)
-        return found
+        return flat
 
     @property
     def comparison_key(self) -> dict[str, Any]:
-        """What it must share with others to be compared with them."""
+        """Properties that runs must share in order to be compared: task, data, labels, contexts and base."""
         data = self.record.get("data") or {}
         files = data.get("files") or {}
         base = self.record.get("base") or {}
         return {
             "task": self.record.get("task"),
-            "data": _name(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
+            "data": _file_names(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
             "rows": (data.get("rows") or {}).get(self.split),
-            "texts": self.judged[self.split].digest if self.split in self.judged else None,
+            "texts": self.row_scores[self.split].digest if self.split in self.row_scores else None,
             "labels": data.get("labels"),
             "context": data.get("context"),
             "stride": data.get("stride"),
@@ -126,25 +134,29 @@ class Run:
 
     @property
     def split(self) -> str:
-        """The split whose score chose the best epoch."""
+        """Split of the score that selected the best epoch."""
         return str(self.record.get("monitor")).partition("/")[0]
 
     @cached_property
-    def judged(self) -> dict[str, RowScores]:
-        """What is known of the rows of each split, ``val`` and ``test``, that was evaluated row by row."""
+    def row_scores(self) -> dict[str, RowScores]:
+        """Scores of the rows of the splits ``val`` and ``test``, for splits with a file of rows.
+
+        Raises:
+            InputError: a file of rows is invalid.
+        """
         metrics = tuple(self.record.get("metrics") or ())
-        found = {split: _read_row_scores(self.folder, split, metrics) for split in ("val", "test")}
-        return {split: judged for split, judged in found.items() if judged is not None}
+        splits = {split: _read_row_scores(self.folder, split, metrics) for split in ("val", "test")}
+        return {split: row_scores for split, row_scores in splits.items() if row_scores is not None}
 
 
 class RowScores(NamedTuple):
-    """The outcome of every row of a split.
+    """Contributions of every row of a split to its scores.
 
     Args:
-        digest: of the rows' texts and labels.
-        features: (N, F) what each row adds to the sums that the scores are made of.
-        names: of the scores, S.
-        score: from sums over rows (..., F) to scores (..., S).
+        digest: digest of the texts and labels of the rows.
+        features: (N, F) contributions of each row to the sums from which scores are computed.
+        names: names of the S scores.
+        score: maps sums over rows (..., F) to scores (..., S).
     """
 
     digest: str
@@ -154,21 +166,30 @@ class RowScores(NamedTuple):
 
 
 def _read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
-    """What a run's file of rows says; None where there is none, or one without labels."""
+    """Read the row scores of a split from ``losses_SPLIT.csv`` or ``predictions_SPLIT.csv``.
+
+    Returns:
+        The row scores; None if there is no file, or it has no labels.
+
+    Raises:
+        InputError: the file is invalid.
+    """
     csv.field_size_limit(sys.maxsize)
-    for file, read in ((folder / f"losses_{split}.csv", _losses), (folder / f"predictions_{split}.csv", _predictions)):
+    readers = {f"losses_{split}.csv": _read_losses, f"predictions_{split}.csv": _read_predictions}
+    for name, read in readers.items():
+        file = folder / name
         if file.is_file():
             try:
-                found = read(file, split, metrics)
+                row_scores = read(file, split, metrics)
             except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
                 raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
-            if found is not None and not len(found.features):
+            if row_scores is not None and not len(row_scores.features):
                 raise InputError(f"{file} has no rows")
-            return found
+            return row_scores
     return None
 
 
-def _losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
+def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
     digest = hashlib.sha256()
     with file.open(encoding="utf-8", newline="") as lines:
         poems = list(csv.DictReader(lines))
@@ -177,7 +198,7 @@ def _losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
     return RowScores(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
 
 
-def _predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
+def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
     digest, cells, values = hashlib.sha256(), [], []
     with file.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
@@ -185,36 +206,36 @@ def _predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | 
         if not {"text", "label", "prediction"} <= set(columns):
             return None
         if len(set(columns)) < len(columns):
-            raise ValueError("its header names a column twice")
-        number = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
-        K = len(number)
-        if not K and (own := [name for name in columns if name in metrics]):
+            raise ValueError("its columns must have different names")
+        indices = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
+        K = len(indices)
+        if not K and (metric_columns := [name for name in columns if name in metrics]):
             for row in table:
                 digest.update(f"{row['text']}\0{row['label']}\0".encode())
-                values.append([*(float(row[name]) for name in own), 1.0])
-            names = tuple(f"{split}/{name}" for name in own)
+                values.append([*(float(row[name]) for name in metric_columns), 1.0])
+            names = tuple(f"{split}/{name}" for name in metric_columns)
             return RowScores(
                 digest.hexdigest()[:12], np.array(values), names, lambda sums: sums[..., :-1] / sums[..., -1:]
             )
-        if not 2 <= K <= _MOST_CLASSES:
-            raise ValueError(f"it has {K} classes; rows are compared of 2 to {_MOST_CLASSES} classes")
+        if not 2 <= K <= _MAX_CLASSES:
+            raise ValueError(f"it must have 2 to {_MAX_CLASSES} classes, got {K}")
         for row in table:
             digest.update(f"{row['text']}\0{row['label']}\0".encode())
-            cells.append(number[row["label"]] * K + number[row["prediction"]])
+            cells.append(indices[row["label"]] * K + indices[row["prediction"]])
     confusion = np.zeros((len(cells), K * K), np.float32)
     confusion[np.arange(len(cells)), cells] = 1.0
     names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if K == 2 else []))
     return RowScores(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
 
 
-def _name(files: Any) -> str:
+def _file_names(files: Any) -> str:
     return ", ".join(sorted(Path(str(file)).name for file in (files if isinstance(files, list) else [files])))
 
 
 def plugins_of(config: Path) -> list[str]:
-    """The modules of a user's own task and surgery that a run's config.yaml names.
+    """Return the user's own modules with the task and surgery that a run's config.yaml names.
 
-    For a configuration that this program has made of the user's own; one of others is no reason to import anything.
+    Call it only for a configuration that this program has written; modules of an untrusted one must not be imported.
     """
     content = read_yaml(config)
     model: Any = content.get("model") if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""The lock of a run's folder."""
+"""Lock of a run's folder."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from filelock import FileLock, Timeout
 
 from gpt2_pl.errors import InputError
 
-LOCK = ".lock"  # in the folder of a run
+LOCK = ".lock"  # name of the file in the folder of a run
 
 
 class RunLock:
-    """Exclusive use of a run's folder: no other process writes into it until :meth:`release`, or until this one ends.
+    """Exclusive lock of a run's folder, held until :meth:`release` or the end of the process.
 
-    The lock is the operating system's, which gives it up when the process ends, however it ends. The file that remains
-    after a process was killed says nothing and hinders nobody.
+    The operating system releases the lock when the process ends for any reason. The file that remains after a process
+    was killed does not block other processes.
 
     Args:
-        folder: the run's; it is made where it is missing.
+        folder: folder of the run; it is created if it does not exist.
 
     Raises:
-        InputError: another process writes into the folder.
-        OSError: the folder cannot be made or its files cannot be opened.
+        InputError: another process holds the lock.
+        OSError: the folder cannot be created, or the file of the lock cannot be opened.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LOCK
-        self._made = [above for above in (folder, *folder.parents) if not above.exists()]
+        self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.file, thread_local=False, fallback_to_soft=False, on_acquired=_name_holder)
+        self._lock = FileLock(self.file, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder)
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
-            raise InputError(f"{folder} is in use: {_holder(self.file)} writes into it; wait until it ends") from None
+            holder = _read_holder(self.file)
+            raise InputError(f"{folder} is in use: {holder} writes into it; wait until it ends") from None
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
@@ -47,13 +48,13 @@ class RunLock:
             print(f"gpt2-pl: {reason}", file=sys.stderr)
 
     def release(self) -> None:
-        """Give the lock up, and remove its file and those folders that are empty and were made for it."""
+        """Release the lock, and remove its file and the folders that were created for it and are empty."""
         if self._lock.is_locked:
-            with suppress(OSError):  # Windows removes no open file
-                self.file.unlink()  # before the release: another process may have it from then on
+            with suppress(OSError):  # Windows does not remove open files
+                self.file.unlink()  # before the release, after which another process may use the file
             self._lock.release()
             with suppress(OSError):
-                for folder in self._made:
+                for folder in self._created:
                     folder.rmdir()
 
 
@@ -62,14 +63,14 @@ _WITHOUT_LOCKS = {
 }
 
 
-def _name_holder(descriptor: int) -> None:
-    """Write into the file of a lock which process holds it."""
+def _write_holder(descriptor: int) -> None:
+    """Write the id and the host of this process into the file of a lock."""
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
 
 
-def _holder(file: Path) -> str:
-    """The process that holds a lock, as far as its file can be read and is not of one that has ended."""
+def _read_holder(file: Path) -> str:
+    """Return the process that holds a lock, or ``another process`` if its file is invalid or outdated."""
     with suppress(OSError, ValueError):
         number, host = file.read_text(encoding="utf-8").split()
         if host != socket.gethostname():

@@ -171,10 +171,10 @@ def test_compare_more_training_rows_form_a_group_and_keep_the_baseline(runs, tmp
     assert not comparison.notes
     (comparison,) = compare(everything, "full (training_rows 900)")
     assert comparison.groups[0].label == "full (training_rows 900)"
-    with pytest.raises(InputError, match="baseline: no run is 'nonsense'; there are dora, full, lora"):
+    with pytest.raises(InputError, match="baseline must be one of dora, full, lora, got 'nonsense'"):
         compare(everything, "nonsense")
     (comparison,) = compare(everything[:3] + everything[-1:])  # lora and dora
-    assert comparison.notes == ["no run is the baseline 'full'; differences are to dora"]
+    assert comparison.notes == ["there is no baseline 'full'; differences are to dora"]
 
 
 def test_compare_run_given_twice_gives_no_notes(runs):

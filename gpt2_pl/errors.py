@@ -1,5 +1,9 @@
-"""Exceptions that end a command with one line instead of a traceback, such a line for failures of the machine, and text
-of others made safe to print."""
+"""One-line errors: exceptions without a traceback, descriptions of system failures, and text made safe to print.
+
+:class:`InputError` (exit status 2) and :class:`RunError` (exit status 1) end a command with one line.
+:func:`describe_failure` gives such a line for a failure of the disk, a file or memory. :func:`printable` and
+:func:`shorten` escape and bound text from files, models and other programs.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,16 @@ from difflib import get_close_matches
 from typing import Any
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates,
-# and halves of surrogate pairs: what moves the cursor, hides text, breaks a line or cannot be encoded.
+# and lone surrogates: characters that move the cursor, hide text, break a line or cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MAX_MESSAGE = 4000  # characters
 _MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
 
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
+_DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
-_OF_THE_PROGRAM = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTTY}  # where no path is named
-# Failures of the machine and not of a path: wherever one is found among an error's causes, it is the reason.
-OF_THE_MACHINE = _FULL | {
+_PROGRAM_ERRNOS = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTTY}  # program faults, if no path is named
+# Failures of the machine and not of a path: one of them among an error's causes is the reason of the error.
+MACHINE_ERRNOS = _DISK_FULL_ERRNOS | {
     errno.EIO,
     errno.EMFILE,
     errno.ENFILE,
@@ -31,22 +35,32 @@ OF_THE_MACHINE = _FULL | {
 
 
 def printable(text: object, keep: str = "") -> str:
-    r"""Escape the characters of a text that would act on a terminal or a page instead of being shown.
+    r"""Escape the characters of a text that would control a terminal or a page instead of being displayed.
 
-    Use it wherever text that comes from a file, a model or another program is printed. Escapes are Python's
-    (``\x1b``, ``\n``, ``\u202e``); all other Unicode text stays as it is, and so does text that is escaped already.
+    Use it for all printed text that comes from a file, a model or another program. Escapes are Python's (``\x1b``,
+    ``\n``, ``\u202e``). Other Unicode text, and text that is already escaped, is unchanged.
 
     Args:
         text: any text; other objects are converted by ``str``.
-        keep: characters to leave alone, such as a line end in text of several lines.
+        keep: characters that are not escaped, such as a line end in text of several lines.
+
+    Returns:
+        The escaped text.
     """
-    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(text))
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], str(text))
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """A value as source text of at most about ``limit`` characters, escaped, for error messages.
+    """Format a value as escaped source text of bounded length, for error messages.
 
-    Takes little time and memory whatever the value: nested containers, aliases of themselves, megabytes of text.
+    Time and memory are bounded for any value: nested or recursive containers, megabytes of text.
+
+    Args:
+        value: any object.
+        limit: approximate maximum length, in characters.
+
+    Returns:
+        The text, on one line.
     """
     text = _source(value, limit, _MAX_DEPTH)
     return text if len(text) <= limit + 40 else f"{text[:limit]}..."
@@ -78,7 +92,7 @@ def _source(value: object, limit: int, depth: int) -> str:
 
 
 def _describe_tensor(value: Any) -> str | None:
-    """Shape, type and layout of a tensor; None of anything else."""
+    """Describe the shape, dtype and layout of a tensor; return None for any other object."""
     if not all(hasattr(value, name) for name in ("shape", "dtype", "layout")):
         return None
     layout = str(value.layout).removeprefix("torch.")
@@ -87,7 +101,7 @@ def _describe_tensor(value: Any) -> str | None:
 
 
 def _message(text: object) -> str:
-    """A message as one line of bounded length."""
+    """Return a message as one escaped line of bounded length."""
     line = printable(text)
     if len(line) <= _MAX_MESSAGE:
         return line
@@ -95,30 +109,33 @@ def _message(text: object) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 4) -> str:
-    """Return sorted names, separated by commas; those beyond ``limit`` are counted."""
+    """Join the sorted names with commas; names beyond ``limit`` are only counted."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the most similar of ``names``, whatever its case, or None if none is similar."""
+    """Return the most similar of ``names``, ignoring case, or None if no name is similar."""
     by_lower = {other.lower(): other for other in names}
     near = get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[near[0]] if near else None
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ``"; did you mean NAME?"`` with the most similar of ``names``, or nothing if none is similar."""
+    """Return ``"; did you mean NAME?"`` with the most similar of ``names``, or ``""`` if no name is similar."""
     near = nearest(name, names)
     return "" if near is None else f"; did you mean {near}?"
 
 
 class InputError(ValueError):
-    """A value, file or folder the user gave cannot be used.
+    """Error in a value, file or folder that the user gave.
 
-    The message names the key or file, the row where there is one, the value found, and what would be right. It is one
-    line, escaped by :func:`printable`. The command line prints it without a traceback and ends with status 2.
+    The message names the key or file, the row if there is one, the value, and the valid values. It is one line, escaped
+    by :func:`printable`. The command line prints it without a traceback and exits with status 2.
+
+    Args:
+        message: the text; other objects are converted by ``str``.
     """
 
     def __init__(self, message: object) -> None:
@@ -126,10 +143,13 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on: the disk is full, or the loss is not a number.
+    """Error that stops a run, such as a full disk or a loss that is not a number.
 
-    The message says where the run stood and what is left of it. It is one line, escaped by :func:`printable`. The
-    command line prints it without a traceback and ends with status 1.
+    The message names the step that failed and the results that are kept. It is one line, escaped by :func:`printable`.
+    The command line prints it without a traceback and exits with status 1.
+
+    Args:
+        message: the text; other objects are converted by ``str``.
     """
 
     def __init__(self, message: object) -> None:
@@ -137,13 +157,16 @@ class RunError(RuntimeError):
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """Describe in one line a failure of the machine or the system: of a disk, a file, memory.
+    """Describe a failure of the disk, a file or memory in one line.
 
-    Libraries report these by errors of their own, and Rust's by a number in the text; the causes of an error are looked
-    through as well.
+    Libraries wrap such failures in their own exception classes, and libraries written in Rust only print the errno in
+    the text. Therefore the causes of ``error`` are searched too.
+
+    Args:
+        error: any exception.
 
     Returns:
-        The line, or None where the error has another reason.
+        The description, or None if the error has another reason.
     """
     for cause in causes(error):
         if (reason := _describe_memory(cause)) is not None:
@@ -152,33 +175,33 @@ def describe_failure(error: BaseException) -> str | None:
         if (reason := _describe_os_error(cause)) is not None:
             return reason
     for cause in causes(error):
-        if error_number(cause) in OF_THE_MACHINE:
+        if error_number(cause) in MACHINE_ERRNOS:
             return _describe_os_error(cause)
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that there is no memory left, on the machine or on a device."""
+    """Return whether an exception reports exhausted memory, of the host or of a device."""
     return _describe_memory(error) is not None
 
 
 def _describe_memory(error: BaseException) -> str | None:
     text, where, advice = str(error), "", ""
-    if isinstance(error, RuntimeError):  # torch's and other libraries' in C++
+    if isinstance(error, RuntimeError):  # from torch and other C++ libraries
         of_device = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
         if not of_device and not any(sign in text for sign in _OUT_OF_MEMORY):
             return None
         where, advice = " on the device" if of_device else "", "; a smaller batch size needs less"
-    elif isinstance(error, ImportError):  # of a library that finds no room in the address space
+    elif isinstance(error, ImportError):  # the address space has no room for a shared library
         if not any(sign in text for sign in ("failed to map segment", os.strerror(errno.ENOMEM))):
             return None
-    elif isinstance(error, SystemError):  # C code that was refused memory and forgot to say so
+    elif isinstance(error, SystemError):  # C code whose allocation failed and that set no exception
         if "without exception set" not in text and "without setting an exception" not in text:
             return None
     elif not isinstance(error, MemoryError):
         return None
-    asked = re.search(r"(?:tried to allocate|Unable to allocate) ([\d.]+ \w+)", text, flags=re.IGNORECASE)
-    return f"there is not enough memory{where}{f' for another {asked[1]}' if asked else ''}{advice}"
+    size = re.search(r"(?:tried to allocate|Unable to allocate) ([\d.]+ \w+)", text, flags=re.IGNORECASE)
+    return f"there is not enough memory{where}{f' for another {size[1]}' if size else ''}{advice}"
 
 
 def _describe_os_error(error: BaseException) -> str | None:
@@ -188,24 +211,35 @@ def _describe_os_error(error: BaseException) -> str | None:
     reason = getattr(error, "strerror", None) or os.strerror(number)
     names = [getattr(error, name, None) for name in ("filename", "filename2")]
     path = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
-    if not path and number in _OF_THE_PROGRAM:
+    if not path and number in _PROGRAM_ERRNOS:
         return None
     return f"{path[:500]}: {reason}" if path else str(reason)
 
 
 def error_number(error: BaseException) -> int | None:
-    """The system's number of an error; the loader, libraries that are written in Rust and workers only print it."""
+    """Return the errno of an exception, or None if it has none.
+
+    The dynamic loader, libraries written in Rust and worker processes only print the errno or its text in the message.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in errno.errorcode else None
     text = str(error)
-    if isinstance(error, ImportError):  # of a shared library
+    if isinstance(error, ImportError):  # from loading a shared library
         return next((number for number in (errno.EMFILE, errno.ENFILE, errno.EIO) if os.strerror(number) in text), None)
-    found = re.search(r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)", text)
-    return None if found is None else int(found[1])
+    match = re.search(r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)", text)
+    return None if match is None else int(match[1])
 
 
 def causes(error: BaseException, contexts: bool = True) -> Iterator[BaseException]:
-    """An error and what it was raised from; with ``contexts``, also what was being handled when it was raised."""
+    """Yield an exception and its chain of causes.
+
+    Args:
+        error: the exception.
+        contexts: follow ``__context__`` (the exception that was being handled) where ``__cause__`` is not set.
+
+    Yields:
+        ``error``, then its causes, each once.
+    """
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and not any(cause is other for other in seen):
@@ -215,10 +249,13 @@ def causes(error: BaseException, contexts: bool = True) -> Iterator[BaseExceptio
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether an error is a Ctrl-C, or came from one: a library that is interrupted may raise an error of its own."""
+    """Return whether an exception is a KeyboardInterrupt or was caused by one.
+
+    An interrupted library may raise an exception of its own class.
+    """
     return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is that there is no room on the disk."""
-    return any(error_number(cause) in _FULL for cause in causes(error))
+    """Return whether an exception, or one of its causes, reports a full disk or an exhausted quota."""
+    return any(error_number(cause) in _DISK_FULL_ERRNOS for cause in causes(error))

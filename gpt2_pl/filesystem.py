@@ -1,4 +1,4 @@
-"""Files: whether they can be read and written, atomic writes, and folders of the Hugging Face hub."""
+"""File checks, atomic writes, and model folders from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from gpt2_pl.errors import (
-    OF_THE_MACHINE,
+    MACHINE_ERRNOS,
     InputError,
     RunError,
     causes,
@@ -25,17 +25,23 @@ from gpt2_pl.errors import (
     is_interrupt,
 )
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # of a pretrained folder
-_WINDOWS, _ATTEMPTS = os.name == "nt", 20
-_LONGEST_NAME, _LONGEST_PATH = 230, 3900  # bytes; systems have 255 and 4095, and a part's name has 20 more
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # in a pretrained folder
+_IS_WINDOWS, _RENAME_ATTEMPTS = os.name == "nt", 20
+# Bytes. Systems allow 255 and 4095; the name of a temporary file is 20 bytes longer than the final one.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 230, 3900
 
 
 def require_file(path: str | Path, key: str) -> Path:
-    """The path of a file that is there. A ``~`` at its start is the user's folder unless a file has that very name.
+    """Return the path of an existing regular file.
+
+    A leading ``~`` is expanded to the user's folder unless a file of that literal name exists.
+
+    Args:
+        path: the path of the file.
+        key: the option that holds the path, for the error message.
 
     Raises:
-        InputError: naming ``key``, the option that held the path: it is a folder, a device or a pipe, or there is
-            nothing.
+        InputError: the path does not exist, cannot be read, or is a folder, a device, a pipe or a socket.
     """
     special = None
     try:
@@ -52,14 +58,14 @@ def require_file(path: str | Path, key: str) -> Path:
     if is_folder:
         raise InputError(f"{key}: {path} is a folder, not a file")
     if special is not None:
-        raise InputError(f"{key}: {path} is {special}, not a regular file; copy its contents into one and name that")
+        raise InputError(f"{key}: {path} is {special}, not a regular file; copy its contents into a regular file")
     if not is_file:
         raise InputError(f"{key}: there is no file {str(path)[:500]}")
     return file
 
 
 def special_kind(path: Path) -> str | None:
-    """What is neither a regular file nor a folder, with an article; None for those and where there is nothing."""
+    """Return the kind of a special file, such as ``"a pipe"``; None for regular files, folders and missing paths."""
     kinds = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     try:
         return kinds.get(stat.S_IFMT(path.stat().st_mode))
@@ -68,10 +74,14 @@ def special_kind(path: Path) -> str | None:
 
 
 def read_text(path: str | Path, key: str) -> str:
-    """The contents of a UTF-8 text file with ``\\n`` at its line ends, without byte order marks at its start.
+    r"""Read a UTF-8 text file, with ``\n`` as line end and without leading byte order marks.
+
+    Args:
+        path: the path of the file.
+        key: the option that holds the path, for the error message.
 
     Raises:
-        InputError: naming ``key``, the option that held the path: there is no such file, or it is not UTF-8.
+        InputError: the file does not exist, or is not UTF-8.
     """
     try:
         return require_file(path, key).read_text(encoding="utf-8").lstrip("\ufeff")
@@ -80,78 +90,90 @@ def read_text(path: str | Path, key: str) -> str:
 
 
 def require_absent(path: Path, key: str = "out") -> None:
-    """Refuse, before anything is computed, a file or folder that exists or that could not be made.
+    """Check, before anything is computed, that a new file or folder can be created.
+
+    Args:
+        path: the path of the new file or folder.
+        key: the option that holds the path, for the error message.
 
     Raises:
-        InputError: naming ``key``, the option that held the path.
+        InputError: the path exists already or cannot be created.
     """
     require_writable(path, key)
     if path.exists():
-        raise InputError(f"{key}: {path} exists already; give one that does not")
+        raise InputError(f"{key}: {path} exists already; give a new path")
 
 
 def require_writable(path: Path, key: str) -> None:
-    """Refuse, before anything is computed, a place where no file or folder can be made.
+    """Check, before anything is computed, that a file or folder can be written.
+
+    Args:
+        path: the path of the file or folder.
+        key: the option that holds the path, for the error message.
 
     Raises:
-        InputError: naming ``key``, the option that held the path: a name or the path is too long, a file is where a
-            folder must be, it is a device or a pipe, or nothing can be written there.
+        InputError: a name or the path is too long, a parent is not a folder, the path is a device, a pipe or a socket,
+            or the folder is not writable.
     """
     longest = max(len(os.fsencode(name)) for name in (*path.parts, ""))
     try:
-        if longest > _LONGEST_NAME or len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+        if longest > _MAX_NAME_BYTES or len(os.fsencode(path.absolute())) > _MAX_PATH_BYTES:
             raise InputError(
-                f"{key}: {str(path)[:100]} ... is too long; a name has at most {_LONGEST_NAME} bytes, and a path "
-                f"{_LONGEST_PATH}"
+                f"{key}: {str(path)[:100]} ... is too long; a name must have at most {_MAX_NAME_BYTES} bytes and a "
+                f"path at most {_MAX_PATH_BYTES}"
             )
-        above = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
-        if above.is_symlink() and not above.exists():
+        existing = next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
+        if existing.is_symlink() and not existing.exists():
             raise InputError(
-                f"{key}: {path} cannot be made: {above} is a link to {os.readlink(above)}, which does not exist"
+                f"{key}: {path} cannot be created: {existing} is a link to {os.readlink(existing)}, which does not "
+                "exist"
             )
-        if above == path.absolute() and (special := special_kind(above)) is not None:
+        if existing == path.absolute() and (special := special_kind(existing)) is not None:
             raise InputError(f"{key}: {path} is {special}, not a regular file; give the path of a new file")
-        folder = above.parent if above == path.absolute() and above.is_file() else above
+        folder = existing.parent if existing == path.absolute() and existing.is_file() else existing
         if not folder.is_dir():
-            raise InputError(f"{key}: {path} cannot be made: {folder} is not a folder")
+            raise InputError(f"{key}: {path} cannot be created: {folder} is not a folder")
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{key}: {path} cannot be made: {error.strerror}") from None
+        raise InputError(f"{key}: {path} cannot be created: {error.strerror}") from None
 
 
 @contextmanager
 def reraise_disk_full(path: Path) -> Iterator[None]:
-    """Report what fails while ``path`` is written.
+    """Convert errors of the disk or the system while ``path`` is written to RunError.
+
+    Args:
+        path: the file that is written in the ``with`` block.
 
     Raises:
-        RunError: there is no room for it, or the disk fails.
-        KeyboardInterrupt: as it was, also where the library that was writing made another error of it.
+        RunError: the disk is full or fails.
+        KeyboardInterrupt: the block was interrupted, even if the writing library raised an error of its own class.
     """
     try:
         yield
     except (InputError, RunError):
         raise
-    except Exception as error:  # torch's, pyarrow's and other writers have errors of their own
+    except Exception as error:  # torch, pyarrow and other writers raise their own classes
         if is_interrupt(error):
             raise KeyboardInterrupt from None
-        before = "; what was there before is as it was" if os.path.isfile(path) else ""
+        previous = "; the previous file is unchanged" if os.path.isfile(path) else ""
         if is_full(error):
-            raise RunError(f"there is no room to write {path}{before}; free some space and go on") from None
-        if any(error_number(cause) in OF_THE_MACHINE and not _names_other(cause, path) for cause in causes(error)):
-            raise RunError(f"{path} cannot be written: {describe_failure(error)}{before}") from None
+            raise RunError(f"disk full while writing {path}{previous}; free some space and resume") from None
+        if any(error_number(cause) in MACHINE_ERRNOS and not _names_other(cause, path) for cause in causes(error)):
+            raise RunError(f"{path} cannot be written: {describe_failure(error)}{previous}") from None
         raise
 
 
 def _names_other(error: BaseException, path: Path) -> bool:
-    """Whether an error names a file that is not ``path`` or its part: it was read, perhaps, to write this one."""
+    """Return whether an error names a file other than ``path`` and its temporary file, such as an input file."""
     name = getattr(error, "filename", None)
     return isinstance(name, str | bytes) and path.name not in os.fsdecode(name)
 
 
 def _replace(part: Path, path: Path) -> None:
-    """Rename a file over another; on Windows, that waits a moment for a reader that has the other open."""
-    for _ in range(_ATTEMPTS - 1 if _WINDOWS else 0):
+    """Rename a file over another; on Windows, wait up to two seconds for a reader that has the other open."""
+    for _ in range(_RENAME_ATTEMPTS - 1 if _IS_WINDOWS else 0):
         with suppress(PermissionError):
             part.replace(path)
             return
@@ -161,17 +183,20 @@ def _replace(part: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
-    """Write a file beside its place and rename it when all is written: nobody ever reads half of it.
+    """Write a file atomically: write a temporary file in the same folder, then rename it.
 
-    Several processes may write the same file; what one of them leaves unfinished is deleted.
+    Readers never see a partial file. Several processes may write the same file. Unfinished temporary files are deleted.
 
     Args:
-        path: its place; folders that are missing are made.
+        path: the final path; missing folders are created.
         mode: ``w`` for UTF-8 text, ``wb`` for bytes.
 
+    Yields:
+        The open temporary file.
+
     Raises:
-        InputError: no file can be made there.
-        RunError: there is no room for it; what stood in its place is as it was.
+        InputError: the file cannot be created.
+        RunError: the disk is full or fails; a previous file at ``path`` is unchanged.
     """
     part = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -180,7 +205,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             opened = part.open(mode, **text)
         except OSError as error:
-            if error.errno in OF_THE_MACHINE:
+            if error.errno in MACHINE_ERRNOS:
                 raise
             raise InputError(f"{str(path)[:500]} cannot be written: {error.strerror}") from None
         try:
@@ -191,19 +216,19 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
                     os.fsync(file.fileno())
             _replace(part, path)
         finally:
-            with suppress(OSError):  # on a disk that fails
+            with suppress(OSError):  # a failing disk cannot delete either
                 part.unlink(missing_ok=True)
 
 
 def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
-    """The local folder of a pretrained GPT-2: ``path_or_id`` itself, or the hub's download of that id.
+    """Return the local folder of a pretrained GPT-2; download it if it is a hub id.
 
     Args:
         path_or_id: a folder with config.json and model.safetensors (or its shards and their index), or a hub id.
-        key: the option that held it, for the error message.
+        key: the option that holds it, for the error message.
 
     Raises:
-        InputError: no such folder, and no such id within reach.
+        InputError: there is no such folder, and the hub id does not exist or cannot be downloaded.
     """
     try:
         folder = Path(path_or_id).expanduser()
@@ -213,7 +238,7 @@ def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base"
     if is_folder:
         return folder
     if exists:
-        raise InputError(f"{key}: {path_or_id} is a file; give the folder that holds config.json and {WEIGHTS}")
+        raise InputError(f"{key}: {path_or_id} is a file; give the folder that contains config.json and {WEIGHTS}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or str(path_or_id).startswith("."):
         raise InputError(f"{key}: there is no folder {path_or_id}")
     from huggingface_hub import snapshot_download
@@ -221,9 +246,9 @@ def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base"
     patterns = ["config.json", "model*.safetensors", WEIGHTS_INDEX, "tokenizer*.json", "vocab.json", "merges.txt"]
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises its own, httpx's and OSError's classes
+    except Exception as error:  # the hub client raises its own classes, httpx's and OSError
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{key}: {path_or_id!r} is neither a folder here nor a model the Hugging Face hub gives us ({reason}); "
+            f"{key}: {path_or_id!r} is neither a local folder nor an available Hugging Face hub model ({reason}); "
             f"give the path of a folder with config.json and {WEIGHTS}"
         ) from error

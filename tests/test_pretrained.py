@@ -97,7 +97,7 @@ def test_from_pretrained_other_architecture_is_refused(folder, key, value):
 def test_from_pretrained_missing_folder_model_or_config_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
         GPT2.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="neither a folder here nor a model the Hugging Face hub gives"):
+    with pytest.raises(InputError, match="neither a local folder nor an available Hugging Face hub model"):
         GPT2.from_pretrained("nobody/no-such-gpt2")
     with pytest.raises(InputError, match=r"has no config\.json"):
         GPT2.from_pretrained(tmp_path)

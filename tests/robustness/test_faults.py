@@ -104,8 +104,8 @@ def test_fit_disk_full_keeps_the_previous_checkpoint_and_resumes(run, capsys, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert stop.value.code == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("gpt2-pl: error: there is no room to write lightning_logs/quickstart/version_0/checkpoints/")
-    assert line.endswith("what was there before is as it was; free some space and go on")
+    assert line.startswith("gpt2-pl: error: disk full while writing lightning_logs/quickstart/version_0/checkpoints/")
+    assert line.endswith("the previous file is unchanged; free some space and resume")
     assert checkpoint.read_bytes() == before
     assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
     run("fit", *QUICK, f"--ckpt_path={checkpoint}")

@@ -159,7 +159,7 @@ def test_atomic_write_on_windows_retries_while_the_file_is_open(tmp_path, monkey
     monkeypatch.setattr(filesystem.time, "sleep", lambda seconds: None)
     with pytest.raises(PermissionError), filesystem.atomic_write(path) as file:
         file.write("one")
-    monkeypatch.setattr(filesystem, "_WINDOWS", True)
+    monkeypatch.setattr(filesystem, "_IS_WINDOWS", True)
     with filesystem.atomic_write(path) as file:
         file.write("two")
     assert path.read_text(encoding="utf-8") == "two"

@@ -174,7 +174,7 @@ def test_commands_write_error_is_one_line_and_keeps_files(trained, run, capsys, 
 
         monkeypatch.setattr("gpt2_pl.filesystem.os.fsync", fails)
         line = ends_in_one_line(run, capsys, command, trained)
-        assert os.strerror(number) in line or (number == errno.ENOSPC and "there is no room to write" in line), line
+        assert os.strerror(number) in line or (number == errno.ENOSPC and "disk full while writing" in line), line
         shutil.rmtree(tmp_path / "o", ignore_errors=True)
         assert not list(tmp_path.rglob(".*.part"))
     assert before == {path: path.read_bytes() for path in before}
@@ -244,7 +244,7 @@ def test_fit_and_sweep_log_folder_that_is_not_a_folder_is_refused(what, command,
 def test_require_writable_path_through_dangling_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for path in (tmp_path / "link", tmp_path / "link/a/b"):
-        with pytest.raises(InputError, match=f"out: {path} cannot be made: {tmp_path}/link is a link to"):
+        with pytest.raises(InputError, match=f"out: {path} cannot be created: {tmp_path}/link is a link to"):
             require_writable(path, "out")
     require_writable(tmp_path / "a/b", "out")
 
@@ -262,7 +262,7 @@ def test_atomic_write_on_failing_disk_keeps_the_previous_file(tmp_path, monkeypa
     path = tmp_path / "file"
     path.write_text("before")
     monkeypatch.setattr(Path, "replace", lambda part, target: (_ for _ in ()).throw(failure(errno.EIO)))
-    message = "cannot be written: Input/output error; what was there before is as it was"
+    message = "cannot be written: Input/output error; the previous file is unchanged"
     with pytest.raises(RunError, match=message), atomic_write(path) as file:
         file.write("after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gpt2_pl.commands.support.config_merge import CommandLine
 from gpt2_pl.commands.support.plugins import CLASS_MODULES, nearest_class
 from gpt2_pl.errors import (
-    OF_THE_MACHINE,
+    MACHINE_ERRNOS,
     InputError,
     RunError,
     causes,
@@ -148,7 +148,7 @@ def explain_fault(error: Exception, line: CommandLine) -> str | None:
         The line; None where the exception does not come from code of the user's own, or is a failure of the machine.
     """
     fault = find_fault(error)
-    if fault is None or any(is_out_of_memory(c) or error_number(c) in OF_THE_MACHINE for c in causes(error)):
+    if fault is None or any(is_out_of_memory(c) or error_number(c) in MACHINE_ERRNOS for c in causes(error)):
         return None
     for cls in map(type, fault.objects):
         if where := _stating_class(line, cls.__name__):

@@ -159,7 +159,7 @@ def reraise_disk_full(path: Path) -> Iterator[None]:
             raise KeyboardInterrupt from None
         previous = "; the previous file is unchanged" if os.path.isfile(path) else ""
         if is_full(error):
-            raise RunError(f"disk full while writing {path}{previous}; free some space and resume") from None
+            raise RunError(f"disk full while writing {path}{previous}; free some space and try again") from None
         if any(error_number(cause) in MACHINE_ERRNOS and not _names_other(cause, path) for cause in causes(error)):
             raise RunError(f"{path} cannot be written: {describe_failure(error)}{previous}") from None
         raise

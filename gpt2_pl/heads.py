@@ -1,4 +1,4 @@
-"""From hidden states to class scores: pooling, the linear head, the verbalizer."""
+"""Classification heads: pooling of hidden states, the linear head, the verbalizer, and their loss."""
 
 from __future__ import annotations
 
@@ -14,31 +14,41 @@ Pooling = Literal["last", "mean", "max", "mix", "concat"]
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
-    """Where the text of every row ends: (B, T) -> (B, 1). The mask decides, never a token id."""
+    """Return the index of the last text token of every row, from the mask and never from a token id.
+
+    Args:
+        attention_mask: (B, T), 1 for text and 0 for padding, on either side.
+
+    Returns:
+        (B, 1).
+    """
     T = attention_mask.size(1)
     return (attention_mask * torch.arange(1, T + 1, device=attention_mask.device)).argmax(1, keepdim=True)
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mean_weight: float = 0.7) -> Tensor:
-    """One vector a row from the hidden states of its text tokens.
+    """Pool the hidden states of the text tokens of every row into one vector.
 
     Args:
         hidden: (B, T, C).
-        attention_mask: (B, T), 1 for text, on whichever side the padding is.
-        pooling: ``last`` token, ``mean``, ``max``, ``mix`` = a mean + (1 - a) last, ``concat`` = [last; max; mean]
-            (Howard & Ruder 2018, section 3.3).
-        mean_weight: a.
+        attention_mask: (B, T), 1 for text and 0 for padding, on either side.
+        pooling: ``last`` token, ``mean``, ``max``, ``mix`` = a * mean + (1 - a) * last, or ``concat`` =
+            [last; max; mean] (Howard & Ruder 2018, section 3.3). All are over text tokens only.
+        mean_weight: weight a of the mean in ``mix``.
 
     Returns:
         (B, C), or (B, 3 C) for ``concat``.
+
+    Raises:
+        ValueError: an unknown ``pooling``.
     """
     if pooling not in get_args(Pooling):
-        raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(get_args(Pooling))}")
+        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
     text = attention_mask.unsqueeze(-1).bool()  # (B, T, 1)
     parts = {}
     if pooling in ("last", "mix", "concat"):
-        at = last_token_index(attention_mask).unsqueeze(-1).expand(-1, 1, hidden.size(-1))
-        parts["last"] = hidden.gather(1, at).squeeze(1)
+        index = last_token_index(attention_mask).unsqueeze(-1).expand(-1, 1, hidden.size(-1))
+        parts["last"] = hidden.gather(1, index).squeeze(1)
     if pooling in ("max", "concat"):
         parts["max"] = hidden.masked_fill(~text, -torch.inf).amax(1)
     if pooling in ("mean", "mix", "concat"):
@@ -54,33 +64,45 @@ class ClassificationHead(nn.Module):
     Args:
         n_features: width of the pooled vector.
         num_classes: number of classes K.
-        dropout: probability, in training.
-        num_dropout_samples: dropout masks drawn per row. Outside training there is one pass without dropout.
+        dropout: dropout probability in training.
+        num_dropout_samples: number of dropout masks per row in training. In evaluation there is one pass without
+            dropout.
+
+    Raises:
+        ValueError: ``num_dropout_samples`` is below 1.
     """
 
     def __init__(self, n_features: int, num_classes: int, dropout: float = 0.0, num_dropout_samples: int = 1) -> None:
         super().__init__()
         if num_dropout_samples < 1:
-            raise ValueError(f"num_dropout_samples is {num_dropout_samples}; it must be at least 1")
+            raise ValueError(f"num_dropout_samples must be at least 1, got {num_dropout_samples}")
         self.dropout, self.num_dropout_samples = dropout, num_dropout_samples
         self.linear = nn.Linear(n_features, num_classes)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, n_features) -> logits (n, B, K), n = ``num_dropout_samples`` in training and 1 otherwise."""
+        """Compute the logits, once per dropout mask.
+
+        Args:
+            features: (B, n_features).
+
+        Returns:
+            (n, B, K) with n = ``num_dropout_samples`` in training and 1 in evaluation.
+        """
         n = self.num_dropout_samples if self.training and self.dropout else 1
         features = dropout(features.expand(n, *features.shape), self.dropout, self.training)
         return self.linear(features)
 
 
 class Verbalizer(nn.Module):
-    """Classes as words (Schick & Schütze 2021): the language-model score of one token per class.
+    """Language-model head restricted to one label word, a single token, per class (Schick & Schütze 2021).
 
-    It has no parameters: the tied token embedding scores, so it also works without any training.
+    The logits are rows of the tied token embedding times the hidden state. There are no parameters of its own, so that
+    a model classifies without training.
 
     Args:
-        token_ids: the token of each class, K ids.
+        token_ids: the token id of the label word of each class, K ids.
     """
 
     token_ids: Tensor
@@ -90,20 +112,32 @@ class Verbalizer(nn.Module):
         self.register_buffer("token_ids", torch.tensor(token_ids), persistent=False)
 
     def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
-        """Hidden states (B, C) at the last text token and the token embedding (V, C) -> logits (1, B, K)."""
+        """Compute the logits of the label words.
+
+        Args:
+            features: (B, C), hidden states at the last text token.
+            embedding: (V, C), the tied token embedding.
+
+        Returns:
+            (1, B, K).
+        """
         return F.linear(features, embedding[self.token_ids]).unsqueeze(0)
 
 
 def classification_loss(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, average: Literal["loss", "logits"] = "loss"
 ) -> Tensor:
-    """Cross-entropy of multi-sample logits, one value a row.
+    """Compute the cross-entropy of every row from the logits of n dropout masks (Inoue 2019).
+
+    With label smoothing e the target distribution is ``(1 - e) * one_hot(y) + e / K``, as in
+    :func:`torch.nn.functional.cross_entropy`.
 
     Args:
-        logits: (n, B, K), n dropout masks.
+        logits: (n, B, K), one slice per dropout mask.
         labels: (B,) class indices.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        average: over the masks, average the losses (Inoue 2019, eq. 1) or the logits.
+        label_smoothing: e, in [0, 1].
+        average: ``loss``: the mean of the losses of the masks (Inoue 2019, eq. 1); ``logits``: the loss of the mean
+            logits.
 
     Returns:
         (B,).

@@ -1,4 +1,16 @@
-"""Losses over the vocabulary, without its logits in memory."""
+"""Losses over the vocabulary, computed from hidden states without holding all logits in memory.
+
+With logits z = W h (W the tied token embedding), p = softmax(z) and target y of each position:
+
+- cross-entropy: ``-log p(y)``; gradient ``dL/dz_k = p_k - [k = y]``.
+- token-level unlikelihood (Welleck et al. 2020, section 5.1): ``-alpha * sum over c in C of log(1 - p(c))`` for the
+  negative candidates C; gradient ``alpha * sum over c in C of p_c / (1 - p_c) * ([k = c] - p_k)``.
+- sequence-level unlikelihood (section 5.2): the same with C = {y} for every generated token that belongs to a repeated
+  n-gram.
+
+``1 - p`` is clamped at ``MIN_COMPLEMENT``; a clamped term has no gradient. The positions are processed in chunks. Each
+chunk's gradients are computed in the forward pass, so that its logits are freed before the next chunk.
+"""
 
 from __future__ import annotations
 
@@ -11,56 +23,64 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100  # a target that counts for nothing, as in torch
-MIN_COMPLEMENT = 1e-5  # the least 1 - p that unlikelihood takes the logarithm of
-CHUNK_SIZE = {"cpu": 512, "cuda": 8192}  # positions whose logits are held at a time
+IGNORE_INDEX = -100  # target of positions that are ignored, as in torch.nn.functional.cross_entropy
+MIN_COMPLEMENT = 1e-5  # lower bound of 1 - p in the logarithm of the unlikelihood
+CHUNK_SIZE = {"cpu": 512, "cuda": 8192}  # positions whose logits are in memory at a time
 VOCAB_PAD_MULTIPLE = {"cuda": 64}  # the vocabulary is padded to a multiple: odd widths are slow on a GPU
 
 
 def _chunk_loss_and_grad(
     logits: Tensor,
     target: Tensor,
-    likelihood: bool,
+    include_nll: bool,
     alpha: float,
     candidates: Tensor | None,
     is_candidate: Tensor | None,
-    trains: bool,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of some positions, from their logits (n, V), which may be overwritten.
+    """Compute the losses of one chunk of positions and their gradient; see the module's docstring for the formulas.
+
+    Args:
+        logits: (n, V); may be overwritten.
+        target: (n,) token ids.
+        include_nll: whether the cross-entropy is part of the loss. A target must then not be one of its candidates.
+        alpha: weight of the unlikelihood.
+        candidates: (n, M) token ids; None without unlikelihood.
+        is_candidate: (n, M) booleans, which of ``candidates`` count at each position.
+        needs_grad: whether the gradient is computed.
 
     Returns:
-        The sums of cross-entropies, nothing without ``likelihood``, and of unlikelihoods; where it trains, the gradient
-        of the losses' sum by the logits, (n, V).
+        Summed cross-entropy (0 without ``include_nll``), summed unlikelihood (without ``alpha``), and the gradient of
+        the total loss with respect to the logits (n, V); without ``needs_grad`` the last is ``logits``.
     """
     compiling = torch.compiler.is_compiling()
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    at = target.unsqueeze(-1)
-    log_likelihood = log_p.gather(-1, at)  # (n, 1)
-    share: Tensor | float = 1.0 if likelihood else 0.0  # that the softmax has in the gradient
+    target_ids = target.unsqueeze(-1)  # (n, 1)
+    log_p_target = log_p.gather(-1, target_ids)  # (n, 1)
+    softmax_scale: Tensor | float = 1.0 if include_nll else 0.0  # factor of p in the gradient
     unlikelihood = log_p.new_zeros(())
     odds = None
     if candidates is not None and is_candidate is not None:
         p = log_p.gather(-1, candidates).exp()  # (n, M)
         unlikelihood = -(1.0 - p).clamp(min=MIN_COMPLEMENT).log().masked_fill(~is_candidate, 0.0).sum()
-        # of -log(1 - p_c) by logit k: p_c / (1 - p_c) ([k = c] - p_k)
         odds = (alpha * p / (1.0 - p)).masked_fill(~is_candidate | (1.0 - p < MIN_COMPLEMENT), 0.0)
-        share = share - odds.sum(-1, keepdim=True)
-    total = -log_likelihood.sum() if likelihood else log_p.new_zeros(())
-    if not trains:
-        return total, unlikelihood, logits
-    gradient = log_p.exp_()
+        softmax_scale = softmax_scale - odds.sum(-1, keepdim=True)
+    nll = -log_p_target.sum() if include_nll else log_p.new_zeros(())
+    if not needs_grad:
+        return nll, unlikelihood, logits
+    grad = log_p.exp_()
     if odds is not None and candidates is not None:
-        gradient = gradient.mul_(share).scatter_add_(-1, candidates, odds)
-    if compiling:  # all in one kernel
-        if likelihood:
-            entries = torch.arange(logits.size(-1), device=at.device)
-            gradient = torch.where(entries == at, share * log_likelihood.exp() - 1.0, gradient)
-        return total, unlikelihood, gradient.to(logits.dtype)
-    if gradient.dtype != logits.dtype:
-        gradient = logits.copy_(gradient)
-    if likelihood:  # the target is no candidate
-        gradient.scatter_(-1, at, (share * log_likelihood.exp() - 1.0).to(logits.dtype))
-    return total, unlikelihood, gradient
+        grad = grad.mul_(softmax_scale).scatter_add_(-1, candidates, odds)
+    if compiling:  # without a scatter the compiler fuses everything into one kernel
+        if include_nll:
+            entries = torch.arange(logits.size(-1), device=target_ids.device)
+            grad = torch.where(entries == target_ids, softmax_scale * log_p_target.exp() - 1.0, grad)
+        return nll, unlikelihood, grad.to(logits.dtype)
+    if grad.dtype != logits.dtype:
+        grad = logits.copy_(grad)
+    if include_nll:
+        grad.scatter_(-1, target_ids, (softmax_scale * log_p_target.exp() - 1.0).to(logits.dtype))
+    return nll, unlikelihood, grad
 
 
 @cache
@@ -69,7 +89,7 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies and unlikelihoods, with both gradients computed in the forward pass, chunk by chunk."""
+    """Sum of cross-entropies and unlikelihoods; both gradients are computed in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -78,40 +98,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         chunk: int | None,
-        likelihood: bool,
+        include_nll: bool,
         alpha: float,
         candidates: Tensor | None,
         is_candidate: Tensor | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        # Under autocast a matrix product is made in its dtype; the softmax always in float32 or above.
+        # Under autocast the matrix products are in its dtype. The softmax is always in float32 or above.
         device, V = hidden.device.type, len(weight)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         chunk = CHUNK_SIZE.get(device, CHUNK_SIZE["cpu"]) if chunk is None else chunk
-        outcome = _compiled() if compiled else _chunk_loss_and_grad
-        missing = -V % VOCAB_PAD_MULTIPLE.get(device, 1)
-        table = F.pad(weight.to(dtype), (0, 0, 0, missing)) if missing else weight.to(dtype)  # (V or more, C)
+        loss_and_grad = _compiled() if compiled else _chunk_loss_and_grad
+        padding = -V % VOCAB_PAD_MULTIPLE.get(device, 1)
+        padded = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)  # (V + padding, C)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         unlikelihood = torch.zeros_like(total)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets), chunk):
-                part = slice(start, start + chunk)
-                states = hidden[part].to(dtype)
-                held, counts = (None if t is None else t[part] for t in (candidates, is_candidate))
-                logits = states @ table.T  # (n, V or more)
+                rows = slice(start, start + chunk)
+                states = hidden[rows].to(dtype)
+                chunk_candidates, chunk_mask = (None if t is None else t[rows] for t in (candidates, is_candidate))
+                logits = states @ padded.T  # (n, V + padding)
                 logits[:, V:] = -torch.inf
-                of_likelihood, of_unlikelihood, gradient = outcome(
-                    logits, targets[part], likelihood, alpha, held, counts, need_hidden or need_weight
+                chunk_nll, chunk_unlikelihood, grad = loss_and_grad(
+                    logits, targets[rows], include_nll, alpha, chunk_candidates, chunk_mask, need_hidden or need_weight
                 )
-                total += of_likelihood
-                unlikelihood += of_unlikelihood
+                total += chunk_nll
+                unlikelihood += chunk_unlikelihood
                 if grad_hidden is not None:
-                    grad_hidden[part] = gradient @ table
+                    grad_hidden[rows] = grad @ padded
                 if grad_weight is not None:
-                    grad_weight += (gradient.T @ states)[:V]
+                    grad_weight += (grad.T @ states)[:V]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(unlikelihood)
         return total + alpha * unlikelihood, unlikelihood
@@ -124,37 +144,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _select_targets(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states (N, C), weight and targets (N,) where something is predicted, and where that is, (B, T)."""
-    if not torch.is_grad_enabled():  # of which a function's context does not know
+    """Select the positions that have a target.
+
+    Args:
+        hidden: (B, T, C).
+        weight: (V, C).
+        targets: (B, T) token ids, or ``IGNORE_INDEX``.
+
+    Returns:
+        Hidden states (N, C), ``weight``, targets (N,), and the boolean mask (B, T) of the selected positions.
+    """
+    if not torch.is_grad_enabled():  # ctx.needs_input_grad does not know of no_grad()
         hidden, weight = hidden.detach(), weight.detach()
-    counted = targets != IGNORE_INDEX
-    if bool(counted.all()):  # nothing need be copied
-        return hidden.flatten(0, 1), weight, targets.flatten(), counted
-    return hidden[counted], weight, targets[counted], counted
+    has_target = targets != IGNORE_INDEX
+    if bool(has_target.all()):  # avoids a copy
+        return hidden.flatten(0, 1), weight, targets.flatten(), has_target
+    return hidden[has_target], weight, targets[has_target], has_target
 
 
 def cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy from hidden states, never holding all logits (B, T, V).
+    """Compute the next-token cross-entropy, ``-sum over t of log p(x_t)``, without holding all logits (B, T, V).
 
-    Equal to ``F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")``. Hidden states where
-    nothing is predicted are left out before the vocabulary is multiplied in.
+    Equal to ``F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")``. Positions without a
+    target are removed before the product with the vocabulary.
 
     Args:
         hidden: (B, T, C).
         weight: the tied token embedding (V, C).
-        targets: (B, T) token ids, or -100 where nothing is predicted.
-        chunk: positions whose logits are held at a time; by default 512 on a CPU, and 8,192 on a GPU, which in 16 bits
-            are 4 GB of GPT-2's, or compiled 1.6.
-        compiled: compile what is done to the logits.
+        targets: (B, T) token ids, or -100 at positions that are ignored.
+        chunk: positions whose logits are in memory at a time. By default 512 on a CPU and 8,192 on a GPU; for GPT-2's
+            vocabulary in 16 bits the latter take 4 GB, or 1.6 GB compiled.
+        compiled: compile the computation from logits to loss and gradient with ``torch.compile``.
 
     Returns:
         The sum of the losses, in nats, and the number of targets.
     """
-    states, weight, own, counted = _select_targets(hidden, weight, targets)
-    total, _ = _ChunkedCrossEntropy.apply(states, weight, own, chunk, True, 0.0, None, None, compiled)
-    return total, counted.sum()
+    states, weight, labels, has_target = _select_targets(hidden, weight, targets)
+    total, _ = _ChunkedCrossEntropy.apply(states, weight, labels, chunk, True, 0.0, None, None, compiled)
+    return total, has_target.sum()
 
 
 def negative_candidates(
@@ -163,34 +192,36 @@ def negative_candidates(
     window: int | None = None,
     input_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The negative candidates of each position: the set {x_1 .. x_(t-1)} without x_t (Welleck et al. 2020).
+    """Return the negative candidates of each position, C_t = {x_1, ..., x_(t-1)} minus {x_t} (Welleck et al. 2020).
 
     Args:
-        targets: (B, T) token ids, or -100 where nothing is predicted.
-        ignore_token_ids: never candidates, such as line ends and punctuation in verse.
-        window: candidates are only the last ``window`` tokens; by default all.
-        input_ids: (B, T) tokens of the row, of which ``targets`` at t follows that at t; padded on the right. Without
-            them, the earlier targets are the row: its first token, and those whose target is -100, are not known.
+        targets: (B, T) token ids, or -100 at positions that are ignored.
+        ignore_token_ids: token ids that are never candidates, such as line ends and punctuation in verse.
+        window: only the last ``window`` tokens are candidates; by default all.
+        input_ids: (B, T) input tokens, padded on the right; ``targets[:, t]`` is the token after ``input_ids[:, t]``.
+            If None, the earlier targets are used. The first token of a row and tokens whose target is -100 are then
+            unknown and no candidates.
 
     Returns:
-        Token ids (B, 1, T), the same for every position, and (B, T, T) whether token j is a candidate at position t,
-        each token at its last occurrence, so that it counts once.
+        Token ids (B, 1, T), the same for every position, and booleans (B, T, T): whether token j is a candidate at
+        position t. A token that occurs several times is a candidate at its last occurrence only, so that it counts
+        once.
     """
     T = targets.size(1)
     tokens = F.pad(targets[:, : T - 1], (1, 0), value=IGNORE_INDEX) if input_ids is None else input_ids
     position = torch.arange(T, device=targets.device)
     equal = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (B, T, T)
     later = equal & (position.unsqueeze(1) < position)
-    following = torch.where(later.any(2), later.int().argmax(2), T)  # (B, T): where each token occurs next
+    next_occurrence = torch.where(later.any(2), later.int().argmax(2), T)  # (B, T)
     t, j = position.unsqueeze(1), position  # (T, 1), (T,)
-    usable = tokens != IGNORE_INDEX
+    allowed = tokens != IGNORE_INDEX
     for token in ignore_token_ids:
-        usable = usable & (tokens != token)
+        allowed = allowed & (tokens != token)
     is_target = targets.unsqueeze(2) == tokens.unsqueeze(1)
-    counts = (j <= t) & (following.unsqueeze(1) > t) & usable.unsqueeze(1) & ~is_target
+    is_candidate = (j <= t) & (next_occurrence.unsqueeze(1) > t) & allowed.unsqueeze(1) & ~is_target
     if window is not None:
-        counts &= j > t - window
-    return tokens.clamp(min=0).unsqueeze(1), counts
+        is_candidate &= j > t - window
+    return tokens.clamp(min=0).unsqueeze(1), is_candidate
 
 
 def unlikelihood_cross_entropy(
@@ -204,12 +235,14 @@ def unlikelihood_cross_entropy(
     compiled: bool = False,
     input_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Likelihood and token-level unlikelihood from hidden states, never holding all logits (B, T, V).
+    """Compute cross-entropy plus token-level unlikelihood without holding all logits (B, T, V).
+
+    The loss of a target is that of :func:`unlikelihood_loss`.
 
     Args:
         hidden: (B, T, C).
         weight: the tied token embedding (V, C).
-        targets: (B, T) token ids, or -100 where nothing is predicted.
+        targets: (B, T) token ids, or -100 at positions that are ignored.
         alpha: weight of the unlikelihood.
         ignore_token_ids: as in :func:`unlikelihood_loss`.
         window: as in :func:`unlikelihood_loss`.
@@ -218,52 +251,61 @@ def unlikelihood_cross_entropy(
         input_ids: as in :func:`unlikelihood_loss`.
 
     Returns:
-        The sum of the losses, the number of targets, and the sum of the unlikelihoods by itself, without ``alpha``.
+        The sum of the losses, the number of targets, and the sum of the unlikelihoods alone, without ``alpha``.
     """
-    states, weight, own, counted = _select_targets(hidden, weight, targets)
-    tokens, counts = negative_candidates(targets, ignore_token_ids, window, input_ids)
-    candidates = tokens.expand(-1, targets.size(1), -1)[counted]
+    states, weight, labels, has_target = _select_targets(hidden, weight, targets)
+    tokens, is_candidate = negative_candidates(targets, ignore_token_ids, window, input_ids)
+    candidates = tokens.expand(-1, targets.size(1), -1)[has_target]
     total, unlikelihood = _ChunkedCrossEntropy.apply(
-        states, weight, own, chunk, True, alpha, candidates, counts[counted], compiled
+        states, weight, labels, chunk, True, alpha, candidates, is_candidate[has_target], compiled
     )
-    return total, counted.sum(), unlikelihood
+    return total, has_target.sum(), unlikelihood
 
 
 def sequence_unlikelihood_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int | None = None, compiled: bool = False
 ) -> Tensor:
-    """Sequence-level unlikelihood of generated text (Welleck et al. 2020, eq. 6).
+    """Compute the sequence-level unlikelihood of generated text (Welleck et al. 2020, section 5.2, C_repeat-n).
 
-    It is -log(1 - p) of every token of an n-gram that the text has already had, over all its tokens.
+    L = 1 / T * sum over t in R of -log(1 - p(x_t)), where R are the positions of all tokens of every n-gram that
+    occurred earlier in the text; see :func:`repeated_ngrams`.
 
     Args:
-        hidden: (B, T, C) of one pass over the generated text.
+        hidden: (B, T, C) of one forward pass over the generated text.
         weight: the tied token embedding (V, C).
-        targets: (B, T) generated tokens, or -100.
+        targets: (B, T) generated tokens, or -100 at positions that are ignored.
         n: length of the n-grams.
         chunk: as in :func:`cross_entropy`.
         compiled: as in :func:`cross_entropy`.
 
     Returns:
-        The mean over the tokens.
+        The mean over all generated tokens, a scalar.
     """
-    states, weight, own, counted = _select_targets(hidden, weight, targets)
-    repeated = repeated_ngrams(targets, n)[counted]
+    states, weight, labels, has_target = _select_targets(hidden, weight, targets)
+    repeated = repeated_ngrams(targets, n)[has_target]
     total, _ = _ChunkedCrossEntropy.apply(
-        states, weight, own, chunk, False, 1.0, own.unsqueeze(-1), repeated.unsqueeze(-1), compiled
+        states, weight, labels, chunk, False, 1.0, labels.unsqueeze(-1), repeated.unsqueeze(-1), compiled
     )
-    return total / counted.sum().clamp(min=1)
+    return total / has_target.sum().clamp(min=1)
 
 
 def repeated_ngrams(ids: Tensor, n: int) -> Tensor:
-    """Which tokens (B, T) belong to an n-gram that the row has had before; those with -100 never do."""
+    """Mark the tokens of every n-gram that occurred earlier in its row.
+
+    Args:
+        ids: (B, T) token ids. An n-gram that contains -100 is never marked.
+        n: length of the n-grams.
+
+    Returns:
+        Booleans (B, T).
+    """
     T = ids.size(1)
     repeated = torch.zeros_like(ids, dtype=torch.bool)
     if n > T:
         return repeated
     windows = ids.unfold(1, n, 1)  # (B, W, n)
     same = (windows.unsqueeze(1) == windows.unsqueeze(2)).all(-1)  # (B, W, W)
-    again = same.tril(-1).any(-1) & (windows != IGNORE_INDEX).all(-1)  # (B, W): one like it begins earlier
+    again = same.tril(-1).any(-1) & (windows != IGNORE_INDEX).all(-1)  # (B, W): an equal n-gram starts earlier
     for i in range(n):
         repeated[:, i : T - n + 1 + i] |= again
     return repeated
@@ -278,31 +320,33 @@ def unlikelihood_loss(
     ignore_index: int = IGNORE_INDEX,
     input_ids: Tensor | None = None,
 ) -> Tensor:
-    """Likelihood and token-level unlikelihood (Welleck et al. 2020, eq. 4): of every target,
+    """Compute cross-entropy plus token-level unlikelihood from logits (Welleck et al. 2020, eq. 4).
 
-    L_t = -log p(x_t) - alpha * sum over c in C_t of log(1 - p(c)), C_t = {x_1 .. x_(t-1)} without x_t.
+    The loss of the target x_t is ``L_t = -log p(x_t) - alpha * sum over c in C_t of log(1 - p(c))`` with the negative
+    candidates ``C_t = {x_1, ..., x_(t-1)} minus {x_t}``. All probabilities are conditional on x_1, ..., x_(t-1).
 
-    Training goes through :func:`unlikelihood_cross_entropy`, which gives the same from hidden states in little memory.
+    This is the reference implementation. Training uses :func:`unlikelihood_cross_entropy`, which computes the same from
+    hidden states in less memory.
 
     Args:
-        logits: (B, T, V), those at t predict ``targets`` at t.
+        logits: (B, T, V), where ``logits[:, t]`` predicts ``targets[:, t]``.
         targets: (B, T) token ids.
-        alpha: weight of the unlikelihood; 0 is cross-entropy.
-        ignore_token_ids: tokens that may be repeated.
-        window: candidates are only the last ``window`` tokens before the target.
-        ignore_index: target at which nothing is predicted.
-        input_ids: (B, T) the tokens that the model read, x_1 .. x_T, padded on the right; ``targets`` are then
-            x_2 .. x_(T+1). Without them C_t holds earlier targets only, hence not x_1.
+        alpha: weight of the unlikelihood; 0 gives cross-entropy.
+        ignore_token_ids: token ids that are never negative candidates.
+        window: only the last ``window`` tokens before the target are candidates; by default all.
+        ignore_index: target of positions that are ignored.
+        input_ids: (B, T) the input tokens x_1, ..., x_T, padded on the right; ``targets`` are then x_2, ..., x_(T+1).
+            If None, C_t contains earlier targets only, and therefore not x_1.
 
     Returns:
-        The mean over the targets, a scalar; 1 - p is at least 1e-5.
+        The mean over the targets, a scalar. ``1 - p`` is clamped at 1e-5.
     """
     targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
-    counted = targets != IGNORE_INDEX
+    has_target = targets != IGNORE_INDEX
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    likelihood = F.cross_entropy(logits[counted], targets[counted], reduction="sum")
-    tokens, counts = negative_candidates(targets, ignore_token_ids, window, input_ids)
+    nll = F.cross_entropy(logits[has_target], targets[has_target], reduction="sum")
+    tokens, is_candidate = negative_candidates(targets, ignore_token_ids, window, input_ids)
     p = logits.log_softmax(-1).gather(-1, tokens.expand(-1, targets.size(1), -1)).exp()  # (B, T, T)
-    counts = counts & counted.unsqueeze(-1)
-    unlikelihood = -(1.0 - p).clamp(min=MIN_COMPLEMENT).log().masked_fill(~counts, 0.0).sum()
-    return (likelihood + alpha * unlikelihood) / counted.sum().clamp(min=1)
+    is_candidate = is_candidate & has_target.unsqueeze(-1)
+    unlikelihood = -(1.0 - p).clamp(min=MIN_COMPLEMENT).log().masked_fill(~is_candidate, 0.0).sum()
+    return (nll + alpha * unlikelihood) / has_target.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Metrics that torchmetrics does not have."""
+"""Metrics that torchmetrics does not provide."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torchmetrics import Metric
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """How the values of a metric are read and shown.
+    """Interpretation and display of a metric.
 
     Args:
-        higher_is_better: None for a metric that describes and does not judge, such as a number of lines.
-        percent: whether the values are shares, which tables show in percent.
-        shown: whether the table of epochs has a column of it.
+        higher_is_better: whether higher values are better; None for a descriptive metric, such as a number of lines.
+        percent: whether the values are fractions that tables show in percent.
+        shown: whether the table of epochs has a column for the metric.
     """
 
     higher_is_better: bool | None = True
@@ -26,10 +26,10 @@ class MetricInfo:
 
 
 class RowOutputs(Metric):
-    """Values of every row of a split, such as what the model said of it, gathered over processes.
+    """Per-row outputs of a split, such as predictions, collected across processes.
 
     Args:
-        names: of the values; ``row``, the rows' numbers, is one of them.
+        names: the names of the outputs, among them ``row``, the row numbers.
     """
 
     full_state_update = False
@@ -37,35 +37,40 @@ class RowOutputs(Metric):
     def __init__(self, *names: str) -> None:
         super().__init__()
         self.names = names
-        self._shapes: dict[str, torch.Size] = {}  # of one row's value
+        self._shapes: dict[str, torch.Size] = {}  # shape of the output of one row
         for name in names:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, **values: Tensor) -> None:
-        """Add a batch: of every name a tensor whose first dimension is the rows'."""
+        """Add a batch.
+
+        Args:
+            values: one tensor (B, ...) per name, with the rows as first dimension.
+        """
         for name in self.names:
             getattr(self, name).append(values[name])
             self._shapes[name] = values[name].shape[1:]
 
     def rows(self) -> dict[str, Tensor]:
-        """The values (N, ...) of all rows by name, sorted by the rows' numbers, on the CPU.
+        """Return the outputs (N, ...) of all rows by name, sorted by row number, on the CPU.
 
-        Use this and not ``compute()``, from which torchmetrics squeezes every dimension of a single value.
+        Use this instead of ``compute()``, where torchmetrics squeezes all dimensions of tensors with one element.
         """
         return {name: values.reshape(-1, *self._shapes[name]) for name, values in self.compute().items()}
 
     def compute(self) -> dict[str, Tensor]:
-        """The values of :meth:`rows`, those of a single element without dimensions."""
-        parts = {name: getattr(self, name) for name in self.names}
-        whole = {name: torch.cat(part) if isinstance(part, list) else part for name, part in parts.items()}
-        order = whole["row"].argsort()
-        return {name: tensor[order].cpu() for name, tensor in whole.items()}
+        """Return the outputs of :meth:`rows`; torchmetrics squeezes tensors with one element."""
+        states = {name: getattr(self, name) for name in self.names}
+        tensors = {name: torch.cat(state) if isinstance(state, list) else state for name, state in states.items()}
+        order = tensors["row"].argsort()
+        return {name: tensor[order].cpu() for name, tensor in tensors.items()}
 
 
 class WeightedMean(Metric):
-    """The weighted mean of values, in which a NaN shows.
+    """Weighted mean that propagates NaN.
 
-    torchmetrics' own leaves NaN out, and told not to, leaves out the weights (1.9).
+    ``torchmetrics.MeanMetric`` drops NaN values by default and, with ``nan_strategy="disable"``, ignores the weights
+    (torchmetrics 1.9).
     """
 
     full_state_update = False
@@ -78,25 +83,27 @@ class WeightedMean(Metric):
             self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor) -> None:
-        """Add values and their weights, of one shape."""
+        """Add values and their weights, two tensors of the same shape."""
         self.total += (values * weights).sum()
         self.weight += weights.sum()
 
     def compute(self) -> Tensor:
-        """The mean of everything added."""
+        """Return the weighted mean of all values."""
         return self.total / self.weight
 
 
 def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:
-    """Losses and their weights in a mean. In training those that are NaN or infinite weigh nothing: they stop the run,
-    or their steps are left out. In validation and test they show.
+    """Return losses and their weights for a mean, with weight 0 for losses that are not finite in training.
+
+    A loss that is not finite stops training, or its step is skipped; see :mod:`gpt2_pl.callbacks.non_finite_loss`. In
+    validation and test such losses keep their weight, so that the mean is not finite either.
 
     Args:
         losses: any shape.
         split: ``train``, ``val`` or ``test``.
 
     Returns:
-        Two tensors of the shape of ``losses``.
+        Losses and weights, two tensors of the shape of ``losses``. In training, losses that are not finite become 0.
     """
     if split != "train":
         return losses, torch.ones_like(losses)
@@ -104,22 +111,22 @@ def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:
 
 
 def best_threshold(probability: Tensor, label: Tensor, score: Literal["accuracy", "f1"]) -> tuple[float, float]:
-    """Find the threshold at which "class 1 if its probability is at least the threshold" scores best.
+    """Find the best threshold of the rule "predict class 1 if its probability is at least the threshold".
 
-    It lies half-way between two probabilities; of several equally good ones it is the one nearest to 0.5. It is 0 where
-    class 1 is best predicted for every row and one of them has probability 0, and the next float after 1 where class 0
-    is and one of them has probability 1.
+    The threshold is the midpoint between two neighbouring probabilities. Of several equally good thresholds, the one
+    nearest to 0.5 is returned. If predicting class 1 for every row is best and a row has probability 0, the threshold
+    is 0. If predicting class 0 for every row is best and a row has probability 1, it is the next float after 1.
 
     Args:
-        probability: (N,) of class 1, in [0, 1].
+        probability: (N,) probabilities of class 1, in [0, 1].
         label: (N,) 0 or 1.
         score: ``accuracy``, or ``f1`` of class 1.
 
     Returns:
-        The threshold and the score.
+        The threshold and its score.
     """
     descending, order = probability.float().cpu().sort(descending=True)
-    # (N + 1,): class 1 is predicted for the k highest, by a threshold in (lower, upper]
+    # (N + 1,): a threshold in (lower, upper] predicts class 1 for the k highest probabilities
     upper, lower = (
         torch.cat([torch.tensor([torch.inf]), descending]),
         torch.cat([descending, torch.tensor([-torch.inf])]),
@@ -130,7 +137,7 @@ def best_threshold(probability: Tensor, label: Tensor, score: Literal["accuracy"
         scores = (hits + (N - positives) - (k - hits)) / N
     else:
         scores = 2 * hits / (k + positives).clamp(min=1)
-    scores[upper <= lower] = -1.0  # no threshold divides equal probabilities
+    scores[upper <= lower] = -1.0  # no threshold separates equal probabilities
     highest = torch.tensor(1.0).nextafter(torch.tensor(2.0))
     thresholds = (upper.clamp(max=1.0) + lower.clamp(min=0.0)) / 2
     thresholds = torch.where(thresholds > lower, thresholds, upper.clamp(max=highest))

@@ -1,4 +1,8 @@
-"""AdamW, learning-rate schedules, and the parameter groups that every strategy shares."""
+"""AdamW, learning-rate schedules, and parameter groups.
+
+A schedule returns a factor; the learning rate of a parameter group at optimizer step t of S steps in total is
+``lr * lr_scale * factor(t, S)``, where ``lr_scale`` is the group's multiplier (layer-wise rates, LoRA+).
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,30 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), one tensor after the other.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
-    This is the algorithm to read; ``torch.optim.AdamW(fused=True)``, which the shipped configurations use, is faster.
-    ``theta *= 1 - lr * weight_decay``, then ``theta -= lr * m_hat / (sqrt(v_hat) + eps)`` with the bias-corrected
-    first and second moments. Its state has the layout of ``torch.optim.AdamW``; either loads the other's.
+    At step t = 1, 2, ... with the gradient g of a parameter theta::
+
+        theta = theta * (1 - lr * weight_decay)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        m_hat = m / (1 - beta1^t)
+        v_hat = v / (1 - beta2^t)
+        theta = theta - lr * m_hat / (sqrt(v_hat) + eps)
+
+    This is a readable reference that updates one tensor at a time. ``torch.optim.AdamW(fused=True)``, the optimizer of
+    the shipped configurations, is faster. The state has the layout of ``torch.optim.AdamW``, and each of the two loads
+    the state of the other.
 
     Args:
         params: tensors or parameter groups.
         lr: learning rate.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decay per step, in units of ``lr``.
+        betas: decay rates beta1 and beta2 of the first and second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decay per step, relative to ``lr``.
 
     Raises:
-        ValueError: a negative ``lr``, ``eps`` or ``weight_decay``, or a beta outside [0, 1).
+        ValueError: ``lr``, ``eps`` or ``weight_decay`` is negative, or a beta is outside [0, 1).
     """
 
     def __init__(
@@ -43,9 +56,9 @@ class AdamW(Optimizer):
     ) -> None:
         for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
-                raise ValueError(f"{key} is {value}; it must be at least 0")
+                raise ValueError(f"{key} must be at least 0, got {value}")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas are {tuple(betas)}; each must be in [0, 1)")
+            raise ValueError(f"betas must be in [0, 1), got {tuple(betas)}")
         defaults: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -56,7 +69,14 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss, with gradients.
+
+        Returns:
+            The loss of ``closure``, or None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,7 +89,7 @@ class AdamW(Optimizer):
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if grad.is_sparse:
-            raise RuntimeError("AdamW needs dense gradients; this parameter's gradient is sparse")
+            raise RuntimeError("AdamW does not support sparse gradients; use dense gradients")
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -86,7 +106,7 @@ class AdamW(Optimizer):
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """The decay rule: matrices decay; biases, norms and position embeddings do not."""
+    """Return whether weight decay applies: to matrices, but not to biases, norms and position embeddings."""
     return parameter.dim() >= 2 and not name.endswith("wpe.weight")
 
 
@@ -95,16 +115,19 @@ def parameter_groups(
     lr_scales: Mapping[str, float] | None = None,
     trained: Container[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One optimizer group per layer, decay rule and rate, named such as ``head``, ``head/no_decay``, ``head/lr_x16``.
+    """Build one optimizer group per layer, weight decay and learning rate.
 
-    Only trainable parameters enter, each exactly once: one that several layers share (tied weights) belongs to the
-    first. Groups without decay carry ``weight_decay = 0``; the others take the optimizer's. ``lr_scale`` says by what
-    the group's rate is multiplied.
+    Each trainable parameter is in exactly one group; a parameter shared by several layers (tied weights) is in the
+    group of the first.
 
     Args:
-        layers: name of a layer, from the input to the output -> its named parameters.
-        lr_scales: name of a parameter -> its rate in units of the optimizer's; 1 where it is not named.
-        trained: names of the parameters that enter; by default those that require a gradient now.
+        layers: maps the name of each layer, from input to output, to its named parameters.
+        lr_scales: maps names of parameters to factors of the learning rate; 1 by default.
+        trained: names of the parameters to include; by default those with ``requires_grad``.
+
+    Returns:
+        Groups with the keys ``name`` (such as ``head``, ``head/no_decay``, ``head/lr_x16``), ``layer``, ``params``,
+        ``lr_scale``, and ``weight_decay`` = 0 in groups without decay. The other groups use the optimizer's default.
     """
     seen: set[int] = set()
     groups: dict[str, dict[str, Any]] = {}
@@ -114,51 +137,58 @@ def parameter_groups(
                 continue
             seen.add(id(parameter))
             scale = (lr_scales or {}).get(name, 1.0)
-            undecayed = {} if decays(name, parameter) else {"weight_decay": 0.0}
-            key = layer + ("/no_decay" if undecayed else "") + (f"/lr_x{scale:g}" if scale != 1.0 else "")
-            group = {"name": key, "layer": layer, "params": [], "lr_scale": scale, **undecayed}
+            no_decay = {} if decays(name, parameter) else {"weight_decay": 0.0}
+            key = layer + ("/no_decay" if no_decay else "") + (f"/lr_x{scale:g}" if scale != 1.0 else "")
+            group = {"name": key, "layer": layer, "params": [], "lr_scale": scale, **no_decay}
             groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
 
 
 class Schedule:
-    """A learning rate over training, as a factor of the optimizer's ``lr``: ``factor(step, total)`` in [0, 1].
+    """Learning-rate schedule: a factor of the optimizer's ``lr`` in [0, 1] at every optimizer step.
 
-    The number of steps is the trainer's to know; the task asks it when training begins.
+    The trainer determines the total number of steps, and the task reads it when training starts.
     """
 
     @property
     def needs_total(self) -> bool:
-        """Whether the factor depends on the total number of steps, which an unbounded run does not have."""
+        """Whether the factor depends on the total number of steps. A run without a limit has no such number."""
         return True
 
     def factor(self, step: int, total: int) -> float:
-        """The factor at optimizer step ``step`` (0, 1, ..., total - 1) of ``total``."""
+        """Return the factor of the learning rate.
+
+        Args:
+            step: optimizer step, 0, 1, ..., total - 1.
+            total: total number of optimizer steps.
+        """
         raise NotImplementedError
 
 
 class ConstantWithWarmup(Schedule):
-    """Linear warmup, then 1.
+    """Linear warmup, then a constant factor of 1.
+
+    With w warmup steps the factor at step t < w is ``(t + 1) / (w + 1)``.
 
     Args:
-        warmup: steps when 1 or more, else a share of all steps.
+        warmup: number of warmup steps if at least 1, else a fraction of all steps, in [0, 1).
     """
 
     def __init__(self, warmup: float = 0.0) -> None:
         if warmup < 0:
-            raise InputError(f"warmup is {warmup}; it must be a number of steps or a share of all steps in [0, 1)")
+            raise InputError(f"warmup must be a number of steps or a fraction of all steps in [0, 1), got {warmup}")
         self.warmup = warmup
 
     @property
     def needs_total(self) -> bool:
-        """Whether the warmup is a share of all steps, or the rate decays to the end of training."""
+        """Whether the warmup is a fraction of all steps, or the rate decays until the end of training."""
         return type(self) is not ConstantWithWarmup or 0 < self.warmup < 1
 
     def _after_warmup(self, step: int, total: int) -> float:
         return 1.0
 
     def factor(self, step: int, total: int) -> float:
-        """The factor at ``step`` of ``total``; see :class:`Schedule`."""
+        """Return the factor at ``step`` of ``total`` steps; see :meth:`Schedule.factor`."""
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * total)
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -166,7 +196,13 @@ class ConstantWithWarmup(Schedule):
 
 
 class LinearWithWarmup(ConstantWithWarmup):
-    """Linear warmup, then linear decay to 0 at the end of training."""
+    """Linear warmup, then linear decay to 0 at the end of training.
+
+    With w warmup steps of S steps in total the factor at step t >= w is ``1 - (t - w) / (S - w)``.
+
+    Args:
+        warmup: number of warmup steps if at least 1, else a fraction of all steps, in [0, 1).
+    """
 
     def _after_warmup(self, step: int, total: int) -> float:
         return max(0.0, 1.0 - step / total)
@@ -175,15 +211,18 @@ class LinearWithWarmup(ConstantWithWarmup):
 class CosineWithWarmup(ConstantWithWarmup):
     """Linear warmup, then half a cosine down to ``floor`` (Loshchilov & Hutter 2017, eq. 5, one period).
 
+    With w warmup steps of S steps in total the factor at step t >= w is
+    ``floor + (1 - floor) * (1 + cos(pi * (t - w) / (S - w))) / 2``.
+
     Args:
-        warmup: steps when 1 or more, else a share of all steps.
-        floor: the factor at the end.
+        warmup: number of warmup steps if at least 1, else a fraction of all steps, in [0, 1).
+        floor: the factor at the end, in [0, 1].
     """
 
     def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
         super().__init__(warmup)
         if not 0.0 <= floor <= 1.0:
-            raise InputError(f"floor is {floor}; it must be in [0, 1]")
+            raise InputError(f"floor must be in [0, 1], got {floor}")
         self.floor = floor
 
     def _after_warmup(self, step: int, total: int) -> float:
@@ -191,26 +230,26 @@ class CosineWithWarmup(ConstantWithWarmup):
 
 
 class SlantedTriangular(Schedule):
-    """A short linear rise and a long linear fall (Howard & Ruder 2018, eq. 3).
+    """Slanted triangular schedule: a short linear increase, then a long linear decay (Howard & Ruder 2018, eq. 3).
 
-    With ``cut = floor(total * cut_frac)``, p = step / cut up to the cut and 1 - (step - cut) / (total - cut) after;
-    the factor is (1 + p (ratio - 1)) / ratio. The paper's own denominator, cut (1 / cut_frac - 1), is the same but
-    for its rounding, which makes p negative for some totals.
+    With S steps in total, ``cut = floor(S * cut_frac)``, the factor at step t is ``(1 + p * (ratio - 1)) / ratio``,
+    where ``p = t / cut`` for t < cut and ``p = 1 - (t - cut) / (S - cut)`` after. The denominator of the paper,
+    ``cut * (1 / cut_frac - 1)``, differs from ``S - cut`` by the rounding of ``cut``; it makes p negative for some S.
 
     Args:
-        cut_frac: share of the steps in which the rate rises.
-        ratio: the highest rate over the lowest.
+        cut_frac: fraction of the steps in which the rate increases, in [0, 1).
+        ratio: highest rate divided by the lowest, at least 1.
     """
 
     def __init__(self, cut_frac: float = 0.1, ratio: float = 32.0) -> None:
         if not 0.0 <= cut_frac < 1.0:
-            raise InputError(f"cut_frac is {cut_frac}; it must be in [0, 1)")
+            raise InputError(f"cut_frac must be in [0, 1), got {cut_frac}")
         if ratio < 1.0:
-            raise InputError(f"ratio is {ratio}; it must be at least 1")
+            raise InputError(f"ratio must be at least 1, got {ratio}")
         self.cut_frac, self.ratio = cut_frac, ratio
 
     def factor(self, step: int, total: int) -> float:
-        """The factor at ``step`` of ``total``; see :class:`Schedule`."""
+        """Return the factor at ``step`` of ``total`` steps; see :meth:`Schedule.factor`."""
         cut = math.floor(total * self.cut_frac)
         p = step / cut if step < cut else 1.0 - min(step - cut, total - cut) / (total - cut)
         return (1.0 + p * (self.ratio - 1.0)) / self.ratio

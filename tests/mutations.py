@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it becomes, the tests to ask
     # Losses
-    ("gpt2_pl/losses.py", "total = -log_likelihood.sum()", "total = log_likelihood.sum()", "language_modeling"),
+    ("gpt2_pl/losses.py", "nll = -log_p_target.sum()", "nll = log_p_target.sum()", "language_modeling"),
     ("gpt2_pl/losses.py", "return total + alpha * unlikelihood", "return total + unlikelihood", "unlikelihood"),
     ("gpt2_pl/losses.py", "odds = (alpha * p / (1.0 - p))", "odds = (alpha * p)", "unlikelihood"),
     ("gpt2_pl/losses.py", ".scatter_add_(-1, candidates, odds)", "", "unlikelihood"),
-    ("gpt2_pl/losses.py", "grad_weight += (gradient.T @ states)[:V]", "grad_weight = (gradient.T @ states)[:V]", "language_modeling"),
-    ("gpt2_pl/losses.py", "& usable.unsqueeze(1) & ~is_target", "& usable.unsqueeze(1)", "unlikelihood"),
-    ("gpt2_pl/losses.py", "counts &= j > t - window", "counts &= j >= t - window", "unlikelihood"),
-    ("gpt2_pl/losses.py", "& (following.unsqueeze(1) > t)", "", "unlikelihood"),
+    ("gpt2_pl/losses.py", "grad_weight += (grad.T @ states)[:V]", "grad_weight = (grad.T @ states)[:V]", "language_modeling"),
+    ("gpt2_pl/losses.py", "& allowed.unsqueeze(1) & ~is_target", "& allowed.unsqueeze(1)", "unlikelihood"),
+    ("gpt2_pl/losses.py", "is_candidate &= j > t - window", "is_candidate &= j >= t - window", "unlikelihood"),
+    ("gpt2_pl/losses.py", "& (next_occurrence.unsqueeze(1) > t)", "", "unlikelihood"),
     ("gpt2_pl/losses.py", "again = same.tril(-1)", "again = same", "unlikelihood"),
     ("gpt2_pl/tasks/language_modeling.py", "targets[:, : P - 1] = IGNORE_INDEX", "pass", "unlikelihood"),
     ("gpt2_pl/tasks/language_modeling.py", "self._ignored_tokens(),", "[],", "unlikelihood"),

@@ -105,7 +105,7 @@ def test_fit_disk_full_keeps_the_previous_checkpoint_and_resumes(run, capsys, mo
     assert stop.value.code == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("gpt2-pl: error: disk full while writing lightning_logs/quickstart/version_0/checkpoints/")
-    assert line.endswith("the previous file is unchanged; free some space and resume")
+    assert line.endswith("the previous file is unchanged; free some space and try again")
     assert checkpoint.read_bytes() == before
     assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
     run("fit", *QUICK, f"--ckpt_path={checkpoint}")
@@ -127,7 +127,7 @@ def no_room(run, capsys, *args):
         run(*args)
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("gpt2-pl: error: there is no room to ")
+    assert line.startswith("gpt2-pl: error: disk full while writing ")
     return line
 
 

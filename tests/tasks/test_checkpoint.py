@@ -103,7 +103,7 @@ def test_fit_schedule_out_of_range_is_refused_in_one_line(fit, capsys):
     with pytest.raises(SystemExit):
         fit("ulmfit", extra=["--model.schedule.init_args.cut_frac=2"])
     error = capsys.readouterr().err
-    assert "cut_frac is 2" in error
+    assert "cut_frac must be in [0, 1), got 2" in error
     assert "Traceback" not in error
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 from scratch, adapted to tasks by strategies that compose."""
+"""GPT-2 from scratch, with composable fine-tuning strategies."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __version__ = "0.1.0"
 __all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "generate"]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BESIDE = {f"gpt2_pl.{name}": _ROOT / name for name in ("datamodules", "callbacks", "configs")}
+_CHECKOUT_PACKAGES = {f"gpt2_pl.{name}": _ROOT / name for name in ("datamodules", "callbacks", "configs")}
 
 
 class _CheckoutFinder:
-    """Finds the packages that lie beside this folder in a checkout, and in it once they are installed."""
+    """Import finder for subpackages that are next to this folder in a checkout and inside it once installed."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return the specification of one of these packages; None for any other module."""
-        folder = _BESIDE.get(name)
+        """Return the specification of one of these subpackages; None for any other module."""
+        folder = _CHECKOUT_PACKAGES.get(name)
         if folder is None:
             return None
         return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
@@ -37,7 +37,7 @@ IS_CHECKOUT = (_ROOT / "datamodules" / "batching.py").is_file()
 if IS_CHECKOUT:
     sys.meta_path.append(_CheckoutFinder)
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "GPT2": "gpt2_pl.model",
     "GPT2Config": "gpt2_pl.model",
     "AdamW": "gpt2_pl.optim",
@@ -46,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that light commands never load torch."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import a public name on first use, so that light commands never load torch."""
+    if name in _LAZY_IMPORTS:
+        return getattr(import_module(_LAZY_IMPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,10 @@
-"""Generation: continuing text, at one token's work for every token."""
+"""Autoregressive generation with a key/value cache: greedy decoding, temperature, top-k and top-p sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Logits (B, V), token ids so far (B, N) and which of them are text (B, N) -> logits (B, V)."""
+"""Maps logits (B, V), token ids so far (B, N) and their mask (B, N), 1 for text, to new logits (B, V)."""
 
 
 def generate(
@@ -38,87 +39,61 @@ def generate(
     logits_processors: Sequence[LogitsProcessor] = (),
     stopping_criteria: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Continue a batch of prompts, one token at a time, every block keeping the keys and values it has computed.
+    """Continue a batch of prompts token by token, with a key/value cache.
 
     Args:
-        model: a GPT-2, with or without LoRA, prefix or soft prompt; it is put in evaluation mode meanwhile. On a GPU
-            a model in evaluation mode decodes from a CUDA graph, which is faster.
+        model: a GPT-2, with or without LoRA, prefix or soft prompt. It is in evaluation mode during the call. On a GPU,
+            models in evaluation mode decode from a CUDA graph, which is faster.
         input_ids: (B, T) prompts.
         attention_mask: (B, T), 1 for text and 0 for padding, on either side.
-        max_new_tokens: the longest continuation.
-        temperature: divides the logits, from 1e-9 to 1e9; 0 is greedy.
-        top_k: draw from the k likeliest tokens only.
-        top_p: draw from the likeliest tokens that together have at least this probability (Holtzman et al. 2020).
-        repetition_penalty: divides positive logits of tokens already there and multiplies negative ones (Keskar et al.
-            2019).
-        no_repeat_ngram_size: no n-gram of this length occurs twice; 0 for any. Where this, or a processor, leaves a
-            row no token at all, the row ends: it is padded from there on.
-        eos_token_id: ends a row; it is part of the row.
-        pad_token_id: what stands behind a row that has ended.
-        seed: of the random draws, the same for every row or one for each. In float32, a row's text depends on its
-            prompt and its seed alone, not on the other rows; in bfloat16, logits are rounded differently in batches of
-            other shapes, which may tip a draw. None draws from torch's own generator.
-        logits_processors: change the logits before temperature, top-k and top-p. They are called in inference mode.
-        stopping_criteria: maps ids (B, N) and mask (B, N) to booleans (B,), True for rows that end. It is called in
-            inference mode.
+        max_new_tokens: maximum number of generated tokens.
+        temperature: divisor of the logits, in [1e-9, 1e9]; 0 is greedy decoding.
+        top_k: sample from the k most probable tokens only.
+        top_p: sample from the smallest set of most probable tokens whose probabilities sum to at least this value, in
+            (0, 1] (Holtzman et al. 2020).
+        repetition_penalty: divisor of positive logits and factor of negative logits of tokens that already occur in the
+            row, in [1e-9, 1e9] (Keskar et al. 2019).
+        no_repeat_ngram_size: no n-gram of this length occurs twice in a row; 0 disables the rule. If this rule or a
+            processor bans every token, the row ends and is padded.
+        eos_token_id: token that ends a row; it is part of the row.
+        pad_token_id: token that follows the end of a row.
+        seed: seed of the random draws, one for all rows or one per row. In float32 a row's text depends on its prompt
+            and seed only, not on the other rows. In bfloat16 the rounding of logits depends on the batch shape, which
+            may change a draw. None uses torch's default generator.
+        logits_processors: change the logits before temperature, top-k and top-p, in inference mode.
+        stopping_criteria: maps ids (B, N) and mask (B, N) to booleans (B,), True for rows that end, in inference mode.
 
     Returns:
-        (B, T + new): the prompts, padded on the left, and what was generated.
+        (B, T + new): the prompts, padded on the left, followed by the generated tokens.
 
     Raises:
-        ValueError: a value out of range, an empty prompt, or more tokens than ``n_positions``.
+        ValueError: a setting is out of range, a prompt is empty, or there are more tokens than ``n_positions``.
     """
     validate_sampling(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, max_new_tokens)
     B, T = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    if not bool((mask.sum(1) > 0).all()):
-        raise ValueError("a prompt is empty; give at least one token, such as the end of text")
     N = model.n_virtual + T + max_new_tokens
-    if model.config.n_positions < N:
-        raise ValueError(
-            f"prompt and continuation take {N} tokens, virtual ones included; this GPT-2 has n_positions = "
-            f"{model.config.n_positions}"
-        )
-    if attention_mask is not None:  # text to the right, so that all rows go on at the same place
+    _validate_prompts(mask, N, model.config.n_positions)
+    if attention_mask is not None:  # on the left, so that all rows continue at the same index
         order = mask.argsort(dim=1, stable=True)
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
     uniform = _uniform(seed, B, max_new_tokens, input_ids.device) if temperature > 0 else None
-    padded = not bool(mask.all())
     ids = input_ids.new_full((B, T + max_new_tokens), pad_token_id)
     ids[:, :T] = input_ids
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    cache = KVCache(len(model.h), N)
-    captures, decode = supports_cuda_graph(model, max_new_tokens), None
+    processors = [*_builtin_processors(repetition_penalty, no_repeat_ngram_size), *logits_processors]
+    captures = supports_cuda_graph(model, max_new_tokens)
     prepacked = prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens)
     with torch.inference_mode(), _eval_mode(model), prepacked as head:
-        next_ids = ids[:, :T]
-        output_positions: Tensor | None = torch.full((B, 1), T - 1, device=ids.device)
+        decoder = _Decoder(model, head, mask, T, captures)
         for n in range(T, T + max_new_tokens):
-            if decode is None:
-                hidden = model(
-                    next_ids, mask[:, :n] if padded else None, output_positions=output_positions, cache=cache
-                )
-                logits = head(hidden[:, -1]).float()
-                if captures:
-                    decode = DecodeStep(model, head, cache, mask[:, :T])
-            else:
-                logits = decode(next_ids).to(torch.float32, copy=True)
-            row_ids, row_mask = ids[:, :n], mask[:, :n]
-            if repetition_penalty != 1.0:
-                logits = _apply_repetition_penalty(logits, row_ids, row_mask, repetition_penalty)
-            if no_repeat_ngram_size:
-                logits = _ban_repeated_ngrams(logits, row_ids, row_mask, no_repeat_ngram_size)
-            for process in logits_processors:
-                logits = process(logits, row_ids, row_mask)
-            best = logits.amax(-1, keepdim=True)
-            exhausted = best.isneginf()  # (B, 1): no token may follow
-            if uniform is None:
-                chosen = logits.argmax(-1)
-            else:  # without the maximum, whose row would overflow or be NaN
-                scaled = (logits - best).masked_fill(exhausted, 0.0) / temperature
-                chosen = _sample_tokens(scaled, uniform[:, n - T], top_k, top_p)
-            done |= exhausted.squeeze(-1)
+            logits = decoder.next_logits(ids, n)
+            for process in processors:
+                logits = process(logits, ids[:, :n], mask[:, :n])
+            draws = None if uniform is None else uniform[:, n - T]
+            chosen, exhausted = _choose_tokens(logits, draws, temperature, top_k, top_p)
+            done |= exhausted
             ids[:, n] = torch.where(done, pad_token_id, chosen)
             mask[:, n] = (~done).long()
             if eos_token_id is not None:
@@ -127,18 +102,106 @@ def generate(
                 done |= stopping_criteria(ids[:, : n + 1], mask[:, : n + 1])
             if bool(done.all()):
                 return ids[:, : n + int(mask[:, n].any())]
-            next_ids, output_positions = ids[:, n : n + 1], None
     return ids
 
 
-class DecodeStep:
-    """Read one more token of every row in tensors of fixed shape, from a CUDA graph where the model is on a GPU.
+def _validate_prompts(mask: Tensor, num_tokens: int, n_positions: int) -> None:
+    """Raise a ValueError for an empty prompt or for more than ``n_positions`` tokens.
 
-    Attention reads the whole cache, under a mask.
+    Args:
+        mask: (B, T), 1 for text and 0 for padding.
+        num_tokens: virtual tokens, prompt and generated tokens.
+        n_positions: the context length of the model.
+    """
+    if not bool((mask.sum(1) > 0).all()):
+        raise ValueError("a prompt is empty; give at least one token, such as the end of text")
+    if n_positions < num_tokens:
+        raise ValueError(
+            f"prompt and continuation must have at most n_positions = {n_positions} tokens, virtual tokens included, "
+            f"got {num_tokens}"
+        )
+
+
+def _builtin_processors(repetition_penalty: float, no_repeat_ngram_size: int) -> list[LogitsProcessor]:
+    """Return the logits processors of the settings that are not at their neutral value."""
+    processors: list[LogitsProcessor] = []
+    if repetition_penalty != 1.0:
+        processors.append(partial(_apply_repetition_penalty, penalty=repetition_penalty))
+    if no_repeat_ngram_size:
+        processors.append(partial(_ban_repeated_ngrams, n=no_repeat_ngram_size))
+    return processors
+
+
+class _Decoder:
+    """Next-token logits of all rows: the prompts in one pass, then one token at a time.
 
     Args:
         model: the GPT-2, in evaluation mode.
-        head: from hidden states (B, C) to logits (B, V).
+        head: maps hidden states (B, C) to logits (B, V).
+        mask: (B, T + new), 1 for text and 0 for padding; the caller extends it in place.
+        prompt_length: T.
+        captures: whether tokens after the prompt are decoded from a CUDA graph.
+    """
+
+    def __init__(
+        self, model: GPT2, head: Callable[[Tensor], Tensor], mask: Tensor, prompt_length: int, captures: bool
+    ) -> None:
+        self.model, self.head, self.mask, self.prompt_length, self.captures = model, head, mask, prompt_length, captures
+        self.padded = not bool(mask[:, :prompt_length].all())
+        self.cache = KVCache(len(model.h), model.n_virtual + mask.size(1))
+        self.decode: DecodeStep | None = None
+
+    def next_logits(self, ids: Tensor, n: int) -> Tensor:
+        """Compute the logits (B, V) in float32 of token ``n`` of every row from ``ids`` (B, N), N >= n."""
+        T = self.prompt_length
+        if self.decode is not None:
+            return self.decode(ids[:, n - 1 : n]).to(torch.float32, copy=True)
+        is_prompt = n == T
+        hidden = self.model(
+            ids[:, :T] if is_prompt else ids[:, n - 1 : n],
+            self.mask[:, :n] if self.padded else None,
+            output_positions=torch.full((len(ids), 1), T - 1, device=ids.device) if is_prompt else None,
+            cache=self.cache,
+        )
+        logits = self.head(hidden[:, -1]).float()
+        if self.captures:
+            self.decode = DecodeStep(self.model, self.head, self.cache, self.mask[:, :T])
+        return logits
+
+
+def _choose_tokens(
+    logits: Tensor, uniform: Tensor | None, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """Choose the next token of every row.
+
+    Args:
+        logits: (B, V).
+        uniform: (B,) random numbers in [0, 1); None for greedy decoding.
+        temperature: as in :func:`generate`.
+        top_k: as in :func:`generate`.
+        top_p: as in :func:`generate`.
+
+    Returns:
+        Token ids (B,), and booleans (B,), True for rows in which every token is banned.
+    """
+    best = logits.amax(-1, keepdim=True)
+    exhausted = best.isneginf()  # (B, 1)
+    if uniform is None:
+        chosen = logits.argmax(-1)
+    else:  # the maximum is subtracted, because the division could overflow
+        scaled = (logits - best).masked_fill(exhausted, 0.0) / temperature
+        chosen = _sample_tokens(scaled, uniform, top_k, top_p)
+    return chosen, exhausted.squeeze(-1)
+
+
+class DecodeStep:
+    """Decoding step of one token per row in tensors of fixed shape, captured as a CUDA graph on a GPU.
+
+    Attention reads the full cache buffers under a mask.
+
+    Args:
+        model: the GPT-2, in evaluation mode.
+        head: maps hidden states (B, C) to logits (B, V).
         cache: the keys and values of the virtual tokens and the prompt.
         prompt_mask: (B, T), 1 for text and 0 for padding.
     """
@@ -148,7 +211,7 @@ class DecodeStep:
         B, T = prompt_mask.shape
         start = model.n_virtual
         self.ids = prompt_mask.new_zeros(B, 1)
-        self.write_index = prompt_mask.new_full((1,), start + T)  # among the keys of the cache
+        self.write_index = prompt_mask.new_full((1,), start + T)  # index of the new key in the cache
         self.position_ids = prompt_mask.sum(1, keepdim=True) + start  # (B, 1)
         self.mask = prompt_mask.new_zeros(B, 1, 1, cache.layers[0].capacity, dtype=torch.bool)
         self.mask[..., :start] = True
@@ -159,14 +222,14 @@ class DecodeStep:
         self._step = cuda_graph(self._forward, state) if prompt_mask.device.type == "cuda" else self._forward
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Token ids (B, 1) -> logits of the next tokens (B, V), which the next call overwrites."""
+        """Compute the next-token logits (B, V) from token ids (B, 1); the next call overwrites them."""
         self.ids.copy_(ids)
         return self._step()
 
     def _forward(self) -> Tensor:
         device = self.ids.device.type
         self.mask.index_fill_(3, self.write_index, True)
-        # weights that autocast has cached would not outlive the capture
+        # Weights cached by autocast would be freed after the capture.
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             hidden = self.model(self.ids, self.mask, position_ids=self.position_ids, cache=self.cache)
             logits = self.head(hidden[:, -1])
@@ -193,43 +256,47 @@ def validate_sampling(
     no_repeat_ngram_size: int,
     max_new_tokens: int,
 ) -> None:
-    """Raise a ValueError that names the first setting of :func:`generate` that is out of range."""
-    least, most = 1e-9, 1e9  # by which float32 logits can be divided
-    for name, value, good, right in (
-        ("temperature", temperature, temperature == 0 or least <= temperature <= most, f"0 or from {least} to {most}"),
+    """Check the sampling settings of :func:`generate`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    low, high = 1e-9, 1e9  # range of divisors of float32 logits
+    for name, value, is_valid, valid in (
+        ("temperature", temperature, temperature == 0 or low <= temperature <= high, f"0 or in [{low:g}, {high:g}]"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
-        ("repetition_penalty", repetition_penalty, least <= repetition_penalty <= most, f"from {least} to {most}"),
+        ("repetition_penalty", repetition_penalty, low <= repetition_penalty <= high, f"in [{low:g}, {high:g}]"),
         ("no_repeat_ngram_size", no_repeat_ngram_size, no_repeat_ngram_size >= 0, "at least 0"),
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ):
-        if not good:
-            raise ValueError(f"{name} is {value}, which is out of range; it must be {right}")
+        if not is_valid:
+            raise ValueError(f"{name} must be {valid}, got {value}")
 
 
 def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: torch.device) -> Tensor:
-    """The random numbers that decide each token of each row (B, new), the same on every device."""
+    """Draw one random number in [0, 1) for each new token of each row, (B, new), equal on all devices."""
     if seed is None:
         return torch.rand(rows, steps).to(device)
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
-        raise ValueError(f"there are {len(seeds)} seeds for {rows} prompts; give one, or one for each")
+        raise ValueError(f"seed must be one number or one for each of {rows} prompts, got {len(seeds)} seeds")
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 
 def top_k_top_p_filter(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> tuple[Tensor, Tensor]:
-    """Sort tokens by probability and keep the first of them, as top-k and top-p say.
+    """Sort tokens by probability and keep the most probable ones by top-k, then top-p.
 
-    Of the ``top_k`` likeliest tokens top-p keeps as many as it takes to reach ``top_p``, including the one that crosses
-    it. Of equally likely tokens the smaller id comes first.
+    Top-p keeps the smallest number of tokens whose probabilities sum to at least ``top_p``: the token that crosses the
+    threshold is kept. Among equally probable tokens the smaller id comes first.
 
     Args:
         logits: (B, V).
-        top_k: number of tokens to keep.
-        top_p: probability to keep, of what ``top_k`` leaves.
+        top_k: number of tokens to keep; None for all.
+        top_p: probability to keep, relative to the tokens that ``top_k`` keeps; None for all.
 
     Returns:
-        Probabilities (B, M) in descending order, 0 for tokens that are not kept, and the tokens' ids (B, M).
+        Probabilities (B, M) in descending order, 0 for tokens that top-p removes, and token ids (B, M).
     """
     probability, tokens = _sort_descending(logits.softmax(-1))
     if top_k is not None:
@@ -242,9 +309,9 @@ def top_k_top_p_filter(logits: Tensor, top_k: int | None = None, top_p: float | 
 
 
 def _sort_descending(probability: Tensor) -> tuple[Tensor, Tensor]:
-    """``probability.sort(descending=True, stable=True)`` of (B, V), in an eighth of the time on a CPU.
+    """Sort probabilities (B, V) like ``probability.sort(descending=True, stable=True)``, 8 times faster on a CPU.
 
-    PyTorch sorts a single long row of integers by radix, and the order of non-negative floats is that of their bits.
+    PyTorch uses radix sort for a single long row of integers. Non-negative floats have the order of their bits.
     """
     if probability.device.type != "cpu":
         return probability.sort(dim=-1, descending=True, stable=True)
@@ -254,7 +321,7 @@ def _sort_descending(probability: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Draw one token a row (B,), from its logits (B, V) and its random number in [0, 1) (B,) alone."""
+    """Draw one token per row (B,) from its logits (B, V) and its random number in [0, 1), (B,)."""
     if top_k is None and (top_p is None or top_p == 1.0):
         return _inverse_cdf(logits.softmax(-1), uniform)
     probability, tokens = top_k_top_p_filter(logits, top_k, top_p)
@@ -262,25 +329,30 @@ def _sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: fl
 
 
 def _inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
-    """The first place (B,) where the cumulative sum of ``probability`` (B, M) passes ``uniform`` (B,) of its total."""
+    """Return the first index (B,) whose cumulative probability exceeds ``uniform * total``.
+
+    Args:
+        probability: (B, M), not necessarily normalized.
+        uniform: (B,) random numbers in [0, 1).
+    """
     cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
-    place = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
-    return torch.minimum(place, torch.searchsorted(cumulative, total)).squeeze(-1)  # the product may round up to total
+    index = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
+    return torch.minimum(index, torch.searchsorted(cumulative, total)).squeeze(-1)  # the product may round up to total
 
 
 def _apply_repetition_penalty(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Tensor:
-    # A count decides: the padding's token may be one of the text's too.
-    there = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, ids, mask) > 0
-    return torch.where(there, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    # Occurrences are counted under the mask, because the padding token may also occur in the text.
+    occurs = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, ids, mask) > 0
+    return torch.where(occurs, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _ban_repeated_ngrams(logits: Tensor, ids: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Logits of -inf for every token that would end an n-gram which the row has already."""
+    """Set the logit of every token that would complete an n-gram of the row again to -inf."""
     if ids.size(1) < n:
         return logits
     windows = ids.unfold(1, n, 1)  # (B, N - n + 1, n)
-    last = ids[:, ids.size(1) - n + 1 :]  # (B, n - 1): what the next token would follow
+    last = ids[:, ids.size(1) - n + 1 :]  # (B, n - 1): the tokens before the next one
     same = (windows[..., :-1] == last.unsqueeze(1)).all(-1) & mask.unfold(1, n, 1).bool().all(-1)
     banned = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, windows[..., -1], same.long()) > 0
     return logits.masked_fill(banned, -torch.inf)

@@ -1,4 +1,4 @@
-"""Keys and values of tokens that were read before, so that every new token costs one token's work."""
+"""Key/value caches, so that decoding computes each token once, and prefixes as caches."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from torch import Tensor
 
 
 def _prepend(prefix: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the keys and values of a prefix (2, H, P, hd) in front of those of every row, (B, H, T, hd) each."""
+    """Prepend the keys and values of a prefix (2, H, P, hd) to those of every row, (B, H, T, hd) each."""
     keys, values = (
-        torch.cat((front.to(t.dtype).expand(len(t), -1, -1, -1), t), dim=2)
-        for front, t in zip(prefix, (k, v), strict=True)
+        torch.cat((p.to(t.dtype).expand(len(t), -1, -1, -1), t), dim=2) for p, t in zip(prefix, (k, v), strict=True)
     )
     return keys, values  # (B, H, P + T, hd)
 
 
 class PrefixLayer:
-    """Keys and values of a prefix in one block, in front of those of every batch; nothing is stored.
+    """Prefix of one block: its keys and values are prepended to those of every batch; nothing is stored.
 
     Args:
-        prefix: (2, H, P, hd).
+        prefix: keys and values (2, H, P, hd).
     """
 
     def __init__(self, prefix: Tensor) -> None:
         self.prefix = prefix
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the prefix and of new tokens: (B, H, T, hd) -> (B, H, P + T, hd)."""
+        """Return the keys and values of the prefix and the new tokens: (B, H, T, hd) -> (B, H, P + T, hd)."""
         return _prepend(self.prefix, k, v)
 
 
 class PrefixCache:
-    """A cache that holds a prefix (Li & Liang 2021) and never grows, for training and single forward passes.
+    """Cache of a prefix (Li & Liang 2021) that never grows, for training and single forward passes.
 
     Args:
         prefix: keys and values of all blocks (L, 2, H, P, hd).
@@ -43,17 +42,18 @@ class PrefixCache:
 
 
 class KVCacheLayer:
-    """Keys and values of one block, in buffers that are allocated once, by the first tokens.
+    """Key/value cache of one block, in buffers that the first call of ``append`` allocates.
 
-    On a CPU they are float32: the attention of one query takes a sixth to two thirds of its time in 16 bits.
+    On a CPU the buffers are float32: in float32 the attention of one query takes a sixth to two thirds of its time in
+    16 bits.
 
     Args:
-        capacity: the number of tokens there is room for, virtual ones included.
+        capacity: maximum number of tokens, virtual tokens included.
 
     Attributes:
-        prefix: keys and values (2, H, P, hd) that the first call of ``append`` puts in front.
-        write_index: (1,); if set, ``append`` writes one token at this position and returns the full buffers, and the
-            caller masks the part that is not used.
+        prefix: keys and values (2, H, P, hd) that the first call of ``append`` prepends, or None.
+        write_index: (1,) or None. If set, ``append`` writes one token at this position and returns the full buffers;
+            the caller must mask the unused part.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -63,10 +63,17 @@ class KVCacheLayer:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H, T, hd) of new tokens and return those of all tokens so far, (B, H, N, hd).
+        """Append the keys and values of new tokens and return those of all tokens.
+
+        Args:
+            k: (B, H, T, hd).
+            v: (B, H, T, hd).
+
+        Returns:
+            Keys and values (B, H, N, hd) of all N tokens so far.
 
         Raises:
-            ValueError: more tokens than there is room for.
+            ValueError: there are more tokens than ``capacity``.
         """
         if self.prefix is not None:
             k, v = _prepend(self.prefix, k, v)
@@ -82,25 +89,25 @@ class KVCacheLayer:
             return self._buffers
         start, self.length = self.length, self.length + k.size(2)
         if self.length > self.capacity:
-            raise ValueError(f"the cache has room for {self.capacity} tokens, got {self.length}")
+            raise ValueError(f"the cache must have at most {self.capacity} tokens, got {self.length}")
         for buffer, new in zip(self._buffers, (k, v), strict=True):
             buffer.narrow(2, start, new.size(2)).copy_(new)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of all tokens so far, (B, H, N, hd) each."""
+        """Return the keys and values of all tokens so far, (B, H, N, hd) each."""
         if self._buffers is None:
-            raise ValueError("the cache is empty")
+            raise ValueError("the cache is empty; call append first")
         keys, values = self._buffers
         return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
 
 class KVCache:
-    """Keys and values of all blocks; ``model(input_ids, cache=cache)`` reads and extends it.
+    """Key/value cache of all blocks; ``model(input_ids, cache=cache)`` reads and extends it.
 
     Args:
-        n_layer: the number of blocks.
-        capacity: the number of tokens there is room for: virtual ones, the prompt and what will be generated.
+        n_layer: number of blocks.
+        capacity: maximum number of tokens: virtual tokens, prompt and generated tokens.
     """
 
     def __init__(self, n_layer: int, capacity: int) -> None:
@@ -108,10 +115,10 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """The number of tokens read so far, virtual ones included."""
+        """Number of cached tokens, virtual tokens included."""
         return self.layers[0].length
 
-    def begin_with(self, prefix: Tensor) -> None:
-        """Put a prefix (L, 2, H, P, hd) in front of the first tokens of an empty cache."""
+    def set_prefix(self, prefix: Tensor) -> None:
+        """Prepend a prefix (L, 2, H, P, hd) to the first tokens of an empty cache."""
         for layer, keys_and_values in zip(self.layers, prefix, strict=True):
             layer.prefix, layer.length = keys_and_values, prefix.size(3)

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2. The defaults are those of the smallest published one ("gpt2", 124 M parameters).
+    """Architecture of a GPT-2. The defaults are those of the smallest published model ("gpt2", 124 M parameters).
 
     Args:
         vocab_size: number of token ids, V.
-        n_positions: the longest sequence, in tokens.
+        n_positions: maximum sequence length, in tokens.
         n_embd: width C of the residual stream; a multiple of ``n_head``.
         n_layer: number of blocks, L.
         n_head: number of attention heads, H.
-        dropout: probability for the embeddings, the attention weights and both residual branches.
+        dropout: dropout probability of the embeddings, the attention weights and both residual branches.
 
     Raises:
-        ValueError: a size below 1, a width the heads do not divide, or a dropout outside [0, 1).
+        ValueError: a size is below 1, ``n_embd`` is not a multiple of ``n_head``, or ``dropout`` is outside [0, 1).
     """
 
     vocab_size: int = 50257
@@ -51,20 +51,34 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide")
+            raise ValueError(f"n_embd must be a multiple of n_head = {self.n_head}, got {self.n_embd}")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
-    """Take the positions (B, R) from every row of ``x`` (B, T, C): (B, R, C)."""
+    """Select positions of every row.
+
+    Args:
+        x: (B, T, C).
+        positions: (B, R) indices in [0, T).
+
+    Returns:
+        (B, R, C).
+    """
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the tokens before it (Vaswani et al. 2017, eq. 1)."""
+    """Causal multi-head self-attention, softmax(q k^T / sqrt(hd)) v for each head (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        n_embd: width C.
+        n_head: number of heads H.
+        dropout: dropout probability of the attention weights.
+    """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -80,14 +94,14 @@ class CausalSelfAttention(nn.Module):
         output_positions: Tensor | None = None,
         cache: KVCacheLayer | PrefixLayer | None = None,
     ) -> Tensor:
-        """Compute the attention of the tokens, or of some of them.
+        """Compute the attention output of all tokens or of selected ones.
 
         Args:
             x: (B, T, C).
             mask: boolean (B or 1, 1, T or R, N), True where attention is allowed. If None, attention is causal; this
                 requires either T == N or a single query at the last position.
-            output_positions: (B, R), the tokens whose output is needed; None for all.
-            cache: keys and values in front of those of ``x``.
+            output_positions: (B, R), indices of the tokens whose output is computed; None for all.
+            cache: keys and values of earlier tokens, to which those of ``x`` are appended.
 
         Returns:
             (B, T, C), or (B, R, C) with ``output_positions``.
@@ -105,7 +119,11 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's tanh form of the GELU between them."""
+    """Two linear layers with GPT-2's GELU, the tanh approximation, between them.
+
+    Args:
+        n_embd: width C; the inner width is 4 C.
+    """
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
@@ -113,13 +131,13 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """Compute the MLP: (B, T, C) -> (B, T, C)."""
         x = gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
         return self.c_proj(x)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalized first and added to the residual stream."""
+    """Pre-norm transformer block: ``x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``, with dropout on both branches."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -136,7 +154,10 @@ class Block(nn.Module):
         output_positions: Tensor | None = None,
         cache: KVCacheLayer | PrefixLayer | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, R, C) with ``output_positions``; see :meth:`CausalSelfAttention.forward`."""
+        """Compute the block: (B, T, C) -> (B, T, C), or (B, R, C) with ``output_positions``.
+
+        Arguments are those of :meth:`CausalSelfAttention.forward`.
+        """
         residual = x if output_positions is None else gather_positions(x, output_positions)
         x = dropout_add(self.attn(self.ln_1(x), mask, output_positions, cache), residual, self.dropout, self.training)
         return dropout_add(self.mlp(self.ln_2(x)), x, self.dropout, self.training)
@@ -148,7 +169,7 @@ def attention_mask_4d(queries: Tensor, keys: Tensor, padding_mask: Tensor | None
     Args:
         queries: (B or 1, Q), the positions of the queries among the keys.
         keys: (N,), 0 to N - 1.
-        padding_mask: (B, N), True for text. A query always attends to itself, for a softmax over nothing is NaN.
+        padding_mask: (B, N), True for text. A query always attends to itself, because an empty softmax is NaN.
 
     Returns:
         (B or 1, 1, Q, N).
@@ -160,7 +181,7 @@ def attention_mask_4d(queries: Tensor, keys: Tensor, padding_mask: Tensor | None
 
 
 def _block_mask(keys: Tensor, start: int, padding_mask: Tensor | None) -> Tensor | None:
-    """Return the attention mask of the queries from ``start`` on; None where causal attention needs none."""
+    """Return the attention mask of the queries from ``start`` on, or None if causal attention needs no mask."""
     queries = keys[start:]
     if padding_mask is None and len(queries) in (1, len(keys)):
         return None
@@ -168,19 +189,24 @@ def _block_mask(keys: Tensor, start: int, padding_mask: Tensor | None) -> Tensor
 
 
 class GPT2(nn.Module):
-    """GPT-2 without a task: token ids in, hidden states out; ``logits`` turns those into next-token scores.
+    """GPT-2 backbone: token ids to hidden states; :meth:`logits` computes next-token logits from hidden states.
 
-    The parameters carry the published names (wte, wpe, h.0.attn.c_attn, ..., ln_f); the language-model head is the
-    token embedding itself. A new model starts from the published initialisation: N(0, 0.02), the projections that
-    end a residual branch divided by sqrt(2 L).
+    The parameters have the published names (wte, wpe, h.0.attn.c_attn, ..., ln_f). The language-model head is tied to
+    the token embedding. Weights are initialized as published: N(0, 0.02^2), with the standard deviation of the
+    projections that end a residual branch divided by sqrt(2 L), and biases 0.
+
+    Args:
+        config: the architecture.
 
     Attributes:
-        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
-        dropout: probability for the embeddings; see :meth:`set_dropout`.
-        prompt: gives P embeddings (P, C) that stand in front of every row's token embeddings (a soft prompt).
-        prefix: gives keys and values (L, 2, H, P, hd) that stand in front of every row's own in each block.
-        base_names: the published parameters' names; whatever else there is, surgery added.
-        source: the folder that the weights were loaded from.
+        activation_checkpointing: whether blocks are recomputed in the backward pass instead of storing activations.
+        dropout: dropout probability of the embeddings; see :meth:`set_dropout`.
+        prompt: soft prompt, a module that returns P embeddings (P, C), prepended to the token embeddings of every row;
+            None without one.
+        prefix: module that returns keys and values (L, 2, H, P, hd), prepended to those of every row in each block;
+            None without one.
+        base_names: names of the published parameters. All other parameters were added by surgery.
+        source: folder that the weights were loaded from, or None.
     """
 
     prompt: nn.Module | None
@@ -202,9 +228,9 @@ class GPT2(nn.Module):
 
     @property
     def n_virtual(self) -> int:
-        """How many positions the prefix and the soft prompt take in front of every row's text."""
-        added: list[Any] = [self.prefix, self.prompt]
-        return sum(module.length for module in added if module is not None)
+        """Number of virtual tokens (prefix and soft prompt) in front of the text of every row."""
+        modules: list[Any] = [self.prefix, self.prompt]
+        return sum(module.length for module in modules if module is not None)
 
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
@@ -228,26 +254,27 @@ class GPT2(nn.Module):
         Args:
             input_ids: (B, T) integers in [0, V).
             attention_mask: (B, T), 1 for text and 0 for padding, on either side. Positions count text only and
-                padding is never attended to, so that the hidden states of a row's text do not depend on its padding.
-                Batches padded on the right can leave it out: the text of a causal model never sees what follows it.
-                Or a ready boolean mask (B, 1, T, N) over all keys, True where attention is allowed, together with
+                padding is never attended to, so that the hidden states of the text do not depend on the padding.
+                Batches padded on the right do not need a mask, because a causal model never attends to later tokens.
+                Alternatively a boolean mask (B, 1, T, N) over all keys, True where attention is allowed; this requires
                 ``position_ids``.
-            position_ids: (B, T), the positions of the tokens; by default they follow from ``attention_mask``.
-            output_positions: (B, R), the tokens whose hidden state is needed. The last block computes nothing else.
-            cache: keys and values of the tokens read before; ``input_ids`` are then the tokens that follow, and
-                ``attention_mask`` covers all of them, (B, read before + T).
+            position_ids: (B, T), the positions of the tokens; computed from ``attention_mask`` by default.
+            output_positions: (B, R), indices of the tokens whose hidden states are returned. The last block computes
+                only these.
+            cache: keys and values of earlier tokens. ``input_ids`` are then the tokens that follow, and
+                ``attention_mask`` covers both, (B, earlier tokens + T).
 
         Returns:
-            (B, T, C), or (B, R, C) with ``output_positions``: one state for every token of the text, none for a prefix
-            or a soft prompt. Outputs at padding positions are undefined.
+            (B, T, C), or (B, R, C) with ``output_positions``: hidden states of the text tokens, not of virtual tokens.
+            Outputs at padding positions are undefined.
 
         Raises:
-            ValueError: more tokens than ``n_positions``, virtual ones and those read before included.
+            ValueError: there are more than ``n_positions`` tokens, virtual and cached tokens included.
         """
         x = self.wte(input_ids)  # (B, T, C)
         if cache is None or cache.length == 0:
             x, cache = self._prepend_virtual_tokens(x, cache)
-        start = 0 if cache is None else cache.length  # tokens read before, virtual ones included
+        start = 0 if cache is None else cache.length  # cached tokens, virtual tokens included
         N = start + x.size(1)
         self._check_length(N)
         keys = torch.arange(N, device=x.device)  # (N,)
@@ -256,8 +283,8 @@ class GPT2(nn.Module):
             padding_mask = self._padding_mask(attention_mask)
             mask = _block_mask(keys, start, padding_mask)
         if position_ids is None:
-            counted = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
-            position_ids = counted[..., start:]
+            positions = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
+            position_ids = positions[..., start:]
         n_prompt = x.size(1) - input_ids.size(1)
         x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
         for i in range(len(self.h) - 1):
@@ -269,15 +296,15 @@ class GPT2(nn.Module):
         return self.ln_f(self._block(-1, x, mask, output_positions, cache))
 
     def _check_length(self, N: int) -> None:
-        """Refuse more tokens than the context has room for."""
+        """Raise a ValueError if ``N`` tokens exceed the context length."""
         if self.config.n_positions < N:
             virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
             raise ValueError(
-                f"the input has {N} tokens{virtual}; this GPT-2 has n_positions = {self.config.n_positions}"
+                f"the input must have at most n_positions = {self.config.n_positions} tokens, got {N}{virtual}"
             )
 
     def _padding_mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Return ``attention_mask`` as booleans (B, N), with the virtual tokens, which every row has; None for None."""
+        """Return ``attention_mask`` as booleans (B, N), extended by the virtual tokens; None if there is no mask."""
         if attention_mask is None:
             return None
         return F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
@@ -285,13 +312,13 @@ class GPT2(nn.Module):
     def _prepend_virtual_tokens(
         self, x: Tensor, cache: KVCache | PrefixCache | None
     ) -> tuple[Tensor, KVCache | PrefixCache | None]:
-        """Put the soft prompt in front of the embeddings ``x`` (B, T, C) and the prefix in front of the cache."""
+        """Prepend the soft prompt to the embeddings ``x`` (B, T, C) and the prefix to the cache."""
         if self.prompt is not None:
             x = torch.cat((self.prompt().to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         if self.prefix is not None:
             prefix = self.prefix()  # (L, 2, H, P, hd)
             if isinstance(cache, KVCache):
-                cache.begin_with(prefix)
+                cache.set_prefix(prefix)
             else:
                 cache = PrefixCache(prefix)
         return x, cache
@@ -312,7 +339,10 @@ class GPT2(nn.Module):
     def set_dropout(self, p: float) -> None:
         """Set the dropout probability of the embeddings, the attention weights and both residual branches.
 
-        ``config.dropout``, and the dropout of adapters, stay as they are.
+        ``config.dropout`` and the dropout of adapters do not change.
+
+        Args:
+            p: probability, in [0, 1).
         """
         self.dropout = p
         for module in self.modules():
@@ -320,23 +350,23 @@ class GPT2(nn.Module):
                 module.dropout = p
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token scores (..., V) of hidden states (..., C), through the tied token embedding."""
+        """Compute next-token logits (..., V) from hidden states (..., C) with the tied token embedding."""
         return F.linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
-        """The token embedding (V, C) as the language-model head: with its adapter, where it has one."""
+        """Weight (V, C) of the language-model head: the token embedding, with its adapter merged if it has one."""
         return self.wte.merged()[0] if isinstance(self.wte, MergeableLayer) else self.wte.weight
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | PathLike[str], dropout: float | None = None) -> GPT2:
-        """Load a Hugging Face folder or hub id; see :func:`gpt2_pl.pretrained.load`."""
+        """Load a pretrained model from a Hugging Face folder or hub id; see :func:`gpt2_pl.pretrained.load`."""
         from gpt2_pl import pretrained
 
         return pretrained.load(path_or_id, dropout=dropout)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write a folder that ``transformers`` loads; see :func:`gpt2_pl.pretrained.save`."""
+        """Save the model as a folder that ``transformers`` loads; see :func:`gpt2_pl.pretrained.save`."""
         from gpt2_pl import pretrained
 
         pretrained.save(self, folder)

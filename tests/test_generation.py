@@ -190,12 +190,12 @@ def test_generate_rows_stop_independently_at_end_of_text(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or in .*, got -1.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": 90}, "n_positions = 96"),
-        ({"seed": [1, 2, 3]}, "3 seeds for 2 prompts"),
+        ({"seed": [1, 2, 3]}, "each of 2 prompts, got 3 seeds"),
         ({"attention_mask": torch.tensor([[0] * 7, [1] * 7])}, "prompt is empty"),
     ],
 )

@@ -250,9 +250,9 @@ def test_explain_unknown_parser_message_is_kept_on_one_line(built):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--model.config={n_embd: 128, n_head: 5}", "model.config: n_embd is 128, which n_head = 5 does not divide"),
-        ("--model.config={n_layer: 0}", "model.config: n_layer is 0"),
-        ("--model.config={dropout: 2}", "model.config: dropout is 2"),
+        ("--model.config={n_embd: 128, n_head: 5}", "model.config: n_embd must be a multiple of n_head = 5, got 128"),
+        ("--model.config={n_layer: 0}", "model.config: n_layer must be at least 1, got 0"),
+        ("--model.config={dropout: 2}", "model.config: dropout must be in [0, 1), got 2"),
         (
             "--model.config={n_embd: 1000000000000, n_head: 1}",
             "model.config: there is no memory for a GPT-2 of this shape",

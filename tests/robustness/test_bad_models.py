@@ -334,7 +334,7 @@ def prompts(tmp_path):
     [
         (["--temperature=-1"], "temperature"),
         (["--temperature=nan"], "temperature"),
-        (["--temperature=1e-300"], "temperature is 1e-300, which is out of range; it must be 0 or from 1e-09"),
+        (["--temperature=1e-300"], "temperature must be 0 or in [1e-09, 1e+09], got 1e-300"),
         (["--temperature=inf"], "temperature"),
         (["--temperature=hot"], "temperature"),
         (["--top_p=0"], "top_p"),

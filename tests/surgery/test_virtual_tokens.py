@@ -92,7 +92,7 @@ def test_kv_cache_text_read_in_pieces_equals_one_pass(model, mask):
 def test_kv_cache_overflow_with_virtual_tokens_is_refused(model):
     cache = KVCache(3, 8 + model.n_virtual)
     model(IDS[:, :8], cache=cache)
-    with pytest.raises(ValueError, match="the cache has room for"):
+    with pytest.raises(ValueError, match="the cache must have at most"):
         model(IDS[:, 8:9], cache=cache)
 
 

@@ -1,7 +1,7 @@
-"""Published GPT-2 weights: Hugging Face folders and hub ids in, folders that ``transformers`` loads out.
+"""Loading and saving of GPT-2 weights in Hugging Face folders.
 
-Hugging Face stores the four projections of a block as (in, out); ours are ``nn.Linear``'s (out, in). They are
-transposed here, once at loading and once at saving, and nowhere else.
+Hugging Face stores the weights of the four projections of a block as (in, out); this library uses the (out, in) of
+``nn.Linear``. They are transposed once in :func:`load` and once in :func:`save`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -26,57 +26,60 @@ from gpt2_pl.utils.registry import class_path
 from gpt2_pl.utils.yaml_json import read_json
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask that old checkpoints carry
+_CAUSAL_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask in old checkpoints
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 
-PROVENANCE = "gpt2_pl"  # what config.json of a model trained here says of its past
+PROVENANCE = "gpt2_pl"  # key of config.json with the origin of a model that this library exported
 
 
 def provenance(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a folder that this library exported says of the model's past.
+    """Read the origin of a model that this library exported.
+
+    Args:
+        folder: a local Hugging Face folder.
 
     Returns:
-        ``origin``, the digest of the base that training began from; ``recipe``, the names of the configuration files
-        that it was trained with; and ``seconds`` and ``cpu_seconds`` that this took. Nothing for other folders.
+        ``origin``, the SHA-256 of the base that training started from; ``recipe``, the names of the configuration files
+        of the training; ``seconds`` and ``cpu_seconds``, its duration. Empty for other folders.
     """
     try:
-        said = read_json(Path(folder) / "config.json")[PROVENANCE]
-        seconds = {key: float(said[key]) for key in ("seconds", "cpu_seconds")}
-        return {"origin": str(said["origin"]), "recipe": str(said["recipe"]), **seconds}
+        entry = read_json(Path(folder) / "config.json")[PROVENANCE]
+        seconds = {key: float(entry[key]) for key in ("seconds", "cpu_seconds")}
+        return {"origin": str(entry["origin"]), "recipe": str(entry["recipe"]), **seconds}
     except (ValueError, KeyError, TypeError, OverflowError):
         return {}
 
 
 def read_config(folder: str | os.PathLike[str], dropout: float | None = None) -> GPT2Config:
-    """The shape that a folder's config.json states.
+    """Read the architecture from a folder's config.json.
 
     Args:
         folder: a local Hugging Face folder.
-        dropout: the dropout to use; by default the file's own, which must then be one number.
+        dropout: the dropout probability; by default that of config.json, whose three rates must then be equal.
 
     Raises:
-        InputError: no readable config.json, or one that describes something other than GPT-2's architecture.
+        InputError: config.json cannot be read or describes an architecture other than GPT-2's.
     """
     from gpt2_pl.utils.hugging_face_schema import PretrainedConfig
     from gpt2_pl.utils.schema import validate
 
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise InputError(f"{folder} has no config.json; a pretrained GPT-2 is a Hugging Face folder")
-    found = validate(PretrainedConfig, read_json(file), str(file))
-    if found.n_inner not in (None, 4 * found.n_embd):
+        raise InputError(f"{folder} has no config.json; a pretrained GPT-2 must be a Hugging Face folder")
+    config = validate(PretrainedConfig, read_json(file), str(file))
+    if config.n_inner not in (None, 4 * config.n_embd):
         raise InputError(
-            f"{file}: n_inner must be {4 * found.n_embd}, 4 * n_embd, or null, got {shorten(found.n_inner)}"
+            f"{file}: n_inner must be {4 * config.n_embd}, 4 * n_embd, or null, got {shorten(config.n_inner)}"
         )
     if dropout is None:
-        rates = {key: getattr(found, key) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        rates = {key: getattr(config, key) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
         if len(set(rates.values())) > 1:
-            raise InputError(f"{file} states three dropout rates, {rates}, and gpt2_pl has one: give `dropout`")
-        dropout = found.resid_pdrop
+            raise InputError(f"{file}: the three dropout rates must be equal, got {rates}; set `dropout`")
+        dropout = config.resid_pdrop
     try:
-        return GPT2Config(**{key: getattr(found, key) for key in _SIZES}, dropout=dropout)
+        return GPT2Config(**{key: getattr(config, key) for key in _SIZES}, dropout=dropout)
     except ValueError as error:
         raise InputError(f"{file}: {error}") from None
 
@@ -92,114 +95,145 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(validate(ShardIndex, read_json(index), str(index)).weight_map.values()))
         for name in names:
             if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
-                raise InputError(f"{index} names the shard {shorten(name)}; a shard lies in the same folder")
+                raise InputError(f"{index}: a shard must be a file of the same folder, got {shorten(name)}")
             if not (folder / name).is_file():
                 raise InputError(f"{folder} lacks the shard {name} that {WEIGHTS_INDEX} names")
         return [folder / name for name in names]
     other = next((p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.h5"))), None)
-    hint = f" ({other} is not read: save it again with safe_serialization)" if other else ""
+    hint = f" ({other} is not read; save the model again with safe_serialization)" if other else ""
     raise InputError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{hint}")
 
 
-def _core_name(stored: str) -> str | None:
-    """Our name of a stored tensor; None for what is not part of the core: the old mask buffers, a classifier."""
+def _backbone_name(stored: str) -> str | None:
+    """Return the parameter name of a stored tensor, or None for old mask buffers and the head of a classifier."""
     name = stored.removeprefix("transformer.")
     if _CAUSAL_BUFFER.fullmatch(name) or name.startswith("score."):
         return None
     return name
 
 
-def check(folder: str | os.PathLike[str], config: GPT2Config) -> None:
-    """Compare the names and shapes of a folder's tensors with what ``config`` needs. Reads headers only.
+def validate_weights(folder: str | os.PathLike[str], config: GPT2Config) -> None:
+    """Check the names and shapes of a folder's tensors against ``config``; only the headers are read.
+
+    Args:
+        folder: a local Hugging Face folder.
+        config: the architecture that the tensors must have.
 
     Raises:
-        InputError: an unreadable file, or a tensor that is missing, unexpected, there twice, of another shape or not
-            of floating-point numbers, by name.
+        InputError: a file cannot be read, or a tensor is missing, unexpected, duplicated, of another shape or not of
+            floating-point numbers.
     """
     folder = Path(folder)
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118 (not a dict)
-                    name = _core_name(stored)
-                    if name is None:
-                        continue
-                    if name in found:
-                        raise InputError(f"{folder} holds {name} twice")
-                    tensor = tensors.get_slice(stored)
-                    if tensor.get_dtype() not in _DTYPES:
-                        raise InputError(
-                            f"{folder}: {name} is of type {tensor.get_dtype()}; it must be one of {', '.join(_DTYPES)}"
-                        )
-                    shape = tuple(tensor.get_shape())
-                    found[name] = shape[::-1] if name.endswith(_TRANSPOSED) else shape
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a whole safetensors file: {error}") from None
-    n_layer = len({name.split(".")[1] for name in found if name.startswith("h.")})
-    if n_layer < config.n_layer:  # a skeleton of whatever size config.json states would be built in vain
+        _read_shapes(file, shapes)
+    _check_size(folder, shapes, config)
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in GPT2(config).state_dict().items()}
+    head = shapes.pop("lm_head.weight", expected["wte.weight"])
+    if missing := expected.keys() - shapes.keys():
+        raise InputError(f"{folder} lacks tensors of the model that its config.json describes: {listing(missing)}")
+    if unexpected := shapes.keys() - expected.keys():
+        raise InputError(f"{folder} has tensors that its config.json does not describe: {listing(unexpected)}")
+    for name in expected:
+        _check_shape(folder, name, shapes[name], expected[name])
+    _check_shape(folder, "lm_head.weight", head, expected["wte.weight"])
+
+
+def _read_shapes(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Add the name and shape, (out, in) for linear layers, of every backbone tensor of a file to ``shapes``.
+
+    Raises:
+        InputError: the file cannot be read, or a tensor is already in ``shapes`` or not of floating-point numbers.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118 (not a dict)
+                name = _backbone_name(stored)
+                if name is None:
+                    continue
+                if name in shapes:
+                    raise InputError(f"{file.parent} contains {name} twice")
+                tensor = tensors.get_slice(stored)
+                if tensor.get_dtype() not in _DTYPES:
+                    raise InputError(
+                        f"{file.parent}: the dtype of {name} must be one of {', '.join(_DTYPES)}, got "
+                        f"{tensor.get_dtype()}"
+                    )
+                shape = tuple(tensor.get_shape())
+                shapes[name] = shape[::-1] if name.endswith(_TRANSPOSED) else shape
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a valid safetensors file: {error}") from None
+
+
+def _check_size(folder: Path, shapes: dict[str, tuple[int, ...]], config: GPT2Config) -> None:
+    """Compare the number of layers and the embeddings with ``config``, before a model of its size is created.
+
+    Raises:
+        InputError: ``config`` does not describe the tensors.
+    """
+    n_layer = len({name.split(".")[1] for name in shapes if name.startswith("h.")})
+    if n_layer < config.n_layer:
         raise InputError(
-            f"{folder} lacks tensors that its config.json asks for: n_layer is {config.n_layer}, and there are "
-            f"{n_layer} layers (the first without any: h.{n_layer})"
+            f"{folder} lacks tensors of the model that its config.json describes: n_layer is {config.n_layer}, but "
+            f"there are {n_layer} layers (the first missing one is h.{n_layer})"
         )
     for name, expected in (
         ("wte.weight", (config.vocab_size, config.n_embd)),
         ("wpe.weight", (config.n_positions, config.n_embd)),
     ):
-        if found.get(name, expected) != expected:
-            raise InputError(f"{folder}: {name} has shape {found[name]}; its config.json asks for {expected}")
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in GPT2(config).state_dict().items()}
-    head = found.pop("lm_head.weight", wanted["wte.weight"])
-    if missing := wanted.keys() - found.keys():
-        raise InputError(f"{folder} lacks tensors that its config.json asks for: {listing(missing)}")
-    if extra := found.keys() - wanted.keys():
-        raise InputError(f"{folder} has tensors that its config.json leaves no place for: {listing(extra)}")
-    for name in [*wanted, "lm_head.weight"]:
-        stated, expected = found.get(name, head), wanted.get(name, wanted["wte.weight"])
-        if stated != expected:
-            raise InputError(f"{folder}: {name} has shape {stated}; its config.json asks for {expected}")
+        _check_shape(folder, name, shapes.get(name, expected), expected)
+
+
+def _check_shape(folder: Path, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise an InputError if a tensor does not have the shape that config.json describes."""
+    if shape != expected:
+        raise InputError(f"{folder}: {name} must have shape {expected}, as in config.json, got {shape}")
 
 
 def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GPT2:
     """Load a pretrained GPT-2 of any size in float32.
 
+    Every parameter is loaded from the files; none is initialized randomly.
+
     Args:
         path_or_id: a Hugging Face folder or hub id (``gpt2``, ``gpt2-medium``, ``distilgpt2``, ...).
-        dropout: instead of the one in config.json.
+        dropout: the dropout probability; by default that of config.json.
 
     Raises:
-        InputError: the folder or id cannot be had, or does not hold every tensor of the model its config.json
-            describes, in the right shape, finite, and nothing else. Nothing is ever left at random.
+        InputError: the folder or id is not available, or its tensors are not exactly those that config.json describes, or
+            a value is NaN or infinite.
     """
     folder = resolve_checkpoint_dir(path_or_id)
     config = read_config(folder, dropout)
-    check(folder, config)
+    validate_weights(folder, config)
     with torch.device("meta"):
         model = GPT2(config)
     state: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for stored in tensors.keys():  # noqa: SIM118
-                name = _core_name(stored)
+                name = _backbone_name(stored)
                 if name is not None:
                     tensor = tensors.get_tensor(stored)
                     if not tensor.isfinite().all():
-                        raise InputError(f"{folder}: {name} holds NaN or infinity; the weights are broken")
+                        raise InputError(
+                            f"{folder}: {name} must be finite, got NaN or infinity; the weights are corrupt"
+                        )
                     tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor
-                    # A copy, even of float32: one view would keep the whole file in memory.
+                    # Copied even in float32, because one view would keep the file in memory.
                     state[name] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state["wte.weight"]):
-        raise InputError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2's head is tied to its embedding")
+        raise InputError(f"{folder}: lm_head.weight differs from wte.weight; the head must be tied to the embedding")
     model.load_state_dict(state, strict=True, assign=True)
     model.source = str(folder)
     return model.requires_grad_(True)
 
 
 def hf_config(config: GPT2Config) -> dict[str, Any]:
-    """The content of a config.json with which ``transformers`` builds the same model."""
-    end_of_text = 50256 if config.vocab_size == 50257 else None  # other vocabularies: the tokenizer's to say
+    """Return the content of a config.json from which ``transformers`` builds the same model."""
+    end_of_text = 50256 if config.vocab_size == 50257 else None  # the tokenizer defines it for other vocabularies
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -227,19 +261,19 @@ def save(
     score: Tensor | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``model`` as a folder that ``transformers`` loads: config.json and model.safetensors, float32.
+    """Save ``model`` in float32 as a folder that ``transformers`` loads: config.json and model.safetensors.
 
-    Each file is written beside its place and then renamed, so that a folder never holds half a file.
+    Each file is written atomically.
 
     Args:
-        model: a GPT-2 with its published parameters and no others.
-        folder: where to write.
-        score: the weight (K, C) of a linear head on the last token; the folder is then one of
-            ``GPT2ForSequenceClassification``, else of ``GPT2LMHeadModel``.
-        settings: what config.json says beside the shape, such as ``id2label``.
+        model: a GPT-2 with exactly its published parameters.
+        folder: the folder to write.
+        score: the weight (K, C) of a linear head on the last token. With it the folder is loaded as
+            ``GPT2ForSequenceClassification``, otherwise as ``GPT2LMHeadModel``.
+        settings: additional entries of config.json, such as ``id2label``.
 
     Raises:
-        InputError: the model has other tensors than a plain GPT-2 of its shape, by name.
+        InputError: the tensors of the model are not those of a plain GPT-2 of its shape.
     """
     _check_plain(model)
     folder = Path(folder)
@@ -257,25 +291,25 @@ def save(
 
 
 def _check_plain(model: GPT2) -> None:
-    """Refuse a model whose tensors are not exactly those of a plain GPT-2 of its shape; see :func:`save`."""
+    """Check that the tensors of a model are exactly those of a plain GPT-2 of its shape; see :func:`save`."""
     with torch.device("meta"):
         plain = GPT2(model.config)
-    found, wanted = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (model, plain))
-    if added := found.keys() - wanted.keys():
-        reason = _why_added(model, plain, min(added))
-        raise InputError(f"a pretrained folder has no place for {listing(added)}: {reason}")
-    if different := {name for name in wanted if found.get(name) != wanted[name]}:
+    shapes, expected = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (model, plain))
+    if added := shapes.keys() - expected.keys():
+        reason = _explain_added(model, plain, min(added))
+        raise InputError(f"a pretrained folder cannot contain {listing(added)}: {reason}")
+    if different := {name for name in expected if shapes.get(name) != expected[name]}:
         name = min(different)
         raise InputError(
-            f"a pretrained folder of this shape, {model.config}, has {name} as {wanted[name]}, and surgery has left "
-            f"{found.get(name, 'no such tensor')}: it must change model.config too"
+            f"{name} must have shape {expected[name]}, as in {model.config}, got {shapes.get(name, 'no such tensor')}; "
+            "surgery that changes shapes must change model.config too"
         )
 
 
-def _why_added(model: GPT2, plain: GPT2, name: str) -> str:
-    """Say which module holds a tensor that a plain GPT-2 does not have, and how it can be saved."""
+def _explain_added(model: GPT2, plain: GPT2, name: str) -> str:
+    """Explain which module contains a tensor that a plain GPT-2 does not have, and how to save it."""
     if name.startswith(("prefix.", "prompt.")):
-        return "prefixes and soft prompts are saved in peft's format (gpt2_pl.surgery.peft_format)"
+        return "prefixes and soft prompts are saved in the format of peft (gpt2_pl.surgery.peft_format)"
     parts, modules = name.split("."), dict(plain.named_modules())
     for path in (".".join(parts[:n]) for n in range(1, len(parts))):
         module = model.get_submodule(path)
@@ -286,24 +320,24 @@ def _why_added(model: GPT2, plain: GPT2, name: str) -> str:
                 f"{path} is a {class_path(type(module))}, which has no method merged() -> (weight, bias) that would "
                 "make it a plain layer"
             )
-    return f"surgery added {name} to the GPT-2 itself, and a plain one has no such tensor"
+    return f"surgery added {name} to the GPT-2 itself, and a plain GPT-2 has no such tensor"
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, whole or not at all; see :func:`atomic_write` for what is raised."""
+    """Write a safetensors file atomically; see :func:`~gpt2_pl.filesystem.atomic_write` for the exceptions."""
     with atomic_write(path, "wb") as file:
         try:
             save_file(tensors, file.name, metadata={"format": "pt"})
-        except SafetensorError as error:  # which names the system's error in its text alone
-            if (found := re.search(r"os error ([0-9]+)", str(error))) is None:
+        except SafetensorError as error:  # its errno is only in the text
+            if (match := re.search(r"os error ([0-9]+)", str(error))) is None:
                 raise
-            raise OSError(int(found[1]), str(error)) from None
+            raise OSError(int(match[1]), str(error)) from None
 
 
 def weights_sha256(model: GPT2) -> str:
-    """SHA-256 over the names, shapes and float32 values of the published tensors: the identity of a base.
+    """Return the SHA-256 of the names, shapes and float32 values of the published tensors, the identity of a base.
 
-    Equal for equal weights, wherever they were loaded from and in however many shards, and whatever surgery added.
+    Equal weights have equal digests, regardless of path, number of shards and tensors added by surgery.
     """
     sha = hashlib.sha256()
     state = model.state_dict()

@@ -123,7 +123,7 @@ class Task(Registered, OptimizedModule):
         if base is not None:
             folder = resolve_checkpoint_dir(base, "model.base")
             self.config = pretrained.read_config(folder, dropout)
-            pretrained.check(folder, self.config)
+            pretrained.validate_weights(folder, self.config)
         else:
             shape = config if isinstance(config, dict) else asdict(config)  # type: ignore[arg-type]
             self.config = GPT2Config(**shape) if dropout is None else GPT2Config(**{**shape, "dropout": dropout})

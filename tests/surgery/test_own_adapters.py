@@ -171,8 +171,8 @@ def test_export_custom_head_is_refused_unless_backbone_only(cls, names, base, tm
             r"h\.0\.mlp is a helpers\.adapters\.Bottleneck, which has no method merged\(\) -> \(weight, bias\)",
         ),
         ([IA3(keeps=False)], r"h\.0\.mlp\.c_fc is a test_own_adapters\.ScaledLinear, which has no method merged\(\)"),
-        ([OutputScale()], r"no place for scale: surgery added scale to the GPT-2 itself"),
-        ([Shallow()], r"has h\.1\.attn\.c_attn\.bias as \(96,\), and surgery has left no such tensor"),
+        ([OutputScale()], r"cannot contain scale: surgery added scale to the GPT-2 itself"),
+        ([Shallow()], r"h\.1\.attn\.c_attn\.bias must have shape \(96,\), .*got no such tensor"),
     ],
 )
 def test_export_hf_unmergeable_modules_are_refused_by_name(surgery, words, base, tmp_path):

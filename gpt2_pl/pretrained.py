@@ -201,7 +201,7 @@ def load(path_or_id: str | os.PathLike[str], dropout: float | None = None) -> GP
         dropout: the dropout probability; by default that of config.json.
 
     Raises:
-        InputError: the folder or id is not available, or its tensors are not exactly those that config.json describes, or
+        InputError: the folder or id is not available, its tensors are not exactly those that config.json describes, or
             a value is NaN or infinite.
     """
     folder = resolve_checkpoint_dir(path_or_id)

@@ -114,7 +114,7 @@ def test_gpt2_initialisation_has_published_standard_deviations():
     assert not model.h[0].attn.c_attn.bias.any()
 
 
-def test_too_many_tokens_is_an_error(model):
+def test_gpt2_too_many_tokens_raises_value_error(model):
     with pytest.raises(ValueError, match="at most n_positions = 24 tokens, got 25"):
         model(torch.zeros(1, 25, dtype=torch.long))
 

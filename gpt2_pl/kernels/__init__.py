@@ -1,8 +1,8 @@
-"""Drop-in replacements for PyTorch functions: the same names and signatures, faster where they were measured.
+"""Drop-in replacements for PyTorch functions, with the same names and signatures.
 
-A kernel calls the PyTorch function itself on other devices, in other dtypes and in compiled code. Turning the kernels
-off changes the speed and the rounding of a result, never its meaning. They are turned off by
-``set_enabled(False)``, or for a whole process by the environment variable ``GPT2_PL_KERNELS=0``.
+A kernel is used only on the devices and dtypes where it was measured to be faster; otherwise, and in compiled code, it
+calls the PyTorch function. Disabling the kernels changes the speed and the rounding of results only. They are disabled
+by ``set_enabled(False)`` or, for the process, by the environment variable ``GPT2_PL_KERNELS=0``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ _enabled = os.environ.get("GPT2_PL_KERNELS", "1") != "0"
 
 
 def enabled() -> bool:
-    """Return whether the kernels of this package may be used."""
+    """Return whether the kernels of this package are enabled."""
     return _enabled
 
 
 def set_enabled(value: bool) -> bool:
-    """Turn all kernels on or off.
+    """Enable or disable all kernels.
 
     Args:
-        value: False makes every kernel call the PyTorch function that it replaces.
+        value: if False, every kernel calls the PyTorch function that it replaces.
 
     Returns:
         The previous setting.

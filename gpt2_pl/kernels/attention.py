@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1) that trains short texts quickly on a CPU."""
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1), fast for training on short texts on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2_pl.kernels.dropout import dropout
 MAX_MATH_KEYS = 256  # in 16 bits, the fused CPU kernel's backward pass is slower than matrix products up to this length
 MIN_RECOMPUTE_KEYS = 256  # above this length the attention weights are recomputed in the backward pass
 QUERY_BLOCK = 128  # queries computed at a time
-CACHE_FLOATS = 2**18  # float32 values that fit the processor's cache
+CACHE_FLOATS = 2**18  # float32 values that fit in the CPU cache
 
 
 def scaled_dot_product_attention(
@@ -27,21 +27,21 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:
-    """Compute softmax(q k^T / sqrt(hd)) v as :func:`torch.nn.functional.scaled_dot_product_attention` does.
+    """Compute softmax(q k^T / sqrt(hd)) v, like :func:`torch.nn.functional.scaled_dot_product_attention`.
 
-    On a CPU the fused PyTorch kernel has no dropout, and in 16 bits its backward pass takes two to seven times as long
-    as plain matrix products while texts are short. Both cases are computed here with matrix products, a block of
-    queries at a time; causal blocks leave out the keys behind them. For long texts the weights are recomputed in the
-    backward pass, so that memory grows with N and not with its square. Scores and softmax are float32.
+    On a CPU, PyTorch's fused kernel does not support dropout, and for short texts in 16 bits its backward pass is two
+    to seven times slower than matrix products. Both cases are computed here with matrix products, one block of queries
+    at a time; causal blocks skip the keys after them. For long texts the attention weights are recomputed in the
+    backward pass, so that memory grows with N instead of N^2. Scores and softmax are float32.
 
     Args:
         query: (B, H, Q, hd).
-        key: (B, H, N, hd). Without gradients it may have another dtype than ``query``, as in a float32 cache; the
-            attention is then computed in that dtype.
+        key: (B, H, N, hd). Without gradients its dtype may differ from that of ``query``, for example in a float32
+            cache; the attention is then computed in the dtype of ``key``.
         value: (B, H, N, hd), in the dtype of ``key``.
         attn_mask: boolean, broadcastable to (B, H, Q, N), True where attention is allowed.
         dropout_p: dropout probability of the attention weights, applied whenever it is above 0.
-        is_causal: attend to keys up to the query's own position; excludes ``attn_mask``.
+        is_causal: attend to keys up to the query's position only; not allowed together with ``attn_mask``.
 
     Returns:
         (B, H, Q, hd), in the dtype of ``query``.
@@ -71,7 +71,10 @@ def scaled_dot_product_attention(
 def set_cudnn_sdp(enabled: bool) -> bool:
     """Enable or disable the cuDNN backend of attention and return its previous state.
 
-    cuDNN compiles a plan for every new shape, which takes longer than a step on batches of varying length.
+    cuDNN compiles a plan for every new shape, which takes longer than a training step on batches of varying length.
+
+    Args:
+        enabled: whether the cuDNN backend may be used.
     """
     previous = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(enabled)
@@ -87,7 +90,7 @@ def _use_math(query: Tensor, num_keys: int, dropout_p: float) -> bool:
 
 
 def _attention_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool) -> Tensor:
-    """Compute the attention of a block of queries; in causal attention they are the last ones of all keys."""
+    """Compute the attention of a block of queries; if causal, the queries are at the last positions of the keys."""
     scores = _Scores.apply(q, k)  # (B, H, Q, N)
     if is_causal:
         Q, N = q.size(2), k.size(2)
@@ -98,7 +101,7 @@ def _attention_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: fl
 
 
 class _Scores(torch.autograd.Function):
-    """q k^T / sqrt(hd) in float32 or above, for q and k of 16 bits too, as the products of their gradients then are."""
+    """q k^T / sqrt(hd) in float32 or above, also for 16-bit q and k; their gradients are in the dtype of q and k."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Capture a function of tensors of fixed shape as a CUDA graph.
+"""CUDA graphs of functions whose tensors have fixed shapes.
 
-A decoding step of a small GPT-2 launches some two hundred kernels, most of which take less time than Python needs to
-launch one. Replaying a graph launches them all at once.
+A decoding step of a small GPT-2 launches about two hundred kernels, most of which are faster than their launch from
+Python. Replaying a graph launches all of them at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpt2_pl import kernels
 
-MIN_CALLS = 16  # from this many calls on, capturing pays off
+MIN_CALLS = 16  # number of calls from which capturing pays off
 
 
 def supports_cuda_graph(model: nn.Module, num_calls: int) -> bool:
@@ -22,6 +22,10 @@ def supports_cuda_graph(model: nn.Module, num_calls: int) -> bool:
 
     The model must be on a GPU, in evaluation mode (training reuses memory that the capture frees) and without hooks,
     and it must be called at least ``MIN_CALLS`` times.
+
+    Args:
+        model: the model.
+        num_calls: number of calls that follow.
     """
     parameter = next(model.parameters())
     if not kernels.enabled() or parameter.device.type != "cuda" or model.training or num_calls < MIN_CALLS:
@@ -31,7 +35,7 @@ def supports_cuda_graph(model: nn.Module, num_calls: int) -> bool:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return one stream for all captures: cuBLAS keeps memory for every stream that it has worked on."""
+    """Return one stream for all captures, because cuBLAS keeps a workspace for every stream that it has used."""
     return torch.cuda.Stream(device)
 
 
@@ -40,17 +44,17 @@ def cuda_graph(function: Callable[[], Tensor], state: Sequence[Tensor]) -> Calla
 
     Args:
         function: reads and writes tensors in place; their addresses and shapes must not change.
-        state: the tensors on a GPU that ``function`` writes; warm-up calls leave them unchanged.
+        state: the tensors on the GPU that ``function`` writes. They are restored after the warm-up calls.
 
     Returns:
         A callable that replays the graph and returns the output, which the next call overwrites.
     """
     saved = [tensor.clone() for tensor in state]
     device = state[0].device
-    with torch.cuda.device(device):  # else work of another device would be captured, without an error
+    with torch.cuda.device(device):  # otherwise another device's stream is captured, without an error
         current, side = torch.cuda.current_stream(device), _stream(device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # kernels are chosen and compiled in the first calls
+        with torch.cuda.stream(side):  # the first calls select and compile kernels
             for _ in range(3):
                 function()
         current.wait_stream(side)

@@ -1,10 +1,10 @@
-"""Dropout (Srivastava et al. 2014) with masks that are cheap to draw on a CPU.
+"""Dropout (Srivastava et al. 2014) with fast random masks on a CPU.
 
-PyTorch draws one number an element from a serial generator there, which takes as long in a small GPT-2 as half of its
-matrix products. Here 16 bits decide an element, so that p is rounded to a multiple of 2^-16; elements that are kept are
-scaled by the rounded rate, so that the expectation stays exact. Every mask comes from an SFC64 generator, whose seed is
-drawn from torch's default one. The mask is applied to the bits of the numbers and kept for the backward pass in one
-byte an element. On other devices, and in compiled code, dropout is PyTorch's own.
+On a CPU, PyTorch draws one random number per element from a serial generator; in a small GPT-2 this takes half as long
+as the matrix products. Here an element is decided by 16 random bits, so that p is rounded to a multiple of 2^-16. Kept
+elements are scaled by the rounded rate, so that the expectation is exact. Each mask is drawn from an SFC64 generator
+whose seed is drawn from torch's default generator. Masks are applied to the bits of the values and stored for the
+backward pass in one byte per element. Other devices and compiled code use PyTorch's dropout.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from gpt2_pl import kernels
 
 LEVELS = 2**16  # the number of distinct dropout rates
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_INTEGER_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 
 
 def _num_kept(p: float) -> int:
-    """Return how many of the ``LEVELS`` keep an element: at least one, and not all."""
+    """Return the number of the ``LEVELS`` at which an element is kept, in [1, LEVELS - 1]."""
     return min(max(round((1.0 - p) * LEVELS), 1), LEVELS - 1)
 
 
 def _sample_mask(like: Tensor, num_kept: int) -> Tensor:
-    """Draw an int16 mask in the shape of ``like``: all bits set where an element is kept, none where it is dropped."""
+    """Draw an int16 mask in the shape of ``like``: -1 (all bits set) for kept elements, 0 for dropped ones."""
     n = like.numel()
     seed = int(torch.randint(2**63 - 1, (), device=like.device))
     words = torch.from_numpy(np.random.SFC64(seed).random_raw((n + 3) // 4).view(np.int64))
-    # lt_ writes 0 and 1 into the integers that it compares, much faster than a comparison that returns booleans
+    # lt_ writes 0 and 1 into its integer input, which is much faster than a comparison that returns booleans.
     return words.view(torch.int16)[:n].view(like.shape).lt_(num_kept - LEVELS // 2).neg_()
 
 
 def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """Return ``x`` where the mask is set and zero elsewhere, also in the place of a NaN."""
-    integers = _INTEGERS[x.element_size()]
-    return (x.view(integers) & mask.to(integers)).view(x.dtype)
+    """Return ``x`` where the mask is set and zero elsewhere, also for NaN."""
+    dtype = _INTEGER_DTYPES[x.element_size()]
+    return (x.view(dtype) & mask.to(dtype)).view(x.dtype)
 
 
 class _Dropout(torch.autograd.Function):
-    """x m."""
+    """Product x * m of the input and the mask; not rescaled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_kept: int) -> Tensor:
@@ -61,14 +61,14 @@ class _Dropout(torch.autograd.Function):
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """x m / keep + residual."""
+    """Sum x * m / keep_rate + residual, with the mask m."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, num_kept: int) -> Tensor:
         mask = _sample_mask(x, num_kept)
         ctx.scale, ctx.dtypes = LEVELS / num_kept, (x.dtype, residual.dtype)
         ctx.save_for_backward(mask.to(torch.int8))
-        if residual.element_size() == 2:  # the addition would round the scale to 16 bits
+        if residual.element_size() == 2:  # torch.add would round the scale to 16 bits
             return residual + _apply_mask(x * ctx.scale, mask)
         return torch.add(residual, _apply_mask(x, mask), alpha=ctx.scale)
 
@@ -90,12 +90,12 @@ def _use_cpu_kernel(x: Tensor) -> bool:
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
-    """Zero elements with probability ``p`` and scale the others, as :func:`torch.nn.functional.dropout` does.
+    """Zero elements with probability ``p`` and scale the others, like :func:`torch.nn.functional.dropout`.
 
     Args:
         input: any shape, floating point.
-        p: probability, in [0, 1).
-        training: whether anything is dropped.
+        p: probability of dropping an element, in [0, 1).
+        training: whether dropout is applied.
 
     Returns:
         The shape of ``input``.
@@ -109,11 +109,11 @@ def dropout_unscaled(input: Tensor, p: float = 0.5, training: bool = True) -> tu
 
     Args:
         input: any shape, floating point.
-        p: probability, in [0, 1).
-        training: whether anything is dropped.
+        p: probability of dropping an element, in [0, 1).
+        training: whether dropout is applied.
 
     Returns:
-        A tensor in the shape of ``input`` and the factor by which it is still to be multiplied.
+        The masked tensor, in the shape of ``input``, and the factor by which the caller must multiply it.
     """
     if not training or p == 0.0:
         return input, 1.0
@@ -127,10 +127,10 @@ def dropout_add(input: Tensor, residual: Tensor, p: float = 0.5, training: bool 
     """Compute ``dropout(input) + residual`` in one step.
 
     Args:
-        input: any shape.
+        input: any shape, floating point.
         residual: the shape of ``input``.
-        p: probability, in [0, 1).
-        training: whether anything is dropped.
+        p: probability of dropping an element, in [0, 1).
+        training: whether dropout is applied.
 
     Returns:
         The shape of ``residual``.

@@ -1,9 +1,10 @@
-"""GELU in the tanh form of GPT-2 (Hendrycks & Gimpel 2016, section 2), in half of PyTorch's time in 16 bits on a CPU.
+"""GELU in GPT-2's tanh approximation (Hendrycks & Gimpel 2016, section 2), twice as fast in 16 bits on a CPU.
 
-With z(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh(z / 2)) = x sigmoid(z). The sigmoid is several times
-faster than the hyperbolic tangent. The derivative, s + x s (1 - s) z' with s = sigmoid(z), shares nearly all of its
-terms with the function, so that the forward pass computes both in float32 and keeps the derivative in the place of x.
-In float32 the matrix products take so long that this would not matter.
+With ``z = 2 * sqrt(2 / pi) * (x + 0.044715 * x^3)``, the approximation is
+``0.5 * x * (1 + tanh(z / 2)) = x * sigmoid(z)``. The sigmoid is several times faster than tanh. The derivative is
+``s + x * s * (1 - s) * z'`` with ``s = sigmoid(z)`` and shares most of its terms with the function. The forward pass
+therefore computes both in float32 and saves the derivative instead of x. The kernel is not used in float32, where the
+matrix products dominate the time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gpt2_pl import kernels
 
 LINEAR = 2.0 * math.sqrt(2.0 / math.pi)  # z = LINEAR x + CUBIC x^3
 CUBIC = 0.044715 * LINEAR
-CHUNK_SIZE = 2**19  # elements at a time; their float32 values fit the processor's cache
+CHUNK_SIZE = 2**19  # elements at a time; their float32 values fit in the CPU cache
 
 
 class _GELU(torch.autograd.Function):
@@ -51,12 +52,12 @@ class _GELU(torch.autograd.Function):
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """Compute GELU as :func:`torch.nn.functional.gelu` does.
+    """Compute GELU, like :func:`torch.nn.functional.gelu`.
 
     Args:
         input: any shape, floating point.
-        approximate: ``tanh``, the form of GPT-2, is fast where a 16-bit gradient is needed on a CPU; ``none`` is
-            PyTorch's own.
+        approximate: ``tanh``, GPT-2's form, which uses the fast kernel for 16-bit training on a CPU; or ``none``, the
+            exact form by PyTorch.
 
     Returns:
         The shape of ``input``.

@@ -1,8 +1,8 @@
-"""Linear layers whose weights are stored in the order in which the CPU's kernels read them.
+"""Linear layers with prepacked weights, stored in the blocked layout that oneDNN's CPU kernels read.
 
-oneDNN multiplies by weights in blocks. From PyTorch's layout its products are slower: 1.2 to 4 times for few rows, as
-in generation, and a tenth for a training batch in bfloat16. Frozen weights are prepacked once and reused. Trainable
-weights are prepacked on each call, which pays off for large products only (see ``MIN_ROWS``).
+With PyTorch's layout the products take longer: 1.2 to 4 times as long for few rows, as in generation, and 10 % longer
+for a training batch in bfloat16. Frozen weights are prepacked once and reused. Trainable weights are prepacked on each
+call, which pays off for large products only (see ``MIN_ROWS``).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.autograd.function import once_differentiable
 
 from gpt2_pl import kernels
 
-MIN_CALLS = 32  # from this many decoding steps on, prepacking all weights pays off
-MIN_ROWS = 1280  # of one product, from which prepacking a trainable weight paid off where it was measured, at width 768
+MIN_CALLS = 32  # number of decoding steps from which prepacking all weights pays off
+MIN_ROWS = 1280  # rows of one product from which prepacking a trainable weight pays off, measured at width 768
 
 
 @runtime_checkable
 class MergeableLayer(Protocol):
-    """A layer that a plain linear layer, or a plain embedding, can replace outside training."""
+    """Layer that can be merged into a plain linear layer or a plain embedding outside training."""
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
+        """Return weight (out, in) and bias (out,) of the equivalent plain layer."""
 
 
 def cast_to_autocast_dtype(x: Tensor) -> Tensor:
-    """Return ``x`` in the dtype in which autocast computes matrix products, where it is on and would change it."""
+    """Return ``x`` in the dtype in which autocast computes matrix products, or unchanged without autocast."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x
@@ -55,20 +55,20 @@ def prepack(weight: Tensor) -> Tensor:
 
 
 def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``F.linear(x, weight, bias)`` with a prepacked weight; all are of one dtype, without gradients."""
+    """Compute ``F.linear(x, weight, bias)`` with a prepacked weight, in one dtype and without gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class PrepackedWeight:
-    """A prepacked copy of a frozen weight.
+    """Prepacked copy of a frozen weight.
 
     Args:
         weight: (out, in).
-        dtype: the dtype of the products.
+        dtype: dtype of the products.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight.detach()  # its memory and its version, even when the parameter is replaced
+        self.weight = weight.detach()  # keeps storage and version counter if the parameter is replaced
         self.dtype = dtype
         self.version = weight._version
         self.forward = prepack(weight.to(dtype))
@@ -79,17 +79,17 @@ class PrepackedWeight:
 
     @property
     def backward(self) -> Tensor:
-        """The transposed weight, prepacked when a gradient first needs it.
+        """Prepacked transposed weight, computed when a gradient first needs it.
 
         Raises:
-            RuntimeError: the weight has changed since the forward pass.
+            RuntimeError: the weight was changed after the forward pass.
         """
         if self.weight._version != self.version:
-            raise RuntimeError("a frozen weight was changed in place between a forward pass and its backward pass")
+            raise RuntimeError("a frozen weight must not be changed in place between a forward and its backward pass")
         return self._transposed
 
     def matches(self, weight: Tensor, dtype: torch.dtype) -> bool:
-        """Return whether this is still a copy of ``weight``."""
+        """Return whether this is an up-to-date copy of ``weight`` in ``dtype``."""
         same = self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version
         return same and self.dtype == dtype
 
@@ -99,7 +99,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _PrepackedLinearFn(torch.autograd.Function):
-    """x W^T + b for a trainable weight, which is prepacked on each call."""
+    """Product x W^T + b with a trainable weight, which is prepacked on each call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,14 +115,14 @@ class _PrepackedLinearFn(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         rows = _rows(grad)
         return (
-            grad @ weight if ctx.needs_input_grad[0] else None,  # prepacking the transpose would not be faster
+            grad @ weight if ctx.needs_input_grad[0] else None,  # prepacking the transpose is not faster
             (rows.T @ _rows(x)).to(weight_dtype),
             rows.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None,
         )
 
 
 class _FrozenPrepackedLinearFn(torch.autograd.Function):
-    """x W^T + b for a weight without a gradient."""
+    """Product x W^T + b with a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PrepackedWeight, bias: Tensor | None) -> Tensor:
@@ -140,20 +140,28 @@ class _FrozenPrepackedLinearFn(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A :class:`torch.nn.Linear` that trains from prepacked copies of its weight, on a CPU and in bfloat16.
+    """:class:`torch.nn.Linear` that trains with prepacked copies of its weight on a CPU in bfloat16.
 
-    The copies of a frozen weight are kept until ``eval()``. They are renewed when the weight changes, except through
-    in-place writes to ``weight.data``. Double backward and ``torch.func`` are not supported.
+    The copy of a frozen weight is cached until ``eval()``. The cache is invalidated when the weight changes, except
+    through in-place writes to ``weight.data``. Double backward and ``torch.func`` are not supported.
     """
 
     _prepacked: PrepackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Compute x W^T + b: (..., in) -> (..., out)."""
         return self.affine(input, self.bias)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias: (..., in) -> (..., out)."""
+        """Compute x W^T + bias.
+
+        Args:
+            x: (..., in).
+            bias: (out,), in place of the layer's bias, or None.
+
+        Returns:
+            (..., out).
+        """
         weight = self.weight
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
@@ -170,7 +178,7 @@ class Linear(nn.Linear):
         return F.linear(x, weight, bias)
 
     def clear_cache(self) -> None:
-        """Drop the prepacked copy."""
+        """Delete the prepacked copy."""
         if self._prepacked is not None:
             self._prepacked = None
 
@@ -189,7 +197,7 @@ class Linear(nn.Linear):
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer without gradients that holds nothing but a prepacked copy of its weight.
+    """Linear layer without gradients that stores only a prepacked copy of its weight.
 
     Args:
         weight: (out, in), float32 or bfloat16.
@@ -203,12 +211,12 @@ class PrepackedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Compute x W^T + b without gradients: (..., in) -> (..., out)."""
         return prepacked_linear(x.to(self.dtype), self.weight, self.bias)
 
 
 def _can_replace_linears(module: nn.Module) -> bool:
-    """Return whether no hook, compiled call or foreign linear layer would be bypassed by replacing linear layers."""
+    """Return whether linear layers can be replaced: no hook, compiled call or unknown linear layer is bypassed."""
     for layer in module.modules():
         if layer._compiled_call_impl is not None or layer._forward_hooks or layer._forward_pre_hooks:
             return False
@@ -221,7 +229,8 @@ def _can_replace_linears(module: nn.Module) -> bool:
 def _linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield parent, name and layer of every linear layer and mergeable layer.
 
-    The parts of the latter are left out, and those of modules of other packages, which may read a layer's weight.
+    Submodules of mergeable layers are skipped, and so are those of modules from other packages, which may read the
+    weight of a layer.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear | MergeableLayer):
@@ -234,18 +243,18 @@ def _linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modul
 def prepacked_weights(
     blocks: nn.Module, head_weight: Callable[[], Tensor], num_calls: int
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Let the linear layers of ``blocks`` compute from prepacked weights, adapters merged.
+    """Replace the linear layers of ``blocks`` temporarily by prepacked ones, with adapters merged.
 
-    Where prepacking is not supported, nothing is replaced. Meanwhile memory holds a second copy of the weights, and
-    gradients do not pass.
+    Nothing is replaced if prepacking is not supported. Inside the context, memory holds a second copy of the weights,
+    and there are no gradients.
 
     Args:
         blocks: the module whose linear layers are replaced.
         head_weight: returns the weight (V, C) of the language-model head.
-        num_calls: the number of calls that follow; below ``MIN_CALLS`` nothing is replaced.
+        num_calls: number of calls that follow; below ``MIN_CALLS`` nothing is replaced.
 
     Yields:
-        The language-model head, (B, C) -> (B, V).
+        The language-model head, a function from (B, C) to (B, V).
     """
     parameter = next(blocks.parameters())
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else parameter.dtype
@@ -253,9 +262,9 @@ def prepacked_weights(
         weights: list[Tensor] = []
 
         def head(hidden: Tensor) -> Tensor:
-            if not weights:  # sharded weights exist once the first forward pass has gathered them
+            if not weights:  # sharded weights are gathered by the first forward pass
                 weights.append(head_weight())
-            return (weights[0] @ hidden.T).T  # in this order faster than F.linear for few rows
+            return (weights[0] @ hidden.T).T  # faster than F.linear for few rows
 
         yield head
         return

@@ -1,4 +1,4 @@
-"""Changes made to a GPT-2 before it trains: LoRA, prefix-tuning, prompt tuning, adapters saved by peft."""
+"""PEFT methods: LoRA, prefix tuning, prompt tuning, and adapters in the format of ``peft``."""
 
 from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.surgery.base import Surgery, build, merge, unmerge

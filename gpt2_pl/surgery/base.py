@@ -1,4 +1,4 @@
-"""What every surgery is: settings, and a change made to a GPT-2 before it trains."""
+"""Base class of all surgery (PEFT methods), and functions to build, merge and unmerge it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Surgery(Registered, ABC):
-    """A change to a GPT-2 before it trains: adapters, virtual tokens, or the choice of what trains.
+    """Change of a GPT-2 before training: adapters, virtual tokens, or the selection of trainable parameters.
 
-    Subclasses are usually dataclasses of their settings, which must be plain values. The smallest one trains the
-    biases alone::
+    Subclasses are usually dataclasses of their settings, which must be plain values. A minimal example trains only the
+    biases::
 
         @dataclass
         class BitFit(Surgery):
@@ -36,11 +36,13 @@ class Surgery(Registered, ABC):
                 return model
 
     A task sets ``requires_grad`` of the published parameters to its ``train_base``, then applies its surgery in order.
-    What requires a gradient after that trains and is saved; frozen published parameters are taken from the base again.
+    Parameters that then require a gradient are trained and saved. Frozen published parameters are not saved; they are
+    loaded from the base again.
 
     Attributes:
-        freezes_base: whether ``apply`` ends by freezing the published parameters, for use outside of a task. A task
-            restores their ``requires_grad``, so that such surgery combines with other surgery and ``train_base``.
+        freezes_base: whether ``apply`` ends by freezing the published parameters, for use outside a task. A task
+            restores their ``requires_grad``, so that such surgery can be combined with other surgery and
+            ``train_base``.
     """
 
     freezes_base = False
@@ -49,26 +51,29 @@ class Surgery(Registered, ABC):
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Change ``model`` in place and return it.
 
-        A task calls this twice: first on a model without weights (on the meta device), so that settings that do not
-        fit are refused early, then on the loaded one. The change must follow from the settings and the base alone.
+        A task calls this twice: first on a model without weights (on the meta device), to reject invalid settings
+        early, then on the loaded model. The change must depend only on the settings and the base.
 
         Args:
             model: the GPT-2.
-            tokenizer: reads a text that initialises something; by default the one in the model's own folder.
+            tokenizer: encodes an initial text; by default the tokenizer in the model's folder.
+
+        Returns:
+            ``model``.
 
         Raises:
-            InputError: a setting that does not fit the model, or what another surgery has changed already.
+            InputError: a setting does not fit the model or the surgery that was applied before.
         """
 
     def load_head(self, head: nn.Module) -> None:
-        """Copy the classification head that an adapter was saved with; without one, nothing."""
+        """Copy the classification head that an adapter was saved with, if there is one."""
         return
 
     def settings(self) -> dict[str, Any]:
-        """Return class path and arguments as plain values, from which :func:`build` makes an equal surgery.
+        """Return class path and arguments as plain values, from which :func:`build` creates an equal surgery.
 
         Raises:
-            InputError: an argument that is not a plain value, or that the surgery does not keep.
+            InputError: an argument is not a plain value, or is not stored as an attribute.
         """
         cls = type(self)
         if is_dataclass(self):
@@ -77,21 +82,21 @@ class Surgery(Registered, ABC):
             names = [name for name in signature(cls).parameters if name not in ("args", "kwargs")]
             if missing := [name for name in names if not hasattr(self, name)]:
                 raise InputError(
-                    f"surgery {class_path(cls)} does not keep its argument {missing[0]!r}; make it a dataclass, or set "
-                    f"self.{missing[0]} in __init__"
+                    f"surgery {class_path(cls)} does not store its argument {missing[0]!r}; make it a dataclass, or "
+                    f"set self.{missing[0]} in __init__"
                 )
             arguments = {name: getattr(self, name) for name in names}
         for name, value in arguments.items():
             if not is_plain(value):
                 raise InputError(
                     f"surgery {class_path(cls)}: {name} must be text, a number, a boolean, None, or a list or dict of "
-                    f"these, because a checkpoint holds it; got {value!r:.100}"
+                    f"these, because it is stored in checkpoints; got {value!r:.100}"
                 )
         return {"class_path": class_path(cls), "init_args": arguments}
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a checkpoint can hold ``value`` without pickled classes."""
+    """Return whether ``value`` can be stored in a checkpoint without pickled classes."""
     if isinstance(value, list | tuple):
         return all(map(is_plain, value))
     if isinstance(value, dict):
@@ -100,10 +105,13 @@ def is_plain(value: Any) -> bool:
 
 
 def build(settings: Surgery | dict[str, Any]) -> Surgery:
-    """Make the surgery that :meth:`Surgery.settings` describes, of a class that has been imported.
+    """Create a surgery from the settings that :meth:`Surgery.settings` returns.
+
+    Args:
+        settings: class path and arguments, or a surgery, which is returned unchanged. The class must be imported.
 
     Raises:
-        InputError: a class that is neither this library's nor imported, or arguments that it does not take.
+        InputError: the class is unknown, or does not accept the arguments.
     """
     if isinstance(settings, Surgery):
         return settings
@@ -113,63 +121,69 @@ def build(settings: Surgery | dict[str, Any]) -> Surgery:
         ours = [class_path(one) for one in Surgery._classes.values()]
         known = ", ".join(name for name in ours if name.startswith("gpt2_pl."))
         raise InputError(
-            f"surgery: there is no {str(path)[:200]!r}; this library has {known}. Code of your own is imported by "
-            "--plugin MODULE, or by a configuration that names it"
+            f"surgery: there is no {str(path)[:200]!r}; this library has {known}; import your own code with "
+            "--plugin MODULE, or name it in a configuration"
         )
     try:
         return cls(**(settings.get("init_args") or {}))
     except InputError:
         raise
-    except Exception as error:  # whatever the class makes of arguments from a file
+    except Exception as error:  # any error of the class from arguments in a file
         fault = find_fault(error)
         reason = fault.text if fault is not None else " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"surgery {cls.__name__}: {reason}") from error
 
 
 def freeze_base(model: GPT2) -> None:
-    """The published parameters no longer require gradients; what surgery added keeps its own."""
+    """Set ``requires_grad`` of the published parameters to False; parameters added by surgery do not change."""
     for name, parameter in model.named_parameters():
         if name in model.base_names:
             parameter.requires_grad_(False)
 
 
 def plain_layer(model: GPT2, path: str, surgery: str) -> nn.Module:
-    """Return the linear layer or token embedding at ``path``, if no other surgery has taken its place.
+    """Return the linear layer or token embedding at ``path``, if no other surgery has replaced it.
 
     Args:
         model: the GPT-2.
         path: such as ``h.0.mlp.c_fc`` or ``wte``.
-        surgery: the name of the surgery that is to adapt it, for error messages.
+        surgery: the name of the surgery that adapts the layer, for error messages.
 
     Raises:
-        InputError: a layer of another class, which computes something else, or none.
+        InputError: there is no layer at ``path``, or it is of another class.
     """
     modules = dict(model.named_modules())
     layer = modules.get(path)
     if layer is not None and type(layer) in (nn.Linear, Linear, nn.Embedding):
         return layer
-    where, rest = path, ""
-    while where not in modules:
-        where, _, rest = where.rpartition(".")
-    fault = f"which has no {rest}" if rest else f"which {surgery} cannot adapt"
+    parent, rest = path, ""
+    while parent not in modules:
+        parent, _, rest = parent.rpartition(".")
+    problem = f"which has no {rest}" if rest else f"which {surgery} cannot adapt"
     raise InputError(
-        f"{surgery}: {where} is a {class_path(type(modules[where]))}, {fault}; put {surgery} before the surgery that "
-        "made it, or choose other targets"
+        f"{surgery}: {parent} is a {class_path(type(modules[parent]))}, {problem}; put {surgery} before the surgery "
+        "that created it, or choose other targets"
     )
 
 
 def merge(model: GPT2) -> GPT2:
-    """Fold every adapter into its layer, which is then a plain one: nothing of an adapter is computed any more.
+    """Merge every adapter into its layer, which becomes a plain layer without additional computation.
 
-    An adapter is a module in the place of a linear layer or of the token embedding, with a ``weight`` and a method
+    An adapter is a module that replaces a linear layer or the token embedding, with a ``weight`` and a method
     ``merged() -> (weight, bias)``; see :class:`~gpt2_pl.surgery.MergeableLayer`. The adapters are kept for
     :func:`unmerge`, outside ``parameters()`` and ``state_dict()``.
+
+    Args:
+        model: the GPT-2, changed in place.
+
+    Returns:
+        ``model``.
     """
     merged: list[str] = []
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Module) or not isinstance(module, MergeableLayer):
             continue
-        if merged and name.startswith(f"{merged[-1]}."):  # a part of that adapter, which has merged it
+        if merged and name.startswith(f"{merged[-1]}."):  # a submodule of an adapter that is merged already
             continue
         merged.append(name)
         with torch.no_grad():
@@ -191,7 +205,7 @@ def merge(model: GPT2) -> GPT2:
 
 
 def unmerge(model: GPT2) -> GPT2:
-    """Undo :func:`merge`: the adapters, and bitwise the weights, from before."""
+    """Undo :func:`merge`: restore the adapters, and the weights bitwise."""
     for name, module in list(model.named_modules()):
         if "_unmerged" in module.__dict__:
             adapted = module.__dict__["_unmerged"].to(module.weight.device)
@@ -200,27 +214,51 @@ def unmerge(model: GPT2) -> GPT2:
 
 
 def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) -> Tensor:
-    """The first ``length`` tokens (length,) of ``text``, which is repeated where it is shorter (as in peft)."""
+    """Encode ``text`` as exactly ``length`` tokens: cut, or repeated if it is shorter, as in peft.
+
+    Args:
+        text: the text.
+        length: number of tokens.
+        model: the GPT-2, whose folder contains the tokenizer if ``tokenizer`` is None.
+        tokenizer: the tokenizer.
+
+    Returns:
+        Token ids (length,).
+
+    Raises:
+        InputError: there is no tokenizer, or the text has no tokens.
+    """
     if tokenizer is None:
         if model.source is None:
-            raise InputError(f"init_text {text!r} needs a tokenizer: give apply() one, or load the model from a folder")
+            raise InputError(
+                f"init_text {text!r} needs a tokenizer; pass one to apply(), or load the model from a folder"
+            )
         from gpt2_pl.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model.source, "init_text")
     ids: Sequence[int] = tokenizer.encode(text).ids
     if not ids:
-        raise InputError(f"init_text is {text!r}; it must hold text")
+        raise InputError(f"init_text must be a text with at least one token, got {text!r}")
     return torch.tensor([ids[i % len(ids)] for i in range(length)])
 
 
 def check_length(name: str, length: int, model: GPT2) -> None:
-    """Refuse virtual tokens that the context has no room for."""
+    """Check that ``length`` more virtual tokens fit the context and leave at least one position for text.
+
+    Args:
+        name: the name of the surgery, for the error message.
+        length: number of virtual tokens.
+        model: the GPT-2.
+
+    Raises:
+        InputError: ``length`` is out of range.
+    """
     if length < 1:
-        raise InputError(f"{name}: length is {length}; it must be at least 1")
-    room = model.config.n_positions - model.n_virtual - 1
-    if length > room:
-        others = f", {model.n_virtual} of which are virtual tokens already" if model.n_virtual else ""
+        raise InputError(f"{name}: length must be at least 1, got {length}")
+    limit = model.config.n_positions - model.n_virtual - 1
+    if length > limit:
+        virtual = f", {model.n_virtual} of them virtual tokens already" if model.n_virtual else ""
         raise InputError(
-            f"{name}: length is {length}; the model has n_positions = {model.config.n_positions}{others}: "
-            f"at most {room} leave room for text"
+            f"{name}: length must be at most {limit} to leave a position for text, got {length}; the model has "
+            f"n_positions = {model.config.n_positions}{virtual}"
         )

@@ -1,4 +1,8 @@
-"""Low-rank adaptation (Hu et al. 2022), with rsLoRA, DoRA and LoRA+."""
+"""Low-rank adaptation (LoRA, Hu et al. 2022), with rsLoRA, DoRA and LoRA+.
+
+An adapted layer computes ``y = W x + b + s * B A dropout(x)`` with A (r, in) and B (out, r). B starts at zero. The
+scaling s is alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ if TYPE_CHECKING:
 
     from gpt2_pl.model import GPT2
 
-# Target -> the layer of a block, and which third of its output (None: all of it). c_attn holds q, k and v. Beside
-# these there is `wte`, the token embedding.
+# Maps a target to a layer of the block and a third of its output (None: all of it); c_attn contains q, k and v. In
+# addition, `wte` is the token embedding.
 TARGETS: dict[str, tuple[str, int | None]] = {
     "q": ("attn.c_attn", 0),
     "k": ("attn.c_attn", 1),
@@ -35,18 +39,20 @@ TARGETS: dict[str, tuple[str, int | None]] = {
 
 
 class LoRALinear(Linear):
-    """A linear layer W with a low-rank addition: y = W x + b + s B A drop(x).
+    """Linear layer W with a low-rank update: y = W x + b + s B A dropout(x).
 
-    ``weight`` and ``bias`` are those of the layer it replaces, under the same names. A is (n r, in) and B (out', r)
-    for n adapted thirds of the output, or n = 1 and all of it; B starts at zero, so that nothing changes at first.
+    ``weight`` and ``bias`` are the parameters of the replaced layer, under the same names. A is (n r, in) and B
+    (out', r) for n adapted slices of the output; n = 1 if the output is adapted as a whole. A is initialized by
+    ``kaiming_uniform_(a=sqrt(5))`` and B by zeros, so that the update is zero at first.
 
     Args:
-        linear: the layer to adapt; its parameters are taken over.
+        linear: the layer to adapt; its parameters are reused.
         rank: r.
         scaling: s.
-        dropout: probability for the adapter's input, in training.
-        thirds: which thirds of the output are adapted, each with its own A and B; None for all of it together.
-        loraplus_lr_ratio: learning rate of B in units of A's (LoRA+).
+        dropout: dropout probability of the adapter's input in training.
+        qkv_slices: the thirds of the output (0: q, 1: k, 2: v) that are adapted, each with its own A and B; None to
+            adapt the output as a whole.
+        loraplus_lr_ratio: learning rate of B divided by that of A (LoRA+).
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class LoRALinear(Linear):
         qkv_slices: list[int] | None = None,
         loraplus_lr_ratio: float = 1.0,
     ) -> None:
-        nn.Module.__init__(self)  # not Linear's: the parameters are there already
+        nn.Module.__init__(self)  # Linear.__init__ would create new parameters
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.scaling, self.dropout, self.loraplus_lr_ratio = rank, scaling, dropout, loraplus_lr_ratio
@@ -73,48 +79,53 @@ class LoRALinear(Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def zero_padded_B(self) -> Tensor:
-        """B as a matrix (out, n r) that acts on A's whole output."""
+        """Return B as a block matrix (out, n r) that multiplies the full output of A."""
         if self.qkv_slices is None:
             return self.lora_B
         height = self.out_features // 3
-        spread = self.lora_B.new_zeros(self.out_features, len(self.qkv_slices) * self.rank)
+        padded = self.lora_B.new_zeros(self.out_features, len(self.qkv_slices) * self.rank)
         for i, third in enumerate(self.qkv_slices):
             block = self.lora_B[i * height : (i + 1) * height]
-            spread[third * height : (third + 1) * height, i * self.rank : (i + 1) * self.rank] = block
-        return spread
+            padded[third * height : (third + 1) * height, i * self.rank : (i + 1) * self.rank] = block
+        return padded
 
     def delta_weight(self) -> Tensor:
-        """s B A, (out, in)."""
+        """Return the weight update s B A, (out, in)."""
         return self.scaling * self.zero_padded_B() @ self.lora_A
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
+        """Return weight (out, in) and bias (out,) of the equivalent plain layer."""
         return self.weight + self.delta_weight(), self.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """y = W x + b + s B A drop(x), (..., in) -> (..., out)."""
-        x = cast_to_autocast_dtype(input).reshape(-1, self.in_features)  # once, for W's product and for A's
+        """Compute W x + b + s B A dropout(x): (..., in) -> (..., out)."""
+        x = cast_to_autocast_dtype(input).reshape(-1, self.in_features)  # cast once for both products
         output = self._add_low_rank(x, self._low_rank(x))
         return output.view(*input.shape[:-1], self.out_features)
 
     def _low_rank(self, x: Tensor) -> Tensor:
-        """s A drop(x), (N, in) -> (N, n r)."""
-        kept, scale = dropout_unscaled(x, self.dropout, self.training)
-        return F.linear(kept, self.lora_A) * (scale * self.scaling)
+        """Compute s A dropout(x): (N, in) -> (N, n r)."""
+        dropped, scale = dropout_unscaled(x, self.dropout, self.training)
+        return F.linear(dropped, self.lora_A) * (scale * self.scaling)
 
     def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
-        """W x + b + B low_rank, (N, in) and (N, n r) -> (N, out)."""
+        """Compute W x + b + B low_rank: (N, in) and (N, n r) -> (N, out)."""
         output = self.affine(x, self.bias)
         B = self.zero_padded_B().to(output.dtype)
-        return output.addmm_(low_rank, B.T.contiguous())  # so, a CPU has its gradients sooner
+        return output.addmm_(low_rank, B.T.contiguous())  # contiguous B^T makes the backward pass faster on a CPU
 
 
 class DoRALinear(LoRALinear):
-    """LoRA that trains the magnitudes of the weight's rows apart from their directions (Liu et al. 2024, eqs. 5, 11).
+    """Weight-decomposed LoRA: magnitude and direction of each row are trained apart (Liu et al. 2024, eqs. 5, 11).
 
-    y = g * (W x + s B A drop(x)) + b with g = m / |W + s B A|, row by row. ``lora_magnitude`` m (out',) starts at the
-    norms of W's adapted rows, so that nothing changes at first; |W + s B A| is a constant in the backward pass.
-    Arguments are those of :class:`LoRALinear`.
+    y = g * (W x + s B A dropout(x)) + b with g = m / ||W + s B A||, row by row. The magnitude m, ``lora_magnitude``
+    (out',), starts at the norms of the adapted rows of W, so that nothing changes at first. ||W + s B A|| is treated as
+    a constant in the backward pass.
+
+    Args:
+        linear: the layer to adapt; see :class:`LoRALinear`.
+        args: positional arguments of :class:`LoRALinear`.
+        kwargs: keyword arguments of :class:`LoRALinear`.
     """
 
     def __init__(self, linear: nn.Linear, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +134,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude = nn.Parameter(torch.cat([norms[i] for i in self.qkv_slices or [0]]))
 
     def dora_scale(self, norm: Tensor) -> Tensor:
-        """g (out,), for the norms (out,) of W + s B A; 1 in rows that are not adapted."""
+        """Return the factors g (out,) for the row norms (out,) of W + s B A; 1 for rows that are not adapted."""
         if self.qkv_slices is None:
             return self.lora_magnitude / norm
         factors = list(torch.ones_like(norm).chunk(3))
@@ -133,7 +144,7 @@ class DoRALinear(LoRALinear):
         return torch.cat(factors)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (out, in) and bias (out,) of the plain layer that computes the same."""
+        """Return weight (out, in) and bias (out,) of the equivalent plain layer."""
         weight, bias = super().merged()
         return weight * self.dora_scale(torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1), bias
 
@@ -145,22 +156,22 @@ class DoRALinear(LoRALinear):
 
 
 class LoRAEmbedding(nn.Embedding):
-    """The token embedding W (V, C) with a low-rank addition s (B A)^T, in the lookup and in the head tied to it.
+    """Token embedding W (V, C) with a low-rank update s (B A)^T, in the lookup and in the tied head.
 
-    ``weight`` is that of the embedding it replaces, under the same name. A (r, V) starts at zero and B (C, r) at
-    N(0, 1), as in peft, so that nothing changes at first.
+    ``weight`` is the weight of the replaced embedding, under the same name. A (r, V) is initialized by zeros and B
+    (C, r) by N(0, 1), as in peft, so that the update is zero at first.
 
     Args:
-        embedding: the embedding to adapt; its weight is taken over.
+        embedding: the embedding to adapt; its weight is reused.
         rank: r.
         scaling: s.
-        loraplus_lr_ratio: learning rate of B in units of A's (LoRA+).
+        loraplus_lr_ratio: learning rate of B divided by that of A (LoRA+).
     """
 
     def __init__(self, embedding: nn.Embedding, rank: int, scaling: float, loraplus_lr_ratio: float = 1.0) -> None:
-        nn.Module.__init__(self)  # not Embedding's: the weight is there already
+        nn.Module.__init__(self)  # Embedding.__init__ would create a new weight
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx, self.sparse = None, False  # which DistributedDataParallel asks of an embedding
+        self.padding_idx, self.sparse = None, False  # read by DistributedDataParallel
         self.weight = embedding.weight
         self.rank, self.scaling, self.loraplus_lr_ratio = rank, scaling, loraplus_lr_ratio
         self.lora_A = nn.Parameter(self.weight.new_zeros(rank, self.num_embeddings))
@@ -168,11 +179,11 @@ class LoRAEmbedding(nn.Embedding):
         nn.init.normal_(self.lora_B)
 
     def merged(self) -> tuple[Tensor, None]:
-        """Return W + s (B A)^T, (V, C), the weight of the plain embedding and head that compute the same; no bias."""
+        """Return W + s (B A)^T, (V, C), the weight of the equivalent plain embedding and head; no bias."""
         return self.weight + self.scaling * (self.lora_B @ self.lora_A).T, None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids (...) -> (..., C)."""
+        """Look up the adapted embeddings (..., C) of token ids (...)."""
         low = F.embedding(input, self.lora_A.T)  # (..., r)
         return F.embedding(input, self.weight) + F.linear(low * self.scaling, self.lora_B)
 
@@ -182,23 +193,23 @@ Adapter = LoRALinear | LoRAEmbedding
 
 @dataclass
 class LoRA(Surgery):
-    """Low-rank adapters beside some of the linear layers of every block.
+    """Low-rank adapters on linear layers of the blocks and on the token embedding (Hu et al. 2022).
 
     Args:
-        rank: r, the rank of an adapter.
-        alpha: the addition is scaled by alpha / r.
-        dropout: probability for an adapter's input, in training.
-        targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (the
-            attention's), ``c_fc``, ``mlp.c_proj``; and ``wte``, the token embedding, whatever ``layers`` says and
-            without dropout; it has no DoRA.
+        rank: rank r of an adapter, at least 1.
+        alpha: the update is scaled by alpha / r; above 0.
+        dropout: dropout probability of an adapter's input in training, in [0, 1).
+        targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (of the
+            attention), ``c_fc``, ``mlp.c_proj``, and ``wte``, the token embedding. ``wte`` does not depend on
+            ``layers``, has no dropout and does not support DoRA.
         rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         dora: weight-decomposed adaptation (Liu et al. 2024).
         layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
-        loraplus_lr_ratio: learning rate of B in units of A's (LoRA+, Hayou et al. 2024).
+        loraplus_lr_ratio: learning rate of B divided by that of A, above 0 (LoRA+, Hayou et al. 2024).
 
     Raises:
-        InputError: a value out of range; at ``apply``, targets or blocks that the model does not have, or a layer
-            that has an adapter already.
+        InputError: a value is out of range; in ``apply``, a target or block does not exist, or a layer has an adapter
+            already.
     """
 
     freezes_base = True
@@ -214,26 +225,26 @@ class LoRA(Surgery):
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
-            raise InputError(f"LoRA: targets is {self.targets!r}; write a list, such as [{self.targets}]")
-        for key, value, good in (
-            ("rank", self.rank, isinstance(self.rank, int) and self.rank >= 1),
-            ("alpha", self.alpha, self.alpha > 0),
-            ("dropout", self.dropout, 0.0 <= self.dropout < 1.0),
-            ("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0),
+            raise InputError(f"LoRA: targets must be a list such as [{self.targets}], got {self.targets!r}")
+        for key, value, is_valid, valid in (
+            ("rank", self.rank, isinstance(self.rank, int) and self.rank >= 1, "an integer of at least 1"),
+            ("alpha", self.alpha, self.alpha > 0, "above 0"),
+            ("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "in [0, 1)"),
+            ("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0, "above 0"),
         ):
-            if not good:
-                raise InputError(f"LoRA: {key} is {value}, which is out of range")
+            if not is_valid:
+                raise InputError(f"LoRA: {key} must be {valid}, got {value}")
         if self.use_dora and "wte" in self.targets:
-            raise InputError("LoRA: dora has no form for wte; adapt wte by a LoRA of its own, without dora")
+            raise InputError("LoRA: use_dora does not support the target wte; adapt wte with a second LoRA without it")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
-        """Put adapters beside the target layers and freeze the published parameters; see :class:`Surgery`."""
+        """Add adapters to the target layers and freeze the published parameters; see :class:`Surgery`."""
         scaling = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
         chosen = self._chosen_layers()
         paths = [(f"h.{i}.{name}", t) for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()]
         for path in [path for path, _ in paths] + (["wte"] if "wte" in self.targets else []):
             if isinstance(dict(model.named_modules()).get(path), Adapter):
-                raise InputError(f"LoRA: {path} has an adapter already: two LoRA surgeries target it")
+                raise InputError(f"LoRA: {path} has an adapter already; two LoRA surgeries target it")
             plain_layer(model, path, "LoRA")
         for path, qkv_slices in paths:
             linear: Any = model.get_submodule(path)
@@ -248,15 +259,17 @@ class LoRA(Surgery):
     def _chosen_layers(self) -> dict[str, list[int] | None]:
         unknown = [target for target in self.targets if target not in TARGETS and target != "wte"]
         if unknown or not self.targets:
-            what = f"there is no target {unknown[0]!r}" if unknown else "targets is empty"
-            near = did_you_mean(unknown[0], [*TARGETS, "wte"]) if unknown else ""
-            raise InputError(f"LoRA: {what}{near or ';'} targets are {', '.join(TARGETS)} and wte")
+            problem = f"unknown target {unknown[0]!r}" if unknown else "targets must not be empty"
+            suggestion = did_you_mean(unknown[0], [*TARGETS, "wte"]) if unknown else ""
+            raise InputError(f"LoRA: {problem}{suggestion or ';'} targets are {', '.join(TARGETS)} and wte")
         layers: dict[str, list[int] | None] = {}
         for target in filter(TARGETS.__contains__, self.targets):
             name, third = TARGETS[target]
             qkv_slices = layers.get(name, [])
             if (third is None and name in layers) or qkv_slices is None or third in qkv_slices:
-                raise InputError(f"LoRA: the targets {self.targets} name {name} twice")
+                raise InputError(
+                    f"LoRA: targets must name each layer once, got {self.targets}, which names {name} twice"
+                )
             layers[name] = None if third is None else sorted([*qkv_slices, third])
         return layers
 
@@ -265,18 +278,18 @@ class LoRA(Surgery):
             return list(range(n))
         if isinstance(self.layers, str):
             if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", self.layers):
-                raise InputError(f"LoRA: layers is {self.layers!r}; write numbers and ranges, such as '0-2,9-11'")
+                raise InputError(f"LoRA: layers must be numbers and ranges such as '0-2,9-11', got {self.layers!r}")
             ranges = [[int(end) for end in part.split("-")] for part in self.layers.split(",")]
             blocks = [i for ends in ranges for i in range(ends[0], ends[-1] + 1)]
         else:
             blocks = [self.layers] if isinstance(self.layers, int) else list(self.layers)
         if not blocks or not all(0 <= i < n for i in blocks):
-            raise InputError(f"LoRA: layers is {self.layers!r}; the blocks that exist are 0 to {n - 1}")
+            raise InputError(f"LoRA: layers must be blocks from 0 to {n - 1}, got {self.layers!r}")
         return sorted(set(blocks))
 
     @staticmethod
     def merge(model: GPT2) -> GPT2:
-        """Fold every adapter into its layer; see :func:`~gpt2_pl.surgery.base.merge`."""
+        """Merge every adapter into its layer; see :func:`~gpt2_pl.surgery.base.merge`."""
         return merge(model)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Virtual tokens in front of the text: prefix-tuning and prompt tuning."""
+"""Virtual tokens in front of the text: prefix tuning and prompt tuning."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Prefix(nn.Module):
-    """Keys and values of P virtual tokens in every block.
+    """Trainable keys and values of P virtual tokens in every block.
 
     Args:
-        config: the GPT-2's shape.
+        config: the architecture of the GPT-2.
         length: P.
-        hidden: width of the network that gives the keys and values in training (Li & Liang 2021, section 4.3:
-            Embedding (P, C), Linear, tanh, Linear); None for a table of them.
+        hidden: width of the reparameterization network that computes the keys and values: Embedding (P, C), Linear,
+            tanh, Linear (Li & Liang 2021, section 4.3); None to train them directly as a table.
     """
 
     def __init__(self, config: GPT2Config, length: int, hidden: int | None = None) -> None:
@@ -41,17 +41,21 @@ class Prefix(nn.Module):
             self.network = nn.Sequential(nn.Linear(config.n_embd, hidden), nn.Tanh(), nn.Linear(hidden, width))
 
     def prompt_embeddings(self) -> Tensor:
-        """The table (P, 2 L C): of every virtual token, key and value of block 0, key and value of block 1, ..."""
+        """Return the table (P, 2 L C): for every token, key and value of block 0, key and value of block 1, ..."""
         return self.table if hasattr(self, "table") else self.network(self.embedding)
 
     def forward(self) -> Tensor:
-        """Keys and values (L, 2, H, P, hd)."""
+        """Return the keys and values (L, 2, H, P, hd)."""
         table = self.prompt_embeddings().view(self.length, self.n_layer, 2, self.n_head, -1)
         return table.permute(1, 2, 3, 0, 4)
 
 
 class Prompt(nn.Module):
-    """Embeddings (P, C) of P virtual tokens."""
+    """Trainable embeddings of P virtual tokens.
+
+    Args:
+        embedding: the initial embeddings (P, C).
+    """
 
     def __init__(self, embedding: Tensor) -> None:
         super().__init__()
@@ -59,11 +63,11 @@ class Prompt(nn.Module):
 
     @property
     def length(self) -> int:
-        """P."""
+        """Number P of virtual tokens."""
         return len(self.embedding)
 
     def forward(self) -> Tensor:
-        """The embeddings, (P, C)."""
+        """Return the embeddings (P, C)."""
         return self.embedding
 
 
@@ -73,19 +77,21 @@ def _vocabulary_sample(length: int, model: GPT2) -> Tensor:
 
 @dataclass
 class PrefixTuning(Surgery):
-    """Trainable keys and values in front of the text's, in every block: P-tuning v2, or Li & Liang's prefix-tuning.
+    """Trainable keys and values in front of those of the text in every block (prefix tuning or P-tuning v2).
 
-    Text begins at position P. A table begins as the keys and values of real tokens: of ``init_text``, or of tokens
-    drawn from the vocabulary (Li & Liang 2021, section 7.4: random vectors do worse).
+    The text starts at position P. A table is initialized with the keys and values of real tokens: those of
+    ``init_text``, or of tokens drawn from the vocabulary. Random vectors perform worse (Li & Liang 2021, section 7.4).
 
     Args:
-        length: number of virtual tokens P.
-        hidden: width of the network that gives the keys and values in training (Li & Liang); None trains them
-            directly (P-tuning v2, Liu et al. 2022).
-        init_text: a text whose keys and values the table begins with, cut or repeated to ``length`` tokens.
+        length: number P of virtual tokens, at least 1.
+        hidden: width of the reparameterization network (prefix tuning, Li & Liang 2021), at least 1; None trains keys
+            and values directly (P-tuning v2, Liu et al. 2022).
+        init_text: a text, cut or repeated to ``length`` tokens, whose keys and values initialize the table. It requires
+            ``hidden`` = None.
 
     Raises:
-        InputError: a value out of range; at ``apply``, more than the context has room for, or a second prefix.
+        InputError: a value is out of range; in ``apply``, the virtual tokens exceed the context, or the model has a
+            prefix already.
     """
 
     freezes_base = True
@@ -96,14 +102,16 @@ class PrefixTuning(Surgery):
 
     def __post_init__(self) -> None:
         if self.hidden is not None and self.hidden < 1:
-            raise InputError(f"PrefixTuning: hidden is {self.hidden}; it must be at least 1")
+            raise InputError(f"PrefixTuning: hidden must be at least 1, got {self.hidden}")
         if self.hidden is not None and self.init_text is not None:
-            raise InputError("PrefixTuning: init_text begins a table, and hidden asks for a network; give one of them")
+            raise InputError("PrefixTuning: init_text initializes a table, hidden a network; use only one of them")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
-        """Put a prefix in front of every row and freeze the published parameters; see :class:`Surgery`."""
+        """Prepend a prefix to every row and freeze the published parameters; see :class:`Surgery`."""
         if model.prefix is not None:
-            raise InputError("PrefixTuning: the model has a prefix already: two PrefixTuning surgeries")
+            raise InputError(
+                "PrefixTuning: the model has a prefix already; there must not be two PrefixTuning surgeries"
+            )
         check_length("PrefixTuning", self.length, model)
         device = model.wte.weight.device
         prefix = Prefix(model.config, self.length, self.hidden).to(device).train(model.training)
@@ -120,7 +128,7 @@ class PrefixTuning(Surgery):
 
 
 def _keys_and_values(model: GPT2, ids: Tensor) -> Tensor:
-    """What every block keeps of the tokens (P,), as a prefix's table (P, 2 L C)."""
+    """Return the keys and values of the tokens (P,) in every block, as a prefix table (P, 2 L C)."""
     prompt, model.prompt = model.prompt, None
     training = model.training
     cache = KVCache(model.config.n_layer, len(ids))
@@ -132,17 +140,18 @@ def _keys_and_values(model: GPT2, ids: Tensor) -> Tensor:
 
 @dataclass
 class PromptTuning(Surgery):
-    """A soft prompt (Lester et al. 2021): trainable embeddings in front of the text's, at positions 0 to P - 1.
+    """Soft prompt (Lester et al. 2021): trainable embeddings in front of those of the text, at positions 0 to P - 1.
 
-    It begins as the embeddings of ``init_text``, so as exactly that text as a prompt in words when ``length`` is the
-    text's number of tokens; or of tokens drawn from the vocabulary.
+    The embeddings are initialized with those of ``init_text``, or of tokens drawn from the vocabulary. If ``length`` is
+    the number of tokens of ``init_text``, the soft prompt is at first equal to that text as a hard prompt.
 
     Args:
-        length: number of virtual tokens P.
+        length: number P of virtual tokens, at least 1.
         init_text: a text, cut or repeated to ``length`` tokens.
 
     Raises:
-        InputError: at ``apply``, more than the context has room for, or a second soft prompt.
+        InputError: in ``apply``, ``length`` is below 1, the virtual tokens exceed the context, or the model has a soft
+            prompt already.
     """
 
     freezes_base = True
@@ -151,9 +160,11 @@ class PromptTuning(Surgery):
     init_text: str | None = None
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
-        """Put a soft prompt in front of every row and freeze the published parameters; see :class:`Surgery`."""
+        """Prepend a soft prompt to every row and freeze the published parameters; see :class:`Surgery`."""
         if model.prompt is not None:
-            raise InputError("PromptTuning: the model has a soft prompt already: two PromptTuning surgeries")
+            raise InputError(
+                "PromptTuning: the model has a soft prompt already; there must not be two PromptTuning surgeries"
+            )
         check_length("PromptTuning", self.length, model)
         if self.init_text is None:
             ids = _vocabulary_sample(self.length, model)

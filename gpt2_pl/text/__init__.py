@@ -1,1 +1,1 @@
-"""Text without a model: tokenizers, poems and metrics of text."""
+"""Text processing without a model: tokenizers, poems and text metrics."""

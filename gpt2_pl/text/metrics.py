@@ -1,41 +1,60 @@
-"""Scores of generated text: overlap with references, diversity and repetition."""
+"""Metrics of generated text: overlap with references, diversity and repetition."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-Words = Sequence[object]  # words, or token ids
+Words = Sequence[object]  # words or token ids
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case; apostrophes within a word belong to it."""
+    """Split a text into words in lower case; apostrophes within a word are part of it."""
     return re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
 
 
 def ngrams(tokens: Words, n: int) -> list[tuple[object, ...]]:
-    """All runs of n tokens."""
+    """Return all n-grams of a sequence, in order."""
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct(texts: Sequence[Words], n: int) -> float:
-    """distinct-n (Li et al. 2016): different n-grams over all n-grams, of all texts together."""
+    """Compute distinct-n (Li et al. 2016).
+
+    Args:
+        texts: words or token ids of each text.
+        n: length of the n-grams.
+
+    Returns:
+        Number of distinct n-grams divided by the number of n-grams, over all texts together; 0 without n-grams.
+    """
     grams = [gram for tokens in texts for gram in ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def seq_rep(tokens: Words, n: int) -> float:
-    """seq-rep-n (Welleck et al. 2020): the share of a text's n-grams that it has had before."""
+    """Compute seq-rep-n (Welleck et al. 2020), the fraction of repeated n-grams of a text.
+
+    Args:
+        tokens: words or token ids of one text.
+        n: length of the n-grams.
+
+    Returns:
+        ``1 - distinct n-grams / all n-grams``; 0 without n-grams.
+    """
     grams = ngrams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
-    """sacrebleu's corpus chrF (Popović 2015) with its default settings, from 0 to 100; white space does not count.
+    """Compute the corpus chrF (Popović 2015) with the default settings of sacrebleu, which ignore whitespace.
 
     Args:
-        texts: to be scored.
-        references: the true text of each.
+        texts: the texts to score.
+        references: one reference for each text.
+
+    Returns:
+        The score, from 0 to 100.
     """
     from sacrebleu.metrics import CHRF
 
@@ -43,9 +62,9 @@ def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
 
 
 def chrf_signature() -> str:
-    """The settings and version of sacrebleu's corpus chrF, as a score is to be reported with."""
+    """Return sacrebleu's signature of :func:`chrf`: its settings and version, to be reported with a score."""
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
-    metric.corpus_score(["text"], [["text"]])  # which counts the references
+    metric.corpus_score(["text"], [["text"]])  # sets the number of references in the signature
     return str(metric.get_signature())

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: loading them from Hugging Face folders, training small ones on the spot."""
+"""Tokenizers: loading from Hugging Face folders, encoding of long texts, training of small byte-level BPEs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
-_WINDOW, _OVERLAP = 1 << 17, 1 << 10  # characters of a long text that are encoded at a time, and again with the next
-_MAX_GROWTH = 1000  # characters that a tokenizer may make of one
-# Texts that a tokenizer is tried with: several scripts, white space, and what drives a careless regex into its limit.
+_WINDOW, _OVERLAP = 1 << 17, 1 << 10  # characters encoded at a time, and characters shared with the next window
+_MAX_GROWTH = 1000  # maximum factor by which a normalizer or decoder may lengthen a text
+# Test texts for tokenizers: several scripts, whitespace, and runs that make some regular expressions hit their limit.
 _PROBES = (
     "a",
     "hello world, it's 1.5 o'clock\n\n\tand so on  ",
@@ -30,13 +30,13 @@ _PROBES = (
 
 
 class GuardedTokenizer:
-    """A ``tokenizers.Tokenizer`` that raises InputError where the library fails, also where its Rust code panics.
+    """Wrapper of a ``tokenizers.Tokenizer`` that raises InputError if the library fails or its Rust code panics.
 
-    A panic is a BaseException in Python: it passes every ``except Exception``.
+    A Rust panic is a BaseException in Python, which ``except Exception`` does not catch.
 
     Args:
-        tokenizer: the tokenizer; everything but encoding and decoding is its own.
-        name: what messages call it.
+        tokenizer: the tokenizer; all attributes other than encoding and decoding are delegated to it.
+        name: the name of the tokenizer in messages.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
@@ -70,7 +70,7 @@ class GuardedTokenizer:
 
 @contextmanager
 def _failures(message: str) -> Iterator[None]:
-    """Turn what the Rust library raises into an InputError of one line that begins with ``message``."""
+    """Convert exceptions of the Rust library to an InputError of one line that starts with ``message``."""
     try:
         yield
     except (InputError, MemoryError, TypeError):
@@ -83,21 +83,21 @@ def _failures(message: str) -> Iterator[None]:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Discard what is written to standard error's file descriptor: a panic of Rust code writes there by itself."""
+    """Discard output to the file descriptor of standard error, where Rust panics are printed."""
     try:
-        kept = os.dup(2)
-    except OSError:  # there is none
+        stderr = os.dup(2)
+    except OSError:  # the descriptor is closed
         yield
         return
     if sys.stderr is not None:
         sys.stderr.flush()
     try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _byte_level(model: Model) -> Tokenizer:
@@ -110,24 +110,24 @@ def _byte_level(model: Model) -> Tokenizer:
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -> Tokenizer:
-    """Load GPT-2's tokenizer, or one of its kind, from a Hugging Face folder or hub id.
+    """Load the tokenizer of a GPT-2 from a Hugging Face folder or hub id.
 
-    Special tokens that its post-processor puts around a text are part of a text that is classified. Language models,
-    whose texts end with ``<|endoftext|>``, are trained, scored and prompted without them.
+    Special tokens that the post-processor adds to a text are used in classification. Language models, whose texts end
+    with ``<|endoftext|>``, are trained, evaluated and prompted without them.
 
-    Truncation, padding, BPE dropout and sampling are off, whatever the file says. The tokenizer is tried on a few
-    texts.
+    Truncation, padding, BPE dropout and sampling are disabled, regardless of the settings in the file. The tokenizer is
+    tested on a few texts.
 
     Args:
         path_or_id: a folder with tokenizer.json, or with vocab.json and merges.txt; or a hub id.
-        key: the option that held it, for the error message.
+        key: the option that holds ``path_or_id``, for the error message.
 
     Returns:
-        A tokenizer that raises InputError where the library fails on a text.
+        A tokenizer that raises InputError if the library fails on a text.
 
     Raises:
-        InputError: nothing there, an unreadable file, an empty vocabulary, two tokens with one id, ids far beyond the
-            number of tokens, a tokenizer that fails on a text or makes no token of any.
+        InputError: there is no tokenizer, a file cannot be read, the vocabulary is empty, two tokens have the same id,
+            an id is far larger than the number of tokens, or the tokenizer fails on a text or returns no tokens.
     """
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as RustTokenizer
@@ -137,11 +137,11 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -
 
     folder = resolve_checkpoint_dir(path_or_id, key)
     name = f"{key}: the tokenizer in {folder}"
-    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    file, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     with _without_stderr():
         with _failures(f"{name} cannot be read"):
-            if whole.is_file():
-                text = whole.read_text(encoding="utf-8")
+            if file.is_file():
+                text = file.read_text(encoding="utf-8")
                 tokenizer = RustTokenizer.from_str(text)
                 _check_settings(json.loads(text), tokenizer, name)
             elif vocab.is_file() and merges.is_file():
@@ -154,48 +154,53 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -
         entries = tokenizer.get_vocab(with_added_tokens=True)
         if not entries:
             raise InputError(f"{name} has an empty vocabulary")
-        if (greatest := max(entries.values())) > 2 * len(entries) + 1000:  # tables by id would be as long
-            raise InputError(f"{name} has {len(entries)} tokens and one with the id {greatest}")
+        if (max_id := max(entries.values())) > 2 * len(entries) + 1000:  # tables indexed by id would be as long
+            raise InputError(f"{name} has {len(entries)} tokens and one with the id {max_id}, which is too large")
         with _failures(f"{name} cannot be used"):
-            _try(tokenizer, name)
+            _check_encoding(tokenizer, name)
     return cast("Tokenizer", GuardedTokenizer(tokenizer, name))
 
 
 def _make_deterministic(tokenizer: Tokenizer) -> None:
-    """Turn off what cuts, pads or randomises an encoding."""
+    """Disable truncation, padding and random sampling of encodings."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     model: Any = tokenizer.model
-    for setting in ("dropout", "alpha", "nbest_size"):  # of BPE; of Unigram's sampling
+    for setting in ("dropout", "alpha", "nbest_size"):  # BPE dropout; sampling of Unigram
         if getattr(model, setting, None) is not None:
             setattr(model, setting, None)
 
 
 def _check_settings(settings: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
-    """Refuse a tokenizer.json that loads as something other than it states.
+    """Check that the tokenizer is the one that its tokenizer.json describes.
+
+    Args:
+        settings: the content of tokenizer.json.
+        tokenizer: the loaded tokenizer.
+        name: the name of the tokenizer in messages.
 
     Raises:
-        InputError: two tokens with one id, an added token with an id that it does not get, or a normalizer or decoder
-            that makes text grow without a sensible limit.
+        InputError: two tokens have the same id, an added token does not get its id, or a normalizer or decoder can make
+            text more than ``_MAX_GROWTH`` times as long.
     """
     if isinstance(entries := settings["model"].get("vocab"), dict):
         _check_ids(entries, name)
     for token in settings.get("added_tokens") or ():
         if token["content"] and tokenizer.token_to_id(token["content"]) != token["id"]:
             raise InputError(
-                f"{name} states the id {token['id']} for the added token {token['content'][:100]!r}, which gets "
-                f"{tokenizer.token_to_id(token['content'])}; an id must be free, or the token's own in the vocabulary"
+                f"{name} has the id {token['id']} for the added token {token['content'][:100]!r}, which gets "
+                f"{tokenizer.token_to_id(token['content'])}; an id must be unused, or the token's id in the vocabulary"
             )
     for part in ("normalizer", "decoder"):
         if (growth := _growth(settings.get(part))) > _MAX_GROWTH:
             raise InputError(
-                f"{name} has a {part} that can make text {growth:.3g} times as long; at most {_MAX_GROWTH} times is "
-                "allowed"
+                f"{name} has a {part} that can make text {growth:.3g} times as long; it must be at most {_MAX_GROWTH} "
+                "times"
             )
 
 
 def _check_ids(entries: dict[str, int], name: str) -> None:
-    """Refuse a vocabulary in which two tokens share an id: one of them is lost when it is saved."""
+    """Raise an InputError if two tokens share an id, because one of them would be lost on saving."""
     seen: dict[int, str] = {}
     for token, number in entries.items():
         if seen.setdefault(number, token) != token:
@@ -203,7 +208,7 @@ def _check_ids(entries: dict[str, int], name: str) -> None:
 
 
 def _growth(component: Any) -> float:
-    """How many times as long as a text the output of a normalizer or decoder can be."""
+    """Return the maximum factor by which a normalizer or decoder can lengthen a text."""
     if not isinstance(component, dict):
         return 1.0
     growth = max(1.0, len(str(component.get("content", "")))) if component.get("type") == "Replace" else 1.0
@@ -212,68 +217,69 @@ def _growth(component: Any) -> float:
     return growth
 
 
-def _try(tokenizer: Tokenizer, name: str) -> None:
+def _check_encoding(tokenizer: Tokenizer, name: str) -> None:
     """Encode and decode a few texts.
 
     Raises:
-        InputError: no text gets a token.
+        InputError: no text is encoded to a token.
     """
-    found = [tokenizer.encode(text) for text in _PROBES]
-    for encoding in (*found, *tokenizer.encode_batch(list(_PROBES))):
+    encodings = [tokenizer.encode(text) for text in _PROBES]
+    for encoding in (*encodings, *tokenizer.encode_batch(list(_PROBES))):
         tokenizer.decode(encoding.ids, skip_special_tokens=False)
-    if not any(end > start for encoding in found for start, end in encoding.offsets):  # special tokens cover no text
+    if not any(end > start for encoding in encodings for start, end in encoding.offsets):  # ignores special tokens
         raise InputError(f"{name} makes no token of any text")
 
 
 def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:
-    """Refuse a tokenizer with tokens that a model does not have.
+    """Check that a model has all tokens of a tokenizer.
 
     Args:
-        tokenizer: of the option ``key``.
-        vocab_size: the model's, which ``where`` states.
-        where: for the error message.
-        key: the same.
+        tokenizer: the tokenizer.
+        vocab_size: vocabulary size of the model.
+        where: the source of ``vocab_size``, for the error message.
+        key: the option of the tokenizer, for the error message.
 
     Raises:
-        InputError: its greatest token id, or one that it adds to every text, is beyond ``vocab_size``.
+        InputError: a token id of the vocabulary, or of a special token that is added to texts, is not below
+            ``vocab_size``.
     """
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if needed > vocab_size:
         raise InputError(
             f"the tokenizer has {needed} tokens and {where} has vocab_size {vocab_size}: "
-            f"{key} must be the one that the base was trained with"
+            f"{key} must be the tokenizer that the base was trained with"
         )
-    if (greatest := max(tokenizer.encode("a").ids, default=0)) >= vocab_size:  # one that is put around every text
+    if (max_id := max(tokenizer.encode("a").ids, default=0)) >= vocab_size:  # a special token of every text
         raise InputError(
-            f"the tokenizer gives a text the id {greatest} and {where} has vocab_size {vocab_size}: "
-            f"{key} must be the one that the base was trained with"
+            f"the tokenizer gives a text the id {max_id} and {where} has vocab_size {vocab_size}: "
+            f"{key} must be the tokenizer that the base was trained with"
         )
 
 
-_Token = tuple[int, tuple[int, int]]  # its id, and where it starts and ends in the text
+_Token = tuple[int, tuple[int, int]]  # id, and start and end in the text
 
 
 def encode_stream(
     tokenizer: Tokenizer, file: TextIO, window: int = _WINDOW, overlap: int = _OVERLAP
 ) -> Iterator[list[int]]:
-    """Encode a text of any length in bounded memory, without the special tokens that a tokenizer puts around a text.
+    """Encode a text of any length in bounded memory, without the special tokens that a post-processor adds.
 
-    The text is encoded in overlapping windows. Two windows are joined between two tokens that both of them have at the
-    same place. For a byte-level BPE the result equals the encoding of the whole text: a sequence of tokens is the
-    encoding of its text exactly if every two neighbours are the encoding of theirs, and GPT-2's pre-tokenizer never
-    looks back. The two can differ only where the windows have no such tokens in common: in a run without a boundary of
-    hundreds of characters, or a single token as long.
+    The text is encoded in overlapping windows. Two windows are joined between two neighbouring tokens that both contain
+    at the same position. For a byte-level BPE the result equals the encoding of the full text: a sequence of tokens is
+    the encoding of its text if and only if every two neighbours are the encoding of theirs, and GPT-2's pre-tokenizer
+    never looks back. The result can differ only if the windows have no such tokens in common: in a run of hundreds of
+    characters without a boundary, or in a single token of that length.
 
     Args:
         tokenizer: the tokenizer.
         file: the text, open for reading.
         window: characters encoded at a time.
-        overlap: characters of a window that are encoded with the next one too, at most half of ``window``.
+        overlap: characters of a window that are also in the next window, at most half of ``window``.
 
     Yields:
-        The ids of one part of the text after the other.
+        The token ids of consecutive parts of the text.
     """
-    text, pending = file.read(window), list[_Token]()  # tokens of the window before, from the start of `text` on
+    text, pending = file.read(window), list[_Token]()  # tokens of the previous window from the start of `text` on
     while True:
         encoding = tokenizer.encode(text, add_special_tokens=False)
         tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
@@ -282,64 +288,77 @@ def encode_stream(
         if not more:
             yield [token for token, _ in (*pending[:before], *tokens[after:])]
             return
-        cut, place = _restart(encoding, len(text) - overlap, len(text) - overlap // 2)
+        cut, offset = _next_window(encoding, len(text) - overlap, len(text) - overlap // 2)
         yield [token for token, _ in (*pending[:before], *tokens[after:cut])]
-        pending = [(token, (start - place, end - place)) for token, (start, end) in tokens[cut:]]
-        text = text[place:] + more
+        pending = [(token, (start - offset, end - offset)) for token, (start, end) in tokens[cut:]]
+        text = text[offset:] + more
 
 
 def _common_boundary(left: list[_Token], right: list[_Token]) -> tuple[int, int]:
-    """Find the first two neighbouring tokens that two encodings have at the same place.
+    """Find the first two neighbouring tokens that two encodings have at the same position.
+
+    Args:
+        left: tokens of one window.
+        right: tokens of the next window, with positions relative to the same text.
 
     Returns:
-        The number of tokens before the boundary between them in each encoding; 0 and 0 where there is none.
+        The number of tokens before the boundary between the two tokens in each encoding; (0, 0) if there is none.
     """
-    numbers: dict[int, int] = {}  # of the first token of `right` that starts at each place
+    first_at: dict[int, int] = {}  # maps a position to the index of the first token of `right` that starts there
     for j, (_, (start, _)) in enumerate(right):
         if not left or start > left[-1][1][0]:
             break
-        numbers.setdefault(start, j)
+        first_at.setdefault(start, j)
     for i in range(1, len(left)):
         start = left[i][1][0]
-        j = numbers.get(start, 0)
+        j = first_at.get(start, 0)
         if j and left[i - 1][1][1] <= start and left[i - 1 : i + 1] == right[j - 1 : j + 1]:
             return i, j
     return 0, 0
 
 
-def _restart(encoding: Encoding, first: int, last: int) -> tuple[int, int]:
-    """Choose where the next window starts: at the start of a word, else between two tokens, else at ``first``.
+def _next_window(encoding: Encoding, first: int, last: int) -> tuple[int, int]:
+    """Choose the start of the next window: a start of a word, else a boundary between two tokens, else ``first``.
 
     Args:
-        encoding: of this window.
-        first: the first character that may be chosen.
-        last: the last one.
+        encoding: encoding of this window.
+        first: first possible character.
+        last: last possible character.
 
     Returns:
-        The number of tokens and of characters before it.
+        The number of tokens and the number of characters before the start.
     """
     offsets, boundary = encoding.offsets, None
     for i in range(max(1, bisect_left(offsets, first, key=itemgetter(1))), len(offsets)):
-        place = offsets[i - 1][1]  # a token may start, by its offsets, behind a space that belongs to it
-        if place > last:
+        start = offsets[i - 1][1]  # the offset of a token may be after the space that belongs to it
+        if start > last:
             break
-        if first <= place <= offsets[i][0]:
+        if first <= start <= offsets[i][0]:
             if encoding.token_to_word(i) != encoding.token_to_word(i - 1):
-                return i, place
-            boundary = boundary or (i, place)
+                return i, start
+            boundary = boundary or (i, start)
     return boundary or (sum(end <= first for _, end in offsets), first)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most ``vocab_size`` entries; ``<|endoftext|>`` is token 0."""
+    """Train a byte-level BPE tokenizer; ``<|endoftext|>`` is token 0.
+
+    Args:
+        texts: the training texts.
+        vocab_size: maximum number of tokens, at least 257.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: ``vocab_size`` is below 257.
+    """
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     if vocab_size < 257:
-        raise InputError(
-            f"vocab_size is {vocab_size}; a byte-level BPE needs 256 bytes and {END_OF_TEXT}: at least 257"
-        )
+        raise InputError(f"vocab_size must be at least 257, for 256 bytes and {END_OF_TEXT}, got {vocab_size}")
     tokenizer = _byte_level(BPE())
     trainer = BpeTrainer(
         vocab_size=vocab_size,

@@ -37,7 +37,9 @@ def test_disable_malloc_trim_repeated_allocation_has_few_page_faults() -> None:
     assert faults() < faults(MALLOC_MMAP_THRESHOLD_="131072") / 4
 
 
-@pytest.mark.parametrize("refused", [[], [malloc.LARGEST], [malloc.LARGEST, malloc.LARGEST_BEFORE]])
+@pytest.mark.parametrize(
+    "refused", [[], [malloc.MAX_THRESHOLD], [malloc.MAX_THRESHOLD, malloc.MAX_THRESHOLD_OLD_GLIBC]]
+)
 def test_disable_malloc_trim_refused_threshold_falls_back_or_sets_nothing(refused, monkeypatch) -> None:
     """Without an accepted mmap threshold, a trim threshold would fix the mmap threshold at 128 KB."""
     taken = {}
@@ -54,5 +56,5 @@ def test_disable_malloc_trim_refused_threshold_falls_back_or_sets_nothing(refuse
         monkeypatch.delenv(name)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library)
     malloc.disable_malloc_trim()
-    threshold = [value for value in (malloc.LARGEST, malloc.LARGEST_BEFORE) if value not in refused][:1]
+    threshold = [value for value in (malloc.MAX_THRESHOLD, malloc.MAX_THRESHOLD_OLD_GLIBC) if value not in refused][:1]
     assert taken == ({malloc.M_MMAP_THRESHOLD: threshold[0], malloc.M_TRIM_THRESHOLD: -1} if threshold else {})

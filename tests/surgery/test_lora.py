@@ -208,17 +208,17 @@ def test_lora_dropout_affects_only_the_adapter_in_training():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ["query"]}, "there is no target 'query'; targets are q, k, v, c_attn"),
-        ({"targets": []}, "targets is empty"),
-        ({"targets": ["q", "c_attn"]}, "name attn.c_attn twice"),
-        ({"targets": ["q", "q"]}, "name attn.c_attn twice"),
-        ({"layers": "1-3"}, "the blocks that exist are 0 to 2"),
-        ({"layers": "top"}, "layers is 'top'"),
-        ({"layers": []}, "the blocks that exist"),
-        ({"rank": 0}, "rank is 0"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"alpha": 0}, "alpha is 0"),
-        ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio is -1"),
+        ({"targets": ["query"]}, "unknown target 'query'; targets are q, k, v, c_attn"),
+        ({"targets": []}, "targets must not be empty"),
+        ({"targets": ["q", "c_attn"]}, "names attn.c_attn twice"),
+        ({"targets": ["q", "q"]}, "names attn.c_attn twice"),
+        ({"layers": "1-3"}, "layers must be blocks from 0 to 2"),
+        ({"layers": "top"}, "layers must be numbers and ranges .*, got 'top'"),
+        ({"layers": []}, "layers must be blocks"),
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"alpha": 0}, "alpha must be above 0, got 0"),
+        ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio must be above 0, got -1"),
     ],
 )
 def test_lora_options_that_do_not_fit_the_model_are_refused(options, message):
@@ -229,10 +229,10 @@ def test_lora_options_that_do_not_fit_the_model_are_refused(options, message):
 def test_lora_second_adapter_on_one_matrix_is_refused():
     model = LoRA(targets=["q"], layers=2).apply(gpt2())
     LoRA(targets=["v"], layers="0-1").apply(model)  # other blocks
-    with pytest.raises(InputError, match=r"h.0.attn.c_attn has an adapter already: two LoRA"):
+    with pytest.raises(InputError, match=r"h.0.attn.c_attn has an adapter already; two LoRA"):
         LoRA(targets=["v"]).apply(model)
     LoRA(targets=["wte"]).apply(model)
-    with pytest.raises(InputError, match=r"wte has an adapter already: two LoRA"):
+    with pytest.raises(InputError, match=r"wte has an adapter already; two LoRA"):
         LoRA(targets=["wte"]).apply(model)
 
 
@@ -272,9 +272,9 @@ def test_lora_refused_apply_leaves_the_model_unchanged():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": "c_attn"}, r"targets is 'c_attn'; write a list, such as \[c_attn\]"),
-        ({"rank": 8.5}, "rank is 8.5"),
-        ({"targets": ["wte"], "use_dora": True}, "dora has no form for wte"),
+        ({"targets": "c_attn"}, r"targets must be a list such as \[c_attn\], got 'c_attn'"),
+        ({"rank": 8.5}, "rank must be an integer of at least 1, got 8.5"),
+        ({"targets": ["wte"], "use_dora": True}, "use_dora does not support the target wte"),
     ],
 )
 def test_lora_invalid_option_types_are_refused(options, message):

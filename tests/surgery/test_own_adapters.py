@@ -118,11 +118,11 @@ def built(base, surgery, cls=LanguageModel, **settings):
 @pytest.mark.parametrize(
     ("surgery", "words"),
     [
-        ([LoRA(rank=2), IA3()], r"no place for h\.0\.mlp\.c_fc\.layer\.bias, .*c_fc\.scale.*; use --format hf$"),
-        ([LoRA(rank=2), IA3(keeps=False)], r"no place for h\.0\.mlp\.c_fc\.scale, h\.1\.mlp\.c_fc\.scale; use --f"),
-        ([LoRA(rank=2), OutputScale()], r"no place for scale; use --format hf$"),
-        ([PrefixTuning(3), IA3(keeps=False)], r"c_fc\.scale; no format holds that beside virtual tokens$"),
-        ([OutputScale()], r"no place for scale"),
+        ([LoRA(rank=2), IA3()], r"cannot store h\.0\.mlp\.c_fc\.layer\.bias, .*c_fc\.scale.*; use --format hf$"),
+        ([LoRA(rank=2), IA3(keeps=False)], r"cannot store h\.0\.mlp\.c_fc\.scale, h\.1\.mlp\.c_fc\.scale; use --f"),
+        ([LoRA(rank=2), OutputScale()], r"cannot store scale; use --format hf$"),
+        ([PrefixTuning(3), IA3(keeps=False)], r"c_fc\.scale; no format stores them together with virtual tokens$"),
+        ([OutputScale()], r"cannot store scale"),
         ([LoRA(rank=2), Doubled()], r"surgery changed weights of the base; .*; use --format hf$"),
     ],
     ids=["wrapper", "layer", "tensor", "prefix", "alone", "weight"],
@@ -134,7 +134,7 @@ def test_export_peft_unsupported_parameters_are_refused(surgery, words, base, tm
 
 def test_export_trained_base_with_virtual_tokens_is_refused_by_both_formats(base, tmp_path):
     task = built(base, [PromptTuning(3), Unfreeze()])
-    with pytest.raises(InputError, match=r"the base was trained.*no format holds that beside virtual tokens$"):
+    with pytest.raises(InputError, match=r"the base was trained.*no format stores them together with virtual tokens$"):
         export_peft(task, tmp_path)
     with pytest.raises(InputError, match=r"use --format peft, which supports it if nothing else was trained or added"):
         export_hf(task, tmp_path, base)

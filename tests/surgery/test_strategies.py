@@ -301,7 +301,7 @@ def test_peft_adapter_of_another_model_shape_is_refused(base, tmp_path):
         PeftAdapter(str(tmp_path / "wide")).apply(GPT2.from_pretrained(base))
     other = GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=3, n_head=2))
     exchange.save(LoRA(layers=2).apply(other), tmp_path / "deep", None)
-    with pytest.raises(InputError, match="no place in the model"):
+    with pytest.raises(InputError, match="the model has no layer for the adapter"):
         PeftAdapter(str(tmp_path / "deep")).apply(GPT2.from_pretrained(base))
 
 

@@ -223,7 +223,7 @@ def test_task_surgery_settings_that_are_not_plain_values_are_refused(base, tmp_p
 
     with pytest.raises(InputError, match=r"From: folder must be text.*PosixPath"):
         SentimentClassifier(base=str(base), surgery=[From(tmp_path)])
-    with pytest.raises(InputError, match=r"Forgets does not keep its argument 'size'"):
+    with pytest.raises(InputError, match=r"Forgets does not store its argument 'size'"):
         SentimentClassifier(base=str(base), surgery=[Forgets(3)])
 
 

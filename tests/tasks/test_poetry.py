@@ -390,8 +390,8 @@ def test_rhyme_known_line_pairs_are_classified_correctly(first, second, expected
 def test_rhyme_share_ignores_pairs_of_given_lines():
     lines = ["one increase", "a day", "it shall cease", "the way"] + ["nothing here"] * 10
     assert rhyme_share(lines) == pytest.approx(2 / 7)
-    assert rhyme_share(lines, given=3) == pytest.approx(1 / 6)
-    assert rhyme_share(lines, given=4) == 0.0
+    assert rhyme_share(lines, prompt_lines=3) == pytest.approx(1 / 6)
+    assert rhyme_share(lines, prompt_lines=4) == 0.0
 
 
 def test_rhyme_share_of_real_sonnets_is_high_and_of_mixed_ones_low(shared):

@@ -188,10 +188,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _describe_memory(error: BaseException) -> str | None:
     text, where, advice = str(error), "", ""
     if isinstance(error, RuntimeError):  # from torch and other C++ libraries
-        of_device = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
-        if not of_device and not any(sign in text for sign in _OUT_OF_MEMORY):
+        is_device = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
+        if not is_device and not any(sign in text for sign in _OUT_OF_MEMORY):
             return None
-        where, advice = " on the device" if of_device else "", "; a smaller batch size needs less"
+        where, advice = " on the device" if is_device else "", "; a smaller batch size needs less"
     elif isinstance(error, ImportError):  # the address space has no room for a shared library
         if not any(sign in text for sign in ("failed to map segment", os.strerror(errno.ENOMEM))):
             return None

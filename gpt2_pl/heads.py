@@ -98,7 +98,7 @@ class ClassificationHead(nn.Module):
 class Verbalizer(nn.Module):
     """Language-model head restricted to one label word, a single token, per class (Schick & Schütze 2021).
 
-    The logits are rows of the tied token embedding times the hidden state. There are no parameters of its own, so that
+    The logits are rows of the tied token embedding times the hidden state. The head has no parameters, so that
     a model classifies without training.
 
     Args:

@@ -137,7 +137,7 @@ def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, An
     linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
     decomposed = {isinstance(module, DoRALinear) for module in linear} or {False}
     if len(decomposed) > 1 or (True in decomposed and len(linear) < len(adapters)):
-        raise InputError("the adapters must be all LoRA or all DoRA in peft's format, got both")
+        raise InputError("a peft adapter must be LoRA or DoRA, got LoRA and DoRA in one model")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return tensors, {
         "peft_type": "LORA",

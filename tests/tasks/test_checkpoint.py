@@ -154,7 +154,7 @@ def test_load_checkpoint_with_changed_peft_adapter_is_refused(fit, base, tmp_pat
     SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 48}))
-    with pytest.raises(InputError, match=re.escape(f"{folder}: the adapter is not the one")):
+    with pytest.raises(InputError, match=re.escape(f"{folder}: the adapter has changed since")):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     with pytest.raises(InputError, match=r"model\.surgery must be that of the checkpoint"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=[PeftAdapter(str(folder))])

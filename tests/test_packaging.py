@@ -170,7 +170,7 @@ class Wide(Surgery):
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
-        ("gpt2_pl.surgery.LoRA", ["--model.surgery.targets", "--model.surgery.rank RANK", "the rank of an adapter"]),
+        ("gpt2_pl.surgery.LoRA", ["--model.surgery.targets", "--model.surgery.rank RANK", "rank r of an adapter"]),
         ("own_help.Wide", ["Train less", "--model.surgery.size SIZE", "of it. (type: int, default: 3)"]),
         ("own_help.Bare", ["Train nothing", "It has no arguments"]),
     ],

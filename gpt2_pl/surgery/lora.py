@@ -202,8 +202,8 @@ class LoRA(Surgery):
         targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (of the
             attention), ``c_fc``, ``mlp.c_proj``, and ``wte``, the token embedding. ``wte`` does not depend on
             ``layers``, has no dropout and does not support DoRA.
-        rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
-        dora: weight-decomposed adaptation (Liu et al. 2024).
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
+        use_dora: weight-decomposed adaptation (Liu et al. 2024).
         layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
         loraplus_lr_ratio: learning rate of B divided by that of A, above 0 (LoRA+, Hayou et al. 2024).
 

@@ -46,10 +46,12 @@ def bounded():
     resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 2**30, before[1]))
     signal.alarm(60)
     since = time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
     assert time.process_time() - since < 10.0
-    signal.alarm(0)
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.usefixtures("bounded")

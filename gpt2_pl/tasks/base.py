@@ -206,6 +206,7 @@ class Task(Registered, OptimizedModule):
             )
         self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
         self.n_virtual = skeleton.n_virtual
+        self._meta_model = (skeleton,)  # in a tuple, so that it is no submodule
         self.layer_names = [*_layers(skeleton), "head"]  # the keys of layer_groups()
 
     def _skeleton(self) -> GPT2:
@@ -362,7 +363,7 @@ class Task(Registered, OptimizedModule):
         from torch.utils.flop_counter import FlopCounterMode
 
         trainable = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
-        gpt2 = self._skeleton().eval()
+        gpt2 = self._meta_model[0].eval()
         for name, parameter in gpt2.named_parameters():
             parameter.requires_grad_(name in trainable)
         input_ids = torch.zeros(1, max(1, round(context)), dtype=torch.long, device="meta")

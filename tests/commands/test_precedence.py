@@ -98,6 +98,33 @@ def used(cli):
     return yaml.safe_load(cli._parser("fit").dump(cli.config["fit"], skip_none=False))
 
 
+def assert_used(cli, settings, values, sources):
+    """Compare the settings of the model, and the model, with the value of every setting's source."""
+    for name, source in sources.items():
+        if name == "label_token_ids" and source == 0:
+            continue  # a checkpoint's are looked up again
+        if name in ("optimizer", "schedule"):
+            if source:
+                init_args = settings[name]["init_args"]
+                assert init_args.items() >= values[name][source]["init_args"].items(), name
+            continue
+        expected = values[name][source]
+        built = cli.model.hparams[name]
+        if name == "surgery":  # none is an empty list
+            settings[name], built = settings[name] or None, built or None
+        assert settings[name] == expected, name
+        if name == "config" and expected is not None:
+            expected = {**expected, "dropout": values["dropout"][sources["dropout"]]}
+        assert built == expected, name
+        if isinstance(own := getattr(cli.model, name, None), bool | int | float | str) and expected is not None:
+            assert own == expected, name
+    if source := sources["optimizer"]:
+        made = cli.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        assert made.defaults["lr"] == values["optimizer"][source]["init_args"]["lr"]
+    if source := sources["schedule"]:
+        assert cli.model.schedule.warmup == values["schedule"][source]["init_args"]["warmup"]
+
+
 CASES = [
     *((task, "base") for task in TASKS),
     (SentimentClassifier, "config"),
@@ -132,29 +159,7 @@ def test_gpt2cli_hyperparameter_prefers_flag_over_file_over_checkpoint(task, var
         typed = [f"--model.{name}={written(values[name][2])}" for name, source in sources.items() if source == 2]
         cli = build("fit", *(["--config", file] if stated else []), *typed, *data)
         found = used(cli)["model"]["init_args"]
-        for name, source in sources.items():
-            if name == "label_token_ids" and source == 0:
-                continue  # a checkpoint's are looked up again
-            if name in ("optimizer", "schedule"):
-                if source:
-                    init_args = found[name]["init_args"]
-                    assert init_args.items() >= values[name][source]["init_args"].items(), name
-                continue
-            expected = values[name][source]
-            built = cli.model.hparams[name]
-            if name == "surgery":  # none is an empty list
-                found[name], built = found[name] or None, built or None
-            assert found[name] == expected, name
-            if name == "config" and expected is not None:
-                expected = {**expected, "dropout": values["dropout"][sources["dropout"]]}
-            assert built == expected, name
-            if isinstance(own := getattr(cli.model, name, None), bool | int | float | str) and expected is not None:
-                assert own == expected, name
-        if source := sources["optimizer"]:
-            made = cli.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
-            assert made.defaults["lr"] == values["optimizer"][source]["init_args"]["lr"]
-        if source := sources["schedule"]:
-            assert cli.model.schedule.warmup == values["schedule"][source]["init_args"]["warmup"]
+        assert_used(cli, found, values, sources)
         return cli
 
     says(dict.fromkeys(names, 0))

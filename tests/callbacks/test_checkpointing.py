@@ -276,9 +276,9 @@ def contents(folder):
     [
         (["--model.config.n_layer=4"], "h.3"),
         (["--model.optimizer.init_args.lr=0.01"], "model.optimizer is"),
-        (["--model.pooling=mean"], "model.pooling is mean; the run that goes on has last"),
-        (["--data.n_train=90"], "data.n_train is 90; the run that goes on has 96"),
-        (["--seed_everything=2"], "seed_everything is 2; the run that goes on has 1"),
+        (["--model.pooling=mean"], "model.pooling must be last, as in the resumed run"),
+        (["--data.n_train=90"], "data.n_train must be 96, as in the resumed run"),
+        (["--seed_everything=2"], "seed_everything must be 1, as in the resumed run"),
         (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
     ],
 )

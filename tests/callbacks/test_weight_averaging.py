@@ -201,4 +201,4 @@ def test_swa_resumed_after_it_began_is_refused(steps, run, capsys):
 def test_fit_weight_averaging_of_sharded_model_is_refused(averaging, run, capsys):
     sharded = f"--config={CONFIGS}/trainer/fsdp.yaml"
     line = refused(run, capsys, *TINY, sharded, averaging, "--trainer.accelerator=cpu", "--trainer.devices=1")
-    assert "averages whole models" in line
+    assert "averages complete models" in line

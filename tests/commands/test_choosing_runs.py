@@ -20,7 +20,7 @@ def test_fit_version_number_names_the_folder_of_the_default_kind(version, folder
 
 def test_fit_negative_version_is_refused(run, capsys):
     line = refused(run, capsys, *QUICK, "--version", "-1")
-    assert "version is -1; it must be a number from 0 or a folder's name" in line
+    assert "version must be an integer of at least 0 or the name of a folder, got -1" in line
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def folders(tmp_path):
         ("lightning_logs/x/0", "RUN: there is no folder lightning_logs/x/0; did you mean lightning_logs/x/version_0?"),
         ("lightning_logs/x/version_1", "did you mean lightning_logs/x/version_0?"),
         ("lightning_logs/x", "x has no checkpoints/best.ckpt; runs below it are lightning_logs/x/version_0"),
-        ("-1", "RUN: there is no folder -1; a run's folder is lightning_logs/NAME/version_N"),
-        ("nowhere/version_0", "there is no folder nowhere/version_0; a run's folder is lightning_logs/NAME/version_N"),
+        ("-1", "RUN: there is no folder -1; the folder of a run is lightning_logs/NAME/version_N"),
+        ("nowhere/version_0", "there is no folder nowhere/version_0; the folder of a run is lightning_logs/"),
     ],
 )  # fmt: skip
 def test_commands_missing_run_error_suggests_existing_run(command, path, words, folders, run, capsys, tmp_path):

@@ -111,7 +111,7 @@ def test_fit_abbreviated_flag_is_refused(built, capsys, tmp_path):
     for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):
         assert flag.partition("=")[0] in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
     for given, words in (
-        ("-c/nowhere.yaml", "-c/nowhere.yaml is no flag"),
+        ("-c/nowhere.yaml", "unknown flag -c/nowhere.yaml"),
         ("-c=/nowhere.yaml", "no file /nowhere.yaml"),
     ):
         assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", given)

@@ -122,4 +122,4 @@ def test_fit_config_without_settings_is_refused_by_name(run, tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     with pytest.raises(SystemExit):
         run("fit", "--config", ROOT / "configs/quickstart.yaml", "--config", "empty.yaml")
-    assert "config: empty.yaml holds no settings" in capsys.readouterr().err
+    assert "config: empty.yaml is empty" in capsys.readouterr().err

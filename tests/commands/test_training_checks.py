@@ -26,20 +26,20 @@ def callback(name, **arguments):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["--trainer.max_epochs=0"], "trainer.max_epochs is 0, and fit would train nothing"),
-        (["--trainer.max_steps=0"], "trainer.max_steps is 0, and fit would train nothing"),
-        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0, and fit would train nothing"),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs must not be 0"),
+        (["--trainer.max_steps=0"], "trainer.max_steps must not be 0"),
+        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must not be 0"),
         ([callback("BackboneFinetuning")], "use gpt2_pl.callbacks.GradualUnfreezing"),
         ([callback("LearningRateFinder")], "LearningRateFinder sets an attribute that tasks do not have"),
         ([callback("BatchSizeFinder")], "BatchSizeFinder changes the batch size"),
         ([callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)], "ModelPruning replaces weights"),
-        ([callback("ModelCheckpoint", filename="best")], "would write checkpoints/best.ckpt"),
-        ([callback("ModelCheckpoint", save_last="link")], "would write checkpoints/last.ckpt"),
+        ([callback("ModelCheckpoint", filename="best")], "would overwrite checkpoints/best.ckpt"),
+        ([callback("ModelCheckpoint", save_last="link")], "would overwrite checkpoints/last.ckpt"),
         ([callback("EarlyStopping", monitor="val/loss"), NO_VALIDATION], "EarlyStopping monitors 'val/loss'"),
         ([callback("ModelCheckpoint", monitor="val/loss"), NO_VALIDATION], "ModelCheckpoint monitors 'val/loss'"),
         (
             [callback("GradientAccumulationScheduler", scheduling={0: 2}), "--trainer.accumulate_grad_batches=2"],
-            "both say how many batches make an optimizer step",
+            "both set the number of batches in an optimizer step",
         ),
         (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "got one that starts them by spawn"),
         (["--trainer.strategy=ddp_fork", "--trainer.devices=2"], "got one that starts them by fork"),
@@ -65,7 +65,7 @@ def test_fit_monitor_that_is_not_logged_is_refused_in_one_line(name, run, capsys
 def test_fit_fraction_below_one_batch_is_refused_before_training(key, run, base, data_flags, capsys, tmp_path):
     rows = ["fit", *SST5, f"--model.base={base}", "--data.max_length=40", "--data.labels=['0', '1']", *data_flags]
     line = refused(run, capsys, *rows, f"--trainer.{key}=0.01")
-    assert f"trainer.{key} must be a number of batches, or a share of them that is at least one batch, got 0.01" in line
+    assert f"trainer.{key} must be a number of batches, or a fraction that is at least one batch, got 0.01" in line
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -123,9 +123,9 @@ class Closure(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        (torch.optim.LBFGS, r"model.optimizer: LBFGS doesn't support .*as torch.optim.AdamW takes them"),
+        (torch.optim.LBFGS, r"model.optimizer: LBFGS doesn't support .*as torch.optim.AdamW supports"),
         (torch.optim.SparseAdam, "model.optimizer: SparseAdam does not support dense gradients"),
-        (Closure, "model.optimizer: Closure evaluates the loss more than once a step"),
+        (Closure, "model.optimizer must evaluate the loss once per step, .* got Closure"),
         (lambda groups: torch.optim.Adam(groups, lr=-1), "model.optimizer: Invalid learning rate"),
     ],
 )

@@ -143,7 +143,7 @@ def test_fit_rank_with_launcher_killed_before_rendezvous_ends(tmp_path):
     for rank in alive:
         rank.kill()
     assert not alive
-    assert "gpt2-pl: error: the process that started this one has ended; so does this" in (tmp_path / "log").read_text()
+    assert "gpt2-pl: error: the process that launched this one has ended" in (tmp_path / "log").read_text()
 
 
 RANK = """

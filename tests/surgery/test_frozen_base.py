@@ -154,7 +154,7 @@ def test_frozen_base_dropout_is_kept_by_config_checkpoint_and_resumed_run(fit, c
     assert (task.frozen_base_dropout, task.backbone.dropout) == (True, P)
     resume = ["--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"]
     line = refused(lambda: fit("lora", *resume, "--model.frozen_base_dropout=false"), capsys)
-    assert "model.frozen_base_dropout is False; the run that goes on has True" in line
+    assert "model.frozen_base_dropout must be True, as in the resumed run" in line
     resumed = fit("lora", *resume)  # the checkpoint says what the command line leaves out
     states = [weights(folder / "checkpoints/last.ckpt") for folder in (whole, resumed, without)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

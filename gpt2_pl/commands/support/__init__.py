@@ -1,1 +1,1 @@
-"""What the subcommands share: parsing and its messages, configurations, plugins, the process, the run folder."""
+"""Parts shared by the commands: parsers, error messages, configurations, plugins, processes and run folders."""

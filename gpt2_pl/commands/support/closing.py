@@ -1,4 +1,4 @@
-"""What fit, validate, test and predict print at their end."""
+"""Final output of fit, validate, test and predict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt2_pl.tasks.averaging import blocks_resuming
 
 
 def resume_advice(trainer: Trainer, folder: Path) -> str:
-    """Return how to resume a run that was stopped, as the end of a line."""
+    """Return how to resume an interrupted run, as the end of a message."""
     last = Path(folder, "checkpoints", "last.ckpt")
     if not last.is_file():
         return " before the first checkpoint"
@@ -28,7 +28,7 @@ def resume_advice(trainer: Trainer, folder: Path) -> str:
 
 
 def early_end(trainer: Trainer, has_trained: bool) -> str:
-    """Return why training made fewer epochs than requested, on a line of its own, or an empty string."""
+    """Return the reason why training had fewer epochs than requested, as a new line, or an empty string."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     stopped = (one for one in callbacks if isinstance(one, EarlyStopping) and one.wait_count >= one.patience)
     untrained = "" if has_trained else "nothing was left to train: "
@@ -49,16 +49,16 @@ def print_report(
     note: str,
     best_path: str,
 ) -> None:
-    """Print tables and final scores, where the run is stored, and the commands that continue from it.
+    """Print tables and final scores, the folder of the run, and commands that use it.
 
     Args:
         trainer: after the command.
         module: the task.
         summary: the scores.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
-        can_test: whether the run can be tested rather than validated.
-        note: the end of the line that says that the command is done.
-        best_path: the best checkpoint of a run without a folder; may be empty.
+        can_test: whether the data have a test set.
+        note: end of the line that reports the end of the command.
+        best_path: path of the best checkpoint of a run without a folder; may be empty.
     """
     if not trainer.is_global_zero:
         return

@@ -29,7 +29,7 @@ def readable(text: str, values: Namespace) -> str:
         values: the dumped configuration.
 
     Returns:
-        The dump without those arguments, its comments at the top kept; ``text`` itself where there are none.
+        The dump without those arguments and with its leading comments; ``text`` itself if there are none.
     """
     if _UNREADABLE not in text and _is_plain(values):
         return text
@@ -39,13 +39,13 @@ def readable(text: str, values: Namespace) -> str:
 
 def _readable(dumped: Any, values: Any) -> Any:
     if isinstance(dumped, dict) and isinstance(values, Mapping | Namespace):
-        kept = {key: _readable(value, values.get(key)) for key, value in dumped.items()}
+        result = {key: _readable(value, values.get(key)) for key, value in dumped.items()}
         if isinstance(arguments := values.get("init_args"), Namespace) and not _is_plain(arguments):
             defaults = _defaults(values["class_path"])
-            for key in list(kept["init_args"]):
-                if _is_left_out(dumped["init_args"][key], arguments.get(key), defaults.get(key)):
-                    del kept["init_args"][key]
-        return kept
+            for key in list(result["init_args"]):
+                if _is_omitted(dumped["init_args"][key], arguments.get(key), defaults.get(key)):
+                    del result["init_args"][key]
+        return result
     if isinstance(dumped, list) and isinstance(values, list | tuple):
         return [_readable(one, value) for one, value in zip(dumped, values, strict=True)]
     return values if isinstance(values, str) else dumped  # jsonargparse may import a string where a callable is allowed
@@ -54,15 +54,15 @@ def _readable(dumped: Any, values: Any) -> Any:
 def _defaults(class_path: str) -> Namespace:
     """Return the default arguments of a class, or of a function that returns an instance."""
     module, _, name = class_path.rpartition(".")
-    made = getattr(import_module(module), name)
+    target = getattr(import_module(module), name)
     parser = ArgumentParser(exit_on_error=False)
-    add: Any = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
-    add(made, fail_untyped=False)
+    add_arguments: Any = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
+    add_arguments(target, fail_untyped=False)
     return parser.get_defaults()
 
 
-def _is_left_out(dumped: Any, value: Any, default: Any) -> bool:
-    """Return whether an argument is to be omitted: its default, if not plain, or a value that cannot be written."""
+def _is_omitted(dumped: Any, value: Any, default: Any) -> bool:
+    """Return whether an argument is omitted: its value is not plain, and is the default or cannot be written."""
     if _is_plain(value):
         return False
     try:
@@ -72,7 +72,7 @@ def _is_left_out(dumped: Any, value: Any, default: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value consists of mappings, lists, strings, numbers, booleans and nulls alone."""
+    """Return whether a value consists only of mappings, lists, strings, numbers, booleans and nulls."""
     if isinstance(value, Mapping | Namespace):
         return all(map(_is_plain, value.values()))
     if isinstance(value, list):

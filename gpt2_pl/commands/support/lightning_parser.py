@@ -32,25 +32,25 @@ jsonargparse.set_loader("yaml", _load_bounded_yaml, exceptions=(yaml.YAMLError,)
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser with one-line errors, atomic configuration files and help that names whole keys.
+    """LightningCLI's parser with one-line errors, atomic configuration files and help with complete keys.
 
     Flags cannot be abbreviated, because :class:`CommandLine` reads them before they are parsed.
     """
 
     introduction = ""
-    help_key = ""  # of the option --KEY.help that is given; nested parsers do not know their outer keys
+    help_key = ""  # KEY of the option --KEY.help; nested parsers do not know their outer keys
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add_class_arguments(self, class_type: Any, nested_key: Any = None, **kwargs: Any) -> Any:
-        """Add a class's arguments; for ``--KEY.help CLASS``, under their whole keys and with its description."""
+        """Add the arguments of a class; for ``--KEY.help CLASS``, with complete keys and its description."""
         is_help = (self.description or "").startswith(f"Help for --{nested_key}.help=")
         if is_help and f".{self.help_key}".endswith(f".{nested_key}"):
             self.description = (self.description or "").replace(f"--{nested_key}", f"--{self.help_key}", 1)
             nested_key = self.help_key
         added = super().add_class_arguments(class_type, nested_key, **kwargs)
-        if is_help and not added:  # no group of arguments shows the description
+        if is_help and not added:  # without arguments, the description is not displayed
             title = (inspect.getdoc(class_type) or str(class_type)).partition("\n")[0].rstrip(".")
             self.add_argument_group(title, "It has no arguments.")
         return added

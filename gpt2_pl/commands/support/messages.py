@@ -1,4 +1,4 @@
-"""The argument parser's messages of many lines as one: the file, the key, what it must be, and the nearest name."""
+"""One-line versions of the argument parser's messages: file, key, expected values and the nearest name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gpt2_pl.errors import (
 from gpt2_pl.tasks.checkpoint import arguments
 from gpt2_pl.utils.user_code import find_fault, is_installed
 
-_NOISE = (
+_IGNORED_LINES = (
     "Does not validate against",
     "Subtypes:",
     "Errors:",
@@ -46,7 +46,7 @@ _NOISE = (
 _CLASS_EXPECTED = ("Not a valid subclass of", "Expected a dot import path string", "Expected an import path or")
 _CALLABLE = re.compile(r"Type \S.* expects a function or a callable class: ")
 _KINDS = {
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
     "str": "text",
@@ -55,16 +55,16 @@ _KINDS = {
     "dict": "a mapping",
 }
 _CLASS = "a class path"
-_OF_ARGUMENTS = (  # what unsuitable arguments of a class raise where it does not check them
+_ARGUMENT_ERRORS = (  # raised by unsuitable arguments that a class does not check
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
     *(MisconfigurationException, RuntimeError, TypeError, ValueError),
 )
 _TASK_FIRST = "the task comes first: --config task/sst5 --config strategy/full"
-_ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # until a task is given
+_ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # without a task's file
 
 
 class _Problem(NamedTuple):
-    """A line of a message, with the key, the class and the value that it is about."""
+    """Line of a message with its indentation level and the key, class and value that it is about."""
 
     depth: int
     key: str
@@ -74,78 +74,115 @@ class _Problem(NamedTuple):
 
 
 def check_keys(line: CommandLine, parser: ArgumentParser) -> None:
-    """Refuse unknown keys at the top of a file, which the parser ignores where they hold nothing.
+    """Check that files have only known keys at their top; the parser ignores unknown ones with empty values.
+
+    Args:
+        line: the command line.
+        parser: parser of the subcommand.
 
     Raises:
-        InputError: naming the file, the key and the nearest one.
+        InputError: a key is unknown; the message names the file and the nearest known key.
     """
     known = {name.removeprefix("--").partition(".")[0] for name in parser._option_string_actions}
     for source in filter(lambda source: source.is_file, line.sources):
         for key in source.settings:
             if (head := key.partition(".")[0].removesuffix("+")) not in known:
-                raise InputError(f"{source.name}: there is no key {head}{did_you_mean(head, known)}")
+                raise InputError(f"{source.name}: unknown key {head}{did_you_mean(head, known)}")
 
 
 def explain(message: str, line: CommandLine, parser: ArgumentParser) -> str:
-    """Rewrite a message of jsonargparse as one line; what is not understood keeps the parser's words.
+    """Rewrite a message of jsonargparse as one line.
 
     Args:
-        message: of one or more lines.
-        line: what was parsed.
-        parser: the subcommand's.
+        message: one or more lines.
+        line: the command line.
+        parser: parser of the subcommand.
+
+    Returns:
+        The line; an unknown message is only joined to one line.
     """
-    names = [name for name in parser._option_string_actions if name.startswith("--")]
-    if found := re.match(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
-        return f"there is no option {found[1]}{_nearest_option(found[1], names)}"
-    if found := re.search(r"does not accept option '(.+?)'", message):
-        near = _nearest_option(found[1], [name.removeprefix("--") for name in names])
-        return f"{_file(line, found[1], '')}there is no key {found[1]}{near}"
-    if found := re.match(r"argument (\S+): expected one argument", message):
-        alone = [name for name in line.without_value if name.startswith(f"{found[1].partition('.')[0]}.")]
-        name = alone[0] if alone else found[1]
-        return f"{name} needs a value; one that begins with -- is given as {name}=VALUE"
-    if "are required" in message and "Parser key" not in message:
-        return f"{' '.join(message.split())}; {_TASK_FIRST}"
+    if (explanation := _explain_option(message, line, parser)) is not None:
+        return explanation
     problems = list(_problems(message))
     deepest = [problem for problem in problems if problem.depth == max(problem.depth for problem in problems)]
     if not deepest or not deepest[0].key:
-        lines = [text for raw in message.splitlines() if (text := raw.strip()) and not text.startswith(_NOISE)]
+        lines = [text for raw in message.splitlines() if (text := raw.strip()) and not text.startswith(_IGNORED_LINES)]
         return " ".join(lines or message.split())
-    _, key, class_path, _, value = deepest[0]
     for problem in deepest:
-        if found := re.search(r"Option '(.+?)\+?' is not accepted", problem.text):
-            option, cls = found[1], pydoc.locate(class_path)
-            near = did_you_mean(option, arguments(cls)) if inspect.isclass(cls) else ""
-            near = f"; {_TASK_FIRST}" if class_path in _ABSTRACT else near
-            return f"{_file(line, f'{key}.{option}', '')}{key}: {class_path} has no argument {option!r}{near}"
-        if found := re.search(r"following arguments are required: (.+)", problem.text):
-            missing = found[1].split(", ")
-            flags = " ".join(f"--{key}.{name} VALUE" for name in missing)
-            return f"{_file(line, key, value)}{key}: {class_path} needs {' and '.join(missing)}; give {flags}"
-    kinds, choices, rest = _expected([problem.text for problem in deepest])
-    where, reasons = _file(line, key, value), "; ".join(rest)
+        if (explanation := _explain_arguments(problem.text, deepest[0], line)) is not None:
+            return explanation
+    return _explain_value(deepest, line)
+
+
+def _explain_option(message: str, line: CommandLine, parser: ArgumentParser) -> str | None:
+    """Explain an unknown option or key, or a missing value or option; None for other messages."""
+    names = [name for name in parser._option_string_actions if name.startswith("--")]
+    if match := re.match(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
+        return f"unknown option {match[1]}{_nearest_option(match[1], names)}"
+    if match := re.search(r"does not accept option '(.+?)'", message):
+        near = _nearest_option(match[1], [name.removeprefix("--") for name in names])
+        return f"{_file_of_key(line, match[1], '')}unknown key {match[1]}{near}"
+    if match := re.match(r"argument (\S+): expected one argument", message):
+        group = f"{match[1].partition('.')[0]}."
+        name = next((flag for flag in line.without_value if flag.startswith(group)), match[1])
+        return f"{name} needs a value; one that begins with -- is given as {name}=VALUE"
+    if "are required" in message and "Parser key" not in message:
+        return f"{' '.join(message.split())}; {_TASK_FIRST}"
+    return None
+
+
+def _explain_arguments(text: str, problem: _Problem, line: CommandLine) -> str | None:
+    """Explain unknown or missing arguments of a class.
+
+    Args:
+        text: a line of the message.
+        problem: the first line of the same level, whose key and class are those of ``text``.
+        line: the command line.
+
+    Returns:
+        The explanation; None if the line is about something else.
+    """
+    key, class_path = problem.key, problem.class_path
+    if match := re.search(r"Option '(.+?)\+?' is not accepted", text):
+        option, cls = match[1], pydoc.locate(class_path)
+        near = did_you_mean(option, arguments(cls)) if inspect.isclass(cls) else ""
+        near = f"; {_TASK_FIRST}" if class_path in _ABSTRACT else near
+        return f"{_file_of_key(line, f'{key}.{option}', '')}{key}: {class_path} has no argument {option!r}{near}"
+    if match := re.search(r"following arguments are required: (.+)", text):
+        missing = match[1].split(", ")
+        flags = " ".join(f"--{key}.{name} VALUE" for name in missing)
+        where = _file_of_key(line, key, problem.value)
+        return f"{where}{key}: {class_path} needs {' and '.join(missing)}; give {flags}"
+    return None
+
+
+def _explain_value(problems: list[_Problem], line: CommandLine) -> str:
+    """Explain an invalid value: the kinds of values or the choices that are valid."""
+    _, key, _, _, value = problems[0]
+    kinds, choices, rest = _expected_values([problem.text for problem in problems])
+    where, reasons = _file_of_key(line, key, value), "; ".join(rest)
     if not kinds and not choices:
         return f"{where}{key}: {reasons}" + (f"; got {value[:200]}" if value and value not in reasons else "")
-    if _CLASS in kinds and len(kinds) > 1 and key not in CLASS_MODULES:  # a tensor, where a number is meant
+    if _CLASS in kinds and len(kinds) > 1 and key not in CLASS_MODULES:  # a tensor is accepted where a number is meant
         kinds.remove(_CLASS)
-    if "a number" in kinds and "a whole number" in kinds:
-        kinds.remove("a whole number")
+    if "a number" in kinds and "an integer" in kinds:
+        kinds.remove("an integer")
     expected = [*kinds, *([f"one of {', '.join(choices)}"] if choices else [])]
     near = did_you_mean(value, choices) or (nearest_class(key, value) if _CLASS in kinds else "")
-    hint = _quoting(key, value, line) if expected == ["text"] else ""
+    hint = _quoting_hint(key, value, line) if expected == ["text"] else ""
     reasons = f" ({reasons})" if reasons else ""
     return f"{where}{key} must be {' or '.join(expected)}, got {value}{reasons}{near}{hint}"
 
 
 def explain_fault(error: Exception, line: CommandLine) -> str | None:
-    """Describe in one line an exception in the user's own code: the key and the class, then file, line and reason.
+    """Describe an exception in the user's own code in one line: key and class, then file, line and reason.
 
     Args:
-        error: what was raised, or what jsonargparse raised from it.
-        line: what was parsed.
+        error: the exception, or an exception that jsonargparse raised from it.
+        line: the command line.
 
     Returns:
-        The line; None where the exception does not come from code of the user's own, or is a failure of the machine.
+        The line; None if the exception was not raised in the user's own code, or is a failure of the machine.
     """
     fault = find_fault(error)
     if fault is None or any(is_out_of_memory(c) or error_number(c) in MACHINE_ERRNOS for c in causes(error)):
@@ -160,11 +197,11 @@ def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
     """Describe in one line why a class of the configuration could not be instantiated.
 
     Args:
-        error: what jsonargparse raised.
-        line: what was parsed.
+        error: an exception of jsonargparse.
+        line: the command line.
 
     Returns:
-        The line; None where the error is not of that kind, or its own message is to be used.
+        The line; None if the exception has another reason, or its own message is better.
     """
     reason = next((cause for cause in causes(error) if isinstance(cause, InputError | RunError | ImportError)), None)
     message = str(error)
@@ -173,7 +210,7 @@ def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
     if isinstance(reason, InputError | RunError) or not (reason or message.startswith("Does not validate against")):
         return None
     problems = list(_problems(message))
-    texts = [str(reason)] if reason else _expected([problem.text for problem in problems])[2]
+    texts = [str(reason)] if reason else _expected_values([problem.text for problem in problems])[2]
     texts = [text for text in texts if "does not correspond to a subclass of" not in text] or texts
     paths = [problem.class_path for problem in problems if problem.class_path]
     paths += re.findall(r"class_path='(.+?)'", message)
@@ -182,7 +219,7 @@ def explain_instantiation(error: Exception, line: CommandLine) -> str | None:
 
 
 def _stating_class(line: CommandLine, path: str) -> str:
-    """The file and the key that state a class, before a colon; nothing where none does."""
+    """Return the file and the key that name a class, followed by a colon, or an empty string."""
     where = ""
     for source in line.sources:
         for key, value in source.settings.items():
@@ -193,61 +230,71 @@ def _stating_class(line: CommandLine, path: str) -> str:
 
 
 def explain_use(error: Exception, line: CommandLine, config: Any, trainer: Trainer) -> str | None:
-    """Describe in one line an exception that a class of Lightning's or torch's raised when the trainer used it.
+    """Describe in one line an exception of a class of Lightning or torch while the trainer used it.
 
-    Some classes check their arguments only then, or not at all: a CSVLogger that flushes every 0 steps divides by 0.
+    Some classes do not check their arguments when they are instantiated: a CSVLogger that flushes every 0 steps divides
+    by 0 when it is used.
 
     Args:
-        error: what was raised.
-        line: what was parsed.
+        error: the exception.
+        line: the command line.
         config: the parsed configuration of the subcommand.
         trainer: the trainer, with its loggers, callbacks, profiler, strategy and plugins.
 
     Returns:
-        The line; None where the exception is a failure of the machine, comes from code of this library or the user's
-        own, or from an object that the configuration does not name.
+        The line; None if the exception is a failure of the machine, or was raised by this library, the user's own code,
+        or an object that is not in the configuration.
     """
-    if not isinstance(error, _OF_ARGUMENTS) or describe_failure(error) is not None:
+    if not isinstance(error, _ARGUMENT_ERRORS) or describe_failure(error) is not None:
         return None
-    if isinstance(error, torch.distributed.DistError):  # other processes did not come
+    if isinstance(error, torch.distributed.DistError):  # other processes did not connect
         return None
     if any(isinstance(cause, InputError | RunError) for cause in causes(error)):
         return None
-    made: Any = trainer
-    strategy = made.strategy
-    plugins = [strategy.precision_plugin, strategy.checkpoint_io, getattr(strategy, "cluster_environment", None)]
-    objects = [*made.callbacks, *made.loggers, made.profiler, strategy, *plugins]
-    user = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        this = frame.f_locals.get("self")
-        if not is_installed(frame):
-            user = None
-        elif any(this is one for one in objects) and type(this).__module__.startswith(("lightning.", "torch.")):
-            user = this
-    where = "" if user is None else _stating_class(line, type(user).__name__)
+    culprit = _find_raising_object(error, trainer)
+    where = "" if culprit is None else _stating_class(line, type(culprit).__name__)
     if not where:
         return None
     kind = "" if isinstance(error, MisconfigurationException | ValueError) else f"{type(error).__name__}: "
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    stated = _stated_arguments(config.trainer, type(user))
-    return f"{where}{type(user).__name__} cannot be used with {stated}: {kind}{reason}"
+    given_arguments = _changed_arguments(config.trainer, type(culprit))
+    return f"{where}{type(culprit).__name__} cannot be used with {given_arguments}: {kind}{reason}"
 
 
-def _stated_arguments(config: Any, cls: type) -> str:
-    """The arguments of a class in a configuration that are not the class's defaults, as text."""
-    found: dict[str, Any] = {}
+def _find_raising_object(error: Exception, trainer: Any) -> Any:
+    """Return the innermost object of the trainer, of a class of Lightning or torch, in whose call an error was raised.
+
+    Returns:
+        The object; None if there is none, or if the call has led to code outside installed packages.
+    """
+    strategy = trainer.strategy
+    plugins = [strategy.precision_plugin, strategy.checkpoint_io, getattr(strategy, "cluster_environment", None)]
+    objects = [*trainer.callbacks, *trainer.loggers, trainer.profiler, strategy, *plugins]
+    innermost = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        this = frame.f_locals.get("self")
+        if not is_installed(frame):
+            innermost = None
+        elif any(this is one for one in objects) and type(this).__module__.startswith(("lightning.", "torch.")):
+            innermost = this
+    return innermost
+
+
+def _changed_arguments(config: Any, cls: type) -> str:
+    """Return the arguments of a class in a configuration that differ from their defaults, as text."""
+    arguments_of_class: dict[str, Any] = {}
     for value in config.__dict__.values():
         for one in value if isinstance(value, list) else [value]:
             if str(getattr(one, "class_path", "")).rpartition(".")[2] == cls.__name__ and hasattr(one, "init_args"):
-                found.update(one.init_args.__dict__)
+                arguments_of_class.update(one.init_args.__dict__)
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-    changed = [f"{name}: {shorten(value)}" for name, value in found.items() if value != defaults.get(name)]
+    changed = [f"{name}: {shorten(value)}" for name, value in arguments_of_class.items() if value != defaults.get(name)]
     return ", ".join(changed) or "its defaults"
 
 
 def _problems(message: str) -> Iterator[_Problem]:
-    """What is wrong; the key and the class that it is about stand above it, less indented, and the value below it."""
-    above: list[tuple[int, str, str]] = []  # indent, key, class
+    """Yield the problems in a message; their key and class are above them, less indented, and their value below."""
+    above: list[tuple[int, str, str]] = []  # indentation, key, class
     lines = message.splitlines()
     for i, raw in enumerate(lines):
         text = _CALLABLE.sub("", raw.strip().removeprefix("- ")).partition(". Got value: Namespace(")[0]
@@ -255,10 +302,10 @@ def _problems(message: str) -> Iterator[_Problem]:
         while text and above and above[-1][0] >= indent:
             above.pop()
         for pattern in (r'Parser key "(?P<key>.+?)":\s*', r"Problem with given class_path '(?P<cls>.+?)':\s*"):
-            if found := re.match(pattern, text):
-                above.append((indent, found.groupdict().get("key", ""), found.groupdict().get("cls", "")))
-                text = text[found.end() :]
-        if text and not text.startswith(_NOISE):
+            if match := re.match(pattern, text):
+                above.append((indent, match.groupdict().get("key", ""), match.groupdict().get("cls", "")))
+                text = text[match.end() :]
+        if text and not text.startswith(_IGNORED_LINES):
             text, _, value = text.partition(" Got value: ")
             classes = [*(cls for *_, cls in above if cls), *re.findall(r"Namespace\(class_path='(.+?)'", raw)]
             key = ".".join(key for _, key, _ in above if key)
@@ -267,22 +314,22 @@ def _problems(message: str) -> Iterator[_Problem]:
 
 
 def _value_below(lines: list[str]) -> str:
-    given = next((text for raw in lines if (text := raw.strip()).startswith("Given value: ")), "")
-    value = given.removeprefix("Given value: ").partition(". Got value: Namespace(")[0]
+    text = next((text for raw in lines if (text := raw.strip()).startswith("Given value: ")), "")
+    value = text.removeprefix("Given value: ").partition(". Got value: Namespace(")[0]
     nested = re.match(r"NestedArg\(key='.*?', val='?(.*?)'?\)$", value)
     return nested[1] if nested else value
 
 
-def _expected(texts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """The kinds of values, the choices, and the texts that say neither."""
+def _expected_values(texts: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the valid kinds of values, the valid choices, and the texts that contain neither."""
     kinds: dict[str, None] = {}
     choices: dict[str, None] = {}
     rest: dict[str, None] = {}
     for text in texts:
-        if found := re.match(r"Expected a typing\.Literal\[(.+)\]", text):
-            choices.update(dict.fromkeys(name.strip("'") for name in found[1].split(", ")))
-        elif found := re.match(r"Expected a <class '(.+?)'>", text):
-            kinds[_KINDS.get(found[1], found[1])] = None
+        if match := re.match(r"Expected a typing\.Literal\[(.+)\]", text):
+            choices.update(dict.fromkeys(name.strip("'") for name in match[1].split(", ")))
+        elif match := re.match(r"Expected a <class '(.+?)'>", text):
+            kinds[_KINDS.get(match[1], match[1])] = None
         elif text.startswith(_CLASS_EXPECTED):
             kinds[_CLASS] = None
             if "valid subclass" in text and "of Tensor" not in text:
@@ -292,30 +339,32 @@ def _expected(texts: list[str]) -> tuple[list[str], list[str], list[str]]:
     return list(kinds), list(choices), list(rest)
 
 
-def _file(line: CommandLine, key: str, value: str) -> str:
-    """The file that states a key, before a colon; nothing for a flag, or where it is not certain."""
-    stating = []
+def _file_of_key(line: CommandLine, key: str, value: str) -> str:
+    """Return the name of the file that sets a key, followed by a colon; empty for a flag or if there are several."""
+    candidates = []  # source, and whether it has this value
     for source in line.sources:
-        for name, stated in source.settings.items():
+        for name, setting in source.settings.items():
             plain = name.replace(".init_args.", ".").replace("+", "")
             if f"{plain}.".startswith(f"{key}.") or f"{key}.".startswith(f"{plain}."):
-                stating.append((source, plain == key and str(stated) == value))
-    sources = {source.name: source for source, same in stating if same or not any(same for _, same in stating)}
-    return f"{found[0].name}: " if len(found := list(sources.values())) == 1 and found[0].is_file else ""
+                candidates.append((source, plain == key and str(setting) == value))
+    exact = [source for source, is_exact in candidates if is_exact]
+    sources = {source.name: source for source in exact or [source for source, _ in candidates]}
+    only_source = next(iter(sources.values())) if len(sources) == 1 else None
+    return f"{only_source.name}: " if only_source is not None and only_source.is_file else ""
 
 
-def _quoting(key: str, value: str, line: CommandLine) -> str:
-    """How to quote what YAML reads as something else than text."""
-    stated = next((s.settings[name] for s in line.sources for name in (key, f"{key}+") if name in s.settings), None)
-    example = '["no", "1"]' if isinstance(stated, list) else json.dumps(value, ensure_ascii=False)
+def _quoting_hint(key: str, value: str, line: CommandLine) -> str:
+    """Return how to quote text that YAML reads as another type."""
+    setting = next((s.settings[name] for s in line.sources for name in (key, f"{key}+") if name in s.settings), None)
+    example = '["no", "1"]' if isinstance(setting, list) else json.dumps(value, ensure_ascii=False)
     if value.startswith("{"):
         example = '"Review: {sentence}"'
     name = key.rpartition(".")[2]
-    return f"; quote text that YAML reads as something else: {name}: {example} in a file, --{key} '{example}' as a flag"
+    return f"; quote text that YAML reads as another type: {name}: {example} in a file, --{key} '{example}' as a flag"
 
 
 def _nearest_option(option: str, names: list[str]) -> str:
-    """The option's nearest name, or that of the group before its first dot."""
+    """Return a hint with the nearest option, or with the nearest group of options."""
     head = option.partition(".")[0]
     if within := [name for name in names if name.startswith(f"{head}.")]:
         return did_you_mean(option, within)

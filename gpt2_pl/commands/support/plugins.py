@@ -1,4 +1,4 @@
-"""Code of the user's own: modules in the working folder or installed, imported because the user names them."""
+"""Import of the user's own modules, which are in the working folder or installed, and which the user names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import gpt2_pl
 from gpt2_pl.errors import InputError, nearest
 from gpt2_pl.utils.user_code import PACKAGES, located
 
-CLASS_MODULES = {  # keys whose values may be classes' names, and the modules that have such classes
+CLASS_MODULES = {  # keys whose values may be names of classes, and the modules of such classes
     "model": ("gpt2_pl.tasks",),
     "model.surgery": ("gpt2_pl.surgery",),
     "model.optimizer": ("torch.optim",),
@@ -31,10 +31,10 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def add_working_folder() -> None:
-    """Append the working folder to ``sys.path``: behind installed packages, which it therefore cannot replace.
+    """Append the working folder to ``sys.path``, after installed packages, so that it cannot replace them.
 
-    A checkout of this library is removed: its ``callbacks/`` and ``datamodules/`` would hide the user's own folders of
-    these names, and :mod:`gpt2_pl`, once it is imported, finds its parts without it.
+    A checkout of this library is removed from ``sys.path``, because its ``callbacks/`` and ``datamodules/`` would hide
+    the user's folders of the same names. :mod:`gpt2_pl` does not need it after it is imported.
     """
     folder, checkout = os.getcwd(), os.path.realpath(Path(gpt2_pl.__file__).parents[1])
     if folder not in sys.path:
@@ -44,10 +44,10 @@ def add_working_folder() -> None:
 
 
 def import_plugin(name: str) -> ModuleType:
-    """Import a module that a user names by ``--plugin``, from the working folder or from what is installed.
+    """Import a module that ``--plugin`` names, from the working folder or from installed packages.
 
     Raises:
-        InputError: a name that is not a module's, no such module, or one that fails when it is imported.
+        InputError: the name is not a module's, the module does not exist, or its import fails.
     """
     if not _DOTTED.fullmatch(name):
         hint = f", such as {stem}" if _DOTTED.fullmatch(stem := re.sub(r"\.py$", "", os.path.basename(name))) else ""
@@ -60,54 +60,54 @@ def import_plugin(name: str) -> ModuleType:
 
 
 def import_class(path: str, key: str, where: str = "") -> None:
-    """Import the module of a class that the user's configuration names; a name without a module is left alone.
+    """Import the module of a class that the user's configuration names; ignore a name without a module.
 
     Args:
-        path: of the class, such as ``mine.BitFit``.
-        key: that holds it, for error messages.
-        where: what precedes the key in error messages: ``"FILE: "`` for a configuration file's.
+        path: path of the class, such as ``mine.BitFit``.
+        key: key of the class, for error messages.
+        where: prefix of the key in error messages, such as ``"FILE: "``.
 
     Raises:
-        InputError: there is no such class, or its module fails when it is imported.
+        InputError: the class does not exist, or the import of its module fails.
     """
-    module, found = path, None
-    while found is None and _DOTTED.fullmatch(path) and (module := module.rpartition(".")[0]):  # or a class in a class
-        found = _import(module, f"{where}{key}: {path}")
-    if found is not None:
+    name, module = path, None
+    while module is None and _DOTTED.fullmatch(path) and (name := name.rpartition(".")[0]):  # for nested classes
+        module = _import(name, f"{where}{key}: {path}")
+    if module is not None:
         try:
-            operator.attrgetter(path[len(module) + 1 :])(found)
+            operator.attrgetter(path[len(name) + 1 :])(module)
             return
         except AttributeError:
             pass
-    if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # a file may hold the arguments
+    if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # it may be a file with arguments
         key = key.removesuffix(".help")
-        name = key.replace("model.init_args.", "model.").removesuffix(".class_path").removesuffix("+")
-        what = f"class {path!r}" if found is not None else f"module {path.rpartition('.')[0]!r}"
-        raise InputError(f"{where}{key}: there is no {what}{nearest_class(name, path)}")
+        plain_key = key.replace("model.init_args.", "model.").removesuffix(".class_path").removesuffix("+")
+        missing = f"class {path!r}" if module is not None else f"module {path.rpartition('.')[0]!r}"
+        raise InputError(f"{where}{key}: there is no {missing}{nearest_class(plain_key, path)}")
 
 
 def nearest_class(key: str, path: str) -> str:
-    """Return ``"; did you mean PATH?"`` with the class of the nearest name among those for a key, or nothing.
+    """Return a hint ``"; did you mean PATH?"`` with the class of the nearest name, or an empty string.
 
     Args:
-        key: such as ``model.surgery``.
-        path: a name, with or without a module, which is looked through as well.
+        key: key of the class, such as ``model.surgery``, whose modules are searched.
+        path: name of a class with or without a module, which is searched as well.
     """
     classes: dict[str, str] = {}
-    for place in (*CLASS_MODULES.get(key, ()), path.rpartition(".")[0]):
+    for module_name in (*CLASS_MODULES.get(key, ()), path.rpartition(".")[0]):
         try:
-            module = importlib.import_module(place)
+            module = importlib.import_module(module_name)
         except (ImportError, ValueError):
             continue
         for name in getattr(module, "__all__", dir(module)):
             if not name.startswith("_") and inspect.isclass(getattr(module, name, None)):
-                classes.setdefault(name, f"{place}.{name}")
+                classes.setdefault(name, f"{module_name}.{name}")
     near = nearest(path.rpartition(".")[2], classes)
     return "" if near is None else f"; did you mean {classes[near]}?"
 
 
 def _import(name: str, what: str) -> ModuleType | None:
-    """Import a module; None if there is none of that name."""
+    """Import a module, or return None if it does not exist."""
     PACKAGES.add(name.partition(".")[0])
     try:
         return importlib.import_module(name)

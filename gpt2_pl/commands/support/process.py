@@ -1,4 +1,4 @@
-"""The process around a command: its standard streams, Ctrl-C, and the process that launched it."""
+"""Process of a command: its standard streams, Ctrl-C, and the process that launched it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_READER_LEFT = {errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET}  # of a pipe, a terminal, a socket
+_READER_CLOSED = {errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET}  # a pipe, a terminal, a socket
 if os.name == "nt":
-    _READER_LEFT.add(errno.EINVAL)
-LAUNCHER = "GPT2_PL_LAUNCHER"  # the variable that tells a rank the id of the process that launched it
-_POLL = 1.0  # seconds
+    _READER_CLOSED.add(errno.EINVAL)
+LAUNCHER = "GPT2_PL_LAUNCHER"  # environment variable with the id of the process that launched a rank
+_POLL_INTERVAL = 1.0  # seconds
 
 
 def program() -> list[str]:
-    """Return the words that start this program as it was started: from a checkout, as a module, or installed."""
+    """Return the command that starts this program as it was started: from a checkout, as a module, or installed."""
     started = Path(sys.argv[0])
     if started.name == "cli.py":
         return ["python", sys.argv[0]]
@@ -37,16 +37,20 @@ def program() -> list[str]:
 
 
 class _Output(io.FileIO):
-    """A standard stream's descriptor. What nobody reads any more is discarded, so that the command goes on."""
+    """File descriptor of a standard stream; if its reader closes it, output is discarded and the command continues.
+
+    Attributes:
+        failure: first error of writing that has another cause, such as a full disk.
+    """
 
     failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write; note an error in place of raising it."""
+        """Write data; store an error instead of raising it."""
         try:
             return super().write(data) or 0
         except OSError as error:
-            if error.errno in _READER_LEFT and not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+            if error.errno in _READER_CLOSED and not stat.S_ISREG(os.fstat(self.fileno()).st_mode):
                 _discard(self.fileno())
             elif self.failure is None:
                 self.failure = error
@@ -54,7 +58,7 @@ class _Output(io.FileIO):
 
 
 def _discard(descriptor: int) -> None:
-    """Let a descriptor lead nowhere, in this process and those that it starts."""
+    """Redirect a descriptor to the null device, in this process and its children."""
     null = os.open(os.devnull, os.O_RDWR)
     if null == descriptor:
         os.set_inheritable(null, True)
@@ -64,9 +68,9 @@ def _discard(descriptor: int) -> None:
 
 
 def guard_streams() -> None:
-    """Make standard output and error safe to write to: closed ones, pipes without a reader, any character.
+    """Make standard output and error safe to write to, also if closed, without a reader, or in a limited encoding.
 
-    Descriptors that are closed are opened on nothing, or the next file that is opened would take their place.
+    Closed descriptors are redirected to the null device, so that files that are opened later do not get their numbers.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -79,7 +83,7 @@ def guard_streams() -> None:
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8", errors="replace"))
             continue
         buffer = getattr(stream, "buffer", None)
-        if type(getattr(buffer, "raw", buffer)) is not io.FileIO:  # a Windows console, or another's replacement
+        if type(getattr(buffer, "raw", buffer)) is not io.FileIO:  # a Windows console, or a replaced stream
             continue
         stream.flush()
         guarded = io.TextIOWrapper(
@@ -93,7 +97,7 @@ def guard_streams() -> None:
 
 
 def shorten_warnings() -> None:
-    """Show warnings as one line each, without the file and the source line that gave them."""
+    """Print each warning as one line, without file and source line."""
 
     def show(message: Warning | str, *_: Any, file: Any = None, **__: Any) -> None:
         from gpt2_pl.errors import printable
@@ -104,7 +108,7 @@ def shorten_warnings() -> None:
 
 
 def output_failure() -> OSError | None:
-    """Flush standard output; the first error of writing to it, where it was not that its reader had left."""
+    """Flush standard output and return the first error of writing to it, except that its reader had closed it."""
     if sys.stdout is not None:
         sys.stdout.flush()
     return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failure", None)
@@ -114,25 +118,24 @@ def output_failure() -> OSError | None:
 
 
 class Interrupts:
-    """What Ctrl-C does: the first raises KeyboardInterrupt, the second ends the process at once.
+    """Handler of Ctrl-C: the first one raises KeyboardInterrupt, the second one ends the process immediately.
 
     Attributes:
-        advice: gives the end of the line that is printed, such as how to go on.
+        advice: returns the end of the message, such as how to resume.
     """
 
     def __init__(self) -> None:
         self.advice: Callable[[], str] = str
         self._count = 0
-        self._process: int | None = None  # where it is installed; processes that are forked inherit the handler
+        self._pid: int | None = None  # of the installing process; forked processes inherit the handler
         self._reported = False
 
     def install(self) -> None:
-        """Take over SIGINT, also where a shell started this process in the background and had it ignore the signal.
+        """Handle SIGINT, even if a shell started this process in the background and ignores the signal.
 
-        What cannot raise (a destructor, a callback of the import system) would print the exception and swallow it; it
-        is raised again a moment later.
+        A KeyboardInterrupt that is lost in code that cannot raise, such as a destructor, is raised again shortly after.
         """
-        self._process = os.getpid()
+        self._pid = os.getpid()
         signal.signal(signal.SIGINT, self._handle)
         report_unraisable = sys.unraisablehook
 
@@ -146,29 +149,29 @@ class Interrupts:
         sys.unraisablehook = raise_again
 
     def rearm(self) -> None:
-        """Listen again where a library has turned the signal off, as Lightning does at the first."""
-        if self._process == os.getpid() and threading.current_thread() is threading.main_thread():
+        """Handle SIGINT again, after a library has ignored it, as Lightning does at the first Ctrl-C."""
+        if self._pid == os.getpid() and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, *_: Any) -> None:
         self._count += 1
-        if self._count == 1 or self._process != os.getpid():
+        if self._count == 1 or self._pid != os.getpid():
             raise KeyboardInterrupt
         if not self._reported:
             self.report()
         os._exit(130)
 
     def report(self) -> None:
-        """Print the line; of several processes of a run, the first does."""
+        """Print the message in the first process of a run."""
         self._reported = True
         if rank() > 0:
             return
         try:
             advice = self.advice()
-        except Exception:  # at any moment of a command, nothing may be there that it reads
+        except Exception:  # an interrupted command may be in any state
             advice = ""
         if sys.stdout.isatty():
-            print("\x1b[?25h", end="", flush=True)  # the cursor, which a progress bar hides
+            print("\x1b[?25h", end="", flush=True)  # show the cursor, which a progress bar hides
         print(f"gpt2-pl: stopped by Ctrl-C{advice}", file=sys.stderr, flush=True)
 
 
@@ -176,7 +179,7 @@ interrupts = Interrupts()
 
 
 def rank() -> int:
-    """The number of this process among those of its run, by what its launcher has put into the environment."""
+    """Return the rank of this process in its run, from the environment variables of the launcher."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if (number := os.environ.get(name, "")).isdigit():
             return int(number)
@@ -187,21 +190,21 @@ def rank() -> int:
 
 
 def watch_launcher() -> None:
-    """End this process when the one that launched it has ended, if it is a rank of torchrun's or Lightning's.
+    """End this process when its launcher has ended, if it is a rank that torchrun or Lightning launched.
 
-    A rank that waits for others to join their group would otherwise wait for half an hour.
+    A rank that waits for the other ranks at initialization would otherwise wait for half an hour.
     """
     launcher = os.getppid()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        named = os.environ.get(LAUNCHER, "")
-        if not named.isdigit() or int(named) == os.getpid() or os.environ.get("LOCAL_RANK", "0") == "0":
+        pid = os.environ.get(LAUNCHER, "")
+        if not pid.isdigit() or int(pid) == os.getpid() or os.environ.get("LOCAL_RANK", "0") == "0":
             return
-        launcher = int(named)
+        launcher = int(pid)
 
     def watch() -> None:
         while _is_alive(launcher):
-            time.sleep(_POLL)
-        print("gpt2-pl: error: the process that started this one has ended; so does this", file=sys.stderr, flush=True)
+            time.sleep(_POLL_INTERVAL)
+        print("gpt2-pl: error: the process that launched this one has ended", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch-launcher").start()

@@ -1,4 +1,4 @@
-"""The files that say how a run was made, and its TensorBoard logger."""
+"""Configuration files and the TensorBoard logger of a run's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from gpt2_pl.filesystem import atomic_write
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """A TensorBoardLogger that writes into the run's folder, and takes the folder when it is first used."""
+    """TensorBoardLogger that creates the folder of the run on first use.
+
+    Args:
+        folder: folder of the run.
+        name: name of the run.
+        root: folder of all runs.
+    """
 
     def __init__(self, folder: RunFolder, name: str, root: Path) -> None:
         super().__init__(root, name=name, default_hp_metric=False)
@@ -24,7 +30,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
 
     @property
     def version(self) -> str:
-        """The name of the run's folder."""
+        """Name of the run's folder."""
         return self.folder.version
 
     @property
@@ -33,28 +39,28 @@ class RunTensorBoardLogger(TensorBoardLogger):
         """The SummaryWriter.
 
         Raises:
-            RunError: the folder cannot be made.
+            RunError: the folder cannot be created.
         """
         self.folder.take()
         return super().experiment
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml and tokenizer.json into the run's folder.
+    """Callback that writes config.yaml and tokenizer.json into the run's folder.
 
-    That waits until a checkpoint is restored: one that is refused leaves its run as it was.
+    It writes them after a checkpoint is restored, so that a rejected checkpoint leaves its run unchanged.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet."""
+        """Do nothing; the base class would write the files before a checkpoint is restored."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them once, where there is a run's folder."""
+        """Write the files once, if the run has a folder."""
         if self.already_saved:
             return
         self.already_saved = True
         self.config = self.config.clone()
-        self.config.version = None  # of this one call, and not a setting of the run's
+        self.config.version = None  # it belongs to this call, not to the settings of the run
         if trainer.state.fn == "fit":
             self.config.ckpt_path = None
         folder = run_folder(trainer)
@@ -64,18 +70,18 @@ class SaveRunConfig(SaveConfigCallback):
             self.save_config(trainer, pl_module, str(trainer.state.fn))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where nothing trains."""
+        """Write the files in commands without training."""
         if trainer.state.fn != "fit":
             self.on_train_start(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let a second Ctrl-C end the process: Lightning has turned the signal off at the first."""
+        """Enable a second Ctrl-C, because Lightning ignores the signal after the first."""
         interrupts.rearm()
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the tokenizer, so that the run's model can be used without its data."""
+        """Write the tokenizer, so that the model can be used without the data."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         folder = run_folder(trainer)
         if folder is not None and tokenizer is not None:

@@ -26,7 +26,7 @@ def explain_run_failure(error: Exception, line: CommandLine, config: Any, traine
     """Return why a run failed, if its input is the cause; None for a defect, whose traceback helps more.
 
     Args:
-        error: raised by the trainer.
+        error: an exception of the trainer.
         line: the command line.
         config: the configuration of the command.
         trainer: the trainer.

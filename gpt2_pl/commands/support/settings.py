@@ -1,4 +1,4 @@
-"""Settings of a run that are derived from other settings, and checks that need no data and no model."""
+"""Derivation of settings from other settings, and checks that need neither data nor a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpt2_pl.commands.support.config_merge import CommandLine, check_name, check
 from gpt2_pl.errors import InputError
 from gpt2_pl.model import GPT2Config
 
-_COUNTS_OR_SHARES = (  # of batches: 1 is one batch, 1.0 is all of them
+_COUNTS_OR_FRACTIONS = (  # of batches: 1 is one batch, 1.0 is all of them
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
     *("overfit_batches", "val_check_interval"),
 )
@@ -34,11 +34,11 @@ def complete_settings(config: Any, line: CommandLine) -> None:
     check_ranges(config)
     check_name(config.name)
     if line.command != "fit" and not line.has_flag("version"):
-        config.version = None  # a file's version is that of the run that it was written by
+        config.version = None  # the version in a config.yaml is that of the run that has written it
     config.version = folder_name(config.version)
     for key in ("model", "data"):
         if config.get(key) is None:
-            raise InputError(f"no {key} is configured; begin with a task's file: --config configs/task/sst5.yaml")
+            raise InputError(f"{key} is missing; start with the file of a task: --config task/sst5")
     _check_shape(config.model.init_args.get("config"))
     data, base = config.data.init_args, config.model.init_args.get("base")
     if data.get("tokenizer", "given") is None and base is not None:
@@ -52,7 +52,7 @@ def folder_name(version: str | None) -> str | None:
         return None
     check_name(version, "version")
     if re.fullmatch(r"-\d+", version):
-        raise InputError(f"version is {version}; it must be a number from 0 or a folder's name")
+        raise InputError(f"version must be an integer of at least 0 or the name of a folder, got {version}")
     return f"version_{int(version)}" if re.fullmatch(r"\d{1,9}", version) else version
 
 
@@ -66,46 +66,51 @@ def _check_shape(shape: Any) -> None:
 
 
 def _complete_trainer(trainer: Any, line: CommandLine) -> None:
-    for key in _COUNTS_OR_SHARES:
-        # Where any library has used Union[float, int] before, typing's cache makes Union[int, float] the same object,
+    for key in _COUNTS_OR_FRACTIONS:
+        # If a library has used Union[float, int] before, typing's cache returns the same object for Union[int, float],
         # and the parser converts 1 to 1.0.
         if type(value := line.last(f"trainer.{key}")) is int:
             trainer[key] = value
     if trainer.precision is None and not _has_precision(trainer.plugins):
         trainer.precision = best_precision(trainer.accelerator)
     if trainer.use_distributed_sampler is True:
-        trainer.use_distributed_sampler = False  # our loaders share the rows out themselves
+        trainer.use_distributed_sampler = False  # the loaders distribute rows to the processes
     if trainer.logger is None:
         trainer.logger = True
 
 
 def check_logging(config: Any, command: str, checkpoint: str | None) -> None:
-    """Refuse settings of loggers, checkpoints and validation that contradict each other.
+    """Check that settings of loggers, checkpoints and validation do not contradict each other.
+
+    Args:
+        config: the parsed configuration of the command.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        checkpoint: path of the checkpoint, or None.
 
     Raises:
-        InputError: naming the keys and the remedy.
+        InputError: they do; the message names the keys and the remedy.
     """
     trainer = config.trainer
     if command == "predict" and trainer.logger is False:
-        raise InputError("trainer.logger is false, and predictions are written to the folder of a logged run")
+        raise InputError("trainer.logger must not be false; predictions are written to the folder of a logged run")
     if command == "fit" and trainer.logger is False and not trainer.fast_dev_run:
         _check_checkpoint_folder(trainer, checkpoint)
     if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:
         raise InputError(
-            "trainer.limit_val_batches is 0, and early_stopping_patience waits for validation scores; "
+            "trainer.limit_val_batches must not be 0, because early_stopping_patience needs validation scores; "
             "give --early_stopping_patience null"
         )
 
 
 def _check_checkpoint_folder(trainer: Any, checkpoint: str | None) -> None:
-    """Refuse to overwrite the checkpoints of another run that had no folder of its own either."""
+    """Check that a run without a folder does not overwrite the checkpoints of another one."""
     folder = Path(trainer.default_root_dir or ".") / "checkpoints"
     resumes = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
     for file in (folder / "best.ckpt", folder / "last.ckpt"):
         if trainer.enable_checkpointing is not False and not resumes and file.exists():
             raise InputError(
-                f"trainer.logger is false, so that the run has no folder of its own, and {file} exists already; "
-                "move it, or leave trainer.logger out"
+                f"{file} exists already, and with trainer.logger: false the run has no folder of its own; "
+                "move it, or remove trainer.logger"
             )
 
 
@@ -117,7 +122,7 @@ def _has_precision(plugins: Any) -> bool:
 
 
 def best_precision(accelerator: Any) -> str:
-    """Return ``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``."""
+    """Return ``bf16-mixed`` if the hardware can multiply bfloat16 matrices, else ``32-true``."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator in ("auto", "cpu"):

@@ -103,8 +103,8 @@ class Template:
             excess = len(ids) - max_length
             if not any(keep.values()):
                 raise InputError(
-                    f"max_length must leave room for text in addition to the {len(ids)} tokens of the template "
-                    f"{self.text!r}, got {max_length}"
+                    f"max_length must leave room for text, got {max_length}; the template {self.text!r} alone takes "
+                    f"{len(ids)} tokens"
                 )
             if excess <= 0:
                 return ids

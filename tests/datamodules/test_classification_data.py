@@ -89,12 +89,12 @@ def test_template_encode_field_without_a_token_gives_no_ids(special, base, tmp_p
 def test_template_encode_without_room_for_text_raises(base):
     tokenizer, template = load_tokenizer(base), Template("{a} is")
     alone = len(tokenizer.encode(" is").ids)
-    with pytest.raises(InputError, match=f"leave room for text in addition to the {alone} tokens .*, got {alone}"):
+    with pytest.raises(InputError, match=f"leave room for text, got {alone}; .* alone takes {alone} tokens"):
         template.encode([{"a": "a wonderful film"}], tokenizer, alone)
 
 
 def test_template_encode_limit_below_template_length_is_refused(base):
-    with pytest.raises(InputError, match=r"max_length must leave room for text .*, got 3"):
+    with pytest.raises(InputError, match=r"max_length must leave room for text, got 3;"):
         Template("Review: {a} Sentiment:").encode([{"a": "x"}], load_tokenizer(base), 3)
 
 

@@ -432,7 +432,7 @@ def test_generate_prompt_beyond_the_context_is_named_before_generation(
     )
     flags = ["--poems"] if poems else []
     line = refused(run, capsys, "generate", trained["text"], "--prompt_file", file, "--out", out, *flags)
-    assert "prompts.txt, prompt 2 has" in line
+    assert "prompts.txt, prompt 2 must have" in line
     assert "at most 63" in line
     assert not out.exists()
 
@@ -462,7 +462,7 @@ def test_classify_text_beyond_the_context_is_truncated(trained, tmp_path):
 def test_fit_template_beyond_the_context_is_refused(base, data_flags, run, capsys, tmp_path):
     line = refused(run, capsys, "fit", "--config", CONFIG / "task/imdb.yaml", f"--model.base={base}", *data_flags,
                    "--data.max_length=32", f"--data.template={'so long ' * 50}{{sentence}}")  # fmt: skip
-    assert "max_length is 32" in line
+    assert "max_length must leave room for text, got 32; the template" in line
     assert not (tmp_path / "lightning_logs").exists()
 
 

@@ -356,7 +356,7 @@ def test_ulmfit_second_stage_starts_from_exported_language_model(fit, run, base,
     [
         ("prefix_tuning", ["--format=hf"], ["cannot be merged", "--format peft"]),
         ("full", ["--format=peft"], ["train_base", "--format hf"]),
-        ("ulmfit", ["--format=hf"], ["pooling 'concat'", "--backbone"]),
+        ("ulmfit", ["--format=hf"], ["pooling must be 'last'", "got 'concat'", "--backbone"]),
         ("full", ["--format=hf", "--ckpt_path=/nowhere.ckpt"], ["/nowhere.ckpt"]),
     ],
 )

@@ -275,11 +275,11 @@ def contents(folder):
     ("change", "words"),
     [
         (["--model.config.n_layer=4"], "h.3"),
-        (["--model.optimizer.init_args.lr=0.01"], "model.optimizer is"),
+        (["--model.optimizer.init_args.lr=0.01"], "model.optimizer must be"),
         (["--model.pooling=mean"], "model.pooling must be last, as in the resumed run"),
         (["--data.n_train=90"], "data.n_train must be 96, as in the resumed run"),
         (["--seed_everything=2"], "seed_everything must be 1, as in the resumed run"),
-        (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks is [{"),
+        (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks must be []"),
     ],
 )
 def test_fit_resumed_with_other_settings_is_refused_and_run_unchanged(change, words, run, capsys):

@@ -210,7 +210,7 @@ def test_fit_logger_false_existing_checkpoint_is_refused_by_path(run, tmp_path, 
     with pytest.raises(SystemExit):
         run(*fit)
     error = capsys.readouterr().err
-    assert "trainer.logger is false" in error
+    assert "trainer.logger: false" in error
     assert "checkpoints/best.ckpt exists already" in error
     assert (tmp_path / "checkpoints/best.ckpt").read_bytes() == before
     with pytest.raises(ValueError, match="empty"):

@@ -157,8 +157,8 @@ def test_parse_arguments_value_of_another_type_error_names_key_in_one_line(value
         above[key] = value
         changed.write_text(yaml.safe_dump(settings))
         message = parse(*beneath(file, "unused", ["unused"])[0], f"--config={changed}")
-        if message is None:
-            assert value not in OF_KIND[kind], (file, path)
+        if message is None:  # the trainer checks a strategy's name when it is built
+            assert path == ("trainer", "strategy") or value not in OF_KIND[kind], (file, path)
         else:
             assert "\n" not in message, (file, path, message)
             assert key.rstrip("+") in message or "has no argument 'a'" in message, (file, path, message)

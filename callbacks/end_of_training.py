@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from gpt2_pl.tasks.averaging import transfer_averages
+from gpt2_pl.utils.trainer import callbacks_of
 
 
 class EndOfTraining(Callback):
@@ -31,7 +32,7 @@ class EndOfTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at once if early stopping had already ended the run."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in callbacks):
             trainer.should_stop = True
 

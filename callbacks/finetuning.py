@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.utils.trainer import callbacks_of
 
 Layers = dict[str, list[tuple[str, nn.Parameter]]]
 
@@ -104,7 +105,7 @@ class GradualUnfreezing(Callback):
         """Check the callback and the strategy, and configure DDP for parameters without a gradient."""
         if stage != "fit":
             return
-        self.check(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
+        self.check(callbacks_of(trainer), pl_module)
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy):
             if strategy._ddp_kwargs.get("static_graph"):
@@ -262,7 +263,7 @@ class DiscriminativeLR(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the callback can be used with the other callbacks and the module."""
         if stage == "fit":
-            self.check(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
+            self.check(callbacks_of(trainer), pl_module)
 
     def scales(self, layers: list[str]) -> dict[str, float]:
         """Return the factor of the learning rate of each layer.

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt2_pl.callbacks.run_summary import RunSummary
+from gpt2_pl.utils.trainer import callbacks_of
 
 BAR_WIDTH = 20  # characters; all columns of the bar then fit 80 characters
 LINE_WIDTH = 98  # characters of output that is not a terminal
@@ -39,7 +40,7 @@ class RunClock:
 
     def seconds_left(self, trainer: Trainer) -> float | None:
         """Return the estimate in seconds, or None if it is not known yet or the run is unbounded."""
-        limits = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
+        limits = [timer.time_remaining() for timer in callbacks_of(trainer) if isinstance(timer, Timer)]
         left = [float(limit) for limit in limits if limit is not None]
         done = fraction_done(trainer)
         if done is not None and done > self._start_fraction:
@@ -185,7 +186,7 @@ class EpochLines(Callback):
     @staticmethod
     def _epoch_scores(trainer: Trainer) -> Mapping[str, Any]:
         """Return the epoch's scores from :class:`RunSummary`, or the last logged metrics without that callback."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         rows = next((callback.epochs for callback in callbacks if isinstance(callback, RunSummary)), [])
         return rows[-1] if rows else trainer.callback_metrics
 

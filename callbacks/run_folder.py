@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.experiments.run_lock import RunLock
+from gpt2_pl.utils.trainer import callbacks_of
 
 
 class RunFolder(Callback):
@@ -76,7 +77,7 @@ class RunFolder(Callback):
 
 def run_folder(trainer: Trainer) -> Path | None:
     """Return the output folder of a run: that of :class:`RunFolder`, else that of a logger, else None."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Callback] = callbacks_of(trainer)
     for callback in callbacks:
         if isinstance(callback, RunFolder):
             return callback.path

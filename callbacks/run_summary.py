@@ -23,6 +23,7 @@ from gpt2_pl.callbacks.throughput import Throughput
 from gpt2_pl.errors import RunError
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.pretrained import provenance
+from gpt2_pl.utils.trainer import callbacks_of
 
 Scores = dict[str, float]
 
@@ -163,7 +164,7 @@ class RunSummary(Callback):
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
         metric_info: Any = pl_module.metric_info
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
         return {
             "task": type(pl_module).__name__,

@@ -64,6 +64,7 @@ from gpt2_pl.filesystem import require_writable
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
 from gpt2_pl.utils.registry import class_path
+from gpt2_pl.utils.trainer import callbacks_of
 
 _INTRODUCTION = """A run is a task, a strategy and a trainer, each a configuration. Later ones
 replace keys of earlier ones, and flags do so too:
@@ -241,7 +242,7 @@ class GPT2CLI(LightningCLI):
                 raise
             raise InputError(reason) from error
         check_optimizer(self.model.make_optimizer)
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(self.trainer)
         for callback in callbacks:
             if hasattr(callback, "check"):
                 callback.check(callbacks, self.model)
@@ -300,7 +301,7 @@ class GPT2CLI(LightningCLI):
         # The record follows config.yaml and the last validation, and precedes the checkpoints.
         ends: list[Callback] = [EndOfTraining()] if self.subcommand == "fit" else []
         ends += [Throughput(), self.summary, HyperparameterLogger(self.config_settings(), self.summary)]
-        order: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+        order: list[Callback] = callbacks_of(made)
         place = sum(not isinstance(callback, ResumableModelCheckpoint) for callback in order)
         order[place:place] = [*ends, *([] if has_bar else [EpochLines()])]
         return made
@@ -412,7 +413,7 @@ class GPT2CLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Print the report, and whether the task has predictions to write."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(self.trainer)
         if any(callback.wrote for callback in callbacks if isinstance(callback, PredictionWriter)):
             self._report()
         else:

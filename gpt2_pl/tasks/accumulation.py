@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
+from gpt2_pl.utils.trainer import callbacks_of
+
 
 class StepMean:
     """Weights of the losses of an optimizer step, such that its gradient is that of one batch with all its rows.
@@ -77,7 +79,7 @@ class StepMean:
 
 def accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
     """Return the callback that schedules the number of batches of an optimizer step, if the trainer has one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     return next((callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)), None)
 
 

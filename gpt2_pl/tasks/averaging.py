@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.utils.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from gpt2_pl.tasks.base import Task
@@ -52,7 +53,7 @@ class TrainedAverage(AveragedModel):
 
 def _find_callbacks(trainer: Trainer | None, kind: type[CallbackT]) -> list[CallbackT]:
     """Return the trainer's callbacks of a class."""
-    callbacks: list[Any] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Any] = [] if trainer is None else callbacks_of(trainer)
     return [callback for callback in callbacks if isinstance(callback, kind)]
 
 

@@ -14,6 +14,7 @@ from gpt2_pl.callbacks import RunSummary, run_folder
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import printable
 from gpt2_pl.tasks.averaging import blocks_resuming
+from gpt2_pl.utils.trainer import callbacks_of
 
 
 def resume_advice(trainer: Trainer, folder: Path) -> str:
@@ -29,7 +30,7 @@ def resume_advice(trainer: Trainer, folder: Path) -> str:
 
 def early_end(trainer: Trainer, has_trained: bool) -> str:
     """Return the reason why training had fewer epochs than requested, as a new line, or an empty string."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     stopped = (one for one in callbacks if isinstance(one, EarlyStopping) and one.wait_count >= one.patience)
     untrained = "" if has_trained else "nothing was left to train: "
     if (early := next(stopped, None)) is not None:

@@ -27,6 +27,7 @@ from gpt2_pl.callbacks import ResumableModelCheckpoint
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.base import OptimizerCallable
+from gpt2_pl.utils.trainer import callbacks_of
 
 _UNSUPPORTED: dict[type[Callback], str] = {
     BaseFinetuning: (
@@ -69,7 +70,7 @@ def check_training(trainer: Trainer, model: Task) -> None:
             raise InputError(
                 f"trainer.{key} must not be 0, as fit would not train; evaluate with gpt2-pl validate or test"
             )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and any(isinstance(c, Timer) for c in callbacks))
     model.check_schedule(endless and trainer.max_steps == -1)
     for callback in callbacks:

@@ -49,11 +49,11 @@ class TextData(LightningDataModule):
         super().__init__()
         for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
-                raise InputError(f"data.{key} must be at least 1, got {value}")
+                raise InputError(key=f"data.{key}", value=value, expected="at least 1")
         if not 0.0 < val_fraction < 1.0:
             raise InputError(f"data.val_fraction must be in (0, 1), got {val_fraction}")
         if max_length is not None and max_length < 1:
-            raise InputError(f"data.max_length must be at least 1, got {max_length}")
+            raise InputError(key="data.max_length", value=max_length, expected="at least 1")
         self.files = files
         self.hub_id = None if any(files[split] for split in ("train", "val", "test")) else hub_id
         self.tokenizer_source = tokenizer

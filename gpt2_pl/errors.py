@@ -131,15 +131,29 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 class InputError(ValueError):
     """Error in a value, file or folder that the user gave.
 
-    The message names the key or file, the row if there is one, the value, and the valid values. It is one line, escaped
-    by :func:`printable`. The command line prints it without a traceback and exits with status 2.
+    The message is ``SOURCE: KEY must be EXPECTED, got VALUE`` unless ``message`` is given. It is one line, escaped by
+    :func:`printable`. The command line prints it without a traceback and exits with status 2.
 
     Args:
-        message: the text; other objects are converted by ``str``.
+        message: the text after ``SOURCE: ``; other objects are converted by ``str``.
+        key: the setting, argument or key of a file that is wrong, such as ``data.batch_size``; empty for errors of a
+            whole file or folder.
+        value: its value.
+        expected: the valid values, such as ``at least 1``.
+        source: the file, and the row if there is one; empty for values from the command line or from code.
+
+    Attributes:
+        key, value, expected: the arguments.
+        source: the argument, as text.
     """
 
-    def __init__(self, message: object) -> None:
-        super().__init__(_message(message))
+    def __init__(
+        self, message: object = None, *, key: str = "", value: object = None, expected: str = "", source: object = ""
+    ) -> None:
+        self.key, self.value, self.expected, self.source = key, value, expected, str(source)
+        if message is None:
+            message = f"{key} must be {expected}, got {shorten(value)}"
+        super().__init__(_message(f"{source}: {message}" if source else message))
 
 
 class RunError(RuntimeError):

@@ -46,6 +46,19 @@ def test_error_message_long_hostile_text_is_one_bounded_line(kind):
     assert len(message) < 5000
 
 
+def test_input_error_from_fields_names_source_key_expected_and_value():
+    error = InputError(key="data.batch_size", value=0, expected="at least 1", source="task.yaml")
+    assert str(error) == "task.yaml: data.batch_size must be at least 1, got 0"
+    assert (error.key, error.value, error.expected, error.source) == ("data.batch_size", 0, "at least 1", "task.yaml")
+    assert str(InputError("there is no file a.csv", source="sweep.yaml")) == "sweep.yaml: there is no file a.csv"
+
+
+def test_refused_command_has_the_key_of_its_error(run, capsys):
+    line = refused(run, capsys, "fit", "--config", "quickstart", "--data.batch_size", 0)
+    assert line.key == "data.batch_size"
+    assert line == f"gpt2-pl: error: {line.error}"
+
+
 def nested(depth):
     value = []
     for _ in range(depth):

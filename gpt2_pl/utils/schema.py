@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -74,22 +74,21 @@ def validate(schema: type[S], content: Any, where: str, part: str = "") -> S:
         return schema.model_validate(content)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
-    raise InputError(_format_error(schema, details, where, part))
+    raise _input_error(schema, details, where, part)
 
 
-def _format_error(schema: type[BaseModel], details: ErrorDetails, where: str, part: str) -> str:
-    """Return the message for one of pydantic's errors; see :func:`validate` for the arguments."""
+def _input_error(schema: type[BaseModel], details: ErrorDetails, where: str, part: str) -> InputError:
+    """Return the error for one of pydantic's errors; see :func:`validate` for the arguments."""
     kind, value = details["type"], details["input"]
     key = _join_keys(_format_path(details["loc"]), part)
     if kind == "missing":
-        return f"{where}: {key} is missing"
+        return InputError(f"{key} is missing", key=key, source=where)
     if kind == "extra_forbidden":
-        return f"{where}: unknown key {key}{_suggest_keys(schema, details['loc'])}"
-    context: Mapping[str, Any] = details.get("ctx", {})
-    expected = _EXPECTED.get(kind, details["msg"]).format(**context)
+        return InputError(f"unknown key {key}{_suggest_keys(schema, details['loc'])}", key=key, source=where)
+    expected = _EXPECTED.get(kind, details["msg"]).format(**details.get("ctx", {}))
     if not key:
-        return f"{where} must hold {expected}, got {shorten(value)}"
-    return f"{where}: {key} must be {expected}, got {shorten(value)}"
+        return InputError(f"{where} must hold {expected}, got {shorten(value)}", value=value, expected=expected)
+    return InputError(key=key, value=value, expected=expected, source=where)
 
 
 def _join_keys(key: str, part: str) -> str:

@@ -1,13 +1,29 @@
-"""Errors of one line."""
+"""Commands that end with an error of one line."""
 
 import pytest
 
+from gpt2_pl.errors import InputError, causes
+
+
+class Refusal(str):
+    """Error line of a command, with the InputError that caused it, or None for an error of the parser."""
+
+    error: InputError | None
+
+    @property
+    def key(self):
+        """Key of the InputError; empty if there is none."""
+        return self.error.key if self.error is not None else ""
+
 
 def refused(run, capsys, *args):
+    """Run a command that must exit with status 2 and one line on standard error; return the line."""
     with pytest.raises(SystemExit) as stopped:
         run(*args)
     assert stopped.value.code == 2
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.strip()]
     assert "Traceback" not in "".join(lines)
     assert len(lines) == 1, lines
-    return lines[-1]
+    refusal = Refusal(lines[-1])
+    refusal.error = next((error for error in causes(stopped.value) if isinstance(error, InputError)), None)
+    return refusal

@@ -1,4 +1,4 @@
-"""Drop-in replacements for PyTorch functions, with the same names and signatures.
+"""Faster implementations of PyTorch operations.
 
 A kernel is used only on the devices and dtypes where it was measured to be faster; otherwise, and in compiled code, it
 calls the PyTorch function. Disabling the kernels changes the speed and the rounding of results only. They are disabled

@@ -3,10 +3,8 @@
 import ast
 import importlib.util
 import os
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -55,37 +53,41 @@ def test_import_layers_cover_every_part_of_the_library():
     assert {part for part, _ in sources()} == LEVEL.keys()
 
 
-@pytest.mark.parametrize(("part", "file"), [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()])
-def test_import_within_library_is_from_a_lower_layer(part, file):
-    for name in imported(file):
-        package, _, rest = name.partition(".")
-        assert package not in ("cli", *MAPPED), f"{file} imports {name}"
-        if package != "gpt2_pl" or not rest:
-            continue
-        target = rest.partition(".")[0]
-        if target == part or target == "__version__" or (part, target) in EXCEPTIONS:
-            continue
-        assert target in LEVEL, f"{file} imports {name}"
-        assert LEVEL[target] < LEVEL[part], f"{part} must not import {target} ({file.name}: {name})"
+def test_import_within_library_is_from_a_lower_layer():
+    checked = 0
+    for part, file in sources():
+        for name in imported(file):
+            package, _, rest = name.partition(".")
+            assert package not in ("cli", *MAPPED), f"{file} imports {name}"
+            if package != "gpt2_pl" or not rest:
+                continue
+            target = rest.partition(".")[0]
+            if target == part or target == "__version__" or (part, target) in EXCEPTIONS:
+                continue
+            assert target in LEVEL, f"{file} imports {name}"
+            assert LEVEL[target] < LEVEL[part], f"{part} must not import {target} ({file.name}: {name})"
+            checked += 1
+    assert checked > 200
 
 
-@pytest.mark.parametrize(("part", "file"), [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()])
-def test_import_of_lightning_in_the_core_is_absent(part, file):
-    if part not in LIGHTNING:
-        assert not any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in imported(file))
+def test_import_of_lightning_in_the_core_is_absent():
+    importing = {
+        part for part, file in sources() for name in imported(file) if name.split(".")[0].endswith("lightning")
+    }
+    assert importing == LIGHTNING
 
 
-@pytest.mark.parametrize("name", ["cli", "gpt2_pl", "tests", "benchmarks", "constraints"])
-def test_package_in_checkout_contains_no_other_root_files(name):
-    assert importlib.util.find_spec(f"gpt2_pl.{name}") is None
+def test_package_in_checkout_contains_mapped_folders_and_no_other_root_files():
+    for name in ("cli", "gpt2_pl", "tests", "benchmarks", "constraints"):
+        assert importlib.util.find_spec(f"gpt2_pl.{name}") is None, name
     for mapped in MAPPED:
         assert importlib.util.find_spec(f"gpt2_pl.{mapped}").origin == str(ROOT / mapped / "__init__.py")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], []])
-def test_main_help_version_or_no_arguments_does_not_import_torch(args):
-    code = f"import sys; from gpt2_pl.commands import main; main({args!r}); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+def test_main_help_version_or_no_arguments_does_not_import_torch():
+    code = "import sys; from gpt2_pl.commands import main; [main(args) for args in ([], ['--version'], ['--help'])]"
+    done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], cwd=ROOT, check=False)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -107,22 +109,18 @@ assert (alive() is not None) == (gc.get_freeze_count() > 0) == {alone}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_cli_help_is_shown_within_four_seconds():
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, env=os.environ, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert statistics.median(times) < 4
+def test_cli_help_takes_less_than_two_seconds_of_the_processor():
+    before = os.times()
+    subprocess.run([sys.executable, "cli.py", "--help"], cwd=ROOT, env=os.environ, check=True, capture_output=True)
+    assert sum(os.times()[2:4]) - sum(before[2:4]) < 2
 
 
 CONCRETE = {"Classifier", "SentimentClassifier", "ParaphraseDetector", "LanguageModel", "PoemGenerator"}
 
 
-@pytest.mark.parametrize("folder", ["callbacks", "gpt2_pl/commands"])
-def test_callbacks_and_commands_source_names_no_concrete_task(folder):
+def test_callbacks_and_commands_source_names_no_concrete_task():
     """They use members of Task and protocols only, so that user-defined tasks work as the library's do."""
-    for file in sorted((ROOT / folder).rglob("*.py")):
+    for file in sorted([*(ROOT / "callbacks").rglob("*.py"), *(ROOT / "gpt2_pl/commands").rglob("*.py")]):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         named = {node.id for node in nodes if isinstance(node, ast.Name)} & CONCRETE
         named |= {name.rpartition(".")[2] for name in imported(file)} & CONCRETE

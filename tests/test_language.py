@@ -5,7 +5,6 @@ import io
 import re
 import tokenize
 
-import pytest
 from helpers.configs import ROOT
 
 FOLDERS = ("gpt2_pl", "datamodules", "callbacks")
@@ -36,10 +35,11 @@ def banned_prose(source: str) -> list[str]:
     return [f"{line}: {text.strip()}" for line, text in texts if BANNED_PROSE.search(text)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_source_file_uses_no_banned_word(file):
-    source = file.read_text(encoding="utf-8")
-    assert banned_names(source) + banned_prose(source) == []
+def test_source_files_use_no_banned_word():
+    assert len(FILES) > 50
+    for file in FILES:
+        source = file.read_text(encoding="utf-8")
+        assert banned_names(source) + banned_prose(source) == [], file
 
 
 def test_banned_words_are_found_in_names_comments_and_docstrings():

@@ -21,18 +21,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import forked
+from helpers import blank_pictures, forked
 
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules.synthetic import toy_pairs, toy_reviews
 from gpt2_pl.model import GPT2, GPT2Config
+from gpt2_pl.tasks import classification
 from gpt2_pl.text.tokenizer import train_tokenizer
+from gpt2_pl.utils import plots
 from gpt2_pl.utils.run_schema import check_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
 torch.set_num_threads(1)
+blank_pictures.install()
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes its children ignore it
 
@@ -61,6 +64,12 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test draws the same numbers and prints with a new console, in whatever order tests run."""
     torch.manual_seed(1)
     monkeypatch.setattr("rich._console", None)
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the pictures of runs in this process, which are blank in other tests."""
+    monkeypatch.setattr(classification, "confusion_image", plots.confusion_image)
 
 
 @pytest.fixture(scope="session")

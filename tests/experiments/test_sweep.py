@@ -1,4 +1,4 @@
-"""gpt2-pl sweep: its configuration, and execution of every run exactly once despite interruptions."""
+"""gpt2-pl sweep: execution of every run exactly once despite interruptions."""
 
 import json
 import os
@@ -10,26 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, metrics
 from helpers.forked import Forked
-from helpers.refusals import refused
+from helpers.sweeps import FILE, start, sweep
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2_pl import GPT2
-from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.sweep.config import SweepConfig
 from gpt2_pl.pretrained import weights_sha256
-
-QUICK = "{data.n_train: 60, trainer.enable_progress_bar: false, trainer.precision: 32-true, trainer.max_epochs: 2}"
-FILE = f"""
-name: s
-overrides: {QUICK}
-seeds: [1, 2]
-tasks:
-  toy:
-    configs: [{ROOT}/configs/quickstart.yaml]
-    strategies:
-      full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}
-"""
 
 
 @pytest.fixture
@@ -43,235 +30,40 @@ def file(tmp_path, monkeypatch):
     return write
 
 
-def start(folder, *args):
-    """Start the sweep in a separate process, whose jobs end with it."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return Forked([ROOT / "cli.py", "sweep", "s.yaml", *args], cwd=folder, env=environment)
-
-
 def kill(process):
     process.kill()
     process.wait()
 
 
-# What a file asks for
+BAD = "      bad: {configs: [], overrides: {data.nonsense: 1}, seeds: [1]}\n"
 
 
-def test_sweep_config_grid_and_seeds_give_commands(file):
-    plan = SweepConfig.read(
-        file(
-            f"""
-overrides: {{trainer.max_epochs: 3}}
-seeds: [1, 2]
-strategies: [full]
-tasks:
-  one:
-    configs: [{ROOT}/configs/task/sst5.yaml]
-    overrides: {{data.train_file: '${{HOME}}/a.csv'}}
-    strategies:
-      llrd+lora:
-        configs: [{ROOT}/configs/strategy/llrd.yaml, {ROOT}/configs/strategy/lora.yaml]
-        overrides: {{trainer.max_epochs: 4}}
-        seeds: [7]
-        grid: {{model.optimizer.init_args.lr: [1.0e-3, 2.0e-3], data.batch_size: [8]}}
-""".replace("strategies: [full]", f"strategies: {{full: {{configs: [{ROOT}/configs/strategy/full.yaml]}}}}")
-        )
-    )
-    assert plan.name == "s"
-    runs = [run for experiment in plan.experiments for run in experiment.runs()]
-    assert [(run.strategy, run.version) for run in runs] == [
-        ("full", "seed_1"), ("full", "seed_2"),
-        ("llrd+lora,lr=0.001,batch_size=8", "seed_7"), ("llrd+lora,lr=0.002,batch_size=8", "seed_7"),
-    ]  # fmt: skip
-    command = runs[3].command()
-    assert [part.rpartition("/")[2] for part in command if part.startswith("--config")] == [
-        "sst5.yaml", "llrd.yaml", "lora.yaml"
-    ]  # fmt: skip
-    flags = [part for part in command[1:] if not part.startswith("--config")]
-    assert flags == [
-        "--trainer.max_epochs=3", f"--data.train_file={os.environ['HOME']}/a.csv", "--trainer.max_epochs=4",
-        "--model.optimizer.init_args.lr=0.002", "--data.batch_size=8", "--seed_everything=7",
-        "--name=s/one/llrd+lora,lr=0.002,batch_size=8", "--version=seed_7",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("- a", "the file must be a mapping with name, "),
-        (
-            "tasks: {toy: {config: []}}",
-            "unknown key tasks.toy.config; did you mean configs? keys are configs, overrides",
-        ),
-        (
-            "tasks: {toy: {configs: [nowhere.yaml], strategies: [full]}}",
-            "tasks.toy.configs: there is no file nowhere.yaml",
-        ),
-        ("tasks: {sst9: {strategies: [full]}}", "tasks.sst9.configs: there is no file configs/task/sst9.yaml"),
-        (FILE.replace("[1, 2]", "[1, 1]"), "seeds must be a list of different integers of at least 0, got [1, 1]"),
-        (
-            FILE.replace("name: s", "name: ../s"),
-            "name must be a name of up to 200 letters, digits, _ . + -, got '../s'",
-        ),
-        (
-            FILE.replace("full:", "../full:"),
-            "tasks.toy.strategies: a name must be up to 200 letters, digits, _ . + -, got '../full'",
-        ),
-        (FILE.replace("60,", "'${NOWHERE_TO_BE_FOUND}',"), "the environment variable NOWHERE_TO_BE_FOUND is not set"),
-        (FILE + "        base: x\n", "is not YAML"),
-        (
-            FILE.replace("full: {", "full: {base: x, "),
-            "tasks.toy.strategies.full.base must be one of the task's bases (none), got 'x'",
-        ),
-        (
-            FILE.replace("full: {", "full: {grid: {a: 3}, "),
-            "grid must be a mapping of keys to lists of values, got {'a': 3}",
-        ),
-        (FILE.replace("full: {", "full: {overrides: {name: x}, "), "full.overrides.name is set by the sweep"),
-        (FILE.replace("full: {", "full: {search: {space: {a: 3}}, "), "full.search.space.a must be a list of choices"),
-        (FILE.replace("full: {", "full: {search: {space: {a: {low: 0, high: 1, log: true}}}, "), "space.a must be"),
-        (FILE + "max_parallel: 0", "max_parallel must be an integer of at least 1, got 0"),
-        (FILE + "slurm: yes", "slurm must be a mapping"),
-        (
-            FILE + "slurm: {tasks_per_node: 2}",
-            "slurm.tasks_per_node must be 1, because a run of a sweep is one task on one node, got 2",
-        ),
-        ("tasks: {}", "tasks must be a mapping of names"),
-        (FILE.replace("full: {", "full: {grid: {seed_everything: [1]}, "), "grid.seed_everything is set by the sweep"),
-        (FILE.replace("full: {", "full: {search: {space: {name: [a]}}, "), "space.name is set by the sweep"),
-        (
-            FILE.replace("full: {", "full: {search: {space: {a: {low: 1, high: 2, log: true, step: 1}}}, "),
-            "space.a must be",
-        ),
-        (FILE.replace("full: {", "full: {overrides: {3: 4}, "), "full.overrides: unknown key 3"),
-        (FILE.replace("full: {", "full: {overrides: {'version=../../x': 4}, "), "unknown key 'version=../../x'"),
-        (FILE.replace("full: {", "full: {overrides: {nam: ../x}, "), "unknown key 'nam'"),
-        (FILE.replace("full: {", "full: {overrides: {trainer.default_root_dir: /x}, "), "root_dir is set by the sweep"),
-        (
-            FILE.replace("full: {", "full: {overrides: {trainer: {default_root_dir: /x}}, "),
-            "trainer is set by the sweep",
-        ),
-        (
-            FILE.replace("full: {", "full: {overrides: {data.n_train: 2001-01-01}, "),
-            "data.n_train must be text, a number",
-        ),
-        (
-            FILE.replace("full: {", "full: {overrides: {data.n_train: !!binary aaaa}, "),
-            "overrides.data.n_train must be",
-        ),
-        (FILE.replace("full: {", 'full: {overrides: {data.n_train: "\\ud800"}, '), "is not YAML"),
-        (FILE.replace("full: {", "full: {overrides: &a {data.n_train: *a}, "), "*a is recursive"),
-        (FILE.replace("full: {", "full: {grid: {3: [4]}, "), "full.grid: unknown key 3"),
-        (FILE.replace("full: {", "full: {search: {space: {data.n_train: [2001-01-01]}}, "), "data.n_train must be"),
-        (FILE.replace("full: {", "full: {base: [1], "), "full.base must be one of the task's bases (none), got [1]"),
-        (FILE.replace("full:", f"{'x' * 300}:"), "a name must be up to"),
-        (FILE.replace("full.yaml", f"{'x' * 300}.yaml"), "there is no file"),
-        (FILE + f"      Full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "two runs have one folder, "),
-        (FILE + f"      full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n", "the key 'full' is given twice"),
-        (
-            FILE.replace("full: {", "full: {grid: {data.n_train: [60, '60']}, "),
-            "s/toy/full,n_train=60/seed_1: toy.full",
-        ),
-        (
-            FILE.replace("full: {", "full: {grid: {data.n_train: [60]}, ") + "      full,n_train=60: {configs: []}\n",
-            "two runs have one folder, lightning_logs/s/toy/full,n_train=60/seed_1",
-        ),
-        (
-            FILE + f"  Toy: {{configs: [{ROOT}/configs/quickstart.yaml], strategies: {{full: {{configs: []}}}}}}\n",
-            "lightning_logs/s/toy/full/seed_1 and lightning_logs/s/Toy/full/seed_1: toy.full, seed 1 and Toy.full",
-        ),
-        (
-            FILE + "  two: {configs: [], strategies: [full, full]}\n",
-            "tasks.two.strategies must have different names, got 'full' twice",
-        ),
-        ("[" * 5000, "nested more than 100 deep"),
-    ],
-)
-def test_sweep_config_invalid_file_is_refused(text, message, file):
-    path = file(text)
-    with pytest.raises(InputError) as error:
-        SweepConfig.read(path)
-    assert str(error.value).startswith(f"{path}")
-    assert message in str(error.value)
-
-
-def test_sweep_linked_run_folders_are_refused(file, tmp_path, capsys):
-    path = file(FILE + f"      lora: {{configs: [{ROOT}/configs/strategy/full.yaml]}}\n")
-    (tmp_path / "lightning_logs/s/toy/full").mkdir(parents=True)
-    SweepConfig.read(path)
-    (tmp_path / "lightning_logs/s/toy/lora").symlink_to("full")
-    with pytest.raises(SystemExit) as stop:
-        main(["sweep", str(path)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "two runs have one folder, lightning_logs/s/toy/full/seed_1 and lightning_logs/s/toy/lora/seed_1" in line
-
-
-def test_sweep_config_base_shared_by_strategies_is_accepted(file):
-    text = FILE.replace("    strategies:\n", "    pretrain: {b: {configs: []}}\n    strategies:\n")
-    text = text.replace("full: {", "full: {base: b, ") + "      other: {base: b, configs: []}\n"
-    assert len(SweepConfig.read(file(text)).experiments) == 2
-    text = text.replace("{b: {configs: []}}", "{b: {configs: []}, B: {configs: []}}").replace(
-        "other: {base: b", "other: {base: B"
-    )
-    with pytest.raises(InputError, match=r"two runs have one folder, lightning_logs/s.pretrain/toy/b/seed_1 and "):
-        SweepConfig.read(file(text))
-
-
-def test_sweep_dry_run_prints_commands_and_runs_nothing(file, tmp_path, capsys):
-    search = "full: {search: {trials: 3, space: {data.batch_size: [8, 16]}}, "
-    path = file(FILE + f"      other: {{configs: [{ROOT}/configs/strategy/llrd.yaml]}}\n".replace("full: {", search))
-    main(["sweep", str(path), "--dry_run"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
-    assert all(line.startswith("to do    gpt2-pl fit --config=") for line in lines)
-    assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("metrics.json", text) for text in ("{", "[]", "3", '{"epochs": 3}', '{"monitor": [1]}', "\xff", "[" * 100_000)]
-    + [("sweep.json", text) for text in ("{", "[]", "{}", '{"flags": [1]}', "\xff",
-                                        '{"flags": {"a": 1}, "files": {}, "base": null, "threads": 1}')],
-    ids=range(13),
-)  # fmt: skip
-def test_sweep_broken_run_files_are_refused(name, text, file, tmp_path, capsys):
-    folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text('{"status": "finished"}')
-    (folder / name).write_text(text, encoding="latin-1")
-    for extra in ([], ["--dry_run"]):
-        with pytest.raises(SystemExit) as stop:
-            main(["sweep", str(file(FILE)), *extra])
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"lightning_logs/s/toy/full/seed_1/{name}" in line
-        assert line.endswith("; delete lightning_logs/s/toy/full/seed_1")
-
-
-# Running
-
-
-def test_sweep_repeated_runs_nothing_and_refuses_changed_settings(file, tmp_path):
-    file(FILE)
-    done = start(tmp_path, "--max_parallel=2")
-    out, error = done.communicate(timeout=200)
-    assert done.returncode == 0, error
-    assert out.count(": started") == 2
+def test_sweep_repeated_retries_only_failed_runs_and_refuses_changed_settings(file, tmp_path):
+    file(FILE + BAD)
+    status, out, error = sweep(tmp_path, "--max_parallel=2")
+    assert status == 1
+    assert out.count(": started") == 3
+    assert "toy bad seed 1: failed" in out
+    assert "toy full seed 1: finished, val/accuracy" in out
+    assert "lightning_logs/s/toy/bad/seed_1 failed: " in error
+    assert "nonsense" in error
     folders = [tmp_path / f"lightning_logs/s/toy/full/seed_{seed}" for seed in (1, 2)]
     assert [metrics(folder)["seed"] for folder in folders] == [1, 2]
     assert all(metrics(folder)["status"] == "finished" for folder in folders)
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
-    out, _ = start(tmp_path).communicate(timeout=60)
+    status, out, _ = sweep(tmp_path)
+    assert (status, out.count("started")) == (1, 1)
+    file(FILE)
+    status, out, error = sweep(tmp_path)
+    assert status == 0, error
     assert "started" not in out
     assert "all runs are finished" in out
     assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
 
     file(FILE.replace("max_epochs: 2", "max_epochs: 3"))
-    changed = start(tmp_path)
-    _, error = changed.communicate(timeout=60)
-    assert changed.returncode == 2
-    assert "was run with other settings (trainer.max_epochs was '2' and is '3')" in error
+    status, _, error = sweep(tmp_path)
+    assert status == 2
+    assert "trainer.max_epochs was '2' and is '3'" in error
 
 
 def wait_for(found, seconds=100.0):
@@ -305,9 +97,8 @@ def test_sweep_killed_at_any_moment_completes_without_repeating_runs(file, tmp_p
     wait_for(lambda: (runs[1] / "checkpoints/last.ckpt").is_file() or metrics_of(runs[1]))
     os.kill(process.pid, signal.SIGKILL)  # its job lives on
     process.wait()
-    last = start(tmp_path, "--max_parallel=2")
-    out, error = last.communicate(timeout=300)
-    assert last.returncode == 0, error
+    status, out, error = sweep(tmp_path, "--max_parallel=2")
+    assert status == 0, error
     assert "all runs are finished" in out
     for folder in runs:
         assert metrics(folder)["status"] == "finished"
@@ -336,20 +127,6 @@ def test_run_job_two_processes_execute_the_same_run_once(file, tmp_path):
     assert sorted("gpt2-pl fit" in out for out in outs) == [False, True]
 
 
-def test_sweep_failed_run_is_reported_and_retried(file, tmp_path):
-    bad = "      bad: {configs: [], overrides: {data.nonsense: 1}, seeds: [1]}\n"
-    file(FILE.replace("[1, 2]", "[1]") + bad)
-    process = start(tmp_path, "--max_parallel=2")
-    out, error = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert "toy bad seed 1: failed" in out
-    assert "toy full seed 1: finished, val/accuracy" in out
-    assert "lightning_logs/s/toy/bad/seed_1 failed: " in error
-    assert "nonsense" in error
-    out, _ = start(tmp_path).communicate(timeout=200)
-    assert out.count("started") == 1
-
-
 def test_sweep_pretrained_base_is_trained_first_and_once_per_seed(file, tmp_path, base):
     reviews = tmp_path / "reviews.csv"
     reviews.write_text("sentence\tsentiment\n" + "".join(f"a fine film number {i}\t{i % 2}\n" for i in range(40)))
@@ -368,9 +145,8 @@ tasks:
       ulmfit: {{configs: [{config}/strategy/ulmfit.yaml], base: adapted}}
       llrd: {{configs: [{config}/strategy/llrd.yaml], base: adapted}}
 """)
-    process = start(tmp_path, "--max_parallel=2")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    status, _, error = sweep(tmp_path, "--max_parallel=2")
+    assert status == 0, error
     logs = tmp_path / "lightning_logs"
     made = metrics(logs / "s.pretrain/imdb/adapted/seed_1")
     ulmfit, llrd = (metrics(logs / f"s/imdb/{name}/seed_1") for name in ("ulmfit", "llrd"))
@@ -387,14 +163,10 @@ def test_sweep_search_best_settings_are_used_by_seeds(file, tmp_path):
     search = "full: {search: {trials: 2, space: {model.optimizer.init_args.lr: [0.0, 3.0e-3]}}, "
     file(FILE.replace("full: {", search).replace("[1, 2]", "[5]"))
     first = start(tmp_path, "--max_parallel=1")
-    journal = tmp_path / "lightning_logs/s.search/toy/full.journal"
-    deadline = time.monotonic() + 100
-    while not list(journal.parent.glob("full/trial_0/metrics.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "lightning_logs/s.search/toy/full/trial_0/metrics.json").is_file)
     kill(first)
-    process = start(tmp_path, "--max_parallel=2")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    status, _, error = sweep(tmp_path, "--max_parallel=2")
+    assert status == 0, error
     trials = sorted((tmp_path / "lightning_logs/s.search/toy/full").iterdir())
     assert [path.name for path in trials] == [f"trial_{n}" for n in range(2)]
     scores = {path.name: metrics(path)["scores"]["val/accuracy"] for path in trials}
@@ -404,14 +176,11 @@ def test_sweep_search_best_settings_are_used_by_seeds(file, tmp_path):
     run = json.loads((tmp_path / "lightning_logs/s/toy/full/seed_5/sweep.json").read_text())
     assert run["flags"][key] == rates[best]
     assert set(rates.values()) <= {"0.0", "0.003"}
-    again = start(tmp_path)
-    out, _ = again.communicate(timeout=60)
-    assert "started" not in out
+    assert "started" not in sweep(tmp_path)[1]
     file((tmp_path / "s.yaml").read_text().replace("3.0e-3", "4.0e-3"))
-    other = start(tmp_path)
-    _, error = other.communicate(timeout=60)
-    assert other.returncode == 2
-    assert "was searched with another space or other settings" in error
+    status, _, error = sweep(tmp_path)
+    assert status == 2
+    assert "lightning_logs/s.search/toy/full" in error
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the sweep", "Ctrl-C in its terminal"])
@@ -478,55 +247,6 @@ def test_hyperparameter_search_killed_resumes_with_complete_trials(file, tmp_pat
     score(third, 0.4)
     more.report_result(third)
     score(fourth, 0.9)
-    with pytest.raises(InputError, match="was run with other settings"):
+    with pytest.raises(InputError, match="toy/full/seed_5"):
         more.report_result(fourth)
     assert more.experiment.best_flags != best
-
-
-def test_check_run_failed_before_first_checkpoint_is_accepted(file, tmp_path):
-    path = file(FILE)
-    run = SweepConfig.read(path).experiments[0].runs()[0]
-    run.folder.mkdir(parents=True)
-    (run.folder / ".sweep.json.abc.part").write_text("{")
-    run.check()
-    (run.folder / "metrics.json").write_text(json.dumps({"status": "failed"}))
-    run.check()
-    (run.folder / "metrics.json").write_text(json.dumps({"status": "finished"}))
-    with pytest.raises(InputError, match="is not a run of this sweep"):
-        run.check()
-    record = run.record()
-    (run.folder / "sweep.json").write_text(json.dumps({**record, "flags": dict(reversed(record["flags"].items()))}))
-    run.check()
-
-
-def test_make_executor_slurm_settings_are_written_to_the_script(file, tmp_path, monkeypatch):
-    """Check the script that submitit writes, with an sbatch that only stores it."""
-    from gpt2_pl.experiments.sweep.executor import make_executor
-
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, code in (
-        ("srun", "exit 0"),
-        ("sbatch", 'cp "$1" script; echo Submitted batch job 7'),
-        ("sacct", "exit 0"),
-    ):
-        (tools / name).write_text(f"#!/bin/sh\n{code}\n")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    plan = SweepConfig.read(file(FILE + "slurm: {slurm_partition: gpu, timeout_min: 240, gpus_per_node: 1}"))
-    launcher = make_executor(plan, None, main)
-    job = launcher.submit(plan.experiments[0].runs()[0], 0)
-    assert job.job_id == "7"
-    script = (tmp_path / "script").read_text()
-    for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=s"):
-        assert f"#SBATCH {line}" in script
-    with pytest.raises(InputError, match=r"slurm: .*nonsense"):
-        make_executor(SweepConfig.read(file(FILE + "slurm: {nonsense: 1}")), None, main)
-
-
-def test_sweep_missing_config_error_names_working_folder(run, capsys, tmp_path):
-    own = (ROOT / "configs/sweep/example.yaml").read_text().replace("configs/quickstart.yaml", "mine/own.yaml")
-    (tmp_path / "s.yaml").write_text(own)
-    line = refused(run, capsys, "sweep", "s.yaml", "--dry_run")
-    assert "there is no file mine/own.yaml; " in line
-    assert f"; paths are relative to the working folder, {tmp_path}" in line

@@ -171,6 +171,9 @@ def _preload() -> None:
         import_module(name)
     import torch
 
+    from helpers import blank_pictures
+
+    blank_pictures.install()
     torch.set_num_threads(1)
     gc.freeze()
     gc.enable()

@@ -16,6 +16,11 @@ class Refusal(str):
         return self.error.key if self.error is not None else ""
 
 
+def names(error, key):
+    """Return whether the key of an InputError or a Refusal, or its text where it has no key, contains a key."""
+    return key in (error.key or str(error))
+
+
 def refused(run, capsys, *args):
     """Run a command that must exit with status 2 and one line on standard error; return the line."""
     with pytest.raises(SystemExit) as stopped:

@@ -207,7 +207,7 @@ def test_sentiment_classifier_step_loss_equals_the_options_formula(average):
     assert losses.losses == pytest.approx([sum(of_masks) / len(of_masks)])
 
 
-def test_picture_writer_confusion_figure_has_labels_in_rows(tmp_path, monkeypatch):
+def test_picture_writer_confusion_figure_has_labels_in_rows(tmp_path, monkeypatch, drawn_pictures):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
     data, logger = ToySentiment(n_train=160, vocab_size=300), TensorBoardLogger(tmp_path)
     task = SentimentClassifier(config=config, num_classes=3)

@@ -1,0 +1,12 @@
+"""Blank pictures in place of drawn ones, which take a quarter of the time of a short run."""
+
+import numpy as np
+
+from gpt2_pl.tasks import classification
+
+_BLANK = np.full((600, 700, 3), 255, np.uint8)  # as large as a drawn one
+
+
+def install() -> None:
+    """Replace the pictures of classification runs in this process."""
+    classification.confusion_image = lambda counts, names, title: _BLANK

@@ -1,6 +1,7 @@
 """Templates, rows, batches and their order."""
 
 import csv
+import itertools
 import json
 import random
 
@@ -8,7 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, WORDS
+from helpers.refusals import names
 from lightning.pytorch import Callback, Trainer
 
 from gpt2_pl import GPT2Config
@@ -33,7 +35,7 @@ def test_template_encode_long_fields_are_cut_and_template_words_kept(base):
     tokenizer = load_tokenizer(base)
     template = Template("Sentence1: {a}, Sentence2: {b} → Are they paraphrases?")
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(60):
         row = {
             key: " ".join(rng.choice(["film", "naïve", "日本", "plot!", "the"]) for _ in range(rng.randrange(1, 60)))
             for key in "ab"
@@ -56,6 +58,27 @@ def test_template_encode_long_fields_are_cut_and_template_words_kept(base):
             assert len(ids) >= limit - 8  # no more is lost than must be
 
 
+def test_template_encode_any_field_lengths_keeps_the_fixed_parts(base):
+    tokenizer, template, rng = load_tokenizer(base), Template(WORDS), random.Random(5)
+    parts = WORDS.replace("{sentence2}", "{sentence1}").split("{sentence1}")
+    for _ in range(100):
+        row = {
+            field: "a" + "".join(rng.choice("aé日 →?{},:x ") for _ in range(rng.choice([0, 1, 3, 30, 300])))
+            for field in ("sentence1", "sentence2")
+        }
+        shortest = len(tokenizer.encode(template.fill(dict.fromkeys(row, ""))).ids)
+        limit = rng.randrange(shortest + 4, shortest + 60)
+        (ids,) = template.encode([row], tokenizer, limit)
+        text, at = tokenizer.decode(ids), 0
+        assert len(ids) <= limit
+        for part in parts:
+            found = text.find(part.strip(), at)
+            assert found >= 0, text
+            at = found + len(part.strip())
+        assert text.startswith(parts[0].rstrip())
+        assert text.endswith(parts[-1])
+
+
 def test_template_encode_two_fields_cuts_longest_first(base):
     tokenizer = load_tokenizer(base)
     row = {"a": "short one", "b": "the plot is really boring " * 20}
@@ -63,10 +86,11 @@ def test_template_encode_two_fields_cuts_longest_first(base):
     assert tokenizer.decode(ids).startswith("short one | the plot")
 
 
-@pytest.mark.parametrize("text", ["no field", "{}", "{a!r}", "{a:>3}", "{a", "{a.b}"])
-def test_template_invalid_syntax_is_refused(text):
-    with pytest.raises(InputError, match="template"):
-        Template(text)
+def test_template_invalid_syntax_is_refused(subtests):
+    for text in ("no field", "{}", "{a!r}", "{a:>3}", "{a", "{a.b}"):
+        with subtests.test(text), pytest.raises(InputError) as caught:
+            Template(text)
+        assert names(caught.value, "template")
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -87,15 +111,11 @@ def test_template_encode_field_without_a_token_gives_no_ids(special, base, tmp_p
 
 
 def test_template_encode_without_room_for_text_raises(base):
-    tokenizer, template = load_tokenizer(base), Template("{a} is")
-    alone = len(tokenizer.encode(" is").ids)
-    with pytest.raises(InputError, match=f"leave room for text, got {alone}; .* alone takes {alone} tokens"):
-        template.encode([{"a": "a wonderful film"}], tokenizer, alone)
-
-
-def test_template_encode_limit_below_template_length_is_refused(base):
-    with pytest.raises(InputError, match=r"max_length must leave room for text, got 3;"):
-        Template("Review: {a} Sentiment:").encode([{"a": "x"}], load_tokenizer(base), 3)
+    tokenizer = load_tokenizer(base)
+    for text, limit in (("{a} is", len(tokenizer.encode(" is").ids)), ("Review: {a} Sentiment:", 3)):
+        with pytest.raises(InputError, match=f"got {limit}") as caught:
+            Template(text).encode([{"a": "a wonderful film"}], tokenizer, limit)
+        assert names(caught.value, "max_length")
 
 
 # Batches
@@ -117,11 +137,17 @@ def test_token_dataset_batch_pads_rows_on_the_right():
     assert batch["labels"].tolist() == [3, 2, 0]
 
 
-@pytest.mark.parametrize(
-    ("n", "size", "world"), [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4)]
-)
-def test_training_loader_any_world_size_yields_each_row_once(n, size, world):
-    rows = token_rows(n)
+GEOMETRIES = [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4), (128, 16, 1)]
+
+
+def test_training_loader_any_world_size_yields_each_row_once(subtests):
+    for n, size, world in GEOMETRIES:
+        with subtests.test(n=n, size=size, world=world):
+            check_batches_of_ranks(token_rows(n), n, size, world)
+
+
+def check_batches_of_ranks(rows, n, size, world):
+    """Check that all ranks have the same number of batches, and together each row at most once."""
     loaders = [TrainingLoader(rows, size, 1, rank, world) for rank in range(world)]
     seen = [[batch["row"].tolist() for batch in loader] for loader in loaders]
     assert len({len(batches) for batches in seen}) == 1
@@ -173,44 +199,38 @@ def test_evaluation_loader_any_set_yields_every_row():
     assert sorted(n for batch in EvaluationLoader(token_rows(13), 4) for n in batch["row"].tolist()) == list(range(13))
 
 
-GEOMETRIES = [(100, 8, 1), (101, 8, 2), (37, 5, 3), (7, 64, 2), (33, 16, 2), (25, 12, 2), (9, 1, 4), (128, 16, 1)]
+def test_evaluation_batches_with_a_limit_hold_every_row_once():
+    for (n, size, world), limit in itertools.product(GEOMETRIES, [0, 1, 2, 3, 0.3, 0.5, 1.0, 1000]):
+        lengths, case = token_rows(n).lengths, (n, size, world, limit)
+        batches = [evaluation_batches(lengths, size, rank, world, limit) for rank in range(world)]
+        everything = [evaluation_batches(lengths, size, rank, world) for rank in range(world)]
+        assert [[len(b) for b in own] for own in batches] == [[len(b) for b in own] for own in everything], case
+        assert sorted(row for own in batches for b in own for row in b.tolist()) == list(range(n)), case
 
 
-@pytest.mark.parametrize(("n", "size", "world"), GEOMETRIES)
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 0.3, 0.5, 1.0, 1000])
-def test_evaluation_batches_with_a_limit_hold_every_row_once(n, size, world, limit):
-    lengths = token_rows(n).lengths
-    batches = [evaluation_batches(lengths, size, rank, world, limit) for rank in range(world)]
-    everything = [evaluation_batches(lengths, size, rank, world) for rank in range(world)]
-    assert [[len(b) for b in own] for own in batches] == [[len(b) for b in own] for own in everything]
-    assert sorted(row for own in batches for b in own for row in b.tolist()) == list(range(n))
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("limit", [1, 2, 3, 5, 0.1, 0.25, 0.5, 0.9])
-def test_evaluation_batches_within_the_limit_are_a_sample_of_all_lengths(world, limit):
+def test_evaluation_batches_within_the_limit_are_a_sample_of_all_lengths():
     """Every tenth of the rows by length is represented equally in the limited evaluation."""
     lengths = np.random.default_rng(3).permutation(2000) + 1
-    global_batches = zip(
-        *(evaluation_batches(lengths, 40 // world, r, world, limit) for r in range(world)), strict=True
-    )
-    batches = [np.concatenate(parts) for parts in global_batches]
-    n = int(limit * len(batches)) if isinstance(limit, float) else limit
-    sample = np.concatenate(batches[:n])
-    counts = np.bincount((lengths[sample] - 1) // 200, minlength=10)
-    assert counts.max() - counts.min() <= 1
-    assert counts.sum() == 40 * n
-    for batch in batches[:n]:  # of similar length, as all batches are
-        assert np.ptp(lengths[batch]) <= 2000 / n + 2 * 2000 / len(sample)
+    for case in itertools.product([1, 2, 4], [1, 2, 3, 5, 0.1, 0.25, 0.5, 0.9]):
+        world, limit = case
+        of_ranks = (evaluation_batches(lengths, 40 // world, rank, world, limit) for rank in range(world))
+        batches = [np.concatenate(parts) for parts in zip(*of_ranks, strict=True)]
+        n = int(limit * len(batches)) if isinstance(limit, float) else limit
+        sample = np.concatenate(batches[:n])
+        counts = np.bincount((lengths[sample] - 1) // 200, minlength=10)
+        assert counts.max() - counts.min() <= 1, case
+        assert counts.sum() == 40 * n, case
+        for batch in batches[:n]:  # of similar length, as all batches are
+            assert np.ptp(lengths[batch]) <= 2000 / n + 2 * 2000 / len(sample), case
 
 
-@pytest.mark.parametrize("limit", [1, 4, 0.5])
-def test_evaluation_batches_with_a_limit_ignore_the_order_of_the_file(limit):
+def test_evaluation_batches_with_a_limit_ignore_the_order_of_the_file():
     """Rows of one length, in which the two classes alternate or come one after the other."""
-    for labels in (np.arange(512) % 2, np.arange(512) // 256):
+    for limit in (1, 4, 0.5):
         batches = evaluation_batches(np.full(512, 7), 32, limit=limit)
         sample = np.concatenate(batches[: int(limit * 16) if isinstance(limit, float) else limit])
-        assert 0.25 < labels[sample].mean() < 0.75
+        for labels in (np.arange(512) % 2, np.arange(512) // 256):
+            assert 0.25 < labels[sample].mean() < 0.75, limit
 
 
 def test_evaluation_batches_without_a_limit_begin_with_the_longest():
@@ -258,41 +278,34 @@ def write(folder, ending):
     return str(file)
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
-def test_text_classification_any_file_format_gives_same_rows(ending, base, tmp_path):
-    data = TextClassification(train_file=write(tmp_path, ending), template="{text}", tokenizer=str(base))
-    data.test_dataloader = data.val_dataloader
-    data.files["test"], data.files["train"] = data.files["train"], None
-    data.setup("test")
-    assert data.encoded["test"].labels.tolist() == [1, 0, 1]
-    decoded = [
-        data.tokenizer.decode(data.encoded["test"].values[a:b].tolist())
-        for a, b in zip(data.encoded["test"].offsets, data.encoded["test"].offsets[1:], strict=False)
-    ]
-    assert decoded == [row["text"] for row in ROWS]
+def test_text_classification_any_file_format_gives_same_rows(base, tmp_path):
+    for ending in (".csv", ".tsv", ".jsonl", ".parquet"):
+        data = TextClassification(test_file=write(tmp_path, ending), template="{text}", tokenizer=str(base))
+        data.setup("test")
+        rows = data.encoded["test"]
+        assert rows.labels.tolist() == [1, 0, 1], ending
+        decoded = [data.tokenizer.decode(rows.values[a:b].tolist()) for a, b in itertools.pairwise(rows.offsets)]
+        assert decoded == [row["text"] for row in ROWS], ending
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "rows.csv is empty"),
-        ("sentence,sentiment\n", "rows.csv has no rows"),
-        ("review,sentiment\na,1\n", r"rows\.csv has no column 'sentence'; it has 'review', 'sentiment'"),
-        (
-            "sentence,sentiment\ngood,1\nbad,7\n",
-            r"rows\.csv, row 2: the label in 'sentiment' must be 0 to 1 or one of .*, got '7'",
-        ),
-        ("sentence,sentiment\ngood,1\n  ,0\n", r"rows\.csv, row 2: 'sentence' must be a non-empty string, got '  '"),
-        ("sentence,sentence\ngood,1\n", "'sentence' twice in the header"),
-        (b"sentence,sentiment\ngood,1\ngr\xfcn,1\n", r"rows\.csv, row 2 .* not UTF-8"),
-        ("sentence,sentiment\ngood,1\nbad,0,0,0\n", r"rows\.csv, row 2 .* it must have 2 values, got 4"),
-    ],
-)
-def test_setup_invalid_csv_is_refused_by_file_and_row(content, message, base, tmp_path):
+INVALID_CSV = {
+    "": "empty",
+    "sentence,sentiment\n": "no rows",
+    "review,sentiment\na,1\n": "'sentence'.*'review', 'sentiment'",
+    "sentence,sentiment\ngood,1\nbad,7\n": "row 2: .*'sentiment'.* got '7'",
+    "sentence,sentiment\ngood,1\n  ,0\n": "row 2: .*'sentence'.* got '  '",
+    "sentence,sentence\ngood,1\n": "'sentence' twice",
+    b"sentence,sentiment\ngood,1\ngr\xfcn,1\n": "row 2 .*UTF-8",
+    "sentence,sentiment\ngood,1\nbad,0,0,0\n": "row 2 .* 2 values, got 4",
+}
+
+
+def test_setup_invalid_csv_is_refused_by_file_and_row(base, tmp_path, subtests):
     file = tmp_path / "rows.csv"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message):
-        IMDB(train_file=str(file), val_file=str(file), tokenizer=str(base)).setup()
+    for content, words in INVALID_CSV.items():
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with subtests.test(content=content), pytest.raises(InputError, match=rf"rows\.csv.*{words}"):
+            IMDB(train_file=str(file), val_file=str(file), tokenizer=str(base)).setup()
 
 
 def test_setup_label_names_are_mapped_and_number_as_text_is_refused(base, tmp_path):
@@ -302,19 +315,20 @@ def test_setup_label_names_are_mapped_and_number_as_text_is_refused(base, tmp_pa
     data.setup()
     assert data.encoded["test"].labels.tolist() == [1, 0]
     file.write_text('{"sentence": 3, "sentiment": 1}\n')
-    with pytest.raises(InputError, match="row 1: 'sentence' must be a non-empty string, got 3"):
+    with pytest.raises(InputError, match=r"row 1: .*'sentence'.* got 3"):
         IMDB(test_file=str(file), tokenizer=str(base)).setup()
 
 
-@pytest.mark.parametrize("name", ["nowhere.csv", "rows.xlsx"])
-def test_setup_missing_file_or_unknown_extension_is_refused(name, base, tmp_path):
+def test_setup_missing_file_or_unknown_extension_is_refused(base, tmp_path):
     (tmp_path / "rows.xlsx").write_text("x")
-    with pytest.raises(InputError, match=rf"data\.train_file.*{name}"):
-        IMDB(train_file=str(tmp_path / name), tokenizer=str(base)).setup()
+    for name in ("nowhere.csv", "rows.xlsx"):
+        with pytest.raises(InputError, match=name) as caught:
+            IMDB(train_file=str(tmp_path / name), tokenizer=str(base)).setup()
+        assert names(caught.value, "data.train_file")
 
 
 def test_setup_hub_dataset_without_network_is_refused():
-    with pytest.raises(InputError, match=r"SetFit/sst5.*cannot be loaded.*data\.train_file"):
+    with pytest.raises(InputError, match="SetFit/sst5"):
         SST5(tokenizer="x").setup("fit")
 
 

@@ -1,8 +1,8 @@
-"""Readers of row files: literal file names, valid and invalid contents, and a cache that may be damaged."""
+"""Readers of row files: literal file names, valid and invalid contents, and the time that they take."""
 
 import csv
+import itertools
 import json
-import multiprocessing
 import os
 import time
 from decimal import Decimal
@@ -14,58 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, metrics
+from helpers.row_files import ENDINGS, data, rows_of, texts, write
 
 from gpt2_pl.commands.generate import read_prompts
-from gpt2_pl.datamodules import QuoraPairs, TextClassification, TextCorpus
-from gpt2_pl.datamodules import cache as cache_module
+from gpt2_pl.datamodules import QuoraPairs, TextCorpus
 from gpt2_pl.datamodules.readers import HubSplit, read_file, require_columns
 from gpt2_pl.datamodules.sonnets import read_poems
-from gpt2_pl.errors import InputError, RunError
+from gpt2_pl.errors import InputError
 
 CONFIG = ROOT / "configs"
-ENDINGS = [".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def _cache(tmp_path_factory, monkeypatch):
     """A cache of its own for every test."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder / "gpt2_pl"
-
-
-def write(file, rows):
-    """Write rows in the format of a file's name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".parquet":
-        with file.open("wb") as out:
-            pq.write_table(pa.Table.from_pylist(rows), out)
-    elif file.suffix.startswith(".json"):
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        with file.open("w", newline="") as lines:
-            writer = csv.DictWriter(lines, rows[0], delimiter="," if file.suffix == ".csv" else "\t")
-            writer.writeheader()
-            writer.writerows(rows)
-    return file
-
-
-def rows_of(*texts):
-    return [{"sentence": text, "label": i % 2} for i, text in enumerate(texts)]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def read(file, **options):
     source = read_file(str(file), "data.train_file", **options)
     return [row for _, row in source.read(source.columns)]
-
-
-def data(base, file, **options):
-    return TextClassification(**{"test_file": str(file), "tokenizer": str(base), **options})
-
-
-def texts(module, split="test"):
-    module.setup()
-    return [row["sentence"] for row in module.rows[split]]
 
 
 # Names
@@ -96,7 +64,7 @@ def test_read_file_with_pattern_in_its_name_reads_that_file(ending, base, tmp_pa
         assert "another" not in decoded
     for name in NAMES:
         os.unlink(name + ending)
-        with pytest.raises(InputError, match="there is no file"):
+        with pytest.raises(InputError):
             read(name + ending)
 
 
@@ -113,7 +81,7 @@ def test_read_file_with_home_in_its_path_reads_the_users_file(tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "x.csv", rows_of("at home"))
     assert read("~/x.csv")[0]["sentence"] == "at home"
-    with pytest.raises(InputError, match=r"there is no file ~nobody/x\.csv"):
+    with pytest.raises(InputError, match=r"~nobody/x\.csv"):
         read("~nobody/x.csv")
 
 
@@ -134,67 +102,27 @@ def test_fit_with_patterns_in_names_reads_those_files_and_its_config_reads_back(
 # Contents
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_setup_changed_file_with_same_mtime_reads_the_change(ending, base, tmp_path):
-    file = tmp_path / f"rows{ending}"
-    for text in ("good film", "evil film", "good film"):
-        write(file, rows_of(text))
-        os.utime(file, ns=(10**18, 10**18))
-        assert texts(data(base, file)) == [text]
-    write(tmp_path / f"other{ending}", rows_of("evil film")).replace(file)
-    os.utime(file, ns=(10**18, 10**18))
-    assert texts(data(base, file)) == ["evil film"]
-
-
-def test_cache_key_covers_every_option(base, tmp_path, cache):
-    """Compare the rows read with each option from a shared cache and from an empty one."""
-    file, other = tmp_path / "rows.csv", tmp_path / "other"
-    file.write_text('sentence,label,more\n"a ""good"" film",1,fine\nbad,0,worse\n', encoding="utf-8")
-    other.mkdir()
-    tokenizer = json.loads((base / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    options = [{}, {"template": "It is {sentence}"}, {"labels": ["x", "0", "1"]}, {"labels": ["1", "0"]},
-               {"max_length": 3}, {"columns": {"sentence": "more"}}, {"quoting": False, "on_invalid_row": "skip"},
-               {"on_invalid_row": "skip"}, {"tokenizer": str(other)}]  # fmt: skip
-
-    def outcome(option):
-        module = data(base, file, **option)
-        found = texts(module)
-        rows = module.encoded["test"]
-        return found, rows.values.tolist(), rows.offsets.tolist(), rows.labels.tolist()
-
-    together = [outcome(option) for option in options]
-    assert len(list(cache.glob("*.arrow"))) == len(options)
-    assert [outcome(option) for option in options] == together
-    for option, found in zip(options, together, strict=True):
-        for old in cache.glob("*.arrow"):
-            old.unlink()
-        assert outcome(option) == found
-    assert len({repr(found) for found in together}) == len(options) - 1  # on_invalid_row: skip, where none is bad
-
-
-def test_read_file_growing_while_read_is_refused(base, tmp_path, cache):
+def test_read_file_growing_while_read_is_refused(tmp_path):
     file = write(tmp_path / "rows.csv", rows_of(*("film" for _ in range(3000))))
     source = read_file(str(file), "data.train_file")
     rows = source.read(["sentence"])
     next(rows)
     with file.open("a") as lines:
         lines.write("film,1\n")
-    with pytest.raises(InputError, match=r"rows\.csv changed while it was being read"):
+    with pytest.raises(InputError, match=r"rows\.csv changed"):
         list(rows)
 
 
-@pytest.mark.parametrize("marks", [0, 1, 2, 3])
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json"])
-def test_read_file_with_byte_order_marks_reads_the_same(marks, ending, tmp_path):
-    file = write(tmp_path / f"rows{ending}", rows_of("film", "plot"))
-    expected = read(file)
-    file.write_bytes(b"\xef\xbb\xbf" * marks + file.read_bytes())
-    assert read(file) == expected
-    if ending == ".json":
-        file.write_bytes(b"\xef\xbb\xbf" * marks + json.dumps(rows_of("film", "plot")).encode())
-        assert read(file) == expected
+def test_read_file_with_byte_order_marks_reads_the_same(tmp_path):
+    for case in itertools.product([".csv", ".tsv", ".jsonl", ".json"], [1, 2, 3]):
+        ending, marks = case
+        file = write(tmp_path / f"rows{ending}", rows_of("film", "plot"))
+        expected = read(file)
+        file.write_bytes(b"\xef\xbb\xbf" * marks + file.read_bytes())
+        assert read(file) == expected, case
+        if ending == ".json":
+            file.write_bytes(b"\xef\xbb\xbf" * marks + json.dumps(rows_of("film", "plot")).encode())
+            assert read(file) == expected, case
 
 
 def test_read_poems_and_prompts_with_byte_order_marks_keep_all_lines(tmp_path):
@@ -203,11 +131,11 @@ def test_read_poems_and_prompts_with_byte_order_marks_keep_all_lines(tmp_path):
     assert [(poem.number, poem.lines) for poem in read_poems(str(file), "f")] == [(1, ["a day"]), (2, ["a night"])]
     assert read_prompts(str(file), poems=False)[0] == ["1", "a day", "2", "a night"]
     file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf")
-    with pytest.raises(InputError, match="has no poem"):
+    with pytest.raises(InputError, match=r"poems\.txt"):
         read_poems(str(file), "f")
     for name in ("marks.csv", "marks.jsonl"):
         (tmp_path / name).write_bytes(file.read_bytes())
-        with pytest.raises(InputError, match=r"the first line is blank|has no rows|cannot be read"):
+        with pytest.raises(InputError, match=name):
             read(tmp_path / name)
 
 
@@ -234,47 +162,45 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("kind", [*NO_TEXT, *NUMBERS])
-def test_setup_parquet_column_without_text_type_is_refused_by_type(kind, base, tmp_path):
-    file, values = tmp_path / "rows.parquet", {**NO_TEXT, **NUMBERS}[kind]
-    pq.write_table(pa.table({"sentence": values, "label": pa.array([1])}), file)
-    with pytest.raises(InputError, match=rf"rows\.parquet: the column 'sentence' must be text, got the type {kind}"):
-        data(base, file).setup()
-    with pytest.raises(InputError, match=rf"'sentence' must be text, got the type {kind}.*data\.column"):
-        TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
-    pq.write_table(pa.table({"sentence": pa.array(["film"]), "label": values}), file)
-    if kind in NUMBERS:
-        module = data(base, file, labels=["False", "True"] if kind == "bool" else None)
-        assert texts(module) == ["film"]
-        assert module.encoded["test"].labels.tolist() == [1]
-    else:
-        with pytest.raises(InputError, match=rf"the column 'label' must be text or numbers, got the type {kind}"):
-            data(base, file).setup()
+def test_setup_parquet_column_without_text_type_is_refused_by_type(base, tmp_path, subtests):
+    file = tmp_path / "rows.parquet"
+    for kind, values in (NO_TEXT | NUMBERS).items():
+        with subtests.test(kind):
+            pq.write_table(pa.table({"sentence": values, "label": pa.array([1])}), file)
+            with pytest.raises(InputError, match=rf"rows\.parquet.*'sentence'.*{kind}"):
+                data(base, file).setup()
+            with pytest.raises(InputError, match=rf"rows\.parquet.*'sentence'.*{kind}.*data\.column"):
+                TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
+            pq.write_table(pa.table({"sentence": pa.array(["film"]), "label": values}), file)
+            if kind in NUMBERS:
+                module = data(base, file, labels=["False", "True"] if kind == "bool" else None)
+                assert texts(module) == ["film"]
+                assert module.encoded["test"].labels.tolist() == [1]
+            else:
+                with pytest.raises(InputError, match=rf"rows\.parquet.*'label'.*{kind}"):
+                    data(base, file).setup()
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
-)
-def test_setup_parquet_column_of_any_text_type_is_read(kind, base, tmp_path):
-    words = pa.array(["film", "plot", "film"])
-    words = words.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else words.cast(kind)
-    pq.write_table(pa.table({"sentence": words, "label": words, "a.b": words}), tmp_path / "rows.parquet")
-    module = data(base, tmp_path / "rows.parquet", labels=["film", "plot"])
-    assert texts(module) == ["film", "plot", "film"]
-    assert module.encoded["test"].labels.tolist() == [0, 1, 0]
-    assert (
-        texts(data(base, tmp_path / "rows.parquet", labels=["film", "plot"], columns={"sentence": "a.b"}))[1] == "plot"
-    )
+def test_setup_parquet_column_of_any_text_type_is_read(base, tmp_path):
+    file, plain = tmp_path / "rows.parquet", pa.array(["film", "plot", "film"])
+    kinds = [pa.string(), pa.large_string(), pa.string_view()]
+    for words in (*map(plain.cast, kinds), plain.dictionary_encode().cast(pa.dictionary(pa.int8(), pa.string()))):
+        pq.write_table(pa.table({"sentence": words, "label": words, "a.b": words}), file)
+        module = data(base, file, labels=["film", "plot"])
+        assert texts(module) == ["film", "plot", "film"], words.type
+        assert module.encoded["test"].labels.tolist() == [0, 1, 0], words.type
+        renamed = data(base, file, labels=["film", "plot"], columns={"sentence": "a.b"})
+        assert texts(renamed)[1] == "plot", words.type
 
 
-def test_setup_json_value_of_wrong_type_is_refused_by_row(base, tmp_path):
+def test_setup_json_value_of_wrong_type_is_refused_by_row(base, tmp_path, subtests):
     for value in ({"as JSON": '"film"'}, ["film"], 3, None, True):
         file = write(tmp_path / "rows.jsonl", [{"sentence": value, "label": 1}])
-        with pytest.raises(InputError, match=r"rows\.jsonl, row 1: 'sentence' must be a non-empty string, got "):
+        with subtests.test(text=value), pytest.raises(InputError, match=r"rows\.jsonl, row 1.*'sentence'"):
             data(base, file).setup()
     for value in ({"as JSON": "1"}, [1], ["1"], None):
         file = write(tmp_path / "rows.jsonl", [{"sentence": "film", "label": value}])
-        with pytest.raises(InputError, match=r"rows\.jsonl, row 1: the label in 'label' must be"):
+        with subtests.test(label=value), pytest.raises(InputError, match=r"rows\.jsonl, row 1.*'label'"):
             data(base, file, labels=["x", "['1']"]).setup()
 
 
@@ -283,24 +209,24 @@ def test_read_file_parquet_without_rows_is_refused(base, tmp_path):
     empty = pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
     pq.write_table(empty, file)
     for read_it in (lambda: read(file), data(base, file).setup):
-        with pytest.raises(InputError, match=r"rows\.parquet has no rows$"):
+        with pytest.raises(InputError, match=r"rows\.parquet.*no rows"):
             read_it()
     pq.write_table(pa.table({}), file)
-    with pytest.raises(InputError, match=r"rows\.parquet has no rows$"):
+    with pytest.raises(InputError, match=r"rows\.parquet.*no rows"):
         read(file)
 
 
 def test_read_file_parquet_duplicate_name_or_invalid_utf8_is_refused(base, tmp_path):
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["sentence", "sentence"]), file)
-    with pytest.raises(InputError, match="different column names, got 'sentence' twice"):
+    with pytest.raises(InputError, match=r"'sentence' twice"):
         read(file)
     words = pa.array([b"film", b"gr\xfcn", b"plot"]).view(pa.string())
     pq.write_table(pa.table({"sentence": words, "label": pa.array([1, 1, 0])}), file)
-    with pytest.raises(InputError, match=r"rows\.parquet, row 2 cannot be read: it is not UTF-8"):
+    with pytest.raises(InputError, match=r"rows\.parquet, row 2 .*UTF-8"):
         data(base, file).setup()
     module = data(base, file, on_invalid_row="skip")
-    with pytest.warns(match="1 of 3 rows are skipped: row 2 cannot be read: it is not UTF-8"):
+    with pytest.warns(match="1 of 3 rows are skipped: row 2 .*UTF-8"):
         assert texts(module) == ["film", "plot"]
     assert [module.row_number("test", i) for i in range(2)] == [1, 3]
 
@@ -311,9 +237,7 @@ def test_hub_split_column_types_are_checked_as_in_files(base, monkeypatch):
     features = datasets.Features({"sentence": datasets.Value("string"), "label": label, "image": image})
     rows = [{"sentence": f"film {i}", "label": i % 2, "image": [i]} for i in range(2500)]
     source = HubSplit(datasets.Dataset.from_list(rows, features=features), "some/set (test)", "data.hub_id")
-    with pytest.raises(
-        InputError, match=r"some/set \(test\): the column 'image' must be text, got the type list<.*int64>"
-    ):
+    with pytest.raises(InputError, match=r"some/set \(test\).*'image'.*list<.*int64>"):
         require_columns(source, ["image"])
     module = data(base, None, hub_id="some/set", test_file=None)
     monkeypatch.setattr(module, "_sources", lambda split: [source])
@@ -339,15 +263,16 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_setup_hostile_json_is_refused_in_linear_time(kind, base, tmp_path):
+def test_setup_hostile_json_is_refused_in_linear_time(base, tmp_path, subtests):
     file = tmp_path / "rows.jsonl"
-    file.write_text(HOSTILE[kind](200_000) + "\n")
-    start = time.process_time()
-    with pytest.raises(InputError, match=r"rows\.jsonl") as error:
-        data(base, file).setup()
-    assert time.process_time() - start < 5
-    assert len(str(error.value)) < 1000
+    for kind, text in HOSTILE.items():
+        with subtests.test(kind):
+            file.write_text(text(200_000) + "\n")
+            start = time.process_time()
+            with pytest.raises(InputError, match=r"rows\.jsonl") as error:
+                data(base, file).setup()
+            assert time.process_time() - start < 5
+            assert len(str(error.value)) < 1000
 
 
 def test_setup_many_column_names_take_linear_time(base, tmp_path):
@@ -360,7 +285,7 @@ def test_setup_many_column_names_take_linear_time(base, tmp_path):
     header = ",".join(f"k{i}" for i in range(30_000))
     (tmp_path / "wide.csv").write_text(f"{header}\n{header}\n")
     start = time.process_time()
-    with pytest.raises(InputError, match=r"has no column 'sentence'.* and 29980 more") as error:
+    with pytest.raises(InputError, match=r"'sentence'.* and 29980 more") as error:
         data(base, tmp_path / "wide.csv").setup()
     assert time.process_time() - start < 5
     assert len(str(error.value)) < 1000
@@ -372,142 +297,8 @@ def test_read_file_unclosed_quote_is_refused_at_field_limit(tmp_path):
         lines.write('sentence,label\nfilm,1\n"film,1\n')
         for _ in range(80):
             lines.write("a film of some length,1\n" * 40_000)
-    with pytest.raises(InputError, match=r"rows\.csv, row 2: a double quote is not closed .*field limit"):
+    with pytest.raises(InputError, match=r"rows\.csv, row 2: .*field limit"):
         read(file)
-
-
-# The cache
-
-
-def damage_cut(content):
-    return content[: len(content) // 2]
-
-
-def damage_middle(content):
-    middle = len(content) // 2
-    return content[:middle] + b"\0" * 64 + content[middle + 64 :]
-
-
-def other_table(content):
-    out = pa.BufferOutputStream()
-    with pa.ipc.new_stream(out, pa.schema([("sentence", pa.string())])) as writer:
-        writer.write_batch(pa.record_batch([pa.array(["ANOTHER"])], names=["sentence"]))
-    return out.getvalue().to_pybytes()
-
-
-DAMAGE = {
-    "empty": lambda content: b"",
-    "a byte": lambda content: b"x",
-    "cut": damage_cut,
-    "without its last byte": lambda content: content[:-1],
-    "without its digest": lambda content: content[:-32],
-    "longer": lambda content: content + b"\0",
-    "zeros": lambda content: b"\0" * len(content),
-    "zeros in the middle": damage_middle,
-    "one bit": lambda content: content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
-    "another table": other_table,
-}
-
-
-@pytest.mark.parametrize("how", [*DAMAGE, "folder", "full folder", "dangling link", "link to itself", "fifo"])
-def test_setup_damaged_cache_is_rebuilt(how, base, tmp_path, cache, recwarn):
-    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
-    expected = texts(data(base, file))
-    (cached,) = cache.iterdir()
-    content = cached.read_bytes()
-    cached.unlink()
-    if how in DAMAGE:
-        cached.write_bytes(DAMAGE[how](content))
-    elif how.endswith("folder"):
-        cached.mkdir()
-        if how.startswith("full"):
-            (cached / "x").write_text("x")
-    elif how == "fifo":
-        os.mkfifo(cached)
-    else:
-        cached.symlink_to("nowhere" if how == "dangling link" else cached.name)
-    for _ in range(2):
-        module = data(base, file)
-        assert texts(module) == expected
-        assert module.encoded["test"].labels.tolist() == [0, 1]
-    assert [path.name for path in cache.iterdir()] == [cached.name]
-    assert cached.read_bytes() == content
-    assert not [warning for warning in recwarn if "cache" in str(warning.message)]
-
-
-def test_setup_unreadable_cache_is_rebuilt(base, tmp_path, cache, monkeypatch):
-    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
-    expected, refused = texts(data(base, file)), []
-    memory_map = pa.memory_map
-
-    def refuse(path):
-        if not refused:
-            refused.append(path)
-            raise PermissionError(13, "Permission denied", path)
-        return memory_map(path)
-
-    monkeypatch.setattr(pa, "memory_map", refuse)
-    assert texts(data(base, file)) == expected
-    assert refused
-
-
-@pytest.mark.parametrize("how", ["a file in its place", "no permission", "read-only disk"])
-def test_setup_unwritable_cache_warns_and_uses_temporary_folder(how, base, tmp_path, cache, monkeypatch):
-    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
-    cache_module._temporary_folder.cache_clear()
-    if how == "a file in its place":
-        cache.write_text("")
-    else:
-        error = {"no permission": PermissionError(13, "Permission denied"), "read-only disk": OSError(30, "Read-only")}
-
-        def refuse(*args, **kwargs):
-            raise error[how]
-
-        monkeypatch.setattr(cache_module, "TemporaryFile", refuse)
-    with pytest.warns(match=rf"the cache {cache} cannot be written \(.*\); data are prepared again in every run"):
-        assert texts(data(base, file)) == ["film", "plot"]
-    assert texts(data(base, file)) == ["film", "plot"]
-    assert not cache.is_dir() or not list(cache.iterdir())
-
-
-def test_setup_complete_cache_is_read_without_writing(base, tmp_path, cache, monkeypatch, recwarn):
-    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
-    expected = texts(data(base, file))
-    monkeypatch.setattr(cache_module, "_writable_path", lambda file: pytest.fail("it is written to"))
-    assert texts(data(base, file)) == expected
-    assert not [warning for warning in recwarn if "cache" in str(warning.message)]
-
-
-def test_setup_refused_data_leaves_cache_empty(base, tmp_path, cache):
-    file = write(tmp_path / "rows.csv", rows_of(*("film" for _ in range(12_000)), " "))
-    with pytest.raises(InputError, match=r"row 12001: 'sentence' must be a non-empty string, got ' '"):
-        data(base, file).setup()
-    assert not list(cache.iterdir())
-
-
-def fit_one(base, file, folder, results):
-    datasets.config.HF_DATASETS_CACHE = folder
-    results.put(len(texts(data(base, file))))
-
-
-def test_setup_concurrent_processes_share_one_cache_file(base, tmp_path, cache):
-    file = write(tmp_path / "rows.csv", rows_of(*(f"film {i}" for i in range(7000))))
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=fit_one, args=(base, file, cache.parent, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=100) for _ in processes]
-    for process in processes:
-        process.join()
-    assert found == [7000] * 3
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_setup_cache_unverifiable_after_writing_raises(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_read_verified", lambda file: None)
-    with pytest.raises(RunError, match=r"\.arrow cannot be read after it was written"):
-        data(base, write(tmp_path / "rows.csv", rows_of("film", "plot"))).setup()
 
 
 def test_setup_any_batch_size_encodes_rows_as_one_by_one(base, tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Data sets of one row, and checks of files before training."""
 
 import csv
-import re
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, metrics
+from helpers.refusals import refused
 
 from gpt2_pl.metrics import RowOutputs
 
@@ -19,14 +20,14 @@ def table(file):
         return list(csv.DictReader(lines))
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_row_outputs_one_or_two_rows_keep_shape_and_order(n):
-    metric = RowOutputs("row", "probability", "one")
-    expected = {"row": torch.arange(n), "probability": torch.rand(n, 3), "one": torch.rand(n, 1)}
-    metric.update(**{name: values.flip(0) for name, values in expected.items()})
-    found = metric.rows()
-    assert {name: values.shape for name, values in found.items()} == {k: v.shape for k, v in expected.items()}
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_row_outputs_one_or_two_rows_keep_shape_and_order():
+    for n in (1, 2):
+        metric = RowOutputs("row", "probability", "one")
+        expected = {"row": torch.arange(n), "probability": torch.rand(n, 3), "one": torch.rand(n, 1)}
+        metric.update(**{name: values.flip(0) for name, values in expected.items()})
+        found = metric.rows()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), n
 
 
 def one_row(folder, files, splits):
@@ -40,11 +41,12 @@ def one_row(folder, files, splits):
     return flags
 
 
-@pytest.mark.parametrize("threshold", ["0.5", "accuracy", "f1"])
+@pytest.mark.parametrize("threshold", ["0.5", "f1"])
 def test_fit_validation_and_test_of_one_row_are_scored_and_written(threshold, run, base, pair_files, tmp_path):
     flags = one_row(tmp_path, pair_files, ("val", "test"))
     folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48",
-                 "--trainer.max_epochs=1", f"--model.threshold={threshold}")  # fmt: skip
+                 "--trainer.max_epochs=1", "--trainer.limit_train_batches=2",
+                 f"--model.threshold={threshold}")  # fmt: skip
     for split in ("val", "test"):
         assert metrics(folder)["scores"][f"{split}/accuracy"] in (0.0, 1.0)
         (row,) = table(folder / f"predictions_{split}.csv")
@@ -80,20 +82,18 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-def test_fit_invalid_file_of_any_split_is_refused_before_training(
-    content, split, run, base, pair_files, capsys, tmp_path
-):
+def test_fit_invalid_file_of_any_split_is_refused_before_training(run, base, pair_files, capsys, tmp_path, subtests):
     bad = tmp_path / "bad.csv"
-    if content is not None:
-        bad.write_text(content)
-    flags = [f"--data.{name}_file={file}" for name, file in {**pair_files, split: bad}.items()]
-    with pytest.raises(SystemExit) as stop:
-        run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48")
-    assert stop.value.code == 2
-    assert "bad.csv" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not Path("lightning_logs").exists()
+    splits = itertools.cycle(["test", "val", "train"])
+    for (name, content), split in zip([*BAD.items(), ("no row", BAD["no row"])], splits, strict=False):
+        with subtests.test(name, split=split):
+            bad.unlink(missing_ok=True)
+            if content is not None:
+                bad.write_text(content)
+            flags = [f"--data.{which}_file={file}" for which, file in {**pair_files, split: bad}.items()]
+            quora = ["--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48"]
+            assert "bad.csv" in refused(run, capsys, "fit", *quora)
+            assert not Path("lightning_logs").exists()
 
 
 def test_fit_unusable_test_poems_or_text_are_refused_before_training(run, base, poem_files, files, capsys, tmp_path):
@@ -106,13 +106,10 @@ def test_fit_unusable_test_poems_or_text_are_refused_before_training(run, base, 
     text = ["--config", CONFIG / "task/text.yaml", "--data.column=sentence", "--data.max_length=32",
             f"--data.train_file={files['train']}", f"--data.test_file={tmp_path / 'empty.txt'}"]  # fmt: skip
     for more, words in (
-        (poems, r"poem 1 must have more than 3 lines|tokens of the first 3 lines of poem"),
-        (text, "empty|test text must have"),
+        (poems, "poem 1"),
+        (text, "2 tokens"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            run("fit", *more, *settings)
-        assert stop.value.code == 2
-        assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
+        assert words in refused(run, capsys, "fit", *more, *settings)
         assert not Path("lightning_logs").exists()
 
 
@@ -123,5 +120,5 @@ def test_prepare_data_fewer_rows_than_processes_is_refused(base, pair_files, tmp
     data = QuoraPairs(**{f"{flag.partition('=')[0].partition('.')[2]}": flag.partition("=")[2]
                          for flag in one_row(tmp_path, pair_files, ("test",))}, tokenizer=str(base))  # fmt: skip
     monkeypatch.setattr(data, "_rank_and_world_size", lambda: (0, 2))
-    with pytest.raises(InputError, match="at least one row per process, got 1 rows for 2 processes"):
+    with pytest.raises(InputError, match="got 1 rows for 2 processes"):
         data.prepare_data()

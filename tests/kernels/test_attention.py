@@ -1,5 +1,6 @@
 """Attention against the formula and PyTorch's function, and the memory that it saves for the backward pass."""
 
+import itertools
 import math
 
 import pytest
@@ -21,8 +22,7 @@ def weights_of(q, k, mask):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("T", [1, 17, 300])
+@pytest.mark.parametrize(("masked", "T"), [(False, 1), (True, 17), (False, 300), (True, 300)])
 def test_attention_with_dropout_equals_the_formula_and_its_gradients(masked, T):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, T, 8, requires_grad=True)
@@ -43,20 +43,20 @@ def test_attention_with_dropout_equals_the_formula_and_its_gradients(masked, T):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_attention_in_bfloat16_is_close_to_float64_formula(size, masked):
-    q, k, v = torch.randn(3, 4, 3, 64, 64).bfloat16()
-    q, k = ((t * size).requires_grad_() for t in (q, k))
+def test_attention_in_bfloat16_is_close_to_float64_formula():
     causal = torch.ones(64, 64, dtype=torch.bool).tril()
-    ours = attention(q, k, v, causal if masked else None)
-    exact = weights_of(q.double(), k.double(), causal) @ v.double()
-    off = (ours.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
-    assert off < 0.0025
-    grad = torch.randn_like(exact)
-    found = torch.autograd.grad(ours, (q, k), grad.bfloat16())
-    for a, b in zip(found, torch.autograd.grad(exact, (q, k), grad), strict=True):
-        assert (a.double() - b.double()).pow(2).mean().sqrt() < 0.008 * b.double().pow(2).mean().sqrt()
+    for case in itertools.product([1, 2, 4], [None, causal]):
+        size, mask = case
+        q, k, v = torch.randn(3, 4, 3, 64, 64).bfloat16()
+        q, k = ((t * size).requires_grad_() for t in (q, k))
+        ours = attention(q, k, v, mask)
+        exact = weights_of(q.double(), k.double(), causal) @ v.double()
+        off = (ours.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+        assert off < 0.0025, case
+        grad = torch.randn_like(exact)
+        found = torch.autograd.grad(ours, (q, k), grad.bfloat16())
+        for a, b in zip(found, torch.autograd.grad(exact, (q, k), grad), strict=True):
+            assert (a.double() - b.double()).pow(2).mean().sqrt() < 0.008 * b.double().pow(2).mean().sqrt(), case
 
 
 def qkv(T, dtype=torch.float64):
@@ -69,10 +69,14 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(gpt2_pl.kernels.attention, "MIN_RECOMPUTE_KEYS", 32)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("T", [5, 16, 32, 33, 100])
-def test_attention_without_dropout_equals_pytorch(monkeypatch, few_rows, T, masked):
+def test_attention_without_dropout_equals_pytorch(monkeypatch, few_rows, subtests):
     monkeypatch.setattr(gpt2_pl.kernels.attention, "dropout", lambda x, p=0.0, training=True: x)
+    for T, masked in itertools.product([5, 16, 32, 33, 100], [False, True]):
+        with subtests.test(T=T, masked=masked):
+            compare_with_pytorch(T, masked)
+
+
+def compare_with_pytorch(T, masked):
     given = qkv(T)
     mask = None
     if masked:
@@ -86,7 +90,7 @@ def test_attention_without_dropout_equals_pytorch(monkeypatch, few_rows, T, mask
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("T", [30, 100])
+@pytest.mark.parametrize("T", [30, 100])  # the scores are kept, and recomputed
 def test_attention_backward_uses_the_forward_dropout_mask(few_rows, T):
     q, k, v = qkv(T)
 
@@ -117,15 +121,15 @@ def test_attention_saved_memory_is_linear_in_length():
     assert 0 < kept(2048) <= 2.2 * kept(1024)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_attention_float32_cache_with_bfloat16_query_is_not_rounded(autocast):
+def test_attention_float32_cache_with_bfloat16_query_is_not_rounded():
     torch.manual_seed(0)
     q, (k, v) = torch.randn(2, 3, 1, 8).bfloat16(), torch.randn(2, 2, 3, 9, 8)
     mask = torch.rand(2, 1, 1, 9) < 0.7
     mask[..., 0] = True
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = attention(q, k, v, mask)
-        last = attention(q, k, v, None)  # one query is the last: it sees all keys
-    expected = weights_of(q.double(), k.double(), mask) @ v.double()
-    assert torch.equal(found, expected.float().bfloat16())
-    assert torch.equal(last, (weights_of(q.double(), k.double(), torch.tensor(True)) @ v.double()).float().bfloat16())
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = attention(q, k, v, mask)
+            last = attention(q, k, v, None)  # one query is the last: it sees all keys
+        for ours, seen in ((found, mask), (last, torch.tensor(True))):
+            expected = weights_of(q.double(), k.double(), seen) @ v.double()
+            assert torch.equal(ours, expected.float().bfloat16()), autocast

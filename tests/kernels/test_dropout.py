@@ -1,5 +1,6 @@
 """Dropout against its definition."""
 
+import itertools
 import math
 
 import pytest
@@ -16,25 +17,23 @@ def scale_of(p):
     return LEVELS / round((1 - p) * LEVELS)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_kept_share_matches_p_and_values_are_scaled_exactly(p, dtype):
-    torch.manual_seed(1)
-    x = torch.randn(N, dtype=dtype).abs() + 0.5
-    y = dropout(x, p, training=True)
-    kept = y != 0
-    assert y.dtype == dtype
-    assert torch.equal(y[kept], (x * scale_of(p))[kept])
-    assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / N) + 1 / LEVELS
+def test_dropout_kept_share_matches_p_and_values_are_scaled_exactly():
+    for case in itertools.product(DTYPES, [0.1, 0.5, 0.9]):
+        dtype, p = case
+        x = torch.randn(N, dtype=dtype).abs() + 0.5
+        y = dropout(x, p, training=True)
+        kept = y != 0
+        assert y.dtype == dtype
+        assert torch.equal(y[kept], (x * scale_of(p))[kept]), case
+        assert abs(kept.double().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / N) + 1 / LEVELS, case
 
 
-@pytest.mark.parametrize("p", [1e-6, 1e-5, 1 - 1e-5, 1 - 1e-7])
-def test_dropout_extreme_p_drops_and_keeps_some_values(p):
-    torch.manual_seed(0)
-    y = dropout(torch.ones(N), p, training=True)
-    assert y.isfinite().all()
-    assert 0 < y.count_nonzero() < N
-    assert (p < 0.5) == (y.count_nonzero() > N // 2)
+def test_dropout_extreme_p_drops_and_keeps_some_values():
+    for p in (1e-6, 1e-5, 1 - 1e-5, 1 - 1e-7):
+        y = dropout(torch.ones(N), p, training=True)
+        assert y.isfinite().all(), p
+        assert 0 < y.count_nonzero() < N, p
+        assert (p < 0.5) == (y.count_nonzero() > N // 2), p
 
 
 def test_dropout_of_ones_keeps_their_mean():
@@ -57,9 +56,13 @@ def test_dropout_under_another_default_device_stays_on_the_input_device():
         assert dropout_add(x, x, 0.5, training=True).device == x.device
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_dropout_and_dropout_add_gradients_equal_those_of_the_mask(dtype, transposed):
+def test_dropout_and_dropout_add_gradients_equal_those_of_the_mask(subtests):
+    for dtype, transposed in itertools.product(DTYPES, [False, True]):
+        with subtests.test(dtype=dtype, transposed=transposed):
+            check_gradients(dtype, transposed)
+
+
+def check_gradients(dtype, transposed):
     torch.manual_seed(0)
     x, residual, grad = torch.randn(3, 5, 7, 11, dtype=dtype)
     if transposed:
@@ -94,9 +97,8 @@ def test_dropout_add_bfloat16_branch_keeps_float32_residual():
     torch.testing.assert_close(x.grad, (mask * scale_of(0.25)).bfloat16())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_zero_p_or_evaluation_is_identity_without_random_draws(dtype):
-    x, residual = torch.randn(2, 6, 7, dtype=dtype)
+def test_dropout_zero_p_or_evaluation_is_identity_without_random_draws():
+    x, residual = torch.randn(2, 6, 7)
     state = torch.get_rng_state()
     for p, training in ((0.0, True), (0.5, False)):
         assert dropout(x, p, training) is x
@@ -132,10 +134,11 @@ def test_dropout_masks_are_uncorrelated_across_positions_and_calls():
     assert first.view(-1, 4).mean(0).abs().max().item() < 5 * math.sqrt(p * (1 - p) / 250_000)  # of one draw of 64 bits
 
 
-def trained(dropout=0.3, **options):
+def trained(dropout=0.3, n_layer=3, **options):
     """Return a GPT-2 and its gradients after one pass under autocast with seed 7."""
     torch.manual_seed(7)
-    model = GPT2(GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=2, dropout=dropout)).train()
+    shape = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": n_layer, "n_head": 2}
+    model = GPT2(GPT2Config(**shape, dropout=dropout)).train()
     if options.get("compiled"):
         for block in model.h:
             block.compile(dynamic=True, backend=options["compiled"])
@@ -147,23 +150,22 @@ def trained(dropout=0.3, **options):
     return model, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("short", "rows"), [(256, 128), (4, 8), (4, 128)])  # with 20 tokens, the latter two nest
-@pytest.mark.parametrize("autocast", [False, True])
-def test_activation_checkpointing_recomputes_the_same_dropout_masks(autocast, short, rows, monkeypatch):
-    monkeypatch.setattr("gpt2_pl.kernels.attention.MAX_MATH_KEYS", short)
-    monkeypatch.setattr("gpt2_pl.kernels.attention.QUERY_BLOCK", rows)
-    _, kept = trained(autocast=autocast)
-    _, recomputed = trained(autocast=autocast, checkpointing=True)
-    for name, gradient in kept.items():
-        assert torch.equal(gradient, recomputed[name]), name
+def test_activation_checkpointing_recomputes_the_same_dropout_masks(monkeypatch):
+    for case in itertools.product([(256, 128), (4, 8), (4, 128)], [False, True]):  # the latter two nest, of 20 tokens
+        (short, rows), autocast = case
+        monkeypatch.setattr("gpt2_pl.kernels.attention.MAX_MATH_KEYS", short)
+        monkeypatch.setattr("gpt2_pl.kernels.attention.QUERY_BLOCK", rows)
+        _, kept = trained(autocast=autocast)
+        _, recomputed = trained(autocast=autocast, checkpointing=True)
+        assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == [], case
 
 
 def test_compiled_blocks_aot_eager_gradients_equal_eager():
-    _, plain = trained(dropout=0.0, autocast=False)
-    _, compiled = trained(dropout=0.0, autocast=False, compiled="aot_eager")
+    _, plain = trained(dropout=0.0, n_layer=1, autocast=False)
+    _, compiled = trained(dropout=0.0, n_layer=1, autocast=False, compiled="aot_eager")
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient)
-    _, dropped = trained(autocast=False, compiled="aot_eager")
+    _, dropped = trained(n_layer=1, autocast=False, compiled="aot_eager")
     assert any(not torch.allclose(dropped[name], gradient) for name, gradient in plain.items())
     assert all(gradient.isfinite().all() for gradient in dropped.values())
 

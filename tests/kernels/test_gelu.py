@@ -1,17 +1,23 @@
 """The 16-bit GELU kernel against PyTorch's GELU in 64 bits."""
 
-import pytest
+import itertools
+
 import torch
 import torch.nn.functional as F
 
 from gpt2_pl import kernels
 from gpt2_pl.kernels.gelu import CHUNK_SIZE, gelu
 
+SHAPES = [(0,), (7,), (3, CHUNK_SIZE // 2 + 1), (CHUNK_SIZE,)]
 
-@pytest.mark.parametrize("shape", [(0,), (7,), (3, CHUNK_SIZE // 2 + 1), (CHUNK_SIZE,)])
-@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_gelu_16_bit_values_and_gradients_are_within_rounding_of_float64(shape, dtype, step):
-    torch.manual_seed(0)
+
+def test_gelu_16_bit_values_and_gradients_are_within_rounding_of_float64(subtests):
+    for shape, (dtype, step) in itertools.product(SHAPES, [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)]):
+        with subtests.test(shape=shape, dtype=dtype):
+            check_rounding(shape, dtype, step)
+
+
+def check_rounding(shape, dtype, step):
     x, grad = (torch.randn(2, *shape, dtype=torch.float32) * 3).to(dtype).unbind()
     x.requires_grad_()
     exact = x.detach().double().requires_grad_()
@@ -45,18 +51,16 @@ def test_gelu_gradient_does_not_depend_on_default_dtype():
     assert torch.equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "requires_grad"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
-)
-def test_gelu_without_gradients_or_in_float32_equals_pytorch(dtype, requires_grad):
-    x = torch.randn(5, 7).to(dtype).requires_grad_(requires_grad)
-    assert torch.equal(gelu(x, approximate="tanh"), F.gelu(x, approximate="tanh"))
+def test_gelu_without_gradients_or_in_float32_equals_pytorch():
+    for dtype, requires_grad in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+        x = torch.randn(5, 7).to(dtype).requires_grad_(requires_grad)
+        assert torch.equal(gelu(x, approximate="tanh"), F.gelu(x, approximate="tanh")), dtype
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_with_kernels_disabled_equals_pytorch(approximate, monkeypatch):
+def test_gelu_with_kernels_disabled_equals_pytorch(monkeypatch):
     monkeypatch.setattr(kernels, "_enabled", False)
     x = torch.randn(5, 7).bfloat16().requires_grad_()
-    ours, theirs = gelu(x, approximate=approximate), F.gelu(x, approximate=approximate)
-    assert torch.equal(ours, theirs)
-    assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(theirs.sum(), x)[0])
+    for approximate in ("none", "tanh"):
+        ours, theirs = gelu(x, approximate=approximate), F.gelu(x, approximate=approximate)
+        assert torch.equal(ours, theirs), approximate
+        assert torch.equal(torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(theirs.sum(), x)[0]), approximate

@@ -23,8 +23,8 @@ def step_seconds(model, ids, enabled):
 
 
 def test_training_step_with_kernels_is_faster_than_without():
-    config = GPT2Config(vocab_size=2000, n_positions=128, n_embd=256, n_layer=4, n_head=4, dropout=0.1)
+    config = GPT2Config(vocab_size=2000, n_positions=128, n_embd=256, n_layer=2, n_head=4, dropout=0.1)
     model, ids = GPT2(config).train(), torch.randint(0, 2000, (16, 97))
-    rounds = [[step_seconds(model, ids, enabled) for enabled in (True, False)] for _ in range(5)]
+    rounds = [[step_seconds(model, ids, enabled) for enabled in (True, False)] for _ in range(4)]
     fastest = [min(seconds) for seconds in zip(*rounds, strict=True)]
     assert fastest[1] / fastest[0] >= 1.1, fastest

@@ -1,6 +1,7 @@
 """Loading of untrusted tokenizers: refused in one line, or deterministic and without changes to the text."""
 
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-# what is changed in a tokenizer.json, its model's settings under "model."; and words of the message
+# what is changed in a tokenizer.json, its model's settings under "model."; and part of the message
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     # panics of the Rust library, when it reads and when it encodes or decodes
     "undefined special token": (template([X, A]), "cannot be used"),
@@ -132,41 +133,47 @@ def folder(base: Path, tmp_path: Path) -> Path:
     return shutil.copytree(base, tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_load_tokenizer_unusable_file_raises_one_line(name, folder, capfd):
-    changes, words = REFUSED[name]
+def changed(folder: Path, base: Path, changes: dict[str, Any]) -> None:
+    """Write the base's tokenizer with changes."""
+    shutil.copy(base / "tokenizer.json", folder)
     change(folder, changes)
+
+
+def refuse(folder: Path, words: str | None = None) -> None:
+    """Check that a tokenizer is refused in one line that names its setting and its folder."""
     with pytest.raises(InputError, match=words) as caught:
         load_tokenizer(folder, "data.tokenizer")
     message = str(caught.value)
-    assert message.startswith("data.tokenizer: the tokenizer in ")
+    assert message.startswith("data.tokenizer: ")
     assert str(folder) in message
     assert len(message.splitlines()) == 1
     assert len(message) < 500 + len(str(folder))
-    assert capfd.readouterr() == ("", "")  # a panic writes to standard error by itself
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"[1, 2]", b'"text"', b"null", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"version": NaN}', b"[" * 100_000,
-     b'{"model": "\\ud800"}', b"\0", b"{}", b'{"added_tokens": 3}', b'{"added_tokens": [3]}',
-     b'{"model": {"vocab": 3}}'],
-)  # fmt: skip
-def test_load_tokenizer_malformed_json_raises_one_line(content, folder, capfd):
-    (folder / "tokenizer.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"data\.tokenizer: the tokenizer in ") as caught:
-        load_tokenizer(folder, "data.tokenizer")
-    assert len(str(caught.value).splitlines()) == 1
-    assert capfd.readouterr() == ("", "")
+def test_load_tokenizer_unusable_file_raises_one_line(base, folder, capfd, subtests):
+    for name, (changes, words) in REFUSED.items():
+        with subtests.test(name):
+            changed(folder, base, changes)
+            refuse(folder, words)
+            assert capfd.readouterr() == ("", "")  # a panic writes to standard error by itself
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_load_tokenizer_unusual_file_encodes_the_complete_text(name, folder):
-    change(folder, ACCEPTED[name])
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode("a b a b a b", add_special_tokens=False).ids
-    assert len(ids) >= 6  # neither cut nor padded
-    assert len(ids) < 20
+def test_load_tokenizer_malformed_json_raises_one_line(folder, capfd, subtests):
+    for content in (b"", b"{", b"[1, 2]", b'"text"', b"null", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"version": NaN}',
+                    b"[" * 100_000, b'{"model": "\\ud800"}', b"\0", b"{}", b'{"added_tokens": 3}',
+                    b'{"added_tokens": [3]}', b'{"model": {"vocab": 3}}'):  # fmt: skip
+        with subtests.test(content=content[:30]):
+            (folder / "tokenizer.json").write_bytes(content)
+            refuse(folder)
+            assert capfd.readouterr() == ("", "")
+
+
+def test_load_tokenizer_unusual_file_encodes_the_complete_text(base, folder, subtests):
+    for name, changes in ACCEPTED.items():
+        with subtests.test(name):
+            changed(folder, base, changes)
+            ids = load_tokenizer(folder).encode("a b a b a b", add_special_tokens=False).ids
+            assert 6 <= len(ids) < 20  # neither cut nor padded
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -178,13 +185,13 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from leaves(part, (*path, key))
 
 
-@pytest.mark.parametrize(
-    "bad", [None, True, -1, 0, 1.5, 2**63, float("nan"), "", "x" * 10**6, "\x1b[31m", "\ud800", [], {}, [["a"]]],
-    ids=lambda bad: repr(bad)[:10],
-)  # fmt: skip
-def test_load_tokenizer_bad_value_is_refused_or_survives_serialization(bad, base, tmp_path, capfd):
+BAD_VALUES = [None, True, -1, 0, 1.5, 2**63, float("nan"), "", "x" * 10**6, "\x1b[31m", "\ud800", [], {}, [["a"]]]
+
+
+def test_load_tokenizer_bad_value_is_refused_or_survives_serialization(base, tmp_path, capfd):
     whole = (base / "tokenizer.json").read_text()
-    for path in leaves(json.loads(whole)):
+    refusals = 0
+    for bad, path in itertools.product(BAD_VALUES, leaves(json.loads(whole))):
         settings = json.loads(whole)
         holder = {"": settings}
         for key in ("", *path)[:-1]:
@@ -194,11 +201,13 @@ def test_load_tokenizer_bad_value_is_refused_or_survives_serialization(bad, base
         try:
             tokenizer = load_tokenizer(tmp_path)
         except InputError as error:
-            assert len(str(error).splitlines()) == 1
+            assert len(str(error).splitlines()) == 1, (bad, path)
+            refusals += 1
             continue
         ids = tokenizer.encode("a film, it's 漢").ids
         (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())  # as a run keeps it
-        assert load_tokenizer(tmp_path).encode("a film, it's 漢").ids == ids
+        assert load_tokenizer(tmp_path).encode("a film, it's 漢").ids == ids, (bad, path)
+    assert refusals > 100
     assert capfd.readouterr() == ("", "")
 
 
@@ -221,7 +230,7 @@ def test_tokenizer_failure_after_loading_raises_input_error(folder):
     change(folder, {"pre_tokenizer": split})
     tokenizer = load_tokenizer(folder, "data.tokenizer")
     for call in (lambda text: tokenizer.encode(text), lambda text: tokenizer.encode_batch([text])):
-        with pytest.raises(InputError, match=r"data\.tokenizer: .* cannot encode a text: Onig: Regex search error"):
+        with pytest.raises(InputError, match=r"data\.tokenizer: .*Regex search error"):
             call("q" * 40 + "!")
 
 
@@ -246,19 +255,19 @@ def test_encode_stream_small_windows_equal_the_complete_text(base, fragments, n,
         assert streamed(tokenizer, text, *sizes) == tokenizer.encode(text).ids
 
 
-@pytest.mark.parametrize("unit", ["\n", " ", "a", "acgt", "\n \n", "good film ", "漢", ".", ""])
-def test_encode_stream_megabyte_without_boundary_equals_the_complete_text(unit, base):
+def test_encode_stream_long_text_without_boundary_equals_the_complete_text(base):
     tokenizer = load_tokenizer(base)
-    text = unit * (150_000 // max(len(unit), 1))
-    assert streamed(tokenizer, text) == tokenizer.encode(text).ids
+    for unit in ("\n", " ", "a", "acgt", "\n \n", "good film ", "漢", ".", ""):
+        text = unit * (150_000 // max(len(unit), 1))
+        assert streamed(tokenizer, text) == tokenizer.encode(text).ids, repr(unit)
 
 
-@pytest.mark.parametrize("unit", ["\n", "a", "acgt", "."])
-def test_encode_stream_published_vocabulary_equals_the_complete_text(unit, shared):
+def test_encode_stream_published_vocabulary_equals_the_complete_text(shared):
     """The GPT-2 vocabulary has tokens of 64 dots and of 32 spaces."""
     tokenizer = load_tokenizer(shared / "tokenizer" / "gpt2")
-    text = unit * (150_000 // len(unit))
-    assert streamed(tokenizer, text) == tokenizer.encode(text).ids
+    for unit in ("\n", " ", "a", "acgt", "."):
+        text = unit * (150_000 // len(unit))
+        assert streamed(tokenizer, text) == tokenizer.encode(text).ids, repr(unit)
 
 
 def test_encode_stream_reads_one_window_at_a_time(base):
@@ -279,18 +288,24 @@ def test_encode_stream_reads_one_window_at_a_time(base):
     assert parts > 50
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [template([X, A, X], X=[7]), {"normalizer": {"type": "Prepend", "prepend": "_"}},
-     {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
-     {"normalizer": {"type": "NFD"}}, {"normalizer": replace({"String": "film"}, "")}, word_level({"good": 0}, "good"),
-     {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
-     {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
-     {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}}],
-)  # fmt: skip
-def test_encode_stream_unusual_tokenizer_equals_the_complete_text(changes, folder):
+UNUSUAL: list[dict[str, Any]] = [
+    template([X, A, X], X=[7]),
+    {"normalizer": {"type": "Prepend", "prepend": "_"}},
+    {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+    {"normalizer": {"type": "NFD"}},
+    {"normalizer": replace({"String": "film"}, "")},
+    word_level({"good": 0}, "good"),
+    {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
+    {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+]
+
+
+def test_encode_stream_unusual_tokenizer_equals_the_complete_text(base, folder):
     """Changes that a tokenizer makes at the ends of a text apply to the complete text only, without special tokens."""
-    change(folder, changes)
-    tokenizer = load_tokenizer(folder)
     text = " a good film, \n\n isn't  it? 1234 café films and  good   films\n" * 40
-    assert streamed(tokenizer, text, 200, 100) == tokenizer.encode(text, add_special_tokens=False).ids
+    for changes in UNUSUAL:
+        changed(folder, base, changes)
+        tokenizer = load_tokenizer(folder)
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert streamed(tokenizer, text, 200, 100) == expected, changes

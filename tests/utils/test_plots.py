@@ -22,9 +22,9 @@ def pixels(text, **settings):
     return np.asarray(canvas.buffer_rgba()).copy()
 
 
-@pytest.mark.parametrize("text", ODD)
-def test_plain_special_characters_are_drawn_literally(text):
-    assert np.array_equal(pixels(plain(text)), pixels(text, parse_math=False))
+def test_plain_special_characters_are_drawn_literally():
+    wrong = [text for text in ODD if not np.array_equal(pixels(plain(text)), pixels(text, parse_math=False))]
+    assert wrong == []
 
 
 def test_plain_text_is_shortened_and_escaped():
@@ -32,7 +32,7 @@ def test_plain_text_is_shortened_and_escaped():
     assert len(plain("x" * 10_000)) == 60
 
 
-@pytest.mark.parametrize("K", [2, 5, MAX_CELLS])
+@pytest.mark.parametrize("K", [2, MAX_CELLS])
 def test_confusion_figure_has_true_classes_in_rows(K):
     counts = np.random.default_rng(K).integers(0, 100, (K, K))
     counts[1] = 0  # a class without rows
@@ -46,7 +46,7 @@ def test_confusion_figure_has_true_classes_in_rows(K):
     np.testing.assert_allclose(image.get_array(), counts / np.maximum(counts.sum(1, keepdims=True), 1))
 
 
-@pytest.mark.parametrize("K", [77, 500])
+@pytest.mark.parametrize("K", [MAX_CELLS + 1, 500])
 def test_confusion_figure_of_many_classes_has_few_texts(K):
     counts = np.eye(K, dtype=int) * 1000
     figure = confusion_figure(counts, [f"c{i}" for i in range(K)], "val")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
+from torch import Tensor
 
 from gpt2_pl.utils.run_schema import Layer
 from gpt2_pl.utils.schema import Count, EpochScores, Figure, Name, Rate, Schema, Score, Scores, Size, Text, expect
@@ -17,18 +18,13 @@ _LIGHTNING_VERSION = r"^([2-9]|[1-9][0-9])(\.[0-9]{1,9}){1,4}((a|b|rc|\.?dev|\.?
 
 def _is_number(value: Any) -> bool:
     """Return whether a value is a real number or a real tensor with one element."""
-    if isinstance(value, bool | int | float):
-        return not isinstance(value, bool)
-    return is_tensor(value) and value.numel() == 1 and not value.is_complex()
-
-
-def is_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor, without importing torch."""
-    return hasattr(value, "untyped_storage")
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _Number = Annotated[Any, expect(_is_number, "a number")]
-_Tensor = Annotated[Any, expect(is_tensor, "a tensor")]
+_Tensor = Annotated[Any, expect(lambda value: isinstance(value, Tensor), "a tensor")]
 
 
 class BaseReference(Schema):
@@ -39,10 +35,8 @@ class BaseReference(Schema):
     complete: bool | None = None
 
 
-class PromptSpec(Schema):
+class PromptSpec(Schema, extra="allow"):
     """Prompt template and class names of a classifier; a user's datamodule may add keys."""
-
-    model_config = ConfigDict(extra="allow")
 
     template: Text | None = None
     labels: list[Text] | None = None
@@ -83,10 +77,8 @@ class NonFiniteLossGuardState(Schema):
     skipped: Count
 
 
-class EarlyStoppingState(Schema):
+class EarlyStoppingState(Schema, extra="allow"):
     """State of Lightning's EarlyStopping; a later version may add keys."""
-
-    model_config = ConfigDict(extra="allow")
 
     wait_count: Count
     stopped_epoch: Count
@@ -94,10 +86,8 @@ class EarlyStoppingState(Schema):
     patience: Count
 
 
-class ModelCheckpointState(Schema):
+class ModelCheckpointState(Schema, extra="allow"):
     """State of Lightning's ModelCheckpoint; a later version may add keys."""
-
-    model_config = ConfigDict(extra="allow")
 
     monitor: Name | None = None
     dirpath: Text | None = None
@@ -110,18 +100,14 @@ class ModelCheckpointState(Schema):
     best_k_models: dict[Text, _Number]
 
 
-class StochasticWeightAveragingState(Schema):
+class StochasticWeightAveragingState(Schema, extra="allow"):
     """State of Lightning's StochasticWeightAveraging; only ``n_averaged`` is used."""
-
-    model_config = ConfigDict(extra="allow")
 
     n_averaged: Count
 
 
-class WeightAveragingState(Schema):
+class WeightAveragingState(Schema, extra="allow"):
     """State of Lightning's WeightAveraging and EMAWeightAveraging; a later version may add keys."""
-
-    model_config = ConfigDict(extra="allow")
 
     latest_update_step: Count
 
@@ -169,35 +155,27 @@ class Hyperparameters(Schema):
     train_base: bool | None = None
 
 
-class FitLoop(Schema):
+class FitLoop(Schema, extra="allow"):
     """Progress of training; :mod:`gpt2_pl.tasks.training_state` compares the other keys with the trainer's."""
-
-    model_config = ConfigDict(extra="allow")
 
     epoch_progress: dict[str, Any]
 
 
-class Loops(Schema):
+class Loops(Schema, extra="allow"):
     """Progress of all loops."""
-
-    model_config = ConfigDict(extra="allow")
 
     fit_loop: FitLoop
 
 
-class OptimizerState(Schema):
+class OptimizerState(Schema, extra="allow"):
     """State of an optimizer; :mod:`gpt2_pl.tasks.training_state` compares it with the run's optimizer."""
-
-    model_config = ConfigDict(extra="allow")
 
     state: dict[Any, Any]
     param_groups: list[dict[str, Any]]
 
 
-class Checkpoint(Schema):
+class Checkpoint(Schema, extra="allow"):
     """Content of a checkpoint; users' tasks and callbacks may add keys."""
-
-    model_config = ConfigDict(extra="allow")
 
     version: Annotated[str, Field(pattern=_LIGHTNING_VERSION)] = Field(alias="pytorch-lightning_version")
     state_dict: dict[Name, _Tensor]

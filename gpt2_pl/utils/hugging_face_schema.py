@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from gpt2_pl.errors import InputError, printable, shorten
+from gpt2_pl.errors import InputError, printable
 from gpt2_pl.utils.schema import Rate, Schema, Size, Text, expect, validate
 
 
@@ -35,15 +35,12 @@ def _is_simple_pattern(pattern: str) -> bool:
 
 
 _Alpha = Annotated[float, Field(ge=-1e9, le=1e9)]
-_Pattern = Annotated[
-    str, Field(max_length=200), expect(_is_simple_pattern, "a regular expression without repeated groups")
-]
+_IS_SIMPLE = expect(_is_simple_pattern, "a regular expression without repeated groups")
+_Pattern = Annotated[str, Field(max_length=200), _IS_SIMPLE]
 
 
-class AdapterConfig(Schema):
+class AdapterConfig(Schema, extra="allow"):
     """The adapter_config.json of ``peft``; unknown keys of later versions must be null, false or empty."""
-
-    model_config = ConfigDict(extra="allow")
 
     peft_type: Literal["LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
     r: Size | None = None
@@ -93,16 +90,13 @@ def check_adapter(content: Any, where: str) -> AdapterConfig:
     config = validate(AdapterConfig, content, where)
     for key, value in (config.model_extra or {}).items():
         if key not in _IGNORED_KEYS and value not in (None, False, [], {}):
-            raise InputError(
-                f"{where}: {printable(key[:80])} must be null, because it is not supported here, got {shorten(value)}"
-            )
+            expected = "null, because it is not supported here"
+            raise InputError(key=printable(key[:80]), value=value, expected=expected, source=where)
     return config
 
 
-class PretrainedConfig(Schema):
+class PretrainedConfig(Schema, extra="allow"):
     """The config.json of a GPT-2 in Hugging Face's format; its other keys do not affect the model."""
-
-    model_config = ConfigDict(extra="allow")
 
     model_type: _fixed("gpt2") = "gpt2"  # type: ignore[valid-type]
     activation_function: _fixed("gelu_new", "gelu_pytorch_tanh") = "gelu_new"  # type: ignore[valid-type]
@@ -122,9 +116,7 @@ class PretrainedConfig(Schema):
     attn_pdrop: Rate = 0.1
 
 
-class ShardIndex(Schema):
+class ShardIndex(Schema, extra="allow"):
     """The model.safetensors.index.json of weights that are stored in several files."""
-
-    model_config = ConfigDict(extra="allow")
 
     weight_map: dict[Text, Annotated[str, Field(max_length=255)]]

@@ -5,29 +5,21 @@ Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.utils.schema import (
-    VISIBLE,
-    Count,
-    EpochScores,
-    Figure,
-    Name,
-    Schema,
-    Scores,
-    Text,
-    expect,
-    is_text,
-    validate,
-)
+from gpt2_pl.utils.schema import VISIBLE, Count, EpochScores, Figure, Name, Schema, Scores, Text, expect, validate
 
 
 def _is_file_or_files(value: Any) -> bool:
     """Return whether a value is None, the path of a file, or a list of paths."""
-    return value is None or is_text(value) or (isinstance(value, list) and all(map(is_text, value)))
+    if value is None:
+        return True
+    files = value if isinstance(value, list) else [value]
+    return all(isinstance(file, str) and not re.search("[\ud800-\udfff]", file) for file in files)
 
 
 _FILES = expect(_is_file_or_files, "a file or a list of files")
@@ -61,10 +53,8 @@ class Base(Schema):
     cpu_seconds: Figure | None = None
 
 
-class DataDescription(Schema):
+class DataDescription(Schema, extra="allow"):
     """Description of a datamodule; a user's datamodule may add keys."""
-
-    model_config = ConfigDict(extra="allow")
 
     class_name: Name | None = Field(None, alias="class")
     files: dict[Name, Annotated[Any, _FILES]] | None = None
@@ -139,10 +129,10 @@ def check_metrics(content: Any, where: str) -> dict[str, Any]:
     """
     record = validate(Metrics, content, where)
     if record.status == "finished" and record.epochs:
-        for key in ("scores", "parameters", "seconds", "monitor"):
-            if getattr(record, key) is None:
-                raise InputError(f"{where}: {key} is missing, and the run is finished")
-        for key in ("trainable", "total"):
-            if getattr(record.parameters, key) is None:
-                raise InputError(f"{where}: parameters.{key} is missing, and the run is finished")
+        parameters = record.parameters or Parameters()
+        required = {key: getattr(record, key) for key in ("scores", "parameters", "seconds", "monitor")}
+        required |= {"parameters.trainable": parameters.trainable, "parameters.total": parameters.total}
+        for key, value in required.items():
+            if value is None:
+                raise InputError(f"{key} is missing, and the run is finished", key=key, source=where)
     return dict(content)

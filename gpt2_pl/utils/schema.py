@@ -10,15 +10,13 @@ Import these modules where a file is read, not at the top of a module: importing
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from gpt2_pl.errors import InputError, printable, shorten
+from gpt2_pl.errors import InputError, did_you_mean, printable, shorten
 
 _MAX_LISTED_KEYS = 12  # a message about an unknown key lists at most this many known keys
 _EXPECTED = {  # pydantic's error type -> the expected value
@@ -47,7 +45,10 @@ _EXPECTED = {  # pydantic's error type -> the expected value
 
 
 class Schema(BaseModel):
-    """Base of all schemas: types are not converted; unknown keys and non-finite numbers are rejected."""
+    """Base of all schemas: types are not converted; unknown keys and non-finite numbers are rejected.
+
+    A subclass with the class argument ``extra="allow"`` accepts unknown keys.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -113,9 +114,8 @@ def _suggest_keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> s
         if isinstance(part, str) and part in (fields := _fields_by_key(schema)):
             schema = next((model for model in _nested_schemas(fields[part].annotation)), schema)
     keys = list(_fields_by_key(schema))
-    if near := difflib.get_close_matches(str(location[-1]), keys, 1):
-        return f"; did you mean {near[0]}?"
-    return f"; the keys are {', '.join(keys)}" if len(keys) <= _MAX_LISTED_KEYS else ""
+    listed = f"; the keys are {', '.join(keys)}" if len(keys) <= _MAX_LISTED_KEYS else ""
+    return did_you_mean(str(location[-1]), keys) or listed
 
 
 def _fields_by_key(schema: type[BaseModel]) -> dict[str, Any]:
@@ -147,11 +147,6 @@ def expect(is_valid: Callable[[Any], bool], expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def is_text(value: Any) -> bool:
-    """Return whether a value is text that can be encoded: without halves of surrogate pairs."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
 # Field types
 
 VISIBLE = expect(lambda text: printable(text, keep="\t\n\r") == text, "text without control characters")
@@ -161,10 +156,7 @@ Size = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Figure = Annotated[float, Field(gt=-1e300, lt=1e300)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-Score = Annotated[  # NaN and infinity are valid: a run may diverge
-    float,
-    Field(allow_inf_nan=True),
-    expect(lambda value: not 1e300 <= abs(value) < float("inf"), "a number of absolute value below 1e300"),
-]
+_IS_SCORE = expect(lambda value: not 1e300 <= abs(value) < float("inf"), "a number of absolute value below 1e300")
+Score = Annotated[float, Field(allow_inf_nan=True), _IS_SCORE]  # NaN and infinity are valid: a run may diverge
 Scores = Annotated[dict[Name, Score], Field(max_length=1000)]
 EpochScores = Annotated[Scores, expect(lambda scores: "epoch" in scores, "scores of an epoch and its number, epoch")]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpt2_pl.errors import InputError
 
@@ -41,18 +42,19 @@ def read_json(file: Path) -> Any:
         InputError: naming the file.
     """
     text = read_text(file, MAX_JSON)
+    too_deep = InputError(f"its values are nested more than {MAX_DEPTH} deep", source=file)
     try:
         content = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{file}: its values are nested more than {MAX_DEPTH} deep") from None
-    level = [value for value in [content] if isinstance(value, dict | list)]
+    level = [content]
     for _ in range(MAX_DEPTH):
-        inside = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
-        level = [value for value in inside if isinstance(value, dict | list)]
-    if level:
-        raise InputError(f"{file}: its values are nested more than {MAX_DEPTH} deep")
+        containers = [value for value in level if isinstance(value, dict | list)]
+        level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+    if any(isinstance(value, dict | list) for value in level):
+        raise too_deep
     return content
 
 
@@ -77,17 +79,12 @@ def load_yaml(text: str, name: str) -> Any:
     """
     import yaml
 
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        check_yaml(text, name)
-        return yaml.load(text, Loader=loader)
+        node = check_yaml(text, name)
+        return None if node is None else yaml.SafeLoader("").construct_document(node)
     except InputError:
         raise
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:  # The last two are raised for dates and numbers out of range.
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # the last two for dates and numbers out of range
         raise InputError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -95,113 +92,8 @@ class DuplicateKeyError(InputError):
     """A mapping has a duplicate key."""
 
 
-class _MappingKeys:
-    """Keys of a mapping that is read event by event."""
-
-    def __init__(self) -> None:
-        self.lines: dict[tuple[str, str], int] = {}
-        self.is_key_next = True  # Keys and values alternate.
-
-    def add(self, event: Any, name: str, resolver: Any) -> None:
-        """Record the event that starts a key or a value.
-
-        Raises:
-            DuplicateKeyError: the mapping already has this key.
-        """
-        import yaml
-
-        is_key, self.is_key_next = self.is_key_next, not self.is_key_next
-        if not is_key or not isinstance(event, yaml.ScalarEvent) or event.value == "<<":
-            return
-        tag = event.tag if event.tag not in (None, "!") else resolver(yaml.ScalarNode, event.value, event.implicit)
-        mark: Any = event.start_mark
-        line = mark.line + 1
-        if (first := self.lines.get((tag, event.value))) is not None:
-            raise DuplicateKeyError(
-                f"{name}, line {line}: the key {event.value!r} is given twice, first in line {first}"
-            )
-        self.lines[tag, event.value] = line
-
-
-class _OpenNode(NamedTuple):
-    """List or mapping whose end has not been read yet.
-
-    Attributes:
-        anchor: its anchor, if it has one.
-        start: number of characters before it.
-        keys: the keys of a mapping; None for a list.
-    """
-
-    anchor: str | None
-    start: int
-    keys: _MappingKeys | None
-
-
-class _YamlLimits:
-    """Checks size, nesting, aliases and keys of YAML that is read event by event.
-
-    Args:
-        name: the source of the YAML, for error messages.
-    """
-
-    def __init__(self, name: str) -> None:
-        import yaml
-
-        self.name = name
-        self.size = 0  # characters read, with all aliases expanded
-        self.anchor_sizes: dict[str, int] = {}
-        self.open_nodes: list[_OpenNode] = []
-        self._resolver = yaml.SafeLoader("").resolve
-
-    def add(self, event: Any) -> None:
-        """Read one event.
-
-        Raises:
-            InputError: the event exceeds a limit.
-        """
-        import yaml
-
-        is_value_start = isinstance(event, yaml.NodeEvent)
-        if is_value_start and self.open_nodes and (keys := self.open_nodes[-1].keys) is not None:
-            keys.add(event, self.name, self._resolver)
-        self.size += 1
-        if isinstance(event, yaml.AliasEvent):
-            self._add_alias(event)
-        elif isinstance(event, yaml.ScalarEvent):
-            self._add_scalar(event)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            self._open(event, _MappingKeys() if isinstance(event, yaml.MappingStartEvent) else None)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            self._close()
-        if self.size > 2 * MAX_YAML:
-            raise InputError(f"{self.name} has more than {2 * MAX_YAML:,} characters with its aliases expanded")
-
-    def _add_alias(self, event: Any) -> None:
-        if any(event.anchor == node.anchor for node in self.open_nodes):
-            raise InputError(f"{self.name}: the alias *{event.anchor} is recursive")
-        self.size += self.anchor_sizes.get(str(event.anchor), 0)
-
-    def _add_scalar(self, event: Any) -> None:
-        size = len(event.value)
-        if size > _MAX_NUMBER_LENGTH and _NUMBER.fullmatch(event.value):
-            raise InputError(f"{self.name}: a number must have at most {_MAX_NUMBER_LENGTH} characters, got {size:,}")
-        self.size += size
-        if event.anchor is not None:
-            self.anchor_sizes[event.anchor] = size
-
-    def _open(self, event: Any, keys: _MappingKeys | None) -> None:
-        self.open_nodes.append(_OpenNode(event.anchor, self.size, keys))
-        if len(self.open_nodes) > MAX_DEPTH:
-            raise InputError(f"{self.name}: its lists and mappings are nested more than {MAX_DEPTH} deep")
-
-    def _close(self) -> None:
-        node = self.open_nodes.pop()
-        if node.anchor is not None:
-            self.anchor_sizes[node.anchor] = self.size - node.start
-
-
-def check_yaml(text: str, name: str) -> None:
-    """Refuse YAML that takes much memory or time: it is read event by event, before any value is built.
+def check_yaml(text: str, name: str) -> Any:
+    """Refuse YAML that takes much memory or time, before any value is built.
 
     The size counts every alias as the value that it refers to: nine nested lists of nine aliases each would otherwise
     be nine short lines that expand to 9^9 values. Deep nesting is refused because it would overflow the C stack of the
@@ -211,14 +103,74 @@ def check_yaml(text: str, name: str) -> None:
         text: YAML.
         name: the source of the text, for error messages.
 
+    Returns:
+        The root node (``yaml.Node``), or None for an empty text.
+
     Raises:
         InputError: text that is too large or nested too deep, a recursive alias, or a duplicate key in a mapping.
         yaml.YAMLError: text that is not YAML.
     """
     import yaml
 
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     if len(text) > MAX_YAML:
         raise InputError(f"{name} has more than {MAX_YAML:,} characters")
-    limits = _YamlLimits(name)
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        limits.add(event)
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise InputError(f"its lists and mappings are nested more than {MAX_DEPTH} deep", source=name)
+    node = yaml.compose(text, Loader=loader)
+    if node is not None:
+        _expanded_size(node, name, {})
+    return node
+
+
+def _expanded_size(node: Any, name: str, sizes: dict[Any, int]) -> int:
+    """Return the number of characters of a YAML node with all aliases expanded; see :func:`check_yaml`.
+
+    Args:
+        node: the node (``yaml.Node``).
+        name: the source of the text, for error messages.
+        sizes: the sizes of the nodes before it, and 0 for the lists and mappings around it.
+    """
+    import yaml
+
+    if node in sizes:  # an alias
+        if sizes[node] == 0:
+            raise InputError(f"{name}: the value in line {node.start_mark.line + 1} contains itself, by an alias")
+        return sizes[node]
+    if isinstance(node, yaml.ScalarNode):
+        length = len(node.value)
+        if length > _MAX_NUMBER_LENGTH and _NUMBER.fullmatch(node.value):
+            raise InputError(f"{name}: a number must have at most {_MAX_NUMBER_LENGTH} characters, got {length:,}")
+        sizes[node] = 1 + length
+        return sizes[node]
+    sizes[node], size, children = 0, 1, node.value
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node, name)
+        children = chain.from_iterable(node.value)
+    for child in children:
+        size += _expanded_size(child, name, sizes)
+        if size > 2 * MAX_YAML:
+            raise InputError(f"{name} has more than {2 * MAX_YAML:,} characters with its aliases expanded")
+    sizes[node] = size
+    return size
+
+
+def _check_keys(mapping: Any, name: str) -> None:
+    """Raise a DuplicateKeyError if a mapping has a key twice; only merge keys (``<<``) may be repeated."""
+    import yaml
+
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in mapping.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+            continue
+        line = key.start_mark.line + 1
+        if first := lines.get((key.tag, key.value)):
+            raise DuplicateKeyError(
+                f"the key {key.value!r} is given twice, first in line {first}",
+                key=key.value,
+                source=f"{name}, line {line}",
+            )
+        lines[key.tag, key.value] = line

@@ -21,7 +21,7 @@ BOMBS = {  # text and part of the message
     "laughs": (LAUGHS, "aliases"),
     "merges": (MERGES, "aliases"),
     "text": (f"a: &a {'x' * 10**5}\nb: [{','.join(['*a'] * 1000)}]\n", "aliases"),
-    "cycle": ("model: &a {init_args: *a}\n", "*a"),
+    "cycle": ("model: &a {init_args: *a}\n", "line 1"),
     "deep": ("[" * 10**5 + "]" * 10**5, "100 deep"),
     "dashes": ("- " * 10**5 + "x", "100 deep"),
     "braces": ("{a: " * 10**5 + "}" * 10**5, "100 deep"),

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from difflib import get_close_matches
+from itertools import chain, islice
 from typing import Any
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates,
@@ -20,18 +21,18 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 _MAX_MESSAGE = 4000  # characters
 _MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
 
-_DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
-_PROGRAM_ERRNOS = {errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTTY}  # program faults, if no path is named
+
+
+def _errnos(*names: str) -> set[int]:
+    """Return the numbers of the named errors; not every system has all of them."""
+    return {number for number, name in errno.errorcode.items() if name in names}
+
+
+_DISK_FULL_ERRNOS = _errnos("ENOSPC", "EFBIG", "EDQUOT")
+_PROGRAM_ERRNOS = _errnos("EBADF", "EFAULT", "EINVAL", "ENOTTY")  # program faults, if no path is named
 # Failures of the machine and not of a path: one of them among an error's causes is the reason of the error.
-MACHINE_ERRNOS = _DISK_FULL_ERRNOS | {
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.EROFS,
-    getattr(errno, "ESTALE", errno.EIO),
-}
+MACHINE_ERRNOS = _DISK_FULL_ERRNOS | _errnos("EIO", "EMFILE", "ENFILE", "ENOMEM", "EROFS", "ESTALE")
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -66,38 +67,33 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit + 40 else f"{text[:limit]}..."
 
 
-def _source(value: object, limit: int, depth: int) -> str:
+def _source(value: Any, limit: int, depth: int) -> str:
     if isinstance(value, str | bytes):
         return repr(value) if len(value) <= limit else f"{value[:limit]!r}... ({len(value):,} characters)"
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+    if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length():,} bits"
-    if value is None or isinstance(value, bool | int | float | complex):
+    if value is None or isinstance(value, int | float | complex):
         return repr(value)
     if isinstance(value, Mapping | list | tuple | Set):
-        opening, closing = "{}" if isinstance(value, Mapping | Set) else "()" if isinstance(value, tuple) else "[]"
-        if not value:
-            return opening + closing
-        if depth == 0:
-            return f"{opening}...{closing}"
-        parts = []
-        for item in list(zip(range(_MAX_ITEMS), value, strict=False)):
-            part = _source(item[1], limit, depth - 1)
-            if isinstance(value, Mapping):
-                part += f": {_source(value[item[1]], limit, depth - 1)}"
-            parts.append(part)
-        more = [f"... {len(value) - _MAX_ITEMS:,} more"] if len(value) > _MAX_ITEMS else []
-        return f"{opening}{', '.join([*parts, *more])}{closing}"
-    described = _describe_tensor(value)
-    return printable(described or f"{type(value).__name__} {str(value)[:limit]}")
+        return _container_source(value, limit, depth)
+    if all(hasattr(value, name) for name in ("shape", "dtype", "layout")):  # a tensor
+        layout = str(value.layout).removeprefix("torch.")
+        kind = f"{value.dtype}".removeprefix("torch.") + ("" if layout == "strided" else f", {layout}")
+        return printable(f"a tensor of shape {tuple(value.shape)}, {kind}")
+    return printable(f"{type(value).__name__} {str(value)[:limit]}")
 
 
-def _describe_tensor(value: Any) -> str | None:
-    """Describe the shape, dtype and layout of a tensor; return None for any other object."""
-    if not all(hasattr(value, name) for name in ("shape", "dtype", "layout")):
-        return None
-    layout = str(value.layout).removeprefix("torch.")
-    kind = [str(value.dtype).removeprefix("torch."), *([] if layout == "strided" else [layout])]
-    return f"a tensor of shape {tuple(value.shape)}, {', '.join(kind)}"
+def _container_source(value: Any, limit: int, depth: int) -> str:
+    opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+    if value and depth == 0:
+        return f"{opening}...{closing}"
+    items = list(islice(value, _MAX_ITEMS))
+    parts = [_source(item, limit, depth - 1) for item in items]
+    if isinstance(value, Mapping):
+        parts = [f"{part}: {_source(value[key], limit, depth - 1)}" for part, key in zip(parts, items, strict=True)]
+    if len(value) > _MAX_ITEMS:
+        parts.append(f"... {len(value) - _MAX_ITEMS:,} more")
+    return f"{opening}{', '.join(parts)}{closing}"
 
 
 def _message(text: object) -> str:
@@ -182,16 +178,13 @@ def describe_failure(error: BaseException) -> str | None:
     Returns:
         The description, or None if the error has another reason.
     """
-    for cause in causes(error):
-        if (reason := _describe_memory(cause)) is not None:
-            return reason
-    for cause in causes(error, contexts=False):
-        if (reason := _describe_os_error(cause)) is not None:
-            return reason
-    for cause in causes(error):
-        if error_number(cause) in MACHINE_ERRNOS:
-            return _describe_os_error(cause)
-    return None
+    machine_failures = (cause for cause in causes(error) if error_number(cause) in MACHINE_ERRNOS)
+    reasons = chain(
+        map(_describe_memory, causes(error)),
+        map(_describe_os_error, causes(error, contexts=False)),
+        map(_describe_os_error, machine_failures),
+    )
+    return next(filter(None, reasons), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

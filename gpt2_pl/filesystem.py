@@ -29,6 +29,9 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # 
 _IS_WINDOWS, _RENAME_ATTEMPTS = os.name == "nt", 20
 # Bytes. Systems allow 255 and 4095; the name of a temporary file is 20 bytes longer than the final one.
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 230, 3900
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+_SPECIAL = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_KINDS = {stat.S_IFDIR: "a folder", **_SPECIAL}
 
 
 def require_file(path: str | Path, key: str) -> Path:
@@ -43,34 +46,17 @@ def require_file(path: str | Path, key: str) -> Path:
     Raises:
         InputError: the path does not exist, cannot be read, or is a folder, a device, a pipe or a socket.
     """
-    special = None
+    shown = str(path)[:500]
     try:
-        file = Path(path)
-        if not file.exists():
-            file = file.expanduser()
-        is_file, is_folder, special = file.is_file(), file.is_dir(), special_kind(file)
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
-            raise InputError(f"{key}: {str(path)[:500]} cannot be read: {error.strerror}") from None
-        is_file = is_folder = False
-    except RuntimeError:  # an unknown ~user
-        is_file = is_folder = False
-    if is_folder:
-        raise InputError(f"{key}: {path} is a folder, not a file")
-    if special is not None:
-        raise InputError(f"{key}: {path} is {special}, not a regular file; copy its contents into a regular file")
-    if not is_file:
-        raise InputError(f"{key}: there is no file {str(path)[:500]}")
+        file = Path(path) if Path(path).exists() else Path(path).expanduser()
+        kind = stat.S_IFMT(file.stat().st_mode)
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: an unknown ~user, a null character
+        if isinstance(error, OSError) and error.errno not in _NO_SUCH_FILE:
+            raise InputError(f"{key}: {shown} cannot be read: {error.strerror}", key=key) from None
+        raise InputError(f"{key}: there is no file {shown}", key=key) from None
+    if kind != stat.S_IFREG:
+        raise InputError(f"{key}: {shown} is {_KINDS.get(kind, 'special')}, not a regular file", key=key)
     return file
-
-
-def special_kind(path: Path) -> str | None:
-    """Return the kind of a special file, such as ``"a pipe"``; None for regular files, folders and missing paths."""
-    kinds = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    try:
-        return kinds.get(stat.S_IFMT(path.stat().st_mode))
-    except (OSError, ValueError):
-        return None
 
 
 def read_text(path: str | Path, key: str) -> str:
@@ -86,7 +72,7 @@ def read_text(path: str | Path, key: str) -> str:
     try:
         return require_file(path, key).read_text(encoding="utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"{key}: {path} is not UTF-8 text: {error}") from None
+        raise InputError(f"{key}: {path} is not UTF-8 text: {error}", key=key) from None
 
 
 def require_absent(path: Path, key: str = "out") -> None:
@@ -101,7 +87,7 @@ def require_absent(path: Path, key: str = "out") -> None:
     """
     require_writable(path, key)
     if path.exists():
-        raise InputError(f"{key}: {path} exists already; give a new path")
+        raise InputError(f"{key}: {path} exists already; give a new path", key=key)
 
 
 def require_writable(path: Path, key: str) -> None:
@@ -115,28 +101,26 @@ def require_writable(path: Path, key: str) -> None:
         InputError: a name or the path is too long, a parent is not a folder, the path is a device, a pipe or a socket,
             or the folder is not writable.
     """
-    longest = max(len(os.fsencode(name)) for name in (*path.parts, ""))
+    problem = f"{key}: {path} cannot be created: "
     try:
-        if longest > _MAX_NAME_BYTES or len(os.fsencode(path.absolute())) > _MAX_PATH_BYTES:
-            raise InputError(
-                f"{key}: {str(path)[:100]} ... is too long; a name must have at most {_MAX_NAME_BYTES} bytes and a "
-                f"path at most {_MAX_PATH_BYTES}"
-            )
+        longest_name = max(len(os.fsencode(name)) for name in (*path.parts, ""))
+        if longest_name > _MAX_NAME_BYTES or len(os.fsencode(path.absolute())) > _MAX_PATH_BYTES:
+            limits = f"a name must have at most {_MAX_NAME_BYTES} bytes and a path at most {_MAX_PATH_BYTES}"
+            raise InputError(f"{key}: {str(path)[:100]} ... is too long; {limits}", key=key)
         existing = next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
         if existing.is_symlink() and not existing.exists():
-            raise InputError(
-                f"{key}: {path} cannot be created: {existing} is a link to {os.readlink(existing)}, which does not "
-                "exist"
-            )
-        if existing == path.absolute() and (special := special_kind(existing)) is not None:
-            raise InputError(f"{key}: {path} is {special}, not a regular file; give the path of a new file")
-        folder = existing.parent if existing == path.absolute() and existing.is_file() else existing
+            target = os.readlink(existing)
+            raise InputError(f"{problem}{existing} is a link to {target}, which does not exist", key=key)
+        kind = stat.S_IFMT(existing.stat().st_mode)
+        if existing == path.absolute() and kind in _SPECIAL:
+            raise InputError(f"{key}: {path} is {_SPECIAL[kind]}, not a regular file", key=key)
+        folder = existing.parent if existing == path.absolute() and kind == stat.S_IFREG else existing
         if not folder.is_dir():
-            raise InputError(f"{key}: {path} cannot be created: {folder} is not a folder")
+            raise InputError(f"{problem}{folder} is not a folder", key=key)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{key}: {path} cannot be created: {error.strerror}") from None
+        raise InputError(f"{problem}{error.strerror}", key=key) from None
 
 
 @contextmanager
@@ -234,21 +218,20 @@ def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base"
         folder = Path(path_or_id).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
-        raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]} ({error})") from None
+        raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]} ({error})", key=key) from None
+    advice = f"give the path of a folder with config.json and {WEIGHTS}"
     if is_folder:
         return folder
     if exists:
-        raise InputError(f"{key}: {path_or_id} is a file; give the folder that contains config.json and {WEIGHTS}")
+        raise InputError(f"{key}: {path_or_id} is a file; {advice}", key=key)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or str(path_or_id).startswith("."):
-        raise InputError(f"{key}: there is no folder {path_or_id}")
+        raise InputError(f"{key}: there is no folder {path_or_id}", key=key)
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", "model*.safetensors", WEIGHTS_INDEX, "tokenizer*.json", "vocab.json", "merges.txt"]
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own classes, httpx's and OSError
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{key}: {path_or_id!r} is neither a local folder nor an available Hugging Face hub model ({reason}); "
-            f"give the path of a folder with config.json and {WEIGHTS}"
-        ) from error
+        problem = "is neither a local folder nor an available Hugging Face hub model"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{key}: {path_or_id!r} {problem} ({reason}); {advice}", key=key) from error

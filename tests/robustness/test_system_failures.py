@@ -250,10 +250,10 @@ def test_require_writable_path_through_dangling_link_is_refused(tmp_path):
 
 
 def test_require_file_unreadable_file_gives_the_reason(tmp_path, monkeypatch):
-    def stale(path):
+    def stale(path, *, follow_symlinks=True):
         raise failure(errno.ESTALE, path)
 
-    monkeypatch.setattr(Path, "is_file", stale)
+    monkeypatch.setattr(Path, "stat", stale)
     with pytest.raises(InputError, match=f"input: a cannot be read: {os.strerror(errno.ESTALE)}"):
         require_file("a", "input")
 

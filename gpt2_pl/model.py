@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_pl.errors import InputError
 from gpt2_pl.kernels.attention import scaled_dot_product_attention
 from gpt2_pl.kernels.dropout import dropout, dropout_add
 from gpt2_pl.kernels.gelu import gelu
@@ -38,7 +39,7 @@ class GPT2Config:
         dropout: dropout probability of the embeddings, the attention weights and both residual branches.
 
     Raises:
-        ValueError: a size is below 1, ``n_embd`` is not a multiple of ``n_head``, or ``dropout`` is outside [0, 1).
+        InputError: a size is below 1, ``n_embd`` is not a multiple of ``n_head``, or ``dropout`` is outside [0, 1).
     """
 
     vocab_size: int = 50257
@@ -51,11 +52,11 @@ class GPT2Config:
     def __post_init__(self) -> None:
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+                raise InputError(key=key, value=getattr(self, key), expected="at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head = {self.n_head}, got {self.n_embd}")
+            raise InputError(key="n_embd", value=self.n_embd, expected=f"a multiple of n_head = {self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise InputError(key="dropout", value=self.dropout, expected="in [0, 1)")
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:

@@ -75,23 +75,19 @@ class Surgery(Registered, ABC):
         Raises:
             InputError: an argument is not a plain value, or is not stored as an attribute.
         """
-        cls = type(self)
+        cls, source = type(self), f"surgery {class_path(type(self))}"
         if is_dataclass(self):
             arguments = asdict(self)
         else:
             names = [name for name in signature(cls).parameters if name not in ("args", "kwargs")]
             if missing := [name for name in names if not hasattr(self, name)]:
-                raise InputError(
-                    f"surgery {class_path(cls)} does not store its argument {missing[0]!r}; make it a dataclass, or "
-                    f"set self.{missing[0]} in __init__"
-                )
+                remedy = f"make it a dataclass, or set self.{missing[0]} in __init__"
+                raise InputError(f"{source} does not store its argument {missing[0]!r}; {remedy}", key=missing[0])
             arguments = {name: getattr(self, name) for name in names}
         for name, value in arguments.items():
             if not is_plain(value):
-                raise InputError(
-                    f"surgery {class_path(cls)}: {name} must be text, a number, a boolean, None, or a list or dict of "
-                    f"these, because it is stored in checkpoints; got {value!r:.100}"
-                )
+                expected = "text, a number, a boolean, None, or a list or dict of these, for checkpoints"
+                raise InputError(key=name, value=value, expected=expected, source=source)
         return {"class_path": class_path(cls), "init_args": arguments}
 
 
@@ -118,11 +114,11 @@ def build(settings: Surgery | dict[str, Any]) -> Surgery:
     path = settings.get("class_path")
     cls = Surgery.find(path)
     if cls is None:
-        ours = [class_path(one) for one in Surgery._classes.values()]
-        known = ", ".join(name for name in ours if name.startswith("gpt2_pl."))
+        known = [name for name in map(class_path, Surgery._classes.values()) if name.startswith("gpt2_pl.")]
         raise InputError(
-            f"surgery: there is no {str(path)[:200]!r}; this library has {known}; import your own code with "
-            "--plugin MODULE, or name it in a configuration"
+            f"surgery: there is no {str(path)[:200]!r}; this library has {', '.join(known)}; import your own code with "
+            "--plugin MODULE, or name it in a configuration",
+            key="class_path",
         )
     try:
         return cls(**(settings.get("init_args") or {}))
@@ -130,8 +126,8 @@ def build(settings: Surgery | dict[str, Any]) -> Surgery:
         raise
     except Exception as error:  # any error of the class from arguments in a file
         fault = find_fault(error)
-        reason = fault.text if fault is not None else " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"surgery {cls.__name__}: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(reason if fault is None else fault.text, source=f"surgery {cls.__name__}") from error
 
 
 def freeze_base(model: GPT2) -> None:
@@ -139,31 +135,6 @@ def freeze_base(model: GPT2) -> None:
     for name, parameter in model.named_parameters():
         if name in model.base_names:
             parameter.requires_grad_(False)
-
-
-def plain_layer(model: GPT2, path: str, surgery: str) -> nn.Module:
-    """Return the linear layer or token embedding at ``path``, if no other surgery has replaced it.
-
-    Args:
-        model: the GPT-2.
-        path: such as ``h.0.mlp.c_fc`` or ``wte``.
-        surgery: the name of the surgery that adapts the layer, for error messages.
-
-    Raises:
-        InputError: there is no layer at ``path``, or it is of another class.
-    """
-    modules = dict(model.named_modules())
-    layer = modules.get(path)
-    if layer is not None and type(layer) in (nn.Linear, Linear, nn.Embedding):
-        return layer
-    parent, rest = path, ""
-    while parent not in modules:
-        parent, _, rest = parent.rpartition(".")
-    problem = f"which has no {rest}" if rest else f"which {surgery} cannot adapt"
-    raise InputError(
-        f"{surgery}: {parent} is a {class_path(type(modules[parent]))}, {problem}; put {surgery} before the surgery "
-        "that created it, or choose other targets"
-    )
 
 
 def merge(model: GPT2) -> GPT2:
@@ -181,9 +152,8 @@ def merge(model: GPT2) -> GPT2:
     """
     merged: list[str] = []
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Module) or not isinstance(module, MergeableLayer):
-            continue
-        if merged and name.startswith(f"{merged[-1]}."):  # a submodule of an adapter that is merged already
+        is_inside_adapter = bool(merged) and name.startswith(f"{merged[-1]}.")
+        if is_inside_adapter or not isinstance(module, MergeableLayer):
             continue
         merged.append(name)
         with torch.no_grad():
@@ -228,17 +198,18 @@ def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) 
     Raises:
         InputError: there is no tokenizer, or the text has no tokens.
     """
+    if tokenizer is None and model.source is None:
+        raise InputError(
+            f"init_text {text!r} needs a tokenizer; pass one to apply(), or load the model from a folder",
+            key="init_text",
+        )
     if tokenizer is None:
-        if model.source is None:
-            raise InputError(
-                f"init_text {text!r} needs a tokenizer; pass one to apply(), or load the model from a folder"
-            )
         from gpt2_pl.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model.source, "init_text")
     ids: Sequence[int] = tokenizer.encode(text).ids
     if not ids:
-        raise InputError(f"init_text must be a text with at least one token, got {text!r}")
+        raise InputError(key="init_text", value=text, expected="a text with at least one token")
     return torch.tensor([ids[i % len(ids)] for i in range(length)])
 
 
@@ -253,12 +224,8 @@ def check_length(name: str, length: int, model: GPT2) -> None:
     Raises:
         InputError: ``length`` is out of range.
     """
-    if length < 1:
-        raise InputError(f"{name}: length must be at least 1, got {length}")
     limit = model.config.n_positions - model.n_virtual - 1
-    if length > limit:
-        virtual = f", {model.n_virtual} of them virtual tokens already" if model.n_virtual else ""
-        raise InputError(
-            f"{name}: length must be at most {limit} to leave a position for text, got {length}; the model has "
-            f"n_positions = {model.config.n_positions}{virtual}"
-        )
+    if not 1 <= length <= limit:
+        room = f"n_positions = {model.config.n_positions}, {model.n_virtual} of them virtual tokens already"
+        expected = f"at least 1 and at most {limit} to leave a position for text ({room})"
+        raise InputError(key="length", value=length, expected=expected, source=name)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.kernels.dropout import dropout_unscaled
 from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
-from gpt2_pl.surgery.base import Surgery, freeze_base, merge, plain_layer, unmerge
+from gpt2_pl.surgery.base import Surgery, freeze_base, merge, unmerge
+from gpt2_pl.utils.registry import class_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,11 +70,8 @@ class LoRALinear(Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.scaling, self.dropout, self.loraplus_lr_ratio = rank, scaling, dropout, loraplus_lr_ratio
         self.qkv_slices = qkv_slices
-        n, rows = (
-            (1, self.out_features)
-            if qkv_slices is None
-            else (len(qkv_slices), len(qkv_slices) * self.out_features // 3)
-        )
+        n = 1 if qkv_slices is None else len(qkv_slices)
+        rows = self.out_features if qkv_slices is None else n * self.out_features // 3
         self.lora_A = nn.Parameter(self.weight.new_empty(n * rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -191,6 +189,33 @@ class LoRAEmbedding(nn.Embedding):
 Adapter = LoRALinear | LoRAEmbedding
 
 
+def plain_layer(model: GPT2, path: str, surgery: str) -> nn.Module:
+    """Return the linear layer or token embedding at ``path``, if no other surgery has replaced it.
+
+    Args:
+        model: the GPT-2.
+        path: such as ``h.0.mlp.c_fc`` or ``wte``.
+        surgery: the name of the surgery that adapts the layer, for error messages.
+
+    Raises:
+        InputError: there is no layer at ``path``, or it is of another class.
+    """
+    modules = dict(model.named_modules())
+    layer = modules.get(path)
+    if layer is not None and type(layer) in (nn.Linear, Linear, nn.Embedding):
+        return layer
+    if isinstance(layer, Adapter):
+        raise InputError(f"{surgery}: {path} has an adapter already; two LoRA surgeries target it")
+    parent, rest = path, ""
+    while parent not in modules:
+        parent, _, rest = parent.rpartition(".")
+    problem = f"which has no {rest}" if rest else f"which {surgery} cannot adapt"
+    raise InputError(
+        f"{surgery}: {parent} is a {class_path(type(modules[parent]))}, {problem}; put {surgery} before the surgery "
+        "that created it, or choose other targets"
+    )
+
+
 @dataclass
 class LoRA(Surgery):
     """Low-rank adapters on linear layers of the blocks and on the token embedding (Hu et al. 2022).
@@ -225,52 +250,54 @@ class LoRA(Surgery):
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
-            raise InputError(f"LoRA: targets must be a list such as [{self.targets}], got {self.targets!r}")
-        for key, value, is_valid, valid in (
-            ("rank", self.rank, isinstance(self.rank, int) and self.rank >= 1, "an integer of at least 1"),
-            ("alpha", self.alpha, self.alpha > 0, "above 0"),
-            ("dropout", self.dropout, 0.0 <= self.dropout < 1.0, "in [0, 1)"),
-            ("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0, "above 0"),
+            raise InputError(key="targets", value=self.targets, expected="a list", source="LoRA")
+        for key, is_valid, expected in (
+            ("rank", isinstance(self.rank, int) and self.rank >= 1, "a whole number of at least 1"),
+            ("alpha", self.alpha > 0, "above 0"),
+            ("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)"),
+            ("loraplus_lr_ratio", self.loraplus_lr_ratio > 0, "above 0"),
         ):
             if not is_valid:
-                raise InputError(f"LoRA: {key} must be {valid}, got {value}")
+                raise InputError(key=key, value=getattr(self, key), expected=expected, source="LoRA")
         if self.use_dora and "wte" in self.targets:
-            raise InputError("LoRA: use_dora does not support the target wte; adapt wte with a second LoRA without it")
+            problem = "use_dora does not support the target wte; adapt wte with a second LoRA without it"
+            raise InputError(problem, key="use_dora", source="LoRA")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add adapters to the target layers and freeze the published parameters; see :class:`Surgery`."""
         scaling = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
         chosen = self._chosen_layers()
-        paths = [(f"h.{i}.{name}", t) for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()]
-        for path in [path for path, _ in paths] + (["wte"] if "wte" in self.targets else []):
-            if isinstance(dict(model.named_modules()).get(path), Adapter):
-                raise InputError(f"LoRA: {path} has an adapter already; two LoRA surgeries target it")
+        paths = {f"h.{i}.{name}": t for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()}
+        adapts_wte = "wte" in self.targets
+        for path in [*paths, *["wte"] * adapts_wte]:
             plain_layer(model, path, "LoRA")
-        for path, qkv_slices in paths:
+        for path, qkv_slices in paths.items():
             linear: Any = model.get_submodule(path)
             kind = DoRALinear if self.use_dora else LoRALinear
             adapted = kind(linear, self.rank, scaling, self.dropout, qkv_slices, self.loraplus_lr_ratio)
             model.set_submodule(path, adapted.train(linear.training))
-        if "wte" in self.targets:
+        if adapts_wte:
             model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.loraplus_lr_ratio).train(model.wte.training)
         freeze_base(model)
         return model
 
     def _chosen_layers(self) -> dict[str, list[int] | None]:
-        unknown = [target for target in self.targets if target not in TARGETS and target != "wte"]
+        """Return the path within a block and the adapted thirds (None: all) of every target layer."""
+        known = [*TARGETS, "wte"]
+        unknown = next((target for target in self.targets if target not in known), None)
         if unknown or not self.targets:
-            problem = f"unknown target {unknown[0]!r}" if unknown else "targets must not be empty"
-            suggestion = did_you_mean(unknown[0], [*TARGETS, "wte"]) if unknown else ""
-            raise InputError(f"LoRA: {problem}{suggestion or ';'} targets are {', '.join(TARGETS)} and wte")
+            problem = f"unknown target {unknown!r}" if unknown else "targets must not be empty"
+            suggestion = did_you_mean(unknown, known) if unknown else ""
+            problem += f"{suggestion or ';'} targets are {', '.join(TARGETS)} and wte"
+            raise InputError(problem, key="targets", source="LoRA")
         layers: dict[str, list[int] | None] = {}
         for target in filter(TARGETS.__contains__, self.targets):
             name, third = TARGETS[target]
-            qkv_slices = layers.get(name, [])
-            if (third is None and name in layers) or qkv_slices is None or third in qkv_slices:
-                raise InputError(
-                    f"LoRA: targets must name each layer once, got {self.targets}, which names {name} twice"
-                )
-            layers[name] = None if third is None else sorted([*qkv_slices, third])
+            thirds = layers.get(name, [])
+            if thirds is None or third in thirds or (third is None and thirds):
+                problem = f"targets must name each layer once, got {self.targets}, which names {name} twice"
+                raise InputError(problem, key="targets", source="LoRA")
+            layers[name] = None if third is None else sorted([*thirds, third])
         return layers
 
     def _chosen_blocks(self, n: int) -> list[int]:
@@ -278,13 +305,14 @@ class LoRA(Surgery):
             return list(range(n))
         if isinstance(self.layers, str):
             if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", self.layers):
-                raise InputError(f"LoRA: layers must be numbers and ranges such as '0-2,9-11', got {self.layers!r}")
+                expected = "numbers and ranges such as '0-2,9-11'"
+                raise InputError(key="layers", value=self.layers, expected=expected, source="LoRA")
             ranges = [[int(end) for end in part.split("-")] for part in self.layers.split(",")]
             blocks = [i for ends in ranges for i in range(ends[0], ends[-1] + 1)]
         else:
             blocks = [self.layers] if isinstance(self.layers, int) else list(self.layers)
         if not blocks or not all(0 <= i < n for i in blocks):
-            raise InputError(f"LoRA: layers must be blocks from 0 to {n - 1}, got {self.layers!r}")
+            raise InputError(key="layers", value=self.layers, expected=f"blocks from 0 to {n - 1}", source="LoRA")
         return sorted(set(blocks))
 
     @staticmethod

@@ -23,8 +23,8 @@ from gpt2_pl.errors import InputError, listing
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.pretrained import write_tensors
-from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, plain_layer
-from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear
+from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
+from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, plain_layer
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
 from gpt2_pl.utils.yaml_json import read_json
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from gpt2_pl.utils.hugging_face_schema import AdapterConfig
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_LORA_KEYS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_LINEAR_KEYS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_EMBEDDING_KEYS = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
 def fold_bias_into_ln_f(weight: Tensor, bias: Tensor) -> Tensor:
@@ -83,22 +84,19 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
     parts = {"LoRA": adapters, "a prefix": model.prefix, "a soft prompt": model.prompt}
     present = [name for name, part in parts.items() if part]
     if len(present) != 1:
-        kinds = " and ".join(present) if present else "none of them"
-        raise InputError(f"a peft adapter must be LoRA, a prefix or a soft prompt, got {kinds}")
+        raise InputError(
+            f"a peft adapter must be LoRA, a prefix or a soft prompt, got {' and '.join(present) or 'none'}"
+        )
+    if "wte" in adapters and head is None:
+        raise InputError("peft cannot adapt the language-model head, which is tied to the adapted wte; use --format hf")
+    prefix = "base_model.model." if adapters else "base_model."
+    tensors, specific = _lora(adapters) if adapters else _virtual(model)
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
         "inference_mode": True,
+        **specific,
     }
-    if "wte" in adapters and head is None:
-        raise InputError("peft cannot adapt the language-model head, which is tied to the adapted wte; use --format hf")
-    if adapters:
-        tensors, specific = _lora(adapters)
-        prefix = "base_model.model."
-    else:
-        tensors, specific = _virtual(model)
-        prefix = "base_model."
-    config.update(specific)
     if head is not None:
         weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
         tensors[f"{prefix}score.weight"] = weight
@@ -118,26 +116,23 @@ def other_format(model: GPT2) -> str:
 
 
 def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of LoRA adapters and their entries of adapter_config.json."""
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     for name, module in adapters.items():
         path = f"transformer.{name}"
-        if isinstance(module, LoRAEmbedding):
-            ranks[path], alphas[path] = module.rank, module.scaling * module.rank
-            tensors[f"base_model.model.{path}.lora_embedding_A"] = module.lora_A
-            tensors[f"base_model.model.{path}.lora_embedding_B"] = module.lora_B
-            continue
-        B = module.zero_padded_B()
-        ranks[path], alphas[path] = B.size(1), module.scaling * B.size(1)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B
+        keys = _EMBEDDING_KEYS if isinstance(module, LoRAEmbedding) else _LINEAR_KEYS
+        stored = [module.lora_A, module.lora_B if isinstance(module, LoRAEmbedding) else module.zero_padded_B()]
         if isinstance(module, DoRALinear):
             norm = torch.linalg.vector_norm(module.weight + module.delta_weight(), dim=1)
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.dora_scale(norm) * norm
-    linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
-    decomposed = {isinstance(module, DoRALinear) for module in linear} or {False}
-    if len(decomposed) > 1 or (True in decomposed and len(linear) < len(adapters)):
+            stored.append(module.dora_scale(norm) * norm)
+        tensors |= {f"base_model.model.{path}.{key}": tensor for key, tensor in zip(keys, stored, strict=False)}
+        ranks[path] = stored[1].size(1)
+        alphas[path] = module.scaling * ranks[path]
+    decomposed = [module for module in adapters.values() if isinstance(module, DoRALinear)]
+    if decomposed and len(decomposed) < len(adapters):
         raise InputError("a peft adapter must be LoRA or DoRA, got LoRA and DoRA in one model")
+    linear = [module for module in adapters.values() if isinstance(module, LoRALinear)]
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return tensors, {
         "peft_type": "LORA",
@@ -148,26 +143,26 @@ def _lora(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, An
         "lora_dropout": linear[0].dropout if linear else 0.0,
         "target_modules": sorted(ranks),
         "fan_in_fan_out": True,
-        "use_dora": decomposed.pop(),
+        "use_dora": bool(decomposed),
         "bias": "none",
     }
 
 
 def _virtual(model: GPT2) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    shape = model.config
+    """Return the tensor of a prefix or a soft prompt and its entries of adapter_config.json."""
     config: dict[str, Any] = {
-        "num_layers": shape.n_layer,
-        "num_attention_heads": shape.n_head,
-        "token_dim": shape.n_embd,
+        "num_layers": model.config.n_layer,
+        "num_attention_heads": model.config.n_head,
+        "token_dim": model.config.n_embd,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": model.n_virtual,
+        "peft_type": "PROMPT_TUNING",
     }
-    if model.prefix is not None:
-        assert isinstance(model.prefix, Prefix)
-        table = model.prefix.prompt_embeddings()
-        return {"prompt_embeddings": table}, {**config, "peft_type": "PREFIX_TUNING", "prefix_projection": False}
-    assert isinstance(model.prompt, Prompt)
-    return {"prompt_embeddings": model.prompt()}, {**config, "peft_type": "PROMPT_TUNING"}
+    if isinstance(model.prefix, Prefix):
+        config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": False}
+        return {"prompt_embeddings": model.prefix.prompt_embeddings()}, config
+    assert model.prompt is not None
+    return {"prompt_embeddings": model.prompt()}, config
 
 
 @dataclass
@@ -191,10 +186,15 @@ class PeftAdapter(Surgery):
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add the saved adapter to ``model`` and freeze the published parameters; see :class:`Surgery`."""
         config, tensors = self._read()
-        if config.peft_type == "LORA":
-            self._apply_lora(model, config, tensors)
-        else:
-            self._apply_virtual(model, config.peft_type, tensors)
+        tensors.pop("score.weight", None)
+        self._shift = self._take_ln_f_shift(model, tensors)
+        take = self._take_lora if config.peft_type == "LORA" else self._take_virtual_tokens
+        modules = take(model, config, tensors)
+        if tensors:
+            raise InputError(f"{self.folder}: {_WEIGHTS} has the unexpected tensor {min(tensors)}")
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
         freeze_base(model)
         return model
 
@@ -205,10 +205,8 @@ class PeftAdapter(Surgery):
         if score is None or not isinstance(head, ClassificationHead):
             return
         if score.shape != head.linear.weight.shape:
-            raise InputError(
-                f"{self.folder}: the head must have shape {tuple(head.linear.weight.shape)} (classes, features), got "
-                f"{tuple(score.shape)}"
-            )
+            expected = f"{tuple(head.linear.weight.shape)} (classes, features)"
+            raise InputError(f"the head must have shape {expected}, got {tuple(score.shape)}", source=self.folder)
         with torch.no_grad():
             head.linear.weight.copy_(score)
             head.linear.bias.zero_()
@@ -224,10 +222,8 @@ class PeftAdapter(Surgery):
         try:
             config = check_adapter(read_json(folder / _CONFIG), str(folder / _CONFIG))
             stored = load_file(folder / _WEIGHTS)
-        except InputError as error:
-            raise InputError(f"{folder} is not a peft adapter that is supported: {error}") from None
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{folder} is not a peft adapter ({_CONFIG} and {_WEIGHTS}): {error}") from None
+            raise InputError(f"{folder} is not a peft adapter that is supported: {error}") from None
         for name, tensor in stored.items():
             if tensor.dim() == 0 or 0 in tensor.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise InputError(f"{folder / _WEIGHTS}: {name} must contain finite floating-point numbers")
@@ -238,95 +234,85 @@ class PeftAdapter(Surgery):
         names = (name.removeprefix("base_model.").removeprefix("model.") for name in stored)
         return config, dict(zip(names, stored.values(), strict=True))
 
-    def _apply_lora(self, model: GPT2, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-        adapted = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
-        embedding = [tensors.get(f"transformer.wte.lora_embedding_{x}") for x in "AB"]
-        if not adapted and embedding == [None, None]:
-            raise InputError(f"{self.folder}: {_WEIGHTS} contains no lora_A")
-        used = {"score.weight"} | self._layer_norm(model, tensors)
-        modules: dict[str, nn.Module] = {}
-        if embedding[0] is not None and embedding[1] is not None:
-            used |= {f"transformer.wte.lora_embedding_{x}" for x in "AB"}
-            modules["wte"] = self._embedding(model, config, embedding[0], embedding[1])
-        for path in adapted:
-            name = path.removeprefix("transformer.")
-            modules[name] = self._linear(model, config, tensors, path)
-            used |= {f"{path}.{key}" for key in _LORA_KEYS}
-        if unused := sorted(tensors.keys() - used):
-            raise InputError(f"{self.folder}: {_WEIGHTS} has the unexpected tensor {unused[0]}")
-        for name, adapter in modules.items():
-            model.set_submodule(name, adapter)
-
-    def _linear(self, model: GPT2, config: AdapterConfig, tensors: dict[str, Tensor], path: str) -> LoRALinear:
-        """Return the adapted linear layer at ``path``, a name of ``transformers``.
+    def _take_lora(self, model: GPT2, config: AdapterConfig, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
+        """Remove LoRA matrices from ``tensors`` and return the adapted layers by name.
 
         Raises:
-            InputError: the layer does not exist or has an adapter already, or the tensors do not fit it.
+            InputError: a layer does not exist or has an adapter already, or the matrices do not fit it.
         """
-        name = path.removeprefix("transformer.")
-        linear = dict(model.named_modules()).get(name)
-        if isinstance(linear, LoRALinear):
-            raise InputError(f"{self.folder}: {name} has an adapter already")
-        if linear is not None:
-            plain_layer(model, name, "PeftAdapter")
-        A, B, magnitude = (tensors.get(f"{path}.{key}") for key in _LORA_KEYS)
-        if not isinstance(linear, nn.Linear) or A is None or B is None:
-            raise InputError(f"{self.folder}: the model has no layer for the adapter of {path}")
-        rank = A.size(0)
-        fits = A.shape == (rank, linear.in_features) and B.shape == (linear.out_features, rank)
-        if not fits or (magnitude is None) == bool(config.use_dora):
-            raise InputError(f"{self.folder}: the adapter of {path} does not fit a layer of {linear}")
-        scaling = _scaling(config, path, rank)
-        cls = LoRALinear if magnitude is None else DoRALinear
-        module = cls(linear, rank, scaling, config.lora_dropout or 0.0)
-        with torch.no_grad():
-            module.lora_A.copy_(A), module.lora_B.copy_(B)
-            if magnitude is not None and isinstance(module, DoRALinear):
-                module.lora_magnitude.copy_(magnitude)
-        return module.train(linear.training)
+        modules: dict[str, nn.Module] = {}
+        layers = dict(model.named_modules())
+        for path in sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}):
+            name = path.removeprefix("transformer.")
+            if name not in layers:
+                raise InputError(f"{self.folder}: the model has no layer for the adapter of {path}")
+            layer: Any = plain_layer(model, name, "PeftAdapter")
+            keys = _EMBEDDING_KEYS if name == "wte" else _LINEAR_KEYS
+            found: list[Any] = [tensors.pop(f"{path}.{key}", None) for key in keys]
+            A, B, magnitude = found
+            rank = 0 if A is None else len(A)
+            is_embedding = isinstance(layer, nn.Embedding)
+            n_out, n_in = layer.weight.shape[::-1] if is_embedding else layer.weight.shape
+            expected = [(rank, n_in), (n_out, rank), (n_out,) if config.use_dora and not is_embedding else None]
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in found]
+            if shapes != expected or is_embedding != (name == "wte") or (is_embedding and config.use_dora):
+                raise InputError(f"{self.folder}: the adapter of {path} does not fit {layer}")
+            scaling, dropout = _scaling(config, path, rank), config.lora_dropout or 0.0
+            if is_embedding:
+                module: Any = LoRAEmbedding(layer, rank, scaling)
+            else:
+                module = (DoRALinear if config.use_dora else LoRALinear)(layer, rank, scaling, dropout)
+            with torch.no_grad():
+                module.lora_A.copy_(A)
+                module.lora_B.copy_(B)
+                if magnitude is not None:
+                    module.lora_magnitude.copy_(magnitude)
+            modules[name] = module.train(layer.training)
+        if not modules:
+            raise InputError(f"{self.folder}: {_WEIGHTS} contains no LoRA matrices")
+        return modules
 
-    def _embedding(self, model: GPT2, config: AdapterConfig, A: Tensor, B: Tensor) -> LoRAEmbedding:
-        rank = A.size(0)
-        if isinstance(model.wte, LoRAEmbedding):
-            raise InputError(f"{self.folder}: wte has an adapter already")
-        plain_layer(model, "wte", "PeftAdapter")
-        if A.shape != (rank, model.config.vocab_size) or B.shape != (model.config.n_embd, rank) or config.use_dora:
-            raise InputError(f"{self.folder}: the adapter of transformer.wte does not fit {model.wte}")
-        module = LoRAEmbedding(model.wte, rank, _scaling(config, "transformer.wte", rank)).train(model.wte.training)
-        with torch.no_grad():
-            module.lora_A.copy_(A), module.lora_B.copy_(B)
-        return module
+    def _take_virtual_tokens(
+        self, model: GPT2, config: AdapterConfig, tensors: dict[str, Tensor]
+    ) -> dict[str, nn.Module]:
+        """Remove the virtual tokens from ``tensors`` and return the prefix or the soft prompt by name.
 
-    def _apply_virtual(self, model: GPT2, kind: str, tensors: dict[str, Tensor]) -> None:
-        name = "prefix" if kind == "PREFIX_TUNING" else "prompt"
-        table, shape = tensors.get("prompt_embeddings"), model.config
-        width = 2 * shape.n_layer * shape.n_embd if name == "prefix" else shape.n_embd
-        if table is None or table.dim() != 2 or table.size(1) != width:
-            table_shape = None if table is None else tuple(table.shape)
-            raise InputError(f"{self.folder}: prompt_embeddings must have shape (P, {width}), got {table_shape}")
+        Raises:
+            InputError: the model has such a module already, or the tensor does not fit it.
+        """
+        name = "prefix" if config.peft_type == "PREFIX_TUNING" else "prompt"
+        width = model.config.n_embd * (2 * model.config.n_layer if name == "prefix" else 1)
+        table = tensors.pop("prompt_embeddings", torch.empty(0))
+        if table.shape[1:] != (width,):
+            raise InputError(
+                f"prompt_embeddings must have shape (P, {width}), got {tuple(table.shape)}", source=self.folder
+            )
         if getattr(model, name) is not None:
             raise InputError(f"{self.folder}: the model has a {name} already")
         check_length(self.folder, len(table), model)
-        if unused := sorted(tensors.keys() - {"prompt_embeddings", "score.weight"} - self._layer_norm(model, tensors)):
-            raise InputError(f"{self.folder}: {_WEIGHTS} has the unexpected tensor {unused[0]}")
-        weight = model.wte.weight
-        table = table.to(weight.device, weight.dtype)
+        table = table.to(model.wte.weight.device, model.wte.weight.dtype)
         if name == "prompt":
-            model.prompt = Prompt(table).train(model.training)
-            return
-        model.prefix = prefix = Prefix(shape, len(table)).to(weight.device).train(model.training)
+            return {name: Prompt(table).train(model.training)}
+        prefix = Prefix(model.config, len(table)).to(table.device).train(model.training)
         with torch.no_grad():
             prefix.table.copy_(table)
+        return {name: prefix}
 
-    def _layer_norm(self, model: GPT2, tensors: dict[str, Tensor]) -> set[str]:
-        """Return the names of a saved final layer norm, and store its bias shift, which represents a head's bias."""
-        names = {"transformer.ln_f.weight", "transformer.ln_f.bias"} & tensors.keys()
-        if names and not model.ln_f.weight.is_meta:
-            weight, bias = (tensors[f"transformer.ln_f.{key}"].to(model.ln_f.bias.device) for key in ("weight", "bias"))
-            if not torch.equal(weight, model.ln_f.weight):
-                raise InputError(f"{self.folder}: ln_f.weight must be that of the base; only ln_f.bias may differ")
-            self._shift = bias - model.ln_f.bias.detach()
-        return names
+    def _take_ln_f_shift(self, model: GPT2, tensors: dict[str, Tensor]) -> Tensor | None:
+        """Remove a saved final layer norm from ``tensors`` and return the shift of its bias, which encodes a head's bias."""
+        weight, bias = (tensors.pop(f"transformer.ln_f.{key}", None) for key in ("weight", "bias"))
+        base = model.ln_f
+        if (weight is None and bias is None) or base.weight.is_meta:
+            return None
+        device = base.weight.device
+        if (
+            weight is None
+            or bias is None
+            or not torch.equal(weight.to(device), base.weight)
+            or bias.shape != base.bias.shape
+        ):
+            raise InputError(f"{self.folder}: ln_f.weight must be that of the base; only ln_f.bias may differ")
+        return bias.to(device) - base.bias.detach()
 
 
 def _scaling(config: AdapterConfig, path: str, rank: int) -> float:

@@ -71,8 +71,11 @@ class Prompt(nn.Module):
         return self.embedding
 
 
-def _vocabulary_sample(length: int, model: GPT2) -> Tensor:
-    return torch.randint(model.config.vocab_size, (length,), device="cpu")
+def _initial_ids(init_text: str | None, length: int, model: GPT2, tokenizer: Tokenizer | None) -> Tensor:
+    """Return the tokens (P,) of ``init_text``, or tokens drawn from the vocabulary."""
+    if init_text is None:
+        return torch.randint(model.config.vocab_size, (length,), device="cpu")
+    return token_ids(init_text, length, model, tokenizer)
 
 
 @dataclass
@@ -102,24 +105,20 @@ class PrefixTuning(Surgery):
 
     def __post_init__(self) -> None:
         if self.hidden is not None and self.hidden < 1:
-            raise InputError(f"PrefixTuning: hidden must be at least 1, got {self.hidden}")
+            raise InputError(key="hidden", value=self.hidden, expected="at least 1", source="PrefixTuning")
         if self.hidden is not None and self.init_text is not None:
-            raise InputError("PrefixTuning: init_text initializes a table, hidden a network; use only one of them")
+            problem = "init_text initializes a table, hidden a network; use only one of them"
+            raise InputError(problem, key="init_text", source="PrefixTuning")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Prepend a prefix to every row and freeze the published parameters; see :class:`Surgery`."""
         if model.prefix is not None:
-            raise InputError(
-                "PrefixTuning: the model has a prefix already; there must not be two PrefixTuning surgeries"
-            )
+            raise InputError("PrefixTuning: the model has a prefix already; there must not be two PrefixTuning")
         check_length("PrefixTuning", self.length, model)
         device = model.wte.weight.device
         prefix = Prefix(model.config, self.length, self.hidden).to(device).train(model.training)
         if self.hidden is None:
-            if self.init_text is None:
-                ids = _vocabulary_sample(self.length, model)
-            else:
-                ids = token_ids(self.init_text, self.length, model, tokenizer)
+            ids = _initial_ids(self.init_text, self.length, model, tokenizer)
             with torch.no_grad():
                 prefix.table.copy_(_keys_and_values(model, ids.to(device)))
         model.prefix = prefix
@@ -162,14 +161,9 @@ class PromptTuning(Surgery):
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Prepend a soft prompt to every row and freeze the published parameters; see :class:`Surgery`."""
         if model.prompt is not None:
-            raise InputError(
-                "PromptTuning: the model has a soft prompt already; there must not be two PromptTuning surgeries"
-            )
+            raise InputError("PromptTuning: the model has a soft prompt already; there must not be two PromptTuning")
         check_length("PromptTuning", self.length, model)
-        if self.init_text is None:
-            ids = _vocabulary_sample(self.length, model)
-        else:
-            ids = token_ids(self.init_text, self.length, model, tokenizer)
+        ids = _initial_ids(self.init_text, self.length, model, tokenizer)
         weight = model.wte.weight.detach()
         model.prompt = Prompt(weight[ids.to(weight.device)].clone()).train(model.training)
         freeze_base(model)

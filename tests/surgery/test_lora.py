@@ -215,7 +215,7 @@ def test_lora_dropout_affects_only_the_adapter_in_training():
         ({"layers": "1-3"}, "layers must be blocks from 0 to 2"),
         ({"layers": "top"}, "layers must be numbers and ranges .*, got 'top'"),
         ({"layers": []}, "layers must be blocks"),
-        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"alpha": 0}, "alpha must be above 0, got 0"),
         ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio must be above 0, got -1"),
@@ -273,7 +273,7 @@ def test_lora_refused_apply_leaves_the_model_unchanged():
     ("options", "message"),
     [
         ({"targets": "c_attn"}, r"targets must be a list such as \[c_attn\], got 'c_attn'"),
-        ({"rank": 8.5}, "rank must be an integer of at least 1, got 8.5"),
+        ({"rank": 8.5}, "rank must be a whole number of at least 1, got 8.5"),
         ({"targets": ["wte"], "use_dora": True}, "use_dora does not support the target wte"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gpt2_pl.errors import InputError
 from gpt2_pl.kernels.cuda_graph import cuda_graph, supports_cuda_graph
 from gpt2_pl.kernels.prepacked_linear import prepacked_weights
 from gpt2_pl.kv_cache import KVCache
@@ -67,13 +68,12 @@ def generate(
         (B, T + new): the prompts, padded on the left, followed by the generated tokens.
 
     Raises:
-        ValueError: a setting is out of range, a prompt is empty, or there are more tokens than ``n_positions``.
+        InputError: a setting is out of range, a prompt is empty, or there are more tokens than ``n_positions``.
     """
     validate_sampling(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, max_new_tokens)
     B, T = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    N = model.n_virtual + T + max_new_tokens
-    _validate_prompts(mask, N, model.config.n_positions)
+    _validate_prompts(mask, model.n_virtual + T + max_new_tokens, model.config.n_positions)
     if attention_mask is not None:  # on the left, so that all rows continue at the same index
         order = mask.argsort(dim=1, stable=True)
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
@@ -86,9 +86,7 @@ def generate(
     captures = supports_cuda_graph(model, max_new_tokens)
     prepacked = prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens)
     with torch.inference_mode(), _eval_mode(model), prepacked as head:
-        decoder = _Decoder(model, head, mask, T, captures)
-        for n in range(T, T + max_new_tokens):
-            logits = decoder.next_logits(ids, n)
+        for n, logits in enumerate(_next_logits(model, head, ids, mask, T, captures), start=T):
             for process in processors:
                 logits = process(logits, ids[:, :n], mask[:, :n])
             draws = None if uniform is None else uniform[:, n - T]
@@ -106,7 +104,7 @@ def generate(
 
 
 def _validate_prompts(mask: Tensor, num_tokens: int, n_positions: int) -> None:
-    """Raise a ValueError for an empty prompt or for more than ``n_positions`` tokens.
+    """Raise an InputError for an empty prompt or for more than ``n_positions`` tokens.
 
     Args:
         mask: (B, T), 1 for text and 0 for padding.
@@ -114,12 +112,10 @@ def _validate_prompts(mask: Tensor, num_tokens: int, n_positions: int) -> None:
         n_positions: the context length of the model.
     """
     if not bool((mask.sum(1) > 0).all()):
-        raise ValueError("a prompt is empty; give at least one token, such as the end of text")
+        raise InputError("a prompt is empty; give at least one token, such as the end of text")
     if n_positions < num_tokens:
-        raise ValueError(
-            f"prompt and continuation must have at most n_positions = {n_positions} tokens, virtual tokens included, "
-            f"got {num_tokens}"
-        )
+        limit = f"at most n_positions = {n_positions} tokens, virtual tokens included"
+        raise InputError(f"prompt and continuation must have {limit}, got {num_tokens}")
 
 
 def _builtin_processors(repetition_penalty: float, no_repeat_ngram_size: int) -> list[LogitsProcessor]:
@@ -132,41 +128,35 @@ def _builtin_processors(repetition_penalty: float, no_repeat_ngram_size: int) ->
     return processors
 
 
-class _Decoder:
-    """Next-token logits of all rows: the prompts in one pass, then one token at a time.
+def _next_logits(
+    model: GPT2, head: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor, prompt_length: int, captures: bool
+) -> Iterator[Tensor]:
+    """Yield the next-token logits of all rows: of the prompts in one pass, then of one token at a time.
 
     Args:
         model: the GPT-2, in evaluation mode.
         head: maps hidden states (B, C) to logits (B, V).
-        mask: (B, T + new), 1 for text and 0 for padding; the caller extends it in place.
+        ids: (B, T + new) token ids; before it asks for more logits, the caller writes the token that it chose.
+        mask: (B, T + new), 1 for text and 0 for padding; the caller extends it likewise.
         prompt_length: T.
         captures: whether tokens after the prompt are decoded from a CUDA graph.
+
+    Yields:
+        (B, V) in float32, ``new`` times.
     """
-
-    def __init__(
-        self, model: GPT2, head: Callable[[Tensor], Tensor], mask: Tensor, prompt_length: int, captures: bool
-    ) -> None:
-        self.model, self.head, self.mask, self.prompt_length, self.captures = model, head, mask, prompt_length, captures
-        self.padded = not bool(mask[:, :prompt_length].all())
-        self.cache = KVCache(len(model.h), model.n_virtual + mask.size(1))
-        self.decode: DecodeStep | None = None
-
-    def next_logits(self, ids: Tensor, n: int) -> Tensor:
-        """Compute the logits (B, V) in float32 of token ``n`` of every row from ``ids`` (B, N), N >= n."""
-        T = self.prompt_length
-        if self.decode is not None:
-            return self.decode(ids[:, n - 1 : n]).to(torch.float32, copy=True)
-        is_prompt = n == T
-        hidden = self.model(
-            ids[:, :T] if is_prompt else ids[:, n - 1 : n],
-            self.mask[:, :n] if self.padded else None,
-            output_positions=torch.full((len(ids), 1), T - 1, device=ids.device) if is_prompt else None,
-            cache=self.cache,
-        )
-        logits = self.head(hidden[:, -1]).float()
-        if self.captures:
-            self.decode = DecodeStep(self.model, self.head, self.cache, self.mask[:, :T])
-        return logits
+    T, (B, N) = prompt_length, ids.shape
+    padded = not bool(mask[:, :T].all())
+    cache = KVCache(len(model.h), model.n_virtual + N)
+    last = torch.full((B, 1), T - 1, device=ids.device)
+    hidden = model(ids[:, :T], mask[:, :T] if padded else None, output_positions=last, cache=cache)
+    yield head(hidden[:, -1]).float()
+    decode = DecodeStep(model, head, cache, mask[:, :T]) if captures else None
+    for n in range(T + 1, N):
+        if decode is not None:
+            yield decode(ids[:, n - 1 : n]).to(torch.float32, copy=True)
+        else:
+            hidden = model(ids[:, n - 1 : n], mask[:, :n] if padded else None, cache=cache)
+            yield head(hidden[:, -1]).float()
 
 
 def _choose_tokens(
@@ -259,10 +249,10 @@ def validate_sampling(
     """Check the sampling settings of :func:`generate`.
 
     Raises:
-        ValueError: a setting is out of range.
+        InputError: a setting is out of range.
     """
     low, high = 1e-9, 1e9  # range of divisors of float32 logits
-    for name, value, is_valid, valid in (
+    for key, value, is_valid, expected in (
         ("temperature", temperature, temperature == 0 or low <= temperature <= high, f"0 or in [{low:g}, {high:g}]"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
@@ -271,7 +261,7 @@ def validate_sampling(
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ):
         if not is_valid:
-            raise ValueError(f"{name} must be {valid}, got {value}")
+            raise InputError(key=key, value=value, expected=expected)
 
 
 def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: torch.device) -> Tensor:
@@ -280,7 +270,8 @@ def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: to
         return torch.rand(rows, steps).to(device)
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
-        raise ValueError(f"seed must be one number or one for each of {rows} prompts, got {len(seeds)} seeds")
+        expected = f"one number or one for each of {rows} prompts"
+        raise InputError(f"seed must be {expected}, got {len(seeds)} seeds", key="seed")
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 

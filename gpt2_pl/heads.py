@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_pl.errors import InputError
 from gpt2_pl.kernels.dropout import dropout
 
 Pooling = Literal["last", "mean", "max", "mix", "concat"]
@@ -40,10 +41,10 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mean_weight: 
         (B, C), or (B, 3 C) for ``concat``.
 
     Raises:
-        ValueError: an unknown ``pooling``.
+        InputError: an unknown ``pooling``.
     """
     if pooling not in get_args(Pooling):
-        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+        raise InputError(key="pooling", value=pooling, expected=f"one of {', '.join(get_args(Pooling))}")
     text = attention_mask.unsqueeze(-1).bool()  # (B, T, 1)
     parts = {}
     if pooling in ("last", "mix", "concat"):
@@ -69,13 +70,13 @@ class ClassificationHead(nn.Module):
             dropout.
 
     Raises:
-        ValueError: ``num_dropout_samples`` is below 1.
+        InputError: ``num_dropout_samples`` is below 1.
     """
 
     def __init__(self, n_features: int, num_classes: int, dropout: float = 0.0, num_dropout_samples: int = 1) -> None:
         super().__init__()
         if num_dropout_samples < 1:
-            raise ValueError(f"num_dropout_samples must be at least 1, got {num_dropout_samples}")
+            raise InputError(key="num_dropout_samples", value=num_dropout_samples, expected="at least 1")
         self.dropout, self.num_dropout_samples = dropout, num_dropout_samples
         self.linear = nn.Linear(n_features, num_classes)
         nn.init.normal_(self.linear.weight, std=0.02)

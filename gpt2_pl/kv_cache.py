@@ -122,3 +122,7 @@ class KVCache:
         """Prepend a prefix (L, 2, H, P, hd) to the first tokens of an empty cache."""
         for layer, keys_and_values in zip(self.layers, prefix, strict=True):
             layer.prefix, layer.length = keys_and_values, prefix.size(3)
+
+
+Cache = KVCache | PrefixCache
+CacheLayer = KVCacheLayer | PrefixLayer

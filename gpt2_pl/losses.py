@@ -3,10 +3,10 @@
 With logits z = W h (W the tied token embedding), p = softmax(z) and target y of each position:
 
 - cross-entropy: ``-log p(y)``; gradient ``dL/dz_k = p_k - [k = y]``.
-- token-level unlikelihood (Welleck et al. 2020, section 5.1): ``-alpha * sum over c in C of log(1 - p(c))`` for the
+- token-level unlikelihood (Welleck et al. 2020): ``-alpha * sum over c in C of log(1 - p(c))`` for the
   negative candidates C; gradient ``alpha * sum over c in C of p_c / (1 - p_c) * ([k = c] - p_k)``.
-- sequence-level unlikelihood (section 5.2): the same with C = {y} for every generated token that belongs to a repeated
-  n-gram.
+- sequence-level unlikelihood (of the same paper): the same with C = {y} for every generated token that belongs to a
+  repeated n-gram.
 
 ``1 - p`` is clamped at ``MIN_COMPLEMENT``; a clamped term has no gradient. The positions are processed in chunks. Each
 chunk's gradients are computed in the forward pass, so that its logits are freed before the next chunk.
@@ -143,23 +143,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*grads, *(None,) * 7)
 
 
-def _select_targets(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Select the positions that have a target.
+def _chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None,
+    compiled: bool,
+    include_nll: bool = True,
+    alpha: float = 0.0,
+    candidates: Tensor | None = None,
+    is_candidate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the sum of the losses at the positions that have a target.
 
     Args:
         hidden: (B, T, C).
         weight: (V, C).
         targets: (B, T) token ids, or ``IGNORE_INDEX``.
+        chunk: as in :func:`cross_entropy`.
+        compiled: as in :func:`cross_entropy`.
+        include_nll: whether the cross-entropy is part of the loss.
+        alpha: weight of the unlikelihood.
+        candidates: (B, T, M) token ids; None without unlikelihood.
+        is_candidate: (B, T, M) booleans.
 
     Returns:
-        Hidden states (N, C), ``weight``, targets (N,), and the boolean mask (B, T) of the selected positions.
+        The sum of the losses, the sum of the unlikelihoods without ``alpha``, and the number of targets.
     """
     if not torch.is_grad_enabled():  # ctx.needs_input_grad does not know of no_grad()
         hidden, weight = hidden.detach(), weight.detach()
     has_target = targets != IGNORE_INDEX
-    if bool(has_target.all()):  # avoids a copy
-        return hidden.flatten(0, 1), weight, targets.flatten(), has_target
-    return hidden[has_target], weight, targets[has_target], has_target
+    is_full = bool(has_target.all())  # avoids a copy
+    states, labels = (t.flatten(0, 1) if is_full else t[has_target] for t in (hidden, targets))
+    candidates, is_candidate = (None if t is None else t[has_target] for t in (candidates, is_candidate))
+    total, unlikelihood = _ChunkedCrossEntropy.apply(
+        states, weight, labels, chunk, include_nll, alpha, candidates, is_candidate, compiled
+    )
+    return total, unlikelihood, has_target.sum()
 
 
 def cross_entropy(
@@ -181,9 +201,8 @@ def cross_entropy(
     Returns:
         The sum of the losses, in nats, and the number of targets.
     """
-    states, weight, labels, has_target = _select_targets(hidden, weight, targets)
-    total, _ = _ChunkedCrossEntropy.apply(states, weight, labels, chunk, True, 0.0, None, None, compiled)
-    return total, has_target.sum()
+    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled)
+    return total, n_targets
 
 
 def negative_candidates(
@@ -253,19 +272,18 @@ def unlikelihood_cross_entropy(
     Returns:
         The sum of the losses, the number of targets, and the sum of the unlikelihoods alone, without ``alpha``.
     """
-    states, weight, labels, has_target = _select_targets(hidden, weight, targets)
     tokens, is_candidate = negative_candidates(targets, ignore_token_ids, window, input_ids)
-    candidates = tokens.expand(-1, targets.size(1), -1)[has_target]
-    total, unlikelihood = _ChunkedCrossEntropy.apply(
-        states, weight, labels, chunk, True, alpha, candidates, is_candidate[has_target], compiled
+    candidates = tokens.expand(-1, targets.size(1), -1)
+    total, unlikelihood, n_targets = _chunked_loss(
+        hidden, weight, targets, chunk, compiled, alpha=alpha, candidates=candidates, is_candidate=is_candidate
     )
-    return total, has_target.sum(), unlikelihood
+    return total, n_targets, unlikelihood
 
 
 def sequence_unlikelihood_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int | None = None, compiled: bool = False
 ) -> Tensor:
-    """Compute the sequence-level unlikelihood of generated text (Welleck et al. 2020, section 5.2, C_repeat-n).
+    """Compute the sequence-level unlikelihood of generated text (after Welleck et al. 2020).
 
     L = 1 / T * sum over t in R of -log(1 - p(x_t)), where R are the positions of all tokens of every n-gram that
     occurred earlier in the text; see :func:`repeated_ngrams`.
@@ -281,12 +299,9 @@ def sequence_unlikelihood_loss(
     Returns:
         The mean over all generated tokens, a scalar.
     """
-    states, weight, labels, has_target = _select_targets(hidden, weight, targets)
-    repeated = repeated_ngrams(targets, n)[has_target]
-    total, _ = _ChunkedCrossEntropy.apply(
-        states, weight, labels, chunk, False, 1.0, labels.unsqueeze(-1), repeated.unsqueeze(-1), compiled
-    )
-    return total / has_target.sum().clamp(min=1)
+    candidates, repeated = targets.unsqueeze(-1), repeated_ngrams(targets, n).unsqueeze(-1)
+    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, False, 1.0, candidates, repeated)
+    return total / n_targets.clamp(min=1)
 
 
 def repeated_ngrams(ids: Tensor, n: int) -> Tensor:
@@ -320,7 +335,7 @@ def unlikelihood_loss(
     ignore_index: int = IGNORE_INDEX,
     input_ids: Tensor | None = None,
 ) -> Tensor:
-    """Compute cross-entropy plus token-level unlikelihood from logits (Welleck et al. 2020, eq. 4).
+    """Compute cross-entropy plus token-level unlikelihood from logits (Welleck et al. 2020).
 
     The loss of the target x_t is ``L_t = -log p(x_t) - alpha * sum over c in C_t of log(1 - p(c))`` with the negative
     candidates ``C_t = {x_1, ..., x_(t-1)} minus {x_t}``. All probabilities are conditional on x_1, ..., x_(t-1).

@@ -127,10 +127,8 @@ def best_threshold(probability: Tensor, label: Tensor, score: Literal["accuracy"
     """
     descending, order = probability.float().cpu().sort(descending=True)
     # (N + 1,): a threshold in (lower, upper] predicts class 1 for the k highest probabilities
-    upper, lower = (
-        torch.cat([torch.tensor([torch.inf]), descending]),
-        torch.cat([descending, torch.tensor([-torch.inf])]),
-    )
+    infinity = torch.tensor([torch.inf])
+    upper, lower = torch.cat([infinity, descending]), torch.cat([descending, -infinity])
     hits = torch.cat([torch.zeros(1), label.cpu()[order].double().cumsum(0)])
     k, N, positives = torch.arange(len(hits)), len(label), hits[-1]
     if score == "accuracy":

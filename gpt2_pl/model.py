@@ -20,7 +20,7 @@ from gpt2_pl.kernels.attention import scaled_dot_product_attention
 from gpt2_pl.kernels.dropout import dropout, dropout_add
 from gpt2_pl.kernels.gelu import gelu
 from gpt2_pl.kernels.prepacked_linear import Linear, MergeableLayer
-from gpt2_pl.kv_cache import KVCache, KVCacheLayer, PrefixCache, PrefixLayer
+from gpt2_pl.kv_cache import Cache, CacheLayer, KVCache, PrefixCache
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -93,7 +93,7 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         output_positions: Tensor | None = None,
-        cache: KVCacheLayer | PrefixLayer | None = None,
+        cache: CacheLayer | None = None,
     ) -> Tensor:
         """Compute the attention output of all tokens or of selected ones.
 
@@ -113,7 +113,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, N, hd)
-        is_causal = True if mask is None and q.size(2) > 1 else False  # noqa: SIM210 (a bool under torch.compile)
+        is_causal = bool(mask is None and q.size(2) > 1)  # torch.compile would pass on a symbolic value
         dropout_p = self.dropout if self.training else 0.0
         y = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)  # (B, H, T, hd)
         return self.c_proj(y.transpose(1, 2).flatten(2))
@@ -153,7 +153,7 @@ class Block(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         output_positions: Tensor | None = None,
-        cache: KVCacheLayer | PrefixLayer | None = None,
+        cache: CacheLayer | None = None,
     ) -> Tensor:
         """Compute the block: (B, T, C) -> (B, T, C), or (B, R, C) with ``output_positions``.
 
@@ -179,14 +179,6 @@ def attention_mask_4d(queries: Tensor, keys: Tensor, padding_mask: Tensor | None
     if padding_mask is not None:
         mask = (mask & padding_mask.unsqueeze(1)) | (keys == queries.unsqueeze(-1))
     return mask.unsqueeze(1)
-
-
-def _block_mask(keys: Tensor, start: int, padding_mask: Tensor | None) -> Tensor | None:
-    """Return the attention mask of the queries from ``start`` on, or None if causal attention needs no mask."""
-    queries = keys[start:]
-    if padding_mask is None and len(queries) in (1, len(keys)):
-        return None
-    return attention_mask_4d(queries.unsqueeze(0), keys, padding_mask)
 
 
 class GPT2(nn.Module):
@@ -248,7 +240,7 @@ class GPT2(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_positions: Tensor | None = None,
-        cache: KVCache | PrefixCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Compute the hidden states after the last layer norm.
 
@@ -277,12 +269,15 @@ class GPT2(nn.Module):
             x, cache = self._prepend_virtual_tokens(x, cache)
         start = 0 if cache is None else cache.length  # cached tokens, virtual tokens included
         N = start + x.size(1)
-        self._check_length(N)
+        if self.config.n_positions < N:
+            limit = f"at most n_positions = {self.config.n_positions} tokens"
+            raise ValueError(f"the input must have {limit}, got {N}, {self.n_virtual} of them virtual")
         keys = torch.arange(N, device=x.device)  # (N,)
         mask, padding_mask = attention_mask, None
-        if attention_mask is None or attention_mask.dim() != 4:
-            padding_mask = self._padding_mask(attention_mask)
-            mask = _block_mask(keys, start, padding_mask)
+        if attention_mask is not None and attention_mask.dim() != 4:
+            padding_mask = F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)  # (B, N)
+        if padding_mask is not None or (mask is None and x.size(1) not in (1, N)):
+            mask = attention_mask_4d(keys[start:].unsqueeze(0), keys, padding_mask)
         if position_ids is None:
             positions = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
             position_ids = positions[..., start:]
@@ -296,23 +291,7 @@ class GPT2(nn.Module):
         mask = attention_mask_4d(output_positions + start, keys, padding_mask)
         return self.ln_f(self._block(-1, x, mask, output_positions, cache))
 
-    def _check_length(self, N: int) -> None:
-        """Raise a ValueError if ``N`` tokens exceed the context length."""
-        if self.config.n_positions < N:
-            virtual = f", {self.n_virtual} of them virtual" if self.n_virtual else ""
-            raise ValueError(
-                f"the input must have at most n_positions = {self.config.n_positions} tokens, got {N}{virtual}"
-            )
-
-    def _padding_mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Return ``attention_mask`` as booleans (B, N), extended by the virtual tokens; None if there is no mask."""
-        if attention_mask is None:
-            return None
-        return F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)
-
-    def _prepend_virtual_tokens(
-        self, x: Tensor, cache: KVCache | PrefixCache | None
-    ) -> tuple[Tensor, KVCache | PrefixCache | None]:
+    def _prepend_virtual_tokens(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
         """Prepend the soft prompt to the embeddings ``x`` (B, T, C) and the prefix to the cache."""
         if self.prompt is not None:
             x = torch.cat((self.prompt().to(x.dtype).expand(len(x), -1, -1), x), dim=1)
@@ -325,12 +304,7 @@ class GPT2(nn.Module):
         return x, cache
 
     def _block(
-        self,
-        i: int,
-        x: Tensor,
-        mask: Tensor | None,
-        output_positions: Tensor | None,
-        cache: KVCache | PrefixCache | None,
+        self, i: int, x: Tensor, mask: Tensor | None, output_positions: Tensor | None, cache: Cache | None
     ) -> Tensor:
         inputs = (x, mask, output_positions, None if cache is None else cache.layers[i])
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -43,7 +43,7 @@ class AdamW(Optimizer):
         weight_decay: decay per step, relative to ``lr``.
 
     Raises:
-        ValueError: ``lr``, ``eps`` or ``weight_decay`` is negative, or a beta is outside [0, 1).
+        InputError: ``lr``, ``eps`` or ``weight_decay`` is negative, or a beta is outside [0, 1).
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class AdamW(Optimizer):
     ) -> None:
         for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0.0:
-                raise ValueError(f"{key} must be at least 0, got {value}")
+                raise InputError(key=key, value=value, expected="at least 0")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {tuple(betas)}")
+            raise InputError(key="betas", value=tuple(betas), expected="in [0, 1)")
         defaults: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -176,7 +176,9 @@ class ConstantWithWarmup(Schedule):
 
     def __init__(self, warmup: float = 0.0) -> None:
         if warmup < 0:
-            raise InputError(f"warmup must be a number of steps or a fraction of all steps in [0, 1), got {warmup}")
+            raise InputError(
+                key="warmup", value=warmup, expected="a number of steps or a fraction of all steps in [0, 1)"
+            )
         self.warmup = warmup
 
     @property
@@ -222,7 +224,7 @@ class CosineWithWarmup(ConstantWithWarmup):
     def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
         super().__init__(warmup)
         if not 0.0 <= floor <= 1.0:
-            raise InputError(f"floor must be in [0, 1], got {floor}")
+            raise InputError(key="floor", value=floor, expected="in [0, 1]")
         self.floor = floor
 
     def _after_warmup(self, step: int, total: int) -> float:
@@ -243,9 +245,9 @@ class SlantedTriangular(Schedule):
 
     def __init__(self, cut_frac: float = 0.1, ratio: float = 32.0) -> None:
         if not 0.0 <= cut_frac < 1.0:
-            raise InputError(f"cut_frac must be in [0, 1), got {cut_frac}")
+            raise InputError(key="cut_frac", value=cut_frac, expected="in [0, 1)")
         if ratio < 1.0:
-            raise InputError(f"ratio must be at least 1, got {ratio}")
+            raise InputError(key="ratio", value=ratio, expected="at least 1")
         self.cut_frac, self.ratio = cut_frac, ratio
 
     def factor(self, step: int, total: int) -> float:

@@ -144,7 +144,9 @@ def validate_weights(folder: str | os.PathLike[str], config: GPT2Config) -> None
     _check_shapes(folder, shapes, embeddings)
     n_layer = len({name.split(".")[1] for name in shapes if name.startswith("h.")})
     if n_layer < config.n_layer:
-        raise InputError(f"{folder}: n_layer is {config.n_layer}, but there are {n_layer} layers", key="n_layer")
+        raise InputError(
+            f"{folder}: config.json's n_layer is {config.n_layer}, but there are {n_layer} layers", key="n_layer"
+        )
     with torch.device("meta"):
         expected = _shapes(GPT2(config))
     if "lm_head.weight" in shapes:

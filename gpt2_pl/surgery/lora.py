@@ -250,7 +250,8 @@ class LoRA(Surgery):
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
-            raise InputError(key="targets", value=self.targets, expected="a list", source="LoRA")
+            expected = f"a list such as [{self.targets}]"
+            raise InputError(key="targets", value=self.targets, expected=expected, source="LoRA")
         for key, is_valid, expected in (
             ("rank", isinstance(self.rank, int) and self.rank >= 1, "a whole number of at least 1"),
             ("alpha", self.alpha > 0, "above 0"),

@@ -299,7 +299,7 @@ class PeftAdapter(Surgery):
         return {name: prefix}
 
     def _take_ln_f_shift(self, model: GPT2, tensors: dict[str, Tensor]) -> Tensor | None:
-        """Remove a saved final layer norm from ``tensors`` and return the shift of its bias, which encodes a head's bias."""
+        """Remove a saved final layer norm from ``tensors`` and return the shift of its bias, a head's bias."""
         weight, bias = (tensors.pop(f"transformer.ln_f.{key}", None) for key in ("weight", "bias"))
         base = model.ln_f
         if (weight is None and bias is None) or base.weight.is_meta:

@@ -21,7 +21,12 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 _MAX_MESSAGE = 4000  # characters
 _MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
 
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
+_OUT_OF_MEMORY = {  # class of an exception -> texts of which its message contains one if memory is exhausted
+    MemoryError: ("",),
+    RuntimeError: ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc"),  # torch and other C++ libraries
+    ImportError: ("failed to map segment", os.strerror(errno.ENOMEM)),  # no address space for a shared library
+    SystemError: ("without exception set", "without setting an exception"),  # C code that set no exception
+}
 
 
 def _errnos(*names: str) -> set[int]:
@@ -193,20 +198,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _describe_memory(error: BaseException) -> str | None:
-    text, where, advice = str(error), "", ""
-    if isinstance(error, RuntimeError):  # from torch and other C++ libraries
-        is_device = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text
-        if not is_device and not any(sign in text for sign in _OUT_OF_MEMORY):
-            return None
-        where, advice = " on the device" if is_device else "", "; a smaller batch size needs less"
-    elif isinstance(error, ImportError):  # the address space has no room for a shared library
-        if not any(sign in text for sign in ("failed to map segment", os.strerror(errno.ENOMEM))):
-            return None
-    elif isinstance(error, SystemError):  # C code whose allocation failed and that set no exception
-        if "without exception set" not in text and "without setting an exception" not in text:
-            return None
-    elif not isinstance(error, MemoryError):
+    text, is_runtime_error = str(error), isinstance(error, RuntimeError)
+    is_device = is_runtime_error and (type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text)
+    signs = next((signs for kind, signs in _OUT_OF_MEMORY.items() if isinstance(error, kind)), ())
+    if not is_device and not any(sign in text for sign in signs):
         return None
+    where = " on the device" if is_device else ""
+    advice = "; a smaller batch size needs less" if is_runtime_error else ""
     size = re.search(r"(?:tried to allocate|Unable to allocate) ([\d.]+ \w+)", text, flags=re.IGNORECASE)
     return f"there is not enough memory{where}{f' for another {size[1]}' if size else ''}{advice}"
 

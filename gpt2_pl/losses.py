@@ -28,15 +28,11 @@ MIN_COMPLEMENT = 1e-5  # lower bound of 1 - p in the logarithm of the unlikeliho
 CHUNK_SIZE = {"cpu": 512, "cuda": 8192}  # positions whose logits are in memory at a time
 VOCAB_PAD_MULTIPLE = {"cuda": 64}  # the vocabulary is padded to a multiple: odd widths are slow on a GPU
 
+Negatives = tuple[Tensor, Tensor]  # token ids, and booleans: which of them are negative candidates
+
 
 def _chunk_loss_and_grad(
-    logits: Tensor,
-    target: Tensor,
-    include_nll: bool,
-    alpha: float,
-    candidates: Tensor | None,
-    is_candidate: Tensor | None,
-    needs_grad: bool,
+    logits: Tensor, target: Tensor, include_nll: bool, alpha: float, negatives: Negatives | None, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the losses of one chunk of positions and their gradient; see the module's docstring for the formulas.
 
@@ -45,8 +41,8 @@ def _chunk_loss_and_grad(
         target: (n,) token ids.
         include_nll: whether the cross-entropy is part of the loss. A target must then not be one of its candidates.
         alpha: weight of the unlikelihood.
-        candidates: (n, M) token ids; None without unlikelihood.
-        is_candidate: (n, M) booleans, which of ``candidates`` count at each position.
+        negatives: token ids (n, M), and booleans (n, M), which of them are candidates at each position; None without
+            unlikelihood.
         needs_grad: whether the gradient is computed.
 
     Returns:
@@ -59,8 +55,8 @@ def _chunk_loss_and_grad(
     log_p_target = log_p.gather(-1, target_ids)  # (n, 1)
     softmax_scale: Tensor | float = 1.0 if include_nll else 0.0  # factor of p in the gradient
     unlikelihood = log_p.new_zeros(())
-    odds = None
-    if candidates is not None and is_candidate is not None:
+    if negatives is not None:
+        candidates, is_candidate = negatives
         p = log_p.gather(-1, candidates).exp()  # (n, M)
         unlikelihood = -(1.0 - p).clamp(min=MIN_COMPLEMENT).log().masked_fill(~is_candidate, 0.0).sum()
         odds = (alpha * p / (1.0 - p)).masked_fill(~is_candidate | (1.0 - p < MIN_COMPLEMENT), 0.0)
@@ -69,7 +65,7 @@ def _chunk_loss_and_grad(
     if not needs_grad:
         return nll, unlikelihood, logits
     grad = log_p.exp_()
-    if odds is not None and candidates is not None:
+    if negatives is not None:
         grad = grad.mul_(softmax_scale).scatter_add_(-1, candidates, odds)
     if compiling:  # without a scatter the compiler fuses everything into one kernel
         if include_nll:
@@ -100,8 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int | None,
         include_nll: bool,
         alpha: float,
-        candidates: Tensor | None,
-        is_candidate: Tensor | None,
+        negatives: Negatives | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -120,11 +115,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
                 states = hidden[rows].to(dtype)
-                chunk_candidates, chunk_mask = (None if t is None else t[rows] for t in (candidates, is_candidate))
+                chunk_negatives = None if negatives is None else (negatives[0][rows], negatives[1][rows])
                 logits = states @ padded.T  # (n, V + padding)
                 logits[:, V:] = -torch.inf
                 chunk_nll, chunk_unlikelihood, grad = loss_and_grad(
-                    logits, targets[rows], include_nll, alpha, chunk_candidates, chunk_mask, need_hidden or need_weight
+                    logits, targets[rows], include_nll, alpha, chunk_negatives, need_hidden or need_weight
                 )
                 total += chunk_nll
                 unlikelihood += chunk_unlikelihood
@@ -140,7 +135,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else g * grad_total for g in ctx.saved_tensors)  # a scalar does not widen g
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 6)
 
 
 def _chunked_loss(
@@ -151,8 +146,7 @@ def _chunked_loss(
     compiled: bool,
     include_nll: bool = True,
     alpha: float = 0.0,
-    candidates: Tensor | None = None,
-    is_candidate: Tensor | None = None,
+    negatives: Negatives | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the sum of the losses at the positions that have a target.
 
@@ -164,8 +158,7 @@ def _chunked_loss(
         compiled: as in :func:`cross_entropy`.
         include_nll: whether the cross-entropy is part of the loss.
         alpha: weight of the unlikelihood.
-        candidates: (B, T, M) token ids; None without unlikelihood.
-        is_candidate: (B, T, M) booleans.
+        negatives: token ids (B, T, M), and booleans (B, T, M), which of them are candidates; None without unlikelihood.
 
     Returns:
         The sum of the losses, the sum of the unlikelihoods without ``alpha``, and the number of targets.
@@ -175,9 +168,9 @@ def _chunked_loss(
     has_target = targets != IGNORE_INDEX
     is_full = bool(has_target.all())  # avoids a copy
     states, labels = (t.flatten(0, 1) if is_full else t[has_target] for t in (hidden, targets))
-    candidates, is_candidate = (None if t is None else t[has_target] for t in (candidates, is_candidate))
+    selected = None if negatives is None else (negatives[0][has_target], negatives[1][has_target])
     total, unlikelihood = _ChunkedCrossEntropy.apply(
-        states, weight, labels, chunk, include_nll, alpha, candidates, is_candidate, compiled
+        states, weight, labels, chunk, include_nll, alpha, selected, compiled
     )
     return total, unlikelihood, has_target.sum()
 
@@ -206,10 +199,7 @@ def cross_entropy(
 
 
 def negative_candidates(
-    targets: Tensor,
-    ignore_token_ids: Collection[int] = (),
-    window: int | None = None,
-    input_ids: Tensor | None = None,
+    targets: Tensor, ignore_token_ids: Collection[int] = (), window: int | None = None, input_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the negative candidates of each position, C_t = {x_1, ..., x_(t-1)} minus {x_t} (Welleck et al. 2020).
 
@@ -273,10 +263,8 @@ def unlikelihood_cross_entropy(
         The sum of the losses, the number of targets, and the sum of the unlikelihoods alone, without ``alpha``.
     """
     tokens, is_candidate = negative_candidates(targets, ignore_token_ids, window, input_ids)
-    candidates = tokens.expand(-1, targets.size(1), -1)
-    total, unlikelihood, n_targets = _chunked_loss(
-        hidden, weight, targets, chunk, compiled, alpha=alpha, candidates=candidates, is_candidate=is_candidate
-    )
+    negatives = (tokens.expand(-1, targets.size(1), -1), is_candidate)
+    total, unlikelihood, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, True, alpha, negatives)
     return total, n_targets, unlikelihood
 
 
@@ -299,8 +287,8 @@ def sequence_unlikelihood_loss(
     Returns:
         The mean over all generated tokens, a scalar.
     """
-    candidates, repeated = targets.unsqueeze(-1), repeated_ngrams(targets, n).unsqueeze(-1)
-    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, False, 1.0, candidates, repeated)
+    negatives = (targets.unsqueeze(-1), repeated_ngrams(targets, n).unsqueeze(-1))
+    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, False, 1.0, negatives)
     return total / n_targets.clamp(min=1)
 
 

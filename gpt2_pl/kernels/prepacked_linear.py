@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -43,8 +43,6 @@ def supports_prepacking(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether oneDNN can prepack weights of this dtype."""
     mkldnn, ops = torch.backends.mkldnn, torch.ops.mkldnn
     if not kernels.enabled() or device.type != "cpu" or not (mkldnn.is_available() and mkldnn.enabled):
-        return False
-    if not hasattr(ops, "_linear_pointwise") or not hasattr(ops, "_reorder_linear_weight"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
@@ -218,10 +216,9 @@ class PrepackedLinear(nn.Module):
 def _can_replace_linears(module: nn.Module) -> bool:
     """Return whether linear layers can be replaced: no hook, compiled call or unknown linear layer is bypassed."""
     for layer in module.modules():
-        if layer._compiled_call_impl is not None or layer._forward_hooks or layer._forward_pre_hooks:
-            return False
+        bypasses = layer._compiled_call_impl is not None or layer._forward_hooks or layer._forward_pre_hooks
         known = type(layer) in (nn.Linear, Linear) or isinstance(layer, MergeableLayer)
-        if isinstance(layer, nn.Linear) and not known:
+        if bypasses or (isinstance(layer, nn.Linear) and not known):
             return False
     return True
 
@@ -259,14 +256,8 @@ def prepacked_weights(
     parameter = next(blocks.parameters())
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else parameter.dtype
     if num_calls < MIN_CALLS or not supports_prepacking(parameter.device, dtype) or not _can_replace_linears(blocks):
-        weights: list[Tensor] = []
-
-        def head(hidden: Tensor) -> Tensor:
-            if not weights:  # sharded weights are gathered by the first forward pass
-                weights.append(head_weight())
-            return (weights[0] @ hidden.T).T  # faster than F.linear for few rows
-
-        yield head
+        weight = cache(head_weight)  # sharded weights are gathered by the first forward pass
+        yield lambda hidden: (weight() @ hidden.T).T  # faster than F.linear for few rows
         return
 
     def prepacked(layer: Any) -> PrepackedLinear:

@@ -305,16 +305,17 @@ class LoRA(Surgery):
         if self.layers is None:
             return list(range(n))
         if isinstance(self.layers, str):
-            if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", self.layers):
+            if not re.fullmatch(r"\s*\d{1,9}(\s*-\s*\d{1,9})?(\s*,\s*\d{1,9}(\s*-\s*\d{1,9})?)*\s*", self.layers):
                 expected = "numbers and ranges such as '0-2,9-11'"
                 raise InputError(key="layers", value=self.layers, expected=expected, source="LoRA")
             ranges = [[int(end) for end in part.split("-")] for part in self.layers.split(",")]
-            blocks = [i for ends in ranges for i in range(ends[0], ends[-1] + 1)]
         else:
-            blocks = [self.layers] if isinstance(self.layers, int) else list(self.layers)
-        if not blocks or not all(0 <= i < n for i in blocks):
+            ranges = [[i] for i in ([self.layers] if isinstance(self.layers, int) else self.layers)]
+        is_valid = all(isinstance(end, int) and 0 <= end < n for ends in ranges for end in ends)
+        blocks = {i for ends in ranges for i in range(ends[0], ends[-1] + 1)} if is_valid else None
+        if not blocks:
             raise InputError(key="layers", value=self.layers, expected=f"blocks from 0 to {n - 1}", source="LoRA")
-        return sorted(set(blocks))
+        return sorted(blocks)
 
     @staticmethod
     def merge(model: GPT2) -> GPT2:

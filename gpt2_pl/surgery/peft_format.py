@@ -74,12 +74,9 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
             adapted embedding without a head (peft does not adapt the tied language-model head).
     """
     adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
-    known = set(model.base_names)
-    known |= {f"{name}.{key}" for name in adapters for key in ("lora_A", "lora_B", "lora_magnitude")}
-    for name, part, cls in (("prefix", model.prefix, Prefix), ("prompt", model.prompt, Prompt)):
-        if isinstance(part, cls):
-            known |= {f"{name}.{key}" for key in part.state_dict()}
-    if foreign := model.state_dict().keys() - known:
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, Adapter | Prefix | Prompt)}
+    known = {f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()}
+    if foreign := model.state_dict().keys() - known - model.base_names:
         raise InputError(f"peft's format cannot store {listing(foreign)}{other_format(model)}")
     parts = {"LoRA": adapters, "a prefix": model.prefix, "a soft prompt": model.prompt}
     present = [name for name, part in parts.items() if part]

@@ -51,14 +51,6 @@ class AdapterConfig(Schema, extra="allow"):
     use_dora: bool | None = None
     use_rslora: bool | None = None
     bias: _fixed("none") = "none"  # type: ignore[valid-type]
-    lora_bias: _fixed(False, None) = None  # type: ignore[valid-type]
-    layer_replication: _fixed(None, []) = None  # type: ignore[valid-type]
-    target_parameters: _fixed(None, []) = None  # type: ignore[valid-type]
-    trainable_token_indices: _fixed(None, []) = None  # type: ignore[valid-type]
-    alora_invocation_tokens: _fixed(None, []) = None  # type: ignore[valid-type]
-    use_qalora: _fixed(False, None) = None  # type: ignore[valid-type]
-    use_bdlora: _fixed(None, False) = None  # type: ignore[valid-type]
-    arrow_config: _fixed(None) = None  # type: ignore[valid-type]
     num_transformer_submodules: _fixed(1, None) = None  # type: ignore[valid-type]
     # The other methods (PiSSA, OLoRA, CorDA, LoftQ ...) change the weights of the base.
     init_lora_weights: _fixed(True, False, None, "gaussian", "eva", "orthogonal") = True  # type: ignore[valid-type]

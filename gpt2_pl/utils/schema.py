@@ -81,7 +81,7 @@ def validate(schema: type[S], content: Any, where: str, part: str = "") -> S:
 def _input_error(schema: type[BaseModel], details: ErrorDetails, where: str, part: str) -> InputError:
     """Return the error for one of pydantic's errors; see :func:`validate` for the arguments."""
     kind, value = details["type"], details["input"]
-    key = _join_keys(_format_path(details["loc"]), part)
+    key = _format_path((part, *details["loc"]) if part else details["loc"])
     if kind == "missing":
         return InputError(f"{key} is missing", key=key, source=where)
     if kind == "extra_forbidden":
@@ -90,13 +90,6 @@ def _input_error(schema: type[BaseModel], details: ErrorDetails, where: str, par
     if not key:
         return InputError(f"{where} must hold {expected}, got {shorten(value)}", value=value, expected=expected)
     return InputError(key=key, value=value, expected=expected, source=where)
-
-
-def _join_keys(key: str, part: str) -> str:
-    """Return the path of ``key`` in a file, given its path within ``part`` of the file."""
-    if key.startswith("a key"):
-        return f"{key} of {part}" if part else key
-    return f"{part}.{key}".strip(".")
 
 
 def _format_path(location: tuple[int | str, ...]) -> str:

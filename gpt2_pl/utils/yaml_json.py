@@ -168,9 +168,6 @@ def _check_keys(mapping: Any, name: str) -> None:
             continue
         line = key.start_mark.line + 1
         if first := lines.get((key.tag, key.value)):
-            raise DuplicateKeyError(
-                f"the key {key.value!r} is given twice, first in line {first}",
-                key=key.value,
-                source=f"{name}, line {line}",
-            )
+            problem = f"the key {key.value!r} is given twice, first in line {first}"
+            raise DuplicateKeyError(problem, key=key.value, source=f"{name}, line {line}")
         lines[key.tag, key.value] = line

@@ -239,17 +239,35 @@ def save(
         InputError: the tensors of the model are not those of a plain GPT-2 of its shape.
     """
     _check_plain(model)
-    folder = Path(folder)
     state = {
-        f"transformer.{name}": (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().cpu().contiguous()
+        f"transformer.{name}": tensor.t() if name.endswith(_TRANSPOSED) else tensor
         for name, tensor in model.state_dict().items()
     }
     config = {**hf_config(model.config), **(settings or {})}
     if score is not None:
-        state["score.weight"] = score.detach().float().cpu().contiguous()
+        state["score.weight"] = score
         config["architectures"] = ["GPT2ForSequenceClassification"]
-    write_tensors(state, folder / WEIGHTS)
-    with atomic_write(folder / "config.json") as file:
+    write_folder(Path(folder), WEIGHTS, state, "config.json", config)
+
+
+def write_folder(
+    folder: Path, weights_name: str, tensors: dict[str, Tensor], config_name: str, config: dict[str, Any]
+) -> None:
+    """Write a safetensors file in float32 and a JSON file; each of them atomically.
+
+    The exceptions are those of :func:`~gpt2_pl.filesystem.atomic_write`.
+
+    Args:
+        folder: the folder of the two files.
+        weights_name: name of the safetensors file.
+        tensors: its content, in any dtype and on any device.
+        config_name: name of the JSON file.
+        config: its content.
+    """
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(folder / weights_name, "wb") as file:
+        save_file(state, file.name, metadata={"format": "pt"})
+    with atomic_write(folder / config_name) as file:
         file.write(json.dumps(config, indent=2) + "\n")
 
 
@@ -283,12 +301,6 @@ def _explain_added(model: GPT2, plain: GPT2, name: str) -> str:
             layer = f"{path} is a {class_path(type(module))}"
             return f"{layer}, which has no method merged() -> (weight, bias) that would make it a plain layer"
     return f"surgery added {name} to the GPT-2 itself, and a plain GPT-2 has no such tensor"
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file atomically; see :func:`~gpt2_pl.filesystem.atomic_write` for the exceptions."""
-    with atomic_write(path, "wb") as file:
-        save_file(tensors, file.name, metadata={"format": "pt"})
 
 
 def weights_sha256(model: GPT2) -> str:

@@ -8,7 +8,6 @@ reads: W (h + d) = W h + c for d = pinv(W) c.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError, listing
-from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.heads import ClassificationHead
-from gpt2_pl.pretrained import write_tensors
+from gpt2_pl.pretrained import write_folder
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
 from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, plain_layer
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
@@ -100,11 +98,7 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         tensors[f"{prefix}transformer.ln_f.weight"] = model.ln_f.weight.detach()
         tensors[f"{prefix}transformer.ln_f.bias"] = model.ln_f.bias.detach() + fold_bias_into_ln_f(weight, bias)
         config["modules_to_save"] = ["score", "ln_f"]
-    folder = Path(folder)
-    state = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_tensors(state, folder / _WEIGHTS)
-    with atomic_write(folder / _CONFIG) as file:
-        file.write(json.dumps(config, indent=2) + "\n")
+    write_folder(Path(folder), _WEIGHTS, tensors, _CONFIG, config)
 
 
 def other_format(model: GPT2) -> str:

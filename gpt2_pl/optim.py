@@ -176,9 +176,8 @@ class ConstantWithWarmup(Schedule):
 
     def __init__(self, warmup: float = 0.0) -> None:
         if warmup < 0:
-            raise InputError(
-                key="warmup", value=warmup, expected="a number of steps or a fraction of all steps in [0, 1)"
-            )
+            expected = "a number of steps or a fraction of all steps in [0, 1)"
+            raise InputError(key="warmup", value=warmup, expected=expected)
         self.warmup = warmup
 
     @property

@@ -198,12 +198,10 @@ def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) 
     Raises:
         InputError: there is no tokenizer, or the text has no tokens.
     """
-    if tokenizer is None and model.source is None:
-        raise InputError(
-            f"init_text {text!r} needs a tokenizer; pass one to apply(), or load the model from a folder",
-            key="init_text",
-        )
     if tokenizer is None:
+        if model.source is None:
+            remedy = "pass one to apply(), or load the model from a folder"
+            raise InputError(f"init_text {text!r} needs a tokenizer; {remedy}", key="init_text")
         from gpt2_pl.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model.source, "init_text")

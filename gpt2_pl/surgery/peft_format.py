@@ -79,9 +79,8 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
     parts = {"LoRA": adapters, "a prefix": model.prefix, "a soft prompt": model.prompt}
     present = [name for name, part in parts.items() if part]
     if len(present) != 1:
-        raise InputError(
-            f"a peft adapter must be LoRA, a prefix or a soft prompt, got {' and '.join(present) or 'none'}"
-        )
+        kinds = " and ".join(present) or "none of them"
+        raise InputError(f"a peft adapter must be LoRA, a prefix or a soft prompt, got {kinds}")
     if "wte" in adapters and head is None:
         raise InputError("peft cannot adapt the language-model head, which is tied to the adapted wte; use --format hf")
     prefix = "base_model.model." if adapters else "base_model."

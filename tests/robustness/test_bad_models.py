@@ -211,6 +211,14 @@ def test_check_too_many_layers_are_refused_before_the_model_is_built(folder, mon
         pretrained.validate_weights(folder, pretrained.read_config(folder))
 
 
+def test_check_huge_width_without_embeddings_is_refused_before_the_model_is_built(folder):
+    state(folder, n_embd=2**30, n_head=1)
+    file = folder / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "wte" not in name and "wpe" not in name}, file)
+    with pytest.raises(InputError, match=r"lacks tensors.*wpe\.weight, wte\.weight"):
+        GPT2.from_pretrained(folder)
+
+
 # Tokenizers
 
 
@@ -297,6 +305,20 @@ def test_peft_adapter_invalid_tensors_or_config_are_refused(adapter, base):
         (adapter / "adapter_config.json").write_text(content)
         with pytest.raises(InputError, match="adapter"):
             PeftAdapter(str(adapter)).apply(GPT2.from_pretrained(base))
+
+
+def test_peft_adapter_magnitude_or_layer_norm_of_another_shape_is_refused(base, tmp_path):
+    save(LoRA(use_dora=True).apply(GPT2.from_pretrained(base)), tmp_path / "adapter", str(base))
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    original, path = load_file(file), "base_model.model.transformer"
+    for changed in (
+        {f"{path}.h.0.attn.c_attn.lora_magnitude_vector": torch.ones(5)},
+        {f"{path}.ln_f.weight": torch.ones(32)},
+        {f"{path}.ln_f.weight": torch.ones(32), f"{path}.ln_f.bias": torch.ones(7)},
+    ):
+        save_file({**original, **changed}, file)
+        with pytest.raises(InputError, match=r"does not fit|must be that of the base"):
+            PeftAdapter(str(tmp_path / "adapter")).apply(GPT2.from_pretrained(base))
 
 
 def test_peft_adapter_pickled_weights_are_refused(adapter, base):

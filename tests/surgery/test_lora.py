@@ -213,6 +213,7 @@ def test_lora_dropout_affects_only_the_adapter_in_training():
         ({"targets": ["q", "c_attn"]}, "names attn.c_attn twice"),
         ({"targets": ["q", "q"]}, "names attn.c_attn twice"),
         ({"layers": "1-3"}, "layers must be blocks from 0 to 2"),
+        ({"layers": "0-999999999"}, "layers must be blocks from 0 to 2"),
         ({"layers": "top"}, "layers must be numbers and ranges .*, got 'top'"),
         ({"layers": []}, "layers must be blocks"),
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),

@@ -157,6 +157,23 @@ class InputError(ValueError):
         super().__init__(_message(f"{source}: {message}" if source else message))
 
 
+def require(is_valid: bool, key: str, value: object, expected: str, source: object = "") -> None:
+    """Refuse a value that is not valid.
+
+    Args:
+        is_valid: the condition.
+        key: as in :class:`InputError`.
+        value: as in :class:`InputError`.
+        expected: as in :class:`InputError`.
+        source: as in :class:`InputError`.
+
+    Raises:
+        InputError: ``is_valid`` is false.
+    """
+    if not is_valid:
+        raise InputError(key=key, value=value, expected=expected, source=source)
+
+
 class RunError(RuntimeError):
     """Error that stops a run, such as a full disk or a loss that is not a number.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.errors import InputError, require, shorten
 from gpt2_pl.filesystem import require_file
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.utils.registry import Registered, class_path
@@ -50,20 +50,20 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
         InputError: a file that does not exist, is not a checkpoint, would execute code, or was written by another
             program.
     """
-    file = require_file(str(path), key)
-    _check_archive(file, f"{key}: {path}")
+    file, name = require_file(str(path), key), f"{key}: {path}"
+    _check_archive(file, name)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # errors of unpickling, ZIP archives and keys
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if reason.startswith("Weights only load failed"):  # The rest of torch's message advises to run the code.
             reason = "it must hold only tensors and plain values"
-        raise InputError(f"{key}: {path} is not a checkpoint of this library: {reason[:200]}") from None
-    check_plain(content, f"{key}: {path}")
-    name = content.get("task") if isinstance(content, dict) else None
-    if not isinstance(name, str):
-        raise InputError(f"{key}: {path} is not a checkpoint of this library: task must be the path of a class")
-    cls = task.find(name)
+        raise _foreign(name, reason[:200]) from None
+    check_plain(content, name)
+    written_by = content.get("task") if isinstance(content, dict) else None
+    if not isinstance(written_by, str):
+        raise _foreign(name, "task must be the path of a class")
+    cls = task.find(written_by)
     if cls is None:
         reason = f"not by {class_path(task)}"
         if task.is_root:
@@ -71,9 +71,14 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
                 "which is not a task of this library and has not been imported; import your own code by --plugin "
                 "MODULE or by a configuration that names it"
             )
-        raise InputError(f"{key}: {path} was written by {shorten(name)}, {reason}")
-    check(content, cls, f"{key}: {path}")
+        raise InputError(f"{name} was written by {shorten(written_by)}, {reason}", key="task")
+    check(content, cls, name)
     return content
+
+
+def _foreign(name: str, reason: str) -> InputError:
+    """Return the error for a file that this library has not written."""
+    return InputError(f"{name} is not a checkpoint of this library: {reason}")
 
 
 def arguments(task: type) -> dict[str, Any]:
@@ -96,12 +101,10 @@ def arguments(task: type) -> dict[str, Any]:
 
 def _is_plain_type(annotation: Any) -> bool:
     """Return whether an annotation allows plain values only, such as ``list[str] | None``, but not an object."""
-    args = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return True
-    if args:
-        return get_origin(annotation) in (list, dict, Union, UnionType) and all(map(_is_plain_type, args))
-    return annotation in (bool, int, float, str, None, type(None))
+    origin = get_origin(annotation)
+    if origin in (list, dict, Union, UnionType):
+        return all(map(_is_plain_type, get_args(annotation)))
+    return origin is Literal or annotation in (bool, int, float, str, None, type(None))
 
 
 @cache
@@ -111,12 +114,9 @@ def _hyperparameter_schema(task: type) -> type[Schema]:
 
     from gpt2_pl.utils.checkpoint_schema import Hyperparameters
 
-    annotations = {key: annotation for key, annotation in arguments(task).items() if key not in CODE_ARGUMENTS}
-    fields: Any = {
-        key: (annotation if _is_plain_type(annotation) else Any, None)
-        for key, annotation in annotations.items()
-        if key not in Hyperparameters.model_fields
-    }
+    annotations = arguments(task)
+    keys = annotations.keys() - Hyperparameters.model_fields.keys() - {*CODE_ARGUMENTS}
+    fields: Any = {key: (annotations[key] if _is_plain_type(annotations[key]) else Any, None) for key in keys}
     return create_model(task.__name__, __base__=Hyperparameters, **fields)
 
 
@@ -141,12 +141,13 @@ def check(content: dict[str, Any], task: type, name: str) -> None:
 
     for key in _LEGACY_KEYS:
         if key in content:
-            raise InputError(f"{name}: {key!r} must not be in a checkpoint of this library")
+            raise InputError(f"{key!r} must not be in a checkpoint of this library", key=key, source=name)
     validate(Checkpoint, content, name)
     for key, state in (content.get("callbacks") or {}).items():
         for path_key in _PATH_KEYS:
-            if "://" in str(path := state.get(path_key)) or ".." in PurePath(str(path)).parts or "\0" in str(path):
-                raise InputError(f"{name}: callbacks.{key}.{path_key} must be a plain local path, got {shorten(path)}")
+            path = str(state.get(path_key))
+            is_plain = "://" not in path and ".." not in PurePath(path).parts and "\0" not in path
+            require(is_plain, f"callbacks.{key}.{path_key}", path, "a plain local path", name)
         if (schema := CALLBACKS.get(key.partition("{")[0])) is not None:
             validate(schema, state, name, f"callbacks.{key}")
     stored = content["hyper_parameters"]
@@ -171,15 +172,13 @@ def _check_archive(file: Path, name: str) -> None:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
-        raise InputError(f"{name} is not a checkpoint of this library: {error}") from None
+        raise _foreign(name, str(error)) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise InputError(f"{name} is not a checkpoint of this library: its entries must not be compressed")
+        raise _foreign(name, "its entries must not be compressed")
     if sum(entry.file_size for entry in entries) > file.stat().st_size:
-        raise InputError(f"{name} is not a checkpoint of this library: its entries are larger than the file")
+        raise _foreign(name, "its entries are larger than the file")
     if any(entry.file_size > _MAX_PICKLE for entry in entries if entry.filename.endswith("data.pkl")):
-        raise InputError(
-            f"{name} is not a checkpoint of this library: it has more than {_MAX_PICKLE:,} bytes of values"
-        )
+        raise _foreign(name, f"it has more than {_MAX_PICKLE:,} bytes of values")
 
 
 def check_plain(content: Any, name: str) -> None:
@@ -243,13 +242,13 @@ def _check_sizes(content: dict[str, Any], name: str) -> None:
     head_sizes = [size for key, shape in shapes.items() if not key.startswith("gpt2.") for size in shape]
     label_words = hyperparameters.get("label_words") or hyperparameters.get("label_token_ids") or []
     limit = max([len(label_words), *head_sizes])
-    if isinstance(num_classes := hyperparameters.get("num_classes"), int) and num_classes > limit:
-        raise _size_error(name, "hyper_parameters.num_classes", limit, num_classes)
+    if isinstance(num_classes := hyperparameters.get("num_classes"), int):
+        _check_size("hyper_parameters.num_classes", num_classes, limit, name)
     limit = max([_MAX_SIZE, *(size for shape in shapes.values() for size in shape)])
     for settings in content.get("surgery") or []:
         for key, value in (settings.get("init_args") or {}).items():
-            if isinstance(value, int) and value > limit:
-                raise _size_error(name, f"surgery.{key}", limit, value)
+            if isinstance(value, int):
+                _check_size(f"surgery.{key}", value, limit, name)
 
 
 def _check_config_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str) -> None:
@@ -259,9 +258,8 @@ def _check_config_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...
     positions, *_ = (*shapes.get("gpt2.wpe.weight", ()), 0)
     limits = {"n_layer": 4 * len(layers), "vocab_size": 2 * tokens, "n_embd": width, "n_positions": 2 * positions}
     for key, limit in limits.items():
-        if (value := config.get(key, getattr(GPT2Config, key))) > limit:
-            raise _size_error(name, f"hyper_parameters.config.{key}", limit, value)
+        _check_size(f"hyper_parameters.config.{key}", config.get(key, getattr(GPT2Config, key)), limit, name)
 
 
-def _size_error(name: str, key: str, limit: int, value: int) -> InputError:
-    return InputError(f"{name}: {key} must be at most {limit} for the stored weights, got {shorten(value)}")
+def _check_size(key: str, value: int, limit: int, name: str) -> None:
+    require(value <= limit, key, value, f"at most {limit} for the stored weights", name)

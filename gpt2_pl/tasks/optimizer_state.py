@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpt2_pl.errors import printable, shorten
+from gpt2_pl.errors import printable, require, shorten
 from gpt2_pl.tasks.checkpoint import is_dense
-from gpt2_pl.tasks.state_values import StateError, check_like, is_finite
+from gpt2_pl.tasks.state_values import check_like, is_finite
 
 _SIZES = (3, 5, 7, 11, 13, 17)  # shape of tiny parameters; a dimension is recognized by its size
-_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable")  # They do not change the result.
-_ALGORITHM_OPTIONS = ("maximize", "amsgrad", "nesterov", "centered", "decoupled_weight_decay")
+_IMPLEMENTATION_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}  # They do not change the result.
+_ALGORITHM_OPTIONS = {"maximize", "amsgrad", "nesterov", "centered", "decoupled_weight_decay"}
 _NON_NEGATIVE_STATES = (  # states whose square root is taken, and counts
     *("step", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg", "acc_delta", "step_size"),
     *("row_var", "col_var", "variance"),
@@ -50,20 +50,16 @@ def check_optimizer(state: Any, optimizer: Optimizer, key: str) -> None:
         key: path of the state in the checkpoint, for error messages.
 
     Raises:
-        StateError: the state does not fit.
+        InputError: the state does not fit.
     """
     known, reference = is_known(optimizer), optimizer.state_dict()
-    if not isinstance(state, dict):
-        raise StateError(key, "a mapping", state)
+    require(isinstance(state, dict), key, state, "a mapping")
     for name in state:
-        if name not in reference and known:
-            raise StateError(f"a key of {key}", "state or param_groups", name)
-    groups, states = state.get("param_groups"), state.get("state")
-    if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
-        expected = f"a list of {len(optimizer.param_groups)} groups, as this run has"
-        raise StateError(f"{key}.param_groups", expected, groups)
-    if not isinstance(states, dict):
-        raise StateError(f"{key}.state", "a mapping", states)
+        require(name in reference or not known, f"a key of {key}", name, "state or param_groups")
+    groups, states, n_groups = state.get("param_groups"), state.get("state"), len(optimizer.param_groups)
+    is_complete = isinstance(groups, list) and len(groups) == n_groups
+    require(is_complete, f"{key}.param_groups", groups, f"a list of {n_groups} groups, as this run has")
+    require(isinstance(states, dict), f"{key}.state", states, "a mapping")
     for i, own_group in enumerate(reference["param_groups"]):
         _check_group(groups[i], own_group, f"{key}.param_groups[{i}]", known)
     _check_states(states, optimizer, f"{key}.state", known)
@@ -71,23 +67,17 @@ def check_optimizer(state: Any, optimizer: Optimizer, key: str) -> None:
 
 def _check_group(group: Any, reference: dict[str, Any], key: str, known: bool) -> None:
     """Check the options of a parameter group, and set those that choose the implementation."""
-    if not isinstance(group, dict):
-        raise StateError(key, "a mapping", group)
-    if not _is_int_list(group.get("params")) or group["params"] != reference["params"]:
-        raise StateError(f"{key}.params", f"{shorten(reference['params'])}, as this run has", group.get("params"))
-    for option in _IMPLEMENTATION_OPTIONS:
-        if option in reference:
-            group[option] = reference[option]
-    for option in _ALGORITHM_OPTIONS:
-        if option in reference and group.get(option, reference[option]) is not reference[option]:
-            expected = f"{reference[option]}, as the optimizer is configured"
-            raise StateError(f"{key}.{option}", expected, group[option])
+    require(isinstance(group, dict), key, group, "a mapping")
+    numbers, expected = group.get("params"), f"{shorten(reference['params'])}, as this run has"
+    is_list = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+    require(is_list and numbers == reference["params"], f"{key}.params", numbers, expected)
+    for option in _IMPLEMENTATION_OPTIONS & reference.keys():
+        group[option] = reference[option]
+    for option in _ALGORITHM_OPTIONS & reference.keys() & group.keys():
+        expected = f"{reference[option]}, as the optimizer is configured"
+        require(group[option] is reference[option], f"{key}.{option}", group[option], expected)
     check_like(group, reference, key, known)
     group.update({name: reference[name] for name in reference if name not in group})  # options of a newer PyTorch
-
-
-def _is_int_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
 def _check_states(states: dict[Any, Any], optimizer: Optimizer, key: str, known: bool) -> None:
@@ -98,21 +88,20 @@ def _check_states(states: dict[Any, Any], optimizer: Optimizer, key: str, known:
         parameters.update({n: (i, p) for n, p in zip(numbered["params"], group["params"], strict=True)})
     layouts = state_layouts(optimizer) if known else None
     for number, state in states.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number not in parameters:
-            if known:
-                raise StateError(f"a key of {key}", f"the number of one of {len(parameters)} parameters", number)
-            continue
-        i, parameter = parameters[number]
-        layout = None if layouts is None else layouts[i, parameter.dim()]
-        _check_parameter_state(state, layout, parameter, f"{key}[{shorten(number)}]", known)
+        if type(number) is int and number in parameters:
+            i, parameter = parameters[number]
+            layout = None if layouts is None else layouts[i, parameter.dim()]
+            _check_parameter_state(state, layout, parameter, f"{key}[{shorten(number)}]", known)
+        else:
+            require(not known, f"a key of {key}", number, f"the number of one of {len(parameters)} parameters")
 
 
 def _check_parameter_state(state: Any, layout: dict[str, Any] | None, parameter: Tensor, key: str, known: bool) -> None:
     """Check the state of one parameter; ``layout`` is that of a tiny parameter, if it is known."""
-    if not isinstance(state, dict):
-        raise StateError(key, "a mapping", state)
-    if layout is not None and state and state.keys() != layout.keys():
-        raise StateError(f"the keys of {key}", f"{shorten(sorted(layout))}", sorted(map(str, state)))
+    require(isinstance(state, dict), key, state, "a mapping")
+    if layout is not None and state:
+        names = sorted(map(str, state))
+        require(state.keys() == layout.keys(), f"the keys of {key}", names, shorten(sorted(layout)))
     for name, value in state.items():
         _check_state_value(value, parameter, f"{key}.{printable(str(name)[:80])}", str(name), known)
         if layout is not None:
@@ -147,13 +136,11 @@ def _check_layout(value: Any, reference: Any, parameter: Tensor, key: str) -> No
     """Check a value of the state of a parameter against that of a tiny parameter with as many dimensions."""
     if not isinstance(reference, Tensor):
         check_like(value, reference, key, True)
-        return
-    sizes = dict(zip(_SIZES, parameter.shape, strict=False))
-    shape = tuple(sizes.get(size, size) for size in reference.shape)
-    if reference.dim() == 0 and isinstance(value, int | float):
-        return
-    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-        raise StateError(key, f"a floating-point tensor of shape {shape}", value)
+    elif reference.dim() or not isinstance(value, int | float):
+        sizes = dict(zip(_SIZES, parameter.shape, strict=False))
+        shape = tuple(sizes.get(size, size) for size in reference.shape)
+        is_alike = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+        require(is_alike, key, value, f"a floating-point tensor of shape {shape}")
 
 
 def _check_state_value(value: Any, parameter: Tensor, key: str, name: str, known: bool) -> None:
@@ -164,24 +151,20 @@ def _check_state_value(value: Any, parameter: Tensor, key: str, name: str, known
         for i, item in enumerate(value):
             _check_state_value(item, parameter, f"{key}[{i}]", name, known)
     elif isinstance(value, bool | int | float):
-        if not is_finite(value) or (name in _NON_NEGATIVE_STATES and value < 0):
-            expected = "a finite number of at least 0" if name in _NON_NEGATIVE_STATES else "a finite number"
-            raise StateError(key, expected, value)
-    elif value is not None and (known or not isinstance(value, str | dict)):
-        raise StateError(key, "a tensor or a number", value)
+        is_signed = name not in _NON_NEGATIVE_STATES
+        expected = "a finite number" if is_signed else "a finite number of at least 0"
+        require(is_finite(value) and (is_signed or value >= 0), key, value, expected)
+    else:
+        require(value is None or (not known and isinstance(value, str | dict)), key, value, "a tensor or a number")
 
 
 def _check_state_tensor(value: Tensor, parameter: Tensor, key: str, name: str, known: bool) -> None:
     """Check the memory, shape and numbers of a tensor of the state of a parameter."""
-    if not is_dense(value):
-        raise StateError(key, "a dense tensor", value)
-    if known and tuple(value.shape) not in ((), tuple(parameter.shape)) and value.numel() > parameter.numel():
-        raise StateError(key, f"a tensor of shape {tuple(parameter.shape)}", value)
-    if not (value.is_contiguous() or value.stride() == parameter.stride()):
-        raise StateError(key, "a contiguous tensor", value)
-    if value.is_complex() and not parameter.is_complex():
-        raise StateError(key, "real", value)
-    if not bool(value.isfinite().all()):
-        raise StateError(key, "finite", value)
-    if name in _NON_NEGATIVE_STATES and value.numel() and bool((value < 0).any()):
-        raise StateError(key, "at least 0", value)
+    require(is_dense(value), key, value, "a dense tensor")
+    fits = value.shape in ((), parameter.shape) or value.numel() <= parameter.numel()
+    require(fits or not known, key, value, f"a tensor of shape {tuple(parameter.shape)}")
+    require(value.is_contiguous() or value.stride() == parameter.stride(), key, value, "a contiguous tensor")
+    require(parameter.is_complex() or not value.is_complex(), key, value, "real")
+    require(bool(value.isfinite().all()), key, value, "finite")
+    if name in _NON_NEGATIVE_STATES and value.numel():
+        require(bool((value >= 0).all()), key, value, "at least 0")

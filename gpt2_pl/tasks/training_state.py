@@ -6,14 +6,24 @@ everything else is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.tasks.optimizer_state import check_optimizer, is_known
-from gpt2_pl.tasks.state_values import StateError, check_like
+from gpt2_pl.tasks.state_values import check_like
 
-_LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Add the source to the errors of a check."""
+    try:
+        yield
+    except InputError as error:
+        named = InputError(error, key=error.key, value=error.value, expected=error.expected, source=source)
+        raise named from None
 
 
 def check_training_state(checkpoint: dict[str, Any], trainer: Any, where: str) -> None:
@@ -31,20 +41,19 @@ def check_training_state(checkpoint: dict[str, Any], trainer: Any, where: str) -
         InputError: naming the key, its value and the expected value.
     """
     optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
-    try:
+    with _named(where):
         for key, present in (("optimizer_states", optimizers), ("lr_schedulers", schedulers)):
             states = checkpoint.get(key)
             if states is None and present:
-                raise StateError(f"{key} (the checkpoint holds a model alone, from which training cannot resume)")
-            if not isinstance(states, list) or len(states) != len(present):
-                raise StateError(key, f"a list of {len(present)}, as this run has", states)
+                reason = "the checkpoint holds a model alone, from which training cannot resume"
+                raise InputError(f"{key} ({reason}) is missing", key=key)
+            is_complete = isinstance(states, list) and len(states) == len(present)
+            require(is_complete, key, states, f"a list of {len(present)}, as this run has")
         for i, optimizer in enumerate(optimizers):
             check_optimizer(checkpoint["optimizer_states"][i], optimizer, f"optimizer_states[{i}]")
         for i, scheduler in enumerate(schedulers):
             state, key = checkpoint["lr_schedulers"][i], f"lr_schedulers[{i}]"
             check_like(state, scheduler.state_dict(), key, is_known(scheduler), scheduler)
-    except StateError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 def check_progress(checkpoint: dict[str, Any], trainer: Any, where: str) -> None:
@@ -58,18 +67,14 @@ def check_progress(checkpoint: dict[str, Any], trainer: Any, where: str) -> None
     Raises:
         InputError: naming the key, its value and the expected value.
     """
-    name = _LOOPS.get(str(getattr(trainer.state.fn, "value", "")))
-    try:
-        if name is not None and (loops := checkpoint.get("loops")) is not None:
-            if not isinstance(loops, dict) or name not in loops:
-                raise StateError(f"loops.{name}", "a mapping", loops)
+    plugin, loops = trainer.precision_plugin, checkpoint.get("loops")
+    with _named(where):
+        if trainer.state.fn is not None and loops is not None:
+            name = f"{trainer.state.fn.value}_loop"
+            require(isinstance(loops, dict) and name in loops, f"loops.{name}", loops, "a mapping")
             _check_loop(loops[name], getattr(trainer, name).state_dict(), f"loops.{name}")
-        plugin = trainer.precision_plugin
-        key = type(plugin).__qualname__
-        if key in checkpoint:
+        if (key := type(plugin).__qualname__) in checkpoint:
             check_like(checkpoint[key], plugin.state_dict(), key, True)
-    except StateError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 def _check_loop(state: Any, reference: dict[str, Any], key: str) -> None:
@@ -84,14 +89,14 @@ def _check_loop(state: Any, reference: dict[str, Any], key: str) -> None:
 def _check_counts(progress: dict[str, Any], key: str) -> None:
     """Refuse progress with more completed than started batches, or with a current count above the total."""
     counts = [progress[name] for name in ("ready", "started", "processed", "completed") if name in progress]
-    if any(later > earlier for earlier, later in pairwise(counts)):
-        raise StateError(key, "non-increasing counts from ready to completed", progress)
+    is_ordered = all(earlier >= later for earlier, later in pairwise(counts))
+    require(is_ordered, key, progress, "non-increasing counts from ready to completed")
     for name, value in progress.items():
         if isinstance(value, dict):
             _check_counts(value, f"{key}.{name}")
     total, current = progress.get("total"), progress.get("current")
     # Lightning resets the counts of validation in every epoch: the total at once, the current ones when it starts.
     if isinstance(total, dict) and isinstance(current, dict) and not key.endswith(".val_loop.batch_progress"):
-        for name, count in current.items():
-            if count > total.get(name, count):
-                raise StateError(f"{key}.current.{name}", f"at most {total[name]}, its total", count)
+        for name in current.keys() & total.keys():
+            expected = f"at most {total[name]}, its total"
+            require(current[name] <= total[name], f"{key}.current.{name}", current[name], expected)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -90,6 +91,22 @@ class WeightedMean(Metric):
     def compute(self) -> Tensor:
         """Return the weighted mean of all values."""
         return self.total / self.weight
+
+
+class SplitMetrics(nn.ModuleDict):
+    """Metrics of the training, validation and test split.
+
+    Args:
+        make: creates the metrics of one split, by name.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Metric]]) -> None:
+        super().__init__({f"{split}_metrics": nn.ModuleDict(make()) for split in ("train", "val", "test")})
+
+    def of(self, split: str) -> dict[str, Metric]:
+        """Return the metrics of a split, by name."""
+        metrics: Any = self[f"{split}_metrics"]
+        return metrics
 
 
 def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.utils.trainer import find_callbacks
 
 
 class StepMean:
@@ -79,8 +79,7 @@ class StepMean:
 
 def accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
     """Return the callback that schedules the number of batches of an optimizer step, if the trainer has one."""
-    callbacks = callbacks_of(trainer)
-    return next((callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)), None)
+    return next(iter(find_callbacks(trainer, GradientAccumulationScheduler)), None)
 
 
 def scheduled_steps(trainer: Trainer, scheduler: GradientAccumulationScheduler) -> int | None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import Callback, Trainer
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.errors import InputError, require
+from gpt2_pl.utils.trainer import find_callbacks
 
 if TYPE_CHECKING:
     from gpt2_pl.tasks.base import Task
     from gpt2_pl.tasks.checkpointed import CheckpointedModule
-
-CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 class TrainedAverage(AveragedModel):
@@ -51,33 +50,27 @@ class TrainedAverage(AveragedModel):
         super().update_parameters(cast("Any", SimpleNamespace(parameters=lambda: trained, buffers=model.buffers)))
 
 
-def _find_callbacks(trainer: Trainer | None, kind: type[CallbackT]) -> list[CallbackT]:
-    """Return the trainer's callbacks of a class."""
-    callbacks: list[Any] = [] if trainer is None else callbacks_of(trainer)
-    return [callback for callback in callbacks if isinstance(callback, kind)]
-
-
 def create_averages(task: Task, stage: str) -> None:
     """Create the averages of the averaging callbacks in ``fit``, and remove them in other stages.
 
     Lightning would copy the model before it is built, or all of it. After ``fit`` it would test the weights that are
     not averaged.
     """
-    for averaging in _find_callbacks(task._trainer, WeightAveraging):
+    for averaging in find_callbacks(task._trainer, WeightAveraging):
         averaging._average_model = None  # frees its memory
         if stage == "fit":
             device: Any = averaging._device or task.device
             averaging._average_model = TrainedAverage(task, device=device, **averaging._kwargs)
     if stage != "fit":
         return
-    for swa in _find_callbacks(task._trainer, StochasticWeightAveraging):
+    for swa in find_callbacks(task._trainer, StochasticWeightAveraging):
         task.configure_model()
         swa._average_model = copy.deepcopy(task)
 
 
 def share_untrained(task: Task) -> None:
     """Share frozen parameters and buffers between the model and its averages; the model must be on its device."""
-    for averaging in _find_callbacks(task._trainer, WeightAveraging):
+    for averaging in find_callbacks(task._trainer, WeightAveraging):
         if isinstance(average := averaging._average_model, TrainedAverage):
             average.share(task)
 
@@ -87,7 +80,7 @@ def transfer_averages(trainer: Trainer, task: Any) -> None:
 
     WeightAveraging does so itself. StochasticWeightAveraging does so after the last checkpoint.
     """
-    for swa in _find_callbacks(trainer, StochasticWeightAveraging):
+    for swa in find_callbacks(trainer, StochasticWeightAveraging):
         if swa._initialized and trainer.current_epoch == swa.swa_end:
             assert swa._average_model is not None
             swa.transfer_weights(swa._average_model, task)
@@ -95,7 +88,7 @@ def transfer_averages(trainer: Trainer, task: Any) -> None:
 
 def blocks_resuming(trainer: Trainer) -> bool:
     """Return whether averaging has started in a way that prevents resuming the run; see :func:`expand`."""
-    return any(swa._initialized for swa in _find_callbacks(trainer, StochasticWeightAveraging))
+    return any(swa._initialized for swa in find_callbacks(trainer, StochasticWeightAveraging))
 
 
 def compact(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
@@ -107,7 +100,7 @@ def compact(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
         trained = _trained_names(task)
         checkpoint["current_model_state"] = {name: tensor for name, tensor in current.items() if name in trained}
         checkpoint["state_dict"].update({name: tensor for name, tensor in current.items() if name not in trained})
-    for swa in _find_callbacks(task._trainer, StochasticWeightAveraging):
+    for swa in find_callbacks(task._trainer, StochasticWeightAveraging):
         if (state := (checkpoint.get("callbacks") or {}).get(swa.state_key)) is not None:
             state["average_model_state"] = None
 
@@ -124,22 +117,20 @@ def expand(checkpoint: dict[str, Any], task: CheckpointedModule, where: str) -> 
         InputError: averages that this run cannot resume, or that do not fit the model.
     """
     is_fitting = task.trainer.state.fn == TrainerFn.FITTING
-    for swa in _find_callbacks(task._trainer, StochasticWeightAveraging):
+    for swa in find_callbacks(task._trainer, StochasticWeightAveraging):
         state = (checkpoint.get("callbacks") or {}).pop(swa.state_key, None)
         if is_fitting and state is not None and state.get("n_averaged") != 0:
             raise InputError(
-                f"{where}: StochasticWeightAveraging has started to average, and Lightning cannot resume it; resume "
-                "from an earlier checkpoint, or start a new run with lightning.pytorch.callbacks.WeightAveraging, "
-                "which can be resumed"
+                "StochasticWeightAveraging has started to average, and Lightning cannot resume it; resume from an "
+                "earlier checkpoint, or start a new run with lightning.pytorch.callbacks.WeightAveraging",
+                source=where,
             )
     current, averaging = (checkpoint.get(key) for key in ("current_model_state", "averaging_state"))
     if not is_fitting or (current is None and averaging is None):
         return
-    if not _find_callbacks(task._trainer, WeightAveraging):
-        raise InputError(
-            f"{where}: the checkpoint holds averaged weights; configure the callback that averages them "
-            "(trainer.callbacks, such as EMAWeightAveraging), as in the run that wrote it"
-        )
+    if not find_callbacks(task._trainer, WeightAveraging):
+        message = "the checkpoint holds averaged weights; configure the callback that averages them"
+        raise InputError(f"{message} (such as EMAWeightAveraging)", key="trainer.callbacks", source=where)
     _check_averages(checkpoint["state_dict"], current, averaging, _trained_names(task), where)
     checkpoint["current_model_state"] = {**checkpoint["state_dict"], **cast("dict[str, Any]", current)}
 
@@ -157,18 +148,17 @@ def _check_averages(state: dict[str, Tensor], current: Any, averaging: Any, trai
     Raises:
         InputError: naming the invalid key.
     """
+    key = "current_model_state"
     if not isinstance(current, dict) or current.keys() != trained:
-        raise InputError(f"{where}: current_model_state must hold the {len(trained)} trained parameters")
+        raise InputError(f"{key} must hold the {len(trained)} trained parameters", key=key, source=where)
     for name, tensor in current.items():
-        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
-            raise InputError(
-                f"{where}: current_model_state.{name} must have the shape and type of state_dict, got {shorten(tensor)}"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{where}: current_model_state.{name} must be finite; resume from an earlier checkpoint")
+        own = state[name]
+        is_alike = isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) == (own.shape, own.dtype)
+        require(is_alike, f"{key}.{name}", tensor, "of the shape and type of state_dict", where)
+        require(bool(tensor.isfinite().all()), f"{key}.{name}", tensor, "finite", where)
     count = averaging.get("n_averaged") if isinstance(averaging, dict) and len(averaging) == 1 else None
-    if not isinstance(count, Tensor) or count.shape != () or count.is_floating_point() or count < 0:
-        raise InputError(f"{where}: averaging_state.n_averaged must be a count, got {shorten(averaging)}")
+    is_count = isinstance(count, Tensor) and count.shape == () and count.dtype == torch.long and bool(count >= 0)
+    require(is_count, "averaging_state.n_averaged", averaging, "a count", where)
 
 
 def _trained_names(task: CheckpointedModule) -> set[str]:

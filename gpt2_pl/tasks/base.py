@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gpt2_pl import kernels, pretrained
-from gpt2_pl.errors import InputError, listing
+from gpt2_pl.errors import InputError, listing, require
 from gpt2_pl.filesystem import resolve_checkpoint_dir
 from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.optim import LinearWithWarmup, NamedParameters, Schedule
+from gpt2_pl.optim import LinearWithWarmup, Schedule
 from gpt2_pl.surgery import Adapter, Surgery, build
 from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks.fsdp import shard
-from gpt2_pl.tasks.optimization import OptimizedModule, OptimizerCallable
+from gpt2_pl.tasks.optimization import OptimizedModule, OptimizerCallable, gpt2_layers
 from gpt2_pl.tasks.protocols import RowTable, TokenizedData
 from gpt2_pl.text.tokenizer import validate_vocab_size
 from gpt2_pl.utils.registry import Registered, class_path
@@ -36,29 +36,14 @@ def _build_model(config: GPT2Config) -> GPT2:
     try:
         return GPT2(config)
     except (RuntimeError, MemoryError):
-        raise InputError(f"model.config: there is no memory for a GPT-2 of this shape: {config}") from None
+        message = f"there is no memory for a GPT-2 of this shape: {config}"
+        raise InputError(f"model.config: {message}", key="model.config") from None
 
 
 def _find_trained_adapted_weight(model: GPT2) -> str | None:
     """Return the name of a weight that trains although LoRA adapts it, or None."""
     adapters = ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
     return next((f"{name}.weight" for name, adapter in adapters if adapter.weight.requires_grad), None)
-
-
-def _layers(model: GPT2) -> dict[str, NamedParameters]:
-    """Return the named parameters of each layer of a GPT-2, from input to output."""
-    blocks = [f"block.{i}" for i in range(len(model.h))]
-    layers: dict[str, NamedParameters] = {name: [] for name in ("embeddings", *blocks, "ln_f", "prefix", "prompt")}
-    for name, parameter in model.named_parameters():
-        top, _, rest = name.partition(".")
-        if top in ("wte", "wpe"):
-            layer = "embeddings"
-        elif top == "h" and f"block.{rest.partition('.')[0]}" in layers:
-            layer = f"block.{rest.partition('.')[0]}"
-        else:
-            layer = f"gpt2.{top}" if top in ("h", "head", "embeddings") else top
-        layers.setdefault(layer, []).append((f"gpt2.{name}", parameter))
-    return {name: parameters for name, parameters in layers.items() if parameters or name not in ("prefix", "prompt")}
 
 
 class Task(Registered, OptimizedModule):
@@ -113,20 +98,17 @@ class Task(Registered, OptimizedModule):
     ) -> None:
         super().__init__()
         if (base is None) == (config is None):
-            raise InputError(
-                "model: give either base (a pretrained GPT-2: folder or hub id) or config (the shape of a "
-                "randomly initialized one); got "
-                f"{'neither' if base is None else 'both: --model.config null leaves config out'}"
-            )
-        if dropout is not None and not 0.0 <= dropout < 1.0:
-            raise InputError(f"model.dropout must be in [0, 1), got {dropout}")
+            got = "neither" if base is None else "both: --model.config null leaves config out"
+            wanted = "base (a pretrained GPT-2: folder or hub id) or config (the shape of a randomly initialized one)"
+            raise InputError(f"model: give either {wanted}; got {got}", key="model.base")
+        require(dropout is None or 0.0 <= dropout < 1.0, "model.dropout", dropout, "in [0, 1)")
         if base is not None:
             folder = resolve_checkpoint_dir(base, "model.base")
             self.config = pretrained.read_config(folder, dropout)
             pretrained.validate_weights(folder, self.config)
         else:
             shape = config if isinstance(config, dict) else asdict(config)  # type: ignore[arg-type]
-            self.config = GPT2Config(**shape) if dropout is None else GPT2Config(**{**shape, "dropout": dropout})
+            self.config = GPT2Config(**shape | ({} if dropout is None else {"dropout": dropout}))
         self.base = base
         self.base_digest: str | None = None
         self.surgery = [build(settings) for settings in surgery or []]
@@ -138,7 +120,6 @@ class Task(Registered, OptimizedModule):
         self.save_hyperparameters(ignore=["optimizer", "schedule", "surgery"], logger=False)
         self.hparams["config"] = None if config is None else asdict(self.config)
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
-        self.gpt2: GPT2 | None = None
         self._restored: dict[str, Any] | None = None  # loaded checkpoint whose training state is not checked yet
         self._logged: set[str] = set()  # splits whose metrics are registered with the trainer in this epoch
         self.prompt_spec: dict[str, Any] | None = None  # that of the training data of a loaded checkpoint
@@ -162,25 +143,21 @@ class Task(Registered, OptimizedModule):
             self._apply_one(surgery, model, base_parameters)
             remaining = set(map(id, model.parameters()))
             if lost := [name for name, parameter in added.items() if id(parameter) not in remaining]:
-                raise InputError(
-                    f"surgery {class_path(type(surgery))} removes {listing(lost)}, which earlier surgery added; its "
-                    "modules must keep the layers that they replace, or replace others"
-                )
+                message = f"removes {listing(lost)}, which earlier surgery added; its modules must keep these layers"
+                raise InputError(f"surgery {class_path(type(surgery))} {message}", key="model.surgery")
             added = {name: p for name, p in model.named_parameters() if id(p) not in base_ids}
-        self.trained_names, self.frozen_names = frozenset[str](), frozenset[str]()
         self.base_is_frozen = not any(parameter.requires_grad for parameter in base_parameters)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad:
-                self.trained_names |= {name}
-            elif id(parameter) in base_ids:
-                self.frozen_names |= {name}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.trained_names = frozenset(name for name, p in named.items() if p.requires_grad)
+        self.frozen_names = frozenset(n for n, p in named.items() if id(p) in base_ids) - self.trained_names
 
     def _apply_one(self, surgery: Surgery, model: GPT2, base_parameters: list[nn.Parameter]) -> None:
         """Apply a surgery; restore the trainable parameters of the base if the surgery has ``freezes_base``."""
         were_trainable = [parameter.requires_grad for parameter in base_parameters]
         result = surgery.apply(model)
         if result is not model and result is not None:
-            raise InputError(f"surgery {class_path(type(surgery))}: apply must change the model in place")
+            message = f"surgery {class_path(type(surgery))}: apply must change the model in place"
+            raise InputError(message, key="model.surgery")
         if surgery.freezes_base:
             for parameter, was_trainable in zip(base_parameters, were_trainable, strict=True):
                 parameter.requires_grad_(was_trainable)
@@ -198,7 +175,7 @@ class Task(Registered, OptimizedModule):
             raise self._random_and_frozen()
         if name := _find_trained_adapted_weight(skeleton):
             cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
-            raise InputError(f"{cause} and LoRA both write {name}; use only one of them")
+            raise InputError(f"{cause} and LoRA both write {name}; use only one of them", key="model.surgery")
         if self.train_base and self.base_is_frozen and self._freezing:
             rank_zero_warn(
                 f"train_base: true has no effect: {self._freezing[0]} freezes the whole base; with freezes_base = True "
@@ -207,7 +184,7 @@ class Task(Registered, OptimizedModule):
         self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
         self.n_virtual = skeleton.n_virtual
         self._meta_model = (skeleton,)  # in a tuple, so that it is no submodule
-        self.layer_names = [*_layers(skeleton), "head"]  # the keys of layer_groups()
+        self.layer_names = [*gpt2_layers(skeleton), "head"]  # the keys of layer_groups()
 
     def _skeleton(self) -> GPT2:
         """Build the GPT-2 with surgery on the meta device."""
@@ -221,8 +198,8 @@ class Task(Registered, OptimizedModule):
     def _random_and_frozen(self) -> InputError:
         """Return the error, with its remedy, for a randomly initialized GPT-2 that does not train."""
         advice = "give a trained GPT-2: --model.base FOLDER_OR_ID --model.config null"
-        names = ", ".join(class_path(type(surgery)) for surgery in self.surgery)
-        cause = f"surgery ({names})" if self.surgery else "train_base: false"
+        surgery = ", ".join(class_path(type(surgery)) for surgery in self.surgery)
+        cause = f"surgery ({surgery})" if surgery else "train_base: false"
         if self._freezing:  # train_base is true already
             cause = f"{self._freezing[0]}, which freezes all of it despite train_base: true,"
         self.train_base = True
@@ -231,19 +208,13 @@ class Task(Registered, OptimizedModule):
             advice += f"; or set freezes_base = True in {self._freezing[0]}, and train_base: true"
         elif not _find_trained_adapted_weight(skeleton):
             advice += "; or train_base: true"
-        return InputError(f"model.config is initialized at random, and with {cause} it would not train; {advice}")
+        message = f"model.config is initialized at random, and with {cause} it would not train; {advice}"
+        return InputError(message, key="model.config")
 
     @property
     def max_length(self) -> int:
         """Largest number of tokens in a text: the context length without virtual tokens."""
         return self.config.n_positions - self.n_virtual
-
-    @property
-    def backbone(self) -> GPT2:
-        """GPT-2 that ``configure_model`` has built."""
-        if self.gpt2 is None:
-            raise RuntimeError("the model is not built yet: call configure_model() first")
-        return self.gpt2
 
     @property
     def mode(self) -> Literal["min", "max"]:
@@ -379,14 +350,6 @@ class Task(Registered, OptimizedModule):
             kernels.set_enabled(kernels_enabled)
         return counter.get_total_flops() / input_ids.numel()
 
-    def layer_groups(self) -> dict[str, NamedParameters]:
-        """Return the named parameters of each layer, from input to output.
-
-        The layers are ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` if present,
-        other modules that surgery added to the GPT-2, by the names of their attributes, and ``head``.
-        """
-        return {**_layers(self.backbone), "head": self.head_parameters()}
-
     # Training
 
     def on_fit_start(self) -> None:
@@ -419,23 +382,23 @@ class Task(Registered, OptimizedModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the scores of a new epoch."""
-        self._logged.discard("train")
+        self._start_epoch("train")
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores and the row outputs of an evaluation."""
-        self._logged.discard("val")
-        self._reset_row_outputs()
+        self._start_epoch("val")
 
     def on_test_epoch_start(self) -> None:
         """Reset the scores and the row outputs of an evaluation."""
-        self._logged.discard("test")
-        self._reset_row_outputs()
+        self._start_epoch("test")
 
     def on_predict_epoch_start(self) -> None:
         """Reset the row outputs of a prediction."""
-        self._reset_row_outputs()
+        self._start_epoch("predict")
 
-    def _reset_row_outputs(self) -> None:
+    def _start_epoch(self, split: str) -> None:
+        """Reset what Lightning does not reset: the registered scores, and the row outputs of an evaluation."""
+        self._logged.discard(split)
         for metric in self.children():
-            if isinstance(metric, RowOutputs):
+            if isinstance(metric, RowOutputs) and split != "train":
                 metric.reset()

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import Surgery
 from gpt2_pl.surgery.base import is_plain
@@ -63,36 +63,25 @@ class CheckpointedModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: str | PathLike[str],
-        map_location: Any = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
-        **kwargs: Any,
+        cls, checkpoint_path: str | PathLike[str], *args: Any, **kwargs: Any
     ) -> Self:
         """Load a model from a local checkpoint, as in Lightning, but without executing code from the file.
 
         Args:
             checkpoint_path: a local file.
-            map_location: as in Lightning.
-            hparams_file: as in Lightning.
-            strict: as in Lightning.
-            weights_only: must be true.
-            **kwargs: arguments of the class that override the stored hyperparameters.
+            *args: ``map_location``, ``hparams_file`` and ``strict``, as in Lightning.
+            **kwargs: the same by name, ``weights_only``, which must be true, and arguments of the class that override
+                the stored hyperparameters.
 
         Raises:
             InputError: a file that does not exist, ``weights_only`` false, or hyperparameters of another class.
         """
-        if not weights_only:
-            raise InputError(
-                f"weights_only must be true, got {weights_only}; checkpoints of this library hold no code, and none is "
-                "executed"
-            )
+        weights_only = kwargs.setdefault("weights_only", True)
+        require(bool(weights_only), "weights_only", weights_only, "true, as no code in a checkpoint is executed")
         task: Any = cls  # a Task, which is registered
         checkpoints.read(checkpoint_path, "checkpoint_path", task)
         file = Path(checkpoint_path).expanduser()
-        return super().load_from_checkpoint(file, map_location, hparams_file, strict, True, **kwargs)
+        return super().load_from_checkpoint(file, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the task, its surgery and its base to a checkpoint, and drop the frozen weights of the base.
@@ -106,10 +95,8 @@ class CheckpointedModule(LightningModule):
         checkpoint["base"] = {"path": self.base, "digest": self.base_digest, "complete": is_complete}
         for cls in (type(self), *map(type, self.surgery)):
             if cls.__module__ == "__main__":
-                rank_zero_warn(
-                    f"the checkpoint names the class {class_path(cls)}, which other programs cannot import; move it "
-                    "to a separate module"
-                )
+                advice = "which other programs cannot import; move it to a separate module"
+                rank_zero_warn(f"the checkpoint names the class {class_path(cls)}, {advice}")
         if isinstance(self.datamodule, PromptedData):
             checkpoint["prompt_spec"] = self.datamodule.prompt_spec()
         averaging.compact(checkpoint, self)
@@ -135,7 +122,7 @@ class CheckpointedModule(LightningModule):
                 are not finite, or trained with another template or other class names than those of the data.
         """
         if (task := checkpoint.get("task")) != (own := class_path(type(self))):
-            raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {own}")
+            raise InputError(f"the checkpoint was written by {task or 'another program'}, not by {own}", key="task")
         expected, stored = self.state_dict(), checkpoint["state_dict"]
         frozen: dict[str, Tensor] = {}
         base = checkpoint.get("base") or {}
@@ -163,24 +150,24 @@ class CheckpointedModule(LightningModule):
         Args:
             base: the reference to the base in the checkpoint.
         """
+        path, digest = base.get("path"), base.get("digest")
         if not self.frozen_names:
-            raise InputError(
-                f"the checkpoint holds only the weights that were added to the frozen base {base.get('path')}, but the "
-                "base of this model trains (train_base)"
-            )
-        if base.get("digest") != self.base_digest:
-            stored = f"the base {base.get('path')} (digest {str(base.get('digest'))[:12]})"
+            message = f"the checkpoint holds only the weights that were added to the frozen base {path}"
+            raise InputError(f"{message}, but the base of this model trains (train_base)", key="model.train_base")
+        if digest != self.base_digest:
             own = f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
             if self.base_digest is None:
                 own = "model.base is null: give that base"
-            raise InputError(f"the checkpoint was trained on {stored}; {own}")
+            message = f"the checkpoint was trained on the base {path} (digest {str(digest)[:12]}); {own}"
+            raise InputError(message, key="model.base")
 
     def _check_stored_surgery(self, stored: list[dict[str, Any]]) -> None:
         """Check that the settings of surgery in a checkpoint are those of this model, apart from training settings."""
         own = [surgery.settings() for surgery in self.surgery]
         trained, current = ([_drop_keys(one, _TRAINING_ONLY) for one in settings] for settings in (stored, own))
         if trained != current:
-            raise InputError(f"model.surgery must be that of the checkpoint, {trained}, got {current}")
+            message = f"model.surgery must be that of the checkpoint, {trained}, got {current}"
+            raise InputError(message, key="model.surgery")
 
     def _check_prompt_spec(self, prompt_spec: dict[str, Any] | None) -> None:
         """Keep the template and class names of a checkpoint, and refuse data with others."""
@@ -190,7 +177,8 @@ class CheckpointedModule(LightningModule):
         current = self.datamodule.prompt_spec()
         for key in ("template", "labels"):
             if (trained := prompt_spec.get(key)) != current[key]:
-                raise InputError(f"data.{key} must be {trained!r}, as in the checkpoint, got {current[key]!r}")
+                message = f"data.{key} must be {trained!r}, as in the checkpoint, got {current[key]!r}"
+                raise InputError(message, key=f"data.{key}")
 
     def _check_training_state(self) -> None:
         """Check the training state of the loaded checkpoint, once."""
@@ -212,13 +200,11 @@ def _check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     for name in sorted(expected.keys() | stored.keys()):
         shape, own_shape = (tuple(state[name].shape) if name in state else None for state in (stored, expected))
         if shape != own_shape:
-            raise InputError(
-                f"the checkpoint does not fit the model: {name} is {shape} in the checkpoint and {own_shape} in the "
-                "model"
-            )
+            difference = f"{name} is {shape} in the checkpoint and {own_shape} in the model"
+            raise InputError(f"the checkpoint does not fit the model: {difference}", key=name)
     for name, tensor in stored.items():
         types = _FLOAT_TYPES if expected[name].is_floating_point() else (expected[name].dtype,)
         if tensor.dtype not in types:
-            raise InputError(f"the checkpoint's {name} must be of {types[0]}, got {tensor.dtype}")
+            raise InputError(f"the checkpoint's {name} must be of {types[0]}, got {tensor.dtype}", key=name)
         if not bool(tensor.isfinite().all()):
-            raise InputError(f"the checkpoint's {name} must be finite; load an earlier checkpoint")
+            raise InputError(f"the checkpoint's {name} must be finite; load an earlier checkpoint", key=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classification_loss, last_token_index, pool
-from gpt2_pl.metrics import MetricInfo, RowOutputs, WeightedMean, finite
+from gpt2_pl.metrics import MetricInfo, RowOutputs, SplitMetrics, WeightedMean, finite
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.fsdp import shard_head
@@ -70,35 +70,33 @@ class Classifier(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for key, value, is_valid, expected in (
-            ("num_classes", num_classes, num_classes >= 2, "at least 2"),
-            ("mean_weight", mean_weight, 0.0 <= mean_weight <= 1.0, "in [0, 1]"),
-            ("head_dropout", head_dropout, head_dropout is None or 0.0 <= head_dropout < 1.0, "null or in [0, 1)"),
-            ("num_dropout_samples", num_dropout_samples, num_dropout_samples >= 1, "at least 1"),
-            ("label_smoothing", label_smoothing, 0.0 <= label_smoothing < 1.0, "in [0, 1)"),
-        ):
-            if not is_valid:
-                raise InputError(f"model.{key} must be {expected}, got {value}")
+        require(num_classes >= 2, "model.num_classes", num_classes, "at least 2")
+        require(0.0 <= mean_weight <= 1.0, "model.mean_weight", mean_weight, "in [0, 1]")
+        is_rate = head_dropout is None or 0.0 <= head_dropout < 1.0
+        require(is_rate, "model.head_dropout", head_dropout, "null or in [0, 1)")
+        require(num_dropout_samples >= 1, "model.num_dropout_samples", num_dropout_samples, "at least 1")
+        require(0.0 <= label_smoothing < 1.0, "model.label_smoothing", label_smoothing, "in [0, 1)")
         if (head == "verbalizer") != (label_words is not None):
-            raise InputError("model.head verbalizer requires model.label_words, and the reverse; give both or neither")
+            message = "model.head verbalizer requires model.label_words, and the reverse; give both or neither"
+            raise InputError(message, key="model.label_words")
         if label_words is not None and (len(label_words) != num_classes or pooling != "last"):
             raise InputError(
                 f"model.label_words must have {num_classes} words, one for each class, with model.pooling 'last', got "
-                f"{len(label_words)} words and pooling {pooling!r}"
+                f"{len(label_words)} words and pooling {pooling!r}",
+                key="model.label_words",
             )
         if head == "verbalizer" and (num_dropout_samples != 1 or head_dropout):
-            raise InputError(
-                "model.num_dropout_samples and model.head_dropout require model.head linear; the verbalizer has no "
-                "dropout"
-            )
+            message = "model.num_dropout_samples and model.head_dropout require model.head linear"
+            raise InputError(f"{message}; the verbalizer has no dropout", key="model.head")
         if head == "verbalizer" and not self.train_base and not self.surgery:
-            raise InputError("model.head verbalizer has no parameters; with train_base: false nothing would train")
+            message = "model.head verbalizer has no parameters; with train_base: false nothing would train"
+            raise InputError(message, key="model.head")
         self.num_classes, self.pooling, self.mean_weight = num_classes, pooling, mean_weight
         self.head_name, self.label_words = head, label_words
         self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
         self.num_dropout_samples, self.average, self.label_smoothing = num_dropout_samples, average, label_smoothing
         self.head: nn.Module | None = None
-        self.metrics = nn.ModuleDict({f"{split}_metrics": self._make_metrics() for split in ("train", "val", "test")})
+        self.metrics = SplitMetrics(self._make_metrics)
         self.outcomes = RowOutputs("row", "label", "probability")
         self.features: dict[str, Tensor] = {}
 
@@ -126,17 +124,17 @@ class Classifier(Task):
         if (token_ids := self.hparams["label_token_ids"]) is not None:
             return list(token_ids)
         if not isinstance(self.datamodule, TokenizedData):
-            raise InputError("model.head verbalizer requires a datamodule with a tokenizer, for its label words")
-        encode = self.datamodule.tokenizer.encode
-        ids = [encode(word, add_special_tokens=False).ids for word in self.label_words or []]
-        for word, tokens in zip(self.label_words or [], ids, strict=True):
-            if len(tokens) != 1:
-                raise InputError(
-                    f"model.label_words: each word must be one token, such as ' good', got {word!r} of {len(tokens)} "
-                    "tokens"
-                )
-        self.hparams["label_token_ids"] = [tokens[0] for tokens in ids]
-        return self.hparams["label_token_ids"]
+            message = "model.head verbalizer requires a datamodule with a tokenizer, for its label words"
+            raise InputError(message, key="model.head")
+        token_ids = []
+        for word in self.label_words or []:
+            ids = self.datamodule.tokenizer.encode(word, add_special_tokens=False).ids
+            if len(ids) != 1:
+                message = f"each word must be one token, such as ' good', got {word!r} of {len(ids)} tokens"
+                raise InputError(f"model.label_words: {message}", key="model.label_words")
+            token_ids += ids
+        self.hparams["label_token_ids"] = token_ids
+        return token_ids
 
     # Steps
 
@@ -182,7 +180,7 @@ class Classifier(Task):
         probability = logits.detach().mean(0).softmax(-1)
         prediction = self.predict_class(probability, split)
         finite_losses = finite(losses.detach(), split)
-        metrics = cast(dict[str, Metric], self._metrics(split))
+        metrics = self.metrics.of(split)
         for name, metric in metrics.items():
             metric.update(*(finite_losses if name == "loss" else (prediction, batch["labels"])))
         self.log_scores(split, {name: metric for name, metric in metrics.items() if name != "confusion"})
@@ -204,21 +202,16 @@ class Classifier(Task):
         self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
         return loss
 
-    def _make_metrics(self) -> nn.ModuleDict:
+    def _make_metrics(self) -> dict[str, Metric]:
         """Create the metrics of one split; ``loss`` is updated with losses, the others with predictions and labels."""
         K = self.num_classes
         unchecked: dict[str, Any] = {"validate_args": False}  # Checking labels would synchronize a GPU in every step.
-        return nn.ModuleDict(
-            {
-                "loss": WeightedMean(),
-                "accuracy": MulticlassAccuracy(K, average="micro", **unchecked),
-                "macro_f1": MulticlassF1Score(K, average="macro", **unchecked),
-                "confusion": MulticlassConfusionMatrix(K, **unchecked),
-            }
-        )
-
-    def _metrics(self, split: str) -> nn.ModuleDict:
-        return cast(nn.ModuleDict, self.metrics[f"{split}_metrics"])
+        return {
+            "loss": WeightedMean(),
+            "accuracy": MulticlassAccuracy(K, average="micro", **unchecked),
+            "macro_f1": MulticlassF1Score(K, average="macro", **unchecked),
+            "confusion": MulticlassConfusionMatrix(K, **unchecked),
+        }
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         _, probability = self._step(batch, split)
@@ -279,21 +272,14 @@ class Classifier(Task):
 
     # Metrics
 
-    def on_train_epoch_end(self) -> None:
-        """Reset the confusion matrix, after callbacks have read it."""
-        self._reset_confusion("train")
-
-    def on_validation_epoch_end(self) -> None:
-        """Reset the confusion matrix, after callbacks have read it."""
-        self._reset_confusion("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Reset the confusion matrix, after callbacks have read it."""
-        self._reset_confusion("test")
+    def _start_epoch(self, split: str) -> None:
+        super()._start_epoch(split)
+        if split != "predict":  # Lightning resets only metrics that are logged.
+            self.metrics.of(split)["confusion"].reset()
 
     def pictures(self, split: str) -> dict[str, NDArray[Any]]:
         """Draw the confusion matrix of a split."""
-        counts = cast(Metric, self._metrics(split)["confusion"]).compute()
+        counts = self.metrics.of(split)["confusion"].compute()
         if not self.trainer.is_global_zero:
             return {}
         title = split if split == "test" else f"{split}, epoch {self.current_epoch + 1}"
@@ -320,7 +306,3 @@ class Classifier(Task):
 
         header = ["row", "text", *(["label"] if has_labels else []), "prediction", *(f"p({name})" for name in names)]
         return RowTable("predictions", header, rows())
-
-    def _reset_confusion(self, split: str) -> None:
-        """Reset the confusion matrix; Lightning resets only metrics that are logged."""
-        cast(Metric, self._metrics(split)["confusion"]).reset()

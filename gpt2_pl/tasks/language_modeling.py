@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any, ClassVar, cast
+from itertools import takewhile
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_loss, unlikelihood_cross_entropy
-from gpt2_pl.metrics import MetricInfo, WeightedMean, finite
+from gpt2_pl.metrics import MetricInfo, SplitMetrics, WeightedMean, finite
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.protocols import TokenizedData
@@ -76,33 +76,23 @@ class LanguageModel(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        is_window_valid = unlikelihood_window is None or unlikelihood_window >= 1
-        for key, value, is_valid, expected in (
-            ("unlikelihood", unlikelihood, unlikelihood >= 0.0, "at least 0"),
-            ("unlikelihood_window", unlikelihood_window, is_window_valid, "null or at least 1"),
-            ("sequence_unlikelihood", sequence_unlikelihood, 0.0 <= sequence_unlikelihood <= 1.0, "in [0, 1]"),
-            ("sequence_prefix", sequence_prefix, sequence_prefix >= 1, "at least 1"),
-            ("sequence_length", sequence_length, sequence_length >= 1, "at least 1"),
-        ):
-            if not is_valid:
-                raise InputError(f"model.{key} must be {expected}, got {value}")
-        if sequence_unlikelihood and sequence_prefix + sequence_length > self.max_length:
-            raise InputError(
-                f"model.sequence_prefix + model.sequence_length must be at most {self.max_length}, the model's context "
-                f"length, got {sequence_prefix + sequence_length}"
-            )
+        is_window = unlikelihood_window is None or unlikelihood_window >= 1
+        require(unlikelihood >= 0.0, "model.unlikelihood", unlikelihood, "at least 0")
+        require(is_window, "model.unlikelihood_window", unlikelihood_window, "null or at least 1")
+        is_share = 0.0 <= sequence_unlikelihood <= 1.0
+        require(is_share, "model.sequence_unlikelihood", sequence_unlikelihood, "in [0, 1]")
+        require(sequence_prefix >= 1, "model.sequence_prefix", sequence_prefix, "at least 1")
+        require(sequence_length >= 1, "model.sequence_length", sequence_length, "at least 1")
+        length, key = sequence_prefix + sequence_length, "model.sequence_prefix + model.sequence_length"
+        fits = not sequence_unlikelihood or length <= self.max_length
+        require(fits, key, length, f"at most {self.max_length}, the model's context length")
         self.unlikelihood, self.unlikelihood_window = unlikelihood, unlikelihood_window
         self.unlikelihood_ignores = list(unlikelihood_ignores or [])
         self.sequence_unlikelihood = sequence_unlikelihood
         self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
         self._ignored_ids: list[int] | None = None
         self.decoded_last_step = False
-        self.metrics = nn.ModuleDict(
-            {
-                f"{split}_metrics": nn.ModuleDict({"loss": WeightedMean(), "perplexity": Perplexity()})
-                for split in ("train", "val", "test")
-            }
-        )
+        self.metrics = SplitMetrics(lambda: {"loss": WeightedMean(), "perplexity": Perplexity()})
 
     @property
     def table_caption(self) -> str | None:
@@ -121,7 +111,7 @@ class LanguageModel(Task):
 
     def _update_metrics(self, split: str, total: Tensor, n_targets: Tensor) -> None:
         mean, weight = finite(total / n_targets.clamp(min=1), split)
-        metrics = cast(dict[str, Metric], self.metrics[f"{split}_metrics"])
+        metrics = self.metrics.of(split)
         for metric in metrics.values():
             metric.update(mean, n_targets * weight)
         self.log_scores(split, metrics)
@@ -132,15 +122,10 @@ class LanguageModel(Task):
         if self.decoded_last_step:
             return self._sequence_step(batch, batch_idx)
         if self.unlikelihood:
+            hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
+            settings = (self.unlikelihood, self._ignored_tokens(), self.unlikelihood_window)
             total, n_targets, unlikelihood = unlikelihood_cross_entropy(
-                self.backbone(batch["input_ids"]),
-                self.backbone.head_weight,
-                batch["targets"],
-                self.unlikelihood,
-                self._ignored_tokens(),
-                self.unlikelihood_window,
-                compiled=self.compile_blocks,
-                input_ids=batch["input_ids"],
+                hidden, weight, batch["targets"], *settings, compiled=self.compile_blocks, input_ids=batch["input_ids"]
             )
             self._update_metrics("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
             self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))
@@ -189,12 +174,13 @@ class LanguageModel(Task):
         if self._ignored_ids is not None or not self.unlikelihood_ignores:
             return self._ignored_ids or []
         if not isinstance(self.datamodule, TokenizedData):
-            raise InputError("model.unlikelihood_ignores requires a datamodule with a tokenizer")
+            message = "model.unlikelihood_ignores requires a datamodule with a tokenizer"
+            raise InputError(message, key="model.unlikelihood_ignores")
         texts = [text.strip(" ") for text in decode_vocab(self.datamodule.tokenizer)]
         ignored = [text.strip(" ") for text in self.unlikelihood_ignores]
-        for text in ignored:
-            if text not in texts:
-                raise InputError(f"model.unlikelihood_ignores: {text!r} is not a token of the tokenizer")
+        if unknown := [text for text in ignored if text not in texts]:
+            message = f"model.unlikelihood_ignores: {unknown[0]!r} is not a token of the tokenizer"
+            raise InputError(message, key="model.unlikelihood_ignores")
         self._ignored_ids = [i for i, text in enumerate(texts) if text in ignored]
         return self._ignored_ids
 
@@ -222,34 +208,36 @@ class LanguageModel(Task):
         """
         end = tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
-            raise InputError(f"the tokenizer must have the token {END_OF_TEXT}, which ends a text")
+            message = f"the tokenizer must have the token {END_OF_TEXT}, which ends a text"
+            raise InputError(message, key="data.tokenizer")
         rooms = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         for prompt, room in zip(prompts, rooms, strict=True):
             if not prompt or room < 1:
-                raise InputError(
-                    f"a prompt must have 1 to {self.max_length - 1} tokens to fit the model's context, got "
-                    f"{len(prompt)}"
-                )
-        new: list[list[int]] = [[] for _ in prompts]
+                expected = f"1 to {self.max_length - 1} tokens to fit the model's context"
+                raise InputError(f"a prompt must have {expected}, got {len(prompt)}")
+        new: dict[int, list[int]] = {}
+        ends: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end}
         # Prompts with the same room form a batch: a continuation must not depend on the room of other prompts.
         for room in sorted(set(rooms)):
             rows = [i for i, other in enumerate(rooms) if other == room]
             longest = max(len(prompts[i]) for i in rows)
-            padding = [longest - len(prompts[i]) for i in rows]
-            ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(padding, rows, strict=True)], device=self.device)
-            mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=self.device)
+            padding = {i: [0] * (longest - len(prompts[i])) for i in rows}
+            ids = torch.tensor([padding[i] + prompts[i] for i in rows], device=self.device)
+            mask = torch.tensor([padding[i] + [1] * len(prompts[i]) for i in rows], device=self.device)
             row_seeds = [seeds[i] for i in rows]
-            ends = {"eos_token_id": end, "pad_token_id": end}
             text = generate(self.backbone, ids, mask, max_new_tokens=room, seed=row_seeds, **ends, **settings)
             for i, row in zip(rows, text.tolist(), strict=True):
-                continuation = row[longest:]
-                new[i] = continuation[: continuation.index(end)] if end in continuation else continuation
-        return new
+                new[i] = list(takewhile(lambda token: token != end, row[longest:]))
+        return [new[i] for i in range(len(prompts))]
+
+    def _evaluation_step(self, batch: Batch, split: str) -> None:
+        """Update the metrics of a split with a batch."""
+        self._step(batch, split)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics with a batch."""
-        self._step(batch, "val")
+        self._evaluation_step(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the test metrics with a batch."""
-        self._step(batch, "test")
+        self._evaluation_step(batch, "test")

@@ -15,12 +15,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gpt2_pl.errors import InputError
+from gpt2_pl.model import GPT2
 from gpt2_pl.optim import NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.checkpointed import CheckpointedModule
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+
+
+def gpt2_layers(model: GPT2) -> dict[str, NamedParameters]:
+    """Return the named parameters of each layer of a GPT-2, from input to output."""
+    blocks = [f"block.{i}" for i in range(len(model.h))]
+    layers: dict[str, NamedParameters] = {name: [] for name in ("embeddings", *blocks, "ln_f", "prefix", "prompt")}
+    for name, parameter in model.named_parameters():
+        top, _, rest = name.partition(".")
+        block = f"block.{rest.partition('.')[0]}"
+        if top in ("wte", "wpe"):
+            layer = "embeddings"
+        elif top == "h" and block in layers:
+            layer = block
+        else:
+            layer = f"gpt2.{top}" if top in ("h", "head", "embeddings") else top
+        layers.setdefault(layer, []).append((f"gpt2.{name}", parameter))
+    return {name: parameters for name, parameters in layers.items() if parameters or name not in ("prefix", "prompt")}
 
 
 class OptimizedModule(CheckpointedModule):
@@ -40,11 +58,23 @@ class OptimizedModule(CheckpointedModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.gpt2: GPT2 | None = None
         self._step_mean = StepMean()
 
+    @property
+    def backbone(self) -> GPT2:
+        """GPT-2 that ``configure_model`` has built."""
+        if self.gpt2 is None:
+            raise RuntimeError("the model is not built yet: call configure_model() first")
+        return self.gpt2
+
     def layer_groups(self) -> dict[str, NamedParameters]:
-        """Return the named parameters of each layer, from input to output."""
-        raise NotImplementedError
+        """Return the named parameters of each layer, from input to output.
+
+        The layers are ``embeddings``, ``block.0`` ... ``block.{L-1}``, ``ln_f``, ``prefix`` and ``prompt`` if present,
+        other modules that surgery added to the GPT-2, by the names of their attributes, and ``head``.
+        """
+        return {**gpt2_layers(self.backbone), "head": self.head_parameters()}
 
     def head_parameters(self) -> NamedParameters:
         """Return the named parameters that do not belong to the GPT-2."""
@@ -65,11 +95,12 @@ class OptimizedModule(CheckpointedModule):
         trained |= {name for name, parameter in self.head_parameters() if parameter.requires_grad}
         groups = parameter_groups(self.layer_groups(), rates, trained)
         if not groups:
-            raise InputError("nothing would train: train_base is false and this head has no parameters")
+            message = "nothing would train: train_base is false and this head has no parameters"
+            raise InputError(message, key="model.train_base")
         try:
             optimizer = self.make_optimizer(groups)
         except ValueError as error:  # for example because of the shape of a parameter
-            raise InputError(f"model.optimizer: {' '.join(str(error).split())}") from None
+            raise InputError(f"model.optimizer: {' '.join(str(error).split())}", key="model.optimizer") from None
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
         total = self._n_steps()
@@ -87,7 +118,7 @@ class OptimizedModule(CheckpointedModule):
             self.trainer.fit_loop.setup_data()  # reads the data
             total = self.trainer.estimated_stepping_batches
         except ValueError as error:
-            raise InputError(f"trainer: {' '.join(str(error).split())}") from None
+            raise InputError(f"trainer: {' '.join(str(error).split())}", key="trainer") from None
         if (accumulation := accumulation_scheduler(self.trainer)) is not None:
             # Lightning's estimate ignores this scheduler.
             total = scheduled_steps(self.trainer, accumulation) or total
@@ -107,10 +138,10 @@ class OptimizedModule(CheckpointedModule):
         """
         if endless and self.schedule.needs_total:
             raise InputError(
-                f"trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
-                f"{type(self.schedule).__name__}, whose rates depend on the length of training (trainer.max_time may "
-                "end it earlier); without a length, give --model.schedule gpt2_pl.optim.ConstantWithWarmup with a "
-                "warmup of 0 or in steps"
+                "trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
+                f"{type(self.schedule).__name__}, whose rates depend on the length of training; without a length, give "
+                "--model.schedule gpt2_pl.optim.ConstantWithWarmup with a warmup of 0 or in steps",
+                key="trainer.max_epochs",
             )
 
     def _set_resumed_rates(self) -> None:
@@ -120,10 +151,8 @@ class OptimizedModule(CheckpointedModule):
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if isinstance(scheduler, LambdaLR):
-                scheduler._last_lr = [
-                    base * factor(scheduler.last_epoch)
-                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-                ]
+                rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                     group["lr"] = rate
 

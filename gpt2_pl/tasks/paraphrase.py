@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, BinaryPrecision, BinaryRecall
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.metrics import MetricInfo, best_threshold
 from gpt2_pl.tasks.classification import Classifier
 
@@ -42,20 +43,17 @@ class ParaphraseDetector(Classifier):
 
     def __init__(self, num_classes: int = 2, threshold: float | Literal["accuracy", "f1"] = 0.5, **kwargs: Any) -> None:
         if num_classes != 2:
-            raise InputError(
-                f"model.num_classes must be 2 for paraphrase detection, got {num_classes}; give data.labels two names"
-            )
-        if not isinstance(threshold, str) and not 0.0 < threshold < 1.0:
-            raise InputError(f"model.threshold must be in (0, 1), or accuracy or f1 to tune it, got {threshold}")
+            message = f"model.num_classes must be 2 for paraphrase detection, got {num_classes}"
+            raise InputError(f"{message}; give data.labels two names", key="model.num_classes")
+        is_valid = isinstance(threshold, str) or 0.0 < threshold < 1.0
+        require(is_valid, "model.threshold", threshold, "in (0, 1), or accuracy or f1 to tune it")
         super().__init__(num_classes=num_classes, **kwargs)
         self.tuned_for = threshold if isinstance(threshold, str) else None
         self.register_buffer("decision_threshold", torch.tensor(0.5 if self.tuned_for else cast(float, threshold)))
 
-    def _make_metrics(self) -> nn.ModuleDict:
-        metrics = super()._make_metrics()
-        for name, kind in (("f1", BinaryF1Score), ("precision", BinaryPrecision), ("recall", BinaryRecall)):
-            metrics[name] = kind(validate_args=False)
-        return metrics
+    def _make_metrics(self) -> dict[str, Metric]:
+        kinds = {"f1": BinaryF1Score, "precision": BinaryPrecision, "recall": BinaryRecall}
+        return {**super()._make_metrics(), **{name: kind(validate_args=False) for name, kind in kinds.items()}}
 
     def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
         """Return the predicted class (B,): 1 if its probability reaches the threshold."""
@@ -64,7 +62,6 @@ class ParaphraseDetector(Classifier):
 
     def on_validation_epoch_end(self) -> None:
         """Tune the threshold, if it is to be tuned."""
-        super().on_validation_epoch_end()
         if self.tuned_for is None or self.trainer.sanity_checking:
             return
         outcomes = self.outcomes.rows()

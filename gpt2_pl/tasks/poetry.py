@@ -5,18 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import require
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.tasks.protocols import PoemData, RowTable
-from gpt2_pl.text.metrics import (
-    chrf,
-    chrf_signature,
-    distinct,
-    seq_rep,
-    words,
-)
+from gpt2_pl.text.metrics import chrf, chrf_signature, distinct, seq_rep, words
 from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, rhyme_share, split_lines
 
 
@@ -64,15 +58,11 @@ class PoemGenerator(LanguageModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        is_temperature_valid = temperature == 0.0 or 1e-9 <= temperature <= 1e9
-        for key, value, is_valid, expected in (
-            ("temperature", temperature, is_temperature_valid, "0 or in [1e-09, 1e+09]"),
-            ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "null or in (0, 1]"),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("num_val_samples", num_val_samples, num_val_samples >= 0, "at least 0"),
-        ):
-            if not is_valid:
-                raise InputError(f"model.{key} must be {expected}, got {value}")
+        is_temperature = temperature == 0.0 or 1e-9 <= temperature <= 1e9
+        require(is_temperature, "model.temperature", temperature, "0 or in [1e-09, 1e+09]")
+        require(top_p is None or 0.0 < top_p <= 1.0, "model.top_p", top_p, "null or in (0, 1]")
+        require(max_new_tokens >= 1, "model.max_new_tokens", max_new_tokens, "at least 1")
+        require(num_val_samples >= 0, "model.num_val_samples", num_val_samples, "at least 0")
         self.temperature, self.top_p, self.line_length_bias = temperature, top_p, line_length_bias
         self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples
         self.generated: list[Poem] = []
@@ -86,14 +76,6 @@ class PoemGenerator(LanguageModel):
             total, n_targets = cross_entropy(hidden[i : i + 1], weight, batch["targets"][i : i + 1])
             self._update_metrics(split, total, n_targets)
             self.outcomes.update(row=row.view(1), n_tokens=n_targets.view(1), loss=total.view(1))
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Update the validation metrics with a batch."""
-        self._evaluation_step(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Update the test metrics with a batch."""
-        self._evaluation_step(batch, "test")
 
     def generate_poems(self, poems: list[Poem]) -> list[Poem]:
         """Generate completions of poems; the random seed of each is its number.
@@ -126,11 +108,7 @@ class PoemGenerator(LanguageModel):
     def on_validation_epoch_end(self) -> None:
         """Generate a few validation poems."""
         if not self.trainer.sanity_checking and isinstance(self.datamodule, PoemData):
-            self.generated = (
-                self.generate_poems(self.datamodule.poems["val"][: self.num_val_samples])
-                if self.num_val_samples
-                else []
-            )
+            self.generated = self.generate_poems(self.datamodule.poems["val"][: self.num_val_samples])
 
     def on_test_epoch_end(self) -> None:
         """Generate and score every test poem."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gpt2_pl.optim import NamedParameters
 from gpt2_pl.utils.registry import class_path
 
 
@@ -31,6 +32,15 @@ class RowTable(NamedTuple):
     name: str
     columns: Sequence[str]
     rows: Iterable[Sequence[object]]
+
+
+@runtime_checkable
+class LayeredModule(Protocol):
+    """Module with layers that callbacks treat differently."""
+
+    def layer_groups(self) -> dict[str, NamedParameters]:
+        """Return the named parameters of each layer, from input to output."""
+        ...
 
 
 @runtime_checkable

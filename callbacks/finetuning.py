@@ -7,50 +7,74 @@ output as a dict of name -> list of (parameter name, parameter).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
-from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.errors import InputError, did_you_mean, require
+from gpt2_pl.optim import NamedParameters
+from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.protocols import LayeredModule
 from gpt2_pl.utils.trainer import callbacks_of
 
-Layers = dict[str, list[tuple[str, nn.Parameter]]]
-
 TOP = ("ln_f", "prefix", "prompt", "head")  # layers of a GPT-2 that are not below its blocks
+_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}  # of an optimizer's group; the last two are OneCycleLR's
 
 
-def layers_of(module: LightningModule, callback: Callback) -> Layers:
-    """Return the layers of ``module`` from input to output, for ``callback``.
+class LayerCallback(Callback):
+    """Base class of callbacks that treat the layers of a module differently."""
 
-    Raises:
-        InputError: the module does not implement ``layer_groups()``.
-    """
-    if not hasattr(module, "layer_groups"):
-        raise InputError(
-            f"{type(callback).__name__}: {type(module).__name__} does not implement layer_groups(); it must return "
-            "{layer: [(name, parameter), ...]}, from input to output"
-        )
-    layers: Any = module
-    return layers.layer_groups()
+    def check_layers(self, layers: list[str]) -> object:
+        """Check the settings, given the names of all layers, from input to output."""
+        raise NotImplementedError
+
+    def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
+        """Check that the callback can be used with the other callbacks and the module, before the model is built.
+
+        Raises:
+            InputError: a second callback of this class, a model without trainable blocks, or an unknown layer.
+        """
+        name = type(self).__name__
+        if sum(type(other) is type(self) for other in callbacks) > 1:
+            message = f"trainer.callbacks has two {name}; use only one of the strategies that add it"
+            raise InputError(message, key="trainer.callbacks")
+        if isinstance(module, Task):
+            if not module.trains_blocks:
+                reason = "no block has parameters that train (train_base is false and there is no LoRA)"
+                raise InputError(f"{name} cannot be used with a frozen GPT-2: {reason}", key="trainer.callbacks")
+            self.check_layers(module.layer_names)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the callback can be used with the other callbacks and the module."""
+        if stage == "fit":
+            self.check(callbacks_of(trainer), pl_module)
+
+    def layers_of(self, module: LightningModule) -> dict[str, NamedParameters]:
+        """Return the layers of a module, from input to output.
+
+        Raises:
+            InputError: the module does not implement ``layer_groups()``.
+        """
+        if isinstance(module, LayeredModule):
+            return module.layer_groups()
+        message = f"{type(module).__name__} does not implement layer_groups(), which returns the parameters of layers"
+        raise InputError(f"{message}: {{layer: [(name, parameter), ...]}}", source=type(self).__name__)
+
+    def _check_names(self, key: str, names: Iterable[str], layers: list[str]) -> None:
+        for name in names:
+            if name not in layers:
+                near = did_you_mean(name, layers) or ";"
+                message = f"unknown layer {name!r}{near} the layers are {', '.join(layers)}"
+                raise InputError(message, key=key, source=type(self).__name__)
 
 
-def require_single(callback: Callback, callbacks: Sequence[Callback], module: LightningModule) -> None:
-    """Refuse a second callback of the same class, and a model without trainable blocks."""
-    name = type(callback).__name__
-    if sum(type(other) is type(callback) for other in callbacks) > 1:
-        raise InputError(f"trainer.callbacks has two {name}; use only one of the strategies that add it")
-    if not getattr(module, "trains_blocks", True):
-        raise InputError(
-            f"{name} cannot be used with a frozen GPT-2: no block has parameters that train (train_base is false and "
-            "there is no LoRA)"
-        )
-
-
-class GradualUnfreezing(Callback):
+class GradualUnfreezing(LayerCallback):
     """Gradual unfreezing: train the top of the model first, and unfreeze lower layers stage by stage.
 
     The method is that of Howard & Ruder 2018, section 3.3. Layers that are still frozen stay bitwise unchanged (weight
@@ -75,77 +99,52 @@ class GradualUnfreezing(Callback):
     """
 
     def __init__(
-        self,
-        stages: list[list[str]] | None = None,
-        blocks_per_stage: int = 3,
-        epochs_per_stage: float = 1.0,
+        self, stages: list[list[str]] | None = None, blocks_per_stage: int = 3, epochs_per_stage: float = 1.0
     ) -> None:
-        if stages is not None and not (stages and all(stages)):
-            raise InputError(f"GradualUnfreezing: stages must be a list of non-empty lists of layers, got {stages}")
-        if blocks_per_stage < 1:
-            raise InputError(f"GradualUnfreezing: blocks_per_stage must be at least 1, got {blocks_per_stage}")
-        if not epochs_per_stage > 0:
-            raise InputError(f"GradualUnfreezing: epochs_per_stage must be above 0, got {epochs_per_stage}")
+        source, are_stages = "GradualUnfreezing", stages is None or bool(stages and all(stages))
+        require(are_stages, "stages", stages, "a list of non-empty lists of layers", source)
+        require(blocks_per_stage >= 1, "blocks_per_stage", blocks_per_stage, "at least 1", source)
+        require(epochs_per_stage > 0, "epochs_per_stage", epochs_per_stage, "above 0", source)
         self.stages, self.blocks_per_stage, self.epochs_per_stage = stages, blocks_per_stage, epochs_per_stage
         self.stage: int | None = None
         # Parameters by the stage at which they are unfrozen; the last list stays frozen.
         self._params_by_stage: list[list[nn.Parameter]] = []
 
-    def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
-        """Check that the callback can be used with the other callbacks and the module, before the model is built.
-
-        Raises:
-            InputError: a second callback of this class, a model without trainable blocks, or an unknown layer.
-        """
-        require_single(self, callbacks, module)
-        if (names := getattr(module, "layer_names", None)) is not None:
-            self.stage_layers(list(names))
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the callback and the strategy, and configure DDP for parameters without a gradient."""
-        if stage != "fit":
-            return
-        self.check(callbacks_of(trainer), pl_module)
+        super().setup(trainer, pl_module, stage)
         strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy):
+        if stage == "fit" and isinstance(strategy, DDPStrategy):
             if strategy._ddp_kwargs.get("static_graph"):
-                raise InputError("GradualUnfreezing: trainer.strategy must not have static_graph; the graph changes")
+                message = "GradualUnfreezing: trainer.strategy must not have static_graph; the graph changes"
+                raise InputError(message, key="trainer.strategy")
             strategy._ddp_kwargs["find_unused_parameters"] = True
-        elif not isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy):
-            raise InputError(
-                "GradualUnfreezing: trainer.strategy must be that of one device, ddp or configs/trainer/fsdp.yaml, got "
-                f"{type(strategy).__name__}"
-            )
+        elif stage == "fit":
+            is_supported = isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy)
+            expected = "that of one device, ddp or configs/trainer/fsdp.yaml"
+            name = type(strategy).__name__
+            require(is_supported, "trainer.strategy", name, expected, "GradualUnfreezing")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Assign every trainable parameter to a stage."""
-        layers = layers_of(pl_module, self)
-        stage_of_layer = dict.fromkeys(layers, -1)
-        trainable = {name for name, parameters in layers.items() if any(p.requires_grad for _, p in parameters)}
+        layers = self.layers_of(pl_module)
+        trainable = {layer: [p for _, p in named if p.requires_grad] for layer, named in layers.items()}
         stages = self.stage_layers(list(layers))
         if self.stages is None:
-            stages = [stage for stage in stages if trainable & set(stage)]
+            stages = [stage for stage in stages if any(trainable[layer] for layer in stage)]
         for stage in stages:
-            if not trainable & set(stage):
-                raise InputError(f"GradualUnfreezing: no parameter of the stage [{', '.join(stage)}] is trainable")
-        self._warn_of_late_stages(stages, trainer.max_epochs)
-        for i, names in enumerate(stages):
-            for name in names:
-                stage_of_layer[name] = i
-        self._params_by_stage = [[] for _ in range(len(stages) + 1)]
-        for name, parameters in layers.items():
-            self._params_by_stage[stage_of_layer[name]] += [p for _, p in parameters if p.requires_grad]
-        self.stage = None
-
-    def _warn_of_late_stages(self, stages: list[list[str]], max_epochs: int | None) -> None:
-        if max_epochs is None or max_epochs <= 0:
-            return
-        late = [name for i, stage in enumerate(stages) if i * self.epochs_per_stage >= max_epochs for name in stage]
-        if late:
+            if not any(trainable[layer] for layer in stage):
+                message = f"no parameter of the stage [{', '.join(stage)}] is trainable"
+                raise InputError(message, key="stages", source="GradualUnfreezing")
+        epochs, length = trainer.max_epochs or 0, self.epochs_per_stage
+        if late := [layer for i, stage in enumerate(stages) if 0 < epochs <= i * length for layer in stage]:
             rank_zero_warn(
-                f"GradualUnfreezing: training ends after {max_epochs} epochs, so {', '.join(late)} will never train; "
-                f"there are {len(stages)} stages of {self.epochs_per_stage:g} epochs"
+                f"GradualUnfreezing: training ends after {epochs} epochs, so {', '.join(late)} will never train; "
+                f"there are {len(stages)} stages of {length:g} epochs"
             )
+        self._params_by_stage = [[*chain.from_iterable(map(trainable.pop, stage))] for stage in stages]
+        self._params_by_stage.append([*chain.from_iterable(trainable.values())])
+        self.stage = None
 
     def stage_layers(self, layers: list[str]) -> list[list[str]]:
         """Return the names of the layers that are unfrozen at each stage.
@@ -160,13 +159,13 @@ class GradualUnfreezing(Callback):
             return _default_stages(layers, self.blocks_per_stage)
         stages = [[name for entry in stage for name in _expand_range(entry)] for stage in self.stages]
         named = [name for stage in stages for name in stage]
-        for name in named:
-            if name not in layers:
-                near = did_you_mean(name, layers) or ";"
-                raise InputError(f"GradualUnfreezing: unknown layer {name!r}{near} the layers are {', '.join(layers)}")
-            if named.count(name) > 1:
-                raise InputError(f"GradualUnfreezing: stages must name each layer once, got {name} twice")
+        self._check_names("stages", named, layers)
+        if twice := [name for name in named if named.count(name) > 1]:
+            message = f"stages must name each layer once, got {twice[0]} twice"
+            raise InputError(message, key="stages", source="GradualUnfreezing")
         return stages
+
+    check_layers = stage_layers
 
     def stage_at(self, epoch: int, batch: int, n_batches: float) -> int:
         """Return the stage, counted from 0, of a batch.
@@ -223,7 +222,7 @@ def _expand_range(entry: str) -> list[str]:
     return [entry]
 
 
-class DiscriminativeLR(Callback):
+class DiscriminativeLR(LayerCallback):
     """Discriminative learning rates (Howard & Ruder 2018, section 3.2), also called layer-wise rate decay (LLRD).
 
     With L blocks, block l (counted from 1 at the bottom) has the rate lr * decay^(L - l): the last block has lr, the
@@ -244,26 +243,9 @@ class DiscriminativeLR(Callback):
     """
 
     def __init__(self, decay: float = 0.95, head_scale: float = 1.0, top: list[str] | None = None) -> None:
-        if not 0.0 < decay <= 1.0:
-            raise InputError(f"DiscriminativeLR: decay must be in (0, 1], got {decay}")
-        if not head_scale > 0.0:
-            raise InputError(f"DiscriminativeLR: head_scale must be above 0, got {head_scale}")
+        require(0.0 < decay <= 1.0, "decay", decay, "in (0, 1]", "DiscriminativeLR")
+        require(head_scale > 0.0, "head_scale", head_scale, "above 0", "DiscriminativeLR")
         self.decay, self.head_scale, self.top = decay, head_scale, top
-
-    def check(self, callbacks: Sequence[Callback], module: LightningModule) -> None:
-        """Check that the callback can be used with the other callbacks and the module, before the model is built.
-
-        Raises:
-            InputError: a second callback of this class, a model without trainable blocks, or an unknown layer.
-        """
-        require_single(self, callbacks, module)
-        if (names := getattr(module, "layer_names", None)) is not None:
-            self.scales(list(names))
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the callback can be used with the other callbacks and the module."""
-        if stage == "fit":
-            self.check(callbacks_of(trainer), pl_module)
 
     def scales(self, layers: list[str]) -> dict[str, float]:
         """Return the factor of the learning rate of each layer.
@@ -274,10 +256,7 @@ class DiscriminativeLR(Callback):
         Raises:
             InputError: ``top`` names an unknown layer.
         """
-        for name in self.top or []:
-            if name not in layers:
-                near = did_you_mean(name, layers) or ";"
-                raise InputError(f"DiscriminativeLR: unknown layer {name!r}{near} the layers are {', '.join(layers)}")
+        self._check_names("top", self.top or [], layers)
         last_block = max((i for i, name in enumerate(layers) if name.startswith("block.")), default=len(layers) - 1)
         top = {layers[-1], *((*TOP, *layers[last_block + 1 :]) if self.top is None else self.top)}
         below = [name for name in layers if name not in top]
@@ -287,43 +266,37 @@ class DiscriminativeLR(Callback):
         scales[layers[-1]] = self.head_scale
         return scales
 
+    check_layers = scales
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the rates of all optimizer groups and of the schedulers, before a resumed run restores its own."""
-        layers = layers_of(pl_module, self)
+        layers = self.layers_of(pl_module)
         scales = self.scales(list(layers))
-        layer_of: dict[int, str] = {}  # id of a parameter -> its layer
-        for layer, parameters in layers.items():
-            for _, parameter in parameters:
-                layer_of.setdefault(id(parameter), layer)
+        # A parameter of several layers belongs to the first.
+        layer_of = {id(parameter): layer for layer, named in reversed(layers.items()) for _, parameter in named}
         for optimizer in trainer.optimizers:
             factors = []
             for i, group in enumerate(optimizer.param_groups):
-                names = sorted({layer_of.get(id(parameter), "?") for parameter in group["params"]})
-                if len(names) > 1 or names == ["?"]:
+                names = sorted({layer_of.get(id(parameter), "no named layer") for parameter in group["params"]})
+                if len(names) > 1 or names[0] not in scales:
                     raise InputError(
-                        f"DiscriminativeLR: group {group.get('name', i)!r} of the optimizer holds parameters of "
-                        f"{', '.join(names).replace('?', 'no named layer')}; make one group for each layer: "
-                        "gpt2_pl.optim.parameter_groups(self.layer_groups())"
+                        f"group {group.get('name', i)!r} of the optimizer holds parameters of {', '.join(names)}; make "
+                        "one group for each layer: gpt2_pl.optim.parameter_groups(self.layer_groups())",
+                        source="DiscriminativeLR",
                     )
                 factors.append(scales[names[0]])
                 group["lr_scale"] = group.get("lr_scale", 1.0) * factors[i]
-                for key in {
-                    "lr",
-                    "initial_lr",
-                    "max_lr",
-                    "min_lr",
-                } & group.keys():  # max_lr and min_lr are OneCycleLR's.
+                for key in _RATES & group.keys():
                     group[key] *= factors[i]
             for config in trainer.lr_scheduler_configs:
                 _scale_scheduler(config.scheduler, optimizer, factors)
 
 
-def _scale_scheduler(scheduler: Any, optimizer: Any, factors: list[float]) -> None:
+def _scale_scheduler(scheduler: Any, optimizer: Optimizer, factors: list[float]) -> None:
     """Scale the rates that a scheduler, or a scheduler nested in it, stores for the groups of an optimizer."""
     for inner in getattr(scheduler, "_schedulers", []):  # SequentialLR, ChainedScheduler
         _scale_scheduler(inner, optimizer, factors)
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        return
-    for key in ("base_lrs", "max_lrs", "min_lrs"):
-        if isinstance(rates := getattr(scheduler, key, None), list):
-            setattr(scheduler, key, [rate * factor for rate, factor in zip(rates, factors, strict=True)])
+    if getattr(scheduler, "optimizer", optimizer) is optimizer:
+        for key in ("base_lrs", "max_lrs", "min_lrs"):
+            if isinstance(rates := getattr(scheduler, key, None), list):
+                setattr(scheduler, key, [rate * factor for rate, factor in zip(rates, factors, strict=True)])

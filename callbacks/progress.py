@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar, Timer
 from rich import get_console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gpt2_pl.callbacks.run_summary import RunSummary
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.utils.trainer import find_callbacks
 
 BAR_WIDTH = 20  # characters; all columns of the bar then fit 80 characters
 LINE_WIDTH = 98  # characters of output that is not a terminal
@@ -40,8 +40,8 @@ class RunClock:
 
     def seconds_left(self, trainer: Trainer) -> float | None:
         """Return the estimate in seconds, or None if it is not known yet or the run is unbounded."""
-        limits = [timer.time_remaining() for timer in callbacks_of(trainer) if isinstance(timer, Timer)]
-        left = [float(limit) for limit in limits if limit is not None]
+        limits = [timer.time_remaining() for timer in find_callbacks(trainer, Timer)]
+        left = [limit for limit in limits if limit is not None]
         done = fraction_done(trainer)
         if done is not None and done > self._start_fraction:
             elapsed = time.monotonic() - self._start
@@ -49,11 +49,17 @@ class RunClock:
         return max(0.0, min(left)) if left else None
 
 
+def epoch_number(epoch: int, trainer: Trainer) -> str:
+    """Format the number of an epoch, counted from 0, for display: ``1/3``, or ``1`` if the run is unbounded."""
+    epochs = trainer.max_epochs or 0
+    return f"{epoch + 1}/{epochs}" if epochs > 0 else f"{epoch + 1}"
+
+
 def fraction_done(trainer: Trainer) -> float | None:
     """Return the fraction of a run's training that is done, in [0, 1], or None if the run is unbounded."""
     fractions = []
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if epochs is not None and epochs > 0 and batches and not math.isinf(batches):
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
+    if epochs > 0 and 0 < batches < math.inf:
         batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         fractions.append((trainer.current_epoch * batches + batches_done) / (epochs * batches))
     if trainer.max_steps > 0:
@@ -118,9 +124,7 @@ class RunProgressBar(RichProgressBar):
         return {SHOWN.get(name, name): value for name, value in metrics.items() if name != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
-        epochs = self.trainer.max_epochs
-        total = f"/{epochs}" if epochs is not None and epochs > 0 else ""
-        return f"{f'Epoch {current_epoch + 1}{total}':{len(self.validation_description)}}"
+        return f"Epoch {epoch_number(current_epoch, self.trainer)}".ljust(len(self.validation_description))
 
 
 def pack(start: str, parts: list[str], width: int = LINE_WIDTH) -> str:
@@ -155,13 +159,10 @@ class RunModelSummary(RichModelSummary):
     ) -> None:
         """Print the table without modules that have no parameters, such as metrics, and without operation counts."""
         columns = dict(summary_data)
-        table = Table()
-        shown = [name for name in ("Name", "Type", "Params") if name in columns]
-        for name in shown:
-            table.add_column(name.lower(), justify="right" if name == "Params" else "left")
-        for row in zip(*(columns[name] for name in shown), strict=True):
-            if row[-1].strip() != "0":
-                table.add_row(*row)
+        table = Table("name", "type", Column("params", justify="right"))
+        for name, kind, count in zip(columns["Name"], columns["Type"], columns["Params"], strict=True):
+            if count.strip() != "0":
+                table.add_row(name, kind, count)
         console = get_console()
         console.print(table)
         counts = f"{trainable_parameters:,} of {total_parameters:,} parameters train"
@@ -186,8 +187,7 @@ class EpochLines(Callback):
     @staticmethod
     def _epoch_scores(trainer: Trainer) -> Mapping[str, Any]:
         """Return the epoch's scores from :class:`RunSummary`, or the last logged metrics without that callback."""
-        callbacks = callbacks_of(trainer)
-        rows = next((callback.epochs for callback in callbacks if isinstance(callback, RunSummary)), [])
+        rows = [row for summary in find_callbacks(trainer, RunSummary) for row in summary.epochs]
         return rows[-1] if rows else trainer.callback_metrics
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,9 +201,8 @@ class EpochLines(Callback):
             for split in ("train", "val")
             if (values := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
         ]
-        epochs = trainer.max_epochs
-        total = f"/{epochs}" if epochs is not None and epochs > 0 else ""
         left = self.clock.seconds_left(trainer)
         seconds = duration(time.monotonic() - self._epoch_start)
         remaining = "" if left is None or trainer.should_stop else f", {duration(left)} left"
-        print(pack(f"epoch {trainer.current_epoch + 1}{total}: ", [*scores, f"{seconds}{remaining}"]), flush=True)
+        start = f"epoch {epoch_number(trainer.current_epoch, trainer)}: "
+        print(pack(start, [*scores, f"{seconds}{remaining}"]), flush=True)

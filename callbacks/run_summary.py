@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.table import Table
+from torch import Tensor
 
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.pictures import log_text
@@ -23,10 +25,12 @@ from gpt2_pl.callbacks.throughput import Throughput
 from gpt2_pl.errors import RunError
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.pretrained import provenance
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.tasks.protocols import LayeredModule
+from gpt2_pl.utils.trainer import find_callbacks
 
 Scores = dict[str, float]
 
+_LAYER_COLUMNS = ["layer", "parameters", "trainable", "peak rate"]
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "tokenizers", "safetensors")
 
 
@@ -67,11 +71,10 @@ class RunSummary(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the record of an interrupted run; an evaluation starts a new one."""
-        if not self._fitting:
-            return
-        self.epochs = state_dict.get("epochs") or []
-        self._val_metrics = state_dict.get("val_metrics") or {}
-        self.layers = state_dict.get("layers") or []
+        if self._fitting:
+            self.epochs = state_dict.get("epochs") or []
+            self._val_metrics = state_dict.get("val_metrics") or {}
+            self.layers = state_dict.get("layers") or []
 
     # Training
 
@@ -81,7 +84,7 @@ class RunSummary(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch to the record."""
-        scores = _logged_scores(trainer, "train/")
+        scores = _of_split(trainer.callback_metrics, "train/")
         scores.pop("train/loss_step", None)
         epoch = trainer.current_epoch + 1
         if self.epochs and self.epochs[-1]["epoch"] == epoch:  # the run ended within this epoch, and was resumed
@@ -98,7 +101,7 @@ class RunSummary(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"trainable_parameters": count}, step=trainer.global_step)
         if self.layers != before and trainer.is_global_zero:
-            rows = [["layer", "parameters", "trainable", "peak rate"], ["---"] * 4, *_layer_rows(self.layers)]
+            rows = [_LAYER_COLUMNS, ["---"] * 4, *_layer_rows(self.layers)]
             log_text(trainer, "layers", "\n".join(f"| {' | '.join(row)} |" for row in rows))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,7 +123,7 @@ class RunSummary(Callback):
         if trainer.state.fn == "validate":
             self._write_evaluation(trainer, pl_module, "val/")
         elif not trainer.sanity_checking:
-            self._keep_better(pl_module, _logged_scores(trainer, "val/"))
+            self._keep_better(pl_module, _of_split(trainer.callback_metrics, "val/"))
 
     def _keep_better(self, pl_module: LightningModule, scores: Scores) -> None:
         """Keep the best validation of the epoch, the one that ``best.ckpt`` may hold."""
@@ -132,7 +135,7 @@ class RunSummary(Callback):
         self._write_evaluation(trainer, pl_module, "test/")
 
     def _write_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        self.scores.update(_logged_scores(trainer, split))
+        self.scores.update(_of_split(trainer.callback_metrics, split))
         self._write(trainer, pl_module, "finished")
 
     # Results
@@ -164,8 +167,7 @@ class RunSummary(Callback):
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
         metric_info: Any = pl_module.metric_info
-        callbacks = callbacks_of(trainer)
-        throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
+        cost = [throughput.record(trainer) for throughput in find_callbacks(trainer, Throughput)]
         return {
             "task": type(pl_module).__name__,
             "configs": self.files,
@@ -182,12 +184,10 @@ class RunSummary(Callback):
                 "total": sum(p.numel() for p in parameters),
                 "layers": self.layers,
             },
-            **({} if throughput is None else throughput.record(trainer)),
+            **(cost[0] if cost else {}),
             "threads": torch.get_num_threads(),
             "steps": trainer.global_step,
-            "skipped_steps": sum(
-                callback.skipped for callback in callbacks if isinstance(callback, NonFiniteLossGuard)
-            ),
+            "skipped_steps": sum(guard.skipped for guard in find_callbacks(trainer, NonFiniteLossGuard)),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "processes": trainer.world_size,
             "precision": str(trainer.precision),
@@ -197,16 +197,13 @@ class RunSummary(Callback):
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         }
 
-    def table(self, pl_module: LightningModule) -> Any:
-        """Return a rich table of the training scores and the best validation of every epoch; the best is marked."""
-        from rich.table import Table
-
-        table = Table(title="Scores by epoch", caption=getattr(pl_module, "table_caption", None))
+    def table(self, pl_module: LightningModule) -> Table:
+        """Return a table of the training scores and the best validation of every epoch; the best is marked."""
         names = getattr(pl_module, "displayed_metrics", ("loss",))
         columns = [f"{split}/{name}" for name in names for split in ("train", "val")]
-        table.add_column("epoch", justify="right")
-        for column in columns:
-            table.add_column(column.replace("/", " ").replace("macro_f1", "macro F1"), justify="right")
+        table = Table(title="Scores by epoch", caption=getattr(pl_module, "table_caption", None))
+        for header in ("epoch", *(column.replace("/", " ").replace("macro_f1", "macro F1") for column in columns)):
+            table.add_column(header, justify="right")
         best = self.final_scores(pl_module).get("best_epoch")
         for scores in self.epochs:
             cells = [f"{scores[column]:.4f}" if column in scores else "" for column in columns]
@@ -214,14 +211,11 @@ class RunSummary(Callback):
             table.add_row(f"{int(scores['epoch'])}{mark}", *cells, style="bold" if mark else None)
         return table
 
-    def layer_table(self) -> Any:
-        """Return a rich table of what trained in the last epoch and at what rate; equal blocks share a row."""
-        from rich.table import Table
-
+    def layer_table(self) -> Table:
+        """Return a table of what trained in the last epoch and at what rate; equal blocks share a row."""
         table = Table(title="What trained, at the end")
-        table.add_column("layer")
-        for column in ("parameters", "trainable", "peak rate"):
-            table.add_column(column, justify="right")
+        for header in _LAYER_COLUMNS:
+            table.add_column(header, justify="left" if header == "layer" else "right")
         for row in _layer_rows(self.layers):
             table.add_row(*row)
         return table
@@ -235,7 +229,7 @@ def _goodness(pl_module: LightningModule, scores: Mapping[str, float]) -> float:
 
 def layer_table(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
     """Return for every layer its parameters, how many of them train now, and their optimizer groups' peak rates."""
-    groups: Any = getattr(pl_module, "layer_groups", dict)
+    layers = pl_module.layer_groups() if isinstance(pl_module, LayeredModule) else {}
     rates: dict[int, float] = {}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
@@ -247,7 +241,7 @@ def layer_table(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, 
             "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
             "peak_rates": sorted({rates[id(p)] for _, p in parameters if p.requires_grad and id(p) in rates}),
         }
-        for layer, parameters in groups().items()
+        for layer, parameters in layers.items()
     ]
 
 
@@ -266,11 +260,7 @@ def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _logged_scores(trainer: Trainer, split: str) -> Scores:
-    """Return the logged scores of a split, such as ``val/``."""
-    return {name: value.item() for name, value in _of_split(trainer.callback_metrics, split).items()}
-
-
-def _of_split(scores: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """Return the scores whose names start with ``split``, such as ``val/``."""
-    return {name: value for name, value in scores.items() if name.startswith(split)}
+def _of_split(scores: Mapping[str, float | Tensor], split: str) -> Scores:
+    """Return the scores whose names start with ``split``, such as ``val/``, as numbers."""
+    chosen = {name: value for name, value in scores.items() if name.startswith(split)}
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in chosen.items()}

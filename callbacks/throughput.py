@@ -22,22 +22,22 @@ class Throughput(Callback):
     ``train/mfu``: the model FLOPs utilization (Chowdhery et al. 2022, appendix B). A resumed run continues all counts.
 
     Attributes:
-        seconds: wall-clock time of training, validation included.
+        seconds: wall-clock time of training, validation included; see :meth:`update`.
         cpu_seconds: CPU time of all threads of this process, in those seconds.
         training_seconds: wall-clock time of training batches.
         examples: rows trained on, of all processes.
         tokens: tokens trained on, of all processes.
         flops: floating-point operations of all processes; None if the task does not know them.
+        peak_memory_bytes: largest memory allocated on the GPU or, without a GPU, occupied by the process.
     """
 
     _STATE = ("seconds", "cpu_seconds", "training_seconds", "examples", "tokens", "flops", "peak_memory_bytes")
 
     def __init__(self) -> None:
-        self._seconds = self._cpu_seconds = self.training_seconds = 0.0  # of earlier processes, and until training ends
-        self.examples = self.tokens = 0
+        self.seconds = self.cpu_seconds = self.training_seconds = 0.0
+        self.examples = self.tokens = self.peak_memory_bytes = 0
         self.flops: float | None = 0.0
-        self._peak_memory_bytes = 0  # of earlier processes of the run
-        self._start: tuple[float, float] | None = None  # wall-clock and CPU time, in training
+        self._clocks: tuple[float, float] | None = None  # wall-clock and CPU time when they were last read, in training
         self._batch_start = 0.0
         self._counted = (0, 0.0)  # tokens and training seconds that operations were counted of
         self._flops_per_token: tuple[frozenset[str], float | None] = (frozenset(), None)
@@ -49,21 +49,15 @@ class Throughput(Callback):
 
     # Figures
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of training so far, validation included."""
-        return self._seconds + (0.0 if self._start is None else time.perf_counter() - self._start[0])
-
-    @property
-    def cpu_seconds(self) -> float:
-        """CPU seconds of training so far, of all threads of this process."""
-        return self._cpu_seconds + (0.0 if self._start is None else time.process_time() - self._start[1])
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Largest memory allocated on the GPU or, without a GPU, occupied by the process."""
-        now = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_process_memory()
-        return max(self._peak_memory_bytes, now)
+    def update(self) -> None:
+        """Read the clocks and the peak of the memory."""
+        now = (time.perf_counter(), time.process_time())
+        if self._clocks is not None:
+            self.seconds += now[0] - self._clocks[0]
+            self.cpu_seconds += now[1] - self._clocks[1]
+            self._clocks = now
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_process_memory()
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
 
     def mfu(self, trainer: Trainer) -> float | None:
         """Return the model FLOPs utilization of the whole training, or None if it is not known."""
@@ -73,12 +67,13 @@ class Throughput(Callback):
 
     def record(self, trainer: Trainer) -> dict[str, Any]:
         """Return the figures for metrics.json."""
-        per_second = 1.0 / self.training_seconds if self.training_seconds else None
+        self.update()
+        seconds = self.training_seconds
         return {
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
-            "examples_per_second": None if per_second is None else self.examples * per_second,
-            "tokens_per_second": None if per_second is None else self.tokens * per_second,
+            "examples_per_second": self.examples / seconds if seconds else None,
+            "tokens_per_second": self.tokens / seconds if seconds else None,
             "training_flops": self.flops or None,
             "mfu": self.mfu(trainer),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -88,22 +83,22 @@ class Throughput(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all figures so far."""
+        self.update()
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the figures of an interrupted run; an evaluation keeps its own."""
-        if not self._fitting:
-            return
-        for name in self._STATE:
-            if (value := state_dict.get(name)) is not None:
-                setattr(self, f"_{name}" if isinstance(getattr(type(self), name, None), property) else name, value)
-        self._counted = (self.tokens, self.training_seconds)
+        if self._fitting:
+            for name in self._STATE:
+                if (value := state_dict.get(name)) is not None:
+                    setattr(self, name, value)
+            self._counted = (self.tokens, self.training_seconds)
 
     # Training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
-        self._start = (time.perf_counter(), time.process_time())
+        self._clocks = (time.perf_counter(), time.process_time())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -137,7 +132,8 @@ class Throughput(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clocks."""
         self._count_flops(pl_module)
-        self._seconds, self._cpu_seconds, self._start = self.seconds, self.cpu_seconds, None
+        self.update()
+        self._clocks = None
 
     def _count_flops(self, pl_module: LightningModule) -> float | None:
         """Add and return the operations of the batches since the last call; None if they are not known."""
@@ -149,11 +145,9 @@ class Throughput(Callback):
         if trains != self._flops_per_token[0]:
             self._flops_per_token = trains, pl_module.training_flops_per_token(self.tokens / self.examples)
         per_token = self._flops_per_token[1]
-        if per_token is None:
-            self.flops = None
-            return None
-        self.flops += per_token * tokens
-        return per_token * tokens
+        flops = None if per_token is None else per_token * tokens
+        self.flops = None if flops is None else self.flops + flops
+        return flops
 
     def _utilization(self, trainer: Trainer, flops_per_second: float) -> float | None:
         """Return the share of the peak of all devices, or None if the peak is not known, as on a CPU."""

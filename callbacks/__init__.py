@@ -6,14 +6,12 @@ from gpt2_pl.callbacks.environment import Environment
 from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
 from gpt2_pl.callbacks.hyperparameters import HyperparameterLogger
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
-from gpt2_pl.callbacks.pictures import PictureWriter
-from gpt2_pl.callbacks.prediction_writer import PredictionWriter
 from gpt2_pl.callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
 from gpt2_pl.callbacks.reproducibility import Reproducibility
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.callbacks.run_summary import RunSummary
-from gpt2_pl.callbacks.samples import SampleWriter
 from gpt2_pl.callbacks.throughput import Throughput
+from gpt2_pl.callbacks.writers import PictureWriter, PredictionWriter, SampleWriter
 
 __all__ = [
     "AtomicCheckpointIO",

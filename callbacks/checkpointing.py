@@ -94,8 +94,8 @@ class ResumableModelCheckpoint(ModelCheckpoint):
         state = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             state[key] = _relocate(state[key], best)
-        scores = {_relocate(path, best): score for path, score in state["best_k_models"].items()}
-        state["best_k_models"] = {path: score for path, score in scores.items() if path}
+        scores = state["best_k_models"].items()
+        state["best_k_models"] = {str(best): score for path, score in scores if _relocate(path, best)}
         if not best.exists() and state["best_model_path"]:
             self._copy_best(best)
         if not best.exists() or not state["best_model_path"]:

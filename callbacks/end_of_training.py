@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from gpt2_pl.tasks.averaging import transfer_averages
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.utils.trainer import find_callbacks
 
 
 class EndOfTraining(Callback):
@@ -32,19 +32,14 @@ class EndOfTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at once if early stopping had already ended the run."""
-        callbacks = callbacks_of(trainer)
-        if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in callbacks):
+        if any(callback.wait_count >= callback.patience for callback in find_callbacks(trainer, EarlyStopping)):
             trainer.should_stop = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Defer a stop until the optimizer step; transfer averaged weights before the last validation."""
-        if trainer.fit_loop._should_accumulate():
-            self._stop_requested |= trainer.should_stop
-            trainer.should_stop = False
-        elif self._stop_requested:
-            self._stop_requested, trainer.should_stop = False, True
+        self._defer_stop(trainer)
         if trainer.is_last_batch:
             transfer_averages(trainer, pl_module)
 
@@ -53,9 +48,14 @@ class EndOfTraining(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated_step = trainer.global_step
+        self._defer_stop(trainer)
+
+    def _defer_stop(self, trainer: Trainer) -> None:
         if trainer.fit_loop._should_accumulate():
             self._stop_requested |= trainer.should_stop
             trainer.should_stop = False
+        elif self._stop_requested:
+            self._stop_requested, trainer.should_stop = False, True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate if training ends with weights that were not validated."""

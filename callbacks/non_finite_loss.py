@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt2_pl.callbacks.run_folder import run_folder
-from gpt2_pl.errors import InputError, RunError
+from gpt2_pl.errors import RunError, require
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.protocols import RowData
 
 
 class NonFiniteLossGuard(Callback):
@@ -35,8 +35,8 @@ class NonFiniteLossGuard(Callback):
     """
 
     def __init__(self, on_non_finite_loss: Literal["error", "skip"] = "error") -> None:
-        if on_non_finite_loss not in ("error", "skip"):
-            raise InputError(f"on_non_finite_loss must be error or skip, got {on_non_finite_loss!r}")
+        is_valid = on_non_finite_loss in ("error", "skip")
+        require(is_valid, "on_non_finite_loss", on_non_finite_loss, "error or skip")
         self.on_non_finite_loss = on_non_finite_loss
         self.skipped = 0
         self._batch: Any = None
@@ -105,13 +105,12 @@ class NonFiniteLossGuard(Callback):
     def _format_message(self, trainer: Trainer, loss: Tensor) -> str:
         rows = self._batch["row"].tolist() if isinstance(self._batch, dict) and "row" in self._batch else []
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if hasattr(datamodule, "row_number"):
+        if isinstance(datamodule, RowData):
             rows = [datamodule.row_number("train", row) for row in rows]
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        folder = run_folder(trainer)
-        last = None if folder is None else Path(folder, "checkpoints", "last.ckpt")
-        has_checkpoint = last is not None and last.is_file()
-        checkpoint = f"the last good checkpoint is {last}" if has_checkpoint else "no checkpoint was saved"
+        checkpoint = "no checkpoint was saved"
+        if (folder := run_folder(trainer)) is not None and (last := folder / "checkpoints/last.ckpt").is_file():
+            checkpoint = f"the last good checkpoint is {last}"
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}"
         return (
             f"the loss is {loss.item()} at {where}, rows {shown}; {checkpoint}; try a lower learning rate, or skip "

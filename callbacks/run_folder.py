@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.errors import InputError, RunError
 from gpt2_pl.experiments.run_lock import RunLock
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.utils.trainer import find_callbacks
 
 
 class RunFolder(Callback):
@@ -77,9 +77,7 @@ class RunFolder(Callback):
 
 def run_folder(trainer: Trainer) -> Path | None:
     """Return the output folder of a run: that of :class:`RunFolder`, else that of a logger, else None."""
-    callbacks: list[Callback] = callbacks_of(trainer)
-    for callback in callbacks:
-        if isinstance(callback, RunFolder):
-            return callback.path
-    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    for callback in find_callbacks(trainer, RunFolder):
+        return callback.path
+    folders = (logger.log_dir for logger in trainer.loggers)
     return next((Path(folder) for folder in folders if folder is not None), None)

@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
-from gpt2_pl.callbacks.pictures import log_text
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.callbacks.throughput import Throughput
+from gpt2_pl.callbacks.writers import log_text
 from gpt2_pl.errors import RunError
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.pretrained import provenance

@@ -80,7 +80,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/commands/support/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "checkpointing"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "checkpointing checkpoint"),
     ("gpt2_pl/filesystem.py", "            _replace(part, path)", "            path.write_bytes(part.read_bytes())", "faults"),
-    ("gpt2_pl/tasks/checkpointed.py", 'if base.get("digest") != self.base_digest:', "if False:", "strategies checkpoint"),
+    ("gpt2_pl/tasks/checkpointed.py", "if digest != self.base_digest:", "if False:", "strategies checkpoint"),
     # Scores and statistics
     ("gpt2_pl/tasks/base.py", "self._logged.clear()", "pass", "sentiment"),
     ("gpt2_pl/experiments/inference.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "inference"),

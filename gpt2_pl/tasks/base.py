@@ -154,15 +154,14 @@ class Task(Registered, OptimizedModule):
     def _apply_one(self, surgery: Surgery, model: GPT2, base_parameters: list[nn.Parameter]) -> None:
         """Apply a surgery; restore the trainable parameters of the base if the surgery has ``freezes_base``."""
         were_trainable = [parameter.requires_grad for parameter in base_parameters]
-        result = surgery.apply(model)
+        result, name = surgery.apply(model), class_path(type(surgery))
         if result is not model and result is not None:
-            message = f"surgery {class_path(type(surgery))}: apply must change the model in place"
-            raise InputError(message, key="model.surgery")
+            raise InputError(f"surgery {name}: apply must change the model in place", key="model.surgery")
         if surgery.freezes_base:
             for parameter, was_trainable in zip(base_parameters, were_trainable, strict=True):
                 parameter.requires_grad_(was_trainable)
         elif any(were_trainable) and not any(parameter.requires_grad for parameter in base_parameters):
-            self._freezing.append(class_path(type(surgery)))
+            self._freezing.append(name)
 
     def _check_surgery(self) -> None:
         """Apply the surgery to a model on the meta device, to fail before weights are loaded.
@@ -177,10 +176,8 @@ class Task(Registered, OptimizedModule):
             cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
             raise InputError(f"{cause} and LoRA both write {name}; use only one of them", key="model.surgery")
         if self.train_base and self.base_is_frozen and self._freezing:
-            rank_zero_warn(
-                f"train_base: true has no effect: {self._freezing[0]} freezes the whole base; with freezes_base = True "
-                "in that class the task restores which parameters train"
-            )
+            advice = "with freezes_base = True in that class the task restores which parameters train"
+            rank_zero_warn(f"train_base: true has no effect: {self._freezing[0]} freezes the whole base; {advice}")
         self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
         self.n_virtual = skeleton.n_virtual
         self._meta_model = (skeleton,)  # in a tuple, so that it is no submodule

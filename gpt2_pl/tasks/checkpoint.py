@@ -67,10 +67,8 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
     if cls is None:
         reason = f"not by {class_path(task)}"
         if task.is_root:
-            reason = (
-                "which is not a task of this library and has not been imported; import your own code by --plugin "
-                "MODULE or by a configuration that names it"
-            )
+            reason = "which is not a task of this library and has not been imported; import your own code by --plugin"
+            reason += " MODULE or by a configuration that names it"
         raise InputError(f"{name} was written by {shorten(written_by)}, {reason}", key="task")
     check(content, cls, name)
     return content
@@ -84,18 +82,16 @@ def _foreign(name: str, reason: str) -> InputError:
 def arguments(task: type) -> dict[str, Any]:
     """Return the arguments of a task's class and of its base classes, with their annotations."""
     annotations: dict[str, Any] = {}
-    for cls in task.__mro__:
-        if "__init__" in vars(cls):
-            init = vars(cls)["__init__"]
-            try:
-                parameters = inspect.signature(init, eval_str=True).parameters.values()
-            except NameError:  # The name is imported for type checkers only.
-                parameters = inspect.signature(init).parameters.values()
-            for parameter in parameters:
-                if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "self":
-                    annotations.setdefault(parameter.name, parameter.annotation)
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-                break
+    for init in (vars(cls)["__init__"] for cls in task.__mro__ if "__init__" in vars(cls)):
+        try:
+            parameters = inspect.signature(init, eval_str=True).parameters.values()
+        except NameError:  # The name is imported for type checkers only.
+            parameters = inspect.signature(init).parameters.values()
+        named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        for parameter in named[1:]:
+            annotations.setdefault(parameter.name, parameter.annotation)
+        if len(named) == len(parameters):
+            break
     return annotations
 
 

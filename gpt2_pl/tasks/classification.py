@@ -80,11 +80,9 @@ class Classifier(Task):
             message = "model.head verbalizer requires model.label_words, and the reverse; give both or neither"
             raise InputError(message, key="model.label_words")
         if label_words is not None and (len(label_words) != num_classes or pooling != "last"):
-            raise InputError(
-                f"model.label_words must have {num_classes} words, one for each class, with model.pooling 'last', got "
-                f"{len(label_words)} words and pooling {pooling!r}",
-                key="model.label_words",
-            )
+            got = f"{len(label_words)} words and pooling {pooling!r}"
+            expected = f"{num_classes} words, one for each class, with model.pooling 'last'"
+            raise InputError(f"model.label_words must have {expected}, got {got}", key="model.label_words")
         if head == "verbalizer" and (num_dropout_samples != 1 or head_dropout):
             message = "model.num_dropout_samples and model.head_dropout require model.head linear"
             raise InputError(f"{message}; the verbalizer has no dropout", key="model.head")

@@ -47,12 +47,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
     ) -> None:
-        super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
+        settings: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **settings)
 
     def setup_environment(self) -> None:
         """Set the size of the data-parallel mesh to the number of processes, and set up the environment."""

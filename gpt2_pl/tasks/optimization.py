@@ -21,7 +21,9 @@ from gpt2_pl.surgery import Adapter
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.checkpointed import CheckpointedModule
 
+Closure = Callable[[], Any] | None
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+Unit = Literal["rows", "targets"]
 
 
 def gpt2_layers(model: GPT2) -> dict[str, NamedParameters]:
@@ -167,11 +169,7 @@ class OptimizedModule(CheckpointedModule):
             self.trainer.accumulate_grad_batches = scheduler.get_accumulate_grad_batches(self.trainer.current_epoch)
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Closure = None
     ) -> None:
         """Take a step with the gradient of the mean over all its rows, and free the gradients.
 
@@ -192,10 +190,7 @@ class OptimizedModule(CheckpointedModule):
         self._step_mean.clear()
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients; with a fused optimizer too if there is no gradient scaler (bf16).
 
@@ -209,12 +204,7 @@ class OptimizedModule(CheckpointedModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def mean_loss(
-        self,
-        total: Tensor,
-        count: int | Tensor,
-        batch: dict[str, Any],
-        batch_idx: int,
-        unit: Literal["rows", "targets"] = "rows",
+        self, total: Tensor, count: int | Tensor, batch: dict[str, Any], batch_idx: int, unit: Unit = "rows"
     ) -> tuple[Tensor, Tensor]:
         """Convert the sum of the losses of a batch to the loss for the backward pass.
 

@@ -12,8 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from gpt2_pl.errors import InputError, require
-from gpt2_pl.tasks.optimizer_state import check_optimizer, is_known
-from gpt2_pl.tasks.state_values import check_like
+from gpt2_pl.tasks.optimizer_state import check_like, check_optimizer, is_known
 
 
 @contextmanager

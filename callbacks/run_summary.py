@@ -21,7 +21,7 @@ from torch import Tensor
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.callbacks.throughput import Throughput
-from gpt2_pl.callbacks.writers import log_text
+from gpt2_pl.callbacks.writers import goodness, log_text
 from gpt2_pl.errors import RunError
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.pretrained import provenance
@@ -222,9 +222,8 @@ class RunSummary(Callback):
 
 
 def _goodness(pl_module: LightningModule, scores: Mapping[str, float]) -> float:
-    """Return the monitored score, greater is better; no score and NaN are the least, as in ModelCheckpoint."""
-    value = scores.get(str(pl_module.monitor), math.nan)
-    return -math.inf if math.isnan(value) else value if pl_module.mode == "max" else -value
+    """Return the monitored score, greater is better; no score is the least."""
+    return goodness(pl_module, scores.get(str(pl_module.monitor), math.nan))
 
 
 def layer_table(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,11 @@ from gpt2_pl.errors import printable
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.plots import png
+
+
+def goodness(pl_module: LightningModule, score: float) -> float:
+    """Return a value of the task's ``monitor``, greater is better; NaN is the least, as in ModelCheckpoint."""
+    return -math.inf if math.isnan(score) else score if pl_module.mode == "max" else -score
 
 
 class PredictionWriter(Callback):
@@ -43,8 +49,7 @@ class PredictionWriter(Callback):
             return
         if trainer.state.fn == "fit":
             score = float(trainer.callback_metrics[str(pl_module.monitor)])
-            sign = 1 if pl_module.mode == "max" else -1
-            if self.best is not None and sign * score <= sign * self.best:
+            if self.best is not None and goodness(pl_module, score) <= goodness(pl_module, self.best):
                 return
             self.best = score
         self._write(trainer, pl_module, "val")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from gpt2_pl.errors import InputError, require
 from gpt2_pl.utils.trainer import find_callbacks
 
 if TYPE_CHECKING:
-    from gpt2_pl.tasks.base import Task
     from gpt2_pl.tasks.checkpointed import CheckpointedModule
 
 
@@ -50,7 +49,7 @@ class TrainedAverage(AveragedModel):
         super().update_parameters(cast("Any", SimpleNamespace(parameters=lambda: trained, buffers=model.buffers)))
 
 
-def create_averages(task: Task, stage: str) -> None:
+def create_averages(task: LightningModule, stage: str) -> None:
     """Create the averages of the averaging callbacks in ``fit``, and remove them in other stages.
 
     Lightning would copy the model before it is built, or all of it. After ``fit`` it would test the weights that are
@@ -68,14 +67,14 @@ def create_averages(task: Task, stage: str) -> None:
         swa._average_model = copy.deepcopy(task)
 
 
-def share_untrained(task: Task) -> None:
+def share_untrained(task: LightningModule) -> None:
     """Share frozen parameters and buffers between the model and its averages; the model must be on its device."""
     for averaging in find_callbacks(task._trainer, WeightAveraging):
         if isinstance(average := averaging._average_model, TrainedAverage):
             average.share(task)
 
 
-def transfer_averages(trainer: Trainer, task: Any) -> None:
+def transfer_averages(trainer: Trainer, task: LightningModule) -> None:
     """Copy the average into the model in the last epoch, before its last validation and checkpoint.
 
     WeightAveraging does so itself. StochasticWeightAveraging does so after the last checkpoint.
@@ -132,7 +131,7 @@ def expand(checkpoint: dict[str, Any], task: CheckpointedModule, where: str) -> 
         message = "the checkpoint holds averaged weights; configure the callback that averages them"
         raise InputError(f"{message} (such as EMAWeightAveraging)", key="trainer.callbacks", source=where)
     _check_averages(checkpoint["state_dict"], current, averaging, _trained_names(task), where)
-    checkpoint["current_model_state"] = {**checkpoint["state_dict"], **cast("dict[str, Any]", current)}
+    checkpoint["current_model_state"] = checkpoint["state_dict"] | current
 
 
 def _check_averages(state: dict[str, Tensor], current: Any, averaging: Any, trained: set[str], where: str) -> None:

@@ -281,8 +281,7 @@ class Task(Registered, OptimizedModule):
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            Pictures (H, W, 3), from 0 to 255, by name. All processes call this method; the pictures
-            of the first are used, and the others may return none.
+            Pictures (H, W, 3), from 0 to 255, by name. All processes call this method; those of the first are used.
         """
         return {}
 
@@ -346,8 +345,6 @@ class Task(Registered, OptimizedModule):
         finally:
             kernels.set_enabled(kernels_enabled)
         return counter.get_total_flops() / input_ids.numel()
-
-    # Training
 
     def on_fit_start(self) -> None:
         """Check the training state of a checkpoint before the optimizers load it.

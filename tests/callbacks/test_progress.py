@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from gpt2_pl.callbacks import PredictionWriter
 from gpt2_pl.callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done, pack
 from gpt2_pl.callbacks.run_summary import RunSummary
 
@@ -141,3 +142,14 @@ def test_run_summary_several_values_in_an_epoch_keep_best_number(mode, values, b
     assert summary._val_metrics == {"val/x": best}
     summary.epochs = [{"epoch": 1, "val/x": math.nan}, {"epoch": 2, "val/x": best}, {"epoch": 3}]
     assert summary.best_epoch(module)["epoch"] == 2
+
+
+def test_prediction_writer_score_that_is_no_number_keeps_best_rows(monkeypatch):
+    writer, module, written = PredictionWriter(), SimpleNamespace(monitor="val/x", mode="min"), []
+    monkeypatch.setattr(writer, "_write", lambda *_: written.append(writer.best))
+    for score in (5.0, math.nan, 3.0, math.nan, 4.0):
+        trainer = SimpleNamespace(
+            sanity_checking=False, state=SimpleNamespace(fn="fit"), callback_metrics={"val/x": score}
+        )
+        writer.on_validation_end(trainer, module)
+    assert written == [5.0, 3.0]

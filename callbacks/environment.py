@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.kernels.attention import set_cudnn_sdp
 from gpt2_pl.kernels.malloc import disable_malloc_trim
+from gpt2_pl.tasks.base import Task
 
 
 class Environment(Callback):
@@ -27,7 +28,7 @@ class Environment(Callback):
         """Apply the settings."""
         if self.keep_memory:
             disable_malloc_trim()
-        if not getattr(pl_module, "fixed_length_batches", True):
+        if isinstance(pl_module, Task) and not pl_module.fixed_length_batches:
             was_enabled = set_cudnn_sdp(False)
             if self._cudnn_was_enabled is None:
                 self._cudnn_was_enabled = was_enabled

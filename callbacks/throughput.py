@@ -10,7 +10,6 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.tasks.base import Task
-from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.utils.machine import peak_process_memory
 
 H200_FLOPS = 9.89e14  # dense bfloat16, of the data sheet; Lightning does not know the name "NVIDIA H200"
@@ -111,7 +110,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch, and log the speed since the last time."""
-        if isinstance(pl_module, LanguageModel) and pl_module.decoded_last_step:
+        if isinstance(pl_module, Task) and pl_module.decoded_last_step:
             return  # such a step reads other tokens than the batch's
         self.training_seconds += time.perf_counter() - self._batch_start
         self.examples += int(batch.get("global_rows", len(batch["input_ids"])))

@@ -80,6 +80,8 @@ class Task(Registered, OptimizedModule):
     primary: ClassVar[str | None] = None
     #: Whether nearly all batches have the same length.
     fixed_length_batches: ClassVar[bool] = False
+    #: Whether the last training step read other tokens than those of its batch.
+    decoded_last_step: bool = False
     #: Name, without the split, of the file that :meth:`samples` are written to.
     samples_name: ClassVar[str] = "samples"
 
@@ -143,8 +145,9 @@ class Task(Registered, OptimizedModule):
             self._apply_one(surgery, model, base_parameters)
             remaining = set(map(id, model.parameters()))
             if lost := [name for name, parameter in added.items() if id(parameter) not in remaining]:
-                message = f"removes {listing(lost)}, which earlier surgery added; its modules must keep these layers"
-                raise InputError(f"surgery {class_path(type(surgery))} {message}", key="model.surgery")
+                message = f"surgery {class_path(type(surgery))} removes {listing(lost)}, which earlier surgery added"
+                advice = "its modules must keep the layers that they replace, or replace others"
+                raise InputError(f"{message}; {advice}", key="model.surgery")
             added = {name: p for name, p in model.named_parameters() if id(p) not in base_ids}
         self.base_is_frozen = not any(parameter.requires_grad for parameter in base_parameters)
         named = dict(model.named_parameters(remove_duplicate=False))

@@ -91,7 +91,6 @@ class LanguageModel(Task):
         self.sequence_unlikelihood = sequence_unlikelihood
         self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
         self._ignored_ids: list[int] | None = None
-        self.decoded_last_step = False
         self.metrics = SplitMetrics(lambda: {"loss": WeightedMean(), "perplexity": Perplexity()})
 
     @property

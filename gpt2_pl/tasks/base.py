@@ -350,9 +350,7 @@ class Task(Registered, OptimizedModule):
         return counter.get_total_flops() / input_ids.numel()
 
     def on_fit_start(self) -> None:
-        """Check the training state of a checkpoint before the optimizers load it.
-
-        Averages of the weights also start to share the parameters that do not train.
+        """Check a checkpoint's training state, and share the parameters that do not train with averages of the weights.
 
         Raises:
             InputError: a state that does not fit the optimizers or schedulers.

@@ -153,7 +153,7 @@ def merge(model: GPT2) -> GPT2:
     merged: list[str] = []
     for name, module in list(model.named_modules()):
         is_inside_adapter = bool(merged) and name.startswith(f"{merged[-1]}.")
-        if is_inside_adapter or not isinstance(module, MergeableLayer):
+        if is_inside_adapter or not isinstance(module, nn.Module) or not isinstance(module, MergeableLayer):
             continue
         merged.append(name)
         with torch.no_grad():

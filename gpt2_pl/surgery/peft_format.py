@@ -177,7 +177,8 @@ class PeftAdapter(Surgery):
         """Add the saved adapter to ``model`` and freeze the published parameters; see :class:`Surgery`."""
         config, tensors = self._read()
         tensors.pop("score.weight", None)
-        self._shift = self._take_ln_f_shift(model, tensors)
+        if (shift := self._take_ln_f_shift(model, tensors)) is not None:
+            self._shift = shift
         take = self._take_lora if config.peft_type == "LORA" else self._take_virtual_tokens
         modules = take(model, config, tensors)
         if tensors:

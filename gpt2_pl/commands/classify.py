@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpt2_pl.commands.support.parser import CommandParser, best_checkpoint
+from gpt2_pl.commands.support.parser import CommandParser, check_batches
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.filesystem import atomic_write, require_absent
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.kernels.attention import set_cudnn_sdp
 
 if TYPE_CHECKING:
@@ -46,32 +46,26 @@ def main(args: list[str]) -> None:
 
     import torch
 
-    from gpt2_pl.commands.export import load
     from gpt2_pl.commands.support.settings import best_precision
+    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
     from gpt2_pl.datamodules.prompt_template import Template
     from gpt2_pl.datamodules.readers import read_file
     from gpt2_pl.tasks.protocols import TextClassifier, lacks
-    from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
-    checkpoint = options.ckpt_path or best_checkpoint(options.run)
-    task = load(checkpoint, options.base)
+    task, checkpoint = load_task(options)
     if not isinstance(task, TextClassifier):
-        raise InputError(
-            f"{checkpoint} must be of a task that classifies text, got {type(task).__name__}: "
-            f"{lacks(task, TextClassifier)}"
-        )
+        kind = f"{type(task).__name__}: {lacks(task, TextClassifier)}"
+        raise InputError(f"{checkpoint} must be of a task that classifies text, got {kind}", key="RUN")
     check_prompt_spec(task, checkpoint)
     spec = task.prompt_spec
     assert spec is not None
-    tokenizer, template = load_tokenizer(options.run, "RUN"), Template(spec["template"])
-    validate_vocab_size(tokenizer, task.config.vocab_size, str(checkpoint), "RUN's tokenizer.json")
+    template = Template(spec["template"])
+    tokenizer = load_run_tokenizer(options.run, task.config.vocab_size, str(checkpoint))
     skip = options.on_invalid_row == "skip"
     quoting = spec.get("quoting") if options.quoting is None else options.quoting == "true"
     source = read_file(options.input, "input", quoting, skip)
     read_rows = reader(source, spec["columns"], skip)
     counts = Counter(row is None for row in read_rows())  # all rows are checked before the first is classified
-    if not (n_valid := counts[False]):
-        raise InputError(f"input: {options.input} has no valid rows")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = (options.precision or best_precision("auto")) == "bf16-mixed"
@@ -84,64 +78,39 @@ def main(args: list[str]) -> None:
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
-        for chunk in _chunks(rows, n_valid, _CHUNK_BATCHES * options.batch_size):
+        for chunk in _chunks(rows, counts[False], _CHUNK_BATCHES * options.batch_size):
             ids = template.encode([row.fields for row in chunk], tokenizer, spec["max_length"])
+            empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
+            if empty is not None and not skip:
+                raise InputError(template.no_token(empty.fields), source=f"{source.name}, row {empty.number}")
             encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
-            if len(encoded) < len(chunk) and not skip:
-                row = next(row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids)
-                raise InputError(f"{source.name}, row {row.number}: {template.no_token(row.fields)}")
             n_classified += len(encoded)
             predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size)
             for (row, _), (prediction, probabilities) in zip(encoded, predictions, strict=True):
                 write(row, prediction, probabilities)
         if not n_classified:
-            raise InputError(f"input: {options.input} has no valid rows")
+            raise InputError(f"input: {options.input} has no valid rows", key="input")
     n_skipped = counts.total() - n_classified
     skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
     print(printable(f"{options.out}: {n_classified} rows{skipped}"))
 
 
 def _parse_arguments(args: list[str]) -> Namespace:
-    parser = CommandParser(plugins=True, prog="gpt2-pl classify", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--input",
-        required=True,
-        metavar="FILE",
-        help="CSV, TSV, JSON lines or Parquet file with the columns of the training data, without labels",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=f"output file, {', '.join(_DELIMITERS)}; it must not exist",
-    )
-    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
-    parser.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="rows per batch (default: %(default)s)")
-    parser.add_argument(
-        "--quoting",
-        choices=("true", "false"),
-        help="whether double quotes enclose values in CSV and TSV files (default: as in training)",
-    )
-    parser.add_argument(
-        "--on_invalid_row",
-        choices=("error", "skip"),
-        default="error",
-        help="whether a row that cannot be read or has no text is an error or skipped (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("bf16-mixed", "32-true"),
-        help="default: bf16-mixed if the hardware supports bfloat16, else 32-true",
-    )
+    parser = CommandParser(prog="gpt2-pl classify", description=__doc__)
+    add = parser.add_argument
+    parser.add_run()
+    input_help = "CSV, TSV, JSON lines or Parquet file with the columns of the training data, without labels"
+    add("--input", required=True, metavar="FILE", help=input_help)
+    parser.add_output("FILE", f"output file, {', '.join(_DELIMITERS)}")
+    add("--batch_size", type=int, default=64, metavar="N", help="rows per batch")
+    quoting_help = "whether double quotes enclose values in CSV and TSV files (default: as in training)"
+    add("--quoting", choices=("true", "false"), help=quoting_help)
+    invalid_help = "whether a row that cannot be read or has no text is an error or skipped"
+    add("--on_invalid_row", choices=("error", "skip"), default="error", help=invalid_help)
+    precision_help = "default: bf16-mixed if the hardware supports bfloat16, else 32-true"
+    add("--precision", choices=("bf16-mixed", "32-true"), help=precision_help)
     options = parser.parse_args(args)
-    require_absent(options.out)
-    if options.out.suffix.lower() not in _DELIMITERS:
-        raise InputError(f"out must be a file with one of the extensions {', '.join(_DELIMITERS)}, got {options.out}")
-    if options.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {options.batch_size}")
+    check_batches(options, _DELIMITERS)
     return options
 
 
@@ -168,18 +137,20 @@ def check_prompt_spec(task: TextClassifier, checkpoint: Path) -> None:
 
     spec: Any = task.prompt_spec
     if not spec:
-        raise InputError(f"{checkpoint} must contain a template (prompt_spec); train it with data of this library")
-    for key in ("template", "columns", "labels", "max_length"):
-        if spec.get(key) is None:
-            raise InputError(f"{checkpoint} is broken: prompt_spec.{key} is missing")
-    fields, columns = Template(spec["template"]).fields, spec["columns"]
-    if set(fields) != columns.keys() or not all(columns.values()):
-        raise InputError(f"{checkpoint} is broken: prompt_spec.columns must name a column for each template field")
-    if len(spec["labels"]) != task.num_classes or not 1 <= spec["max_length"] <= task.max_length:
-        raise InputError(
-            f"{checkpoint} is broken: prompt_spec must have {task.num_classes} labels and a max_length of 1 to "
-            f"{task.max_length}, as its model, got {len(spec['labels'])} labels and {spec['max_length']}"
+        message = f"{checkpoint} must contain a template (prompt_spec); train it with data of this library"
+        raise InputError(message, key="prompt_spec")
+    fault = ""
+    if missing := [key for key in ("template", "columns", "labels", "max_length") if spec.get(key) is None]:
+        fault = f"prompt_spec.{missing[0]} is missing"
+    elif set(Template(spec["template"]).fields) != spec["columns"].keys() or not all(spec["columns"].values()):
+        fault = "prompt_spec.columns must name a column for each template field"
+    elif len(spec["labels"]) != task.num_classes or not 1 <= spec["max_length"] <= task.max_length:
+        fault = (
+            f"prompt_spec must have {task.num_classes} labels and a max_length of 1 to {task.max_length}, as its "
+            f"model, got {len(spec['labels'])} labels and {spec['max_length']}"
         )
+    if fault:
+        raise InputError(f"{checkpoint} is broken: {fault}", key="prompt_spec")
 
 
 def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[InputRow | None]]:
@@ -204,17 +175,15 @@ def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Call
 
     def read_rows() -> Iterator[InputRow | None]:
         for number, row in source.read(list(dict.fromkeys(selected.values()))):
-            if isinstance(row, str):
-                yield None
-                continue
+            valid = None
             try:
-                fields = {field: parse_text(row, column, source.name, number) for field, column in selected.items()}
+                if not isinstance(row, str):
+                    fields = {key: parse_text(row, column, source.name, number) for key, column in selected.items()}
+                    valid = InputRow(number, fields)
             except InputError:
                 if not skip:
                     raise
-                yield None
-                continue
-            yield InputRow(number, fields)
+            yield valid
 
     return read_rows
 
@@ -257,17 +226,17 @@ def writer(out: Path, fields: list[str], labels: list[str]) -> Iterator[Callable
         A function of a row, its predicted class index and the probabilities of all classes.
     """
     names = ["row", *fields, "prediction", *(f"p({label})" for label in labels)]
+    delimiter = _DELIMITERS[out.suffix.lower()]
     with atomic_write(out) as file:
-        write_values = _value_writer(file, names, _DELIMITERS[out.suffix.lower()])
-        yield lambda row, prediction, probabilities: write_values(
-            [row.number, *row.fields.values(), labels[prediction], *(round(p, 6) for p in probabilities)]
-        )
+        table = None if delimiter is None else csv.writer(file, delimiter=delimiter)
+        if table is not None:
+            table.writerow(names)
 
+        def write(row: InputRow, prediction: int, probabilities: list[float]) -> None:
+            values = [row.number, *row.fields.values(), labels[prediction], *(round(p, 6) for p in probabilities)]
+            if table is not None:
+                table.writerow(values)
+            else:
+                file.write(json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n")
 
-def _value_writer(file: IO[str], names: list[str], delimiter: str | None) -> Callable[[list[Any]], Any]:
-    """Write the header of a table, if it has one, and return a function that writes a row of values."""
-    if delimiter is None:
-        return lambda values: file.write(json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n")
-    table = csv.writer(file, delimiter=delimiter)
-    table.writerow(names)
-    return table.writerow
+        yield write

@@ -6,7 +6,8 @@ import csv
 import json
 from pathlib import Path
 
-from gpt2_pl.commands.support.parser import CommandParser, similar_run
+from gpt2_pl.commands.support.parser import CommandParser
+from gpt2_pl.commands.support.trained_model import similar_run
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.figures import plot_names, plots
@@ -20,9 +21,8 @@ def main(args: list[str]) -> None:
     parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--baseline", help="the strategy that the others are compared with; default: full, or else the first"
-    )
+    baseline_help = "the strategy that the others are compared with; default: full, or else the first"
+    parser.add_argument("--baseline", help=baseline_help)
     given = parser.parse_args(args)
     require_writable(given.out / "report.md", "out")
     folders = [folder for path in given.runs for folder in run_folders(path)]
@@ -41,18 +41,15 @@ def main(args: list[str]) -> None:
 
 def _write_files(comparisons: list[Comparison], out: Path) -> None:
     """Write the plots, the page and the data."""
-    images = {}
+    images = {comparison.task: plots(comparison) for comparison in comparisons}
     for comparison in comparisons:
-        images[comparison.task] = plots(comparison)
         for name, png in images[comparison.task].items():
             with atomic_write(out / _image_file(comparison, name), "wb") as file:
                 file.write(png)
-    for name, content in (
-        ("report.html", page(comparisons, images)),
-        ("report.json", json.dumps([as_json(comparison) for comparison in comparisons], indent=2)),
-    ):
-        with atomic_write(out / name) as file:
-            file.write(content)
+    with atomic_write(out / "report.html") as file:
+        file.write(page(comparisons, images))
+    with atomic_write(out / "report.json") as file:
+        file.write(json.dumps([as_json(comparison) for comparison in comparisons], indent=2))
     with atomic_write(out / "report.csv") as file:
         write_csv(comparisons, csv.writer(file))
 
@@ -72,9 +69,10 @@ def run_folders(path: Path) -> list[Path]:
             return [path]
         folders = sorted(file.parent for file in path.glob("**/metrics.json"))
     except OSError as error:
-        raise InputError(f"{str(path)[:500]} cannot be read: {error.strerror}") from None
+        raise InputError(f"{str(path)[:500]} cannot be read: {error.strerror}", key="RUN", value=path) from None
     if not folders:
         if not path.exists():
-            raise InputError(f"RUN: there is no folder {path}{similar_run(path)}")
-        raise InputError(f"RUN must be a run folder, with metrics.json, or contain some, got {path}")
+            raise InputError(f"RUN: there is no folder {path}{similar_run(path)}", key="RUN", value=path)
+        expected = "a run folder, with metrics.json, or contain some"
+        raise InputError(f"RUN must be {expected}, got {path}", key="RUN", value=path, expected=expected)
     return folders

@@ -27,23 +27,20 @@ def main(args: list[str]) -> None:
     """
     parser = CommandParser(prog="gpt2-pl configs", description=__doc__)
     actions = parser.add_subparsers(dest="action", metavar="list|show|copy", parser_class=CommandParser)
-    actions.add_parser(
-        "list", help="list all files with a description (default)", description="List all configuration files."
-    )
+    list_help = "list all files with a description (default)"
+    actions.add_parser("list", help=list_help, description="List all configuration files.")
     show = actions.add_parser("show", help="print a file", description="Print a configuration file.")
-    copy = actions.add_parser(
-        "copy", help="copy a file, in order to edit the copy", description="Copy a configuration file."
-    )
+    copy_help = "copy a file, in order to edit the copy"
+    copy = actions.add_parser("copy", help=copy_help, description="Copy a configuration file.")
     for action in (show, copy):
         action.add_argument("name", metavar="NAME", help="name of the configuration, such as task/sst5")
-    copy.add_argument(
-        "folder", metavar="FOLDER", nargs="?", default=".", help="destination (default: the working folder)"
-    )
+    folder_help = "destination (default: the working folder)"
+    copy.add_argument("folder", metavar="FOLDER", nargs="?", help=folder_help)
     options = parser.parse_args(args)
     if options.action == "show":
         print(config_path(options.name, "NAME").read_text(encoding="utf-8"), end="")
     elif options.action == "copy":
-        print(_copy(config_path(options.name, "NAME"), Path(options.folder)))
+        print(_copy(config_path(options.name, "NAME"), Path(options.folder or ".")))
     else:
         _print_list()
 
@@ -55,11 +52,11 @@ def _copy(file: Path, folder: Path) -> Path:
         InputError: the folder does not exist, or already contains a file of this name.
     """
     if not folder.is_dir():
-        raise InputError(f"FOLDER must be an existing folder, got {str(folder)!r}")
+        raise InputError(key="FOLDER", value=str(folder), expected="an existing folder")
     copy = folder / file.name
     require_writable(copy, "FOLDER")
     if copy.exists():
-        raise InputError(f"{copy} exists already; move it, or give another FOLDER")
+        raise InputError(f"{copy} exists already; move it, or give another FOLDER", key="FOLDER", value=str(folder))
     return Path(shutil.copyfile(file, copy))
 
 
@@ -71,9 +68,8 @@ def _print_list() -> None:
         print(f"{_TITLES[kind]}:")
         for name, file in files.items():
             if name.rpartition("/")[0] == kind:
-                print(textwrap.fill(
-                    f"  {name:{width}}  {description(file)}", columns, subsequent_indent=" " * (width + 4)
-                ))  # fmt: skip
+                text = f"  {name:{width}}  {description(file)}"
+                print(textwrap.fill(text, columns, subsequent_indent=" " * (width + 4)))
         print()
     example = "fit --config task/sst5 --config strategy/lora --model.base gpt2 --data.train_file F --data.val_file F"
     print(f"{shlex.join(program())} {example}")

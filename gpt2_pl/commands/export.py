@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.commands.support.parser import CommandParser, best_checkpoint
-from gpt2_pl.errors import InputError, describe_failure, listing, printable
+from gpt2_pl.commands.support.parser import CommandParser
+from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
+from gpt2_pl.errors import InputError, listing, printable
 from gpt2_pl.filesystem import atomic_write, require_absent, reraise_disk_full
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 from gpt2_pl.utils.registry import class_path
@@ -30,59 +31,25 @@ def main(args: list[str]) -> None:
     Raises:
         InputError: an argument or the checkpoint is invalid, or the format cannot represent the model.
     """
-    parser = CommandParser(plugins=True, prog="gpt2-pl export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser = CommandParser(prog="gpt2-pl export", description=__doc__)
+    parser.add_run()
     parser.add_argument(
         "--format",
         choices=("hf", "peft"),
         required=True,
         help="hf: the complete model with merged adapters, for transformers; peft: the adapter without the base model",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="output folder; it must not exist")
-    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
-    parser.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
+    parser.add_output("FOLDER", "output folder")
     parser.add_argument("--backbone", action="store_true", help="omit the head of the task")
     options = parser.parse_args(args)
     require_absent(options.out)
-    task = load(options.ckpt_path or best_checkpoint(options.run), options.base)
+    task, _ = load_task(options)
     with atomic_directory(options.out) as folder:
         if options.format == "hf":
             export_hf(task, folder, options.run, options.backbone)
         else:
             export_peft(task, folder, options.backbone)
     print(printable(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}"))
-
-
-def load(checkpoint: Path, base: str | None = None) -> Task:
-    """Load the trained task of a checkpoint on the CPU.
-
-    Args:
-        checkpoint: path of the checkpoint, of any task.
-        base: path or hub id of the pretrained base; defaults to the one that the checkpoint names.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: the checkpoint cannot be loaded, or ``base`` is given for a checkpoint with all weights.
-    """
-    from gpt2_pl.tasks import Task
-    from gpt2_pl.tasks.checkpoint import read
-
-    content = read(checkpoint, "checkpoint", Task)
-    if base is not None and content["base"].get("complete"):
-        raise InputError(f"base: {checkpoint} contains all weights; omit --base")
-    overrides = {} if base is None else {"base": base}
-    try:
-        cls: Any = Task.find(content["task"])
-        return cls.load_from_checkpoint(checkpoint, map_location="cpu", **overrides)
-    except InputError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # values of unexpected types
-        if describe_failure(error) is not None:  # for example, out of memory
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{checkpoint} is not valid for its task: {reason[:200]}") from error
 
 
 @contextmanager
@@ -133,19 +100,21 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
     if gpt2.n_virtual:
         raise InputError(
             "a prefix or soft prompt cannot be merged into the weights; use --format peft, which supports it if "
-            "nothing else was trained or added"
+            "nothing else was trained or added",
+            key="format",
         )
     head = None if backbone else _head(task)
     merge(gpt2)
     end = _save_tokenizer(run, folder, gpt2.config.n_positions, gpt2.config.vocab_size)
-    settings: dict[str, Any] = {}
-    if end is not None:
-        settings |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    settings |= _provenance(run)
+    special = {} if end is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    settings: dict[str, Any] = {**special, **_provenance(run)}
     if head is None:
         pretrained.save(gpt2, folder, settings=settings)
         return
-    labels = _labels(task, head.linear.out_features)
+    n_classes = head.linear.out_features
+    labels = (task.prompt_spec or {}).get("labels") or []
+    if len(labels) != n_classes:
+        labels = [str(i) for i in range(n_classes)]
     settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
     settings["label2id"] = {label: i for i, label in enumerate(labels)}
     with torch.no_grad():  # the head of transformers has no bias
@@ -185,7 +154,8 @@ def export_peft(task: Task, folder: Path, backbone: bool = False) -> None:
 
     gpt2, alternative = task.backbone, peft_format.other_format(task.backbone)
     if not task.base_is_frozen:
-        raise InputError(f"the base was trained (train_base); an adapter cannot contain its weights{alternative}")
+        message = f"the base was trained (train_base); an adapter cannot contain its weights{alternative}"
+        raise InputError(message, key="train_base")
     head = None if backbone else _head(task)
     peft_format.save(gpt2, folder, task.base, head)
     if weights_sha256(gpt2) != task.base_digest:
@@ -204,22 +174,13 @@ def _head(task: Task) -> ClassificationHead | None:
     is_linear = isinstance(head, ClassificationHead)
     supported = ("head.linear.weight", "head.linear.bias") if is_linear else ()
     if unsupported := [name for name, _ in task.head_parameters() if name not in supported]:
-        raise InputError(
-            f"transformers does not support {listing(unsupported)}, the head of {class_path(type(task))}; omit it "
-            "with --backbone"
-        )
+        what = f"{listing(unsupported)}, the head of {class_path(type(task))}"
+        raise InputError(f"transformers does not support {what}; omit it with --backbone", key="backbone")
     if is_linear and (pooling := getattr(task, "pooling", None)) != "last":
-        raise InputError(
-            f"pooling must be 'last', as in the classifier of transformers, got {pooling!r}; omit the head with "
-            "--backbone"
-        )
+        expected = "'last', as in the classifier of transformers"
+        message = f"pooling must be {expected}, got {pooling!r}; omit the head with --backbone"
+        raise InputError(message, key="pooling", value=pooling, expected=expected)
     return head if is_linear else None
-
-
-def _labels(task: Task, n: int) -> list[str]:
-    """Return the ``n`` class names of the training data, or the class indices as text."""
-    labels = (getattr(task, "prompt_spec", None) or {}).get("labels") or []
-    return labels if len(labels) == n else [str(i) for i in range(n)]
 
 
 def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) -> int | None:
@@ -231,12 +192,9 @@ def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) 
     Raises:
         InputError: the run has no tokenizer, or its vocabulary is larger than that of the model.
     """
-    from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
-
     if not (run / "tokenizer.json").is_file():
-        raise InputError(f"RUN must contain tokenizer.json, as every run of this library does, got {run}")
-    tokenizer = load_tokenizer(run, "RUN")
-    validate_vocab_size(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
+        raise InputError(f"RUN must contain tokenizer.json, as every run of this library does, got {run}", key="RUN")
+    tokenizer = load_run_tokenizer(run, vocab_size, "the model")
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True))
     end = tokenizer.token_to_id(END_OF_TEXT)

@@ -7,9 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.commands.support.parser import CommandParser, best_checkpoint
+from gpt2_pl.commands.support.parser import CommandParser, check_batches, require_extension
 from gpt2_pl.errors import InputError, printable, shorten
-from gpt2_pl.filesystem import atomic_write, read_text, require_absent, require_file
+from gpt2_pl.filesystem import atomic_write, read_text, require_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,22 +34,17 @@ def main(args: list[str]) -> None:
 
     import torch
 
-    from gpt2_pl.commands.export import load
+    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
     from gpt2_pl.tasks.protocols import TextGenerator, lacks
     from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, split_lines
-    from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
     prompts, numbers = read_prompts(options.prompt_file, options.poems)
-    checkpoint = options.ckpt_path or best_checkpoint(options.run)
-    task = load(checkpoint, options.base)
+    task, checkpoint = load_task(options)
     if not isinstance(task, TextGenerator):
-        raise InputError(
-            f"{checkpoint} must be of a task that generates text, got {type(task).__name__}: "
-            f"{lacks(task, TextGenerator)}"
-        )
+        kind = f"{type(task).__name__}: {lacks(task, TextGenerator)}"
+        raise InputError(f"{checkpoint} must be of a task that generates text, got {kind}", key="RUN")
     vocab_size = task.config.vocab_size
-    tokenizer = load_tokenizer(options.run, "RUN")
-    validate_vocab_size(tokenizer, vocab_size, str(checkpoint), "RUN's tokenizer.json")
+    tokenizer = load_run_tokenizer(options.run, vocab_size, str(checkpoint))
     task.eval().to(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
@@ -69,70 +64,35 @@ def main(args: list[str]) -> None:
 
 
 def _parse_arguments(args: list[str]) -> Namespace:
-    parser = CommandParser(plugins=True, prog="gpt2-pl generate", description=__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument(
+    parser = CommandParser(prog="gpt2-pl generate", description=__doc__)
+    add = parser.add_argument
+    parser.add_run()
+    add(
         "--prompt_file",
         required=True,
         metavar="FILE",
         help="UTF-8 text (.txt) with one prompt per line, JSON lines (.jsonl) with the key `prompt`, or, with --poems, "
         "numbered poems (.txt) that consist of their first lines",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="output file, .txt or .jsonl; it must not exist"
-    )
-    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
-    parser.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=220, metavar="N", help="tokens per prompt at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 for greedy decoding (default: %(default)s)"
-    )
-    parser.add_argument("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        default=0.9,
-        metavar="P",
-        help="sample from the most likely tokens with a total probability of P (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        metavar="PENALTY",
-        help="penalty of tokens that have occurred; 1.0 is none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--no_repeat_ngram_size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="do not repeat n-grams of this size; 0 allows all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of sampling; each prompt has its own generator (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=16, metavar="N", help="prompts per batch (default: %(default)s)"
-    )
-    parser.add_argument("--poems", action="store_true", help="read numbered poems and complete them")
-    parser.add_argument(
-        "--no_line_length_bias", action="store_true", help="with --poems, do not make line ends likelier in long lines"
-    )
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts"
-    )
+    parser.add_output("FILE", "output file, .txt or .jsonl")
+    add("--max_new_tokens", type=int, default=220, metavar="N", help="tokens per prompt at most")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0 for greedy decoding")
+    add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
+    top_p_help = "sample from the most likely tokens with a total probability of P"
+    add("--top_p", type=float, default=0.9, metavar="P", help=top_p_help)
+    penalty_help = "penalty of tokens that have occurred; 1.0 is none"
+    add("--repetition_penalty", type=float, default=1.0, metavar="PENALTY", help=penalty_help)
+    ngram_help = "do not repeat n-grams of this size; 0 allows all"
+    add("--no_repeat_ngram_size", type=int, default=0, metavar="N", help=ngram_help)
+    add("--seed", type=int, default=0, help="seed of sampling; each prompt has its own generator")
+    add("--batch_size", type=int, default=16, metavar="N", help="prompts per batch")
+    add("--poems", action="store_true", help="read numbered poems and complete them")
+    bias_help = "with --poems, do not make line ends likelier in long lines"
+    add("--no_line_length_bias", action="store_true", help=bias_help)
+    add("--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights")
+    add("--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts")
     options = parser.parse_args(args)
-    require_absent(options.out)
-    if options.out.suffix.lower() not in _EXTENSIONS:
-        raise InputError(f"out must be a file with one of the extensions {', '.join(_EXTENSIONS)}, got {options.out}")
-    if options.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {options.batch_size}")
+    check_batches(options, _EXTENSIONS)
     return options
 
 
@@ -169,15 +129,14 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     from gpt2_pl.datamodules.sonnets import read_poems
 
     path = require_file(file, "prompt_file")
-    if path.suffix.lower() not in _EXTENSIONS:
-        raise InputError(f"prompt_file must be a file with one of the extensions {', '.join(_EXTENSIONS)}, got {file}")
-    text = read_text(file, "prompt_file")
+    require_extension(path, "prompt_file", _EXTENSIONS)
     if poems:
         openings = read_poems(file, "prompt_file")
         return [poem.text for poem in openings], [poem.number for poem in openings]
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    numbered = enumerate(read_text(file, "prompt_file").split("\n"), start=1)
+    lines = [(number, line.rstrip("\r")) for number, line in numbered if line.strip()]
     if not lines:
-        raise InputError(f"prompt_file: {file} has no prompt")
+        raise InputError(f"prompt_file: {file} has no prompt", key="prompt_file")
     if path.suffix.lower() == ".jsonl":
         return [_parse_prompt(line, f"prompt_file: {file}, line {number}") for number, line in lines], None
     return [line for _, line in lines], None
@@ -188,9 +147,9 @@ def _parse_prompt(line: str, where: str) -> str:
         prompt = json.loads(line)["prompt"]
         str(prompt).encode()  # lone surrogates raise UnicodeError
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(f'{where} must be a JSON object with the key "prompt"') from None
+        raise InputError(f'{where} must be a JSON object with the key "prompt"', key="prompt") from None
     if not isinstance(prompt, str) or not prompt:
-        raise InputError(f"{where}: the prompt must be a non-empty string, got {prompt!r}")
+        raise InputError(f"{where}: the prompt must be a non-empty string, got {prompt!r}", key="prompt", value=prompt)
     return prompt
 
 
@@ -204,12 +163,10 @@ def _encode_prompts(prompts: list[str], tokenizer: Tokenizer, max_length: int, f
     for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True), start=1):
         where = f"prompt_file: {file}, prompt {number}"
         if not prompt_ids:
-            raise InputError(f"{where}: the tokenizer of the run gives no token for {shorten(prompt)}")
+            raise InputError(f"{where}: the tokenizer of the run gives no token for {shorten(prompt)}", key="prompt")
         if len(prompt_ids) >= max_length:
-            raise InputError(
-                f"{where} must have at most {max_length - 1} tokens, which leaves room for one new token, "
-                f"got {len(prompt_ids)}"
-            )
+            expected = f"have at most {max_length - 1} tokens, which leaves room for one new token"
+            raise InputError(f"{where} must {expected}, got {len(prompt_ids)}", key="prompt")
     return ids
 
 

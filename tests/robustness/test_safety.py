@@ -369,9 +369,7 @@ LONG = ["x" * 300, "x" * 236, "/".join(["y" * 190] * 25), "file/inside", "/proc/
 
 @pytest.mark.parametrize("place", LONG, ids=["300", "236", "path", "file", "proc"])
 def test_commands_unwritable_output_is_refused_before_any_work(place, run, capsys, tmp_path, monkeypatch):
-    import gpt2_pl.commands.export
-
-    monkeypatch.setattr(gpt2_pl.commands.export, "load", None)  # would be called
+    monkeypatch.setattr("gpt2_pl.commands.support.trained_model.load", None)  # would be called
     (tmp_path / "file").touch()
     source = fake_run(tmp_path / "runs/full/version_0", "full", 1, [True, False])
     rows = tmp_path / "rows.txt"

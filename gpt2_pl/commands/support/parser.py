@@ -3,86 +3,84 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-from itertools import islice
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2_pl.commands.support.plugins import import_plugin
-from gpt2_pl.errors import InputError, did_you_mean, nearest
-from gpt2_pl.experiments.run import RUNS
-
-_RUN_FOLDER = f"{RUNS}/NAME/version_N"
-
-
-def best_checkpoint(run: Path) -> Path:
-    """Return the path of the best checkpoint in the folder of a run.
-
-    Raises:
-        InputError: the folder does not exist or has no such checkpoint; the message names similar runs.
-    """
-    file = run / "checkpoints" / "best.ckpt"
-    if not os.path.isdir(run):  # unlike Path.is_dir, it does not raise an error for names that are too long
-        raise InputError(f"RUN: there is no folder {run}{similar_run(run)}; the folder of a run is {_RUN_FOLDER}")
-    if not os.path.exists(file):
-        below = sorted(str(path.parents[1]) for path in islice(run.rglob("checkpoints/best.ckpt"), 100))
-        hint = f"; runs below it are {', '.join(below[:5])}" if below else f"; the folder of a run is {_RUN_FOLDER}"
-        raise InputError(f"RUN: {run} has no checkpoints/best.ckpt{hint}")
-    return file
-
-
-def similar_run(run: Path) -> str:
-    """Return a hint ``"; did you mean FOLDER?"`` for a run folder that does not exist, or an empty string.
-
-    A number N suggests ``version_N``.
-    """
-    names = [folder.name for folder in run.parent.iterdir() if folder.is_dir()] if os.path.isdir(run.parent) else []
-    if (numbered := f"version_{run.name}") in names:
-        return f"; did you mean {run.with_name(numbered)}?"
-    near = nearest(run.name, names)
-    return "" if near is None else f"; did you mean {run.with_name(near)}?"
-
-
-class _ImportAction(argparse.Action):
-    """Action that imports the module that an option names."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Import the module."""
-        import_plugin(values)
+from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.filesystem import require_absent
 
 
 class CommandParser(argparse.ArgumentParser):
     """Argument parser that raises errors of one line.
 
     Args:
-        plugins: whether to add the option ``--plugin``, which imports a module with classes that checkpoints name.
         **kwargs: arguments of ``argparse.ArgumentParser``.
     """
 
-    def __init__(self, plugins: bool = False, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
-        if plugins:
-            self.add_argument(
-                "--plugin",
-                metavar="MODULE",
-                action=_ImportAction,
-                help="module with the task or surgery of the checkpoint, such as mine for mine.py in the working "
-                "folder; can be given several times",
-            )
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+        """Add an argument whose help ends with its default, if there is one."""
+        if kwargs.get("default", argparse.SUPPRESS) != argparse.SUPPRESS:
+            kwargs["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **kwargs)
+
+    def add_run(self) -> None:
+        """Add the run whose model is used, and the modules with classes that its checkpoint names."""
+        self.add_argument(
+            "--plugin",
+            metavar="MODULE",
+            action="append",
+            help="module with the task or surgery of the checkpoint, such as mine for mine.py in the working folder; "
+            "can be given several times",
+        )
+        self.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+
+    def add_output(self, metavar: str, text: str) -> None:
+        """Add the output file or folder, with its description, and the checkpoint and the base of the model."""
+        self.add_argument("--out", type=Path, required=True, metavar=metavar, help=f"{text}; it must not exist")
+        self.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
+        self.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments; report unknown options before missing ones, in contrast to argparse."""
         args = list(sys.argv[1:] if args is None else args)
         for option in (arg.partition("=")[0] for arg in args[: args.index("--") if "--" in args else None]):
             if re.fullmatch(r"--[a-zA-Z][\w-]*", option) and option not in self._option_string_actions:
-                near = did_you_mean(option, self._option_string_actions)
-                self.error(f"unknown option {option}{near}")
+                self.error(f"unknown option {option}{did_you_mean(option, self._option_string_actions)}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise an InputError with the message and, for an invalid choice, the nearest valid one."""
         match = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
         near = did_you_mean(match[1], re.findall(r"[\w.-]+", match[2])) if match else ""
-        raise InputError(f"{message}{near} ({self.prog} --help lists all options)")
+        key = re.match(r"(?:argument|unknown option) --(\w+)", message)
+        text = f"{message}{near} ({self.prog} --help lists all options)"
+        raise InputError(text, key=key[1] if key else "")
+
+
+def check_batches(options: argparse.Namespace, extensions: Collection[str]) -> None:
+    """Check the output file and the batch size of a command.
+
+    Raises:
+        InputError: the file exists, cannot be written or has another extension; or the batch size is below 1.
+    """
+    require_absent(options.out)
+    require_extension(options.out, "out", extensions)
+    if options.batch_size < 1:
+        raise InputError(key="batch_size", value=options.batch_size, expected="at least 1")
+
+
+def require_extension(path: Path, key: str, extensions: Collection[str]) -> None:
+    """Check that the name of a file has one of the extensions, in lower or upper case.
+
+    Raises:
+        InputError: it does not.
+    """
+    if path.suffix.lower() not in extensions:
+        expected = f"a file with one of the extensions {', '.join(extensions)}"
+        raise InputError(f"{key} must be {expected}, got {path}", key=key, value=path, expected=expected)

@@ -1,4 +1,20 @@
-"""fit, validate, test and predict, through LightningCLI."""
+"""fit, validate, test and predict, through LightningCLI.
+
+A run is a task, a strategy and a trainer, each a configuration. Later ones
+replace keys of earlier ones, and flags do so too:
+
+  gpt2-pl fit --config task/sst5 --config strategy/lora --config trainer/cpu --data.batch_size 32
+
+To choose, and to see the options of what is chosen:
+
+  gpt2-pl configs                        list tasks, strategies and trainers
+  gpt2-pl configs show strategy/lora     print one; copy instead of show copies it
+  gpt2-pl fit --model.help gpt2_pl.tasks.SentimentClassifier       a task
+  gpt2-pl fit --data.help gpt2_pl.datamodules.SST5                 its data
+  gpt2-pl fit --model.surgery.help gpt2_pl.surgery.LoRA            a strategy
+  gpt2-pl fit --config task/sst5 --print_config    all settings, without a run
+
+"""
 
 from __future__ import annotations
 
@@ -6,6 +22,8 @@ import os
 import signal
 import sys
 from argparse import ArgumentError
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,47 +31,17 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    ModelSummary,
-    ProgressBar,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from gpt2_pl.callbacks import (
-    AtomicCheckpointIO,
-    EndOfTraining,
-    Environment,
-    EpochLines,
-    HyperparameterLogger,
-    NonFiniteLossGuard,
-    PictureWriter,
-    PredictionWriter,
-    Reproducibility,
-    ResumableEarlyStopping,
-    ResumableModelCheckpoint,
-    RunFolder,
-    RunModelSummary,
-    RunProgressBar,
-    RunSummary,
-    SampleWriter,
-    Throughput,
-)
+from gpt2_pl import callbacks
 from gpt2_pl.commands.support.closing import early_end, print_report, resume_advice
-from gpt2_pl.commands.support.config_merge import (
-    CommandLine,
-    check_order,
-    check_same_settings,
-    run_to_resume,
-    validate_strategy_combination,
-    with_hyperparameters,
-)
+from gpt2_pl.commands.support.config_merge import CommandLine, as_list, check_order, validate_strategy_combination
 from gpt2_pl.commands.support.lightning_parser import Parser
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
+from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
 from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
 from gpt2_pl.commands.support.settings import check_logging, complete_settings
 from gpt2_pl.commands.support.training_checks import check_optimizer, check_processes, check_training
@@ -66,21 +54,25 @@ from gpt2_pl.tasks import Task
 from gpt2_pl.utils.registry import class_path
 from gpt2_pl.utils.trainer import callbacks_of
 
-_INTRODUCTION = """A run is a task, a strategy and a trainer, each a configuration. Later ones
-replace keys of earlier ones, and flags do so too:
 
-  gpt2-pl {command} --config task/sst5 --config strategy/lora --config trainer/cpu --data.batch_size 32
+@dataclass
+class RunSettings:
+    """Keys of a run itself.
 
-To choose, and to see the options of what is chosen:
+    Args:
+        name: the run's folder: lightning_logs/NAME/version_N
+        version: the run's folder is lightning_logs/NAME/VERSION, for a number N version_N; by default version_N with
+            the next free N, or that of the resumed run if ckpt_path is a last.ckpt
+        early_stopping_patience: stop after this many validations without a better score; null never stops early
+        checkpoint_every_n_steps: write checkpoints/last.ckpt every N optimizer steps, in addition to after every epoch
+        on_non_finite_loss: error stops at a NaN or infinite loss; skip leaves the step out and counts it
+    """
 
-  gpt2-pl configs                        list tasks, strategies and trainers
-  gpt2-pl configs show strategy/lora     print one; copy instead of show copies it
-  gpt2-pl {command} --model.help gpt2_pl.tasks.SentimentClassifier       a task
-  gpt2-pl {command} --data.help gpt2_pl.datamodules.SST5                 its data
-  gpt2-pl {command} --model.surgery.help gpt2_pl.surgery.LoRA            a strategy
-  gpt2-pl {command} --config task/sst5 --print_config    all settings, without a run
-
-"""
+    name: str = "run"
+    version: str | None = None
+    early_stopping_patience: int | None = None
+    checkpoint_every_n_steps: int | None = None
+    on_non_finite_loss: Literal["error", "skip"] = "error"
 
 
 class GPT2CLI(LightningCLI):
@@ -93,10 +85,11 @@ class GPT2CLI(LightningCLI):
         Parser.help_key = next((name.removesuffix(".help") for name in options if name.endswith(".help")), "")
         self.checkpoint = self.line.checkpoint()
         for warning in check_order(self.line):
-            if rank() == 0:
-                print(f"gpt2-pl: warning: {printable(warning)}", file=sys.stderr)
+            _print_message(f"warning: {warning}")
         self.lock: RunLock | None = None
-        self.folder: RunFolder | None = None
+        self.folder: callbacks.RunFolder | None = None
+        self.tested: callbacks.ResumableModelCheckpoint | None = None  # its best checkpoint is tested after training
+        arguments = self.line.arguments if self.checkpoint is None else with_hyperparameters(self.line, self.checkpoint)
         interrupts.advice = self._resume_advice
         try:
             super().__init__(
@@ -111,15 +104,12 @@ class GPT2CLI(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                args=self._parser_arguments(),
+                args=arguments,
             )
         finally:
             for lock in (self.lock, None if self.folder is None else self.folder.lock):
                 if lock is not None:
                     lock.release()
-
-    def _parser_arguments(self) -> list[str]:
-        return self.line.arguments if self.checkpoint is None else with_hyperparameters(self.line, self.checkpoint)
 
     # Keys
 
@@ -128,46 +118,17 @@ class GPT2CLI(LightningCLI):
 
         Building the parsers of the other commands would only take time. ``weights_only`` is always True.
         """
-        common = {"model", "dataloaders", "datamodule", "weights_only"}
-        arguments = {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": common,
-            "test": common,
-            "predict": common | {"return_predictions"},
-        }
-        return {self.line.command: arguments[self.line.command]}
+        method_arguments = LightningCLI.subcommands()[self.line.command]
+        return {self.line.command: {*method_arguments, "weights_only", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of the run itself."""
         if isinstance(parser, Parser):
-            parser.introduction = _INTRODUCTION.format(command=self.line.command)
-            parser.usage = f"gpt2-pl {self.line.command} --config CONFIG [--config CONFIG ...] [--KEY VALUE ...]"
-        parser.add_argument("--name", type=str, default="run", help=f"the run's folder: {RUNS}/NAME/version_N")
-        parser.add_argument(
-            "--version",
-            type=str | None,
-            default=None,
-            help=f"the run's folder is {RUNS}/NAME/VERSION, for a number N version_N; by default version_N with the "
-            "next free N, or that of the resumed run if ckpt_path is a last.ckpt",
-        )
-        parser.add_argument(
-            "--early_stopping_patience",
-            type=int | None,
-            default=None,
-            help="stop after this many validations without a better score; null never stops early",
-        )
-        parser.add_argument(
-            "--checkpoint_every_n_steps",
-            type=int | None,
-            default=None,
-            help="write checkpoints/last.ckpt every N optimizer steps, in addition to after every epoch",
-        )
-        parser.add_argument(
-            "--on_non_finite_loss",
-            type=Literal["error", "skip"],
-            default="error",
-            help="error stops at a NaN or infinite loss; skip leaves the step out and counts it",
-        )
+            command = self.line.command
+            introduction = (__doc__ or "").partition("\n\n")[2]
+            parser.introduction = introduction.replace("gpt2-pl fit", f"gpt2-pl {command}")
+            parser.usage = f"gpt2-pl {command} --config CONFIG [--config CONFIG ...] [--KEY VALUE ...]"
+        parser.add_class_arguments(RunSettings, as_group=False, instantiate=False)
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -186,7 +147,7 @@ class GPT2CLI(LightningCLI):
             reason = next((one for one in causes(error) if isinstance(one, InputError)), None)
             if reason is not None:  # of a file that is read while parsing
                 raise reason from None
-            raise InputError(explain(str(error), self.line, own)) from None
+            raise explain(str(error), self.line, own) from None
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: files and flags already override the checkpoint's hyperparameters."""
@@ -195,7 +156,8 @@ class GPT2CLI(LightningCLI):
         """Seed everything, or nothing if the seed is False."""
         seed = self.config[self.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-            raise InputError(f"seed_everything must be a number from 0 to {2**32 - 1}, true or false, got {seed}")
+            expected = f"a number from 0 to {2**32 - 1}, true or false"
+            raise InputError(key="seed_everything", value=seed, expected=expected)
         if seed is False:
             os.environ.pop("PL_GLOBAL_SEED", None)  # of the parent process
         super()._set_seed()
@@ -204,7 +166,8 @@ class GPT2CLI(LightningCLI):
         """Complete the settings, take the run's folder, and refuse what contradicts another setting."""
         config = self.config[self.subcommand]
         if config.ckpt_path != self.checkpoint:
-            raise InputError(f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE")
+            message = f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE"
+            raise InputError(message, key="ckpt_path", value=config.ckpt_path)
         complete_settings(config, self.line)
         validate_strategy_combination(self.line)
         root = Path(config.trainer.default_root_dir or ".") / RUNS
@@ -215,11 +178,11 @@ class GPT2CLI(LightningCLI):
         resumes = resumed == folder.relative_to(root)
         self._lock_folder(config, folder, resumes)
         if self.subcommand == "fit" and resumes:
-            now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
-            check_same_settings(folder / "config.yaml", now)
+            check_same_settings(folder / "config.yaml", self._plain_settings(skip_none=False))
         check_logging(config, self.line.command, self.checkpoint)
         if config.version is not None and (folder / "config.yaml").exists() and not resumes:
-            raise InputError(f"version: {folder} is the folder of another run; give another, or resume its last.ckpt")
+            message = f"version: {folder} is the folder of another run; give another, or resume its last.ckpt"
+            raise InputError(message, key="version", value=config.version)
 
     def _lock_folder(self, config: Any, folder: Path, resumes: bool) -> None:
         """Check that a logged run's folder can be written, and lock one that is given by name."""
@@ -233,45 +196,43 @@ class GPT2CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the trainer, the data and the model, and refuse what does not fit together."""
-        from gpt2_pl.commands.support.messages import explain_instantiation
+        from gpt2_pl.commands.support.failures import explain_instantiation
 
         try:
             super().instantiate_classes()
         except Exception as error:
             if (reason := explain_instantiation(error, self.line)) is None:
                 raise
-            raise InputError(reason) from error
+            raise reason from error
         check_optimizer(self.model.make_optimizer)
-        callbacks = callbacks_of(self.trainer)
-        for callback in callbacks:
+        used = callbacks_of(self.trainer)
+        for callback in used:
             if hasattr(callback, "check"):
-                callback.check(callbacks, self.model)
+                callback.check(used, self.model)
         check_processes(self.trainer)
         if self.subcommand == "fit":
             check_training(self.trainer, self.model)
-        if rank() == 0 and self.checkpoint is None:
-            self._warn(callbacks)
+        if self.checkpoint is None:
+            self._warn(used)
         stated, actual = self.line.last("model.num_classes"), getattr(self.datamodule, "num_classes", None)
         if stated is not None and actual is not None and str(stated) != str(actual):
-            raise InputError(
-                f"model.num_classes is {stated}, and the data have {actual} classes (data.labels); leave it out"
-            )
+            message = f"model.num_classes is {stated}, and the data have {actual} classes (data.labels); leave it out"
+            raise InputError(message, key="model.num_classes", value=stated, expected=str(actual))
 
-    def _warn(self, callbacks: list[Any]) -> None:
+    def _warn(self, used: list[Any]) -> None:
         """Warn of a run that cannot be resumed, and of an evaluation of a model that has not been trained."""
         if self.subcommand == "fit":
-            if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-                print(
-                    "gpt2-pl: with StochasticWeightAveraging a run cannot be resumed once averaging has begun; with "
-                    "lightning.pytorch.callbacks.WeightAveraging it can",
-                    file=sys.stderr,
+            if any(isinstance(callback, StochasticWeightAveraging) for callback in used):
+                _print_message(
+                    "with StochasticWeightAveraging a run cannot be resumed once averaging has begun; with "
+                    "lightning.pytorch.callbacks.WeightAveraging it can"
                 )
             return
         model: Any = self.model
         untrained = model.base is None or getattr(model, "head_name", None) == "linear"
         brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
         if untrained and not brings_head:
-            print("gpt2-pl: no ckpt_path is given: the model that is evaluated has not been trained", file=sys.stderr)
+            _print_message("no ckpt_path is given: the model that is evaluated has not been trained")
 
     # Building
 
@@ -279,80 +240,74 @@ class GPT2CLI(LightningCLI):
         """Build the trainer with the logger and the callbacks of every run in addition to the configured ones."""
         config = self.config_init[self.subcommand]
         trainer = {**config["trainer"], **kwargs}
-        callbacks: list[Any] = []
+        added: list[Any] = []
         if trainer["logger"] is not False and not trainer["fast_dev_run"]:
             root = Path(trainer["default_root_dir"] or ".") / RUNS
-            self.folder = RunFolder(root, config["name"], config["version"], self.lock)
-            callbacks.append(self.folder)
+            self.folder = callbacks.RunFolder(root, config["name"], config["version"], self.lock)
+            added.append(self.folder)
             if trainer["logger"] is True:
                 trainer["logger"] = RunTensorBoardLogger(self.folder, config["name"], root)
-        self.summary = RunSummary(self.line.files)
-        callbacks += [Environment(), Reproducibility(), PredictionWriter(), SampleWriter(), PictureWriter()]
-        has_bar = self._add_progress(trainer, callbacks)
+        self.summary = callbacks.RunSummary(self.line.files)
+        added += [callbacks.Environment(), callbacks.Reproducibility()]
+        added += [callbacks.PredictionWriter(), callbacks.SampleWriter(), callbacks.PictureWriter()]
+        has_bar = self._add_progress(trainer, added)
         if trainer["logger"]:
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
+            added.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit":
-            self._add_training(config, trainer, callbacks)
+            self._add_training(config, trainer, added)
         try:
-            made = self._instantiate_trainer(trainer, callbacks)
+            made = self._instantiate_trainer(trainer, added)
         except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
             message = " ".join(str(error).split()).replace("Timer(duration=", "Trainer(max_time=")
-            raise InputError(f"trainer: {message}") from None
+            raise InputError(f"trainer: {message}", key="trainer") from None
         # The record follows config.yaml and the last validation, and precedes the checkpoints.
-        ends: list[Callback] = [EndOfTraining()] if self.subcommand == "fit" else []
-        ends += [Throughput(), self.summary, HyperparameterLogger(self.config_settings(), self.summary)]
-        order: list[Callback] = callbacks_of(made)
-        place = sum(not isinstance(callback, ResumableModelCheckpoint) for callback in order)
-        order[place:place] = [*ends, *([] if has_bar else [EpochLines()])]
+        ends: list[Any] = [callbacks.EndOfTraining()] if self.subcommand == "fit" else []
+        ends += [callbacks.Throughput(), self.summary]
+        ends.append(callbacks.HyperparameterLogger(self._plain_settings(skip_none=True), self.summary))
+        order = callbacks_of(made)
+        place = sum(not isinstance(callback, callbacks.ResumableModelCheckpoint) for callback in order)
+        order[place:place] = [*ends, *([] if has_bar else [callbacks.EpochLines()])]
         return made
 
     @staticmethod
-    def _add_progress(trainer: dict[str, Any], callbacks: list[Any]) -> bool:
+    def _add_progress(trainer: dict[str, Any], added: list[Any]) -> bool:
         """Add the bar and the summary of the model in place of Lightning's; return whether there is a bar."""
-        configured = trainer["callbacks"] or []
-        configured = configured if isinstance(configured, list) else [configured]
+        configured = as_list(trainer["callbacks"])
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
         if not has_bar:
             terminal = sys.stdout is not None and sys.stdout.isatty()
             has_bar = trainer["enable_progress_bar"] is not False and terminal
-            callbacks += [RunProgressBar()] if has_bar else []
+            added += [callbacks.RunProgressBar()] if has_bar else []
             trainer["enable_progress_bar"] = has_bar  # else Lightning adds a bar of its own
         if trainer["enable_model_summary"] is not False and not any(isinstance(c, ModelSummary) for c in configured):
-            callbacks.append(RunModelSummary())
+            added.append(callbacks.RunModelSummary())
             trainer["enable_model_summary"] = False  # else Lightning adds its own
         return has_bar
 
-    def _add_training(self, config: Any, trainer: dict[str, Any], callbacks: list[Any]) -> None:
-        """Add early stopping, checkpoints and the guard against losses that are not finite."""
-        callbacks.append(NonFiniteLossGuard(config["on_non_finite_loss"]))
-        monitor, mode = self.model.monitor, self.model.mode
-        if config["early_stopping_patience"] is not None:
-            callbacks.append(ResumableEarlyStopping(monitor, patience=config["early_stopping_patience"], mode=mode))
+    def _add_training(self, config: Any, trainer: dict[str, Any], added: list[Any]) -> None:
+        """Add the guard against losses that are not finite, early stopping, ``best.ckpt`` and ``last.ckpt``."""
+        added.append(callbacks.NonFiniteLossGuard(config["on_non_finite_loss"]))
+        best_score: dict[str, Any] = {"monitor": self.model.monitor, "mode": self.model.mode}
+        if (patience := config["early_stopping_patience"]) is not None:
+            added.append(callbacks.ResumableEarlyStopping(patience=patience, **best_score))
         if trainer["enable_checkpointing"] is False or trainer["fast_dev_run"]:
             return
+        checkpoint = partial(
+            callbacks.ResumableModelCheckpoint, enable_version_counter=False, auto_insert_metric_name=False
+        )
+        steps = config["checkpoint_every_n_steps"]
+        last = checkpoint(filename="last", every_n_steps=steps, save_on_train_epoch_end=True, on_sigterm=True)
         validates = trainer["limit_val_batches"] != 0
-        callbacks += self._checkpoints(monitor if validates else None, mode, config["checkpoint_every_n_steps"])
+        self.tested = checkpoint(filename="best", **best_score) if validates else last
+        added += [self.tested, last] if validates else [last]
         self.summary.expects_test = self.can_test
-        plugins = trainer["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = as_list(trainer["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            trainer["plugins"] = [*plugins, AtomicCheckpointIO()]
+            trainer["plugins"] = [*plugins, callbacks.AtomicCheckpointIO()]
 
-    def _checkpoints(self, monitor: str | None, mode: str, every_n_steps: int | None) -> list[ResumableModelCheckpoint]:
-        """Return the callbacks of ``best.ckpt``, if scores are monitored, and ``last.ckpt``; the first is tested."""
-        shared: dict[str, Any] = {"enable_version_counter": False, "auto_insert_metric_name": False}
-        best = (
-            [] if monitor is None else [ResumableModelCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)]
-        )
-        last = ResumableModelCheckpoint(
-            filename="last", every_n_steps=every_n_steps, save_on_train_epoch_end=True, on_sigterm=True, **shared
-        )
-        self.tested, *_ = checkpoints = [*best, last]
-        return checkpoints
-
-    def config_settings(self) -> dict[str, Any]:
+    def _plain_settings(self, skip_none: bool) -> dict[str, Any]:
         """Return the configuration of the run as plain values."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=True))[self.subcommand]
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=skip_none))[self.subcommand]
 
     # Running
 
@@ -363,15 +318,14 @@ class GPT2CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SIGTERMException:
-            if rank() == 0:
-                print(f"gpt2-pl: stopped by SIGTERM{self._resume_advice()}", file=sys.stderr)
+            _print_message(f"stopped by SIGTERM{self._resume_advice()}")
             raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:
-            from gpt2_pl.commands.support.run_failures import explain_run_failure
+            from gpt2_pl.commands.support.failures import explain_run_failure
 
             if (reason := explain_run_failure(error, self.line, self.config[subcommand], self.trainer)) is None:
                 raise
-            raise InputError(reason) from error
+            raise reason from error
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.trainer.strategy.barrier()  # a process that ends closes its connections to those that still work
             torch.distributed.destroy_process_group()
@@ -382,10 +336,8 @@ class GPT2CLI(LightningCLI):
         return "" if self.subcommand != "fit" or folder is None else resume_advice(self.trainer, Path(folder))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "predict":
-            kwargs["return_predictions"] = False
-        return {**kwargs, "weights_only": True}
+        predictions = {"return_predictions": False} if subcommand == "predict" else {}
+        return {**super()._prepare_subcommand_kwargs(subcommand), **predictions, "weights_only": True}
 
     @property
     def can_test(self) -> bool:
@@ -394,13 +346,13 @@ class GPT2CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint if there is a test set, then print the report."""
-        trainer, tested = self.trainer, getattr(self, "tested", None)
+        trainer, tested = self.trainer, self.tested
         if trainer.interrupted:
             return
         note = early_end(trainer, self.summary.has_trained)  # before the test resets the state of training
         if tested is not None and tested.best_model_path and self.can_test:
-            if tested.monitor is None and trainer.is_global_zero:
-                print("gpt2-pl: trainer.limit_val_batches is 0: last.ckpt is tested", file=sys.stderr)
+            if tested.monitor is None:
+                _print_message("trainer.limit_val_batches is 0: last.ckpt is tested")
             path = tested.best_model_path
             trainer.test(self.model, self.datamodule, ckpt_path=path, weights_only=True, verbose=False)
         self._report(note)
@@ -413,12 +365,16 @@ class GPT2CLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Print the report, and whether the task has predictions to write."""
-        callbacks = callbacks_of(self.trainer)
-        if any(callback.wrote for callback in callbacks if isinstance(callback, PredictionWriter)):
-            self._report()
-        else:
-            self._report(f"; no predictions were written: {class_path(type(self.model))} gives no row_table")
+        writers = [one for one in callbacks_of(self.trainer) if isinstance(one, callbacks.PredictionWriter)]
+        nothing = f"; no predictions were written: {class_path(type(self.model))} gives no row_table"
+        self._report("" if any(writer.wrote for writer in writers) else nothing)
 
     def _report(self, note: str = "") -> None:
-        best_path = getattr(getattr(self, "tested", None), "best_model_path", "")
+        best_path = "" if self.tested is None else self.tested.best_model_path
         print_report(self.trainer, self.model, self.summary, self.line.command, self.can_test, note, best_path)
+
+
+def _print_message(message: str) -> None:
+    """Print a message in the first process of a run."""
+    if rank() == 0:
+        print(f"gpt2-pl: {printable(message)}", file=sys.stderr)

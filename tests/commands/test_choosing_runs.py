@@ -20,7 +20,7 @@ def test_fit_version_number_names_the_folder_of_the_default_kind(version, folder
 
 def test_fit_negative_version_is_refused(run, capsys):
     line = refused(run, capsys, *QUICK, "--version", "-1")
-    assert "version must be an integer of at least 0 or the name of a folder, got -1" in line
+    assert "version must be a whole number of at least 0 or the name of a folder, got -1" in line
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_main_misspelled_command_or_option_error_suggests_nearest(args, nearest,
 def test_explain_unknown_parser_message_is_kept_on_one_line(built):
     cli = built("--config", CONFIGS / "quickstart.yaml")
     for text in ("", "\n", 'Parser key "model":', 'Parser key "a":\n  something\n  else', "no key at all\n  - x"):
-        line = explain(text, cli.line, cli._parser("fit"))
+        line = str(explain(text, cli.line, cli._parser("fit")))
         assert "\n" not in line
         assert all(word in line for word in ("something", "else", "no key", "x") if word in text)
         assert bool(line) == bool(text.strip())

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, metrics
 
 from gpt2_pl import filesystem
-from gpt2_pl.commands.support import config_merge
+from gpt2_pl.commands.support import settings
 from gpt2_pl.errors import InputError
 from gpt2_pl.utils import machine
 
@@ -141,12 +141,12 @@ def test_peak_process_memory_includes_freed_memory():
 )
 def test_check_name_invalid_windows_folder_name_is_refused(name, monkeypatch):
     if os.name != "nt":
-        config_merge.check_name(name)
-    monkeypatch.setattr(config_merge, "WINDOWS", True)
+        settings.check_name(name)
+    monkeypatch.setattr(settings, "WINDOWS", True)
     with pytest.raises(InputError, match="must be a valid name of a folder on Windows"):
-        config_merge.check_name(name)
+        settings.check_name(name)
     for good in ("run", "a.b", "sweep/task/full,lr=0.1", "nullify", "console"):
-        config_merge.check_name(good)
+        settings.check_name(good)
 
 
 def test_atomic_write_on_windows_retries_while_the_file_is_open(tmp_path, monkeypatch):

@@ -1,23 +1,15 @@
-"""Merging of configuration files, flags and a checkpoint's hyperparameters, before they are parsed."""
+"""Configuration files and flags in their order, before they are parsed."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
 from typing import Any, NamedTuple
-
-import yaml
 
 from gpt2_pl.commands.support.plugins import CLASS_MODULES, add_working_folder, import_class, import_plugin
 from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.filesystem import require_file
-from gpt2_pl.surgery import build
-from gpt2_pl.tasks import Task
-from gpt2_pl.tasks.checkpoint import read
 from gpt2_pl.utils.yaml_json import DuplicateKeyError, load_yaml, read_yaml
 
 
@@ -35,6 +27,11 @@ class Source(NamedTuple):
     is_file: bool = False
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return a setting of one or several values as a list, which is empty for None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Yield dotted key and value of each leaf below a key; lists are leaves, and keys omit the top ``init_args``."""
     if isinstance(value, dict) and value:
@@ -42,6 +39,17 @@ def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{key}.{name}" if key else str(name))
     else:
         yield re.sub(r"^(model|data)\.init_args\.", r"\1.", key), value
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """Return the value of a flag; text that is not YAML, or has a ``#``, is itself the value, as in the parser."""
+    try:
+        value = load_yaml(text, f"--{key}")
+    except DuplicateKeyError:
+        raise
+    except InputError:
+        return text
+    return text if "#" in text and isinstance(value, str | None) else value
 
 
 class CommandLine:
@@ -71,50 +79,42 @@ class CommandLine:
             argument = rest.pop(0)
             if argument.startswith("--"):
                 argument = argument.replace("+.help", ".help", 1)
-            name, equals, value = argument.partition("=")
-            words = [argument]
-            if not equals and name.startswith("-") and rest and not rest[0].startswith("--"):
-                words.append(value := rest.pop(0))
-            has_value = bool(equals) or len(words) == 2
+            name, is_joined, text = argument.partition("=")
+            value: str | None = text if is_joined else None
+            if not is_joined and name.startswith("-") and rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
             if name == "--plugin":
-                self.plugins.append(value)
-            elif name in ("-c", "--config") and has_value:
-                self._add_config(name, value, bool(equals))
+                self.plugins.append(value or "")
+            elif name in ("-c", "--config") and value is not None:
+                self._add_config(value)
             elif name.startswith("--"):
-                self._add_option(name, value if has_value else None, bool(equals))
+                self._add_flag(name, value, bool(is_joined))
             elif not name.startswith("-c"):
-                self.arguments += words
+                self.arguments += [argument] if is_joined or value is None else [argument, value]
             else:
                 raise InputError(f"unknown flag {argument}; give a configuration file as --config FILE")
 
-    def _add_config(self, option: str, name: str, has_equals_sign: bool) -> None:
+    def _add_config(self, name: str) -> None:
         file = config_path(name)
-        self.arguments += [f"{option}={file}"] if has_equals_sign else [option, str(file)]
+        self.arguments.append(f"--config={file}")
         content = read_yaml(file)
         if content is None:
-            raise InputError(f"config: {name} is empty; it must have keys, such as model, data and trainer")
+            message = f"config: {name} is empty; it must have keys, such as model, data and trainer"
+            raise InputError(message, key="config")
         if isinstance(content, dict):
             check_shape(name, content)
             self.sources.append(Source(name, dict(_flatten(content, "")), is_file=True))
 
-    def _add_option(self, option: str, value: str | None, has_equals_sign: bool) -> None:
-        if value is None:
-            self.without_value.append(option)
-            self.arguments.append(option)
+    def _add_flag(self, flag: str, text: str | None, is_joined: bool) -> None:
+        key = flag.removeprefix("--")
+        value: Any = text
+        if text is None:
+            self.without_value.append(flag)
+            self.arguments.append(flag)
         else:
-            is_joined = has_equals_sign or (value.startswith("-") and value not in ("-c", "-h"))
-            self.arguments += [f"{option}={value}"] if is_joined else [option, value]
-        self._add_flag(option.removeprefix("--"), value)
-
-    def _add_flag(self, key: str, text: str | None) -> None:
-        try:
-            value = None if text is None else load_yaml(text, f"--{key}")
-        except DuplicateKeyError:
-            raise
-        except InputError:
-            value = text
-        if isinstance(value, str | None) and text is not None and "#" in text:
-            value = text  # not a comment, as in the parser
+            is_joined |= text.startswith("-") and text not in ("-c", "-h")
+            self.arguments += [f"{flag}={text}"] if is_joined else [flag, text]
+            value = _parse_value(key, text)
         self.sources.append(Source(key, dict(_flatten(value, key))))
 
     @property
@@ -149,7 +149,7 @@ class CommandLine:
         if path is None:
             return None
         if not isinstance(path, str):
-            raise InputError(f"ckpt_path must be the path of a file, got {path!r}")
+            raise InputError(key="ckpt_path", value=path, expected="the path of a file")
         require_file(path, "ckpt_path")
         return path
 
@@ -165,10 +165,9 @@ class CommandLine:
         for source in self.sources:
             for key, value in source.settings.items():
                 is_class = key.endswith((".class_path", ".help")) or key.removesuffix("+") in CLASS_MODULES
-                values = [value] if isinstance(value, str) and is_class else []
-                values += [one for one in value if isinstance(one, str)] if isinstance(value, list) and is_class else []
-                for path in [*values, *_class_paths(value)]:
-                    import_class(path, key, f"{source.name}: " if source.is_file else "")
+                paths = [path for path in as_list(value) if isinstance(path, str)] if is_class else []
+                for path in [*paths, *_class_paths(value)]:
+                    import_class(path, key, source.name if source.is_file else "")
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -196,29 +195,29 @@ def check_order(line: CommandLine) -> list[str]:
         InputError: the file of a task overrides model or data settings of an earlier file.
     """
     warnings = []
-    has_class = False
+    names_class = [not source.settings.keys().isdisjoint({"model", "model.class_path"}) for source in line.sources]
+    first_with_class = [*names_class, True].index(True)
     for i, source in enumerate(line.sources):
-        names_class = "model.class_path" in source.settings or "model" in source.settings
         later = [other for other in line.sources[i + 1 :] if other.is_file]
-        if source.is_file and not has_class and not names_class:
-            later = [other for other in later if "model.class_path" in other.settings][:1]
-            for task in later:
-                if not (overridden := _overridden(source, task)):
-                    continue
-                changes = ", ".join(f"{key} ({was!r} becomes {now!r})" for key, was, now in overridden)
-                if any(key.startswith(("model.", "data.")) for key in source.settings):
-                    raise InputError(
-                        f"{task.name} comes after {source.name} and would override its {changes}; give the task's file "
-                        f"first: --config {task.name} --config {source.name}"
-                    )
+        if not source.is_file:
+            warnings += [
+                f"{other.name} comes after --{key} {was!r} and overrides it by {now!r}; give flags after files"
+                for other in later
+                for key, was, now in _overridden(source, other)
+            ]
+        elif i < first_with_class:
+            task = next((other for other in later if "model.class_path" in other.settings), None)
+            if task is None:
+                continue
+            changes = ", ".join(f"{key} ({was!r} becomes {now!r})" for key, was, now in _overridden(source, task))
+            if changes and any(key.startswith(("model.", "data.")) for key in source.settings):
+                raise InputError(
+                    f"{task.name} comes after {source.name} and would override its {changes}; give the task's file "
+                    f"first: --config {task.name} --config {source.name}",
+                    key="config",
+                )
+            if changes:
                 warnings.append(f"{task.name} comes after {source.name} and overrides its {changes}")
-        elif not source.is_file:
-            for other in later:
-                warnings += [
-                    f"{other.name} comes after --{key} {was!r} and overrides it by {now!r}; give flags after files"
-                    for key, was, now in _overridden(source, other)
-                ]
-        has_class |= names_class
     return warnings
 
 
@@ -245,64 +244,13 @@ def validate_strategy_combination(line: CommandLine) -> None:
             trains[bool(value)] = file.name
         if file.settings.get("model.surgery") or file.settings.get("model.surgery+"):
             surgery = file.name
+    message = ""
     if len(trains) == 2:
-        raise InputError(
-            f"{trains[True]} trains the base and {trains[False]} does not (train_base); use only one of them"
-        )
-    if surgery is not None and trains.get(False, surgery) != surgery:
-        raise InputError(
-            f"{surgery} adapts the base and {trains[False]} freezes it (a linear probe); use only one of them"
-        )
-
-
-WINDOWS = os.name == "nt"
-# Characters that are not allowed, dots and blanks at the end, which are dropped, and names of devices.
-_INVALID_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
-
-
-def check_name(name: str, key: str = "name") -> None:
-    """Check that the name or version of a run is a valid path below the folder of all runs.
-
-    Raises:
-        InputError: it is not.
-    """
-    parts = PurePath(name).parts
-    if not parts or {"/", "\\", "..", "~"} & {*parts, parts[0][:1]} or not name.isprintable() or "\\" in name:
-        raise InputError(f"{key} must be the name of a folder below {RUNS}, such as my_run, got {name!r}")
-    if WINDOWS and any(_INVALID_ON_WINDOWS.search(part) for part in parts):
-        raise InputError(f"{key} must be a valid name of a folder on Windows, got {name!r}")
-    if any(len(part.encode()) > 200 for part in parts):
-        raise InputError(f"{key} must have at most 200 bytes, got {name[:50]!r}...")
-
-
-MIN_VALUES = {  # of numbers that Lightning checks late or not at all
-    "checkpoint_every_n_steps": 1,
-    "early_stopping_patience": 1,
-    "trainer.accumulate_grad_batches": 1,
-    "trainer.max_epochs": -1,
-    "trainer.max_steps": -1,
-    "trainer.num_nodes": 1,
-}
-
-
-def check_ranges(config: Any) -> None:
-    """Check numbers of the trainer and the folder of all runs.
-
-    Args:
-        config: the parsed configuration of a command.
-
-    Raises:
-        InputError: a number is out of range, or the folder is a file.
-    """
-    for key, least in MIN_VALUES.items():
-        if (value := config.get(key)) is not None and value < least:
-            raise InputError(f"{key} must be at least {least}, got {value}")
-    interval = config.trainer.val_check_interval
-    if isinstance(interval, int | float) and interval <= 0:
-        raise InputError(f"trainer.val_check_interval must be greater than 0, got {interval}")
-    root = config.trainer.default_root_dir
-    if root is not None and "://" not in str(root) and Path(root).exists() and not Path(root).is_dir():
-        raise InputError(f"trainer.default_root_dir must be a folder, got the file {root}")
+        message = f"{trains[True]} trains the base and {trains[False]} does not (train_base)"
+    elif surgery is not None and trains.get(False, surgery) != surgery:
+        message = f"{surgery} adapts the base and {trains[False]} freezes it (a linear probe)"
+    if message:
+        raise InputError(f"{message}; use only one of them", key="model.train_base")
 
 
 def check_shape(file: str, settings: dict[str, Any]) -> None:
@@ -317,8 +265,9 @@ def check_shape(file: str, settings: dict[str, Any]) -> None:
     """
     for group in ("model", "data", "trainer"):
         kinds: Any = dict if group == "trainer" else dict | str | None  # a name of a class, or a default
-        if group in settings and not isinstance(settings[group], kinds):
-            raise InputError(f"{file}: {group} must be a mapping of keys to values, got {settings[group]!r}")
+        value = settings.get(group, {})
+        if not isinstance(value, kinds):
+            raise InputError(key=group, value=value, expected="a mapping of keys to values", source=file)
     _check_classes(file, settings, "")
 
 
@@ -333,96 +282,11 @@ def _check_classes(file: str, settings: Any, key: str) -> None:
     if {"class_path", "init_args"} & settings.keys():
         for name, kind, expected in (("class_path", str, "the name of a class"), ("init_args", dict, "a mapping")):
             if name in settings and not isinstance(settings[name], kind):
-                raise InputError(f"{file}: {prefix}{name} must be {expected}, got {settings[name]!r}")
-        if unknown := [name for name in settings if name not in ("class_path", "init_args", "dict_kwargs")]:
-            raise InputError(f"{file}: unknown key {prefix}{unknown[0]}; a class has class_path and init_args")
+                raise InputError(key=f"{prefix}{name}", value=settings[name], expected=expected, source=file)
+        if unknown := [
+            f"{prefix}{name}" for name in settings if name not in ("class_path", "init_args", "dict_kwargs")
+        ]:
+            hint = "a class has class_path and init_args"
+            raise InputError(f"unknown key {unknown[0]}; {hint}", key=unknown[0], source=file)
     for name, value in settings.items():
         _check_classes(file, value, f"{prefix}{name}")
-
-
-def run_to_resume(checkpoint: Path, root: Path) -> Path | None:
-    """Return the folder of the run that a ``last.ckpt`` resumes, relative to ``root``; None for other checkpoints."""
-    run = checkpoint.expanduser().resolve().parents[1]
-    if checkpoint.name != "last.ckpt" or not (run / "config.yaml").is_file() or not run.is_relative_to(root.resolve()):
-        return None
-    return run.relative_to(root.resolve())
-
-
-# Settings that may change when a run is resumed: locations, speed, outputs and decisions.
-_MUTABLE_ON_RESUME = {
-    *("base", "config", "tokenizer", "compile", "activation_checkpointing", "batch_size", "eval_batch_size"),
-    *("num_val_samples", "temperature", "top_p", "line_length_bias", "max_new_tokens", "threshold"),
-}
-_MUTABLE_SURGERY_ARGUMENTS = {"folder", "dropout", "loraplus_lr_ratio", "init_text"}
-_STRATEGIES = ("gpt2_pl.callbacks.DiscriminativeLR", "gpt2_pl.callbacks.GradualUnfreezing")
-
-
-def _immutable_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings by key that must not change when a run is resumed."""
-    immutable = {"seed_everything": settings.get("seed_everything")}
-    for part in ("model", "data"):
-        content = settings.get(part) or {}
-        immutable[f"{part}.class_path"] = content.get("class_path")
-        for key, value in (content.get("init_args") or {}).items():
-            if key not in _MUTABLE_ON_RESUME and not key.endswith("_file"):
-                immutable[f"{part}.{key}"] = list(map(_immutable_surgery, value or [])) if key == "surgery" else value
-    callbacks = (settings.get("trainer") or {}).get("callbacks") or []
-    immutable["trainer.callbacks"] = [callback for callback in callbacks if callback["class_path"] in _STRATEGIES]
-    return immutable
-
-
-def _immutable_surgery(surgery: dict[str, Any]) -> dict[str, Any]:
-    arguments = surgery.get("init_args") or {}
-    return {**surgery, "init_args": {k: v for k, v in arguments.items() if k not in _MUTABLE_SURGERY_ARGUMENTS}}
-
-
-def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
-    """Check that a run is resumed with the settings of its config.yaml.
-
-    Other settings would partly be ignored: a checkpoint restores the state of the optimizer, including learning rates.
-
-    Args:
-        file: config.yaml of the run; a missing one is not checked.
-        settings: configuration of the command.
-
-    Raises:
-        InputError: a setting differs.
-    """
-    if not file.is_file():
-        return
-    content = read_yaml(file)
-    saved = _immutable_settings(content if isinstance(content, dict) else {})
-    current = _immutable_settings(settings)
-    for key in saved.keys() & current.keys():
-        if saved[key] != current[key]:
-            raise InputError(
-                f"{key} must be {saved[key]}, as in the resumed run ({file}), got {current[key]}; start a new run "
-                "without ckpt_path to change it"
-            )
-
-
-def with_hyperparameters(line: CommandLine, checkpoint: str) -> list[str]:
-    """Return the parser's arguments with the hyperparameters of a checkpoint as the first configuration file.
-
-    Files and flags override the hyperparameters.
-
-    Args:
-        line: the command line.
-        checkpoint: path of the checkpoint.
-
-    Raises:
-        InputError: the checkpoint is invalid.
-    """
-    content = read(checkpoint, "ckpt_path", Task)
-    stored = dict(content["hyper_parameters"])
-    stored.pop("num_classes", None)  # determined by the data
-    stored.pop("label_token_ids", None)
-    for key, other in (("base", "config"), ("config", "base")):
-        if line.states(key):
-            stored.pop(other, None)  # a model has either a base or a config
-    if line.states("surgery"):
-        stored.pop("surgery", None)  # otherwise the parser would append to it
-    else:
-        stored["surgery"] = [build(settings).settings() for settings in stored.get("surgery") or []] or None
-    layer = {"model": {"class_path": content["task"], "init_args": stored}}
-    return [line.command, "--config", yaml.safe_dump(layer), *line.arguments[1:]]

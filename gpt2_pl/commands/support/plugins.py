@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -51,39 +52,39 @@ def import_plugin(name: str) -> ModuleType:
     """
     if not _DOTTED.fullmatch(name):
         hint = f", such as {stem}" if _DOTTED.fullmatch(stem := re.sub(r"\.py$", "", os.path.basename(name))) else ""
-        raise InputError(f"plugin must be the import name of a module{hint}, got {name!r}")
+        raise InputError(key="plugin", value=name, expected=f"the import name of a module{hint}")
     add_working_folder()
-    module = _import(name, f"plugin: {name}")
+    module = _import(name, "plugin", f"plugin: {name}")
     if module is None:
-        raise InputError(f"plugin: there is no module {name!r}, in the working folder or among installed packages")
+        message = f"plugin: there is no module {name!r}, in the working folder or among installed packages"
+        raise InputError(message, key="plugin", value=name)
     return module
 
 
-def import_class(path: str, key: str, where: str = "") -> None:
+def import_class(path: str, key: str, source: str = "") -> None:
     """Import the module of a class that the user's configuration names; ignore a name without a module.
 
     Args:
         path: path of the class, such as ``mine.BitFit``.
         key: key of the class, for error messages.
-        where: prefix of the key in error messages, such as ``"FILE: "``.
+        source: the file that names it, for error messages; empty for a flag.
 
     Raises:
         InputError: the class does not exist, or the import of its module fails.
     """
     name, module = path, None
     while module is None and _DOTTED.fullmatch(path) and (name := name.rpartition(".")[0]):  # for nested classes
-        module = _import(name, f"{where}{key}: {path}")
+        module = _import(name, key, f"{key}: {path}", source)
     if module is not None:
-        try:
+        with suppress(AttributeError):
             operator.attrgetter(path[len(name) + 1 :])(module)
             return
-        except AttributeError:
-            pass
     if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # it may be a file with arguments
         key = key.removesuffix(".help")
         plain_key = key.replace("model.init_args.", "model.").removesuffix(".class_path").removesuffix("+")
         missing = f"class {path!r}" if module is not None else f"module {path.rpartition('.')[0]!r}"
-        raise InputError(f"{where}{key}: there is no {missing}{nearest_class(plain_key, path)}")
+        message = f"{key}: there is no {missing}{nearest_class(plain_key, path)}"
+        raise InputError(message, key=plain_key, value=path, source=source)
 
 
 def nearest_class(key: str, path: str) -> str:
@@ -106,7 +107,7 @@ def nearest_class(key: str, path: str) -> str:
     return "" if near is None else f"; did you mean {classes[near]}?"
 
 
-def _import(name: str, what: str) -> ModuleType | None:
+def _import(name: str, key: str, what: str, source: str = "") -> ModuleType | None:
     """Import a module, or return None if it does not exist."""
     PACKAGES.add(name.partition(".")[0])
     try:
@@ -118,4 +119,5 @@ def _import(name: str, what: str) -> ModuleType | None:
         file, line = (frames[-1].filename, frames[-1].lineno) if len(frames) > 1 else (name, None)
         if isinstance(error, SyntaxError):
             file, line = error.filename or file, error.lineno
-        raise InputError(f"{what} cannot be imported: {located(error, file, line)}") from error
+        message = f"{what} cannot be imported: {located(error, file, line)}"
+        raise InputError(message, key=key, source=source) from error

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pydoc
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import Precision
 
-from gpt2_pl.commands.support.config_merge import CommandLine, check_name, check_ranges
+from gpt2_pl.commands.support.config_merge import CommandLine, as_list
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.model import GPT2Config
 
 _COUNTS_OR_FRACTIONS = (  # of batches: 1 is one batch, 1.0 is all of them
@@ -38,8 +40,12 @@ def complete_settings(config: Any, line: CommandLine) -> None:
     config.version = folder_name(config.version)
     for key in ("model", "data"):
         if config.get(key) is None:
-            raise InputError(f"{key} is missing; start with the file of a task: --config task/sst5")
-    _check_shape(config.model.init_args.get("config"))
+            raise InputError(f"{key} is missing; start with the file of a task: --config task/sst5", key=key)
+    if (shape := config.model.init_args.get("config")) is not None:
+        try:
+            GPT2Config(**vars(shape))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.config: {error}", key="model.config") from None
     data, base = config.data.init_args, config.model.init_args.get("base")
     if data.get("tokenizer", "given") is None and base is not None:
         data.tokenizer = base
@@ -52,17 +58,9 @@ def folder_name(version: str | None) -> str | None:
         return None
     check_name(version, "version")
     if re.fullmatch(r"-\d+", version):
-        raise InputError(f"version must be an integer of at least 0 or the name of a folder, got {version}")
+        expected = "a whole number of at least 0 or the name of a folder"
+        raise InputError(key="version", value=int(version), expected=expected)
     return f"version_{int(version)}" if re.fullmatch(r"\d{1,9}", version) else version
-
-
-def _check_shape(shape: Any) -> None:
-    if shape is None:
-        return
-    try:
-        GPT2Config(**vars(shape))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"model.config: {error}") from None
 
 
 def _complete_trainer(trainer: Any, line: CommandLine) -> None:
@@ -79,6 +77,57 @@ def _complete_trainer(trainer: Any, line: CommandLine) -> None:
         trainer.logger = True
 
 
+WINDOWS = os.name == "nt"
+# Characters that are not allowed, dots and blanks at the end, which are dropped, and names of devices.
+_INVALID_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
+def check_name(name: str, key: str = "name") -> None:
+    """Check that the name or version of a run is a valid path below the folder of all runs.
+
+    Raises:
+        InputError: it is not.
+    """
+    parts = PurePath(name).parts
+    if not parts or {"/", "\\", "..", "~"} & {*parts, parts[0][:1]} or not name.isprintable() or "\\" in name:
+        raise InputError(key=key, value=name, expected=f"the name of a folder below {RUNS}, such as my_run")
+    if WINDOWS and any(_INVALID_ON_WINDOWS.search(part) for part in parts):
+        raise InputError(key=key, value=name, expected="a valid name of a folder on Windows")
+    if any(len(part.encode()) > 200 for part in parts):
+        raise InputError(f"{key} must have at most 200 bytes, got {name[:50]!r}...", key=key, value=name)
+
+
+MIN_VALUES = {  # of numbers that Lightning checks late or not at all
+    "checkpoint_every_n_steps": 1,
+    "early_stopping_patience": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.max_epochs": -1,
+    "trainer.max_steps": -1,
+    "trainer.num_nodes": 1,
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Check numbers of the trainer and the folder of all runs.
+
+    Args:
+        config: the parsed configuration of a command.
+
+    Raises:
+        InputError: a number is out of range, or the folder is a file.
+    """
+    for key, least in MIN_VALUES.items():
+        if (value := config.get(key)) is not None and value < least:
+            raise InputError(key=key, value=value, expected=f"at least {least}")
+    interval = config.trainer.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
+        raise InputError(key="trainer.val_check_interval", value=interval, expected="greater than 0")
+    root = config.trainer.default_root_dir
+    if root is not None and "://" not in str(root) and Path(root).exists() and not Path(root).is_dir():
+        key = "trainer.default_root_dir"
+        raise InputError(f"{key} must be a folder, got the file {root}", key=key, value=root, expected="a folder")
+
+
 def check_logging(config: Any, command: str, checkpoint: str | None) -> None:
     """Check that settings of loggers, checkpoints and validation do not contradict each other.
 
@@ -92,13 +141,15 @@ def check_logging(config: Any, command: str, checkpoint: str | None) -> None:
     """
     trainer = config.trainer
     if command == "predict" and trainer.logger is False:
-        raise InputError("trainer.logger must not be false; predictions are written to the folder of a logged run")
+        message = "trainer.logger must not be false; predictions are written to the folder of a logged run"
+        raise InputError(message, key="trainer.logger", value=False)
     if command == "fit" and trainer.logger is False and not trainer.fast_dev_run:
         _check_checkpoint_folder(trainer, checkpoint)
     if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:
         raise InputError(
             "trainer.limit_val_batches must not be 0, because early_stopping_patience needs validation scores; "
-            "give --early_stopping_patience null"
+            "give --early_stopping_patience null",
+            key="trainer.limit_val_batches",
         )
 
 
@@ -110,22 +161,22 @@ def _check_checkpoint_folder(trainer: Any, checkpoint: str | None) -> None:
         if trainer.enable_checkpointing is not False and not resumes and file.exists():
             raise InputError(
                 f"{file} exists already, and with trainer.logger: false the run has no folder of its own; "
-                "move it, or remove trainer.logger"
+                "move it, or remove trainer.logger",
+                key="trainer.logger",
             )
 
 
 def _has_precision(plugins: Any) -> bool:
     """Return whether one of the configured plugins is a precision."""
-    plugins = plugins if isinstance(plugins, list) else [plugins]
-    classes = [pydoc.locate(plugin.class_path) for plugin in plugins if hasattr(plugin, "class_path")]
+    classes = [pydoc.locate(plugin.class_path) for plugin in as_list(plugins) if hasattr(plugin, "class_path")]
     return any(inspect.isclass(cls) and issubclass(cls, Precision) for cls in classes)
 
 
 def best_precision(accelerator: Any) -> str:
     """Return ``bf16-mixed`` if the hardware can multiply bfloat16 matrices, else ``32-true``."""
+    capable = False
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    if accelerator in ("auto", "cpu"):
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "cpu"):
         capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bf16-mixed" if capable else "32-true"
-    return "32-true"
+    return "bf16-mixed" if capable else "32-true"

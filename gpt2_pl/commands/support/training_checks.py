@@ -6,20 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    Callback,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch import Trainer, callbacks
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -29,14 +16,14 @@ from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.base import OptimizerCallable
 from gpt2_pl.utils.trainer import callbacks_of
 
-_UNSUPPORTED: dict[type[Callback], str] = {
-    BaseFinetuning: (
+_UNSUPPORTED: dict[type[callbacks.Callback], str] = {
+    callbacks.BaseFinetuning: (
         "adds parameters to the optimizer during training, which a checkpoint cannot resume; use "
         "gpt2_pl.callbacks.GradualUnfreezing"
     ),
-    LearningRateFinder: "sets an attribute that tasks do not have; give --model.optimizer.init_args.lr",
-    BatchSizeFinder: "changes the batch size after the schedule is computed; give --data.batch_size",
-    ModelPruning: "replaces weights by masked ones, which checkpoints of this library do not store",
+    callbacks.LearningRateFinder: "sets an attribute that tasks do not have; give --model.optimizer.init_args.lr",
+    callbacks.BatchSizeFinder: "changes the batch size after the schedule is computed; give --data.batch_size",
+    callbacks.ModelPruning: "replaces weights by masked ones, which checkpoints of this library do not store",
 }
 
 
@@ -49,10 +36,9 @@ def check_processes(trainer: Trainer) -> None:
         InputError: the strategy spawns or forks processes.
     """
     if isinstance(launcher := trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise InputError(
-            "trainer.strategy must start its processes as separate programs, as ddp does, got one that starts "
-            f"them by {launcher._start_method} (as ddp_spawn, ddp_fork and ddp_notebook do)"
-        )
+        expected = "start its processes as separate programs, as ddp does"
+        got = f"one that starts them by {launcher._start_method} (as ddp_spawn, ddp_fork and ddp_notebook do)"
+        raise InputError(f"trainer.strategy must {expected}, got {got}", key="trainer.strategy")
 
 
 def check_training(trainer: Trainer, model: Task) -> None:
@@ -67,14 +53,15 @@ def check_training(trainer: Trainer, model: Task) -> None:
     """
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(trainer, key) == 0:
-            raise InputError(
-                f"trainer.{key} must not be 0, as fit would not train; evaluate with gpt2-pl validate or test"
-            )
-    callbacks = callbacks_of(trainer)
-    endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and any(isinstance(c, Timer) for c in callbacks))
+            message = f"trainer.{key} must not be 0, as fit would not train; evaluate with gpt2-pl validate or test"
+            raise InputError(message, key=f"trainer.{key}", value=0)
+    used = callbacks_of(trainer)
+    has_timer = any(isinstance(callback, callbacks.Timer) for callback in used)
+    endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and has_timer)
     model.check_schedule(endless and trainer.max_steps == -1)
-    for callback in callbacks:
-        _check_callback(callback, trainer)
+    for callback in used:
+        if reason := _unsuitable(callback, trainer):
+            raise InputError(f"trainer.callbacks: {type(callback).__name__} {reason}", key="trainer.callbacks")
 
 
 def check_optimizer(make: OptimizerCallable) -> None:
@@ -96,49 +83,36 @@ def check_optimizer(make: OptimizerCallable) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        hint = (
-            "; tasks set learning rates and weight decay per parameter group, as torch.optim.AdamW supports"
-            if "group" in str(error)
-            else ""
-        )
-        raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from None
+        hint = "; tasks set learning rates and weight decay per parameter group, as torch.optim.AdamW supports"
+        message = f"model.optimizer: {' '.join(str(error).split())}{hint if 'group' in str(error) else ''}"
+        raise InputError(message, key="model.optimizer") from None
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise InputError(
-            "model.optimizer must evaluate the loss once per step, as tasks do, got "
-            f"{type(optimizer).__name__}, whose step needs a closure"
-        )
+        expected = "evaluate the loss once per step, as tasks do"
+        got = f"{type(optimizer).__name__}, whose step needs a closure"
+        raise InputError(f"model.optimizer must {expected}, got {got}", key="model.optimizer")
 
 
-def _check_callback(callback: Callback, trainer: Trainer) -> None:
-    name = f"trainer.callbacks: {type(callback).__name__}"
+def _unsuitable(callback: callbacks.Callback, trainer: Trainer) -> str:
+    """Return why a callback does not support tasks or contradicts the trainer's settings; empty if it can be used."""
     for unsupported, reason in _UNSUPPORTED.items():
         if isinstance(callback, unsupported):
-            raise InputError(f"{name} {reason}")
-    averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
+            return reason
+    averages = isinstance(callback, callbacks.StochasticWeightAveraging | callbacks.WeightAveraging)
     if averages and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-        raise InputError(f"{name} averages complete models, but trainer.strategy shards the model; use ddp")
-    monitor = str(getattr(callback, "monitor", ""))
-    if isinstance(callback, EarlyStopping | ModelCheckpoint) and monitor.startswith("val/"):
-        if trainer.limit_val_batches == 0:
-            raise InputError(f"{name} monitors {shorten(monitor)}, but trainer.limit_val_batches is 0")
-    elif isinstance(callback, GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
-        raise InputError(
-            f"{name} and trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches}) both set the number of "
-            "batches in an optimizer step; use only one of them"
+        return "averages complete models, but trainer.strategy shards the model; use ddp"
+    if isinstance(callback, callbacks.EarlyStopping | callbacks.ModelCheckpoint):
+        if str(callback.monitor).startswith("val/") and trainer.limit_val_batches == 0:
+            return f"monitors {shorten(callback.monitor)}, but trainer.limit_val_batches is 0"
+    elif isinstance(callback, callbacks.GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
+        return (
+            f"and trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches}) both set the number of batches "
+            "in an optimizer step; use only one of them"
         )
-    _check_checkpoint_name(callback, name)
-
-
-def _check_checkpoint_name(callback: Callback, name: str) -> None:
-    """Check that a ModelCheckpoint of the user does not overwrite the checkpoints that every run has."""
-    if not isinstance(callback, ModelCheckpoint) or isinstance(callback, ResumableModelCheckpoint):
-        return
-    if callback.dirpath is not None:
-        return
-    names = [callback.filename, "last" if callback.save_last else None]
-    if reserved := [one for one in names if one in ("best", "last")]:
-        raise InputError(
-            f"{name} would overwrite checkpoints/{reserved[0]}.ckpt of the run; give it another filename or a dirpath, "
-            "and save_last: null"
-        )
+    is_own = isinstance(callback, ResumableModelCheckpoint)  # of every run
+    if isinstance(callback, callbacks.ModelCheckpoint) and not is_own and callback.dirpath is None:
+        names = {callback.filename, "last" if callback.save_last else None}
+        if reserved := [name for name in ("best", "last") if name in names]:
+            file = f"checkpoints/{reserved[0]}.ckpt"
+            return f"would overwrite {file} of the run; give it another filename or a dirpath, and save_last: null"
+    return ""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.run import RUNS
-from gpt2_pl.experiments.sweep.config import SweepConfig
+from gpt2_pl.experiments.sweep.config import Experiment, SweepConfig
 from gpt2_pl.experiments.sweep.executor import Executor, locked, make_executor
 from gpt2_pl.experiments.sweep.run import SweepRun
 from gpt2_pl.experiments.sweep.search import HyperparameterSearch, journal
@@ -42,16 +43,12 @@ def main(args: list[str]) -> None:
     """
     parser = CommandParser(prog="gpt2-pl sweep", description=__doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="YAML file of the sweep; see configs/sweep")
-    parser.add_argument(
-        "--max_parallel",
-        type=int,
-        metavar="N",
-        help="number of runs at the same time (default: max_parallel of FILE, else one per GPU)",
-    )
+    parallel_help = "number of runs at the same time (default: max_parallel of FILE, else one per GPU)"
+    parser.add_argument("--max_parallel", type=int, metavar="N", help=parallel_help)
     parser.add_argument("--dry_run", action="store_true", help="print the state of all runs without running any")
     options = parser.parse_args(args)
     if options.max_parallel is not None and options.max_parallel < 1:
-        raise InputError(f"max_parallel must be at least 1, got {options.max_parallel}")
+        raise InputError(key="max_parallel", value=options.max_parallel, expected="at least 1")
     config = SweepConfig.read(options.file)
     require_writable(RUNS / config.name, "name")
     for experiment in config.experiments:
@@ -63,7 +60,7 @@ def main(args: list[str]) -> None:
         return
     with locked(RUNS / f"{config.name}.sweep" / "lock") as is_locked:
         if not is_locked:
-            raise InputError(f"{options.file}: another process is running this sweep")
+            raise InputError(f"{options.file}: another process is running this sweep", key="file", value=options.file)
         failures = _run_sweep(config, make_executor(config, options.max_parallel, run_command))
     if failures:
         for run, reason in failures.items():
@@ -83,18 +80,17 @@ def _run_sweep(config: SweepConfig, executor: Executor) -> dict[SweepRun, str]:
     Raises:
         SystemExit: the sweep was stopped; the status is 130.
     """
-    searches = {id(one): HyperparameterSearch(one) for one in config.experiments if one.search is not None}
-    sweep = _Sweep(config, searches, executor)
+    sweep = _Sweep(config, executor)
     with _stop_signals():
         try:
             sweep.run()
+            return sweep.failures
         except KeyboardInterrupt:
             sweep.stop()
             print("gpt2-pl: stopped; the same command resumes the sweep", file=sys.stderr)
             raise SystemExit(130) from None
         finally:
             sweep.stop()
-    return sweep.failures
 
 
 def _print_plan(config: SweepConfig) -> None:
@@ -130,17 +126,18 @@ class _Sweep:
 
     Args:
         config: the sweep.
-        searches: the search of each experiment that has one, by the ``id`` of the experiment.
         executor: starts the runs.
 
     Attributes:
+        searches: the search of each experiment that has one, by the ``id`` of the experiment.
         failures: the reason of each failed run.
         running: run and job in each occupied slot of the executor.
         submitted: runs that have been started.
     """
 
-    def __init__(self, config: SweepConfig, searches: dict[int, HyperparameterSearch], executor: Executor) -> None:
-        self.config, self.searches, self.executor = config, searches, executor
+    def __init__(self, config: SweepConfig, executor: Executor) -> None:
+        self.config, self.executor = config, executor
+        self.searches = {id(one): HyperparameterSearch(one) for one in config.experiments if one.search is not None}
         self.failures: dict[SweepRun, str] = {}
         self.running: dict[int, tuple[SweepRun, Any]] = {}
         self.submitted: set[SweepRun] = set()
@@ -170,14 +167,12 @@ class _Sweep:
         if not self.running:
             return
         processes = psutil.Process().children(recursive=True)
-        try:
+        with suppress(KeyboardInterrupt):
             for _, job in self.running.values():
                 self.executor.cancel(job)
             deadline = time.monotonic() + _GRACE_PERIOD
             while time.monotonic() < deadline and not all(job.done() for _, job in self.running.values()):
                 time.sleep(0.1)
-        except KeyboardInterrupt:
-            pass
         self.running.clear()
         processes += psutil.Process().children(recursive=True)
         for process in processes:
@@ -202,16 +197,14 @@ class _Sweep:
         for search in self.searches.values():
             if not search.finished and (run := search.next()) is not None:
                 return run
-        ready = [
-            experiment.runs()
-            for experiment in self.config.experiments
-            if id(experiment) not in self.searches or self.searches[id(experiment)].finished
-        ]
-        for i in range(max(map(len, ready), default=0)):
-            for runs in ready:
-                if i < len(runs) and runs[i] not in self.submitted and not runs[i].finished:
-                    return runs[i]
-        return None
+        ready = [one.runs() for one in self.config.experiments if self._is_ready(one)]
+        seed_by_seed = chain.from_iterable(zip_longest(*ready))
+        runs = (run for run in seed_by_seed if run is not None and run not in self.submitted)
+        return next((run for run in runs if not run.finished), None)
+
+    def _is_ready(self, experiment: Experiment) -> bool:
+        """Return whether the settings of an experiment's runs are known."""
+        return id(experiment) not in self.searches or self.searches[id(experiment)].finished
 
     def _collect(self, console: Any) -> None:
         """Remove ended jobs from their slots and record their results."""
@@ -233,22 +226,21 @@ class _Sweep:
         from rich.text import Text
 
         rows = [(experiment, experiment.runs()) for experiment in self.config.experiments]
-        n_finished = sum(run.finished for _, runs in rows for run in runs)
+        all_runs = [run for _, runs in rows for run in runs]
+        n_finished = sum(run.finished for run in all_runs)
         minutes = (time.monotonic() - self.start_time) / 60
-        total = sum(len(runs) for _, runs in rows)
-        table = Table(title=f"{self.config.name}: {n_finished} of {total} runs finished, {minutes:.0f} minutes")
-        versions = list(dict.fromkeys(run.version for _, runs in rows for run in runs))
+        table = Table(title=f"{self.config.name}: {n_finished} of {len(all_runs)} runs finished, {minutes:.0f} minutes")
+        versions = list(dict.fromkeys(run.version for run in all_runs))
         for column in ("task", "strategy", *versions):
             table.add_column(column.replace("_", " "))
         active = {run for run, _ in self.running.values()}
         for experiment, runs in rows:
-            search = self.searches.get(id(experiment))
-            if search is not None and not search.finished:
-                trials = f"search: {search.n_done} of {search.trials} trials"
-                table.add_row(experiment.task, experiment.strategy, trials)
-                continue
             states = {run.version: Text(_status(run, run in active, run in self.failures)) for run in runs}
-            table.add_row(experiment.task, experiment.strategy, *(states.get(version, "") for version in versions))
+            cells: list[Text | str] = [states.get(version, "") for version in versions]
+            if not self._is_ready(experiment):
+                search = self.searches[id(experiment)]
+                cells = [f"search: {search.n_done} of {search.trials} trials"]
+            table.add_row(experiment.task, experiment.strategy, *cells)
         return table
 
 
@@ -274,8 +266,6 @@ def _failure_reason(job: Any) -> str:
     """Return the error message, or else the last line, of a job's output, and the path of the output."""
     path = job.paths.stdout
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    messages = [line for line in lines if line.startswith("gpt2-pl: error:")] or [
-        line for line in lines if line.strip()
-    ]
-    reason = messages[-1].removeprefix("gpt2-pl: error: ") if messages else "no output"
-    return f"{reason} (complete output: {path})"
+    lines = [line for line in lines if line.strip()] or ["no output"]
+    messages = [line for line in lines if line.startswith("gpt2-pl: error:")] or lines
+    return f"{messages[-1].removeprefix('gpt2-pl: error: ')} (complete output: {path})"

@@ -1,32 +1,6 @@
-"""Entry point of the command line, ``gpt2-pl``."""
+"""Entry point of the command line.
 
-from __future__ import annotations
-
-import gc
-import os
-import sys
-from argparse import ArgumentError
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from gpt2_pl.commands.support.process import guard_streams, interrupts, output_failure, shorten_warnings, watch_launcher
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-_COMMANDS = {
-    "fit": "train a model and, if there are test data, test its best checkpoint",
-    "validate": "evaluate a checkpoint on the validation set",
-    "test": "evaluate a checkpoint on the test set",
-    "predict": "write the class probabilities of unlabeled rows",
-    "classify": "classify every row of a file with a trained model",
-    "generate": "continue prompts with a trained language model",
-    "compare": "compare runs: scores over seeds, differences with confidence intervals, cost",
-    "sweep": "run or resume a grid of tasks, strategies and seeds",
-    "configs": "list, print or copy the packaged configuration files",
-    "export": "convert a trained model for transformers or peft",
-}
-_HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
+usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl generate RUN --prompt_file FILE --out FILE
        gpt2-pl compare RUN RUN ... --out FOLDER
@@ -34,7 +8,16 @@ _HELP = """usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
 
-{commands}
+  fit       train a model and, if there are test data, test its best checkpoint
+  validate  evaluate a checkpoint on the validation set
+  test      evaluate a checkpoint on the test set
+  predict   write the class probabilities of unlabeled rows
+  classify  classify every row of a file with a trained model
+  generate  continue prompts with a trained language model
+  compare   compare runs: scores over seeds, differences with confidence intervals, cost
+  sweep     run or resume a grid of tasks, strategies and seeds
+  configs   list, print or copy the packaged configuration files
+  export    convert a trained model for transformers or peft
 
 Configuration files and flags apply from left to right; later values override earlier ones:
 
@@ -48,6 +31,22 @@ A run writes its configuration, checkpoints, scores, predictions and TensorBoard
 lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists the keys of a command,
 `gpt2-pl fit --model.help CLASS` those of a task and `--data.help CLASS` those of its data.
 """
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gpt2_pl.commands.support.process import interrupts, output_failure, set_up_process
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+_COMMANDS = (*_TRAINER_COMMANDS, "classify", "generate", "compare", "sweep", "configs", "export")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -63,11 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
     owns_process = args is None
     try:
         if owns_process:
-            guard_streams()
-            interrupts.install()
-            watch_launcher()
-            shorten_warnings()
-        _main(list(sys.argv[1:] if args is None else args), owns_process)
+            set_up_process()
+        _main(list(sys.argv[1:] if args is None else args))
     except BaseException as error:
         from gpt2_pl.errors import is_interrupt
 
@@ -83,14 +79,13 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(f"standard output: {failure.strerror}", 1)
 
 
-def _main(args: list[str], owns_process: bool) -> None:
+def _main(args: list[str]) -> None:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # it would make torch.load execute pickles
     os.environ.pop("JSONARGPARSE_DEFAULT_ENV", None)  # it would make the parser read environment variables
     if not args or args[0] in ("-h", "--help", "--version"):
         from gpt2_pl import __version__
 
-        commands = "\n".join(f"  {name:10}{text}" for name, text in _COMMANDS.items())
-        print(f"gpt2-pl {__version__}" if args[:1] == ["--version"] else _HELP.format(commands=commands), end="\n")
+        print(f"gpt2-pl {__version__}" if args[:1] == ["--version"] else (__doc__ or "").partition("\n\n")[2])
         return
     if args[0] not in _COMMANDS:
         from gpt2_pl.errors import did_you_mean
@@ -103,10 +98,10 @@ def _main(args: list[str], owns_process: bool) -> None:
         _fail(f"the working folder cannot be used: {error.strerror}; change to one that exists")
     reserve = bytearray(2**24)  # freed after an out-of-memory error, so that its message can be printed
     try:
-        if args[0] in ("classify", "compare", "configs", "export", "generate", "sweep"):
-            _import_command(args[0], owns_process).main(args[1:])
+        if args[0] in _TRAINER_COMMANDS:
+            _run_trainer_command(args)
         else:
-            _run_trainer_command(args, owns_process)
+            _import_command(args[0]).main(args[1:])
     except Exception as error:
         del reserve
         _exit_with_error(error)
@@ -114,7 +109,7 @@ def _main(args: list[str], owns_process: bool) -> None:
 
 def _exit_with_error(error: Exception) -> NoReturn:
     """Exit with a one-line message if the cause of an error is known; otherwise it is a defect and is raised again."""
-    from gpt2_pl.errors import InputError, RunError, describe_failure, is_interrupt
+    from gpt2_pl.errors import InputError, RunError, causes, describe_failure, is_interrupt
 
     if is_interrupt(error):
         raise KeyboardInterrupt from None
@@ -122,13 +117,9 @@ def _exit_with_error(error: Exception) -> NoReturn:
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, ArgumentError):
-        _fail(" ".join(str(error).split()))
-    cause: BaseException | None = error  # the parser wraps the errors of classes
-    while cause is not None and not isinstance(cause, InputError | RunError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
+    for cause in causes(error):  # the parser wraps the errors of classes
+        if isinstance(cause, InputError | RunError):
+            _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
     if (failure := describe_failure(error)) is not None:
         _fail(failure, 1)
     reason = str(error).partition("\n")[0]
@@ -142,12 +133,12 @@ def _exit_with_error(error: Exception) -> NoReturn:
 def _fail(message: str, status: int = 2) -> NoReturn:
     from gpt2_pl.errors import InputError
 
-    print(f"gpt2-pl: error: {InputError(message)}", file=sys.stderr)  # InputError escapes and shortens the message
-    sys.stderr.flush()
+    text = InputError(message)  # which escapes and shortens it
+    print(f"gpt2-pl: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
-def _run_trainer_command(args: list[str], owns_process: bool) -> None:
+def _run_trainer_command(args: list[str]) -> None:
     import logging
     import warnings
 
@@ -176,23 +167,21 @@ def _run_trainer_command(args: list[str], owns_process: bool) -> None:
         "Found current_model_state in the checkpoint",
     )
     trainer_log.addFilter(lambda record: not any(text in record.getMessage() for text in ignored_records))
-    lightning_cli = _import_command("lightning_cli", owns_process)
+    lightning_cli = _import_command("lightning_cli")
     libraries = r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"  # importing Lightning enables its warnings
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
     lightning_cli.GPT2CLI(args=args)
 
 
-def _import_command(command: str, owns_process: bool) -> Any:
+def _import_command(command: str) -> Any:
     """Import the module of a command.
 
-    In a process of its own, all imported objects live until the end. Excluding them from garbage collection saves at
-    least a fifth of the start-up time.
+    Garbage collection is disabled until then if the process belongs to this program: all imported objects live until
+    its end. Excluding them from the collection saves at least a fifth of the start-up time.
     """
-    if not owns_process:
-        return import_module(f"gpt2_pl.commands.{command}")
-    gc.disable()
     module = import_module(f"gpt2_pl.commands.{command}")
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     return module

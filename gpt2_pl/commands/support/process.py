@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import gc
 import io
 import os
 import signal
@@ -31,6 +32,18 @@ def program() -> list[str]:
     if started.parts[-2:] == ("gpt2_pl", "__main__.py"):
         return ["python", "-m", "gpt2_pl"]
     return ["gpt2-pl"]
+
+
+def set_up_process() -> None:
+    """Set up the process of a command: its streams, warnings, Ctrl-C, launcher, and garbage collection.
+
+    Garbage is not collected until the module of the command is imported.
+    """
+    gc.disable()
+    guard_streams()
+    interrupts.install()
+    watch_launcher()
+    shorten_warnings()
 
 
 # Standard streams

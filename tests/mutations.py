@@ -77,7 +77,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("callbacks/finetuning.py", "batch_idx - batch_idx % trainer.accumulate_grad_batches", "batch_idx", "accumulation"),
     ("gpt2_pl/tasks/base.py", "self.gpt2.set_dropout(0.0)", "pass", "frozen_base"),
     ("gpt2_pl/tasks/language_modeling.py", ', input_ids=batch["input_ids"]', "", "unlikelihood"),
-    ("gpt2_pl/commands/support/config_merge.py", "for key in before.keys() & now.keys():", "for key in ():", "checkpointing"),
+    ("gpt2_pl/commands/support/resuming.py", "for key in saved.keys() & current.keys():", "for key in ():", "checkpointing"),
     ("callbacks/reproducibility.py", "def on_train_batch_start", "def not_called", "checkpointing checkpoint"),
     ("gpt2_pl/filesystem.py", "            _replace(part, path)", "            path.write_bytes(part.read_bytes())", "faults"),
     ("gpt2_pl/tasks/checkpointed.py", "if digest != self.base_digest:", "if False:", "strategies checkpoint"),

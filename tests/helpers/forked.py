@@ -160,7 +160,7 @@ def _preload() -> None:
     from importlib import import_module
 
     gc.disable()
-    commands = ("classify", "compare", "export", "generate", "lightning_cli", "support.messages", "sweep")
+    commands = ("classify", "compare", "export", "generate", "lightning_cli", "support.failures", "sweep")
     libraries = ("datasets", "matplotlib.backends.backend_agg", "torch.distributed.fsdp", "torch.utils.tensorboard")
     for name in (
         *(f"gpt2_pl.commands.{command}" for command in commands),

@@ -23,7 +23,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         """Add an argument whose help ends with its default, if there is one."""
         if kwargs.get("default", argparse.SUPPRESS) != argparse.SUPPRESS:
             kwargs["help"] += " (default: %(default)s)"

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import yaml
+from helpers import refusals
 from helpers.configs import CONFIGS
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningCLI
@@ -219,6 +220,21 @@ def test_parse_arguments_unquoted_yaml_text_error_shows_quoting(parse, tmp_path)
         "--data.template '\"Review: {sentence}\"' as a flag"
     )
     assert parse(sst5, '--data.template="Review: {sentence}"') is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [
+        ("--trainer.max_epoch=3", "trainer.max_epoch"),
+        ("--trainer.max_epochs=x", "trainer.max_epochs"),
+        ("--data.batch_size", "data.batch_size"),
+        ("--model.pooling=lst", "model.pooling"),
+        ("--model.optimizer.lrr=3", "model.optimizer.lrr"),
+        ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "trainer.callbacks.monitor"),
+    ],
+)
+def test_fit_parser_error_has_the_key(flag, key, run, capsys):
+    assert refusals.refused(run, capsys, "fit", "--config", CONFIGS / "quickstart.yaml", flag).key == key
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ class Throughput(Callback):
             return None
         trains = frozenset(name for name, parameter in pl_module.named_parameters() if parameter.requires_grad)
         if trains != self._flops_per_token[0]:
-            self._flops_per_token = trains, pl_module.training_flops_per_token(self.tokens / self.examples)
+            self._flops_per_token = trains, pl_module.training_flops_per_token(self.tokens / max(1, self.examples))
         per_token = self._flops_per_token[1]
         flops = None if per_token is None else per_token * tokens
         self.flops = None if flops is None else self.flops + flops

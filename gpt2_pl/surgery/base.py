@@ -40,9 +40,9 @@ class Surgery(Registered, ABC):
     loaded from the base again.
 
     Attributes:
-        freezes_base: whether ``apply`` ends by freezing the published parameters, for use outside a task. A task
-            restores their ``requires_grad``, so that such surgery can be combined with other surgery and
-            ``train_base``.
+        freezes_base: whether ``apply`` freezes all parameters of the base, so that it also works without a task. A task
+            undoes this freezing, so that such surgery can be combined with other surgery and ``train_base``. It must
+            be False in surgery that selects which parameters of the base train.
     """
 
     freezes_base = False

@@ -160,10 +160,14 @@ class Task(Registered, OptimizedModule):
         result, name = surgery.apply(model), class_path(type(surgery))
         if result is not model and result is not None:
             raise InputError(f"surgery {name}: apply must change the model in place", key="model.surgery")
+        is_frozen = not any(parameter.requires_grad for parameter in base_parameters)
         if surgery.freezes_base:
+            if not is_frozen:
+                message = f"surgery {name} has freezes_base = True, but its apply does not freeze the whole base"
+                raise InputError(f"{message}; surgery that selects parameters leaves it False", key="model.surgery")
             for parameter, was_trainable in zip(base_parameters, were_trainable, strict=True):
                 parameter.requires_grad_(was_trainable)
-        elif any(were_trainable) and not any(parameter.requires_grad for parameter in base_parameters):
+        elif any(were_trainable) and is_frozen:
             self._freezing.append(name)
 
     def _check_surgery(self) -> None:
@@ -336,7 +340,8 @@ class Task(Registered, OptimizedModule):
         gpt2 = self._meta_model[0].eval()
         for name, parameter in gpt2.named_parameters():
             parameter.requires_grad_(name in trainable)
-        input_ids = torch.zeros(1, max(1, round(context)), dtype=torch.long, device="meta")
+        length = min(max(1, round(context)), self.max_length)
+        input_ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         kernels_enabled = kernels.set_enabled(False)
         try:
             with FlopCounterMode(display=False) as counter:

@@ -24,6 +24,12 @@ def _is_number(value: Any) -> bool:
 
 
 _Number = Annotated[Any, expect(_is_number, "a number")]
+_Scalar = Annotated[  # Lightning's callbacks call methods of a tensor and format its value
+    Any,
+    expect(
+        lambda value: isinstance(value, Tensor) and value.dim() == 0 and _is_number(value), "a tensor of one number"
+    ),
+]
 _Tensor = Annotated[Any, expect(lambda value: isinstance(value, Tensor), "a tensor")]
 
 
@@ -82,7 +88,7 @@ class EarlyStoppingState(Schema, extra="allow"):
 
     wait_count: Count
     stopped_epoch: Count
-    best_score: _Number
+    best_score: _Scalar
     patience: Count
 
 

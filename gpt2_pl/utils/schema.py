@@ -152,4 +152,10 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 _IS_SCORE = expect(lambda value: not 1e300 <= abs(value) < float("inf"), "a number of absolute value below 1e300")
 Score = Annotated[float, Field(allow_inf_nan=True), _IS_SCORE]  # NaN and infinity are valid: a run may diverge
 Scores = Annotated[dict[Name, Score], Field(max_length=1000)]
-EpochScores = Annotated[Scores, expect(lambda scores: "epoch" in scores, "scores of an epoch and its number, epoch")]
+EpochScores = Annotated[
+    Scores,
+    expect(
+        lambda scores: float(scores.get("epoch", -1)).is_integer() and scores["epoch"] >= 0,
+        "scores of an epoch and its number, epoch, from 0",
+    ),
+]

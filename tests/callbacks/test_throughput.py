@@ -61,3 +61,18 @@ def test_mfu_known_gpu_is_the_share_of_its_data_sheet(name, peak, monkeypatch):
     throughput = Throughput()
     throughput.flops, throughput.training_seconds = 4.0 * peak, 5.0
     assert throughput.mfu(gpus) == pytest.approx(0.4, rel=0.01)
+
+
+def test_throughput_resumed_with_implausible_counts_counts_on():
+    """Counts of a damaged checkpoint cannot ask for a longer row than the model reads."""
+    for state in ({"tokens": 10**15, "examples": 3}, {"tokens": 500}):
+        throughput = Throughput()
+        throughput.setup(SimpleNamespace(), SimpleNamespace(), "fit")
+        throughput.load_state_dict(state)
+        fit(throughput)
+        assert throughput.flops > 0
+
+
+def test_training_flops_per_token_longer_than_the_context_are_those_of_the_context():
+    task, _ = fit(Throughput())
+    assert task.training_flops_per_token(1e6) == task.training_flops_per_token(64)

@@ -11,6 +11,8 @@ from helpers.refusals import refused
 from lightning.pytorch import Callback
 from transformers import GPT2LMHeadModel
 
+from gpt2_pl.errors import InputError
+from gpt2_pl.model import GPT2Config
 from gpt2_pl.surgery import LoRA, LoRALinear, PrefixTuning, PromptTuning, Surgery
 from gpt2_pl.tasks import LanguageModel, SentimentClassifier
 
@@ -188,3 +190,21 @@ def test_linear_probe_frozen_base_dropout_runs_the_base_in_training_mode(fit):
         fit("linear_probe", "--trainer.max_epochs=1", f"--model.frozen_base_dropout={str(value).lower()}",
             f"--trainer.callbacks=[{__name__}.DropoutOf]")  # fmt: skip
         assert set(seen) == {expected}
+
+
+def test_freezes_base_of_surgery_that_selects_parameters_is_refused():
+    """Restoring what trained before would freeze the selected biases again, without a word."""
+
+    class Biases(Surgery):
+        freezes_base = True
+
+        def apply(self, model, tokenizer=None):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.endswith("bias"))
+
+    with pytest.raises(InputError) as error:
+        SentimentClassifier(
+            config=GPT2Config(vocab_size=400, n_positions=32, n_embd=8, n_layer=1, n_head=2), surgery=[Biases()]
+        )
+    assert error.value.key == "model.surgery"
+    assert "Biases has freezes_base = True" in str(error.value)

@@ -305,7 +305,7 @@ def test_commands_task_without_protocols_names_missing_methods(run, capsys, tmp_
 
 def test_guide_example_surgeries_train_merge_and_combine(base, tmp_path, monkeypatch):
     guide = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(# mine\.py\n.*?)```", guide, re.S)
+    blocks = re.findall(r"```python\n(# mine\.py.*?)```", guide, re.S)
     assert len(blocks) == 2
     (tmp_path / "guide_mine.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)

@@ -202,7 +202,7 @@ class EpochLines(Callback):
             if (values := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
         ]
         left = self.clock.seconds_left(trainer)
-        seconds = duration(time.monotonic() - self._epoch_start)
+        seconds = f"took {duration(time.monotonic() - self._epoch_start)}"
         remaining = "" if left is None or trainer.should_stop else f", {duration(left)} left"
         start = f"epoch {epoch_number(trainer.current_epoch, trainer)}: "
         print(pack(start, [*scores, f"{seconds}{remaining}"]), flush=True)

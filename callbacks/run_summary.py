@@ -30,7 +30,7 @@ from gpt2_pl.utils.trainer import find_callbacks
 
 Scores = dict[str, float]
 
-_LAYER_COLUMNS = ["layer", "parameters", "trainable", "peak rate"]
+_LAYER_COLUMNS = ["layer", "parameters", "trainable", "peak learning rate"]
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "tokenizers", "safetensors")
 
 
@@ -213,7 +213,7 @@ class RunSummary(Callback):
 
     def layer_table(self) -> Table:
         """Return a table of what trained in the last epoch and at what rate; equal blocks share a row."""
-        table = Table(title="What trained, at the end")
+        table = Table(title="Trainable parameters by layer, last epoch")
         for header in _LAYER_COLUMNS:
             table.add_column(header, justify="left" if header == "layer" else "right")
         for row in _layer_rows(self.layers):
@@ -255,7 +255,7 @@ def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
         else:
             rows.append([layer["layer"], *figures])
     total, trainable = (sum(layer[key] for layer in layers) for key in ("parameters", "trainable"))
-    rows.append(["all", f"{total:,}", f"{trainable:,}", f"{trainable / max(total, 1):.2%} train"])
+    rows.append(["all", f"{total:,}", f"{trainable:,}", f"{trainable / max(total, 1):.2%} trainable"])
     return rows
 
 

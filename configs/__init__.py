@@ -16,7 +16,7 @@ _ROOT = Path(__file__).parent
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Return the packaged configuration files by name, such as ``task/sst5`` and ``quickstart``."""
+    """Return the included configuration files by name, such as ``task/sst5`` and ``quickstart``."""
     files = [*sorted(_ROOT.glob("*.yaml")), *(file for kind in KINDS for file in sorted((_ROOT / kind).glob("*.yaml")))]
     return {file.relative_to(_ROOT).with_suffix("").as_posix(): file for file in files}
 
@@ -25,35 +25,35 @@ def config_path(name: str, key: str = "config") -> Path:
     """Return the configuration file that a name stands for; a file of the user's own comes first.
 
     Args:
-        name: a file, or a packaged configuration with or without ``configs/`` and ``.yaml``, such as ``task/sst5``.
+        name: a file, or a included configuration with or without ``configs/`` and ``.yaml``, such as ``task/sst5``.
         key: the option that holds the name, for error messages.
 
     Raises:
-        InputError: there is neither such a file nor such a packaged configuration.
+        InputError: there is neither such a file nor such a included configuration.
     """
     plain = name.removeprefix("configs/").removesuffix(".yaml")
-    packaged = packaged_configs()
+    included = packaged_configs()
     try:
         return require_file(name, key)
     except InputError as error:
-        if plain in packaged:
-            return packaged[plain]
-        if near := _nearest(name, plain, packaged):
+        if plain in included:
+            return included[plain]
+        if near := _nearest(name, plain, included):
             raise InputError(f"{error}; did you mean {near}?") from None
         if "there is no " in str(error):
             raise InputError(f"{error}; `gpt2-pl configs` lists those that come with the library") from None
         raise
 
 
-def _nearest(name: str, plain: str, packaged: Iterable[str]) -> str | None:
-    """Return the file beside ``name``, or the packaged configuration, whose name is the most similar."""
+def _nearest(name: str, plain: str, included: Iterable[str]) -> str | None:
+    """Return the file beside ``name``, or the included configuration, whose name is the most similar."""
     path = Path(name)
     try:
         beside = [str(file) for file in path.expanduser().parent.glob("*.yaml")] if not path.is_dir() else []
     except (OSError, RuntimeError, ValueError):
         return None
-    leaves = {known.rpartition("/")[2]: known for known in packaged}
-    for typed, known in ((name, {file: file for file in beside}), (plain, {n: n for n in packaged}), (plain, leaves)):
+    leaves = {known.rpartition("/")[2]: known for known in included}
+    for typed, known in ((name, {file: file for file in beside}), (plain, {n: n for n in included}), (plain, leaves)):
         if close := get_close_matches(typed, known, 1, cutoff=0.75):
             return known[close[0]]
     return None

@@ -79,7 +79,7 @@ class TextData(LightningDataModule):
     def prepare_data(self) -> None:
         """Check and encode all data of the run in one process; the other processes read the cache.
 
-        Nothing is written to the run directory before this check. If there are test data, a fit is followed by a test,
+        Nothing is written to the run folder before this check. If there are test data, a fit is followed by a test,
         so test data are checked before training as well.
         """
         model: Any = getattr(self.trainer, "lightning_module", None)

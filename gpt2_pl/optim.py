@@ -32,7 +32,7 @@ class AdamW(Optimizer):
         theta = theta - lr * m_hat / (sqrt(v_hat) + eps)
 
     This is a readable reference that updates one tensor at a time. ``torch.optim.AdamW(fused=True)``, the optimizer of
-    the shipped configurations, is faster. The state has the layout of ``torch.optim.AdamW``, and each of the two loads
+    the included configurations, is faster. The state has the layout of ``torch.optim.AdamW``, and each of the two loads
     the state of the other.
 
     Args:

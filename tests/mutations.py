@@ -45,9 +45,9 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/kernels/dropout.py", "_apply_mask((grad * ctx.scale).to(x_dtype), mask)", "(grad * ctx.scale).to(x_dtype)", "dropout"),
     # Surgery
     ("gpt2_pl/surgery/lora.py", "self.lora_A) * (scale * self.scaling)", "self.lora_A) * self.scaling", "lora"),
-    ("gpt2_pl/surgery/lora.py", "height : (third + 1) * height, i * self.rank", "height : (third + 1) * height, 0 * self.rank", "lora"),
+    ("gpt2_pl/surgery/lora.py", "height : (index + 1) * height, i * self.rank", "height : (index + 1) * height, 0 * self.rank", "lora"),
     ("gpt2_pl/surgery/lora.py", "return self.scaling * self.zero_padded_B()", "return self.zero_padded_B()", "lora"),
-    ("gpt2_pl/surgery/lora.py", "factors[third] = magnitude / norms[third]", "factors[third] = magnitude", "lora"),
+    ("gpt2_pl/surgery/lora.py", "factors[index] = magnitude / norms[index]", "factors[index] = magnitude", "lora"),
     ("gpt2_pl/surgery/lora.py", "F.linear(low * self.scaling, self.lora_B)", "F.linear(low, self.lora_B)", "lora"),
     ("gpt2_pl/surgery/lora.py", "        freeze_base(model)\n        return model\n\n    def _chosen_layers", "        return model\n\n    def _chosen_layers", "lora"),
     ("gpt2_pl/surgery/virtual_tokens.py", "return table.permute(1, 2, 3, 0, 4)", "return table.permute(1, 2, 3, 0, 4).flip(1)", "virtual_tokens"),

@@ -119,7 +119,7 @@ def test_config_path_prefers_a_file_and_suggests_the_nearest_name(tmp_path, monk
 
 
 def test_wheel_quickstart_sweep_and_export_work_outside_the_checkout(wheel, tmp_path):
-    """The working folder has user packages with the names of the checkout's folders."""
+    """The working directory has user packages with the names of the checkout's folders."""
     for name in ("callbacks", "datamodules", "configs", "commands"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('not the library')\n")

@@ -16,7 +16,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   generate  continue prompts with a trained language model
   compare   compare runs: scores over seeds, differences with confidence intervals, cost
   sweep     run or resume a grid of tasks, strategies and seeds
-  configs   list, print or copy the packaged configuration files
+  configs   list, print or copy the included configuration files
   export    convert a trained model for transformers or peft
 
 Configuration files and flags apply from left to right; later values override earlier ones:
@@ -25,7 +25,7 @@ Configuration files and flags apply from left to right; later values override ea
   gpt2-pl fit --config task/sst5 --config strategy/linear_probe --model.base gpt2
   gpt2-pl test --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
 
-FILE is a path or the name of a packaged configuration (`gpt2-pl configs` lists them).
+FILE is a path or the name of a included configuration (`gpt2-pl configs` lists them).
 
 A run writes its configuration, checkpoints, scores, predictions and TensorBoard events to
 lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists the keys of a command,
@@ -95,7 +95,7 @@ def _main(args: list[str]) -> None:
     try:
         os.getcwd()
     except OSError as error:
-        _fail(f"the working folder cannot be used: {error.strerror}; change to one that exists")
+        _fail(f"the working directory cannot be used: {error.strerror}; change to one that exists")
     reserve = bytearray(2**24)  # freed after an out-of-memory error, so that its message can be printed
     try:
         if args[0] in _TRAINER_COMMANDS:

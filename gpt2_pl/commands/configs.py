@@ -1,4 +1,4 @@
-"""List, print and copy the packaged configuration files."""
+"""List, print and copy the included configuration files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(args: list[str]) -> None:
     copy = actions.add_parser("copy", help=copy_help, description="Copy a configuration file.")
     for action in (show, copy):
         action.add_argument("name", metavar="NAME", help="name of the configuration, such as task/sst5")
-    folder_help = "destination (default: the working folder)"
+    folder_help = "destination (default: the working directory)"
     copy.add_argument("folder", metavar="FOLDER", nargs="?", help=folder_help)
     options = parser.parse_args(args)
     if options.action == "show":

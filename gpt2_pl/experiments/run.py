@@ -20,7 +20,7 @@ from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.experiments.inference import Score, confusion_scores, loss_scores
 from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
-RUNS = Path("lightning_logs")  # folder of all runs, relative to the working folder
+RUNS = Path("lightning_logs")  # folder of all runs, relative to the working directory
 
 _LOCATION_KEYS = re.compile(  # locations, hardware and displays, which do not affect what is compared
     r"data\..*(_file|tokenizer)$|model\.(base|label_token_ids)$|trainer\.(logger|default_root_dir|accelerator|devices|profiler|"

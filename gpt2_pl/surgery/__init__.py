@@ -1,4 +1,4 @@
-"""PEFT methods: LoRA, prefix tuning, prompt tuning, and adapters in the format of ``peft``."""
+"""PEFT methods: LoRA, prefix-tuning, prompt tuning, and adapters in the format of ``peft``."""
 
 from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.surgery.base import Surgery, build, merge, unmerge

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gpt2_pl.model import GPT2
 
-# Maps a target to a layer of the block and a third of its output (None: all of it); c_attn contains q, k and v. In
+# Maps a target to a layer of the block and a slice of its output (None: all of it); c_attn contains q, k and v. In
 # addition, `wte` is the token embedding.
 TARGETS: dict[str, tuple[str, int | None]] = {
     "q": ("attn.c_attn", 0),
@@ -51,7 +51,7 @@ class LoRALinear(Linear):
         rank: r.
         scaling: s.
         dropout: dropout probability of the adapter's input in training.
-        qkv_slices: the thirds of the output (0: q, 1: k, 2: v) that are adapted, each with its own A and B; None to
+        qkv_slices: the slices of the output (0: q, 1: k, 2: v) that are adapted, each with its own A and B; None to
             adapt the output as a whole.
         loraplus_lr_ratio: learning rate of B divided by that of A (LoRA+).
     """
@@ -82,9 +82,9 @@ class LoRALinear(Linear):
             return self.lora_B
         height = self.out_features // 3
         padded = self.lora_B.new_zeros(self.out_features, len(self.qkv_slices) * self.rank)
-        for i, third in enumerate(self.qkv_slices):
+        for i, index in enumerate(self.qkv_slices):
             block = self.lora_B[i * height : (i + 1) * height]
-            padded[third * height : (third + 1) * height, i * self.rank : (i + 1) * self.rank] = block
+            padded[index * height : (index + 1) * height, i * self.rank : (i + 1) * self.rank] = block
         return padded
 
     def delta_weight(self) -> Tensor:
@@ -137,8 +137,8 @@ class DoRALinear(LoRALinear):
             return self.lora_magnitude / norm
         factors = list(torch.ones_like(norm).chunk(3))
         magnitudes, norms = self.lora_magnitude.chunk(len(self.qkv_slices)), norm.chunk(3)
-        for third, magnitude in zip(self.qkv_slices, magnitudes, strict=True):
-            factors[third] = magnitude / norms[third]
+        for index, magnitude in zip(self.qkv_slices, magnitudes, strict=True):
+            factors[index] = magnitude / norms[index]
         return torch.cat(factors)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +224,7 @@ class LoRA(Surgery):
         rank: rank r of an adapter, at least 1.
         alpha: the update is scaled by alpha / r; above 0.
         dropout: dropout probability of an adapter's input in training, in [0, 1).
-        targets: the layers to adapt: ``q``, ``k``, ``v`` (the thirds of c_attn), ``c_attn``, ``c_proj`` (of the
+        targets: the layers to adapt: ``q``, ``k``, ``v`` (the slices of c_attn), ``c_attn``, ``c_proj`` (of the
             attention), ``c_fc``, ``mlp.c_proj``, and ``wte``, the token embedding. ``wte`` does not depend on
             ``layers``, has no dropout and does not support DoRA.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
@@ -283,7 +283,7 @@ class LoRA(Surgery):
         return model
 
     def _chosen_layers(self) -> dict[str, list[int] | None]:
-        """Return the path within a block and the adapted thirds (None: all) of every target layer."""
+        """Return the path within a block and the adapted slices (None: all) of every target layer."""
         known = [*TARGETS, "wte"]
         unknown = next((target for target in self.targets if target not in known), None)
         if unknown or not self.targets:
@@ -293,12 +293,12 @@ class LoRA(Surgery):
             raise InputError(problem, key="targets", source="LoRA")
         layers: dict[str, list[int] | None] = {}
         for target in filter(TARGETS.__contains__, self.targets):
-            name, third = TARGETS[target]
-            thirds = layers.get(name, [])
-            if thirds is None or third in thirds or (third is None and thirds):
+            name, index = TARGETS[target]
+            slices = layers.get(name, [])
+            if slices is None or index in slices or (index is None and slices):
                 problem = f"targets must name each layer once, got {self.targets}, which names {name} twice"
                 raise InputError(problem, key="targets", source="LoRA")
-            layers[name] = None if third is None else sorted([*thirds, third])
+            layers[name] = None if index is None else sorted([*slices, index])
         return layers
 
     def _chosen_blocks(self, n: int) -> list[int]:

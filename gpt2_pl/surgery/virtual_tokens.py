@@ -1,4 +1,4 @@
-"""Virtual tokens in front of the text: prefix tuning and prompt tuning."""
+"""Virtual tokens in front of the text: prefix-tuning and prompt tuning."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def _initial_ids(init_text: str | None, length: int, model: GPT2, tokenizer: Tok
 
 @dataclass
 class PrefixTuning(Surgery):
-    """Trainable keys and values in front of those of the text in every block (prefix tuning or P-tuning v2).
+    """Trainable keys and values in front of those of the text in every block (prefix-tuning or P-tuning v2).
 
     The text starts at position P. A table is initialized with the keys and values of real tokens: those of
     ``init_text``, or of tokens drawn from the vocabulary. Random vectors perform worse (Li & Liang 2021, section 7.4).
 
     Args:
         length: number P of virtual tokens, at least 1.
-        hidden: width of the reparameterization network (prefix tuning, Li & Liang 2021), at least 1; None trains keys
+        hidden: width of the reparameterization network (prefix-tuning, Li & Liang 2021), at least 1; None trains keys
             and values directly (P-tuning v2, Liu et al. 2022).
         init_text: a text, cut or repeated to ``length`` tokens, whose keys and values initialize the table. It requires
             ``hidden`` = None.

@@ -181,7 +181,7 @@ class Task(Registered, OptimizedModule):
             raise self._random_and_frozen()
         if name := _find_trained_adapted_weight(skeleton):
             cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
-            raise InputError(f"{cause} and LoRA both write {name}; use only one of them", key="model.surgery")
+            raise InputError(f"{cause} and LoRA both train {name}; use only one of them", key="model.surgery")
         if self.train_base and self.base_is_frozen and self._freezing:
             advice = "with freezes_base = True in that class the task restores which parameters train"
             rank_zero_warn(f"train_base: true has no effect: {self._freezing[0]} freezes the whole base; {advice}")

@@ -141,7 +141,7 @@ class OptimizedModule(CheckpointedModule):
         if endless and self.schedule.needs_total:
             raise InputError(
                 "trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
-                f"{type(self.schedule).__name__}, whose rates depend on the length of training; without a length, give "
+                f"{type(self.schedule).__name__}, which depends on the length of training; without a length, give "
                 "--model.schedule gpt2_pl.optim.ConstantWithWarmup with a warmup of 0 or in steps",
                 key="trainer.max_epochs",
             )

@@ -130,7 +130,7 @@ def test_fit_without_validation_tests_the_last_checkpoint(run, capsys):
     assert "best_epoch" not in account["scores"]
     printed = capsys.readouterr()
     assert "trainer.limit_val_batches is 0: last.ckpt is tested" in printed.err
-    assert "/checkpoints/last.ckpt" in printed.out.split("Score it again:")[1]
+    assert "/checkpoints/last.ckpt" in printed.out.split("Evaluate:")[1]
     scored = run("test", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
     assert metrics(scored)["scores"]["test/accuracy"] == account["scores"]["test/accuracy"]
 

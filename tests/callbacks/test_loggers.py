@@ -79,7 +79,7 @@ def test_fit_own_logger_writes_all_run_files(run, capsys, tmp_path, logger):
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert metrics(folder)["status"] == "finished"
     out = capsys.readouterr().out
-    assert "fit is done: lightning_logs/own/version_0" in out
+    assert "fit finished: lightning_logs/own/version_0" in out
     assert ("tensorboard --logdir" in out) == isinstance(logger, list)
     if "csv" not in json.dumps(logger).lower():
         assert {"val/accuracy", "test/accuracy", "train/loss"} <= StubWandb.logged.keys()
@@ -191,8 +191,8 @@ def test_fit_names_with_spaces_printed_commands_are_quoted_and_run(run, tmp_path
     board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "a board"}}
     run("fit", *QUICK, "--trainer.logger", json.dumps(board), "--name", "my own run")
     lines = dict(line.split(":  ", 1) for line in capsys.readouterr().out.splitlines() if ":  " in line)
-    assert shlex.split(lines["Look at it"]) == ["tensorboard", "--logdir", "a board"]
-    program, *command = shlex.split(lines["Score it again"])
+    assert shlex.split(lines["TensorBoard"]) == ["tensorboard", "--logdir", "a board"]
+    program, *command = shlex.split(lines["Evaluate"])
     assert program == "gpt2-pl"
     scored = run(*command)
     assert scored == tmp_path / "lightning_logs/my own run/version_1"
@@ -204,8 +204,8 @@ def test_fit_logger_false_existing_checkpoint_is_refused_by_path(run, tmp_path, 
     with pytest.raises(ValueError, match="empty"):  # no run folder
         run(*fit)
     out = capsys.readouterr().out
-    assert "fit is done; trainer.logger is false: there is no run folder" in out
-    assert f"Its checkpoint:  {tmp_path}/checkpoints/best.ckpt" in out
+    assert "fit finished; trainer.logger is false: there is no run folder" in out
+    assert f"Checkpoint:   {tmp_path}/checkpoints/best.ckpt" in out
     before = (tmp_path / "checkpoints/best.ckpt").read_bytes()
     with pytest.raises(SystemExit):
         run(*fit)

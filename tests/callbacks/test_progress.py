@@ -72,7 +72,7 @@ def test_fit_without_terminal_prints_scores_of_an_epoch_in_short_lines(run, caps
     scores = rf"loss {number}, accuracy {number}, macro f1 {number};"
     for i in found:
         assert re.fullmatch(rf"epoch ./2: train {scores}", lines[i]), lines[i]
-        assert re.fullmatch(rf"  val {scores} \d+ s, \d+ s left", lines[i + 1]), lines[i + 1]
+        assert re.fullmatch(rf"  val {scores} took \d+ s, \d+ s left", lines[i + 1]), lines[i + 1]
     assert "Gathered" not in "\n".join(lines)
     assert "FLOPs" not in "\n".join(lines)
     assert any(re.fullmatch(r"669,187 of 669,187 parameters train; the model occupies 2\.7 MB", line) for line in lines)

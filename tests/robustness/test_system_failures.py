@@ -138,7 +138,7 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, run, tmp_path):
-    """A run's folder in the working folder."""
+    """A run's folder in the working directory."""
     shutil.copytree(trained_once, tmp_path / "lightning_logs")
     (tmp_path / "rows.csv").write_text("sentence\na fine film\n")
     return Path("lightning_logs/quickstart/version_0")
@@ -331,7 +331,7 @@ def test_main_deleted_working_folder_is_one_line(fake):
         done = shell(fake, f"mkdir gone && cd gone && rmdir ../gone && gpt2-pl {command}")
         assert done.returncode == 2
         (line,) = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]
-        assert line.startswith("gpt2-pl: error: the working folder cannot be used: ")
+        assert line.startswith("gpt2-pl: error: the working directory cannot be used: ")
 
 
 def test_main_too_many_open_files_is_one_line(fake):

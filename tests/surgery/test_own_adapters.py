@@ -287,7 +287,7 @@ def test_commands_task_without_protocols_names_missing_methods(run, capsys, tmp_
     assert "no predictions were written" not in capsys.readouterr().out
     run("predict", "--config", folder / "config.yaml", "--ckpt_path", checkpoint)
     out = capsys.readouterr().out
-    assert "predict is done" in out
+    assert "predict finished" in out
     assert "; no predictions were written: plain_task.Plain gives no row_table" in out
     (tmp_path / "in.txt").write_text("x\n")
     for command, what in (

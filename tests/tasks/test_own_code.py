@@ -159,7 +159,7 @@ def test_task_surgery_that_freezes_all_is_a_linear_probe(base, tmp_path):
 
 
 def test_task_surgery_that_unfreezes_an_adapted_weight_is_refused(base):
-    with pytest.raises(InputError, match=r"unfreezes it and LoRA both write h\.0\.attn\.c_attn\.weight"):
+    with pytest.raises(InputError, match=r"unfreezes it and LoRA both train h\.0\.attn\.c_attn\.weight"):
         SentimentClassifier(base=str(base), surgery=[LoRA(rank=2), Unfreeze()])
 
 
@@ -273,7 +273,7 @@ class Shouting(IMDB):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """Create a user module with a unique name in the working folder, not imported yet."""
+    """Create a user module with a unique name in the working directory, not imported yet."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
     name = f"mine_{tmp_path.name.replace('-', '_')}"

@@ -75,22 +75,22 @@ def print_report(
     if folder is not None:
         _print_folder(console, trainer, folder, command, can_test, note)
     elif trainer.logger is None:
-        console.print(f"\n{command} is done; trainer.logger is false: there is no run folder")
+        console.print(f"\n{command} finished; trainer.logger is false: there is no run folder")
         if command == "fit" and best_path:
-            console.print(f"Its checkpoint:  {printable(best_path)}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"Checkpoint:   {printable(best_path)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_folder(console: Any, trainer: Trainer, folder: Path, command: str, can_test: bool, note: str) -> None:
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
-    done = printable(f"\n{command} is done: {folder}{note}\n  {files}", keep="\n")
+    done = printable(f"\n{command} finished: {folder}{note}\n  {files}", keep="\n")
     console.print(done, soft_wrap=True, highlight=False, markup=False)
     checkpoints = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
-        console.print(f"Its checkpoint:  {best.stat().st_size / 1e6:.1f} MB", highlight=False)
+        console.print(f"Checkpoint:   {best.stat().st_size / 1e6:.1f} MB", highlight=False)
         again = [*program(), "test" if can_test else "validate", "--config", f"{folder}/config.yaml"]
         scoring = shlex.join([*again, "--ckpt_path", str(best)])
-        console.print(f"Score it again:  {printable(scoring)}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Evaluate:     {printable(scoring)}", soft_wrap=True, highlight=False, markup=False)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             board = shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
-            console.print(f"Look at it:      {printable(board)}", soft_wrap=True, markup=False)
+            console.print(f"TensorBoard:  {printable(board)}", soft_wrap=True, markup=False)

@@ -35,8 +35,8 @@ class CommandParser(argparse.ArgumentParser):
             "--plugin",
             metavar="MODULE",
             action="append",
-            help="module with the task or surgery of the checkpoint, such as mine for mine.py in the working folder; "
-            "can be given several times",
+            help="module with the task or surgery of the checkpoint, such as mine for mine.py in the working "
+            "directory; can be given several times",
         )
         self.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
 

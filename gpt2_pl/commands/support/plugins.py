@@ -1,4 +1,4 @@
-"""Import of the user's own modules, which are in the working folder or installed, and which the user names."""
+"""Import of the user's own modules, which are in the working directory or installed, and which the user names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def add_working_folder() -> None:
-    """Append the working folder to ``sys.path``, after installed packages, so that it cannot replace them.
+    """Append the working directory to ``sys.path``, after installed packages, so that it cannot replace them.
 
     A checkout of this library is removed from ``sys.path``, because its ``callbacks/`` and ``datamodules/`` would hide
     the user's folders of the same names. :mod:`gpt2_pl` does not need it after it is imported.
@@ -45,7 +45,7 @@ def add_working_folder() -> None:
 
 
 def import_plugin(name: str) -> ModuleType:
-    """Import a module that ``--plugin`` names, from the working folder or from installed packages.
+    """Import a module that ``--plugin`` names, from the working directory or from installed packages.
 
     Raises:
         InputError: the name is not a module's, the module does not exist, or its import fails.
@@ -56,7 +56,7 @@ def import_plugin(name: str) -> ModuleType:
     add_working_folder()
     module = _import(name, "plugin", f"plugin: {name}")
     if module is None:
-        message = f"plugin: there is no module {name!r}, in the working folder or among installed packages"
+        message = f"plugin: there is no module {name!r}, in the working directory or among installed packages"
         raise InputError(message, key="plugin", value=name)
     return module
 

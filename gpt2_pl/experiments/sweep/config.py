@@ -341,7 +341,7 @@ class ConfigNode:
             try:
                 config_path(file, self._key("configs"))
             except InputError as error:
-                hint = "" if os.path.isabs(file) else f"; paths are relative to the working folder, {os.getcwd()}"
+                hint = "" if os.path.isabs(file) else f"; paths are relative to the working directory, {os.getcwd()}"
                 raise InputError(f"{error}{hint}") from None
         return tuple(value)
 

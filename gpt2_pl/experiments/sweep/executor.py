@@ -217,7 +217,7 @@ def make_executor(config: SweepConfig, max_parallel: int | None, run_command: Ca
 
 @contextmanager
 def _job_environment() -> Iterator[None]:
-    """Set the import path of new processes: this copy of the library, without the working folder."""
+    """Set the import path of new processes: this copy of the library, without the working directory."""
     root = str(Path(gpt2_pl.__file__).resolve().parents[1])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     paths = [root, *filter(None, (before["PYTHONPATH"] or "").split(os.pathsep))]

@@ -1,5 +1,6 @@
 """Two and four processes compared with one, and the end of a run when one of its processes dies."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, flags, process
+from conftest import ROOT, flags
 from helpers import forked
 from helpers.configs import CONFIGS, STRATEGIES
 
@@ -49,13 +50,27 @@ def wide(tmp_path_factory):
     return folder
 
 
+# Four stages in two epochs of six steps, which begin within the epochs.
+STAGES = """
+model: {init_args: {pooling: concat, schedule: {class_path: gpt2_pl.optim.SlantedTriangular}}}
+trainer:
+  callbacks:
+    - {class_path: gpt2_pl.callbacks.GradualUnfreezing, init_args: {blocks_per_stage: 1, epochs_per_stage: 0.4}}
+    - {class_path: gpt2_pl.callbacks.DiscriminativeLR, init_args: {decay: 0.7}}
+early_stopping_patience: null
+"""
+SEQUENCES = ["--model.sequence_unlikelihood=0.5", "--model.sequence_prefix=20", "--model.sequence_length=20"]
+
+
 @pytest.fixture
 def differences(tmp_path, wide, files, pair_files, poem_files):
-    """Run cases in one and in ``world`` processes; return the differences of the cases that differ."""
+    """Run cases in one process and in several; return the differences of the cases that differ."""
+    stages = tmp_path / "stages.yaml"
+    stages.write_text(STAGES)
     data = {
         # the last batch of an epoch has a row for every process: what is smaller waits for the next epoch
-        "imdb": [*flags(files), "--data.max_length=80", "--data.train_fraction=0.9"],
-        "quora": [*flags(pair_files), "--data.max_length=80", "--data.train_fraction=0.9"],
+        "imdb": [*flags(files), "--data.max_length=80", "--data.train_fraction=0.465"],
+        "quora": [*flags(pair_files), "--data.max_length=80", "--data.train_fraction=0.465"],
         # nine poems of everything: four processes want a row each
         "sonnets": [
             *flags(dict.fromkeys(poem_files, poem_files["train"])),
@@ -69,41 +84,48 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
     common = ["--trainer.precision=32-true", "--trainer.max_epochs=2", "--data.eval_batch_size=5",
               "--model.optimizer.init_args.lr=1e-4", f"--model.base={wide}"]  # fmt: skip
 
-    def differences(cases, world, trainer="ddp"):
+    def differences(cases, resume=False):
         lines = []
-        for case in cases:
+        for case, trainer, world in cases:
             task, _, strategy = case.partition("/")
-            names = [f"task/{task}", *(f"strategy/{part}" for part in strategy.split("+"))]
-            arguments = [*(f"--config={CONFIGS}/{name}.yaml" for name in names), *common, *data[task]]
-            lines.append(json.dumps({"name": case, "arguments": arguments}))
-        command = [ROOT / "tests/helpers/torchrun_equivalence.py", tmp_path / "runs", world, trainer]
+            strategies = [stages if part == "stages" else f"{CONFIGS}/strategy/{part}.yaml"
+                          for part in strategy.removesuffix("+sequences").split("+")]  # fmt: skip
+            configs = [f"--config={file}" for file in (f"{CONFIGS}/task/{task}.yaml", *strategies)]
+            arguments = [*configs, *common, *data[task], *(SEQUENCES if "+sequences" in strategy else [])]
+            lines.append(json.dumps({"name": case, "arguments": arguments, "trainer": trainer, "world": world,
+                                     "resume": resume}))  # fmt: skip
+        command = [ROOT / "tests/helpers/torchrun_equivalence.py", tmp_path / "runs"]
         done = forked.run(command, cwd=tmp_path, input="\n".join(lines), timeout=3000)
         assert done.returncode == 0, done.stderr[-3000:]
-        found = {row["name"]: row["wrong"] for row in map(json.loads, done.stdout.splitlines())}
-        assert list(found) == list(cases)
-        return {name: wrong for name, wrong in found.items() if wrong}
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [(row["name"], row["trainer"], row["world"]) for row in found] == cases
+        return {f"{row['name']} {row['trainer']}": row["wrong"] for row in found if row["wrong"]}
 
     return differences
 
 
-def test_fit_ddp_two_processes_equals_one(differences):
-    cases = ["imdb/ulmfit", "imdb/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood", "quora/linear_probe"]
-    assert differences(cases, 2) == {}
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [("imdb/stages", "ddp", 2)],
+        [("imdb/stages+lora", "fsdp", 2)],
+        [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("quora/prefix_tuning+lora_embedding", "fsdp", 2)],
+        [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
+    ],
+    ids=["unfreezing", "unfreezing of LoRA", "prefix and embedding", "poems"],
+)
+def test_fit_several_processes_equal_one(cases, differences):
+    assert differences(cases) == {}
 
 
-def test_fit_ddp_four_processes_equals_one(differences):
-    assert differences(["quora/lora_ffn"], 4) == {}
-
-
-def test_fit_fsdp_two_processes_equals_one(differences):
-    cases = ["imdb/ulmfit+lora", "quora/lora_embedding", "imdb/prefix_tuning", "sonnets/unlikelihood"]
-    assert differences(cases, 2, "fsdp") == {}
+def test_fit_sharded_run_resumes_in_two_processes_and_in_one(differences):
+    assert differences([("quora/llrd", "fsdp", 2)], resume=True) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "trainer"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
 def test_fit_every_strategy_on_every_task_distributed_equals_one_process(differences, world, trainer):
-    assert differences(CASES, world, trainer) == {}
+    assert differences([(case, trainer, world) for case in CASES]) == {}
 
 
 def test_fit_killed_rank_ends_other_processes(tmp_path):
@@ -129,21 +151,18 @@ def test_fit_killed_rank_ends_other_processes(tmp_path):
 def test_fit_rank_with_launcher_killed_before_rendezvous_ends(tmp_path):
     """Kill the first process, for which the second would otherwise wait half an hour."""
     ddp = [f"--config={CONFIGS}/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp]
-    with open(tmp_path / "log", "w") as log:
-        first = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log,
-                                 env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not (ranks := psutil.Process(first.pid).children()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1.0)  # it has begun, and imports
-        first.kill()
-        first.wait()
+    command = [ROOT / "cli.py", "fit", f"--config={CONFIGS}/quickstart.yaml", *ddp]
+    first = forked.Forked(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    launcher, deadline = psutil.Process(first.pid), time.monotonic() + 120
+    while not (ranks := launcher.children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)  # it has begun, and imports
+    launcher.kill()
     _, alive = psutil.wait_procs(ranks, timeout=50)
     for rank in alive:
         rank.kill()
     assert not alive
-    assert "gpt2-pl: error: the process that launched this one has ended" in (tmp_path / "log").read_text()
+    assert "gpt2-pl: error: the process that launched this one has ended" in first.communicate(10)[1]
 
 
 RANK = """
@@ -160,45 +179,51 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "lightning", "none"])
-def test_watch_launcher_ends_a_rank_with_its_launcher_and_no_other_process(launcher, tmp_path):
+def test_watch_launcher_ends_a_rank_with_its_launcher_and_no_other_process(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
-    process = subprocess.Popen([sys.executable, tmp_path / "rank.py", "launcher", launcher], text=True,
+    launchers = {
+        name: subprocess.Popen([sys.executable, tmp_path / "rank.py", "launcher", name], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env={**environment, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    rank = psutil.Process(int(process.stdout.readline()))
+                               env={**environment, "PYTHONPATH": str(ROOT)})
+        for name in ("torchrun", "lightning", "none")
+    }  # fmt: skip
+    ranks = {name: psutil.Process(int(launcher.stdout.readline())) for name, launcher in launchers.items()}
     time.sleep(2.0)
-    assert rank.is_running()
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs([rank], timeout=3 if launcher == "none" else 20)
-    for left in alive:
-        left.kill()
-    assert bool(alive) == (launcher == "none")
+    try:
+        assert all(rank.is_running() for rank in ranks.values())
+        for launcher in launchers.values():
+            launcher.kill()
+            launcher.wait()
+        _, alive = psutil.wait_procs([ranks["torchrun"], ranks["lightning"]], timeout=20)
+        assert not alive
+        _, alive = psutil.wait_procs([ranks["none"]], timeout=2)
+        assert alive
+    finally:
+        for rank in ranks.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_fit_rank_without_peers_times_out_with_one_line_error(rank, tmp_path, free_port):
+def test_fit_rank_without_peers_times_out_with_one_line_error(tmp_path):
     """Use the timeout of the strategy, without a launcher that watches."""
     (tmp_path / "ddp.yaml").write_text(
         "trainer: {accelerator: cpu, devices: 2, enable_progress_bar: false, strategy: {class_path: "
-        "lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: '0:00:04'}}}"
+        "lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: '0:00:02'}}}"
     )
-    environment = {
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port),
-    }
-    done = process(tmp_path, "fit", f"--config={CONFIGS}/quickstart.yaml", "--config=ddp.yaml", **environment)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("gpt2-pl: error: the other processes of this run did not connect: ")
+    command = [ROOT / "cli.py", "fit", f"--config={CONFIGS}/quickstart.yaml", "--config=ddp.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        forked.Forked(command, tmp_path, {**environment, "LOCAL_RANK": str(rank), "MASTER_PORT": str(free_port())})
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, error = process.communicate(120)
+        assert process.returncode == 1
+        assert "Traceback" not in error
+        assert error.splitlines()[-1].startswith("gpt2-pl: error: the other processes of this run did not connect: ")
 
 
-@pytest.fixture
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,10 +1,12 @@
 """A program that fits the same model in one process and in several, and says in what they differ.
 
-    python ranks.py FOLDER N TRAINER < CASES
+    python torchrun_equivalence.py FOLDER < CASES
 
-A case is a line of JSON: a name and arguments of ``gpt2-pl fit`` without the batch size. The processes are started as
-torchrun starts them, but forked from this one, which has imported everything: that costs a second in place of ten.
-There is no dropout, whose masks differ. It prints a line of JSON for each case.
+A case is a line of JSON: a name, arguments of ``gpt2-pl fit`` without the batch size, a trainer configuration and the
+number of processes. With ``resume`` the run of several processes is stopped after its first epoch and resumed by as
+many processes and by one. The processes are started as torchrun starts them, but forked from this one, which has
+imported everything: that costs a second in place of ten. There is no dropout, whose masks differ. It prints a line of
+JSON for each case.
 """
 
 import json
@@ -13,6 +15,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -77,36 +80,50 @@ def fit(folder: Path, arguments: list[str], world: int, strategy: str) -> None:
         raise RuntimeError(f"the processes ended with {statuses}: {logs}")
 
 
-def scores(folder: Path) -> dict[str, float]:
-    """The final scores of the run in a folder."""
+def account(folder: Path) -> dict[str, Any]:
+    """The metrics.json of the run in a folder."""
     (file,) = folder.glob("lightning_logs/*/*/metrics.json")
-    return json.loads(file.read_text())["scores"]
+    return json.loads(file.read_text())
 
 
-def differences(folder: Path, world: int) -> list[str]:
+def differences(alone: Path, shared: Path, world: int) -> list[str]:
     """In what one process and several differ: the ranks' weights bit by bit, the rest to rounding."""
-    one = torch.load(folder / "1/rank_0.pt", weights_only=True)
-    ranks = [torch.load(folder / f"{world}/rank_{n}.pt", weights_only=True) for n in range(world)]
+    one = torch.load(alone / "rank_0.pt", weights_only=True)
+    ranks = [torch.load(shared / f"rank_{n}.pt", weights_only=True) for n in range(world)]
     found = [
         f"rank {n}: {name}"
         for n, state in enumerate(ranks)
         for name in state
         if not torch.equal(state[name], ranks[0][name])
     ]
-    for name in one:
+    found += sorted(one.keys() ^ ranks[0].keys())
+    for name in one.keys() & ranks[0].keys():
         if not torch.allclose(one[name].float(), ranks[0][name].float(), atol=2e-5, rtol=0):
             found.append(f"{name}: {(one[name] - ranks[0][name]).abs().max().item():.1e}")
-    ours, theirs = scores(folder / "1"), scores(folder / str(world))
+    ours, theirs = account(alone), account(shared)
     exact = ("accuracy", "f1", "precision", "recall")
-    for name in ours:
-        apart = abs(ours[name] - theirs[name])
-        if apart > (0.0 if name.endswith(exact) else 1e-4 * max(1.0, abs(ours[name]))):
-            found.append(f"{name}: {ours[name]} / {theirs[name]}")
-    return found
+    for place, a, b in (
+        ("scores", ours["scores"], theirs["scores"]),
+        ("last epoch", ours["epochs"][-1], theirs["epochs"][-1]),
+    ):
+        found += [f"{place}: {name} is missing" for name in a.keys() ^ b.keys()]
+        for name in a.keys() & b.keys():
+            if abs(a[name] - b[name]) > (0.0 if name.endswith(exact) else 1e-4 * max(1.0, abs(a[name]))):
+                found.append(f"{place}: {name}: {a[name]} / {b[name]}")
+    if ours["parameters"] != theirs["parameters"]:
+        found.append(f"parameters: {ours['parameters']} / {theirs['parameters']}")
+    rows = [
+        {
+            path.name: [line.split(",")[0] for line in path.read_text().splitlines()]
+            for path in folder.glob("lightning_logs/*/*/predictions_*.csv")
+        }
+        for folder in (alone, shared)
+    ]
+    return found + ([] if rows[0] == rows[1] else ["rows of predictions"])
 
 
 if __name__ == "__main__":
-    place, world, strategy = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    place = Path(sys.argv[1])
     torch.set_num_threads(1)
     assert SentimentClassifier  # everything is imported before the first fork
     for module in (gpt2_pl.kernels.attention, gpt2_pl.heads, gpt2_pl.model):
@@ -116,10 +133,21 @@ if __name__ == "__main__":
     for line in sys.stdin:
         case = json.loads(line)
         folder = place / case["name"].replace("/", "_")
+        arguments, strategy, world = case["arguments"], case["trainer"], case["world"]
         try:
-            for n in (1, world):
-                fit(folder / str(n), case["arguments"], n, strategy)
-            wrong = differences(folder, world)
+            if not (folder / "1").exists():
+                fit(folder / "1", arguments, 1, strategy)
+            several = folder / f"{strategy}_{world}"
+            first = ["--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1"] if case["resume"] else []
+            fit(several, [*arguments, *first], world, strategy)
+            if case["resume"]:
+                (checkpoint,) = several.glob("lightning_logs/*/*/checkpoints/last.ckpt")
+                wrong = []
+                for name, n in (("resumed", world), ("resumed alone", 1)):
+                    fit(folder / name, [*arguments, f"--ckpt_path={checkpoint}"], n, strategy)
+                    wrong += [f"{name}: {part}" for part in differences(folder / "1", folder / name, n)]
+            else:
+                wrong = differences(folder / "1", several, world)
         except (RuntimeError, ValueError, OSError) as error:
             wrong = [str(error)]
-        print(json.dumps({"name": case["name"], "wrong": wrong}), flush=True)
+        print(json.dumps({**case, "wrong": wrong}), flush=True)

@@ -7,8 +7,11 @@ from conftest import ROOT
 
 from helpers import forked
 
-QUICK = [f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=120", "--data.batch_size=10",
-         "--trainer.max_epochs=3", "--trainer.precision=32-true"]  # fmt: skip
+QUICK = [
+    f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=80", "--data.batch_size=10", "--trainer.max_epochs=3",
+    "--model.config={vocab_size: 512, n_positions: 64, n_embd: 16, n_layer: 2, n_head: 2, dropout: 0.1}",
+    "--trainer.precision=32-true",
+]  # fmt: skip  # eight steps an epoch
 
 
 def faults(folder, n, seed, arguments, **environment):

@@ -1,8 +1,8 @@
-"""Commands that end with an error of one line."""
+"""Commands and calls that end with an error of one line."""
 
 import pytest
 
-from gpt2_pl.errors import InputError, causes
+from gpt2_pl.errors import InputError, causes, shorten
 
 
 class Refusal(str):
@@ -32,3 +32,13 @@ def refused(run, capsys, *args):
     refusal = Refusal(lines[-1])
     refusal.error = next((error for error in causes(stopped.value) if isinstance(error, InputError)), None)
     return refusal
+
+
+def refusal(call, *args, case=""):
+    """Call a function that must raise an InputError of one line; return the error. A failure names the case."""
+    try:
+        call(*args)
+    except InputError as error:
+        assert "\n" not in str(error), shorten(case)
+        return error
+    pytest.fail(f"not refused: {shorten(case or args)}")

@@ -1,6 +1,7 @@
 """Ctrl-C at any moment ends a command with one line and exit status 130."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from gpt2_pl.commands import main
 
 
 def test_fit_ctrl_c_prints_resume_command_and_resumes_to_the_same_result(tmp_path):
-    """Send SIGINT in training, validation and test steps, and while checkpoints are written."""
-    kinds = "training_step,validation_step,test_step,in last.ckpt,in best.ckpt,before last.ckpt"
+    """Send SIGINT in training, validation and test steps, and while a checkpoint is written."""
+    kinds = "training_step,validation_step,test_step,in last.ckpt"
     arguments = [*QUICK, "--trainer.max_epochs=2", "--data.n_train=60", "--checkpoint_every_n_steps=2"]
-    for case in faults(tmp_path, 6, 5, arguments, FAULT_SIGNAL="SIGINT", FAULT_KINDS=kinds):
+    for case in faults(tmp_path, 4, 5, arguments, FAULT_SIGNAL="SIGINT", FAULT_KINDS=kinds):
         assert case["killed"] == 130, case
         (line,) = case["said"]
         run = "lightning_logs/quickstart/version_0"
@@ -49,12 +50,9 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "command"), [("torch", "generate"), ("gpt2_pl.commands.sweep", "sweep"), ("numpy", "fit")]
-)
+@pytest.mark.parametrize(("module", "command"), [("gpt2_pl.commands.sweep", "sweep"), ("numpy", "fit")])
 def test_main_ctrl_c_during_imports_is_one_line(module, command):
-    args = ["RUN", "--prompt_file", __file__, "--out", "o.txt"] if command == "generate" else ["nothing.yaml"]
-    done = python(AT_IMPORT, module, command, *args)
+    done = python(AT_IMPORT, module, command, "nothing.yaml")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpt2-pl: stopped by Ctrl-C\n")
 
 
@@ -62,9 +60,14 @@ def press_ctrl_c(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture(scope="module")
+def finished(fitted):
+    return fitted("fit", *QUICK, "--trainer.max_epochs=1")
+
+
 @pytest.mark.parametrize("command", ["classify", "compare", "export", "test", "sweep"])
-def test_commands_ctrl_c_is_one_line_and_leaves_no_files(command, run, capsys, monkeypatch, tmp_path):
-    folder = run("fit", *QUICK, "--trainer.max_epochs=1")
+def test_commands_ctrl_c_is_one_line_and_leaves_no_files(command, finished, run, capsys, monkeypatch, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "lightning_logs/quickstart/version_0")
     rows = tmp_path / "rows.csv"
     rows.write_text("sentence\na fine film\n")
     plan = tmp_path / "s.yaml"

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, metrics
+from helpers.refusals import refusal
 
 from gpt2_pl import filesystem
 from gpt2_pl.commands.support import settings
-from gpt2_pl.errors import InputError
 from gpt2_pl.utils import machine
 
 OURS = ("gpt2_pl", "datamodules", "callbacks", "configs", "benchmarks")
@@ -136,15 +136,13 @@ def test_peak_process_memory_includes_freed_memory():
     assert machine.peak_process_memory() > max(before, psutil.Process().memory_info().rss)
 
 
-@pytest.mark.parametrize(
-    "name", ["a:b", "C:run", "what?", "a|b", 'a"b', "<a>", "a*", "run.", "run ", "a/nul", "COM1.txt"]
-)
-def test_check_name_invalid_windows_folder_name_is_refused(name, monkeypatch):
-    if os.name != "nt":
+def test_check_name_invalid_windows_folder_name_is_refused(monkeypatch):
+    bad = ["a:b", "C:run", "what?", "a|b", 'a"b', "<a>", "a*", "run.", "run ", "a/nul", "COM1.txt"]
+    for name in bad if os.name != "nt" else ():
         settings.check_name(name)
     monkeypatch.setattr(settings, "WINDOWS", True)
-    with pytest.raises(InputError, match="must be a valid name of a folder on Windows"):
-        settings.check_name(name)
+    for name in bad:
+        assert "Windows" in str(refusal(settings.check_name, name)), name
     for good in ("run", "a.b", "sweep/task/full,lr=0.1", "nullify", "console"):
         settings.check_name(good)
 

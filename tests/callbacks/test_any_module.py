@@ -44,7 +44,7 @@ def test_finetuning_callbacks_foreign_module_with_layer_groups_apply_to_layers()
 
 
 def test_discriminative_lr_param_group_of_two_layers_is_refused():
-    with pytest.raises(InputError, match="parameters of body, head; make one group for each layer"):
+    with pytest.raises(InputError, match="body, head"):
         fit_foreign(Foreign(grouped=False), DiscriminativeLR())
 
 
@@ -64,7 +64,7 @@ class Nameless(LightningModule):
 
 @pytest.mark.parametrize("make", [GradualUnfreezing, DiscriminativeLR])
 def test_finetuning_callbacks_module_without_layer_groups_is_refused(make):
-    with pytest.raises(InputError, match="Nameless does not implement layer_groups"):
+    with pytest.raises(InputError, match=r"Nameless .*layer_groups"):
         fit_foreign(Nameless(), make())
 
 
@@ -104,13 +104,13 @@ MAKE = {
 }
 
 
-@pytest.mark.parametrize("make", MAKE)
-def test_discriminative_lr_any_torch_scheduler_keeps_ratio_of_rates(make):
-    module = TwoLayers(MAKE[make])
-    trainer(max_epochs=1, callbacks=[DiscriminativeLR(decay=0.5, head_scale=2.0)]).fit(module)
-    assert len({round(head, 6) for _, head in module.seen}) > 2
-    for body, head in module.seen:
-        assert head == pytest.approx(2 * body)
+def test_discriminative_lr_any_torch_scheduler_keeps_ratio_of_rates():
+    for name, make in MAKE.items():
+        module = TwoLayers(make)
+        trainer(max_epochs=1, callbacks=[DiscriminativeLR(decay=0.5, head_scale=2.0)]).fit(module)
+        assert len({round(head, 6) for _, head in module.seen}) > 2, name
+        for body, head in module.seen:
+            assert head == pytest.approx(2 * body), name
 
 
 class Stop(Callback):

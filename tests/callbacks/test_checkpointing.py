@@ -1,20 +1,19 @@
 """Resumed runs: their folder, best checkpoint and early-stopping patience are kept."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, metrics, weights
+from conftest import metrics, weights
 from helpers.refusals import refused
+from helpers.stops import TINY
 
 from gpt2_pl.callbacks import AtomicCheckpointIO, RunSummary
 from gpt2_pl.tasks import SentimentClassifier
 
-QUICK = [
-    "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=96", "--trainer.precision=32-true",
-    "--model.optimizer.init_args.lr=1e-3",
-]  # fmt: skip
+QUICK = [*TINY, "--trainer.precision=32-true", "--model.optimizer.init_args.lr=1e-3"]  # six steps an epoch
 
 
 def same_checkpoint(a, b):
@@ -61,10 +60,16 @@ def test_fit_resumed_after_best_epoch_keeps_best_checkpoint(run):
         assert same_checkpoint(whole / "checkpoints/best.ckpt", folder / "checkpoints/best.ckpt")
 
 
+@pytest.fixture(scope="module")
+def stopped_once(fitted):
+    settings = ["--trainer.max_epochs=2", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1"]
+    return fitted(*QUICK, *settings)
+
+
 @pytest.fixture
-def stopped(run):
+def stopped(stopped_once, run, tmp_path):
     """A run that was stopped after its first epoch of two."""
-    return run(*QUICK, "--trainer.max_epochs=2", "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1")
+    return shutil.copytree(stopped_once, tmp_path / "lightning_logs/quickstart/version_0")
 
 
 def changed(file, change):
@@ -105,31 +110,32 @@ def test_fit_resumed_with_invalid_best_checkpoint_is_refused(stopped, run, capsy
     (stopped / "checkpoints/best.ckpt").write_text("secret")
     more = ["--name=elsewhere", f"--ckpt_path={stopped}/checkpoints/last.ckpt"]
     line = refused(run, capsys, *QUICK, "--trainer.max_epochs=2", *more)
-    assert "best.ckpt is not a checkpoint of this library" in line
+    assert "best.ckpt is not a checkpoint" in line
     assert not list(stopped.parents[1].glob("elsewhere/*/checkpoints/*"))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "epoch_progress.total is missing"),
-        (lambda content: content["optimizer_states"][0].update(param_groups=[]), "param_groups must be a list of"),
-        (lambda content: content.pop("optimizer_states"), "holds a model alone"),
-        (lambda content: content["lr_schedulers"].__setitem__(0, {}), "lr_schedulers[0]."),
-    ],
-    ids=["loops", "param_groups", "no optimizer", "schedule"],
-)
-def test_fit_resumed_with_malformed_trainer_state_is_refused_in_one_line(change, words, stopped, run, capsys):
+MALFORMED = {  # changes of a checkpoint, and what the message names
+    "loops": (lambda content: content["loops"]["fit_loop"]["epoch_progress"].clear(), "epoch_progress.total"),
+    "param_groups": (lambda content: content["optimizer_states"][0].update(param_groups=[]), "param_groups"),
+    "no optimizer": (lambda content: content.pop("optimizer_states"), "a model alone"),
+    "schedule": (lambda content: content["lr_schedulers"].__setitem__(0, {}), "lr_schedulers[0]."),
+}
+
+
+def test_fit_resumed_with_malformed_trainer_state_is_refused_in_one_line(stopped, run, capsys):
     checkpoint = stopped / "checkpoints/last.ckpt"
-    changed(checkpoint, change)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
-    assert ended.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("gpt2-pl: error: ckpt_path: ")
-    assert "last.ckpt: " in line
-    assert words in line
+    original = checkpoint.read_bytes()
+    for case, (change, named) in MALFORMED.items():
+        changed(checkpoint, change)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+        assert ended.value.code == 2, case
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("gpt2-pl: error: ckpt_path: "), case
+        assert "last.ckpt: " in line, case
+        assert named in line, case
+        checkpoint.write_bytes(original)
 
 
 def test_fit_resumed_between_training_and_test_computes_test_scores(run):
@@ -144,15 +150,6 @@ def test_fit_resumed_between_training_and_test_computes_test_scores(run):
     assert (folder / "predictions_test.csv").is_file()
 
 
-def test_fit_resumed_after_early_stopping_trains_no_further(run):
-    stop = ["--trainer.max_epochs=6", "--early_stopping_patience=1", "--model.optimizer.init_args.lr=0.0"]
-    folder = run(*QUICK, *stop)
-    expected = outcome(folder)
-    assert len(expected["epochs"]) == 2
-    resumed = run(*QUICK, *stop, f"--ckpt_path={folder}/checkpoints/last.ckpt")
-    assert outcome(resumed) == expected
-
-
 def test_fit_version_of_existing_run_is_refused(run, tmp_path, capsys):
     run(*QUICK, "--trainer.max_epochs=1")
     named = [*QUICK, "--trainer.max_epochs=1", "--version=mine"]
@@ -164,31 +161,12 @@ def test_fit_version_of_existing_run_is_refused(run, tmp_path, capsys):
     assert "quickstart/mine is the folder of another run" in capsys.readouterr().err
 
 
-def test_fit_disk_full_during_save_keeps_previous_checkpoint(run, monkeypatch, capsys):
-    """Simulate a disk that fills up while a checkpoint is written."""
-    folder = run(*QUICK, "--trainer.max_epochs=1")
-    checkpoint = folder / "checkpoints/last.ckpt"
-    before = checkpoint.read_bytes()
-    save = torch.save
-
-    def fill(content, file, *args, **kwargs):
-        save(content, file, *args, **kwargs)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fill)
-    with pytest.raises(SystemExit):
-        run(*QUICK, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
-    assert "disk full while writing" in capsys.readouterr().err
-    assert checkpoint.read_bytes() == before
-    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
-
-
 class PowerCut(BaseException):
     """A stand-in for the sudden end of the process."""
 
 
 def test_fit_killed_at_end_of_unvalidated_epoch_resumes_bitwise(run, monkeypatch):
-    settings = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--trainer.val_check_interval=4"]
+    settings = [*QUICK, "--trainer.max_epochs=2", "--trainer.val_check_interval=4"]
     whole = run(*settings, "--name=whole")  # of the six steps of an epoch it validates after the fourth
     assert metrics(whole)["steps"] == 12
 
@@ -229,11 +207,11 @@ def last_of(folder):
 @pytest.mark.parametrize("stop", ["--trainer.max_epochs=2", "--trainer.max_steps=8"])
 def test_fit_checkpoint_every_n_steps_leaves_last_checkpoint_unchanged(run, stop):
     """Compare last.ckpt with and without N, where N divides the six steps per epoch or does not."""
-    settings = [*QUICK, stop, "--data.batch_size=16"]
+    settings = [*QUICK, stop]
     whole = run(*settings, "--name=whole")
     expected = last_of(whole)
     assert expected["global_step"] == metrics(whole)["steps"]
-    for every in (1, 4, 6, 8, 100):
+    for every in (4, 6):
         folder = run(*settings, f"--name=every_{every}", f"--checkpoint_every_n_steps={every}")
         last = last_of(folder)
         assert (last["global_step"], last["epoch"]) == (expected["global_step"], expected["epoch"])
@@ -250,7 +228,7 @@ def test_fit_checkpoint_every_n_steps_saves_at_steps_and_epoch_ends(run, monkeyp
         save(self, checkpoint, path, *args, **kwargs)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", note)
-    several = [*QUICK, "--trainer.max_epochs=2", "--data.batch_size=16", "--checkpoint_every_n_steps=4"]
+    several = [*QUICK, "--trainer.max_epochs=2", "--checkpoint_every_n_steps=4"]
     run(*several)
     assert [step for step, name in saved if name == "last.ckpt"] == [4, 6, 8, 12]
     saved.clear()
@@ -258,11 +236,14 @@ def test_fit_checkpoint_every_n_steps_saves_at_steps_and_epoch_ends(run, monkeyp
     assert [step for step, name in saved if name == "last.ckpt"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_fit_resumed_in_mid_epoch_shows_no_dataloader_warning(run, recwarn):
-    settings = [*QUICK, "--data.batch_size=16"]  # six steps an epoch
-    folder = run(*settings, "--trainer.max_steps=4")
-    run(*settings, "--trainer.max_steps=8", "--ckpt_path", folder / "checkpoints/last.ckpt")
-    assert [str(warning.message) for warning in recwarn if "resum" in str(warning.message)] == []
+def test_fit_resumed_in_mid_epoch_warns_as_little_as_a_whole_run(run, recwarn):
+    """Lightning warns of a data loader that cannot be resumed, which this library's can."""
+    run(*QUICK, "--trainer.max_steps=8", "--name=whole")
+    whole = {str(warning.message) for warning in recwarn}
+    folder = run(*QUICK, "--trainer.max_steps=4", "--name=half")
+    recwarn.clear()
+    run(*QUICK, "--trainer.max_steps=8", "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert {str(warning.message) for warning in recwarn} <= whole
 
 
 def contents(folder):
@@ -271,24 +252,23 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (["--model.config.n_layer=4"], "h.3"),
-        (["--model.optimizer.init_args.lr=0.01"], "model.optimizer must be"),
-        (["--model.pooling=mean"], "model.pooling must be last, as in the resumed run"),
-        (["--data.n_train=90"], "data.n_train must be 96, as in the resumed run"),
-        (["--seed_everything=2"], "seed_everything must be 1, as in the resumed run"),
-        (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks must be []"),
-    ],
-)
-def test_fit_resumed_with_other_settings_is_refused_and_run_unchanged(change, words, run, capsys):
-    folder = run(*QUICK, "--trainer.max_epochs=1")
-    before = contents(folder)
-    checkpoint = f"--ckpt_path={folder}/checkpoints/last.ckpt"
-    assert words in refused(run, capsys, *QUICK, "--trainer.max_epochs=2", checkpoint, *change)
-    assert contents(folder) == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+OTHER_SETTINGS = [  # flags, and what the message names
+    (["--model.config.n_layer=4"], "gpt2.h.1."),
+    (["--model.optimizer.init_args.lr=0.01"], "model.optimizer"),
+    (["--model.pooling=mean"], "model.pooling"),
+    (["--data.n_train=90"], "data.n_train"),
+    (["--seed_everything=2"], "seed_everything"),
+    (["--trainer.callbacks=[{class_path: gpt2_pl.callbacks.DiscriminativeLR}]"], "trainer.callbacks"),
+]
+
+
+def test_fit_resumed_with_other_settings_is_refused_and_run_unchanged(stopped, run, capsys):
+    before = contents(stopped)
+    checkpoint = f"--ckpt_path={stopped}/checkpoints/last.ckpt"
+    for change, named in OTHER_SETTINGS:
+        assert named in refused(run, capsys, *QUICK, "--trainer.max_epochs=2", checkpoint, *change), change
+        assert contents(stopped) == before, change
+    assert [path.name for path in stopped.parent.iterdir()] == [stopped.name]
 
 
 def test_test_resumed_run_writes_new_run_folder(run):
@@ -311,12 +291,12 @@ def test_fit_interrupted_in_second_epoch_resumes_bitwise(run, monkeypatch):
 
     def interrupt(task, batch, batch_idx):
         steps.append(batch_idx)
-        if len(steps) == 6:  # of 4 an epoch
+        if len(steps) == 9:  # of six an epoch
             raise KeyboardInterrupt
         return step(task, batch, batch_idx)
 
     monkeypatch.setattr(SentimentClassifier, "training_step", interrupt)
-    settings = ["--data.batch_size=24", "--checkpoint_every_n_steps=1", "--trainer.max_epochs=2", "--name=a"]
+    settings = ["--checkpoint_every_n_steps=1", "--trainer.max_epochs=2", "--name=a"]
     with pytest.raises(SystemExit):
         run(*QUICK, *settings)
     monkeypatch.setattr(SentimentClassifier, "training_step", step)

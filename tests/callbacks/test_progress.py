@@ -32,19 +32,19 @@ def fake_trainer(epochs=4, batches=10, whole=0, done=0, steps=-1, step=0, timers
     )
 
 
-@pytest.mark.parametrize(
-    ("state", "expected"),
-    [
-        ({"whole": 1, "done": 5}, 15 / 40),
-        ({"whole": 4, "done": 0}, 1.0),
-        ({"epochs": -1}, None),
-        ({"epochs": None, "steps": 8, "step": 2}, 0.25),
-        ({"whole": 0, "done": 5, "steps": 10, "step": 5}, 0.5),  # max_steps ends it first
-        ({"batches": float("inf")}, None),
-    ],
-)
-def test_fraction_done_of_limits_is_that_of_the_first_reached(state, expected):
-    assert fraction_done(fake_trainer(**state)) == expected
+FRACTIONS = [
+    ({"whole": 1, "done": 5}, 15 / 40),
+    ({"whole": 4, "done": 0}, 1.0),
+    ({"epochs": -1}, None),
+    ({"epochs": None, "steps": 8, "step": 2}, 0.25),
+    ({"whole": 0, "done": 5, "steps": 10, "step": 5}, 0.5),  # max_steps ends it first
+    ({"batches": float("inf")}, None),
+]
+
+
+def test_fraction_done_of_limits_is_that_of_the_first_reached():
+    for state, expected in FRACTIONS:
+        assert fraction_done(fake_trainer(**state)) == expected, state
 
 
 def test_run_clock_of_resumed_run_counts_from_its_start(monkeypatch):
@@ -58,9 +58,9 @@ def test_run_clock_of_resumed_run_counts_from_its_start(monkeypatch):
     assert clock.seconds_left(fake_trainer(whole=4)) == 0.0
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(41.2, "41 s"), (720, "12 min"), (12000, "3 h 20 min")])
-def test_duration_of_seconds_is_readable(seconds, text):
-    assert duration(seconds) == text
+def test_duration_of_seconds_is_readable():
+    for seconds, text in ((41.2, "41 s"), (720, "12 min"), (12000, "3 h 20 min")):
+        assert duration(seconds) == text
 
 
 def test_fit_without_terminal_prints_scores_of_an_epoch_in_short_lines(run, capsys):
@@ -132,16 +132,14 @@ def test_epoch_lines_table_and_closing_scores_agree(interval, run, capsys):
     assert re.search(r"^val/accuracy +([\d.]+)", out, re.MULTILINE)[1] == max(filter(None, expected))
 
 
-@pytest.mark.parametrize(
-    ("mode", "values", "best"), [("min", [math.nan, 3.0, 2.0], 2.0), ("max", [math.nan, 0.1], 0.1)]
-)
-def test_run_summary_several_values_in_an_epoch_keep_best_number(mode, values, best):
-    summary, module = RunSummary(), SimpleNamespace(monitor="val/x", mode=mode)
-    for value in values:
-        summary._keep_better(module, {"val/x": value})
-    assert summary._val_metrics == {"val/x": best}
-    summary.epochs = [{"epoch": 1, "val/x": math.nan}, {"epoch": 2, "val/x": best}, {"epoch": 3}]
-    assert summary.best_epoch(module)["epoch"] == 2
+def test_run_summary_several_values_in_an_epoch_keep_best_number():
+    for mode, values, best in (("min", [math.nan, 3.0, 2.0], 2.0), ("max", [math.nan, 0.1], 0.1)):
+        summary, module = RunSummary(), SimpleNamespace(monitor="val/x", mode=mode)
+        for value in values:
+            summary._keep_better(module, {"val/x": value})
+        assert summary._val_metrics == {"val/x": best}
+        summary.epochs = [{"epoch": 1, "val/x": math.nan}, {"epoch": 2, "val/x": best}, {"epoch": 3}]
+        assert summary.best_epoch(module)["epoch"] == 2
 
 
 def test_prediction_writer_score_that_is_no_number_keeps_best_rows(monkeypatch):

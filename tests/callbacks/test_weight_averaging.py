@@ -23,11 +23,7 @@ def callback(name, module="lightning.pytorch.callbacks", **arguments):
 
 EMA = callback("EMAWeightAveraging", decay=0.8)
 SWA = callback("StochasticWeightAveraging", swa_lrs=0.005, swa_epoch_start=2, annealing_epochs=1)
-AVERAGES = {
-    "ema": EMA,
-    "every third step": callback("EMAWeightAveraging", decay=0.8, update_every_n_steps=3),
-    "equal weights": callback("WeightAveraging"),
-}
+EVERY_THIRD = callback("EMAWeightAveraging", decay=0.8, update_every_n_steps=3)
 
 
 def last(folder):
@@ -41,14 +37,14 @@ def equal_weights(one, two):
 # WeightAveraging and EMAWeightAveraging
 
 
-@pytest.mark.parametrize("averaging", AVERAGES.values(), ids=AVERAGES)
-def test_weight_averaging_resumed_ends_as_if_not_stopped(averaging, run):
-    whole = run(*TINY, averaging)
-    expected = state(whole)
+@pytest.mark.parametrize(
+    ("averaging", "stopped"), [(EMA, "--trainer.max_steps=9"), (EVERY_THIRD, STOP)], ids=["ema", "every third step"]
+)
+def test_weight_averaging_resumed_ends_as_if_not_stopped(averaging, stopped, run):
+    expected = state(run(*TINY, averaging))
     assert not same(expected["state_dict"], expected["current_model_state"])
-    for stopped in ("--trainer.max_steps=9", STOP):
-        resumed = run(*TINY, averaging, last(run(*TINY, averaging, stopped)))
-        assert equal_weights(state(resumed), expected)
+    resumed = run(*TINY, averaging, last(run(*TINY, averaging, stopped)))
+    assert equal_weights(state(resumed), expected)
 
 
 class Record(Callback):
@@ -88,16 +84,17 @@ def test_ema_with_frozen_base_averages_only_trained_weights(base, tmp_path):
             assert torch.equal(parameter, record.steps[0][name])
 
 
-@pytest.mark.parametrize("strategy", ["lora", "prefix_tuning", "prompt_tuning", "linear_probe"])
+@pytest.mark.parametrize("strategy", ["lora", "prompt_tuning"])
 def test_ema_with_frozen_base_resumes_bitwise_and_scores_equal(strategy, run, base, data_flags):
     settings = [
         "fit", "--config", CONFIGS / "task/imdb.yaml", "--config", CONFIGS / f"strategy/{strategy}.yaml",
         f"--model.base={base}", "--data.max_length=40", *data_flags, "--trainer.accelerator=cpu",
         "--trainer.max_epochs=2", "--trainer.precision=32-true", "--data.batch_size=32", EMA,
+        "--data.train_fraction=0.6",
         "--model.schedule={class_path: gpt2_pl.optim.ConstantWithWarmup, init_args: {warmup: 0}}",
     ]  # fmt: skip
     whole = run(*settings)
-    resumed = run(*settings, last(run(*settings, "--trainer.max_steps=3")))
+    resumed = run(*settings, last(run(*settings, "--trainer.max_steps=3")))  # of two an epoch
     checkpoint = state(whole)
     assert equal_weights(state(resumed), checkpoint)
     assert checkpoint["current_model_state"].keys() == checkpoint["state_dict"].keys()
@@ -133,31 +130,33 @@ def averaged(averaged_content, tmp_path):
 
 def test_fit_resumed_averaged_checkpoint_without_callback_is_refused(averaged, run, capsys):
     line = refused(run, capsys, *TINY, f"--ckpt_path={averaged}")
-    assert "the checkpoint holds averaged weights; configure the callback" in line
+    assert "averaged weights" in line
 
 
-HOSTILE = {
-    "missing": (lambda c: c["current_model_state"].popitem(), "current_model_state must hold"),
-    "another name": (lambda c: c["current_model_state"].update(x=torch.ones(1)), "current_model_state must hold"),
-    "no state": (lambda c: c.update(current_model_state=3), "current_model_state must hold"),
-    "another shape": (lambda c: c["current_model_state"].update({NAME: torch.ones(3)}), "must be of the shape"),
-    "text": (lambda c: c["current_model_state"].update({NAME: "x"}), "of the shape and type of state_dict, got"),
-    "not finite": (lambda c: c["current_model_state"][NAME].fill_(float("nan")), "must be finite"),
-    "no count": (lambda c: c.update(averaging_state={}), "averaging_state.n_averaged must be a count"),
-    "half a count": (lambda c: c["averaging_state"].update(n_averaged=torch.tensor(0.5)), "must be a count"),
-    "negative": (lambda c: c["averaging_state"].update(n_averaged=torch.tensor(-1)), "must be a count"),
-    "many counts": (lambda c: c["averaging_state"].update(n_averaged=torch.ones(2).long()), "must be a count"),
+NAME = "gpt2.ln_f.weight"
+HOSTILE = {  # changes of a checkpoint, and what the message names
+    "missing": (lambda c: c["current_model_state"].popitem(), "current_model_state"),
+    "another name": (lambda c: c["current_model_state"].update(x=torch.ones(1)), "current_model_state"),
+    "no state": (lambda c: c.update(current_model_state=3), "current_model_state"),
+    "another shape": (lambda c: c["current_model_state"].update({NAME: torch.ones(3)}), NAME),
+    "text": (lambda c: c["current_model_state"].update({NAME: "x"}), NAME),
+    "not finite": (lambda c: c["current_model_state"][NAME].fill_(float("nan")), NAME),
+    "no count": (lambda c: c.update(averaging_state={}), "n_averaged"),
+    "half a count": (lambda c: c["averaging_state"].update(n_averaged=torch.tensor(0.5)), "n_averaged"),
+    "negative": (lambda c: c["averaging_state"].update(n_averaged=torch.tensor(-1)), "n_averaged"),
+    "many counts": (lambda c: c["averaging_state"].update(n_averaged=torch.ones(2).long()), "n_averaged"),
     "step": (lambda c: c["callbacks"]["EMAWeightAveraging"].update(latest_update_step="x"), "latest_update_step"),
 }  # fmt: skip
-NAME = "gpt2.ln_f.weight"
 
 
-@pytest.mark.parametrize(("change", "words"), HOSTILE.values(), ids=HOSTILE)
-def test_fit_resumed_malformed_averages_are_refused(change, words, averaged, run, capsys):
-    content = torch.load(averaged, weights_only=True)
-    change(content)
-    torch.save(content, averaged)
-    assert words in refused(run, capsys, *TINY, EMA, f"--ckpt_path={averaged}")
+def test_fit_resumed_malformed_averages_are_refused(averaged, run, capsys):
+    original = averaged.read_bytes()
+    for case, (change, named) in HOSTILE.items():
+        content = torch.load(averaged, weights_only=True)
+        change(content)
+        torch.save(content, averaged)
+        assert named in refused(run, capsys, *TINY, EMA, f"--ckpt_path={averaged}"), case
+        averaged.write_bytes(original)
 
 
 # StochasticWeightAveraging
@@ -193,7 +192,7 @@ def test_swa_resumed_after_it_began_is_refused(steps, run, capsys):
     stopped = run(*settings, f"--trainer.max_steps={steps}")
     capsys.readouterr()
     line = refused(run, capsys, *settings, "--trainer.max_epochs=4", last(stopped))
-    assert "StochasticWeightAveraging has started to average, and Lightning cannot resume it" in line
+    assert "StochasticWeightAveraging" in line
     assert "lightning.pytorch.callbacks.WeightAveraging" in line
 
 

@@ -128,10 +128,14 @@ class Sigterm(Callback):
         trainer._signal_connector.received_sigterm = trainer.global_step == 4
 
 
-def test_fit_sigterm_in_last_step_exits_with_status_143(run):
+def test_fit_sigterm_in_last_step_exits_with_status_143_and_prints_the_resume_command(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         run(*TINY, "--trainer.max_steps=4", "--trainer.callbacks+=test_end_of_training.Sigterm")
     assert ended.value.code == 143
+    folder = tmp_path / "lightning_logs/quickstart/version_0"
+    assert metrics(folder)["status"] == "interrupted"
+    assert state(folder)["global_step"] == 4
+    assert f"--ckpt_path {folder.relative_to(tmp_path)}/checkpoints/last.ckpt" in capsys.readouterr().err
 
 
 def test_fit_resumed_after_own_early_stopping_trains_no_further(run):

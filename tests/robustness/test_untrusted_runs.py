@@ -118,7 +118,7 @@ SIZES = [  # a file, its text, and a part of the message; None where the text is
     ("config.yaml", f"data: {{{'data.' * 190}y: 1}}\n", None),
     ("config.yaml", "[" * 10**5, "nested"),
     ("config.yaml", "- 1", "mapping"),
-    ("config.yaml", "model: &a {init_args: *a}\n", "recursive"),
+    ("config.yaml", "model: &a {init_args: *a}\n", "alias"),
     ("config.yaml", "model: {a: [[{1: 2, b: 3}]]}\n", "config.yaml"),
     ("config.yaml", 'name: "\\ud800"\n', "config.yaml"),
     ("metrics.json", json.dumps({"task": HUGE}), "task"),

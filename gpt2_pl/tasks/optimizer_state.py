@@ -232,7 +232,7 @@ def _check_range(value: float, reference: float, key: str) -> None:
     name = _name(key)
     is_infinite_too = value == reference or (math.isinf(reference) and value == -reference)
     require(is_finite(value) or is_infinite_too, key, value, "a finite number")
-    require(name not in _RATES or value <= _MAX_RATE, key, value, f"at most {_MAX_RATE:g}")
+    require(name not in (*_RATES, "weight_decay") or value <= _MAX_RATE, key, value, f"at most {_MAX_RATE:g}")
     require(not isinstance(reference, int) or abs(value) < _MAX_COUNT, key, value, f"at most {_MAX_COUNT}")
     is_signed = name not in (*_NON_NEGATIVE, *_FRACTIONS) and not key.startswith("loops.")
     require(is_signed or not value < 0 <= reference, key, value, "at least 0")

@@ -202,6 +202,7 @@ HOSTILE = {
     "true rate": (group(lr=True), "param_groups[0].lr must be a number, got True"),
     "nan rate": (group(lr=math.nan), "param_groups[0].lr must be a finite number, got nan"),
     "huge rate": (group(lr=1e300), "param_groups[0].lr must be at most 1e+06"),
+    "huge decay": (group(weight_decay=2.0**62), "param_groups[0].weight_decay must be at most 1e+06"),
     "endless rate": (group(lr=10**400), "param_groups[0].lr must be a finite number"),
     "negative rate": (group(lr=-1e-3), "param_groups[0].lr must be at least 0"),
     "tensor rate": (group(lr=torch.ones(2)), "param_groups[0].lr must be one number"),

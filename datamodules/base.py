@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 
 from gpt2_pl.datamodules.batching import EvaluationLoader, TokenDataset, TrainingLoader
 from gpt2_pl.errors import InputError
-from gpt2_pl.text.tokenizer import load_tokenizer
+from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,6 +32,8 @@ class TextData(LightningDataModule):
         batch_size: rows per process and step.
         eval_batch_size: rows per process and step in validation, test and prediction.
         val_fraction: fraction of the training data used for validation if there is no validation set, in (0, 1).
+        train_fraction: fraction of the remaining training data to use, in (0, 1].
+        split_seed: seed of ``val_fraction`` and ``train_fraction``.
 
     Raises:
         InputError: an argument is out of range.
@@ -38,27 +43,31 @@ class TextData(LightningDataModule):
 
     def __init__(
         self,
-        files: dict[str, Any],
+        files: Mapping[str, str | list[str] | None],
         hub_id: str | None,
         tokenizer: str | None,
         max_length: int | None,
         batch_size: int,
         eval_batch_size: int,
         val_fraction: float,
+        train_fraction: float = 1.0,
+        split_seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise InputError(key=f"data.{key}", value=value, expected="at least 1")
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        for key, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(key=f"data.{key}", value=size, expected="at least 1")
         if not 0.0 < val_fraction < 1.0:
-            raise InputError(f"data.val_fraction must be in (0, 1), got {val_fraction}")
-        if max_length is not None and max_length < 1:
-            raise InputError(key="data.max_length", value=max_length, expected="at least 1")
+            raise InputError(key="data.val_fraction", value=val_fraction, expected="in (0, 1)")
+        if not 0.0 < train_fraction <= 1.0:
+            raise InputError(key="data.train_fraction", value=train_fraction, expected="in (0, 1]")
         self.files = files
         self.hub_id = None if any(files[split] for split in ("train", "val", "test")) else hub_id
         self.tokenizer_source = tokenizer
         self.max_length = max_length
-        self.batch_size, self.eval_batch_size, self.val_fraction = batch_size, eval_batch_size, val_fraction
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
         self._tokenizer: Tokenizer | None = None
         self.encoded: dict[str, TokenDataset] = {}
 
@@ -71,8 +80,22 @@ class TextData(LightningDataModule):
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.tokenizer_source is None:
-            raise InputError("data.tokenizer is missing; give a folder or hub id, usually that of the pretrained base")
+            message = "data.tokenizer is missing; give a folder or hub id, usually that of the pretrained base"
+            raise InputError(message, key="data.tokenizer")
         return load_tokenizer(self.tokenizer_source, "data.tokenizer")
+
+    @property
+    def _end_of_text(self) -> int:
+        """Id of the token after every text.
+
+        Raises:
+            InputError: the tokenizer does not have it.
+        """
+        token = self.tokenizer.token_to_id(END_OF_TEXT)
+        if token is None:
+            message = f"data.tokenizer must have the token {END_OF_TEXT}, which ends a text; it is missing"
+            raise InputError(message, key="data.tokenizer")
+        return token
 
     # Reading
 
@@ -89,7 +112,7 @@ class TextData(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == "fit" and self.has_split("test"):
             self.setup("test")
         for split in self.encoded:
-            self._check_num_rows(split, self._rank_and_world_size()[1])
+            self._check_num_rows(split)
             self._check_limit(split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -114,7 +137,7 @@ class TextData(LightningDataModule):
         stages = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
         for split in (splits := stages[stage]):
             if not self.has_split(split):
-                raise InputError(f"data.{split}_file is missing; {stage} needs it")
+                raise InputError(f"data.{split}_file is missing; {stage} needs it", key=f"data.{split}_file")
         return splits
 
     def has_split(self, split: str) -> bool:
@@ -131,11 +154,40 @@ class TextData(LightningDataModule):
         if self.max_length is None:
             return limit if limit is not None else 1024
         if limit is not None and self.max_length > limit:
-            raise InputError(
-                f"data.max_length must be at most {limit}, the number of tokens that fit the model, "
-                f"got {self.max_length}"
-            )
+            expected = f"at most {limit}, the number of tokens that fit the model"
+            raise InputError(key="data.max_length", value=self.max_length, expected=expected)
         return self.max_length
+
+    def _source_split(self, split: str) -> str:
+        """Return the split from whose files a split is read: train for a fraction of it that is used for validation."""
+        return "train" if split == "val" and not self._has_own_val() else split
+
+    def _split_indices(self, split: str, n: int) -> NDArray[np.int64]:
+        """Return the indices of a split among the ``n`` rows of its source, in ascending order.
+
+        Raises:
+            InputError: no row is left for training.
+        """
+        if self._source_split(split) != "train":
+            return np.arange(n)
+        order = np.random.default_rng(self.split_seed).permutation(n)
+        n_val = 0 if self._has_own_val() else max(1, round(n * self.val_fraction))
+        n_train = max(1, round((n - n_val) * self.train_fraction))
+        if split == "val":
+            return np.sort(order[:n_val])
+        if n_val + n_train > n:
+            message = f"data.train_file must have enough rows to split, got {n}; give data.val_file"
+            raise InputError(message, key="data.train_file")
+        return np.sort(order[n_val : n_val + n_train])
+
+    def description(self) -> dict[str, Any]:
+        """Return the data section of the run record: class, files, batch size and number of rows in each split."""
+        return {
+            "class": type(self).__name__,
+            "files": {split: file for split, file in self.files.items() if file is not None},
+            "rows": {split: len(rows) for split, rows in self.encoded.items()},
+            "batch_size": self.batch_size,
+        }
 
     # Batches
 
@@ -160,7 +212,7 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Return shuffled batches, which depend only on the seed (``seed_everything``) and the epoch."""
         rank, world_size = self._rank_and_world_size()
-        self._check_num_rows("train", world_size)
+        self._check_num_rows("train")
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         loader = TrainingLoader(
             self.encoded["train"], self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
@@ -178,7 +230,7 @@ class TextData(LightningDataModule):
             split: train, val, test or predict.
         """
         rank, world_size = self._rank_and_world_size()
-        self._check_num_rows(split, world_size)
+        self._check_num_rows(split)
         limit = 1.0 if split == "train" else getattr(self.trainer, f"limit_{split}_batches", 1.0)
         return EvaluationLoader(self.encoded[split], self.eval_batch_size, rank, world_size, limit)
 
@@ -194,12 +246,11 @@ class TextData(LightningDataModule):
         """Return the rows to predict, each once."""
         return self.evaluation_dataloader("predict")
 
-    def _check_num_rows(self, split: str, world_size: int) -> None:
-        if len(self.encoded[split]) < world_size:
-            raise InputError(
-                f"the {split} split must have at least one row per process, "
-                f"got {len(self.encoded[split])} rows for {world_size} processes"
-            )
+    def _check_num_rows(self, split: str) -> None:
+        n_rows, n_processes = len(self.encoded[split]), self._rank_and_world_size()[1]
+        if n_rows < n_processes:
+            got = f"{n_rows} rows for {n_processes} processes"
+            raise InputError(f"the {split} split must have at least one row per process, got {got}", key="data")
 
     def _check_limit(self, split: str) -> None:
         """Reject a trainer limit that is a fraction of less than one batch of a split.
@@ -215,7 +266,6 @@ class TextData(LightningDataModule):
             return
         loader = self.train_dataloader() if split == "train" else self.evaluation_dataloader(split)
         if int(len(loader) * fraction) == 0:
-            raise InputError(
-                f"trainer.{key} must be a number of batches, or a fraction that is at least one batch, got "
-                f"{fraction} of the {len(loader)} batches of {split}"
-            )
+            expected = "a number of batches, or a fraction that is at least one batch"
+            got = f"{fraction} of the {len(loader)} batches of {split}"
+            raise InputError(f"trainer.{key} must be {expected}, got {got}", key=f"trainer.{key}")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 Batch = dict[str, Any]
 Rows = NDArray[np.int64]
@@ -276,9 +275,3 @@ class TrainingLoader:
             if (n_targets := self.rows.n_targets) is not None:
                 counts.update(global_targets=int(n_targets[rows].sum()), step_targets=int(n_targets[step].sum()))
             yield {**self.rows.batch(rows[self.rank :: self.world_size]), **counts}
-
-
-def padding_share(batches: list[Tensor]) -> float:
-    """Return the fraction of padding in the attention masks (B, T) of several batches."""
-    n_tokens = sum(int(mask.sum()) for mask in batches)
-    return 1.0 - n_tokens / sum(mask.numel() for mask in batches)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from gpt2_pl.errors import RunError, printable
-from gpt2_pl.filesystem import atomic_write, is_full, reraise_disk_full
+from gpt2_pl.errors import RunError, is_full, printable
+from gpt2_pl.filesystem import atomic_write, reraise_disk_full
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,10 +79,10 @@ def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tupl
         file = _writable_path(file)
         contents = _read_verified(file)
     if contents is None:
-        with atomic_write(file, "wb") as out:
-            writer = _HashingWriter(out)
-            write(cast("IO[bytes]", writer))
-            out.write(writer.digest.digest())
+        with atomic_write(file, "w+b") as out:
+            write(out)
+            out.seek(0)
+            out.write(hashlib.file_digest(out, "sha256").digest())
         contents = _read_verified(file)
     if contents is None:
         raise RunError(f"{file} cannot be read after it was written; set HF_DATASETS_CACHE to another folder")
@@ -103,20 +103,6 @@ def _read_verified(file: Path) -> pa.Buffer | None:
     if end < 0 or hashlib.sha256(buffer.slice(0, end)).digest() != buffer.slice(end).to_pybytes():
         return None
     return buffer.slice(0, end)
-
-
-class _HashingWriter:
-    """Wrapper of a binary file that computes the SHA-256 of all written bytes."""
-
-    closed = False
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        """Write bytes."""
-        self.digest.update(data)
-        return self.file.write(data)
 
 
 def _writable_path(file: Path) -> Path:

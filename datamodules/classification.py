@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import tokenizers
@@ -15,7 +15,8 @@ from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import TokenDataset
 from gpt2_pl.datamodules.cache import cached
 from gpt2_pl.datamodules.prompt_template import Template
-from gpt2_pl.datamodules.readers import Row, RowSource, parse_label, parse_text, read_file, read_hub, require_columns
+from gpt2_pl.datamodules.readers import read_file, read_hub
+from gpt2_pl.datamodules.rows import Row, RowSource, parse_label, parse_text, require_columns
 from gpt2_pl.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -25,18 +26,8 @@ if TYPE_CHECKING:
 # Cached columns in addition to the template fields; their names contain blanks, so that they never equal a field.
 _NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label index", "reason to skip"
 _NO_LABEL = -1
-_CACHE_FORMAT = 6  # part of every cache key; increment it when the cached contents change
+_CACHE_FORMAT = 7  # part of every cache key; increment it when the cached contents change
 _BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # limits of the rows that are encoded together
-
-
-class _Example(NamedTuple):
-    """One row: its number in the source (from 1) and either texts by field, label and token ids or a skip reason."""
-
-    number: int
-    texts: dict[str, str] = {}
-    label: int = _NO_LABEL
-    reason: str | None = None
-    ids: Sequence[int] = ()
 
 
 class TextClassification(TextData):
@@ -100,19 +91,18 @@ class TextClassification(TextData):
         on_invalid_row: Literal["error", "skip"] = "error",
     ) -> None:
         if isinstance(train_file, list) and not train_file:
-            raise InputError("data.train_file must be a file or a list of files, got an empty list")
+            raise InputError(key="data.train_file", value=train_file, expected="a file or a list of files")
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
-        super().__init__(files, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction)
-        if not 0.0 < train_fraction <= 1.0:
-            raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
+        sizes = (max_length, batch_size, eval_batch_size)
+        super().__init__(files, hub_id, tokenizer, *sizes, val_fraction, train_fraction, split_seed)
         self.columns = dict(columns or {})
         self.label_column = label_column
         self.labels = list(labels or ("negative", "positive"))
         if len(set(self.labels)) < max(2, len(self.labels)):
-            raise InputError(f"data.labels must be at least two different names, got {self.labels}")
+            raise InputError(key="data.labels", value=self.labels, expected="at least two different names")
         self.template = Template(template)
-        self.hub_config, self.quoting, self.on_invalid_row = hub_config, quoting, on_invalid_row
-        self.train_fraction, self.balance, self.split_seed = train_fraction, balance, split_seed
+        self.hub_config, self.quoting, self.balance = hub_config, quoting, balance
+        self.skip_bad = on_invalid_row == "skip"
         self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
         self.skipped: dict[str, int] = {}  # number of invalid rows in each source
 
@@ -127,9 +117,7 @@ class TextClassification(TextData):
         """Open all sources of a split that has its own files or hub split."""
         if (files := self.files[split]) is not None:
             files = [files] if isinstance(files, str) else files
-            return [
-                read_file(file, f"data.{split}_file", self.quoting, self.on_invalid_row == "skip") for file in files
-            ]
+            return [read_file(file, f"data.{split}_file", self.quoting, self.skip_bad) for file in files]
         assert self.hub_id is not None
         return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id", self.hub_config)]
 
@@ -155,34 +143,30 @@ class TextClassification(TextData):
     def _encode(self, split: str) -> TokenDataset:
         import datasets
 
-        sources = self._sources("train" if split == "val" and not self._has_own_val() else split)
-        parts, rows = [], []
+        sources = self._sources(self._source_split(split))
+        parts, indices, start = [], [], 0
         for permutation in self._field_permutations(split):
-            pairs = [self._encode_source(source, permutation, split != "predict") for source in sources]
-            encoded = TokenDataset.concatenate([part for part, _ in pairs])
-            texts = datasets.concatenate_datasets([part for _, part in pairs])
-            if (indices := self._split_indices(split, len(encoded))) is not None:
-                encoded, texts = encoded.select(indices), texts.select(indices)
-            parts.append(encoded)
-            rows.append(texts)
-        encoded, texts = TokenDataset.concatenate(parts), datasets.concatenate_datasets(rows)
+            encoded_sources = [self._encode_source(source, permutation, split != "predict") for source in sources]
+            n = sum(len(encoded) for encoded, _ in encoded_sources)
+            indices.append(start + self._split_indices(split, n))
+            parts += encoded_sources
+            start += n
+        encoded = TokenDataset.concatenate([part for part, _ in parts])
+        texts = datasets.concatenate_datasets([part for _, part in parts])
+        rows = np.concatenate(indices)
         if split == "train" and not self._has_own_val():
-            val_keys = {self._dedup_key(row) for row in self._split_rows("val").select_columns(self.template.fields)}
-            train_keys = map(self._dedup_key, texts.select_columns(self.template.fields))
-            distinct = np.flatnonzero([key not in val_keys for key in train_keys])
-            encoded, texts = encoded.select(distinct), texts.select(distinct)
+            if "val" not in self.rows:
+                self.encoded["val"] = self._encode("val")
+            val_keys = {self._dedup_key(row) for row in self.rows["val"].select_columns(self.template.fields)}
+            train_keys = map(self._dedup_key, texts.select(rows).select_columns(self.template.fields))
+            rows = rows[np.array([key not in val_keys for key in train_keys], dtype=bool)]
         if split == "train" and self.balance is not None:
             assert encoded.labels is not None
-            order = balanced(encoded.labels, self.balance, self.split_seed)
-            encoded, texts = encoded.select(order), texts.select(order)
+            rows = rows[balanced(encoded.labels[rows], self.balance, self.split_seed)]
+        if not np.array_equal(rows, np.arange(len(encoded))):
+            encoded, texts = encoded.select(rows), texts.select(rows)
         self.rows[split] = texts
         return encoded
-
-    def _split_rows(self, split: str) -> Dataset:
-        """Return the texts of a split, which is encoded first if necessary."""
-        if split not in self.rows:
-            self.encoded[split] = self._encode(split)
-        return self.rows[split]
 
     def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
         """Return a key that is equal for rows with the same texts."""
@@ -208,99 +192,78 @@ class TextClassification(TextData):
         label_column = self.column(self.label_column, source.columns) if labeled else None
         require_columns(source, list(fields.values()), label_column)
         if len(set(fields.values())) < len(fields):
-            raise InputError(f"data.columns must assign a different column to each template field, got {fields}")
+            raise InputError(key="data.columns", value=fields, expected="a different column to each template field")
         labels, max_length, tokenizer = self.labels if labeled else None, self._max_length(), self.tokenizer.to_str()
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
-        key += [label_column, labels, max_length, tokenizer, self.on_invalid_row]
-        rows = cached("rows", key, _schema(fields), lambda: self._batches(source, fields, label_column))
+        key += [label_column, labels, max_length, tokenizer, self.skip_bad]
+        schema = _schema(fields)
+        rows = cached("rows", key, schema, lambda: self._batches(source, fields, label_column, schema))
         reasons = rows.data.column(_REASON)
         encoded = _token_rows(rows)
         if reasons.null_count < len(rows):
             valid = np.flatnonzero(reasons.is_null())
             invalid = rows.select(np.setdiff1d(np.arange(len(rows)), valid))
-            self._warn_skipped(source.name, dict(zip(invalid[_NUMBER], invalid[_REASON], strict=True)), len(rows))
+            self._warn_skipped(source, dict(zip(invalid[_NUMBER], invalid[_REASON], strict=True)), len(rows))
             encoded, rows = encoded.select(valid), rows.select(valid)
         if not labeled:
             encoded.labels = None
         return encoded, rows.select_columns([*fields, _NUMBER])
 
-    def _batches(self, source: RowSource, fields: dict[str, str], label_column: str | None) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a source, checked and encoded; skipped rows have a reason in place of tokens."""
+    def _batches(
+        self, source: RowSource, fields: dict[str, str], label_column: str | None, schema: pa.Schema
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a source, checked and encoded; skipped rows have a reason in place of texts and tokens."""
         import pyarrow as pa
 
-        schema = _schema(fields)
-        columns = list(dict.fromkeys([*fields.values(), *([label_column] if label_column else [])]))
+        columns = list(dict.fromkeys([*fields.values(), *([label_column] if label_column is not None else [])]))
         examples = (self._parse_row(source, number, row, fields, label_column) for number, row in source.read(columns))
-        while parsed := list(_take(examples, _BATCH_ROWS, _BATCH_CHARACTERS)):
-            batch = self._tokenize(source, parsed)
-            values = {
-                _NUMBER: [example.number for example in batch],
-                **{field: [example.texts.get(field) for example in batch] for field in fields},
-                _TOKENS: [example.ids for example in batch],
-                _LABEL: [example.label for example in batch],
-                _REASON: [example.reason for example in batch],
-            }
-            yield pa.RecordBatch.from_pydict(values, schema=schema)
+        while batch := list(_take(examples, fields, _BATCH_ROWS, _BATCH_CHARACTERS)):
+            valid = [example for example in batch if _REASON not in example]
+            ids = self.template.encode(valid, self.tokenizer, self._max_length())
+            for example, example_ids in zip(valid, ids, strict=True):
+                if example_ids:
+                    example[_TOKENS] = example_ids
+                    continue
+                message = f"row {example[_NUMBER]}: {self.template.no_token(example)}"
+                if not self.skip_bad:
+                    raise InputError(f"{source.name}, {message}", key="data.tokenizer")
+                example[_REASON] = message
+            yield pa.RecordBatch.from_pylist(batch, schema=schema)
 
     def _parse_row(
         self, source: RowSource, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
-    ) -> _Example:
-        """Return the texts and the label of a row, or the reason to skip it."""
+    ) -> Row:
+        """Return the number, the texts by field and the label of a row, or the reason to skip it."""
+        example: Row = {_NUMBER: number, _LABEL: _NO_LABEL}
         if isinstance(row, str):
-            return _Example(number, reason=row)
+            return {**example, _REASON: row}
         try:
             texts = {field: parse_text(row, column, source.name, number) for field, column in fields.items()}
-            label = parse_label(row, label_column, self.labels, source.name, number) if label_column else _NO_LABEL
+            if label_column is not None:
+                example[_LABEL] = parse_label(row, label_column, self.labels, source.name, number)
         except InputError as error:
-            if self.on_invalid_row == "error":
+            if not self.skip_bad:
                 raise
-            return _Example(number, reason=str(error).removeprefix(printable(f"{source.name}, ")))
-        return _Example(number, texts, label)
+            return {**example, _REASON: str(error).removeprefix(printable(f"{source.name}, "))}
+        return {**example, **texts}
 
-    def _tokenize(self, source: RowSource, batch: list[_Example]) -> list[_Example]:
-        """Add token ids to examples; an example without any token gets a reason to skip it."""
-        texts = [example.texts for example in batch if example.reason is None]
-        ids = iter(self.template.encode(texts, self.tokenizer, self._max_length()))
-        examples = []
-        for example in batch:
-            if example.reason is None:
-                example = example._replace(ids=next(ids))
-                if not example.ids:
-                    reason = f"row {example.number}: {self.template.no_token(example.texts)}"
-                    if self.on_invalid_row == "error":
-                        raise InputError(f"{source.name}, {reason}")
-                    example = _Example(example.number, reason=reason)
-            examples.append(example)
-        return examples
-
-    def _warn_skipped(self, source: str, reasons: dict[int, str], total: int) -> None:
+    def _warn_skipped(self, source: RowSource, reasons: dict[int, str], total: int) -> None:
         """Warn once per source about skipped rows.
 
         Args:
-            source: name of the source.
+            source: the source.
             reasons: reason to skip a row, by row number.
             total: number of rows in the source.
 
         Raises:
             InputError: all rows are skipped.
         """
-        if source not in self.skipped:
+        if source.name not in self.skipped:
             first = "; ".join(reasons[number] for number in sorted(reasons)[:3])
-            rank_zero_warn(f"{printable(source)}: {len(reasons)} of {total} rows are skipped: {first}")
-        self.skipped[source] = len(reasons)
+            rank_zero_warn(f"{printable(source.name)}: {len(reasons)} of {total} rows are skipped: {first}")
+        self.skipped[source.name] = len(reasons)
         if len(reasons) == total:
-            raise InputError(f"{source} has no valid rows")
-
-    def _split_indices(self, split: str, n: int) -> np.ndarray | None:
-        """Return the indices of the split among the ``n`` rows of its source, or None for all rows."""
-        if split not in ("train", "val") or (split == "val" and self._has_own_val()):
-            return None
-        order = np.random.default_rng(self.split_seed).permutation(n)
-        n_val = 0 if self._has_own_val() else max(1, round(n * self.val_fraction))
-        if split == "val":
-            return np.sort(order[:n_val])
-        n_train = max(1, round((n - n_val) * self.train_fraction))
-        return None if n_train == n else np.sort(order[n_val : n_val + n_train])
+            raise source.error(" has no valid rows")
 
     def row_number(self, split: str, row: int) -> int:
         """Return the number of a row in its file, from 1."""
@@ -330,16 +293,8 @@ class TextClassification(TextData):
         }
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record: sources, prompt format and number of rows in each split."""
-        return {
-            "class": type(self).__name__,
-            "files": {split: file for split, file in self.files.items() if file is not None},
-            "hub_id": self.hub_id,
-            **self.prompt_spec(),
-            "rows": {split: len(rows) for split, rows in self.encoded.items()},
-            "skipped": self.skipped,
-            "batch_size": self.batch_size,
-        }
+        """Return the data section of the run record, with the hub dataset, the prompt format and the skipped rows."""
+        return {**super().description(), "hub_id": self.hub_id, **self.prompt_spec(), "skipped": self.skipped}
 
 
 def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed: int) -> np.ndarray:
@@ -361,11 +316,11 @@ def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed
     return np.sort(np.concatenate(samples))
 
 
-def _take(examples: Iterator[_Example], n_rows: int, n_characters: int) -> Iterator[_Example]:
+def _take(examples: Iterator[Row], fields: Iterable[str], n_rows: int, n_characters: int) -> Iterator[Row]:
     """Yield the next examples until they reach a number of rows or characters."""
     for example in islice(examples, n_rows):
         yield example
-        n_characters -= sum(map(len, example.texts.values()))
+        n_characters -= sum(len(example.get(field, "")) for field in fields)
         if n_characters <= 0:
             return
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
@@ -18,10 +15,10 @@ from gpt2_pl import __version__
 from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import PackedTokenDataset
 from gpt2_pl.datamodules.cache import cached_file
-from gpt2_pl.datamodules.readers import RowSource, read_file, read_hub, require_columns
+from gpt2_pl.datamodules.readers import LocalFile, read_file, read_hub
+from gpt2_pl.datamodules.rows import RowSource, require_columns
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.filesystem import require_file
-from gpt2_pl.text.tokenizer import END_OF_TEXT, encode_stream, train_tokenizer
+from gpt2_pl.text.tokenizer import encode_stream, train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,49 +28,22 @@ _BATCH_TEXTS = 1000  # maximum number of texts that are tokenized together
 _CACHE_FORMAT = 2  # part of every cache key; increment it when the cached contents change
 
 
-class TextFile:
-    """UTF-8 file with one text.
-
-    Args:
-        path: path of the file.
-        key: option that named the file, for error messages.
-    """
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
-        self._status = self._find_status()
-
-    def _find_status(self) -> tuple[int, int, int]:
-        status = self.path.stat()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the contents, independent of the file's name and modification time."""
-        with self._input_errors(), self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+class TextFile(LocalFile):
+    """UTF-8 file with one text; arguments as in :class:`~gpt2_pl.datamodules.readers.LocalFile`."""
 
     @contextmanager
     def open(self) -> Iterator[TextIO]:
         r"""Open the text for reading; all line ends are read as ``\n``.
 
         Raises:
-            InputError: the file cannot be read, is not UTF-8, or has changed since this object was created.
+            InputError: the file is not UTF-8, or has changed since this object was created.
         """
-        with self._input_errors(), self.path.open(encoding="utf-8-sig") as file:
-            yield file
-            if self._find_status() != self._status:
-                raise InputError(f"{self.key}: {self.path} changed while it was being read; wait until it is complete")
-
-    @contextmanager
-    def _input_errors(self) -> Iterator[None]:
-        """Convert decoding and operating system errors to InputError."""
         try:
-            yield
+            with self.path.open(encoding="utf-8-sig") as file:
+                yield file
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.key}: {self.path} is not UTF-8 text: {error}") from None
-        except OSError as error:
-            raise InputError(f"{self.key}: {self.path} cannot be read: {error.strerror}") from None
+            raise InputError(f"{self.key}: {self.path} is not UTF-8 text: {error}", key=self.key) from None
+        self.check_unchanged()
 
 
 class TextCorpus(TextData):
@@ -122,16 +92,13 @@ class TextCorpus(TextData):
         val_fraction: float = 0.05,
         stride: int | None = None,
     ) -> None:
-        split_files = {"train": train_file, "val": val_file, "test": test_file}
-        files = {split: [file] if isinstance(file, str) else list(file or []) for split, file in split_files.items()}
-        super().__init__(
-            {**files, "predict": []}, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction
-        )
+        files = {"train": train_file, "val": val_file, "test": test_file, "predict": None}
+        lists = {split: [file] if isinstance(file, str) else file or None for split, file in files.items()}
+        super().__init__(lists, hub_id, tokenizer, max_length, batch_size, eval_batch_size, val_fraction)
         if vocab_size is not None and tokenizer is not None:
-            raise InputError(
-                f"data.vocab_size ({vocab_size}) and data.tokenizer ({tokenizer}) must not be used together; "
-                "use only one of them (a pretrained base sets data.tokenizer)"
-            )
+            both = f"data.vocab_size ({vocab_size}) and data.tokenizer ({tokenizer})"
+            message = f"{both} must not be used together (a pretrained base sets data.tokenizer)"
+            raise InputError(message, key="data.vocab_size")
         self.column, self.vocab_size, self.stride = column, vocab_size, stride
         self._check_stride(max_length)
 
@@ -139,22 +106,14 @@ class TextCorpus(TextData):
         if self.stride is None or 1 <= self.stride <= (max_length or self.stride):
             return
         limit = "data.max_length" if max_length is None else f"{max_length} (data.max_length)"
-        raise InputError(f"data.stride must be between 1 and {limit}, got {self.stride}")
-
-    def has_split(self, split: str) -> bool:
-        """Return whether there is text for a split: train, val or test."""
-        if self.hub_id is not None:
-            return split in self.HUB_SPLITS
-        return bool(self.files[split]) or (split == "val" and bool(self.files["train"]))
-
-    def _has_own_val(self) -> bool:
-        return self.hub_id is not None or bool(self.files["val"])
+        raise InputError(key="data.stride", value=self.stride, expected=f"between 1 and {limit}")
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.vocab_size is None:
             return super()._make_tokenizer()
         if self.hub_id is None and not self.files["train"]:
-            raise InputError("data.train_file is missing; data.vocab_size trains a tokenizer on it")
+            message = "data.train_file is missing; data.vocab_size trains a tokenizer on it"
+            raise InputError(message, key="data.train_file")
         return train_tokenizer(self._texts("train"), self.vocab_size)
 
     def _texts(self, split: str) -> Iterator[str]:
@@ -168,16 +127,14 @@ class TextCorpus(TextData):
                     yield from _chunks(io.StringIO(text))
 
     def _encode(self, split: str) -> PackedTokenDataset:
-        source = "train" if split == "val" and not self._has_own_val() else split
+        source = self._source_split(split)
         tokens = self._tokens(source)
         if not self._has_own_val() and source == "train":
             n_train = round(len(tokens) * (1.0 - self.val_fraction))
             tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
         if len(tokens) < 2:
-            raise InputError(
-                f"the {split} text must have at least 2 tokens, got {len(tokens)}; "
-                "give more text or change data.val_fraction"
-            )
+            reason = f"must have at least 2 tokens, got {len(tokens)}; give more text or change data.val_fraction"
+            raise InputError(f"the {split} text {reason}", key=f"data.{source}_file")
         self._check_stride(self._max_length())
         return PackedTokenDataset(tokens, self._max_length(), None if split == "train" else self.stride)
 
@@ -201,10 +158,8 @@ class TextCorpus(TextData):
             return [self._with_column(read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id"))]
         key = f"data.{split}_file"
         return [
-            TextFile(require_file(file, key), key)
-            if Path(file).suffix.lower() == ".txt"
-            else self._with_column(read_file(file, key))
-            for file in self.files[split]
+            TextFile(file, key) if file.lower().endswith(".txt") else self._with_column(read_file(file, key))
+            for file in self.files[split] or ()
         ]
 
     def _with_column(self, source: RowSource) -> RowSource:
@@ -220,9 +175,7 @@ class TextCorpus(TextData):
         Raises:
             InputError: the tokenizer has no ``<|endoftext|>``, or the source cannot be read.
         """
-        end = self.tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise InputError(f"data.tokenizer must have the token {END_OF_TEXT}, which separates texts; it is missing")
+        end = self._end_of_text
         if isinstance(source, TextFile):
             with source.open() as file:
                 yield from encode_stream(self.tokenizer, file)
@@ -230,11 +183,10 @@ class TextCorpus(TextData):
             return
         for texts in _batches(text.strip() for text in self._row_texts(source)):
             if len(texts) == 1:
-                encoded = encode_stream(self.tokenizer, io.StringIO(texts[0]))
-                yield from _append_end(encoded, end)
-            else:
-                for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
-                    yield from _append_end([encoding.ids], end)
+                yield from _append_end(encode_stream(self.tokenizer, io.StringIO(texts[0])), end)
+                continue
+            for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
+                yield from _append_end([encoding.ids], end)
 
     def _row_texts(self, source: RowSource) -> Iterator[str]:
         """Yield the texts of all rows whose text is neither missing nor empty.
@@ -245,10 +197,8 @@ class TextCorpus(TextData):
         for number, row in source.read([self.column]):
             text = row[self.column] if isinstance(row, dict) else None
             if not isinstance(text, str | None):
-                raise InputError(
-                    f"{source.key}: {source.name}, row {number}: {shorten(self.column)} must be text, "
-                    f"got {shorten(text)} (data.column is the column to read)"
-                )
+                reason = f"must be text, got {shorten(text)} (data.column is the column to read)"
+                raise source.error(f", row {number}: {shorten(self.column)} {reason}")
             if text:
                 yield text
 
@@ -264,29 +214,25 @@ class TextCorpus(TextData):
         )
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record: sources and number of tokens and contexts in each split."""
+        """Return the data section of the run record, with the number of tokens and the contexts in each split."""
+        datasets = {split: cast(PackedTokenDataset, rows) for split, rows in self.encoded.items()}
         return {
-            "class": type(self).__name__,
-            "files": {split: files for split, files in self.files.items() if files},
+            **super().description(),
             "hub_id": self.hub_id,
             "column": self.column,
-            "rows": {split: len(rows) for split, rows in self.encoded.items()},
-            "tokens": {
-                split: int(cast(PackedTokenDataset, rows).n_targets.sum()) for split, rows in self.encoded.items()
-            },
+            "tokens": {split: int(rows.n_targets.sum()) for split, rows in datasets.items()},
             "context": self._max_length(),
             "stride": self.stride or self._max_length(),
-            "batch_size": self.batch_size,
         }
 
 
 def _append_end(chunks: Iterable[list[int]], end: int) -> Iterator[list[int]]:
     """Yield the chunks of a text and, unless they are all empty, ``[end]``."""
-    empty = True
+    n_tokens = 0
     for ids in chunks:
-        empty = empty and not ids
+        n_tokens += len(ids)
         yield ids
-    if not empty:
+    if n_tokens:
         yield [end]
 
 

@@ -13,7 +13,6 @@ from gpt2_pl.datamodules.batching import Batch, Rows, TokenDataset
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import read_text
 from gpt2_pl.text.poems import Poem
-from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 
 def read_poems(file: str, key: str) -> list[Poem]:
@@ -37,15 +36,16 @@ def read_poems(file: str, key: str) -> list[Poem]:
     for line_number, line in enumerate((line.strip() for line in lines), start=1):
         if re.fullmatch(r"[0-9]{1,6}", line):
             if int(line) in poems:
-                raise InputError(f"{key}: {file}, line {line_number}: poem {line} occurs twice")
+                raise InputError(f"{key}: {file}, line {line_number}: poem {line} occurs twice", key=key)
             current = poems[int(line)] = Poem(int(line), [])
         elif line and current is not None:
             current.lines.append(line)
     if not poems:
-        raise InputError(f"{key}: {file} has no poem; a poem must start with its number on a separate line")
+        reason = "has no poem; a poem must start with its number on a separate line"
+        raise InputError(f"{key}: {file} {reason}", key=key)
     for poem in poems.values():
         if not poem.lines:
-            raise InputError(f"{key}: {file}: poem {poem.number} has no lines")
+            raise InputError(f"{key}: {file}: poem {poem.number} has no lines", key=key)
     return list(poems.values())
 
 
@@ -111,37 +111,29 @@ class Sonnets(TextData):
         split_seed: int = 0,
     ) -> None:
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": None}
-        super().__init__(files, None, tokenizer, max_length, batch_size, eval_batch_size, val_fraction)
+        sizes = (max_length, batch_size, eval_batch_size)
+        super().__init__(files, None, tokenizer, *sizes, val_fraction, train_fraction, split_seed)
         if prompt_lines < 1:
-            raise InputError(f"data.prompt_lines must be at least 1, got {prompt_lines}")
-        if not 0.0 < train_fraction <= 1.0:
-            raise InputError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
-        self.prompt_lines, self.train_fraction, self.split_seed = prompt_lines, train_fraction, split_seed
+            raise InputError(key="data.prompt_lines", value=prompt_lines, expected="at least 1")
+        self.prompt_lines = prompt_lines
         self.poems: dict[str, list[Poem]] = {}
 
     def _encode(self, split: str) -> PoemDataset:
-        source = "train" if split == "val" and not self._has_own_val() else split
-        poems = read_poems(str(self.files[source]), f"data.{source}_file")
-        self.poems[split] = poems = [poems[i] for i in self._split_indices(split, len(poems))]
-        end = self.tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise InputError(f"data.tokenizer must have the token {END_OF_TEXT}, which ends a poem; it is missing")
-        values, targets, lengths = [], [], [0]
-        for poem in poems:
-            ids, poem_targets = self._encode_poem(poem, split, f"data.{source}_file: {self.files[source]}", end)
-            values += ids
-            targets.append(poem_targets)
-            lengths.append(len(ids))
-        return PoemDataset(np.array(values), np.cumsum(lengths), np.concatenate(targets))
+        key = f"data.{self._source_split(split)}_file"
+        file = str(self.files[self._source_split(split)])
+        poems = read_poems(file, key)
+        self.poems[split] = [poems[i] for i in self._split_indices(split, len(poems))]
+        encoded = [self._encode_poem(poem, split, f"{key}: {file}") for poem in self.poems[split]]
+        ids, targets = zip(*encoded, strict=True)
+        return PoemDataset(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), np.concatenate(targets))
 
-    def _encode_poem(self, poem: Poem, split: str, source: str, end: int) -> tuple[list[int], NDArray[Any]]:
+    def _encode_poem(self, poem: Poem, split: str, source: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Encode a poem.
 
         Args:
             poem: the poem.
             split: split of the poem; in training every line is predicted, else the lines after the prompt.
             source: option and file of the poem, for error messages.
-            end: id of the token that ends the poem.
 
         Returns:
             Token ids (T,), and targets (T,), which are -100 where not predicted.
@@ -149,41 +141,25 @@ class Sonnets(TextData):
         Raises:
             InputError: nothing of the poem can be predicted.
         """
-        if split != "train" and len(poem.lines) <= self.prompt_lines:
-            raise InputError(
-                f"{source}: poem {poem.number} must have more than {self.prompt_lines} lines (data.prompt_lines), "
-                f"got {len(poem.lines)}"
-            )
-        opening = poem.opening(self.prompt_lines)
+        n, name = self.prompt_lines, f"poem {poem.number}"
+        if split != "train" and len(poem.lines) <= n:
+            message = f"{name} must have more than {n} lines (data.prompt_lines), got {len(poem.lines)}"
+            raise InputError(message, key="data.prompt_lines", source=source)
+        opening = poem.opening(n)
         rest = poem.text[len(opening) :]
         prompt, continuation = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
         if not prompt or (split != "train" and not continuation):
-            raise InputError(
-                f"{source}: the tokenizer gives no token for the "
-                f"{'lines after the ' if prompt else ''}first {self.prompt_lines} lines of poem {poem.number}"
-            )
+            lines = f"{'lines after the ' if prompt else ''}first {n} lines of {name}"
+            raise InputError(f"the tokenizer gives no token for the {lines}", key="data.tokenizer", source=source)
         max_length = self._max_length()
-        ids = [*prompt, *continuation, end][: max_length + 1]
-        targets = np.array(ids[1:])
+        ids = np.array([*prompt, *continuation, self._end_of_text][: max_length + 1])
+        targets = ids[1:].copy()
         if split != "train":
             targets[: len(prompt) - 1] = -100
             if (targets == -100).all():
-                raise InputError(
-                    f"{source}: data.max_length must be at least the {len(prompt)} tokens of the first "
-                    f"{self.prompt_lines} lines of poem {poem.number}, got {max_length}"
-                )
+                expected = f"at least the {len(prompt)} tokens of the first {n} lines of {name}"
+                raise InputError(key="data.max_length", value=max_length, expected=expected, source=source)
         return ids[:-1], targets
-
-    def _split_indices(self, split: str, n: int) -> list[int]:
-        """Return the indices of the split among the ``n`` poems of its file."""
-        if split == "test" or (split == "val" and self._has_own_val()):
-            return list(range(n))
-        order = np.random.default_rng(self.split_seed).permutation(n)
-        n_val = 0 if self._has_own_val() else max(1, round(n * self.val_fraction))
-        n_train = max(1, round((n - n_val) * self.train_fraction))
-        if n_val + n_train > n:
-            raise InputError(f"data.train_file must have enough poems to split, got {n}; give data.val_file")
-        return sorted((order[:n_val] if split == "val" else order[n_val : n_val + n_train]).tolist())
 
     @property
     def perplexity_note(self) -> str:
@@ -194,12 +170,6 @@ class Sonnets(TextData):
         )
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record: files, validation poems and number of poems in each split."""
-        return {
-            "class": type(self).__name__,
-            "files": {split: file for split, file in self.files.items() if file is not None},
-            "prompt_lines": self.prompt_lines,
-            "validated_on": [poem.number for poem in self.poems.get("val", [])],
-            "rows": {split: len(rows) for split, rows in self.encoded.items()},
-            "batch_size": self.batch_size,
-        }
+        """Return the data section of the run record, with the prompt and the numbers of the validation poems."""
+        validated_on = [poem.number for poem in self.poems.get("val", [])]
+        return {**super().description(), "prompt_lines": self.prompt_lines, "validated_on": validated_on}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpt2_pl.datamodules import paraphrase, sentiment
 from gpt2_pl.datamodules.classification import TextClassification
-from gpt2_pl.datamodules.readers import Rows, RowSource
+from gpt2_pl.datamodules.rows import Rows, RowSource
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import train_tokenizer
 

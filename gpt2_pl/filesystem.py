@@ -173,7 +173,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
 
     Args:
         path: the final path; missing folders are created.
-        mode: ``w`` for UTF-8 text, ``wb`` for bytes.
+        mode: ``w`` for UTF-8 text, ``wb`` or ``w+b`` for bytes.
 
     Yields:
         The open temporary file.

@@ -19,7 +19,7 @@ from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.kernels.attention import set_cudnn_sdp
 
 if TYPE_CHECKING:
-    from gpt2_pl.datamodules.readers import RowSource
+    from gpt2_pl.datamodules.rows import RowSource
     from gpt2_pl.tasks.protocols import TextClassifier
 
 _CHUNK_BATCHES = 64  # number of batches that are read, sorted by length and written together
@@ -167,7 +167,7 @@ def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Call
     Raises:
         InputError: a column is missing.
     """
-    from gpt2_pl.datamodules.readers import parse_text, require_columns
+    from gpt2_pl.datamodules.rows import parse_text, require_columns
 
     existing = source.columns
     selected = {field: next((name for name in names if name in existing), names[0]) for field, names in columns.items()}

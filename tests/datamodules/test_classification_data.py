@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WORDS
+from helpers.batches import padding_share
 from helpers.refusals import names
 from lightning.pytorch import Callback, Trainer
 
@@ -20,7 +21,6 @@ from gpt2_pl.datamodules.batching import (
     TokenDataset,
     TrainingLoader,
     evaluation_batches,
-    padding_share,
     training_batches,
 )
 from gpt2_pl.datamodules.prompt_template import Template

@@ -18,7 +18,8 @@ from helpers.row_files import ENDINGS, data, rows_of, texts, write
 
 from gpt2_pl.commands.generate import read_prompts
 from gpt2_pl.datamodules import QuoraPairs, TextCorpus
-from gpt2_pl.datamodules.readers import HubSplit, read_file, require_columns
+from gpt2_pl.datamodules.readers import read_file
+from gpt2_pl.datamodules.rows import HubSplit, require_columns
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 

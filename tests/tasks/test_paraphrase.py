@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WORDS, metrics, weights
+from helpers.batches import padding_share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
@@ -15,7 +16,6 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2Config
 from gpt2_pl.datamodules import QuoraPairs, ToyPairs
-from gpt2_pl.datamodules.batching import padding_share
 from gpt2_pl.datamodules.classification import balanced
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError

@@ -198,12 +198,9 @@ class TextClassification(TextData):
         key += [label_column, labels, max_length, tokenizer, self.skip_bad]
         schema = _schema(fields)
         rows = cached("rows", key, schema, lambda: self._batches(source, fields, label_column, schema))
-        reasons = rows.data.column(_REASON)
-        encoded = _token_rows(rows)
-        if reasons.null_count < len(rows):
-            valid = np.flatnonzero(reasons.is_null())
-            invalid = rows.select(np.setdiff1d(np.arange(len(rows)), valid))
-            self._warn_skipped(source, dict(zip(invalid[_NUMBER], invalid[_REASON], strict=True)), len(rows))
+        encoded, valid = _token_rows(rows), np.flatnonzero(rows.data.column(_REASON).is_null())
+        if len(valid) < len(rows):
+            self._warn_skipped(source, rows.data.column(_REASON).drop_null().to_pylist(), len(rows))
             encoded, rows = encoded.select(valid), rows.select(valid)
         if not labeled:
             encoded.labels = None
@@ -247,20 +244,20 @@ class TextClassification(TextData):
             return {**example, _REASON: str(error).removeprefix(printable(f"{source.name}, "))}
         return {**example, **texts}
 
-    def _warn_skipped(self, source: RowSource, reasons: dict[int, str], total: int) -> None:
+    def _warn_skipped(self, source: RowSource, reasons: list[str], total: int) -> None:
         """Warn once per source about skipped rows.
 
         Args:
             source: the source.
-            reasons: reason to skip a row, by row number.
+            reasons: reason to skip each of the skipped rows.
             total: number of rows in the source.
 
         Raises:
             InputError: all rows are skipped.
         """
         if source.name not in self.skipped:
-            first = "; ".join(reasons[number] for number in sorted(reasons)[:3])
-            rank_zero_warn(f"{printable(source.name)}: {len(reasons)} of {total} rows are skipped: {first}")
+            skipped = f"{len(reasons)} of {total} rows are skipped: {'; '.join(reasons[:3])}"
+            rank_zero_warn(f"{printable(source.name)}: {skipped}")
         self.skipped[source.name] = len(reasons)
         if len(reasons) == total:
             raise source.error(" has no valid rows")

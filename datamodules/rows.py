@@ -11,7 +11,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.errors import InputError, listing, shorten
+from gpt2_pl.errors import InputError, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,8 +136,9 @@ def require_columns(
     columns = list(source.columns)
     for column in (*texts, *([] if label is None else [label])):
         if column not in columns:
-            names = listing(map(shorten, columns), limit=20) or "none"
-            reason = f"has no column {shorten(column)}; it has {names}; select columns with {keys}"
+            more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+            names = ", ".join(map(shorten, columns[:20])) or "none"
+            reason = f"has no column {shorten(column)}; it has {names}{more}; select columns with {keys}"
             raise InputError(f"{source.name} {reason}", key=keys)
         arrow_type, is_label = source.types.get(column), column not in texts
         if arrow_type is not None and not _is_text_type(arrow_type, allow_numbers=is_label):

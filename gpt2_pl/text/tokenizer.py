@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 _WINDOW, _OVERLAP = 1 << 17, 1 << 10  # characters encoded at a time, and characters shared with the next window
 _MAX_GROWTH = 1000  # maximum factor by which a normalizer or decoder may lengthen a text
+_GUARDED = {  # methods that may fail, and what they do
+    **dict.fromkeys(("encode", "encode_batch"), "encode a text"),
+    **dict.fromkeys(("decode", "decode_batch"), "decode ids"),
+}
 # Test texts for tokenizers: several scripts, whitespace, and runs that make some regular expressions hit their limit.
 _PROBES = (
     "a",
@@ -37,40 +41,29 @@ class GuardedTokenizer:
     Args:
         tokenizer: the tokenizer; all attributes other than encoding and decoding are delegated to it.
         name: the name of the tokenizer in messages.
+        key: the option that holds the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str) -> None:
-        self._tokenizer, self._name = tokenizer, name
+    def __init__(self, tokenizer: Tokenizer, name: str, key: str) -> None:
+        self._tokenizer, self._name, self._key = tokenizer, name, key
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._tokenizer, name)
+        attribute = getattr(self._tokenizer, name)
+        return attribute if name not in _GUARDED else self._guard(attribute, _GUARDED[name])
 
-    def encode(self, text: str, **options: Any) -> Encoding:
-        """Encode a text."""
-        with _failures(f"{self._name} cannot encode a text"):
-            return self._tokenizer.encode(text, **options)
+    def _guard(self, method: Callable[..., Any], action: str) -> Callable[..., Any]:
+        def guarded(*args: Any, **options: Any) -> Any:
+            with _failures(f"{self._name} cannot {action}", self._key):
+                return method(*args, **options)
 
-    def encode_batch(self, texts: Sequence[str], **options: Any) -> list[Encoding]:
-        """Encode several texts."""
-        with _failures(f"{self._name} cannot encode a text"):
-            return self._tokenizer.encode_batch(cast(Any, texts), **options)
-
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        """Decode the ids of a text."""
-        with _failures(f"{self._name} cannot decode ids"):
-            return self._tokenizer.decode(ids, **options)
-
-    def decode_batch(self, batch: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """Decode the ids of several texts."""
-        with _failures(f"{self._name} cannot decode ids"):
-            return self._tokenizer.decode_batch(cast(Any, batch), **options)
+        return guarded
 
 
 @contextmanager
-def _failures(message: str) -> Iterator[None]:
-    """Convert exceptions of the Rust library to an InputError of one line that starts with ``message``."""
+def _failures(message: str, key: str) -> Iterator[None]:
+    """Convert exceptions, also of the Rust library, to an InputError of one line that starts with ``message``."""
     try:
         yield
     except (InputError, MemoryError, TypeError):
@@ -78,7 +71,7 @@ def _failures(message: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # KeyboardInterrupt and the like
-        raise InputError(f"{message}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{message}: {' '.join(str(error).split())[:500]}", key=key) from None
 
 
 @contextmanager
@@ -139,26 +132,22 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], key: str = "tokenizer") -
     name = f"{key}: the tokenizer in {folder}"
     file, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     with _without_stderr():
-        with _failures(f"{name} cannot be read"):
+        with _failures(f"{name} cannot be read", key):
             if file.is_file():
                 text = file.read_text(encoding="utf-8")
                 tokenizer = RustTokenizer.from_str(text)
-                _check_settings(json.loads(text), tokenizer, name)
+                _check_settings(json.loads(text), tokenizer)
             elif vocab.is_file() and merges.is_file():
                 tokenizer = _byte_level(BPE.from_file(str(vocab), str(merges)))
                 tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-                _check_ids(json.loads(vocab.read_text(encoding="utf-8")), name)
+                _check_ids(json.loads(vocab.read_text(encoding="utf-8")))
             else:
-                raise InputError(f"{key}: {folder} has neither tokenizer.json nor vocab.json with merges.txt")
+                message = f"{key}: {folder} has neither tokenizer.json nor vocab.json with merges.txt"
+                raise InputError(message, key=key)
             _make_deterministic(tokenizer)
-        entries = tokenizer.get_vocab(with_added_tokens=True)
-        if not entries:
-            raise InputError(f"{name} has an empty vocabulary")
-        if (max_id := max(entries.values())) > 2 * len(entries) + 1000:  # tables indexed by id would be as long
-            raise InputError(f"{name} has {len(entries)} tokens and one with the id {max_id}, which is too large")
-        with _failures(f"{name} cannot be used"):
-            _check_encoding(tokenizer, name)
-    return cast("Tokenizer", GuardedTokenizer(tokenizer, name))
+        with _failures(f"{name} cannot be used", key):
+            _check_encoding(tokenizer)
+    return cast("Tokenizer", GuardedTokenizer(tokenizer, name, key))
 
 
 def _make_deterministic(tokenizer: Tokenizer) -> None:
@@ -171,63 +160,62 @@ def _make_deterministic(tokenizer: Tokenizer) -> None:
             setattr(model, setting, None)
 
 
-def _check_settings(settings: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
+def _check_settings(settings: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Check that the tokenizer is the one that its tokenizer.json describes.
 
     Args:
         settings: the content of tokenizer.json.
         tokenizer: the loaded tokenizer.
-        name: the name of the tokenizer in messages.
 
     Raises:
-        InputError: two tokens have the same id, an added token does not get its id, or a normalizer or decoder can make
+        ValueError: two tokens have the same id, an added token does not get its id, or a normalizer or decoder can make
             text more than ``_MAX_GROWTH`` times as long.
     """
     if isinstance(entries := settings["model"].get("vocab"), dict):
-        _check_ids(entries, name)
+        _check_ids(entries)
     for token in settings.get("added_tokens") or ():
         if token["content"] and tokenizer.token_to_id(token["content"]) != token["id"]:
-            raise InputError(
-                f"{name} has the id {token['id']} for the added token {token['content'][:100]!r}, which gets "
-                f"{tokenizer.token_to_id(token['content'])}; an id must be unused, or the token's id in the vocabulary"
-            )
+            given = f"the id {token['id']} for the added token {token['content'][:100]!r}"
+            rule = "an id must be unused, or the token's id in the vocabulary"
+            raise ValueError(f"it has {given}, which gets {tokenizer.token_to_id(token['content'])}; {rule}")
     for part in ("normalizer", "decoder"):
         if (growth := _growth(settings.get(part))) > _MAX_GROWTH:
-            raise InputError(
-                f"{name} has a {part} that can make text {growth:.3g} times as long; it must be at most {_MAX_GROWTH} "
-                "times"
-            )
+            raise ValueError(f"its {part} must make text at most {_MAX_GROWTH} times as long, got {growth:.3g}")
 
 
-def _check_ids(entries: dict[str, int], name: str) -> None:
-    """Raise an InputError if two tokens share an id, because one of them would be lost on saving."""
+def _check_ids(entries: dict[str, int]) -> None:
+    """Raise a ValueError if two tokens share an id, because one of them would be lost on saving."""
     seen: dict[int, str] = {}
     for token, number in entries.items():
         if seen.setdefault(number, token) != token:
-            raise InputError(f"{name} has the id {number} for two tokens, {seen[number][:100]!r} and {token[:100]!r}")
+            raise ValueError(f"it has the id {number} for two tokens, {seen[number][:100]!r} and {token[:100]!r}")
 
 
 def _growth(component: Any) -> float:
     """Return the maximum factor by which a normalizer or decoder can lengthen a text."""
-    if not isinstance(component, dict):
-        return 1.0
+    component = component if isinstance(component, dict) else {}
     growth = max(1.0, len(str(component.get("content", "")))) if component.get("type") == "Replace" else 1.0
     for part in (*(component.get("normalizers") or ()), *(component.get("decoders") or ())):
         growth *= _growth(part)
     return growth
 
 
-def _check_encoding(tokenizer: Tokenizer, name: str) -> None:
-    """Encode and decode a few texts.
+def _check_encoding(tokenizer: Tokenizer) -> None:
+    """Check the ids of the vocabulary, and encode and decode a few texts.
 
     Raises:
-        InputError: no text is encoded to a token.
+        ValueError: the vocabulary is empty, an id is far too large, or no text is encoded to a token.
     """
+    entries = tokenizer.get_vocab(with_added_tokens=True)
+    if not entries:
+        raise ValueError("it has an empty vocabulary")
+    if (max_id := max(entries.values())) > 2 * len(entries) + 1000:  # tables indexed by id would be as long
+        raise ValueError(f"it has {len(entries)} tokens and one with the id {max_id}, which is too large")
     encodings = [tokenizer.encode(text) for text in _PROBES]
     for encoding in (*encodings, *tokenizer.encode_batch(list(_PROBES))):
         tokenizer.decode(encoding.ids, skip_special_tokens=False)
     if not any(end > start for encoding in encodings for start, end in encoding.offsets):  # ignores special tokens
-        raise InputError(f"{name} makes no token of any text")
+        raise ValueError("it makes no token of any text")
 
 
 def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:
@@ -244,16 +232,11 @@ def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: 
             ``vocab_size``.
     """
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    if needed > vocab_size:
-        raise InputError(
-            f"the tokenizer has {needed} tokens and {where} has vocab_size {vocab_size}: "
-            f"{key} must be the tokenizer that the base was trained with"
-        )
-    if (max_id := max(tokenizer.encode("a").ids, default=0)) >= vocab_size:  # a special token of every text
-        raise InputError(
-            f"the tokenizer gives a text the id {max_id} and {where} has vocab_size {vocab_size}: "
-            f"{key} must be the tokenizer that the base was trained with"
-        )
+    max_id = max(tokenizer.encode("a").ids, default=0)  # of a special token of every text
+    if max(needed, max_id + 1) > vocab_size:
+        found = f"has {needed} tokens" if needed > vocab_size else f"gives a text the id {max_id}"
+        rule = f"{key} must be the tokenizer that the base was trained with"
+        raise InputError(f"the tokenizer {found} and {where} has vocab_size {vocab_size}: {rule}", key=key)
 
 
 _Token = tuple[int, tuple[int, int]]  # id, and start and end in the text
@@ -358,13 +341,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers.trainers import BpeTrainer
 
     if vocab_size < 257:
-        raise InputError(f"vocab_size must be at least 257, for 256 bytes and {END_OF_TEXT}, got {vocab_size}")
+        raise InputError(key="vocab_size", value=vocab_size, expected=f"at least 257, for 256 bytes and {END_OF_TEXT}")
     tokenizer = _byte_level(BPE())
+    alphabet = ByteLevel.alphabet()
     trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

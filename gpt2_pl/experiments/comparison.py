@@ -184,7 +184,8 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison
     groups = [group for comparison in comparisons for group in comparison.groups]
     if baseline is not None and not any(baseline in (group.strategy, group.label) for group in groups):
         strategies = ", ".join(dict.fromkeys(group.strategy for group in groups))
-        raise InputError(f"baseline must be one of {strategies or '(no runs to compare)'}, got {baseline!r}")
+        expected = f"one of {strategies or '(no runs to compare)'}"
+        raise InputError(key="baseline", value=baseline, expected=expected)
     return comparisons
 
 
@@ -200,9 +201,8 @@ def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str | 
             comparable.append(run)
         else:
             other = [name for name, value in json.loads(keys[id(run)]).items() if value != shared[name]]
-            notes.append(
-                f"{run.folder} is left out: other {', '.join(other)} than most ({run.comparison_key[other[0]]})"
-            )
+            difference = f"other {', '.join(other)} than most ({run.comparison_key[other[0]]})"
+            notes.append(f"{run.folder} is left out: {difference}")
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in comparable:
         by_settings[json.dumps([run.strategy, run.flat], sort_keys=True, default=str)].append(run)
@@ -233,9 +233,8 @@ def _add_differences(groups: list[RunGroup], split: str, notes: list[str]) -> No
         if len(of_same_rows) == len(of_runs):
             comparable.append((group, of_same_rows))
         else:
-            notes.append(
-                f"{group.label} has no differences in {split}: not all of its runs have the outcomes of those rows"
-            )
+            reason = "not all of its runs have the outcomes of those rows"
+            notes.append(f"{group.label} has no differences in {split}: {reason}")
     score = reference.score
     resamples = paired_bootstrap([[rows.features for rows in runs] for _, runs in comparable], score)  # (R, G, S)
     seed_scores = [np.array([score(rows.features.sum(0)) for rows in runs]) for _, runs in comparable]  # each (n, S)

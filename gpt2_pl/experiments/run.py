@@ -63,9 +63,8 @@ class Run:
         settings = read_yaml(file)
         parts = [settings.get(key) for key in ("model", "data", "trainer")] if isinstance(settings, dict) else [0]
         if not all(isinstance(part, dict | None) for part in parts):
-            raise InputError(
-                f"{file} must be a mapping, and so must its model, data and trainer, got {shorten(settings)}"
-            )
+            expected = "a mapping, and so must its model, data and trainer"
+            raise InputError(f"{file} must be {expected}, got {shorten(settings)}", value=settings, expected=expected)
         try:
             json.dumps(settings, ensure_ascii=False, sort_keys=True, default=str).encode()
         except (TypeError, ValueError) as error:  # keys of several types, lone surrogates
@@ -90,10 +89,8 @@ class Run:
 
         def walk(name: str, value: Any) -> None:
             if len(name) > _MAX_KEY_CHARACTERS:
-                file = self.folder / "config.yaml"
-                raise InputError(
-                    f"{file}: a key must have at most {_MAX_KEY_CHARACTERS} characters, got {name[:80]}..."
-                )
+                message = f"a key must have at most {_MAX_KEY_CHARACTERS} characters, got {name[:80]}..."
+                raise InputError(message, key=name, source=self.folder / "config.yaml")
             if isinstance(value, dict):
                 for key, inner in value.items():
                     walk(f"{name}.{key}".replace(".init_args", "").replace(".class_path", ""), inner)
@@ -109,8 +106,8 @@ class Run:
         walk("data.training_rows", (data.get("rows") or {}).get("train"))
         walk("data.training_files", _file_names((data.get("files") or {}).get("train") or []))
         walk("base.trained_with", (self.record.get("base") or {}).get("recipe"))
-        for key in ("device", "processes"):
-            walk(key, self.record.get(key))
+        walk("device", self.record.get("device"))
+        walk("processes", self.record.get("processes"))
         walk("early_stopping_patience", self.settings.get("early_stopping_patience"))
         walk("skipped_steps", self.record.get("skipped_steps") or None)
         return flat
@@ -175,10 +172,8 @@ def _read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowSco
         InputError: the file is invalid.
     """
     csv.field_size_limit(sys.maxsize)
-    readers = {f"losses_{split}.csv": _read_losses, f"predictions_{split}.csv": _read_predictions}
-    for name, read in readers.items():
-        file = folder / name
-        if file.is_file():
+    for name, read in (("losses", _read_losses), ("predictions", _read_predictions)):
+        if (file := folder / f"{name}_{split}.csv").is_file():
             try:
                 row_scores = read(file, split, metrics)
             except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
@@ -190,12 +185,11 @@ def _read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowSco
 
 
 def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
-    digest = hashlib.sha256()
     with file.open(encoding="utf-8", newline="") as lines:
         poems = list(csv.DictReader(lines))
-    digest.update(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode())
+    digest = hashlib.sha256(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode()).hexdigest()
     losses = np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])
-    return RowScores(digest.hexdigest()[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
+    return RowScores(digest[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
 
 
 def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:

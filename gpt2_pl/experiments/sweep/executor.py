@@ -30,6 +30,7 @@ from gpt2_pl.utils.machine import available_cores
 _NO_TIMEOUT = 60 * 24 * 365  # minutes, because submitit requires a time limit
 
 
+@dataclass
 class RunJob:
     """Job of a run: starts it, resumes it, or does nothing if it is finished.
 
@@ -40,9 +41,8 @@ class RunJob:
         gpu: GPU of the run, as in CUDA_VISIBLE_DEVICES; None for all visible ones.
     """
 
-    def __init__(self, run_command: Callable[[list[str]], None], gpu: str | None = None) -> None:
-        self.run_command = run_command
-        self.gpu = gpu
+    run_command: Callable[[list[str]], None]
+    gpu: str | None = None
 
     def __call__(self, run: SweepRun) -> None:
         """Run the pretraining run that a run starts from, if it is unfinished, and then the run."""
@@ -137,13 +137,10 @@ def locked(file: Path, wait: bool = False) -> Iterator[bool]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, thread_local=False, fallback_to_soft=False, poll_interval=0.2)
-    try:
+    with suppress(Timeout):
         lock.acquire(blocking=wait)
-    except Timeout:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 
@@ -180,7 +177,7 @@ def make_executor(config: SweepConfig, max_parallel: int | None, run_command: Ca
     try:
         import submitit
     except ImportError:
-        raise InputError("sweep needs submitit: pip install 'gpt2_pl[sweep]'") from None
+        raise InputError("sweep needs submitit: pip install 'gpt2_pl[sweep]'", key="sweep") from None
     folder = RUNS / f"{config.name}.sweep" / "jobs"
     max_jobs = max_parallel or config.max_parallel
     executor: Any
@@ -189,7 +186,7 @@ def make_executor(config: SweepConfig, max_parallel: int | None, run_command: Ca
             executor = submitit.AutoExecutor(folder, cluster="slurm")
             executor.update_parameters(name=config.name, **config.slurm)
         except (ValueError, TypeError, NameError, RuntimeError) as error:
-            raise InputError(f"slurm: {' '.join(str(error).split())[:300]}") from None
+            raise InputError(f"slurm: {' '.join(str(error).split())[:300]}", key="slurm") from None
 
         def submit_to_slurm(run: SweepRun, slot: int) -> Any:
             with _job_environment():

@@ -61,7 +61,9 @@ class SweepRun:
         """Return digests of the configuration files and the flags; runs with equal records are equal."""
         return {
             "files": {path: hashlib.sha256(config_path(path).read_bytes()).hexdigest() for path in self.files},
-            "flags": dict(_split_flag(flag) for flag in self.flags),  # the last of repeated flags applies
+            "flags": {  # the last of repeated flags applies
+                name: value for name, _, value in (flag.removeprefix("--").partition("=") for flag in self.flags)
+            },
             "base": None if self.base is None else self.base.record(),
         }
 
@@ -100,7 +102,7 @@ class SweepRun:
         try:
             yield
         except InputError as error:
-            raise InputError(f"{error}; delete {self.folder}") from None
+            raise InputError(f"{error}; delete {self.folder}", key=error.key) from None
 
     @property
     def last(self) -> Path:
@@ -128,15 +130,8 @@ class SweepRun:
         if saved["base"] != current["base"]:
             changes.append("its base has changed")
         if changes:
-            raise InputError(
-                f"{self.folder} was run with other settings ({'; '.join(changes)}); delete it, or rename the strategy "
-                "or the sweep"
-            )
-
-
-def _split_flag(flag: str) -> tuple[str, str]:
-    name, _, value = flag.removeprefix("--").partition("=")
-    return name, value
+            remedy = "delete it, or rename the strategy or the sweep"
+            raise InputError(f"{self.folder} was run with other settings ({'; '.join(changes)}); {remedy}")
 
 
 def _describe_changes(saved: dict[str, str], current: dict[str, str]) -> list[str]:

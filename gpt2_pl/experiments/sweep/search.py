@@ -38,10 +38,11 @@ class HyperparameterSearch:
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
         except ImportError:
-            raise InputError("search needs Optuna: pip install 'gpt2_pl[sweep]'") from None
+            raise InputError("search needs Optuna: pip install 'gpt2_pl[sweep]'", key="search") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         assert experiment.search is not None
-        self.experiment, self.trials, seed = experiment, experiment.search.trials, experiment.search.seed
+        self.experiment, self.trials, self.space = experiment, experiment.search.trials, experiment.search.space
+        self.seed = experiment.search.seed
         file = journal(experiment)
         file.parent.mkdir(parents=True, exist_ok=True)
         self._check_record(file.with_suffix(".json"))
@@ -50,7 +51,7 @@ class HyperparameterSearch:
                 repaired.write(content[: content.rfind(b"\n") + 1])
         self._states = optuna.trial.TrialState
         self._sampler = lambda n: optuna.samplers.TPESampler(
-            seed=seed + n, n_startup_trials=max(2, self.trials // 2), constant_liar=True
+            seed=self.seed + n, n_startup_trials=max(2, self.trials // 2), constant_liar=True
         )
         self.study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(file))),
@@ -60,7 +61,7 @@ class HyperparameterSearch:
         )
         self._waiting = []
         for trial in self.study.get_trials(states=(self._states.RUNNING,)):
-            if trial.params.keys() == experiment.search.space.keys():
+            if trial.params.keys() == self.space.keys():
                 self._waiting.append(trial.number)
             else:  # the sweep was killed while it sampled the settings of the trial
                 self.study.tell(trial.number, state=self._states.FAIL)
@@ -74,17 +75,13 @@ class HyperparameterSearch:
         Raises:
             InputError: they differ; the message names the files to delete.
         """
-        assert self.experiment.search is not None
-        search, run = self.experiment.search, self.experiment.trial(0, {})
-        record = {"space": search.space, "seed": search.seed, **run.record()}
+        record = {"space": self.space, "seed": self.seed, **self.experiment.trial(0, {}).record()}
         if not file.is_file():
             with atomic_write(file) as out:
                 json.dump(record, out, indent=2)
         elif read_json(file) != record:
-            raise InputError(
-                f"{file.with_suffix('')} was searched with another space or other settings; delete it, "
-                f"{file.with_suffix('.journal')} and {file.name}, or rename the strategy or the sweep"
-            )
+            remedy = f"delete it, {file.with_suffix('.journal')} and {file.name}, or rename the strategy or the sweep"
+            raise InputError(f"{file.with_suffix('')} was searched with another space or other settings; {remedy}")
 
     @property
     def n_done(self) -> int:
@@ -110,18 +107,16 @@ class HyperparameterSearch:
 
     def _sample_trial(self) -> int:
         """Sample the settings of a new trial and return its number."""
-        assert self.experiment.search is not None
         self.study.sampler = self._sampler(len(self.study.trials))
         trial = self.study.ask()
-        for key, values in self.experiment.search.space.items():
+        for key, values in self.space.items():
             if isinstance(values, list):
                 trial.suggest_categorical(key, values)
                 continue
-            low, high, log = values["low"], values["high"], bool(values.get("log"))
-            if isinstance(low, int) and isinstance(high, int):
-                trial.suggest_int(key, low, high, step=values.get("step", 1), log=log)
+            if isinstance(values["low"], int) and isinstance(values["high"], int):
+                trial.suggest_int(key, **values)
             else:
-                trial.suggest_float(key, low, high, step=values.get("step"), log=log)
+                trial.suggest_float(key, **values)
         return trial.number
 
     def report_result(self, run: SweepRun) -> None:
@@ -135,11 +130,8 @@ class HyperparameterSearch:
             self.study.tell(number, state=self._states.FAIL)
         self.finalize()
 
-    def finalize(self) -> bool:
+    def finalize(self) -> None:
         """Set the best settings of the experiment, if all trials have ended and at least one has a score.
-
-        Returns:
-            Whether the search is finished.
 
         Raises:
             InputError: a run of the experiment has other settings, which a search with fewer trials had found.
@@ -148,4 +140,3 @@ class HyperparameterSearch:
             self.experiment.best_flags, self.finished = as_flags(self.study.best_params, "search"), True
             for run in self.experiment.runs():
                 run.check()
-        return self.finished

@@ -34,6 +34,7 @@ _EXPECTED = {  # pydantic's error type -> the expected value
     "too_long": "at most {max_length} values",
     "too_short": "at least {min_length} values",
     "none_required": "null",
+    "invalid_key": "a key that is text",
     "string_pattern_mismatch": "a version of Lightning from 2.0 on",
     "literal_error": "{expected}",
     "finite_number": "a finite number",

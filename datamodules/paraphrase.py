@@ -59,7 +59,8 @@ class QuoraPairs(TextClassification):
             **kwargs,
         )
         if swap_pairs and len(self.template.fields) != 2:
-            raise InputError(f"data.template must have two fields if data.swap_pairs is set, got {template!r}")
+            message = f"data.template must have two fields if data.swap_pairs is set, got {template!r}"
+            raise InputError(message, key="data.template")
         self.swap_pairs = swap_pairs
 
     def _field_permutations(self, split: str) -> list[dict[str, str]]:

@@ -29,15 +29,16 @@ class Template:
         try:
             parts = list(Formatter().parse(text))
         except ValueError as error:
-            raise InputError(f"template {text!r}: {error}") from None
+            raise InputError(f"template {text!r}: {error}", key="template") from None
         self.text = text
         self._parts = [(literal, name) for literal, name, _, _ in parts]  # literal text and the field after it
         self.fields = list(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
-            raise InputError(f"template {text!r} must have at least one field, such as {{sentence}}")
+            raise InputError(key="template", value=text, expected="text with a field, such as {sentence}")
         for _, name, spec, conversion in parts:
             if name is not None and (not name.isidentifier() or spec or conversion):
-                raise InputError(f"template {text!r}: a field must be a plain column name, such as {{sentence}}")
+                message = f"template {text!r}: a field must be a plain column name, such as {{sentence}}"
+                raise InputError(message, key="template")
 
     def fill(self, row: Mapping[str, str]) -> str:
         """Return the text of one row; values are stripped of surrounding white space."""
@@ -60,18 +61,18 @@ class Template:
         Raises:
             InputError: the template leaves no room for text.
         """
-        encodings = tokenizer.encode_batch([self.fill(row) for row in rows])
-        return [self._ids(row, encoding, tokenizer, max_length) for row, encoding in zip(rows, encodings, strict=True)]
+        ids: list[list[int]] = []
+        for row, encoding in zip(rows, tokenizer.encode_batch([self.fill(row) for row in rows]), strict=True):
+            if not self._covers_fields(row, encoding):
+                ids.append([])
+            else:
+                ids.append(encoding.ids if len(encoding) <= max_length else self._truncate(row, tokenizer, max_length))
+        return ids
 
     def no_token(self, row: Mapping[str, str]) -> str:
         """Return the error message for a row without token ids."""
         texts = ", ".join(shorten(row[field]) for field in self.fields)
         return f"the tokenizer gives no token for {'one of the texts' if len(self.fields) > 1 else 'the text'} {texts}"
-
-    def _ids(self, row: Mapping[str, str], encoding: Encoding, tokenizer: Tokenizer, max_length: int) -> list[int]:
-        if not self._covers_fields(row, encoding):
-            return []
-        return encoding.ids if len(encoding) <= max_length else self._truncate(row, tokenizer, max_length)
 
     def _covers_fields(self, row: Mapping[str, str], encoding: Encoding) -> bool:
         """Return whether the value of every field has a token."""
@@ -102,10 +103,8 @@ class Template:
             ids = tokenizer.encode(self.fill(values)).ids
             excess = len(ids) - max_length
             if not any(keep.values()):
-                raise InputError(
-                    f"max_length must leave room for text, got {max_length}; the template {self.text!r} alone takes "
-                    f"{len(ids)} tokens"
-                )
+                taken = f"the template {self.text!r} alone takes {len(ids)} tokens"
+                raise InputError(f"max_length must leave room for text, got {max_length}; {taken}", key="max_length")
             if excess <= 0:
                 return ids
             longest = max(keep, key=keep.__getitem__)

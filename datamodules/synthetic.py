@@ -132,7 +132,7 @@ class ToyRows(TextClassification):
             eval_batch_size=eval_batch_size,
         )
         if n_train < 8:
-            raise InputError(f"data.n_train must be at least 8, got {n_train}")
+            raise InputError(key="data.n_train", value=n_train, expected="at least 8")
         self.n_train, self.vocab_size, self.data_seed = n_train, vocab_size, data_seed
 
     def has_split(self, split: str) -> bool:

@@ -60,6 +60,17 @@ def _about(comparison: Comparison) -> str:
     return f"Scored on {key['data']}{rows}. {start}."
 
 
+def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
+    """Return the tables of a comparison with their captions."""
+    if not comparison.groups:
+        return []
+    tables = [(SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison))]
+    differences = difference_table(comparison)
+    if differences[1]:
+        tables.append((DIFFERENCE_CAPTION.format(baseline=comparison.groups[0].label), differences))
+    return tables
+
+
 # Markdown
 
 
@@ -90,13 +101,8 @@ def markdown(comparisons: list[Comparison], images: Mapping[str, Mapping[str, st
 def _markdown_section(comparison: Comparison, images: Mapping[str, str]) -> str:
     task = _markdown_text(comparison.task)
     lines = [f"## {task}", "", _markdown_text(_about(comparison)), ""]
-    if comparison.groups:
-        caption = SCORE_CAPTION.format(monitor=_markdown_text(comparison.monitor))
-        lines += [caption, "", *markdown_table(score_table(comparison)), ""]
-        differences = difference_table(comparison)
-        if differences[1]:
-            caption = DIFFERENCE_CAPTION.format(baseline=_markdown_text(comparison.groups[0].label))
-            lines += [caption, "", *markdown_table(differences), ""]
+    for caption, table in _tables(comparison):
+        lines += [_markdown_text(caption), "", *markdown_table(table), ""]
     lines += [f"![{task}: {name}]({file})" for name, file in images.items()]
     lines += ["", *(f"- {_markdown_text(note)}" for note in comparison.notes)]
     return "\n".join(lines) + "\n"
@@ -118,14 +124,8 @@ def page(comparisons: list[Comparison], images: Mapping[str, Mapping[str, bytes]
     environment.filters["line"] = _line
     sections = []
     for comparison in comparisons:
-        tables = []
-        if comparison.groups:
-            tables.append((SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison)))
-            differences = difference_table(comparison)
-            if differences[1]:
-                baseline = comparison.groups[0].label
-                tables.append((DIFFERENCE_CAPTION.format(baseline=baseline), differences))
         encoded = {name: base64.b64encode(png).decode() for name, png in images.get(comparison.task, {}).items()}
+        tables = _tables(comparison)
         sections.append({"comparison": comparison, "about": _about(comparison), "tables": tables, "images": encoded})
     summary = summary_table(comparisons) if any(comparison.groups for comparison in comparisons) else None
     template = environment.get_template("report.html.jinja")

@@ -23,8 +23,6 @@ _RUN_KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _RESERVED_KEYS = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
 _TOP_LEVEL_KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "on_non_finite_loss")
 
-Base = tuple[str, tuple[str, ...], tuple[str, ...]]  # name, files and flags of a pretraining run
-
 
 @dataclass
 class Experiment:
@@ -38,7 +36,7 @@ class Experiment:
         seeds: seeds of the runs.
         sweep: name of the sweep.
         search: search for settings that precedes the runs.
-        base: name, files and flags of the pretraining run whose model the runs start from.
+        base: pretraining run whose model the runs start from, without its seed.
         best_flags: flags with the settings that the search has found.
     """
 
@@ -49,7 +47,7 @@ class Experiment:
     seeds: tuple[int, ...]
     sweep: str
     search: SearchNode | None = None
-    base: Base | None = None
+    base: SweepRun | None = None
     best_flags: tuple[str, ...] = ()
 
     def runs(self) -> list[SweepRun]:
@@ -64,12 +62,7 @@ class Experiment:
 
     def _run(self, sweep: str, version: str, seed: int, extra: tuple[str, ...]) -> SweepRun:
         seed_flag = f"--seed_everything={seed}"
-        base = None
-        if self.base is not None:
-            name, files, flags = self.base
-            base = SweepRun(
-                f"{self.sweep}.pretrain", self.task, name, f"seed_{seed}", files, (*flags, seed_flag), exported=True
-            )
+        base = self.base and replace(self.base, version=f"seed_{seed}", flags=(*self.base.flags, seed_flag))
         return SweepRun(sweep, self.task, self.strategy, version, self.files, (*self.flags, *extra, seed_flag), base)
 
 
@@ -127,11 +120,12 @@ def _parse_task(task: str, node: TaskNode, top: SweepFile) -> list[Experiment]:
     shared = Experiment(
         task, "", _configs(node, path, f"configs/task/{task}.yaml"), flags, tuple(node.seeds or top.seeds), top.name
     )
-    bases: dict[str, Base] = {}
+    bases: dict[str, SweepRun] = {}
     for base, pretrain in node.pretrain.items():
         base_path = f"{path}.pretrain.{base}"
         base_flags = as_flags(pretrain.overrides or {}, f"{base_path}.overrides")
-        bases[base] = (base, _configs(pretrain, base_path), (*top_flags, *base_flags))
+        files = _configs(pretrain, base_path)
+        bases[base] = SweepRun(f"{top.name}.pretrain", task, base, "", files, (*top_flags, *base_flags), exported=True)
     strategies = {name: (f"strategies.{name}", strategy) for name, strategy in top.strategies.items()}
     strategies.update({name: (f"{path}.strategies.{name}", strategy) for name, strategy in node.strategies.items()})
     if not strategies:
@@ -144,7 +138,7 @@ def _parse_task(task: str, node: TaskNode, top: SweepFile) -> list[Experiment]:
 
 
 def _parse_strategy(
-    name: str, node: StrategyNode, path: str, shared: Experiment, bases: dict[str, Base]
+    name: str, node: StrategyNode, path: str, shared: Experiment, bases: dict[str, SweepRun]
 ) -> list[Experiment]:
     """Return an experiment for each combination of a strategy's grid.
 

@@ -216,17 +216,14 @@ def make_executor(config: SweepConfig, max_parallel: int | None, run_command: Ca
 def _job_environment() -> Iterator[None]:
     """Set the import path of new processes: this copy of the library, without the working directory."""
     root = str(Path(gpt2_pl.__file__).resolve().parents[1])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    paths = [root, *filter(None, (before["PYTHONPATH"] or "").split(os.pathsep))]
+    before = dict(os.environ)
+    paths = [root, *filter(None, before.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ.update(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONSAFEPATH="1")
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _terminate(job: Any) -> None:

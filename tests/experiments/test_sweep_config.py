@@ -109,11 +109,11 @@ INVALID = {  # part of the error's key or, where it has none, of its text
     full("overrides: {data.n_train: 2001-01-01}"): "full.overrides.data.n_train",
     full("overrides: {data.n_train: !!binary aaaa}"): "full.overrides.data.n_train",
     full('overrides: {data.n_train: "\\ud800"}'): "YAML",
-    full("overrides: &a {data.n_train: *a}"): "*a",
+    full("overrides: &a {data.n_train: *a}"): "alias",
     full("grid: {data.n_train: [60, '60']}"): "s/toy/full,n_train=60/seed_1",
     full("grid: {data.n_train: [60]}") + "      full,n_train=60: {configs: []}\n": "s/toy/full,n_train=60/seed_1",
     FILE + f"      Full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n": "s/toy/Full/seed_1",
-    FILE + f"      full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n": "'full'",
+    FILE + f"      full: {{configs: [{ROOT}/configs/strategy/lora.yaml]}}\n": "full",
     FILE + f"  Toy: {{configs: [{ROOT}/configs/quickstart.yaml], strategies: {{full: {{configs: []}}}}}}\n":
         "s/Toy/full/seed_1",
     FILE + "  two: {configs: [], strategies: [full, full]}\n": "tasks.two.strategies",

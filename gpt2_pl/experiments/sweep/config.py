@@ -195,7 +195,7 @@ def _configs(node: RunsNode | PretrainNode, path: str, *default: str) -> tuple[s
         try:
             config_path(file, f"{path}.configs")
         except InputError as error:
-            hint = "" if os.path.isabs(file) else f"; paths are relative to the working folder, {os.getcwd()}"
+            hint = "" if os.path.isabs(file) else f"; paths are relative to the working directory, {os.getcwd()}"
             raise InputError(f"{error}{hint}", key=f"{path}.configs") from None
     return files
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_pl.datamodules import IMDB, TextClassification, TextCorpus
-from gpt2_pl.datamodules.readers import parse_label
+from gpt2_pl.datamodules.rows import parse_label
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 

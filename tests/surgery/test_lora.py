@@ -37,12 +37,13 @@ def stirred(model, seed=1):
     return model
 
 
-@pytest.mark.parametrize(("target", "dora"), [*itertools.product(TARGETS, [False, True]), ("wte", False)])
-def test_lora_untrained_adapter_does_not_change_hidden_states(target, dora):
-    model = gpt2()
-    before = model(IDS)
-    LoRA(targets=[target], use_dora=dora).apply(model)
-    torch.testing.assert_close(model(IDS), before, atol=1e-6 if dora else 0, rtol=0)
+def test_lora_untrained_adapter_does_not_change_hidden_states(subtests):
+    for target, dora in (*itertools.product(TARGETS, [False, True]), ("wte", False)):
+        with subtests.test(target, dora=dora):
+            model = gpt2()
+            before = model(IDS)
+            LoRA(targets=[target], use_dora=dora).apply(model)
+            torch.testing.assert_close(model(IDS), before, atol=1e-6 if dora else 0, rtol=0)
 
 
 def test_lora_initial_a_is_uniform_and_b_is_zero():
@@ -116,13 +117,11 @@ def test_lora_query_and_value_targets_have_separate_adapters():
     torch.testing.assert_close(module(x), plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("targets", "count"), [(["q", "v"], 294_912), (["c_fc", "mlp.c_proj"], 737_280), (["c_attn"], 294_912)]
-)
-def test_lora_trainable_parameter_count_on_gpt2_small(targets, count):
-    with torch.device("meta"):
-        model = LoRA(rank=8, targets=targets).apply(GPT2(GPT2Config()))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+def test_lora_trainable_parameter_count_on_gpt2_small():
+    for targets, count in ((["q", "v"], 294_912), (["c_fc", "mlp.c_proj"], 737_280), (["c_attn"], 294_912)):
+        with torch.device("meta"):
+            model = LoRA(rank=8, targets=targets).apply(GPT2(GPT2Config()))
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count, targets
 
 
 def test_lora_training_moves_b_then_a_and_never_the_base():
@@ -205,45 +204,48 @@ def test_lora_dropout_affects_only_the_adapter_in_training():
     torch.testing.assert_close(unadapted(IDS), gpt2()(IDS), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"targets": ["query"]}, "unknown target 'query'; targets are q, k, v, c_attn"),
-        ({"targets": []}, "targets must not be empty"),
-        ({"targets": ["q", "c_attn"]}, "names attn.c_attn twice"),
-        ({"targets": ["q", "q"]}, "names attn.c_attn twice"),
-        ({"layers": "1-3"}, "layers must be blocks from 0 to 2"),
-        ({"layers": "0-999999999"}, "layers must be blocks from 0 to 2"),
-        ({"layers": "top"}, "layers must be numbers and ranges .*, got 'top'"),
-        ({"layers": []}, "layers must be blocks"),
-        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"alpha": 0}, "alpha must be above 0, got 0"),
-        ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio must be above 0, got -1"),
-    ],
-)
-def test_lora_options_that_do_not_fit_the_model_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        LoRA(**options).apply(gpt2())
+UNFIT = [  # options, and the key and the value in the message
+    ({"targets": ["query"]}, "target.*'query'"),
+    ({"targets": []}, "targets"),
+    ({"targets": "c_attn"}, "targets.*'c_attn'"),
+    ({"targets": ["q", "c_attn"]}, r"attn\.c_attn twice"),
+    ({"targets": ["q", "q"]}, r"attn\.c_attn twice"),
+    ({"targets": ["wte"], "use_dora": True}, "use_dora.*wte"),
+    ({"layers": "1-3"}, "layers.* 0 to 2"),
+    ({"layers": "0-999999999"}, "layers.* 0 to 2"),
+    ({"layers": "top"}, "layers.*'top'"),
+    ({"layers": []}, "layers"),
+    ({"rank": 0}, "rank.*got 0"),
+    ({"rank": 8.5}, r"rank.*got 8\.5"),
+    ({"dropout": 1.0}, r"dropout.*got 1\.0"),
+    ({"alpha": 0}, "alpha.*got 0"),
+    ({"loraplus_lr_ratio": -1}, "loraplus_lr_ratio.*got -1"),
+]
+
+
+def test_lora_options_that_do_not_fit_the_model_are_refused(subtests):
+    for options, words in UNFIT:
+        with subtests.test(options), pytest.raises(InputError, match=words):
+            LoRA(**options).apply(gpt2())
 
 
 def test_lora_second_adapter_on_one_matrix_is_refused():
     model = LoRA(targets=["q"], layers=2).apply(gpt2())
     LoRA(targets=["v"], layers="0-1").apply(model)  # other blocks
-    with pytest.raises(InputError, match=r"h.0.attn.c_attn has an adapter already; two LoRA"):
+    with pytest.raises(InputError, match=r"h\.0\.attn\.c_attn has an adapter"):
         LoRA(targets=["v"]).apply(model)
     LoRA(targets=["wte"]).apply(model)
-    with pytest.raises(InputError, match=r"wte has an adapter already; two LoRA"):
+    with pytest.raises(InputError, match="wte has an adapter"):
         LoRA(targets=["wte"]).apply(model)
 
 
 def test_save_pretrained_with_unmerged_lora_is_refused(tmp_path):
-    with pytest.raises(InputError, match="merge LoRA"):
+    with pytest.raises(InputError, match="LoRA"):
         LoRA().apply(gpt2()).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("qkv_slices", [["q", "v"], ["k"], ["v", "q"]])
+@pytest.mark.parametrize("qkv_slices", [["k"], ["v", "q"]])
 def test_dora_on_some_qkv_slices_leaves_the_others_unchanged(qkv_slices):
     model = gpt2()
     LoRA(targets=qkv_slices, use_dora=True).apply(model)
@@ -268,19 +270,6 @@ def test_lora_refused_apply_leaves_the_model_unchanged():
     with pytest.raises(InputError, match=r"h\.2\.attn\.c_attn has an adapter already"):
         LoRA(targets=["c_fc", "c_attn", "wte"]).apply(model)
     assert [name for name, _ in model.named_parameters()] == names
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"targets": "c_attn"}, r"targets must be a list such as \[c_attn\], got 'c_attn'"),
-        ({"rank": 8.5}, "rank must be a whole number of at least 1, got 8.5"),
-        ({"targets": ["wte"], "use_dora": True}, "use_dora does not support the target wte"),
-    ],
-)
-def test_lora_invalid_option_types_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        LoRA(**options)
 
 
 @pytest.mark.parametrize("dora", [False, True])

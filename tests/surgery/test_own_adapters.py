@@ -115,28 +115,30 @@ def built(base, surgery, cls=LanguageModel, **settings):
     return task.eval()
 
 
-@pytest.mark.parametrize(
-    ("surgery", "words"),
-    [
-        ([LoRA(rank=2), IA3()], r"cannot store h\.0\.mlp\.c_fc\.layer\.bias, .*c_fc\.scale.*; use --format hf$"),
-        ([LoRA(rank=2), IA3(keeps=False)], r"cannot store h\.0\.mlp\.c_fc\.scale, h\.1\.mlp\.c_fc\.scale; use --f"),
-        ([LoRA(rank=2), OutputScale()], r"cannot store scale; use --format hf$"),
-        ([PrefixTuning(3), IA3(keeps=False)], r"c_fc\.scale; no format stores them together with virtual tokens$"),
-        ([OutputScale()], r"cannot store scale"),
-        ([LoRA(rank=2), Doubled()], r"surgery changed weights of the base; .*; use --format hf$"),
-    ],
-    ids=["wrapper", "layer", "tensor", "prefix", "alone", "weight"],
-)
-def test_export_peft_unsupported_parameters_are_refused(surgery, words, base, tmp_path):
-    with pytest.raises(InputError, match=words):
-        export_peft(built(base, surgery), tmp_path)
+NOT_FOR_PEFT = [  # with what peft's format does not hold, and whether the other format does
+    ([LoRA(rank=2), IA3()], r"h\.0\.mlp\.c_fc\.layer\.bias, .*c_fc\.scale", True),
+    ([LoRA(rank=2), IA3(keeps=False)], r"h\.0\.mlp\.c_fc\.scale, h\.1\.mlp\.c_fc\.scale", True),
+    ([LoRA(rank=2), OutputScale()], r"\bscale", True),
+    ([PrefixTuning(3), IA3(keeps=False)], r"c_fc\.scale", False),
+    ([OutputScale()], r"\bscale", True),
+    ([LoRA(rank=2), Doubled()], "weights of the base", True),
+]
+
+
+def test_export_peft_unsupported_parameters_are_refused(base, tmp_path, subtests):
+    for surgery, words, offers in NOT_FOR_PEFT:
+        with subtests.test("+".join(type(one).__name__ for one in surgery)):
+            with pytest.raises(InputError, match=words) as caught:
+                export_peft(built(base, surgery), tmp_path)
+            assert ("--format hf" in str(caught.value)) == offers
 
 
 def test_export_trained_base_with_virtual_tokens_is_refused_by_both_formats(base, tmp_path):
     task = built(base, [PromptTuning(3), Unfreeze()])
-    with pytest.raises(InputError, match=r"the base was trained.*no format stores them together with virtual tokens$"):
+    with pytest.raises(InputError) as caught:
         export_peft(task, tmp_path)
-    with pytest.raises(InputError, match=r"use --format peft, which supports it if nothing else was trained or added"):
+    assert "--format hf" not in str(caught.value)
+    with pytest.raises(InputError, match="--format peft"):
         export_hf(task, tmp_path, base)
 
 
@@ -146,7 +148,7 @@ def test_export_trained_base_with_virtual_tokens_is_refused_by_both_formats(base
 )
 def test_export_custom_head_is_refused_unless_backbone_only(cls, names, base, tmp_path):
     task = built(base, [LoRA(rank=2)], cls)
-    words = rf"does not support {names}.*the head of test_own_adapters\.{cls.__name__}; omit it with --backbone"
+    words = rf"{names}.*test_own_adapters\.{cls.__name__}.*--backbone"
     with pytest.raises(InputError, match=words):
         export_hf(task, tmp_path / "hf", base)
     with pytest.raises(InputError, match=words):
@@ -163,44 +165,39 @@ def test_export_custom_head_is_refused_unless_backbone_only(cls, names, base, tm
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("surgery", "words"),
-    [
-        (
-            [Houlsby()],
-            r"h\.0\.mlp is a helpers\.adapters\.Bottleneck, which has no method merged\(\) -> \(weight, bias\)",
-        ),
-        ([IA3(keeps=False)], r"h\.0\.mlp\.c_fc is a test_own_adapters\.ScaledLinear, which has no method merged\(\)"),
-        ([OutputScale()], r"cannot contain scale: surgery added scale to the GPT-2 itself"),
-        ([Shallow()], r"h\.1\.attn\.c_attn\.bias must have shape \(96,\), .*got no such tensor"),
-    ],
-)
-def test_export_hf_unmergeable_modules_are_refused_by_name(surgery, words, base, tmp_path):
-    with pytest.raises(InputError, match=words):
-        export_hf(built(base, surgery), tmp_path, base)
-    assert not (tmp_path / "model.safetensors").exists()
+UNMERGEABLE = [
+    ([Houlsby()], r"h\.0\.mlp.*helpers\.adapters\.Bottleneck"),
+    ([IA3(keeps=False)], r"h\.0\.mlp\.c_fc.*test_own_adapters\.ScaledLinear"),
+    ([OutputScale()], r"\bscale"),
+    ([Shallow()], r"h\.1\.attn\.c_attn\.bias"),
+]
 
 
-@pytest.mark.parametrize(
-    ("surgery", "words"),
-    [
-        ([IA3(), LoRA(targets=["c_fc"])], r"LoRA: h\.0\.mlp\.c_fc is a \S+\.ScaledLayer, which LoRA cannot adapt; put"),
-        ([IA3(keeps=False), LoRA(targets=["c_fc"])], r"LoRA: h\.0\.mlp\.c_fc is a \S+\.ScaledLinear, which LoRA"),
-        (
-            [Houlsby(), LoRA(targets=["c_fc"])],
-            r"LoRA: h\.0\.mlp is a \S+\.Bottleneck, which has no c_fc; put",
-        ),
-        ([LoRA(targets=["c_fc"]), IA3(keeps=False)], r"IA3 removes h\.0\.mlp\.c_fc\.lora_A, .*must keep the layers"),
-    ],
-)
-def test_surgery_order_that_loses_parameters_is_refused(surgery, words, base):
-    with pytest.raises(InputError, match=words):
-        LanguageModel(base=str(base), surgery=surgery)
+def test_export_hf_unmergeable_modules_are_refused_by_name(base, tmp_path, subtests):
+    for surgery, words in UNMERGEABLE:
+        with subtests.test(words):
+            with pytest.raises(InputError, match=words):
+                export_hf(built(base, surgery), tmp_path, base)
+            assert not (tmp_path / "model.safetensors").exists()
+
+
+WRONG_ORDER = [
+    ([IA3(), LoRA(targets=["c_fc"])], r"LoRA.*h\.0\.mlp\.c_fc.*\.ScaledLayer"),
+    ([IA3(keeps=False), LoRA(targets=["c_fc"])], r"LoRA.*h\.0\.mlp\.c_fc.*\.ScaledLinear"),
+    ([Houlsby(), LoRA(targets=["c_fc"])], r"LoRA.*h\.0\.mlp.*\.Bottleneck.*c_fc"),
+    ([LoRA(targets=["c_fc"]), IA3(keeps=False)], r"IA3.*h\.0\.mlp\.c_fc\.lora_A"),
+]
+
+
+def test_surgery_order_that_loses_parameters_is_refused(base, subtests):
+    for surgery, words in WRONG_ORDER:
+        with subtests.test(words), pytest.raises(InputError, match=words):
+            LanguageModel(base=str(base), surgery=surgery)
 
 
 def test_peft_adapter_on_custom_layer_is_refused(base, tmp_path):
     export_peft(built(base, [LoRA(rank=2, targets=["c_fc"])]), tmp_path)
-    with pytest.raises(InputError, match=r"PeftAdapter: h\.0\.mlp\.c_fc is a \S+\.ScaledLinear, which PeftAdapter"):
+    with pytest.raises(InputError, match=r"PeftAdapter.*h\.0\.mlp\.c_fc.*\.ScaledLinear"):
         LanguageModel(base=str(base), surgery=[IA3(keeps=False), PeftAdapter(str(tmp_path))])
 
 
@@ -217,37 +214,40 @@ def test_merge_adapter_wrapping_lora_is_applied_once_and_exported(base, tmp_path
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("surgery", "settings", "words", "offers"),
-    [
-        ([LoRA(rank=2)], {}, r"with surgery \(gpt2_pl\.surgery\.LoRA\) it would not train", ""),
-        ([LoRA(rank=2), IA3(target="mlp.c_proj")], {}, r"it would not train", ""),
-        ([PrefixTuning(3)], {}, r"it would not train", "; or train_base: true"),
-        ([IA3()], {}, r"with surgery \(test_own_adapters\.IA3\)", "; or train_base: true"),
-        ([], {"train_base": False}, r"with train_base: false", "; or train_base: true"),
-        ([FreezeAll()], {"train_base": True}, r"FreezeAll, which freezes all of it despite train_base: true",
-         "; or set freezes_base = True in test_own_adapters.FreezeAll, and train_base: true"),
-        ([FreezeAll()], {}, r"with surgery",
-         "; or set freezes_base = True in test_own_adapters.FreezeAll, and train_base: true"),
-    ],
-)  # fmt: skip
-def test_task_frozen_random_base_is_refused_with_valid_advice(surgery, settings, words, offers):
-    with pytest.raises(InputError, match=words) as caught:
-        SentimentClassifier(config=SHAPE, surgery=surgery, **settings)
-    assert str(caught.value).endswith(f"--model.base FOLDER_OR_ID --model.config null{offers}")
-    if offers == "; or train_base: true":
-        SentimentClassifier(config=SHAPE, surgery=surgery, train_base=True)
+OF_CLASS = ["test_own_adapters.FreezeAll", "freezes_base"]
+FROZEN = [  # with settings, the parts of the message, and what beside a base it offers: train_base, or a class's flag
+    ([LoRA(rank=2)], {}, ["gpt2_pl.surgery.LoRA"], []),
+    ([LoRA(rank=2), IA3(target="mlp.c_proj")], {}, ["LoRA", "IA3"], []),
+    ([PrefixTuning(3)], {}, ["PrefixTuning"], ["train_base: true"]),
+    ([IA3()], {}, ["test_own_adapters.IA3"], ["train_base: true"]),
+    ([], {"train_base": False}, ["train_base: false"], ["train_base: true"]),
+    ([FreezeAll()], {"train_base": True}, ["FreezeAll"], [*OF_CLASS, "train_base: true"]),
+    ([FreezeAll()], {}, ["FreezeAll"], [*OF_CLASS, "train_base: true"]),
+]
+
+
+def test_task_frozen_random_base_is_refused_with_valid_advice(subtests):
+    for surgery, settings, words, offers in FROZEN:
+        with subtests.test(words, settings=settings):
+            with pytest.raises(InputError) as caught:
+                SentimentClassifier(config=SHAPE, surgery=surgery, **settings)
+            problem, found, advice = str(caught.value).partition("--model.config null")
+            assert found
+            assert all(word in problem for word in [*words, "model.config"])
+            assert all(word in advice for word in offers) if offers else not advice
+            if offers == ["train_base: true"]:
+                SentimentClassifier(config=SHAPE, surgery=surgery, train_base=True)
 
 
 def test_task_train_base_without_effect_warns(base):
-    with pytest.warns(UserWarning, match=r"train_base: true has no effect: test_own_adapters\.FreezeAll.*freezes_base"):
+    with pytest.warns(UserWarning, match=r"train_base.*test_own_adapters\.FreezeAll.*freezes_base"):
         SentimentClassifier(base=str(base), surgery=[FreezeAll()], train_base=True)
 
 
 def test_fit_lora_on_random_quickstart_model_is_refused_with_advice(run, capsys, base):
     args = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--config", ROOT / "configs/strategy/lora.yaml"]
     assert "--model.config null" in refused(run, capsys, *args)
-    assert "got both: --model.config null leaves config out" in refused(run, capsys, *args, f"--model.base={base}")
+    assert "--model.config null" in refused(run, capsys, *args, f"--model.base={base}")  # both are given
 
 
 PLAIN = """
@@ -288,24 +288,24 @@ def test_commands_task_without_protocols_names_missing_methods(run, capsys, tmp_
     run("predict", "--config", folder / "config.yaml", "--ckpt_path", checkpoint)
     out = capsys.readouterr().out
     assert "predict finished" in out
-    assert "; no predictions were written: plain_task.Plain gives no row_table" in out
+    assert "plain_task.Plain gives no row_table" in out
     (tmp_path / "in.txt").write_text("x\n")
     for command, what in (
         (["classify", folder, "--input", tmp_path / "in.csv"],
-         "classifies text, got Plain: plain_task.Plain lacks predict_class, predict_proba "
-         "(see gpt2_pl.tasks.protocols.TextClassifier)"),
+         ["plain_task.Plain", "predict_class", "predict_proba", "TextClassifier"]),
         (["generate", folder, "--prompt_file", tmp_path / "in.txt"],
-         "generates text, got Plain: plain_task.Plain lacks continue_prompts (see gpt2_pl.tasks.protocols"),
-        (["export", folder, "--format=hf"], "does not support scores.bias, scores.weight, the head of plain_task"),
+         ["plain_task.Plain", "continue_prompts"]),
+        (["export", folder, "--format=hf"], ["plain_task.Plain", "scores.bias", "scores.weight"]),
     ):  # fmt: skip
         ending = {"classify": ".csv", "generate": ".txt", "export": ""}[command[0]]
-        assert what in refused(run, capsys, *command, "--out", tmp_path / f"out{ending}", "--plugin=plain_task")
+        line = refused(run, capsys, *command, "--out", tmp_path / f"out{ending}", "--plugin=plain_task")
+        assert all(word in line for word in what), line
         assert not (tmp_path / f"out{ending}").exists()
 
 
 def test_guide_example_surgeries_train_merge_and_combine(base, tmp_path, monkeypatch):
     guide = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(# mine\.py.*?)```", guide, re.S)
+    blocks = re.findall(r"```python\n(# mine\.py\b.*?)```", guide, re.S)
     assert len(blocks) == 2
     (tmp_path / "guide_mine.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,23 +1,28 @@
 """Strategies: composition of configurations, checkpoint contents, and exchange with transformers and peft."""
 
+import functools
 import json
 import math
+import pickle
+import re
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import yaml
-from conftest import ROOT, metrics, peft_puts_virtual_tokens, weights
+from conftest import ROOT, flags, metrics, peft_puts_virtual_tokens, weights
 from helpers.refusals import refused
 from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules import IMDB
 from gpt2_pl.errors import InputError
-from gpt2_pl.model import GPT2
+from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.pretrained import weights_sha256
 from gpt2_pl.surgery import LoRA, PeftAdapter, PrefixTuning, PromptTuning
+from gpt2_pl.surgery import peft_format as exchange
 from gpt2_pl.tasks import SentimentClassifier
 from gpt2_pl.text.tokenizer import load_tokenizer
 
@@ -34,23 +39,32 @@ SURGERIES = {
 }
 
 
+def arguments(base, data_flags, strategies):
+    """Return arguments that fit CFIMDB's format for a short epoch with the given strategies."""
+    files = [flag for name in strategies for flag in ("--config", CONFIGS / f"strategy/{name}.yaml")]
+    return ["fit", "--config", CONFIGS / "task/imdb.yaml", *files, "--model.base", base, *data_flags,
+            "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4",
+            "--trainer.precision=32-true"]  # fmt: skip
+
+
 @pytest.fixture
 def fit(run, base, data_flags):
-    """Fit CFIMDB's format for an epoch with the given strategies."""
+    """Fit with the given strategies."""
+    return lambda *strategies, extra=(): run(*arguments(base, data_flags, strategies), *extra)
 
-    def fit(*strategies, extra=()):
-        files = [flag for name in strategies for flag in ("--config", CONFIGS / f"strategy/{name}.yaml")]
-        return run("fit", "--config", CONFIGS / "task/imdb.yaml", *files, "--model.base", base, *data_flags,
-                   "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.precision=32-true", *extra)  # fmt: skip
 
-    return fit
+@pytest.fixture(scope="module")
+def done(fitted, base, files):
+    """Return the run of a strategy, which the tests of this module share and do not change."""
+    return functools.cache(lambda strategy: fitted(*arguments(base, flags(files), [strategy])))
+
+
+def export(*args):
+    main(["export", *map(str, args)])
 
 
 def used(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())
-
-
-# Composition
 
 
 def test_fit_ulmfit_and_lora_configs_combine(fit):
@@ -71,48 +85,45 @@ def test_fit_surgery_of_two_configs_is_applied_in_order(fit):
     assert [entry["class_path"].split(".")[-1] for entry in config] == ["PrefixTuning", "LoRA"]
 
 
-@pytest.mark.parametrize(
-    ("strategies", "words"),
-    [
-        (("lora", "dora"), ["h.0.attn.c_attn", "two LoRA"]),
-        (("full", "lora"), ["train_base", "full fine-tuning", "LoRA", "h.0.attn.c_attn.weight"]),
-        (("lora", "full"), ["train_base", "LoRA"]),
-        (("prompt_tuning", "prompt_tuning"), ["two PromptTuning"]),
-        (("prefix_tuning", "prefix_tuning"), ["two PrefixTuning"]),
-        (("ulmfit", "llrd"), ["two DiscriminativeLR"]),
-        (("ulmfit", "linear_probe"), ["GradualUnfreezing", "train_base"]),
-        (("linear_probe", "llrd"), ["DiscriminativeLR", "train_base"]),
-        (("prefix_tuning", "llrd"), ["DiscriminativeLR", "frozen GPT-2"]),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
-)
-def test_fit_contradictory_strategies_are_refused_before_a_run_starts(strategies, words, fit, capsys, tmp_path):
-    line = refused(lambda *names: fit(*names), capsys, *strategies)
-    assert all(word in line for word in words), line
-    assert not list(tmp_path.glob("lightning_logs/*/*"))
+CONTRADICTORY = {
+    ("lora", "dora"): ["h.0.attn.c_attn", "LoRA"],
+    ("full", "lora"): ["train_base", "LoRA", "h.0.attn.c_attn.weight"],
+    ("lora", "full"): ["train_base", "LoRA"],
+    ("prompt_tuning", "prompt_tuning"): ["PromptTuning"],
+    ("prefix_tuning", "prefix_tuning"): ["PrefixTuning"],
+    ("ulmfit", "llrd"): ["DiscriminativeLR"],
+    ("ulmfit", "linear_probe"): ["GradualUnfreezing", "train_base"],
+    ("linear_probe", "llrd"): ["DiscriminativeLR", "train_base"],
+    ("prefix_tuning", "llrd"): ["DiscriminativeLR"],
+    ("full", "linear_probe"): ["full.yaml", "linear_probe.yaml", "train_base"],
+    ("linear_probe", "full"): ["full.yaml", "linear_probe.yaml", "train_base"],
+    ("lora", "linear_probe"): ["lora.yaml", "linear_probe.yaml"],
+    ("linear_probe", "prefix_tuning"): ["prefix_tuning.yaml", "linear_probe.yaml"],
+}
+
+
+def test_fit_contradictory_strategies_are_refused_before_a_run_starts(fit, capsys, tmp_path, subtests):
+    for strategies, words in CONTRADICTORY.items():
+        with subtests.test("+".join(strategies)):
+            line = refused(fit, capsys, *strategies)
+            assert all(word in line for word in words), line
+            assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
 def test_fit_surgery_that_does_not_fit_the_model_is_refused(fit, capsys, tmp_path):
-    for extra, words in (
-        (["--model.surgery+={class_path: gpt2_pl.surgery.PromptTuning, init_args: {length: 64}}"], ["64", "at most"]),
-        (["--model.surgery+={class_path: gpt2_pl.surgery.LoRA, init_args: {targets: [query]}}"], ["query", "c_attn"]),
+    for extra, value in (
+        ("--model.surgery+={class_path: gpt2_pl.surgery.PromptTuning, init_args: {length: 64}}", "64"),
+        ("--model.surgery+={class_path: gpt2_pl.surgery.LoRA, init_args: {targets: [query]}}", "query"),
     ):
-        line = refused(lambda extra: fit("full", extra=["--model.train_base=null", *extra]), capsys, extra)
-        assert all(word in line for word in words), line
-    quick = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", CONFIGS / "strategy/lora.yaml"]
-    line = refused(lambda: main([*map(str, quick)]), capsys)
-    assert "model.config is initialized at random" in line
+        assert value in refused(lambda extra=extra: fit("full", extra=["--model.train_base=null", extra]), capsys)
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
-# Checkpoints
-
-
-@pytest.mark.parametrize("strategy", ["lora", "dora", "prefix_tuning", "prompt_tuning", "linear_probe"])
+@pytest.mark.parametrize("strategy", ["lora", "prefix_tuning", "linear_probe"])
 def test_checkpoint_frozen_base_is_left_out_and_verified_by_digest(
-    strategy, fit, run, base, capsys, tmp_path, data_flags
+    strategy, done, run, base, capsys, tmp_path, data_flags
 ):
-    folder = fit(strategy)
+    folder = done(strategy)
     account, checkpoint = metrics(folder), folder / "checkpoints/best.ckpt"
     added = {name for name in weights(checkpoint) if name.startswith("gpt2.")}
     assert not {name.removeprefix("gpt2.") for name in added} & GPT2.from_pretrained(base).base_names
@@ -121,13 +132,11 @@ def test_checkpoint_frozen_base_is_left_out_and_verified_by_digest(
     trained = sum(tensor.numel() for name, tensor in weights(checkpoint).items() if "metrics" not in name)
     assert account["parameters"]["trainable"] == trained
 
-    again = run("test", "--config", folder / "config.yaml", "--ckpt_path", checkpoint)
-    assert metrics(again)["scores"]["test/accuracy"] == account["scores"]["test/accuracy"]
-    assert metrics(again)["scores"]["test/loss"] == account["scores"]["test/loss"]
     flags = ["--config", CONFIGS / "task/imdb.yaml", "--config", CONFIGS / f"strategy/{strategy}.yaml",
              "--data.max_length=32", "--trainer.precision=32-true", *data_flags]  # fmt: skip
     again = run("test", *flags, "--model.base", base, "--ckpt_path", checkpoint)
-    assert metrics(again)["scores"]["test/loss"] == account["scores"]["test/loss"]
+    for score in ("test/loss", "test/accuracy"):
+        assert metrics(again)["scores"][score] == account["scores"][score]
 
     task = SentimentClassifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True).eval()
     assert weights_sha256(GPT2.from_pretrained(base)) == account["base"]["digest"] == task.base_digest
@@ -146,41 +155,29 @@ def test_checkpoint_frozen_base_is_left_out_and_verified_by_digest(
     line = refused(run, capsys, "test", *flags, "--model.base", other, "--ckpt_path", checkpoint)
     assert str(base) in line
     assert str(other) in line
-    assert "holds other weights" in line
-    with pytest.raises(InputError, match="holds other weights"):
+    with pytest.raises(InputError, match=re.escape(str(other))):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, base=str(other))
-    with pytest.raises(InputError, match="the base of this model trains"):
+    with pytest.raises(InputError, match="train_base"):
         SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True, surgery=None, train_base=True)
 
 
-def test_checkpoint_trained_base_contains_all_weights(fit, base):
-    checkpoint = fit("full") / "checkpoints/best.ckpt"
+def test_checkpoint_trained_base_contains_all_weights(done, base):
+    checkpoint = done("full") / "checkpoints/best.ckpt"
     task = SentimentClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     assert {f"gpt2.{name}" for name in task.backbone.base_names} <= weights(checkpoint).keys()
     assert not torch.equal(task.backbone.wte.weight, GPT2.from_pretrained(base).wte.weight)
 
 
-def test_checkpoint_surgery_class_outside_the_library_is_refused(fit, capsys, run, tmp_path):
-    checkpoint = fit("lora") / "checkpoints/best.ckpt"
+def test_checkpoint_surgery_class_outside_the_library_is_refused(done, capsys, run, tmp_path):
+    checkpoint = done("lora") / "checkpoints/best.ckpt"
     content = torch.load(checkpoint, weights_only=True)
     content["hyper_parameters"]["surgery"] = [{"class_path": "os.system", "init_args": {"command": "touch evil"}}]
     torch.save(content, tmp_path / "evil.ckpt")
     line = refused(run, capsys, "test", "--data=gpt2_pl.datamodules.IMDB", "--ckpt_path", tmp_path / "evil.ckpt")
     assert "os.system" in line
-    with pytest.raises(InputError, match=r"there is no 'os\.system'"):
+    with pytest.raises(InputError, match=r"os\.system"):
         SentimentClassifier.load_from_checkpoint(tmp_path / "evil.ckpt", weights_only=True)
     assert not (tmp_path / "evil").exists()
-
-
-def test_fit_resumed_lora_run_equals_uninterrupted_run(fit, run):
-    flags = ["--model.schedule=gpt2_pl.optim.ConstantWithWarmup", "--model.schedule.init_args.warmup=0"]
-    whole = fit("lora", extra=[*flags, "--trainer.max_epochs=2"])
-    half = fit("lora", extra=flags)
-    resumed = fit("lora", extra=[*flags, "--trainer.max_epochs=2", "--ckpt_path", half / "checkpoints/last.ckpt"])
-    a, b = (weights(folder / "checkpoints/last.ckpt") for folder in (whole, resumed))
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
-    assert len(used(resumed)["model"]["init_args"]["surgery"]) == 1
 
 
 # Exchange
@@ -206,21 +203,22 @@ def logits(task, ids):
         return task(batch)[0]
 
 
-@pytest.mark.parametrize("name", SURGERIES)
-def test_peft_format_classifier_round_trip_equals_peft(name, base, tmp_path):
-    if name in ("prefix", "network"):
-        peft_puts_virtual_tokens()
-    from gpt2_pl.surgery import peft_format as exchange
+def test_peft_format_classifier_round_trip_equals_peft(base, tmp_path, subtests):
+    for name, surgery in SURGERIES.items():
+        with subtests.test(name):
+            if name in ("prefix", "network"):
+                peft_puts_virtual_tokens()
+            check_classifier_round_trip(surgery, base, tmp_path / name)
 
-    task = trained(base, SURGERIES[name])
+
+def check_classifier_round_trip(surgery, base, tmp_path):
+    task = trained(base, surgery)
     ours = logits(task, IDS)
     assert task.head.linear.bias.abs().max() > 0.05
     exchange.save(task.backbone, tmp_path / "peft", str(base), task.head)
     plain = GPT2ForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
-    for n in range(
-        len(IDS)
-    ):  # one row at a time: beside virtual tokens, theirs mistakes the last token of a padded row
+    for n in range(len(IDS)):  # alone: beside virtual tokens, theirs mistakes the last token of a padded row
         with torch.no_grad():
             expected = theirs(IDS[n : n + 1], attention_mask=torch.ones(1, 9, dtype=torch.long)).logits
         torch.testing.assert_close(ours[n : n + 1], expected, atol=1e-5, rtol=1e-5)
@@ -232,15 +230,18 @@ def test_peft_format_classifier_round_trip_equals_peft(name, base, tmp_path):
     assert any(p.requires_grad for p in back.backbone.parameters())
 
 
-@pytest.mark.parametrize("name", SURGERIES)
-def test_peft_format_language_model_round_trip_equals_peft(name, base, tmp_path):
-    from gpt2_pl.surgery import peft_format as exchange
+def test_peft_format_language_model_round_trip_equals_peft(base, tmp_path, subtests):
+    for name, surgery in SURGERIES.items():
+        with subtests.test(name):
+            backbone = trained(base, surgery).backbone
+            if name == "embedding":  # theirs does not adapt the head that is tied to it
+                with pytest.raises(InputError, match="wte"):
+                    exchange.save(backbone, tmp_path / name, str(base))
+            else:
+                check_language_model_round_trip(backbone, base, tmp_path / name)
 
-    backbone = trained(base, SURGERIES[name]).backbone
-    if name == "embedding":  # theirs does not adapt the head that is tied to it
-        with pytest.raises(InputError, match="tied to the adapted wte"):
-            exchange.save(backbone, tmp_path / "peft", str(base))
-        return
+
+def check_language_model_round_trip(backbone, base, tmp_path):
     exchange.save(backbone, tmp_path / "peft", str(base))
     theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "peft").eval()
     with torch.no_grad():
@@ -266,48 +267,52 @@ def test_peft_adapter_saved_by_peft_gives_equal_logits(rank_of, base, tmp_path):
     torch.testing.assert_close(logits(task.eval(), IDS), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peft_type": "IA3"}, "got 'IA3'"),
-        ({"bias": "all"}, "got 'all'"),
-        ({"use_dora": True}, "does not fit"),
-        (None, "is not a peft adapter"),
-    ],
-)
-def test_peft_adapter_unsupported_or_corrupt_is_refused(change, message, base, tmp_path):
-    from gpt2_pl.surgery import peft_format as exchange
+class Evil:
+    """An object whose pickle writes a file when it is read."""
 
-    folder = tmp_path / "adapter"
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_peft_adapter_unsupported_or_corrupt_is_refused(base, tmp_path, subtests):
+    folder, touched = tmp_path / "adapter", tmp_path / "touched"
+    file, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     exchange.save(LoRA().apply(GPT2.from_pretrained(base)), folder, str(base))
-    file = folder / "adapter_config.json"
-    if change is None:
-        (folder / "adapter_model.safetensors").write_bytes(b"short")
-    else:
-        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(InputError, match=message):
-        PeftAdapter(str(folder)).apply(GPT2.from_pretrained(base))
+    config, content = file.read_bytes(), tensors.read_bytes()
+    change = lambda **changes: json.dumps(json.loads(config) | changes).encode()  # noqa: E731
+    for name, settings, stored, words in (
+        ("another type", change(peft_type="IA3"), content, "'IA3'"),
+        ("biases", change(bias="all"), content, "'all'"),
+        ("no magnitudes", change(use_dora=True), content, "c_attn"),
+        ("short tensors", config, b"short", str(folder)),
+        ("pickled tensors", config, pickle.dumps({"x": Evil(touched)}), str(folder)),
+        ("pickled settings", pickle.dumps(json.loads(config) | {"x": Evil(touched)}), content, str(folder)),
+    ):
+        with subtests.test(name):
+            file.write_bytes(settings), tensors.write_bytes(stored)
+            with pytest.raises(InputError, match=re.escape(words)):
+                PeftAdapter(str(folder)).apply(GPT2.from_pretrained(base))
+            assert not touched.exists()
 
 
 def test_peft_adapter_of_another_model_shape_is_refused(base, tmp_path):
-    from gpt2_pl.model import GPT2Config
-    from gpt2_pl.surgery import peft_format as exchange
-
     other = GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=48, n_layer=3, n_head=2))
     exchange.save(LoRA(layers=0).apply(other), tmp_path / "wide", None)
-    with pytest.raises(InputError, match=r"transformer.h.0.attn.c_attn does not fit"):
+    with pytest.raises(InputError, match=r"transformer\.h\.0\.attn\.c_attn"):
         PeftAdapter(str(tmp_path / "wide")).apply(GPT2.from_pretrained(base))
     other = GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=3, n_head=2))
     exchange.save(LoRA(layers=2).apply(other), tmp_path / "deep", None)
-    with pytest.raises(InputError, match="the model has no layer for the adapter"):
+    with pytest.raises(InputError, match=r"h\.2\.attn\.c_attn"):
         PeftAdapter(str(tmp_path / "deep")).apply(GPT2.from_pretrained(base))
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora", "dora"])
-def test_export_hf_run_loads_in_transformers_with_equal_logits(strategy, fit, run, base):
-    folder = fit(strategy)
-    out = folder.parent / "hf"
-    run("export", folder, "--format=hf", "--out", out)
+def test_export_hf_run_loads_in_transformers_with_equal_logits(strategy, done, tmp_path):
+    folder, out = done(strategy), tmp_path / "hf"
+    export(folder, "--format=hf", "--out", out)
     theirs = GPT2ForSequenceClassification.from_pretrained(out).eval()
     task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -323,10 +328,9 @@ def test_export_hf_run_loads_in_transformers_with_equal_logits(strategy, fit, ru
     assert theirs.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_export_peft_run_loads_in_peft_with_equal_logits(fit, run, base):
-    folder = fit("prompt_tuning")
-    out = folder.parent / "peft"
-    run("export", folder, "--format=peft", "--out", out)
+def test_export_peft_run_loads_in_peft_with_equal_logits(done, base, tmp_path):
+    folder, out = done("prompt_tuning"), tmp_path / "peft"
+    export(folder, "--format=peft", "--out", out)
     plain = GPT2ForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
     theirs = peft.PeftModel.from_pretrained(plain, out).eval()
     task = SentimentClassifier.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True).eval()
@@ -341,7 +345,7 @@ def test_ulmfit_second_stage_starts_from_exported_language_model(fit, run, base,
                  "--model.base", base, *data_flags[:2], "--data.column=sentence", "--data.max_length=32",
                  "--trainer.max_epochs=1", "--model.optimizer.init_args.lr=1e-3")  # fmt: skip
     out = stage1.parent / "stage1"
-    run("export", stage1, "--format=hf", "--out", out)
+    export(stage1, "--format=hf", "--out", out)
     learned = {name.removeprefix("gpt2."): tensor for name, tensor in weights(stage1 / "checkpoints/best.ckpt").items()}
     start = GPT2.from_pretrained(out)
     assert all(torch.equal(tensor, learned[name]) for name, tensor in start.state_dict().items())
@@ -351,27 +355,26 @@ def test_ulmfit_second_stage_starts_from_exported_language_model(fit, run, base,
     assert math.isfinite(metrics(stage2)["scores"]["val/loss"])
 
 
-@pytest.mark.parametrize(
-    ("strategy", "args", "words"),
-    [
-        ("prefix_tuning", ["--format=hf"], ["cannot be merged", "--format peft"]),
+def test_export_unsupported_combination_is_refused_without_output(done, run, base, capsys, tmp_path, subtests):
+    out = tmp_path / "out"
+    runs = {strategy: done(strategy) for strategy in ("prefix_tuning", "full", "ulmfit")}
+    capsys.readouterr()
+    for strategy, args, words in (
+        ("prefix_tuning", ["--format=hf"], ["--format peft"]),
         ("full", ["--format=peft"], ["train_base", "--format hf"]),
-        ("ulmfit", ["--format=hf"], ["pooling must be 'last'", "got 'concat'", "--backbone"]),
         ("full", ["--format=hf", "--ckpt_path=/nowhere.ckpt"], ["/nowhere.ckpt"]),
-    ],
-)
-def test_export_unsupported_combination_is_refused_without_output(strategy, args, words, fit, run, capsys):
-    folder = fit(strategy)
-    out = folder.parent / "out"
-    line = refused(run, capsys, "export", folder, "--out", out, *args)
-    assert all(word in line for word in words), line
-    assert not out.exists()
-    assert not list(folder.parent.glob(".*part"))
-    if strategy == "ulmfit":
-        run("export", folder, "--out", out, *args, "--backbone")
-        GPT2LMHeadModel.from_pretrained(out)
-        capsys.readouterr()
-        assert str(out) in refused(run, capsys, "export", folder, "--out", out, *args)
+        ("full", ["--format=hf", f"--base={base}"], ["--base"]),  # the checkpoint holds all weights
+        ("ulmfit", ["--format=hf"], ["pooling", "'concat'", "--backbone"]),
+    ):
+        with subtests.test(strategy, args=args):
+            line = refused(run, capsys, "export", runs[strategy], "--out", out, *args)
+            assert all(word in line for word in words), line
+            assert not out.exists()
+            assert not list(tmp_path.glob(".*part"))
+    export(runs["ulmfit"], "--out", out, "--format=hf", "--backbone")
+    GPT2LMHeadModel.from_pretrained(out)
+    capsys.readouterr()
+    assert str(out) in refused(run, capsys, "export", runs["full"], "--out", out, "--format=hf")
 
 
 def test_fit_record_and_logs_show_trainable_layers_and_rates(fit, capsys):

@@ -39,88 +39,103 @@ def gpt2(*surgery):
     return model
 
 
-@pytest.fixture(params=CASES)
-def model(request):
-    return gpt2(*CASES[request.param])
+@pytest.fixture
+def every_model(subtests):
+    """Call a function with each model, its name being that of a subtest."""
+
+    def call(check, *args):
+        for name, surgery in CASES.items():
+            with subtests.test(name, args=args), torch.no_grad():
+                check(gpt2(*surgery), *args)
+
+    return call
 
 
-def test_virtual_tokens_padded_row_equals_the_row_alone(model):
-    hidden = model(IDS, MASK)
-    assert hidden.shape == (3, 11, 24)
-    torch.testing.assert_close(hidden[0, :7], model(IDS[:1, :7])[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(hidden[1, 4:], model(IDS[1:2, 4:])[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(hidden[2], model(IDS[2:])[0], atol=1e-5, rtol=1e-5)
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_virtual_tokens_right_padding_without_mask_equals_masked(model):
-    torch.testing.assert_close(model(IDS)[0, :7], model(IDS, MASK)[0, :7], atol=1e-5, rtol=1e-5)
+def test_virtual_tokens_padded_row_equals_the_row_alone(every_model):
+    def check(model):
+        hidden = model(IDS, MASK)
+        assert hidden.shape == (3, 11, 24)
+        close(hidden[0, :7], model(IDS[:1, :7])[0])
+        close(hidden[1, 4:], model(IDS[1:2, 4:])[0])
+        close(hidden[2], model(IDS[2:])[0])
+
+    every_model(check)
 
 
-def test_pool_with_virtual_tokens_ignores_them(model):
-    for pooling in ("last", "mean", "max", "concat"):
+def test_virtual_tokens_right_padding_without_mask_equals_masked(every_model):
+    every_model(lambda model: close(model(IDS)[0, :7], model(IDS, MASK)[0, :7]))
+
+
+def test_pool_with_virtual_tokens_ignores_them(every_model):
+    def check(model, pooling):
         whole = pool(model(IDS, MASK), MASK, pooling)
-        rows = [(0, slice(0, 7)), (1, slice(4, 11)), (2, slice(0, 11))]
-        for n, text in rows:
-            alone = pool(model(IDS[n : n + 1, text]), MASK[n : n + 1, text], pooling)
-            torch.testing.assert_close(whole[n : n + 1], alone, atol=1e-5, rtol=1e-5)
+        for n, text in ((0, slice(0, 7)), (1, slice(4, 11)), (2, slice(0, 11))):
+            close(whole[n : n + 1], pool(model(IDS[n : n + 1, text]), MASK[n : n + 1, text], pooling))
+
+    for pooling in ("last", "mean", "max", "concat"):
+        every_model(check, pooling)
 
 
-def test_virtual_tokens_output_positions_equal_gathered_hidden_states(model):
-    at = torch.tensor([[6, 0], [10, 4], [3, 3]])
-    torch.testing.assert_close(
-        model(IDS, MASK, output_positions=at), gather_positions(model(IDS, MASK), at), atol=1e-5, rtol=1e-5
-    )
-    at = last_token_index(MASK)
-    torch.testing.assert_close(
-        model(IDS, output_positions=at)[::2], gather_positions(model(IDS), at)[::2], atol=1e-5, rtol=1e-5
-    )
+def test_virtual_tokens_output_positions_equal_gathered_hidden_states(every_model):
+    at, last = torch.tensor([[6, 0], [10, 4], [3, 3]]), last_token_index(MASK)
+
+    def check(model):
+        close(model(IDS, MASK, output_positions=at), gather_positions(model(IDS, MASK), at))
+        close(model(IDS, output_positions=last)[::2], gather_positions(model(IDS), last)[::2])
+
+    every_model(check)
 
 
-@pytest.mark.parametrize("mask", [None, MASK])
-def test_kv_cache_text_read_in_pieces_equals_one_pass(model, mask):
-    cache = KVCache(3, 24)
-    pieces, start = [], 0
-    for end in (5, 6, 7, 11):
-        pieces.append(model(IDS[:, start:end], None if mask is None else mask[:, :end], cache=cache))
-        start = end
-    text = torch.ones_like(IDS) if mask is None else mask
-    difference = (torch.cat(pieces, 1) - model(IDS, mask)) * text.unsqueeze(-1)
-    assert difference.abs().max() < 1e-5
-    assert cache.length == 11 + model.n_virtual
+@pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
+def test_kv_cache_text_read_in_pieces_equals_one_pass(every_model, mask):
+    def check(model):
+        cache = KVCache(3, 24)
+        pieces, start = [], 0
+        for end in (5, 6, 7, 11):
+            pieces.append(model(IDS[:, start:end], None if mask is None else mask[:, :end], cache=cache))
+            start = end
+        text = torch.ones_like(IDS) if mask is None else mask
+        difference = (torch.cat(pieces, 1) - model(IDS, mask)) * text.unsqueeze(-1)
+        assert difference.abs().max() < 1e-5
+        assert cache.length == 11 + model.n_virtual
+
+    every_model(check)
 
 
-def test_kv_cache_overflow_with_virtual_tokens_is_refused(model):
-    cache = KVCache(3, 8 + model.n_virtual)
-    model(IDS[:, :8], cache=cache)
-    with pytest.raises(ValueError, match="the cache must have at most"):
-        model(IDS[:, 8:9], cache=cache)
+def test_kv_cache_overflow_with_virtual_tokens_is_refused(every_model):
+    def check(model):
+        cache = KVCache(3, 8 + model.n_virtual)
+        model(IDS[:, :8], cache=cache)
+        with pytest.raises(ValueError, match="cache"):
+            model(IDS[:, 8:9], cache=cache)
+
+    every_model(check)
 
 
-def test_virtual_tokens_count_against_n_positions(model):
-    room = 24 - model.n_virtual
-    ids = torch.zeros(1, room, dtype=torch.long)
-    assert model(ids).shape == (1, room, 24)
-    with pytest.raises(ValueError, match="at most n_positions = 24 tokens, got 25"):
-        model(torch.zeros(1, room + 1, dtype=torch.long))
+def test_virtual_tokens_count_against_n_positions(every_model):
+    def check(model):
+        room = 24 - model.n_virtual
+        assert model(torch.zeros(1, room, dtype=torch.long)).shape == (1, room, 24)
+        with pytest.raises(ValueError, match=r"n_positions.* got 25"):
+            model(torch.zeros(1, room + 1, dtype=torch.long))
+
+    every_model(check)
 
 
 TEXT = "not a funny story"
 
 
-def test_prompt_tuning_init_text_equals_prepended_tokens(base):
+@pytest.mark.parametrize("cls", [PromptTuning, PrefixTuning])
+def test_virtual_tokens_init_text_equals_prepended_tokens(cls, base):
     tokens = torch.tensor([load_tokenizer(base).encode(TEXT).ids])
     n = tokens.size(1)
     words, soft = GPT2.from_pretrained(base).eval(), GPT2.from_pretrained(base).eval()
-    PromptTuning(length=n, init_text=TEXT).apply(soft)
-    torch.testing.assert_close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:], atol=1e-5, rtol=1e-5)
-
-
-def test_prefix_tuning_init_text_equals_prepended_tokens(base):
-    tokens = torch.tensor([load_tokenizer(base).encode(TEXT).ids])
-    n = tokens.size(1)
-    words, soft = GPT2.from_pretrained(base).eval(), GPT2.from_pretrained(base).eval()
-    PrefixTuning(length=n, init_text=TEXT).apply(soft)
-    torch.testing.assert_close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:], atol=1e-5, rtol=1e-5)
+    cls(length=n, init_text=TEXT).apply(soft)
+    close(soft(IDS), words(torch.cat((tokens.expand(3, -1), IDS), 1))[:, n:])
 
 
 def test_prefix_tuning_zero_table_still_changes_hidden_states():
@@ -189,24 +204,20 @@ def test_prefix_tuning_trainable_parameter_count_on_gpt2_small():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 184_320
 
 
-@pytest.mark.parametrize(
-    ("surgery", "message"),
-    [
-        ([PrefixTuning(24)], "PrefixTuning: length must be at least 1 and at most 23 .*n_positions = 24.*, got 24"),
-        ([PromptTuning(0)], "length must be at least 1 .*, got 0"),
-        ([PromptTuning(20), PrefixTuning(4)], "at most 3 .*, 20 of them virtual tokens already"),
-        ([PromptTuning(2), PromptTuning(2)], "two PromptTuning"),
-        ([PrefixTuning(2), PrefixTuning(2)], "two PrefixTuning"),
-        ([PromptTuning(2, init_text="words")], "needs a tokenizer"),
-    ],
-)
-def test_virtual_tokens_that_do_not_fit_the_model_are_refused(surgery, message):
-    with pytest.raises(InputError, match=message):
-        gpt2(*surgery)
+UNFIT = [
+    ([PrefixTuning(24)], "length.* 23 .*got 24"),
+    ([PromptTuning(0)], "length.*got 0"),
+    ([PromptTuning(20), PrefixTuning(4)], "length.* 3 .*got 4"),
+    ([PromptTuning(2), PromptTuning(2)], "PromptTuning"),
+    ([PrefixTuning(2), PrefixTuning(2)], "PrefixTuning"),
+    ([PromptTuning(2, init_text="words")], "init_text"),
+]
 
 
-def test_prefix_tuning_invalid_hidden_settings_are_refused():
-    with pytest.raises(InputError, match="use only one of them"):
-        PrefixTuning(hidden=8, init_text="words")
-    with pytest.raises(InputError, match="hidden must be at least 1, got 0"):
-        PrefixTuning(hidden=0)
+def test_virtual_tokens_that_do_not_fit_the_model_are_refused(subtests):
+    for surgery, words in UNFIT:
+        with subtests.test(surgery), pytest.raises(InputError, match=words):
+            gpt2(*surgery)
+    for hidden, text in ((8, "words"), (0, None)):
+        with subtests.test(hidden=hidden), pytest.raises(InputError, match="hidden"):
+            PrefixTuning(hidden=hidden, init_text=text)

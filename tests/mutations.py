@@ -87,7 +87,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/experiments/inference.py", "p = min(1.0, 2 * min(", "p = min(1.0, min(", "inference"),
     ("gpt2_pl/experiments/inference.py", "f1.sum(-1) / seen.sum(-1)", "f1.mean(-1)", "inference"),
     ("gpt2_pl/metrics.py", "scores[upper <= lower] = -1.0", "pass", "paraphrase heads"),
-    ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "poetry"),
+    ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "poem_scores"),
     # Generation
     ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "generation"),
     ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),

@@ -36,14 +36,14 @@ def assert_equal_to_one_batch(task, steps, options=None, n=None, clip=None, clos
     assert max(found) < close, found
 
 
-@pytest.mark.parametrize(("accumulate", "n"), [(1, 4), (2, 2), (3, 2), (8, 1)])
 @pytest.mark.parametrize(
     ("task", "options"),
     [("classifier", None), ("text", None), ("text", {"unlikelihood": 0.7})],
     ids=["classifier", "text", "unlikelihood"],
 )
-def test_optimizer_step_of_batches_without_counts_equals_one_batch(task, options, accumulate, n):
-    assert_equal_to_one_batch(task, fit(task, ROWS, accumulate, options=options), options, n)
+def test_optimizer_step_of_batches_without_counts_equals_one_batch(task, options):
+    for accumulate, n in ((1, 4), (3, 2), (8, 1)):
+        assert_equal_to_one_batch(task, fit(task, ROWS, accumulate, options=options), options, n)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,9 @@ def test_accumulation_scheduler_steps_equal_one_batch_and_are_all_counted(own):
     assert total.last[0] > total.last[1] == 0.0  # the schedule ends with the last of them
 
 
-@pytest.mark.parametrize(
-    "limits", [{"limit_train_batches": 5}, {"max_steps": 1}, {"limit_train_batches": 0.3}], ids=str
-)
-@pytest.mark.parametrize("task", ["classifier", "text"])
-def test_optimizer_step_at_a_trainer_limit_equals_one_batch(task, limits, own):
-    steps = fit(task, own[task], 3, **limits)
-    assert_equal_to_one_batch(task, steps, n={5: 2, 1: 1}.get(next(iter(limits.values()))))
+def test_optimizer_step_at_a_trainer_limit_equals_one_batch(own):
+    for limits, n in (({"limit_train_batches": 5}, 2), ({"max_steps": 1}, 1), ({"limit_train_batches": 0.3}, None)):
+        assert_equal_to_one_batch("classifier", fit("classifier", own["classifier"], 3, **limits), n=n)
 
 
 def test_optimizer_step_interrupted_by_validation_has_the_same_gradients(own):
@@ -98,8 +94,9 @@ def test_optimizer_step_interrupted_by_validation_has_the_same_gradients(own):
         assert torch.equal(flat(a), flat(b))
 
 
-@pytest.mark.parametrize("accumulate", [3, {"0": 1, "1": 3}], ids=["", "scheduler"])
-@pytest.mark.parametrize("every", [3, 2], ids=["between steps", "within a step"])
+@pytest.mark.parametrize(
+    ("accumulate", "every"), [(3, 2), ({"0": 1, "1": 3}, 3)], ids=["within a step", "scheduler, between steps"]
+)
 def test_optimizer_steps_of_resumed_run_equal_one_batch(accumulate, every, own, tmp_path):
     """A step that the resumed run sees only in part has the gradient of the rows that it sees."""
     epochs = {"max_epochs": 2 if isinstance(accumulate, dict) else 1}
@@ -126,20 +123,20 @@ def test_gradient_clipping_with_accumulation_equals_one_batch(data, own):
         assert value > 1 or max(norms) == pytest.approx(value, rel=1e-4)
 
 
-@pytest.mark.parametrize("poisoned", [[0], [1], [2], [0, 1], [3], [0, 1, 2], [1, 3]], ids=str)
 @pytest.mark.parametrize(("task", "data"), [("classifier", "foreign"), ("text", "foreign"), ("classifier", "own")])
-def test_non_finite_batches_are_excluded_from_the_mean_of_a_step(task, data, poisoned, own):
-    steps = fit(task, ROWS if data == "foreign" else own[task], 3, poisoned=poisoned)
-    assert [len(of) for of in steps.of][:2] == [3 - len({0, 1, 2} & {*poisoned}),
-                                                (3 if data == "own" else 1) - (3 in poisoned)]  # fmt: skip
-    assert_equal_to_one_batch(task, steps)
+def test_non_finite_batches_are_excluded_from_the_mean_of_a_step(task, data, own):
+    for poisoned in ([0], [2], [0, 1], [0, 1, 2], [1, 3]):
+        steps = fit(task, ROWS if data == "foreign" else own[task], 3, poisoned=poisoned,
+                    limit_train_batches=7)  # fmt: skip
+        first, second = 3 - len({0, 1, 2} & {*poisoned}), (3 if data == "own" else 1) - (3 in poisoned)
+        assert [len(of) for of in steps.of][:2] == [first, second], poisoned
+        assert_equal_to_one_batch(task, steps)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("poisoned", [[], [1], [0, 1, 2]], ids=str)
-def test_optimizer_step_in_mixed_precision_is_close_to_one_batch(precision, poisoned, own):
-    steps = fit("text", own["text"], 3, precision=precision, poisoned=poisoned)
-    assert_equal_to_one_batch("text", steps, close=0.03)
+def test_optimizer_step_in_mixed_precision_is_close_to_one_batch(own):
+    for precision, poisoned in (("bf16-mixed", []), ("16-mixed", [1]), ("16-mixed", [0, 1, 2])):
+        steps = fit("text", own["text"], 3, precision=precision, poisoned=poisoned)
+        assert_equal_to_one_batch("text", steps, close=0.03)
 
 
 def test_sequence_unlikelihood_accumulated_step_equals_one_batch():

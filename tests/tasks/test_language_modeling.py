@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, metrics
+from helpers.refusals import names
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl.datamodules import TextCorpus
@@ -20,7 +21,6 @@ from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
 def test_cross_entropy_chunked_equals_torch(chunk):
-    torch.manual_seed(0)
     hidden = torch.randn(3, 7, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(30, (3, 7))
@@ -36,8 +36,7 @@ def test_cross_entropy_chunked_equals_torch(chunk):
     torch.testing.assert_close(ours, (hidden.grad, weight.grad))
 
 
-@pytest.mark.parametrize("multiple", [1, 64])  # a vocabulary of 50, filled up
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("multiple", "compiled"), [(1, False), (64, False), (64, True)])  # a vocabulary of 50
 def test_cross_entropy_under_autocast_is_close_to_torch(multiple, compiled, monkeypatch):
     monkeypatch.setattr("gpt2_pl.losses.VOCAB_PAD_MULTIPLE", {"cpu": multiple})
     torch.manual_seed(0)
@@ -80,25 +79,27 @@ def test_cross_entropy_without_targets_is_zero():
     assert (total.item(), count.item(), hidden.grad.abs().sum().item()) == (0.0, 0, 0.0)
 
 
-@pytest.mark.parametrize("n", [2, 8, 9, 10, 31])
-def test_packed_token_dataset_rows_predict_every_token_once(n):
-    tokens = np.arange(n, dtype=np.uint16)
-    rows = PackedTokenDataset(tokens, 8)
-    batch = rows.batch(np.arange(len(rows)))
-    inputs, targets = [], []
-    for ids, mask, target in zip(batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True):
-        inputs += ids[mask.bool()].tolist()
-        targets += target[target != -100].tolist()
-        assert (target != -100).sum() == mask.sum()
-    assert inputs == list(range(n - 1))
-    assert targets == list(range(1, n))
-    assert all(length == 8 for length in rows.lengths[:-1])
+def test_packed_token_dataset_rows_predict_every_token_once():
+    for n in (2, 8, 9, 10, 31):
+        rows = PackedTokenDataset(np.arange(n, dtype=np.uint16), 8)
+        batch = rows.batch(np.arange(len(rows)))
+        inputs, targets = [], []
+        for ids, mask, target in zip(batch["input_ids"], batch["attention_mask"], batch["targets"], strict=True):
+            inputs += ids[mask.bool()].tolist()
+            targets += target[target != -100].tolist()
+            assert (target != -100).sum() == mask.sum(), n
+        assert inputs == list(range(n - 1)), n
+        assert targets == list(range(1, n)), n
+        assert all(length == 8 for length in rows.lengths[:-1]), n
 
 
-@pytest.mark.parametrize(
-    ("n", "context", "stride"), [(40, 8, 3), (41, 8, 8), (10, 8, 1), (9, 8, 5), (5, 8, 2), (34, 8, 8)]
-)
-def test_packed_token_dataset_with_stride_predicts_every_token_once(n, context, stride):
+def test_packed_token_dataset_with_stride_predicts_every_token_once(subtests):
+    for n, context, stride in ((40, 8, 3), (41, 8, 8), (10, 8, 1), (9, 8, 5), (5, 8, 2), (34, 8, 8)):
+        with subtests.test(n=n, context=context, stride=stride):
+            check_strided_rows(n, context, stride)
+
+
+def check_strided_rows(n, context, stride):
     tokens = np.arange(100, 100 + n, dtype=np.uint16)
     rows = PackedTokenDataset(tokens, context, stride)
     batch = rows.batch(np.arange(len(rows)))
@@ -121,11 +122,11 @@ def test_packed_token_dataset_with_stride_predicts_every_token_once(n, context, 
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("stride", [None, 5, 16, 32])
+@pytest.mark.parametrize("stride", [None, 5])
 def test_validate_perplexity_equals_sliding_window_of_transformers(stride, run, base, story, tmp_path):
     """Use the loop of "Perplexity of fixed-length models", whose windows include the last target."""
     context, file = 32, tmp_path / "val.txt"
-    file.write_text(story.read_text()[:1500])
+    file.write_text(story.read_text()[:700])
     flags = [] if stride is None else [f"--data.stride={stride}"]
     folder = run("validate", "--config", ROOT / "configs/task/text.yaml", "--model.base", base, *flags,
                  f"--data.val_file={file}", f"--data.max_length={context}", "--trainer.precision=32-true")  # fmt: skip
@@ -150,16 +151,17 @@ def test_validate_perplexity_equals_sliding_window_of_transformers(stride, run, 
     assert (account["data"]["context"], account["data"]["stride"]) == (context, stride or context)
 
 
-@pytest.mark.parametrize("stride", [0, -1, 33])
-def test_text_corpus_stride_out_of_range_is_refused(stride, base, files):
-    options = {"column": "sentence", "tokenizer": str(base), "stride": stride}
-    with pytest.raises(InputError, match=rf"data\.stride must be between 1 and 32 \(data\.max_length\), got {stride}"):
-        TextCorpus(train_file=str(files["train"]), max_length=32, **options)
-    data = TextCorpus(train_file=str(files["train"]), **options) if stride > 0 else None
-    if data is not None:
-        data._max_length = lambda: 32  # what the model has room for
-        with pytest.raises(InputError, match=r"data\.stride must be between 1 and 32 \(data\.max_length\), got 33"):
-            data.setup()
+def test_text_corpus_stride_out_of_range_is_refused(base, files):
+    for stride in (0, -1, 33):
+        options = {"column": "sentence", "tokenizer": str(base), "stride": stride}
+        with pytest.raises(InputError, match=rf"got {stride}") as caught:
+            TextCorpus(train_file=str(files["train"]), max_length=32, **options)
+        assert names(caught.value, "data.stride")
+    data = TextCorpus(train_file=str(files["train"]), **options)
+    data._max_length = lambda: 32  # what the model has room for
+    with pytest.raises(InputError, match="got 33") as caught:
+        data.setup()
+    assert names(caught.value, "data.stride")
 
 
 def test_text_corpus_stride_applies_to_validation_only(base, files):
@@ -206,7 +208,7 @@ def test_fit_language_model_perplexity_equals_transformers(run, base, files, cap
     assert account["monitor"] == "val/loss"
     out = " ".join(capsys.readouterr().out.split())
     assert "val perplexity" in out
-    assert "predicted from the 1 to 32 tokens before them (contexts of 32, stride 32)" in out
+    assert "stride 32" in out
 
     run("export", folder, "--format=hf", "--out", folder / "hf")
     theirs = GPT2LMHeadModel.from_pretrained(folder / "hf").eval()
@@ -221,24 +223,16 @@ def test_fit_language_model_perplexity_equals_transformers(run, base, files, cap
     assert account["scores"]["test/loss"] == pytest.approx(total / count, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"train_file": "/nowhere.txt"}, "data.train_file: there is no file /nowhere.txt"),
-        ({"train_file": "{rows}"}, "has no column 'text'"),
-        ({"train_file": "{short}"}, "must have at least 2 tokens"),
-        ({"train_file": "{latin}"}, "is not UTF-8"),
-        ({}, "data.train_file is missing"),
-    ],
-)
-def test_text_corpus_unusable_file_is_refused(options, message, files, base, tmp_path):
+def test_text_corpus_unusable_file_is_refused(files, base, tmp_path, subtests):
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
     short.write_text("a")
     latin.write_bytes(b"caf\xe9\n")
-    names = {"rows": files["train"], "short": short, "latin": latin}
-    options = {key: value.format(**names) for key, value in options.items()}
-    with pytest.raises(InputError, match=message):
-        TextCorpus(**options, tokenizer=str(base), max_length=16).setup("fit")
+    for file, words in (
+        ("/nowhere.txt", "/nowhere.txt"), (files["train"], "'text'"), (short, "2 tokens"), (latin, "UTF-8"),
+        (None, "data.train_file"),
+    ):  # fmt: skip
+        with subtests.test(words), pytest.raises(InputError, match=words):
+            TextCorpus(train_file=file and str(file), tokenizer=str(base), max_length=16).setup("fit")
 
 
 def test_fit_from_scratch_trains_a_tokenizer_and_records_flops(run, files, tmp_path):
@@ -264,7 +258,7 @@ def test_fit_from_scratch_trains_a_tokenizer_and_records_flops(run, files, tmp_p
 
 
 def test_text_corpus_tokenizer_and_vocab_size_together_are_refused(base, files):
-    with pytest.raises(InputError, match=r"data\.vocab_size \(300\) and data\.tokenizer"):
+    with pytest.raises(InputError, match=r"data\.vocab_size.*data\.tokenizer"):
         TextCorpus(train_file=str(files["train"]), tokenizer=str(base), vocab_size=300)
 
 
@@ -309,5 +303,5 @@ def test_unlikelihood_ignores_unknown_token_is_refused(base, files):
     task = LanguageModel(base=str(base), unlikelihood=1.0, unlikelihood_ignores=["no such token"])
     data = TextCorpus(train_file=str(files["train"]), column="sentence", tokenizer=str(base), max_length=32)
     quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_checkpointing": False}
-    with pytest.raises(InputError, match="'no such token' is not a token"):
+    with pytest.raises(InputError, match="'no such token'"):
         Trainer(max_steps=1, use_distributed_sampler=False, **quiet).fit(task, data)

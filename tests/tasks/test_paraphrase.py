@@ -1,7 +1,7 @@
 """QuoraPairs and ParaphraseDetector: formats, augmentation, invalid rows, scores and thresholds."""
 
 import csv
-import random
+import itertools
 import shutil
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, WORDS, metrics, weights
 from helpers.batches import padding_share
+from helpers.refusals import names, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
@@ -17,9 +18,9 @@ from transformers import GPT2LMHeadModel
 from gpt2_pl import GPT2Config
 from gpt2_pl.datamodules import QuoraPairs, ToyPairs
 from gpt2_pl.datamodules.classification import balanced
-from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
 from gpt2_pl.metrics import best_threshold
+from gpt2_pl.surgery import PromptTuning
 from gpt2_pl.tasks import ParaphraseDetector
 from gpt2_pl.text.tokenizer import load_tokenizer
 
@@ -93,25 +94,26 @@ def test_quora_pairs_balance_gives_equal_class_counts(how, base, pair_files):
     assert set(texts(data, "train")) <= set(texts(whole, "test"))
 
 
-BAD = [
-    ("only one", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\t \t1\n", r"row 2: 'sentence2' must be .* got ' '"),
-    (
-        "no label",
-        "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t\n",
-        r"row 2: the label in 'is_duplicate' must be .* got ''",
-    ),
-    ("not binary", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\t2\n", r"row 2: the label .* got '2'"),
-    ("stray tab", "sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tb\tc\t0\n", "row 2 .* must have 3 values, got 4"),
-    ("too few", "sentence1\tsentence2\tis_duplicate\na\tb\t1\n\na\tb\n", "row 2 .* must have 3 values, got 2"),
-    ("Latin-1", b"sentence1\tsentence2\tis_duplicate\na\tb\t1\na\tgr\xfcn\t0\n", "row 2 .* not UTF-8"),
-    ("two lines", 'sentence1\tsentence2\tis_duplicate\na\t"b\nc"\t1\na\tb\n', "row 2 .* must have 3 values, got 2"),
-]
+HEADER = b"sentence1\tsentence2\tis_duplicate\n"
+BAD = {
+    "only one": (b"a\tb\t1\na\t \t1\n", "row 2: .*'sentence2'.* got ' '"),
+    "no label": (b"a\tb\t1\na\tb\t\n", "row 2: .*'is_duplicate'.* got ''"),
+    "not binary": (b"a\tb\t1\na\tb\t2\n", "row 2: .* got '2'"),
+    "stray tab": (b"a\tb\t1\na\tb\tc\t0\n", "row 2 .* 3 values, got 4"),
+    "too few": (b"a\tb\t1\n\na\tb\n", "row 2 .* 3 values, got 2"),
+    "Latin-1": (b"a\tb\t1\na\tgr\xfcn\t0\n", "row 2 .*UTF-8"),
+    "two lines": (b'a\t"b\nc"\t1\na\tb\n', "row 2 .* 3 values, got 2"),
+}
 
 
-@pytest.mark.parametrize(("content", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_quora_pairs_invalid_rows_are_named_or_skipped_and_counted(content, message, base, tmp_path):
-    file = tmp_path / "pairs.csv"
-    file.write_bytes((content if isinstance(content, bytes) else content.encode()) + b"d\te\t0\n")
+def test_quora_pairs_invalid_rows_are_named_or_skipped_and_counted(base, tmp_path, subtests):
+    for name, (rows, message) in BAD.items():
+        with subtests.test(name):
+            check_invalid_rows(rows, message, base, tmp_path / "pairs.csv")
+
+
+def check_invalid_rows(rows, message, base, file):
+    file.write_bytes(HEADER + rows + b"d\te\t0\n")
     with pytest.raises(InputError, match=rf"pairs\.csv, {message}"):
         QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
     data = QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
@@ -130,29 +132,8 @@ def test_quora_pairs_invalid_rows_are_named_or_skipped_and_counted(content, mess
 def test_quora_pairs_without_valid_rows_is_refused(base, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("sentence1\tsentence2\tis_duplicate\na\tb\t7\n")
-    with pytest.warns(match="1 of 1"), pytest.raises(InputError, match="no valid rows"):
+    with pytest.warns(match="1 of 1"), pytest.raises(InputError, match=r"pairs\.csv.*rows"):
         QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip").setup()
-
-
-def test_template_encode_any_field_lengths_keeps_the_fixed_parts(base):
-    tokenizer, template, rng = load_tokenizer(base), Template(WORDS), random.Random(5)
-    parts = WORDS.replace("{sentence2}", "{sentence1}").split("{sentence1}")
-    for _ in range(300):
-        row = {
-            field: "a" + "".join(rng.choice("aé日 →?{},:x ") for _ in range(rng.choice([0, 1, 3, 30, 300])))
-            for field in ("sentence1", "sentence2")
-        }
-        shortest = len(tokenizer.encode(template.fill(dict.fromkeys(row, ""))).ids)
-        limit = rng.randrange(shortest + 4, shortest + 60)
-        (ids,) = template.encode([row], tokenizer, limit)
-        text, at = tokenizer.decode(ids), 0
-        assert len(ids) <= limit
-        for part in parts:
-            found = text.find(part.strip(), at)
-            assert found >= 0, text
-            at = found + len(part.strip())
-        assert text.startswith(parts[0].rstrip())
-        assert text.endswith(parts[-1])
 
 
 def test_quora_pairs_real_files_have_the_known_counts(shared):
@@ -183,7 +164,7 @@ def threshold_score(p, y, threshold, score):
 
 @pytest.mark.parametrize("score", ["accuracy", "f1"])
 @given(st.data())
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=150, derandomize=True, deadline=None)
 def test_best_threshold_is_the_optimum_over_all_distinct_thresholds(score, draw):
     special = st.sampled_from([0.0, 1e-45, 0.5, np.nextafter(1, 0, dtype=np.float32).item(), 1.0])
     numbers = st.one_of(special, st.floats(0.0, 1.0, width=32), st.integers(0, 10).map(lambda n: n / 10))
@@ -223,13 +204,18 @@ def test_fit_paraphrase_scores_equal_loops_and_tuned_threshold_is_used(run, base
         assert all((float(r["p(duplicate)"]) >= 0.9) == (r["prediction"] == "duplicate") for r in csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"num_classes": 3}, "num_classes must be 2 for paraphrase detection, got 3"), ({"threshold": 1.0}, "got 1.0")],
-)
-def test_paraphrase_detector_options_out_of_range_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        ParaphraseDetector(config=SHAPE, **options)
+def test_paraphrase_detector_options_out_of_range_are_refused(subtests):
+    words = {"head": "verbalizer", "label_words": ["a", "b"]}
+    for options, key in (
+        ({"num_classes": 3}, "model.num_classes"),
+        ({"threshold": 1.0}, "model.threshold"),
+        ({**words, "num_dropout_samples": 3}, "model.head"),
+        ({**words, "head_dropout": 0.1}, "model.head"),
+    ):
+        with subtests.test(options):
+            with pytest.raises(InputError) as caught:
+                ParaphraseDetector(config=SHAPE, **options)
+            assert names(caught.value, key)
 
 
 def test_validate_verbalizer_probabilities_equal_transformers(run, base, pair_flags):
@@ -249,12 +235,16 @@ def test_validate_verbalizer_probabilities_equal_transformers(run, base, pair_fl
         assert float(row["p(duplicate)"]) == pytest.approx(logits.softmax(0)[1].item(), abs=2e-6)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "max", "mix", "concat"])
-@pytest.mark.parametrize("surgery", [[], [{"class_path": "gpt2_pl.surgery.PromptTuning", "init_args": {"length": 3}}]])
-def test_predict_proba_is_independent_of_padding_side_and_batch(pooling, surgery, base, pair_files):
-    torch.manual_seed(0)
+def test_predict_proba_is_independent_of_padding_side_and_batch(base, pair_files, subtests):
     data = QuoraPairs(test_file=str(pair_files["test"]), tokenizer=str(base), max_length=60)
     data.setup()
+    for pooling, surgery in itertools.product(("last", "mean", "max", "mix", "concat"), ([], [PromptTuning(3)])):
+        with subtests.test(pooling, surgery=surgery):
+            check_padding(pooling, surgery, base, data)
+
+
+def check_padding(pooling, surgery, base, data):
+    torch.manual_seed(0)
     task = ParaphraseDetector(base=str(base), pooling=pooling, surgery=surgery)
     task.configure_model()
     torch.nn.init.normal_(task.head.linear.weight, std=0.2)
@@ -298,9 +288,7 @@ def test_command_test_with_other_template_or_labels_is_refused(run, capsys, base
         (["--data.template={sentence1} and {sentence2}"], ["data.template", "{sentence1} and {sentence2}", r"\n"]),
         (["--data.labels=[duplicate, not_duplicate]"], ["data.labels", "['not_duplicate', 'duplicate']"]),
     ):
-        with pytest.raises(SystemExit):
-            run("test", *quora, *args, "--ckpt_path", checkpoint)
-        error = capsys.readouterr().err.strip().splitlines()[-1]
+        error = refused(run, capsys, "test", *quora, *args, "--ckpt_path", checkpoint)
         assert all(word in error for word in words), error
     run("test", *quora, "--ckpt_path", checkpoint)
 
@@ -316,9 +304,7 @@ def test_quora_pairs_unclosed_quote_is_named_and_never_merges_rows(base, tmp_pat
     rest.write_text(header + 'a\tb\t1\n"open\tb\t1\n' + "c\td\t0\n" * 50)
     for file in (stray, rest):
         for on_invalid_row in ("error", "skip"):
-            with pytest.raises(
-                InputError, match=rf"{file.name}, row 2: a double quote is not closed .* data\.quoting to false"
-            ):
+            with pytest.raises(InputError, match=rf"{file.name}, row 2: .*data\.quoting"):
                 QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row=on_invalid_row).setup()
     data = QuoraPairs(test_file=str(stray), tokenizer=str(base), quoting=False)
     data.setup()
@@ -329,13 +315,13 @@ def test_quora_pairs_unclosed_quote_is_named_and_never_merges_rows(base, tmp_pat
 def test_quora_pairs_invalid_json_lines_are_named_or_skipped(base, tmp_path):
     good = '{"sentence1": "a", "sentence2": "b", "is_duplicate": 1}\n'
     for bad, reason in (
-        (b'{"sentence1": "gr\xfcn"}\n', "not UTF-8"),
+        (b'{"sentence1": "gr\xfcn"}\n', "UTF-8"),
         (b'{"sentence1": "a",\n', ""),
-        (b"7\n", "not a JSON object"),
+        (b"7\n", "object"),
     ):
         file = tmp_path / "pairs.jsonl"
         file.write_bytes(good.encode() + bad + b"\n" + good.replace('"a"', '"c"').encode())
-        with pytest.raises(InputError, match=rf"pairs\.jsonl, row 2 cannot be read: .*{reason}"):
+        with pytest.raises(InputError, match=rf"pairs\.jsonl, row 2 .*{reason}"):
             QuoraPairs(test_file=str(file), tokenizer=str(base)).setup()
         data = QuoraPairs(test_file=str(file), tokenizer=str(base), on_invalid_row="skip")
         with pytest.warns(match="1 of 3 rows are skipped: row 2"):
@@ -346,7 +332,8 @@ def test_quora_pairs_invalid_json_lines_are_named_or_skipped(base, tmp_path):
 
 def test_predict_skipped_rows_keeps_row_numbers_of_the_file(run, base, pair_flags, tmp_path):
     folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", "--data.max_length=48",
-                 *pair_flags, "--trainer.max_epochs=1", "--trainer.accelerator=cpu")  # fmt: skip
+                 *pair_flags, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2",
+                 "--trainer.accelerator=cpu")  # fmt: skip
     rows = tmp_path / "new.csv"
     rows.write_text("sentence1,sentence2\na,b\n,b\nc,d\ne,f,g\nh,i\n")
     predicted = run("predict", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt",
@@ -378,15 +365,8 @@ def test_quora_pairs_swap_pairs_swaps_custom_template_fields(base, tmp_path):
     )
     data.setup()
     assert texts(data, "train")[10:] == [f"y{i} / x{i}" for i in range(10)]
-    with pytest.raises(InputError, match=r"data\.template must have two fields if data\.swap_pairs"):
+    with pytest.raises(InputError, match=r"data\.template.*data\.swap_pairs"):
         QuoraPairs(train_file=str(file), template="{sentence1}", swap_pairs=True)
-
-
-def test_paraphrase_detector_verbalizer_with_head_dropout_samples_is_refused():
-    with pytest.raises(
-        InputError, match=r"model\.num_dropout_samples and model\.head_dropout require model\.head linear"
-    ):
-        ParaphraseDetector(config=SHAPE, head="verbalizer", label_words=["a", "b"], num_dropout_samples=3)
 
 
 def test_task_batches_without_row_numbers_are_numbered_in_order():

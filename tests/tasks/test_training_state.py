@@ -84,11 +84,12 @@ def saved(tmp_path_factory):
     return checkpoint
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_trainer_fit_resumed_with_any_optimizer_equals_uninterrupted(name, saved):
-    file, expected = saved(name)
-    for key, value in fit(name, ckpt_path=file).state_dict().items():
-        assert torch.equal(value, expected[key]), key
+def test_trainer_fit_resumed_with_any_optimizer_equals_uninterrupted(saved, subtests):
+    for name in OPTIMIZERS:
+        with subtests.test(name):
+            file, expected = saved(name)
+            found = fit(name, ckpt_path=file).state_dict()
+            assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
 
 def group(**changes):
@@ -155,117 +156,117 @@ def deep(_):
 
 OF = "optimizer_states[0]"
 PROGRESS = ("ready", "started", "processed", "completed")
-HOSTILE = {
+HOSTILE = {  # a change of the checkpoint; its key and, if the message quotes one, its value
     # state tensors
-    "short": (state("exp_avg", lambda _: torch.zeros(1)), f"{OF}.state[0].exp_avg must be a floating-point tensor"),
-    "empty": (state("exp_avg", lambda _: torch.zeros(0)), "exp_avg must be a floating-point tensor of shape"),
-    "scalar": (state("exp_avg", lambda _: torch.tensor(0.0)), "exp_avg must be a floating-point tensor of shape"),
-    "number": (state("exp_avg", lambda _: 0.0), "exp_avg must be a floating-point tensor of shape"),
-    "text": (state("exp_avg", lambda _: "x"), "exp_avg must be a tensor or a number, got 'x'"),
-    "none": (state("exp_avg", lambda _: None), "exp_avg must be a floating-point tensor"),
-    "list": (state("exp_avg", lambda v: [v]), "exp_avg must be a tensor or a number"),
-    "transposed": (state("exp_avg", lambda v: v.t()), "exp_avg must be a"),
-    "strided": (state("exp_avg_sq", lambda v: torch.zeros(1).expand(v.shape)), "exp_avg_sq must be a dense tensor"),
-    "overlapping": (state("exp_avg", lambda v: torch.zeros(999).as_strided(v.shape, (1, 1))), "exp_avg must be a"),
-    "column-major": (state("exp_avg", lambda v: torch.zeros(v.shape[::-1]).t()), "exp_avg must be a contiguous tensor"),
-    "ints": (state("exp_avg", lambda v: v.long()), "exp_avg must be a floating-point tensor"),
-    "bytes": (state("exp_avg", lambda v: v.byte()), "exp_avg must be a floating-point tensor"),
-    "bools": (state("exp_avg", lambda v: v.bool()), "exp_avg must be a floating-point tensor"),
-    "complex": (state("exp_avg", lambda v: v.to(torch.complex64)), "exp_avg must be real"),
-    "conjugate": (state("exp_avg", lambda v: v.to(torch.complex64).conj()), "exp_avg must be a dense tensor"),
-    "sparse": (state("exp_avg", lambda v: v.to_sparse()), "exp_avg must be a dense tensor"),
-    "csr": (state("exp_avg", lambda v: v.to_sparse_csr()), "exp_avg must be a dense tensor"),
-    "meta": (state("exp_avg", lambda v: v.to("meta")), "exp_avg must be a dense tensor"),
-    "quantized": (state("exp_avg", lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)), "dense tensor"),
-    "huge claim": (state("exp_avg", lambda _: torch.zeros(1).expand(10**6, 10**6)), "exp_avg must be a dense tensor"),
-    "nan": (state("exp_avg", lambda v: v * math.nan), "exp_avg must be finite"),
-    "infinite": (state("exp_avg_sq", lambda v: v + math.inf), "exp_avg_sq must be finite"),
-    "negative square": (state("exp_avg_sq", lambda v: -v - 1), "exp_avg_sq must be at least 0"),
-    "negative step": (state("step", lambda v: v - 100), "step must be at least 0"),
-    "nan step": (state("step", lambda v: v * math.nan), "step must be finite"),
-    "steps": (state("step", lambda _: torch.ones(3)), "step must be a floating-point tensor of shape ()"),
-    "text step": (state("step", lambda _: "7"), "step must be a tensor or a number, got '7'"),
-    "huge step": (state("step", lambda _: 10**400), "step must be a finite number of at least 0"),
-    "no exp_avg": (without("optimizer_states/0/state/0/exp_avg"), f"the keys of {OF}.state[0] must be ['exp_avg', "),
-    "extra state": (state("momentum_buffer", lambda _: torch.zeros(1)), f"the keys of {OF}.state[0] must be"),
-    "unknown parameter": (at("optimizer_states/0/state/999", {}), "the number of one of 30 parameters, got 999"),
-    "text parameter": (at("optimizer_states/0/state/x", {}), "the number of one of 30 parameters, got 'x'"),
-    "state is a list": (at("optimizer_states/0/state", []), f"{OF}.state must be a mapping, got []"),
-    "state of a list": (at("optimizer_states/0/state/0", [1]), f"{OF}.state[0] must be a mapping, got [1]"),
-    "cycle": (cycle, "exp_avg must be a tensor or a number"),
-    "deep": (state("exp_avg", deep), "exp_avg must be a tensor or a number"),
+    "short": (state("exp_avg", lambda _: torch.zeros(1)), f"{OF}.state[0].exp_avg"),
+    "empty": (state("exp_avg", lambda _: torch.zeros(0)), "exp_avg"),
+    "scalar": (state("exp_avg", lambda _: torch.tensor(0.0)), "exp_avg"),
+    "number": (state("exp_avg", lambda _: 0.0), "exp_avg"),
+    "text": (state("exp_avg", lambda _: "x"), "exp_avg|'x'"),
+    "none": (state("exp_avg", lambda _: None), "exp_avg"),
+    "list": (state("exp_avg", lambda v: [v]), "exp_avg"),
+    "transposed": (state("exp_avg", lambda v: v.t()), "exp_avg"),
+    "strided": (state("exp_avg_sq", lambda v: torch.zeros(1).expand(v.shape)), "exp_avg_sq"),
+    "overlapping": (state("exp_avg", lambda v: torch.zeros(999).as_strided(v.shape, (1, 1))), "exp_avg"),
+    "column-major": (state("exp_avg", lambda v: torch.zeros(v.shape[::-1]).t()), "exp_avg"),
+    "ints": (state("exp_avg", lambda v: v.long()), "exp_avg"),
+    "bytes": (state("exp_avg", lambda v: v.byte()), "exp_avg"),
+    "bools": (state("exp_avg", lambda v: v.bool()), "exp_avg"),
+    "complex": (state("exp_avg", lambda v: v.to(torch.complex64)), "exp_avg"),
+    "conjugate": (state("exp_avg", lambda v: v.to(torch.complex64).conj()), "exp_avg"),
+    "sparse": (state("exp_avg", lambda v: v.to_sparse()), "exp_avg"),
+    "csr": (state("exp_avg", lambda v: v.to_sparse_csr()), "exp_avg"),
+    "meta": (state("exp_avg", lambda v: v.to("meta")), "exp_avg"),
+    "quantized": (state("exp_avg", lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)), "exp_avg"),
+    "huge claim": (state("exp_avg", lambda _: torch.zeros(1).expand(10**6, 10**6)), "exp_avg"),
+    "nan": (state("exp_avg", lambda v: v * math.nan), "exp_avg"),
+    "infinite": (state("exp_avg_sq", lambda v: v + math.inf), "exp_avg_sq"),
+    "negative square": (state("exp_avg_sq", lambda v: -v - 1), "exp_avg_sq"),
+    "negative step": (state("step", lambda v: v - 100), "step"),
+    "nan step": (state("step", lambda v: v * math.nan), "step"),
+    "steps": (state("step", lambda _: torch.ones(3)), "step"),
+    "text step": (state("step", lambda _: "7"), "step|'7'"),
+    "huge step": (state("step", lambda _: 10**400), "step"),
+    "no exp_avg": (without("optimizer_states/0/state/0/exp_avg"), f"{OF}.state[0]|'exp_avg'"),
+    "extra state": (state("momentum_buffer", lambda _: torch.zeros(1)), f"{OF}.state[0]"),
+    "unknown parameter": (at("optimizer_states/0/state/999", {}), "999"),
+    "text parameter": (at("optimizer_states/0/state/x", {}), "got 'x'"),
+    "state is a list": (at("optimizer_states/0/state", []), f"{OF}.state|[]"),
+    "state of a list": (at("optimizer_states/0/state/0", [1]), f"{OF}.state[0]|[1]"),
+    "cycle": (cycle, "exp_avg"),
+    "deep": (state("exp_avg", deep), "exp_avg"),
     # groups
-    "uphill": (group(maximize=True), f"{OF}.param_groups[0].maximize must be False, as the optimizer is configured"),
-    "amsgrad": (group(amsgrad=True), "param_groups[0].amsgrad must be False"),
-    "coupled": (group(decoupled_weight_decay=False), "decoupled_weight_decay must be True"),
-    "fast": (group(lr="fast"), "param_groups[0].lr must be a number, got 'fast'"),
-    "true rate": (group(lr=True), "param_groups[0].lr must be a number, got True"),
-    "nan rate": (group(lr=math.nan), "param_groups[0].lr must be a finite number, got nan"),
-    "huge rate": (group(lr=1e300), "param_groups[0].lr must be at most 1e+06"),
-    "huge decay": (group(weight_decay=2.0**62), "param_groups[0].weight_decay must be at most 1e+06"),
-    "endless rate": (group(lr=10**400), "param_groups[0].lr must be a finite number"),
-    "negative rate": (group(lr=-1e-3), "param_groups[0].lr must be at least 0"),
-    "tensor rate": (group(lr=torch.ones(2)), "param_groups[0].lr must be one number"),
-    "betas": (group(betas=(0.9, 1.0)), "param_groups[0].betas[1] must be below 1, got 1.0"),
-    "three betas": (group(betas=(0.9, 0.9, 0.9)), "betas must be a list of 2 values"),
-    "no betas": (group(betas=0.9), "betas must be a list of 2 values, got 0.9"),
-    "eps": (group(eps=-1.0), "param_groups[0].eps must be at least 0"),
-    "weight decay": (group(weight_decay=None), "weight_decay must be a number, got None"),
-    "another key": (group(evil=1), f"a key of {OF}.param_groups[0] must be"),
-    "name": (group(name=3), "param_groups[0].name must be 'embeddings', as this run has, got 3"),
-    "no lr": (without("optimizer_states/0/param_groups/0/lr"), "param_groups[0].lr is missing"),
-    "params": (group(params=[1]), "param_groups[0].params must be [0], as this run has, got [1]"),
-    "params of text": (group(params="ab"), "param_groups[0].params must be [0]"),
-    "no params": (without("optimizer_states/0/param_groups/0/params"), "param_groups[0].params must be [0]"),
-    "fewer groups": (without("optimizer_states/0/param_groups/0"), "param_groups must be a list of"),
-    "group of text": (at("optimizer_states/0/param_groups/0", "x"), "param_groups[0] must be a mapping, got 'x'"),
-    "another part": (at("optimizer_states/0/evil", 1), f"a key of {OF} must be state or param_groups, got 'evil'"),
-    "two optimizers": (lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "must be a list of 1, as"),
+    "uphill": (group(maximize=True), f"{OF}.param_groups[0].maximize|False"),
+    "amsgrad": (group(amsgrad=True), "param_groups[0].amsgrad|False"),
+    "coupled": (group(decoupled_weight_decay=False), "decoupled_weight_decay|True"),
+    "fast": (group(lr="fast"), "param_groups[0].lr|'fast'"),
+    "true rate": (group(lr=True), "param_groups[0].lr|True"),
+    "nan rate": (group(lr=math.nan), "param_groups[0].lr|nan"),
+    "huge rate": (group(lr=1e300), "param_groups[0].lr"),
+    "huge decay": (group(weight_decay=2.0**62), "param_groups[0].weight_decay"),
+    "endless rate": (group(lr=10**400), "param_groups[0].lr"),
+    "negative rate": (group(lr=-1e-3), "param_groups[0].lr"),
+    "tensor rate": (group(lr=torch.ones(2)), "param_groups[0].lr"),
+    "betas": (group(betas=(0.9, 1.0)), "param_groups[0].betas[1]|1.0"),
+    "three betas": (group(betas=(0.9, 0.9, 0.9)), "betas"),
+    "no betas": (group(betas=0.9), "betas|0.9"),
+    "eps": (group(eps=-1.0), "param_groups[0].eps"),
+    "weight decay": (group(weight_decay=None), "weight_decay|None"),
+    "another key": (group(evil=1), f"{OF}.param_groups[0]"),
+    "name": (group(name=3), "param_groups[0].name|3"),
+    "no lr": (without("optimizer_states/0/param_groups/0/lr"), "param_groups[0].lr"),
+    "params": (group(params=[1]), "param_groups[0].params|[1]"),
+    "params of text": (group(params="ab"), "param_groups[0].params"),
+    "no params": (without("optimizer_states/0/param_groups/0/params"), "param_groups[0].params"),
+    "fewer groups": (without("optimizer_states/0/param_groups/0"), "param_groups"),
+    "group of text": (at("optimizer_states/0/param_groups/0", "x"), "param_groups[0]|'x'"),
+    "another part": (at("optimizer_states/0/evil", 1), f"{OF}|'evil'"),
+    "two optimizers": (lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "optimizer_states"),
     # schedulers
-    "model alone": (without("optimizer_states"), "optimizer_states (the checkpoint holds a model alone"),
-    "no scheduler": (at("lr_schedulers", []), "lr_schedulers must be a list of 1"),
-    "scheduler's method": (scheduler(step=3), "a key of lr_schedulers[0] must be"),
-    "scheduler's optimizer": (scheduler(optimizer=None), "a key of lr_schedulers[0] must be"),
-    "last_epoch": (scheduler(last_epoch=-3), "lr_schedulers[0].last_epoch must be at least 0, got -3"),
-    "last_epoch of text": (scheduler(last_epoch="3"), "lr_schedulers[0].last_epoch must be a number, got '3'"),
-    "huge last_epoch": (scheduler(last_epoch=2**60), "lr_schedulers[0].last_epoch must be at most"),
-    "base_lrs": (scheduler(base_lrs=[1.0]), "lr_schedulers[0].base_lrs must be a list of"),
+    "model alone": (without("optimizer_states"), "optimizer_states"),
+    "no scheduler": (at("lr_schedulers", []), "lr_schedulers"),
+    "scheduler's method": (scheduler(step=3), "lr_schedulers[0]"),
+    "scheduler's optimizer": (scheduler(optimizer=None), "lr_schedulers[0]"),
+    "last_epoch": (scheduler(last_epoch=-3), "lr_schedulers[0].last_epoch|-3"),
+    "last_epoch of text": (scheduler(last_epoch="3"), "lr_schedulers[0].last_epoch|'3'"),
+    "huge last_epoch": (scheduler(last_epoch=2**60), "lr_schedulers[0].last_epoch"),
+    "base_lrs": (scheduler(base_lrs=[1.0]), "lr_schedulers[0].base_lrs"),
     "nan base_lrs": (lambda c: scheduler(base_lrs=[math.nan] * len(c["lr_schedulers"][0]["base_lrs"]))(c),
-                     "lr_schedulers[0].base_lrs[0] must be a finite number"),
+                     "lr_schedulers[0].base_lrs[0]"),
     "lambdas": (lambda c: scheduler(lr_lambdas=[3] * len(c["lr_schedulers"][0]["base_lrs"]))(c),
-                "lr_schedulers[0].lr_lambdas[0] must be None"),
-    "scheduler of text": (at("lr_schedulers/0", "x"), "lr_schedulers[0] must be a mapping, got 'x'"),
+                "lr_schedulers[0].lr_lambdas[0]"),
+    "scheduler of text": (at("lr_schedulers/0", "x"), "lr_schedulers[0]|'x'"),
     # loops
-    "no loops": (at("loops", {}), "loops.fit_loop must be a mapping"),
-    "epoch of text": (loop("epoch_progress/current/completed", "x"), "current.completed must be a number, got 'x'"),
-    "half an epoch": (loop("epoch_progress/current/completed", 0.5), "current.completed must be a whole number"),
+    "no loops": (at("loops", {}), "loops.fit_loop"),
+    "epoch of text": (loop("epoch_progress/current/completed", "x"), "current.completed|'x'"),
+    "half an epoch": (loop("epoch_progress/current/completed", 0.5), "current.completed"),
     "negative batch": (loop("epoch_loop.batch_progress/current/ready", -1), "loops.fit_loop.epoch_loop.batch_progress"),
     "negative validations": (
-        loop("epoch_loop.val_loop.batch_progress/total", dict.fromkeys(PROGRESS, -1)), "must be at least 0",
+        loop("epoch_loop.val_loop.batch_progress/total", dict.fromkeys(PROGRESS, -1)), "val_loop.batch_progress",
     ),
-    "more batches than began": (loop("epoch_loop.batch_progress/current/ready", 10**6), "at most 4, its total"),
-    "more completed than begun": (loop("epoch_progress/current/completed", 10**6), "must be non-increasing counts"),
-    "huge batches": (loop("epoch_loop.batch_progress/total/ready", 10**30), "must be at most"),
-    "another loop": (loop("evil", 1), "a key of loops.fit_loop must be"),
-    "is_last_batch": (loop("epoch_loop.batch_progress/is_last_batch", 3), "is_last_batch must be true or false"),
-    "no progress": (without("loops/fit_loop/epoch_progress"), "loops.fit_loop.epoch_progress is missing"),
-    "no total": (without("loops/fit_loop/epoch_progress/total"), "epoch_progress.total is missing"),
-    "progress of text": (loop("epoch_loop.scheduler_progress", "x"), "scheduler_progress must be a mapping"),
+    "more batches than began": (loop("epoch_loop.batch_progress/current/ready", 10**6), "batch_progress.current"),
+    "more completed than begun": (loop("epoch_progress/current/completed", 10**6), "epoch_progress.current"),
+    "huge batches": (loop("epoch_loop.batch_progress/total/ready", 10**30), "batch_progress.total"),
+    "another loop": (loop("evil", 1), "loops.fit_loop"),
+    "is_last_batch": (loop("epoch_loop.batch_progress/is_last_batch", 3), "is_last_batch"),
+    "no progress": (without("loops/fit_loop/epoch_progress"), "loops.fit_loop.epoch_progress"),
+    "no total": (without("loops/fit_loop/epoch_progress/total"), "epoch_progress.total"),
+    "progress of text": (loop("epoch_loop.scheduler_progress", "x"), "scheduler_progress"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_trainer_fit_hostile_training_state_is_refused(name, saved, tmp_path):
-    change, words = HOSTILE[name]
-    checkpoint = torch.load(saved("fused")[0], weights_only=True)
-    change(checkpoint)
+def test_trainer_fit_hostile_training_state_is_refused(saved, tmp_path, subtests):
     file = tmp_path / "hostile.ckpt"
-    torch.save(checkpoint, file)
-    with pytest.raises(InputError) as caught:
-        fit("fused", ckpt_path=file)
-    assert words in str(caught.value)
-    assert str(caught.value).startswith(f"ckpt_path: {file}: ")
-    assert len(str(caught.value)) < 600
+    for name, (change, words) in HOSTILE.items():
+        with subtests.test(name):
+            checkpoint = torch.load(saved("fused")[0], weights_only=True)
+            change(checkpoint)
+            torch.save(checkpoint, file)
+            with pytest.raises(InputError) as caught:
+                fit("fused", ckpt_path=file)
+            assert all(word in str(caught.value) for word in words.split("|"))
+            assert str(file) in str(caught.value)
+            assert len(str(caught.value)) < 600
 
 
 def test_trainer_fit_resumed_optimizer_switches_are_the_configured_ones(saved, tmp_path):

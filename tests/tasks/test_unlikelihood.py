@@ -1,5 +1,6 @@
 """Unlikelihood losses against triple loops, finite differences and cross-entropy, in one piece and in chunks."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel
 
-from gpt2_pl import GPT2, GPT2Config
+from gpt2_pl import GPT2, GPT2Config, losses
 from gpt2_pl.datamodules import TextCorpus
 from gpt2_pl.losses import (
     IGNORE_INDEX,
@@ -58,9 +59,16 @@ def random_text(seed, B=3, T=11):
     return random_rows(seed, B, T)[2:]
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}, {"alpha": 0.3, "window": 1}])
-def test_unlikelihood_losses_equal_a_triple_loop(seed, settings):
+SETTINGS = [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}, {"alpha": 0.3, "window": 1}]
+
+
+def test_unlikelihood_losses_equal_a_triple_loop(subtests):
+    for settings, seed in itertools.product(SETTINGS, range(5)):
+        with subtests.test(seed=seed, settings=settings):
+            compare_with_triple_loop(seed, settings)
+
+
+def compare_with_triple_loop(seed, settings):
     rows, predicted, targets, generator = random_rows(seed)
     hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -82,31 +90,29 @@ def test_unlikelihood_losses_equal_a_triple_loop(seed, settings):
         torch.testing.assert_close(torch.autograd.grad(total / n, (hidden, weight)), gradients)
 
 
-@pytest.mark.parametrize("surgery", [[PrefixTuning(length=3)], [PromptTuning(length=2)], [LoRA(rank=2)]])
-def test_unlikelihood_cross_entropy_with_adapters_ignores_virtual_tokens(surgery):
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=V, n_positions=24, n_embd=8, n_layer=2, n_head=2, dropout=0.0))
-    for change in surgery:
-        change.apply(model)
+def test_unlikelihood_cross_entropy_with_adapters_ignores_virtual_tokens():
     rows, predicted, targets, _ = random_rows(3)
-    hidden = model(rows[:, :-1])
-    total, n, _ = unlikelihood_cross_entropy(hidden, model.head_weight, targets, 1.0, input_ids=rows[:, :-1])
-    assert hidden.shape[:2] == targets.shape
-    expected = brute_force(model.logits(hidden).double(), rows, predicted, 1.0)
-    assert (total / n).item() == pytest.approx(expected, rel=1e-5)
+    for surgery in (PrefixTuning(length=3), PromptTuning(length=2), LoRA(rank=2)):
+        model = GPT2(GPT2Config(vocab_size=V, n_positions=24, n_embd=8, n_layer=2, n_head=2, dropout=0.0))
+        surgery.apply(model)
+        hidden = model(rows[:, :-1])
+        total, n, _ = unlikelihood_cross_entropy(hidden, model.head_weight, targets, 1.0, input_ids=rows[:, :-1])
+        assert hidden.shape[:2] == targets.shape
+        expected = brute_force(model.logits(hidden).double(), rows, predicted, 1.0)
+        assert (total / n).item() == pytest.approx(expected, rel=1e-5), surgery
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"ignore_token_ids": (1, 4)}])
-def test_unlikelihood_loss_without_input_ids_uses_earlier_targets(settings):
+def test_unlikelihood_loss_without_input_ids_uses_earlier_targets():
     """Equal the loss of rows whose first token and unpredicted tokens cannot be candidates."""
     _, _, targets, generator = random_rows(2)
     nothing = V - 1
     targets = targets.where(targets != nothing, 0)
     logits = torch.randn(*targets.shape, V, generator=generator, dtype=torch.float64)
     rows = torch.nn.functional.pad(targets.masked_fill(targets == IGNORE_INDEX, nothing), (1, 0), value=nothing)
-    ignored = (*settings.get("ignore_token_ids", ()), nothing)
-    expected = brute_force(logits, rows, targets != IGNORE_INDEX, 1.0, ignored, settings.get("window"))
-    assert unlikelihood_loss(logits, targets, **settings).item() == pytest.approx(expected, rel=1e-10)
+    for settings in SETTINGS[:3]:
+        ignored = (*settings.get("ignore_token_ids", ()), nothing)
+        expected = brute_force(logits, rows, targets != IGNORE_INDEX, 1.0, ignored, settings.get("window"))
+        assert unlikelihood_loss(logits, targets, **settings).item() == pytest.approx(expected, rel=1e-10), settings
 
 
 def test_unlikelihood_loss_first_token_of_a_row_is_a_candidate():
@@ -135,7 +141,10 @@ def test_unlikelihood_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: sequence_unlikelihood_loss(h, w, text, n=3, chunk=7), (states, weight))
 
 
-def test_unlikelihood_compiled_gradients_equal_eager():
+def test_unlikelihood_compiled_gradients_equal_eager(monkeypatch):
+    """Traced without code generation; the compiled cross-entropy of test_language_modeling.py is generated."""
+    traced = torch.compile(losses._chunk_loss_and_grad, backend="aot_eager")
+    monkeypatch.setattr(losses, "_compiled", lambda: traced)
     targets, generator = random_text(5)
     hidden = torch.randn(*targets.shape, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -198,15 +207,15 @@ def test_sequence_unlikelihood_loss_is_divided_by_all_tokens():
     assert sequence_unlikelihood_loss(hidden, weight, targets, n=2, chunk=3).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_unlikelihood_loss_of_bfloat16_logits_is_close_to_float32(autocast):
+def test_unlikelihood_loss_of_bfloat16_logits_is_close_to_float32():
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 300, (4, 64), generator=generator)
     logits = torch.randn(4, 64, 300, generator=generator).bfloat16()
     part = lambda z: unlikelihood_loss(z, targets) - unlikelihood_loss(z, targets, alpha=0.0)  # noqa: E731
     expected = part(logits.float())
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        torch.testing.assert_close(part(logits), expected, rtol=1e-3, atol=1e-4)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.testing.assert_close(part(logits), expected, rtol=1e-3, atol=1e-4)
     assert expected > 0.05
     assert unlikelihood_loss(logits, torch.full((4, 64), IGNORE_INDEX)) == 0.0
 

@@ -162,6 +162,6 @@ def test_compare_non_finite_scores_are_shown(tmp_path):
         folder = fake_run(tmp_path / f"runs/{seed}", "full", seed, [True, False])
         costs = dict.fromkeys(("seconds", "cpu_seconds"), value if abs(value) < 1e300 else 1.0)
         changed(folder, scores={"val/accuracy": value}, **costs, base={"seconds": None},
-                seed=seed or None, epochs=[{"epoch": value, "val/accuracy": value}])  # fmt: skip
+                seed=seed or None, epochs=[{"epoch": 1, "val/accuracy": value}])  # fmt: skip
     main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
     assert "nan" in (tmp_path / "report/report.md").read_text()

@@ -80,7 +80,7 @@ class _FileSource(RowSource):
         self.file, self.path, self.quoting = file, file.path, quoting
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]  # computed on first use
         """Digest of the contents and of the reading options."""
         options = [type(self).__name__, self.skip_bad, self.quoting]
         return hashlib.sha256(json.dumps([self.file.fingerprint, *options]).encode()).hexdigest()
@@ -128,7 +128,7 @@ class DelimitedText(_FileSource):
     @contextmanager
     def _records(self, delimiter: str) -> Iterator[Iterator[list[str]]]:
         """Open the file as cells of each record, the header included."""
-        quoting = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
+        quoting: Any = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
         with self.path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             lines = chain([next(file, "").lstrip(_BYTE_ORDER_MARK)], file)
             yield csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
@@ -198,7 +198,7 @@ class JSONLines(_FileSource):
     """
 
     @cached_property
-    def columns(self) -> Sequence[str]:
+    def columns(self) -> Sequence[str]:  # type: ignore[override]  # read on first use
         """Names that occur in any row; the complete file is read to find them."""
         names: dict[str, None] = {}
         for _, row in super().read(()):

@@ -113,7 +113,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, hd)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, N, hd)
-        is_causal = bool(mask is None and q.size(2) > 1)  # torch.compile would pass on a symbolic value
+        is_causal = True if mask is None and q.size(2) > 1 else False  # noqa: SIM210 (a bool under torch.compile)
         dropout_p = self.dropout if self.training else 0.0
         y = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)  # (B, H, T, hd)
         return self.c_proj(y.transpose(1, 2).flatten(2))

@@ -173,6 +173,9 @@ class PeftAdapter(Surgery):
     folder: str
     digest: str | None = None
 
+    def __post_init__(self) -> None:
+        self._shift: Tensor | None = None  # of the final layer norm's bias
+
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add the saved adapter to ``model`` and freeze the published parameters; see :class:`Surgery`."""
         config, tensors = self._read()
@@ -203,8 +206,6 @@ class PeftAdapter(Surgery):
             head.linear.bias.zero_()
             if self._shift is not None:
                 head.linear.bias.copy_(score @ self._shift)
-
-    _shift = None  # shift of the final layer norm's bias
 
     def _read(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
         from gpt2_pl.utils.hugging_face_schema import check_adapter

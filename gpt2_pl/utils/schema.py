@@ -156,7 +156,7 @@ Scores = Annotated[dict[Name, Score], Field(max_length=1000)]
 EpochScores = Annotated[
     Scores,
     expect(
-        lambda scores: float(scores.get("epoch", -1)).is_integer() and scores["epoch"] >= 0,
+        lambda scores: float(scores.get("epoch", -1)).is_integer() and scores.get("epoch", -1) >= 0,
         "scores of an epoch and its number, epoch, from 0",
     ),
 ]

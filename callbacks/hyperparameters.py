@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt2_pl.callbacks.run_summary import RunSummary
+from gpt2_pl.errors import shorten
 
 
 class HyperparameterLogger(Callback):
@@ -86,5 +87,8 @@ def flatten_dict(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[st
         if isinstance(value, Mapping):
             pairs += flatten_dict(value, f"{prefix}{key}.")
         else:
-            pairs.append((name, value if isinstance(value, bool | int | float | str | None) else str(value)))
+            is_int = isinstance(value, int) and abs(value) < 2**63  # TensorBoard converts numbers to float64
+            is_plain = is_int or isinstance(value, float | str | None)
+            text = shorten(value) if isinstance(value, int) else str(value)
+            pairs.append((name, value if is_plain else text))
     return pairs

@@ -74,7 +74,7 @@ class Classifier(Task):
         require(0.0 <= mean_weight <= 1.0, "model.mean_weight", mean_weight, "in [0, 1]")
         is_rate = head_dropout is None or 0.0 <= head_dropout < 1.0
         require(is_rate, "model.head_dropout", head_dropout, "null or in [0, 1)")
-        require(num_dropout_samples >= 1, "model.num_dropout_samples", num_dropout_samples, "at least 1")
+        require(1 <= num_dropout_samples <= 1000, "model.num_dropout_samples", num_dropout_samples, "in [1, 1000]")
         require(0.0 <= label_smoothing < 1.0, "model.label_smoothing", label_smoothing, "in [0, 1)")
         if (head == "verbalizer") != (label_words is not None):
             message = "model.head verbalizer requires model.label_words, and the reverse; give both or neither"

@@ -210,6 +210,8 @@ def test_paraphrase_detector_options_out_of_range_are_refused(subtests):
         ({"num_classes": 3}, "model.num_classes"),
         ({"threshold": 1.0}, "model.threshold"),
         ({**words, "num_dropout_samples": 3}, "model.head"),
+        ({"num_dropout_samples": 0}, "model.num_dropout_samples"),
+        ({"num_dropout_samples": 10**400}, "model.num_dropout_samples"),
         ({**words, "head_dropout": 0.1}, "model.head"),
     ):
         with subtests.test(options):

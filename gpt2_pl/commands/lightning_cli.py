@@ -37,7 +37,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gpt2_pl import callbacks
-from gpt2_pl.commands.support.closing import early_end, print_report, resume_advice
+from gpt2_pl.commands.support.closing import (
+    early_end,
+    print_report,
+    resume_advice,
+    validate_final_weights,
+)
 from gpt2_pl.commands.support.config_merge import CommandLine, as_list, check_order, validate_strategy_combination
 from gpt2_pl.commands.support.lightning_parser import Parser
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
@@ -350,6 +355,7 @@ class GPT2CLI(LightningCLI):
         if trainer.interrupted:
             return
         note = early_end(trainer, self.summary.has_trained)  # before the test resets the state of training
+        validate_final_weights(trainer, self.model, self.datamodule, self.summary, tested)
         if tested is not None and tested.best_model_path and self.can_test:
             if tested.monitor is None:
                 _print_message("trainer.limit_val_batches is 0: last.ckpt is tested")

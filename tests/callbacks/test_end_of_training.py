@@ -138,6 +138,25 @@ def test_fit_sigterm_in_last_step_exits_with_status_143_and_prints_the_resume_co
     assert f"--ckpt_path {folder.relative_to(tmp_path)}/checkpoints/last.ckpt" in capsys.readouterr().err
 
 
+def test_fit_sigterm_in_last_step_resumed_is_validated_and_tested_as_if_not_stopped(run, tmp_path):
+    settings = [*TINY, "--trainer.max_steps=4"]
+    with pytest.raises(SystemExit):
+        run(*settings, "--trainer.callbacks+=test_end_of_training.Sigterm")
+    folder = tmp_path / "lightning_logs/quickstart/version_0"
+    assert "val/loss" not in metrics(folder)["epochs"][-1]
+    resumed = run(*settings, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    expected = run(*settings)
+    assert resumed == folder != expected
+    account, other = metrics(resumed), metrics(expected)
+    assert account["status"] == "finished"
+    assert account["scores"] == other["scores"]
+    assert [row["val/loss"] for row in account["epochs"]] == [row["val/loss"] for row in other["epochs"]]
+    weights = [torch.load(f / "checkpoints/best.ckpt", weights_only=True)["state_dict"] for f in (resumed, expected)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    rows = [(f / "predictions_val.csv").read_text() for f in (resumed, expected)]
+    assert rows[0] == rows[1]
+
+
 def test_fit_resumed_after_own_early_stopping_trains_no_further(run):
     stop = "{class_path: EarlyStopping, init_args: {monitor: val/accuracy, mode: max, patience: 1}}"
     settings = [*TINY, "--trainer.max_epochs=6", "--model.optimizer.init_args.lr=0.0", f"--trainer.callbacks=[{stop}]"]

@@ -1,18 +1,21 @@
-"""Final output of fit, validate, test and predict."""
+"""End of a command that uses a trainer: a validation that a resumed run lacks, and the final output."""
 
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpt2_pl.callbacks import RunSummary, run_folder
+from gpt2_pl.callbacks import ResumableModelCheckpoint, RunSummary, run_folder
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import printable
+from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.averaging import blocks_resuming
 from gpt2_pl.utils.trainer import callbacks_of
 
@@ -26,6 +29,45 @@ def resume_advice(trainer: Trainer, folder: Path) -> str:
         return "; it cannot be resumed, because StochasticWeightAveraging has begun to average"
     command = shlex.join([*program(), "fit", "--config", f"{folder}/config.yaml", "--ckpt_path", str(last)])
     return f"; resume it with {printable(command)}"
+
+
+def validate_final_weights(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: Any,
+    summary: RunSummary,
+    best: ResumableModelCheckpoint | None,
+) -> None:
+    """Validate a resumed run that SIGTERM had ended between its last step and the validation that follows.
+
+    Such a run has nothing left to train, so Lightning neither validates it nor saves a best checkpoint.
+
+    Args:
+        trainer: the trainer, after ``fit``.
+        module: the module with the weights of ``last.ckpt``.
+        datamodule: its data.
+        summary: the record of the run.
+        best: the callback of the best checkpoint; None if nothing is monitored.
+    """
+    number = trainer.fit_loop.epoch_progress.current.started
+    row = next((row for row in summary.epochs if row["epoch"] == number), {"epoch": number})
+    is_scored = any(name.startswith("val/") for name in row)
+    if summary.has_trained or not number or is_scored or best is None or best.monitor is None:
+        return
+    source = Path(str(trainer.ckpt_path))
+    trainer.validate(module, datamodule, verbose=False)
+    row.update({name: value for name, value in summary.scores.items() if name.startswith("val/")})
+    summary.epochs, summary.scores = [*(one for one in summary.epochs if one["epoch"] != number), row], {}
+    score = trainer.callback_metrics[best.monitor]
+    target = Path(str(best.dirpath), f"{best.filename}.ckpt")
+    is_better = torch.lt if best.mode == "min" else torch.gt
+    if best.best_model_score is None or is_better(score, best.best_model_score):
+        if trainer.is_global_zero:
+            with source.open("rb") as weights, atomic_write(target, "wb") as file:
+                shutil.copyfileobj(weights, file)
+        trainer.strategy.barrier()
+        best.best_model_path, best.best_model_score = str(target), score
+    summary.on_train_end(trainer, module)
 
 
 def early_end(trainer: Trainer, has_trained: bool) -> str:

@@ -89,7 +89,7 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/metrics.py", "scores[upper <= lower] = -1.0", "pass", "paraphrase heads"),
     ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "poem_scores"),
     # Generation
-    ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "generation"),
+    ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "sampling"),
     ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
     ("gpt2_pl/kv_cache.py", "buffer.narrow(2, start, new.size(2)).copy_(new)", "buffer.narrow(2, start, new.size(2)).copy_(new.flip(1))", "generation"),
     ("gpt2_pl/generation.py", "self.position_ids += 1", "pass", "generation"),

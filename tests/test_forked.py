@@ -60,3 +60,30 @@ def test_forked_run_project_modules_are_already_imported(tmp_path):
         "import sys; assert 'gpt2_pl.commands.lightning_cli' in sys.modules; import cli; print(cli.__file__)"
     )
     assert run([file], cwd=tmp_path).stdout == f"{ROOT / 'cli.py'}\n"
+
+
+def test_forked_jobs_module_equals_subprocess(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import os, signal, sys\n"
+        "print(sys.argv[1:], sorted(os.environ), __name__, [signal.getsignal(n) for n in (2, 15)])\n"
+        "print(os.getppid() == int(os.environ['PARENT']), os.listdir('/proc/self/fd')[3:] == ['3'])\n"
+        "sys.exit('no more')\n"
+    )
+    (tmp_path / "start.py").write_text(
+        "import os, signal, subprocess, sys\n"
+        "from helpers.forked_jobs import Popen\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "env = {'PYTHONPATH': sys.path[0], 'LC_CTYPE': 'C.UTF-8', 'PARENT': str(os.getpid())}\n"
+        "held = open(__file__)\n"
+        "for name, kind in (('exec', subprocess.Popen), ('fork', Popen)):\n"
+        "    for ignored in (signal.SIG_IGN, signal.default_int_handler):\n"
+        "        signal.signal(signal.SIGINT, ignored)\n"
+        "        with open(name, 'a') as out:\n"
+        "            job = kind([sys.executable, '-u', '-m', 'job', 'a', 'b c'], env=env, stdout=out, stderr=out)\n"
+        "            print(job.wait(), file=out)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run([sys.executable, "start.py"], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fork").read_text() == (tmp_path / "exec").read_text()
+    assert "no more\n1\n" in (tmp_path / "fork").read_text()

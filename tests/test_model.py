@@ -11,10 +11,10 @@ from gpt2_pl.model import gather_positions
 
 # The four published shapes scaled down (their heads and blocks), and one of odd sizes.
 SHAPES = [
-    {"n_embd": 48, "n_layer": 12, "n_head": 12, "vocab_size": 101},
-    {"n_embd": 64, "n_layer": 24, "n_head": 16, "vocab_size": 101},
-    {"n_embd": 80, "n_layer": 36, "n_head": 20, "vocab_size": 101},
-    {"n_embd": 100, "n_layer": 48, "n_head": 25, "vocab_size": 101},
+    {"n_embd": 24, "n_layer": 12, "n_head": 12, "vocab_size": 101},
+    {"n_embd": 32, "n_layer": 24, "n_head": 16, "vocab_size": 101},
+    {"n_embd": 40, "n_layer": 36, "n_head": 20, "vocab_size": 101},
+    {"n_embd": 50, "n_layer": 48, "n_head": 25, "vocab_size": 101},
     {"n_embd": 39, "n_layer": 3, "n_head": 3, "vocab_size": 97, "n_positions": 23},
 ]
 
@@ -115,11 +115,11 @@ def test_gpt2_initialisation_has_published_standard_deviations():
 
 
 def test_gpt2_too_many_tokens_raises_value_error(model):
-    with pytest.raises(ValueError, match="at most n_positions = 24 tokens, got 25"):
+    with pytest.raises(ValueError, match=r"24.*25"):
         model(torch.zeros(1, 25, dtype=torch.long))
 
 
-@pytest.mark.parametrize(("key", "value"), [("n_layer", 0), ("n_head", 5), ("dropout", 1.0), ("vocab_size", -1)])
-def test_gpt2_config_impossible_shape_is_refused_by_name(key, value):
-    with pytest.raises(ValueError, match=f"{key}.*{value}"):
-        GPT2Config(**{"n_embd": 12, "n_head": 3, key: value})
+def test_gpt2_config_impossible_shape_is_refused_by_name():
+    for key, value in {"n_layer": 0, "n_head": 5, "dropout": 1.0, "vocab_size": -1}.items():
+        with pytest.raises(ValueError, match=f"{key}.*{value}"):
+            GPT2Config(**{"n_embd": 12, "n_head": 3, key: value})

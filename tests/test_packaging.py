@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import yaml
 from conftest import ROOT
+from helpers.refusals import names, refused
 from transformers import GPT2ForSequenceClassification
 
 import gpt2_pl
@@ -101,7 +102,8 @@ def test_configs_list_show_and_copy_give_packaged_files(library, tmp_path):
     assert call(library, tmp_path, "configs", "copy", "strategy/lora").stdout == "lora.yaml\n"
     assert (tmp_path / "lora.yaml").read_text(encoding="utf-8") == shown
     again = call(library, tmp_path, "configs", "copy", "strategy/lora")
-    assert (again.returncode, again.stderr.partition("error: ")[2].partition(";")[0]) == (2, "lora.yaml exists already")
+    assert again.returncode == 2
+    assert "lora.yaml" in again.stderr
     assert listed.stdout.endswith("--data.val_file F\n")
     assert (f"python {ROOT}/cli.py fit" if library == ROOT else "gpt2-pl fit") in listed.stdout.splitlines()[-1]
 
@@ -114,23 +116,16 @@ def test_config_path_prefers_a_file_and_suggests_the_nearest_name(tmp_path, monk
     (tmp_path / "task" / "sst5.yaml").touch()
     assert config_path("task/sst5.yaml").resolve() == tmp_path / "task/sst5.yaml"
     for name, near in (("strategy/lorra", "strategy/lora"), ("sst", "task/sst5")):
-        with pytest.raises(InputError, match=rf"config: there is no file {name}; did you mean {near}\?"):
+        with pytest.raises(InputError, match=rf"{name}.*{near}\?") as error:
             config_path(name)
+        assert names(error.value, "config")
 
 
-def test_wheel_quickstart_sweep_and_export_work_outside_the_checkout(wheel, tmp_path):
+def test_wheel_sweep_and_export_work_outside_the_checkout(wheel, tmp_path):
     """The working directory has user packages with the names of the checkout's folders."""
     for name in ("callbacks", "datamodules", "configs", "commands"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('not the library')\n")
-    short = ["--data.n_train=64", "--trainer.max_epochs=1"]
-    done = call(wheel, tmp_path, "fit", "--config=quickstart", *short)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "lightning_logs/quickstart/version_0"
-    assert json.loads((folder / "metrics.json").read_text())["configs"] == ["quickstart"]
-    done = call(wheel, tmp_path, "export", folder, "--format=hf", "--out=hf")
-    assert done.returncode == 0, done.stderr
-    GPT2ForSequenceClassification.from_pretrained(tmp_path / "hf")
     (tmp_path / "s.yaml").write_text(
         "name: s\nseeds: [1]\n"
         "overrides: {trainer.max_epochs: 1, data.n_train: 64}\n"
@@ -138,7 +133,11 @@ def test_wheel_quickstart_sweep_and_export_work_outside_the_checkout(wheel, tmp_
     )
     done = call(wheel, tmp_path, "sweep", "s.yaml")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "lightning_logs/s/toy/full/seed_1/metrics.json").is_file()
+    folder = tmp_path / "lightning_logs/s/toy/full/seed_1"
+    assert json.loads((folder / "metrics.json").read_text())["configs"][0] == "quickstart"
+    done = call(wheel, tmp_path, "export", folder, "--format=hf", "--out=hf")
+    assert done.returncode == 0, done.stderr
+    GPT2ForSequenceClassification.from_pretrained(tmp_path / "hf")
 
 
 def test_fit_help_begins_with_introduction_of_at_most_100_columns(capsys):
@@ -166,61 +165,47 @@ class Wide(Surgery):
 """
 
 
-@pytest.mark.parametrize("option", ["--model.surgery.help", "--model.surgery+.help"])
-@pytest.mark.parametrize(
-    ("cls", "words"),
-    [
-        ("gpt2_pl.surgery.LoRA", ["--model.surgery.targets", "--model.surgery.rank RANK", "rank r of an adapter"]),
-        ("own_help.Wide", ["Train less", "--model.surgery.size SIZE", "of it. (type: int, default: 3)"]),
-        ("own_help.Bare", ["Train nothing", "It has no arguments"]),
-    ],
-)
-def test_fit_surgery_help_shows_class_description_and_valid_flags(option, cls, words, tmp_path, monkeypatch, capsys):
+def test_fit_surgery_help_shows_class_description_and_valid_flags(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "own_help.py").write_text(OWN)
-    main(["fit", option, cls])
-    shown = capsys.readouterr().out
+    for option, cls, words in (
+        ("--model.surgery.help", "gpt2_pl.surgery.LoRA", ["--model.surgery.targets", "--model.surgery.rank RANK"]),
+        ("--model.surgery+.help", "gpt2_pl.surgery.LoRA", ["--model.surgery.targets", "rank r of an adapter"]),
+        ("--model.surgery+.help", "own_help.Wide", ["Train less", "--model.surgery.size SIZE", "of it.", "default: 3"]),
+        ("--model.surgery.help", "own_help.Bare", ["Train nothing", "no arguments"]),
+    ):
+        main(["fit", option, cls])
+        shown = capsys.readouterr().out
+        assert f"--model.surgery.help={cls}" in shown
+        assert all(word in " ".join(shown.split()) for word in words), shown
+        assert "--surgery" not in shown
     monkeypatch.delitem(sys.modules, "own_help", raising=False)
-    assert f"Help for --model.surgery.help={cls}\n" in shown
-    assert all(word in " ".join(shown.split()) for word in words), shown
-    assert "--surgery" not in shown
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("--model.surgery.help=nope.X", "model.surgery: there is no module 'nope'"),
-        ("--model.surgery+=nope.below.X", "model.surgery+: there is no module 'nope.below'"),
-        ("--model.surgery+=json.Lora", "model.surgery+: there is no class 'json.Lora'; did you mean"),
-        ("--config=nope", "config: there is no file nope; `gpt2-pl configs` lists"),
-    ],
-)
-def test_fit_missing_module_class_or_file_is_named(option, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", option])
-    assert words in capsys.readouterr().err
+def test_commands_missing_module_class_or_file_is_named(capsys):
+    for args, key, words in (
+        (["fit", "--model.surgery.help=nope.X"], "model.surgery", ["'nope'"]),
+        (["fit", "--model.surgery+=nope.below.X"], "model.surgery+", ["'nope.below'"]),
+        (["fit", "--model.surgery+=json.Lora"], "model.surgery+", ["'json.Lora'", "did you mean"]),
+        (["fit", "--config=nope"], "config", ["nope", "gpt2-pl configs"]),
+        (["configs", "show", "nope"], "NAME", ["nope", "gpt2-pl configs"]),
+    ):
+        line = refused(lambda *args: main([*args]), capsys, *args)
+        assert names(line, key), line
+        assert all(word in line for word in words), line
 
 
-def test_configs_show_missing_name_is_refused_with_a_hint(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["configs", "show", "nope"])
-    assert "NAME: there is no file nope; `gpt2-pl configs` lists" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("started", "words"),
-    [
-        ("/bin/gpt2-pl", ["gpt2-pl"]),
-        ("cli.py", ["python", "cli.py"]),
-        ("../lib/cli.py", ["python", "../lib/cli.py"]),
-        ("/site/gpt2_pl/__main__.py", ["python", "-m", "gpt2_pl"]),
-        ("/site/other/__main__.py", ["gpt2-pl"]),
-    ],
-)
-def test_program_name_follows_how_it_was_started(started, words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [started, "fit"])
-    assert program() == words
+def test_program_name_follows_how_it_was_started(monkeypatch):
+    for started, words in {
+        "/bin/gpt2-pl": ["gpt2-pl"],
+        "cli.py": ["python", "cli.py"],
+        "../lib/cli.py": ["python", "../lib/cli.py"],
+        "/site/gpt2_pl/__main__.py": ["python", "-m", "gpt2_pl"],
+        "/site/other/__main__.py": ["gpt2-pl"],
+    }.items():
+        monkeypatch.setattr(sys, "argv", [started, "fit"])
+        assert program() == words
 
 
 def test_configs_list_fits_eighty_columns(capsys, monkeypatch):

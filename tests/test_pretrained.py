@@ -59,53 +59,48 @@ def test_from_pretrained_names_without_prefix_are_accepted(folder):
     GPT2.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), r"lacks tensors.*h\.1\.mlp\.c_fc\.weight"),
-        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}), r"does not describe: h\.2\.ln_1\.bias"),
-        (
-            lambda t: t.update({"transformer.wpe.weight": torch.zeros(63, 32)}),
-            r"wpe\.weight must have shape \(64, 32\).*\(63, 32\)",
-        ),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(400, 32)}), "lm_head.weight differs from wte.weight"),
-    ],
-)
-def test_from_pretrained_tensors_that_do_not_fit_are_refused_by_name(folder, change, message):
-    edit(folder, change)
-    with pytest.raises(InputError, match=message):
-        GPT2.from_pretrained(folder)
+def test_from_pretrained_tensors_that_do_not_fit_are_refused_by_name(folder):
+    original = (folder / "model.safetensors").read_bytes()
+    for change, message in (
+        (lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), r"h\.1\.mlp\.c_fc\.weight"),
+        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(32)}), r"h\.2\.ln_1\.bias"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(63, 32)}), r"wpe\.weight.*\(64, 32\).*\(63, 32\)"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(400, 32)}), r"lm_head\.weight"),
+    ):
+        (folder / "model.safetensors").write_bytes(original)
+        edit(folder, change)
+        with pytest.raises(InputError, match=message):
+            GPT2.from_pretrained(folder)
 
 
 def test_from_pretrained_truncated_weights_are_refused(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"model\.safetensors is not a valid safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors"):
         GPT2.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("model_type", "llama"), ("activation_function", "relu"), ("n_inner", 7), ("n_head", 5)]
-)
-def test_from_pretrained_other_architecture_is_refused(folder, key, value):
+def test_from_pretrained_other_architecture_is_refused(folder):
     file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
-    with pytest.raises(InputError, match=f"{key}.*{value}"):
-        GPT2.from_pretrained(folder)
+    stored = json.loads(file.read_text())
+    for key, value in {"model_type": "llama", "activation_function": "relu", "n_inner": 7, "n_head": 5}.items():
+        file.write_text(json.dumps({**stored, key: value}))
+        with pytest.raises(InputError, match=f"{key}.*{value}"):
+            GPT2.from_pretrained(folder)
 
 
 def test_from_pretrained_missing_folder_model_or_config_is_refused(tmp_path):
-    with pytest.raises(InputError, match="there is no folder"):
+    with pytest.raises(InputError, match="nowhere"):
         GPT2.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="neither a local folder nor an available Hugging Face hub model"):
+    with pytest.raises(InputError, match="nobody/no-such-gpt2"):
         GPT2.from_pretrained("nobody/no-such-gpt2")
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         GPT2.from_pretrained(tmp_path)
 
 
 def test_from_pretrained_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin"):
         GPT2.from_pretrained(folder)
 
 

@@ -1,8 +1,8 @@
 """The command line in this process: shipped configurations, errors, and the files of a run."""
 
-import itertools
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import metrics, weights
-from helpers.configs import CONFIGS, STRATEGIES, TASKS, TRAINERS
+from helpers.configs import CONFIGS, STRATEGIES, TRAINERS
 from helpers.refusals import refused
 
 from gpt2_pl.callbacks import RunFolder
@@ -27,71 +27,92 @@ TINY = [
 ]
 
 
-# What a strategy asks for and a task does not have: one line says so.
-WORDS = ("hard_prompt", "verbalizer")
-MEANINGLESS = {
-    **{(task, "linear_probe"): "head_dropout" for task in ("text", "sonnets")},
-    **{
-        (task, name): "pooling"
-        for task in ("text", "sonnets")
-        for name in ("ulmfit", "multi_sample_dropout", "mixed_pooling")
-    },
-    **{(task, "hard_prompt"): "template" for task in ("text", "sonnets")},
-    **{(task, "verbalizer"): "head" for task in ("text", "sonnets")},
-    **{
-        (task, name): "unlikelihood"
-        for task in ("sst5", "imdb", "quora")
-        for name in ("unlikelihood", "sequence_unlikelihood")
-    },
-    **{(task, words): "sentence1" for task in ("sst5", "imdb") for words in WORDS},
-    ("sst5", "verbalizer"): "2 words",
-}
+LANGUAGE_MODELS = ("text", "sonnets")
+MEANINGLESS = {  # what a strategy asks for and a task does not have
+    **{("text", strategy): key for strategy, key in {
+        "linear_probe": "head_dropout", "ulmfit": "pooling", "multi_sample_dropout": "pooling",
+        "mixed_pooling": "pooling", "hard_prompt": "template", "verbalizer": "head",
+    }.items()},
+    ("sst5", "unlikelihood"): "unlikelihood", ("imdb", "sequence_unlikelihood"): "unlikelihood",
+    ("sst5", "hard_prompt"): "sentence1", ("sst5", "verbalizer"): "2 words", ("imdb", "verbalizer"): "sentence1",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "strategy"), itertools.product(TASKS, STRATEGIES), ids=lambda path: path.stem)
-def test_fit_every_strategy_on_every_task_trains_or_is_refused(
-    task, strategy, run, base, data_flags, pair_flags, poem_flags, capsys
-):
-    column = {"text": ["--data.column=sentence"], "sonnets": ["--data.prompt_lines=1"]}.get(task.stem, [])
-    if strategy.stem == "sequence_unlikelihood" and task.stem in ("text", "sonnets"):
-        column += ["--model.sequence_prefix=8", "--model.sequence_length=8"]
-    files = {"quora": pair_flags, "sonnets": poem_flags}.get(task.stem, data_flags)
-    command = ["fit", "--config", task, "--config", strategy, "--config", CONFIGS / "trainer/debug.yaml",
-               "--model.base", base, "--data.max_length=32", *column, *files,
-               "--trainer.limit_train_batches=1", "--trainer.gradient_clip_val=1.0"]  # fmt: skip
-    if (task.stem, strategy.stem) in MEANINGLESS:
-        assert MEANINGLESS[task.stem, strategy.stem] in refused(run, capsys, *command)
-        return
-    folder = run(*command)
-    account = metrics(folder)
-    assert account["status"] == "finished"
-    assert account["steps"] == 1
-    assert account["scores"]["test/loss"] > 0
-    assert 0 < account["parameters"]["trainable"] <= account["parameters"]["total"]
+def tasks_of(strategy):
+    """Return a classifier and a language model for which a strategy has a meaning, each task in turn."""
+    refused = {task for task, name in MEANINGLESS if name == strategy}
+    i = [path.stem for path in STRATEGIES].index(strategy)
+    if refused & {"sst5", "imdb"}:
+        classifiers = () if "unlikelihood" in strategy else ("quora",)
+    else:
+        classifiers = (("sst5", "imdb", "quora")[i % 3],)
+    return [*classifiers, *(() if "text" in refused else (LANGUAGE_MODELS[i % 2],))]
 
 
-@pytest.mark.parametrize("file", TRAINERS, ids=lambda path: path.stem)
-def test_fit_trainer_file_sets_trainer_values(file, run, capsys):
-    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
-    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    stated = yaml.safe_load(file.read_text())["trainer"]
-    assert {key: shown[key] for key in stated if key != "strategy"} == {
-        k: v for k, v in stated.items() if k != "strategy"
-    }
+@pytest.fixture
+def one_step(base, data_flags, pair_flags, poem_flags):
+    """Return the command that trains a task with a strategy for one step."""
+
+    def command(task, strategy):
+        own = {"text": ["--data.column=sentence"], "sonnets": ["--data.prompt_lines=1"]}.get(task, [])
+        if strategy == "sequence_unlikelihood" and task in LANGUAGE_MODELS:
+            own += ["--model.sequence_prefix=8", "--model.sequence_length=8"]
+        files = {"quora": pair_flags, "sonnets": poem_flags}.get(task, data_flags)
+        configs = [
+            f"--config={CONFIGS}/{name}.yaml" for name in (f"task/{task}", f"strategy/{strategy}", "trainer/debug")
+        ]
+        return ["fit", *configs, "--model.base", base, "--data.max_length=32", *own, *files,
+                "--trainer.limit_train_batches=1", "--trainer.gradient_clip_val=1.0"]  # fmt: skip
+
+    return command
 
 
-def test_fit_quickstart_learns_and_writes_run_files(run, capsys):
-    folder = run("fit", "--config", CONFIGS / "quickstart.yaml")
-    account = metrics(folder)
+@pytest.mark.parametrize("strategy", [path.stem for path in STRATEGIES])
+def test_fit_every_strategy_trains_a_classifier_and_a_language_model(strategy, run, one_step):
+    for task in tasks_of(strategy):
+        account = metrics(run(*one_step(task, strategy)))
+        assert account["status"] == "finished"
+        assert account["steps"] == 1
+        assert account["scores"]["test/loss"] > 0
+        assert 0 < account["parameters"]["trainable"] <= account["parameters"]["total"]
+
+
+def test_fit_strategy_that_a_task_cannot_use_is_refused(run, one_step, capsys):
+    for (task, strategy), key in MEANINGLESS.items():
+        assert key in refused(run, capsys, *one_step(task, strategy)), (task, strategy)
+
+
+def test_fit_trainer_file_sets_trainer_values(run, capsys):
+    for file in TRAINERS:
+        main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
+        shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
+        stated = yaml.safe_load(file.read_text())["trainer"]
+        stated.pop("strategy", None)
+        assert {key: shown[key] for key in stated} == stated, file
+
+
+@pytest.mark.slow
+def test_fit_quickstart_reaches_documented_accuracy(run):
+    account = metrics(run("fit", "--config", CONFIGS / "quickstart.yaml"))
     assert account["scores"]["test/accuracy"] >= 0.9
     assert len(account["epochs"]) == 9
-    assert account["parameters"]["total"] == account["parameters"]["trainable"] > 600_000
+
+
+def test_fit_quickstart_learns_and_writes_run_files(run, capsys, drawn_pictures):
+    """Shorter than the quickstart is: negations, without which 0.67 can be reached, are learned in part."""
+    shape = "{vocab_size: 512, n_positions: 64, n_embd: 48, n_layer: 3, n_head: 4, dropout: 0.0}"
+    short = ["--data.n_train=1500", "--data.batch_size=16", "--trainer.max_epochs=3", f"--model.config={shape}"]
+    folder = run("fit", "--config", CONFIGS / "quickstart.yaml", *short, "--model.optimizer.lr=2e-3")
+    account = metrics(folder)
+    assert account["scores"]["test/accuracy"] >= 0.7
+    assert len(account["epochs"]) == 3
+    assert account["parameters"]["total"] == account["parameters"]["trainable"] > 100_000
     assert account["seed"] == 1
     assert 10**7 < account["peak_memory_bytes"] < 10**11
-    texts = [f"Review: {row['sentence']} Sentiment:" for row in toy_reviews(6000, 0)[:4000]]
+    texts = [f"Review: {row['sentence']} Sentiment:" for row in toy_reviews(2250, 0)[:1500]]
     tokens = sum(len(encoding.ids) for encoding in load_tokenizer(folder).encode_batch(texts))
-    assert account["tokens_per_second"] == pytest.approx(account["examples_per_second"] * tokens / 4000)
-    assert account["seconds"] > 9 * tokens / account["tokens_per_second"] > 0.1 * account["seconds"]
+    assert account["tokens_per_second"] == pytest.approx(account["examples_per_second"] * tokens / 1500)
+    assert account["seconds"] > 3 * tokens / account["tokens_per_second"] > 0.1 * account["seconds"]
     assert account["versions"].pop("python") == platform.python_version()
     assert {"torch", "lightning", "transformers", "tokenizers"} <= set(account["versions"])
     assert account["versions"] == {name: version(name) for name in account["versions"]}
@@ -115,22 +136,25 @@ def test_fit_quickstart_learns_and_writes_run_files(run, capsys):
     bare = run(
         "validate",
         "--data=gpt2_pl.datamodules.ToySentiment",
-        "--data.n_train=4000",
+        "--data.n_train=1500",
         "--ckpt_path",
         folder / "checkpoints/best.ckpt",
     )
     assert metrics(bare)["scores"]["val/accuracy"] == pytest.approx(account["scores"]["val/accuracy"])
 
 
-def test_predict_deleted_base_weights_uses_checkpoint(run, base, files, data_flags, tmp_path):
-    import shutil
-
+def test_test_and_predict_deleted_base_weights_use_checkpoint(run, base, files, data_flags, tmp_path):
     gone = shutil.copytree(base, tmp_path / "gone")
     fit = ["fit", "--config", CONFIGS / "task/imdb.yaml", "--model.base", gone, "--data.max_length=64", *data_flags]
     folder = run(*fit, "--trainer.max_epochs=1", "--trainer.accelerator=cpu")
     checkpoint = folder / "checkpoints/best.ckpt"
     assert torch.load(checkpoint, weights_only=True)["base"]["digest"] == metrics(folder)["base"]["digest"]
     (gone / "model.safetensors").unlink()
+    data = ["--data=gpt2_pl.datamodules.IMDB", f"--data.tokenizer={gone}", "--data.max_length=64", *data_flags]
+    tested = metrics(run("test", *data, "--trainer.accelerator=cpu", "--ckpt_path", checkpoint))["scores"]
+    scores = metrics(folder)["scores"]
+    assert tested["test/accuracy"] == scores["test/accuracy"]
+    assert tested["test/loss"] == pytest.approx(scores["test/loss"], rel=0.02)  # in bfloat16 where training was
     rows = tmp_path / "new.csv"
     rows.write_text("sentence\na fine film\nnot a fine film\n")
     predicted = run("predict", "--data=gpt2_pl.datamodules.IMDB", "--data.tokenizer", gone, "--data.predict_file", rows,
@@ -154,34 +178,32 @@ def test_validate_setting_prefers_flag_over_file_over_checkpoint(run, tmp_path):
     assert (used["label_smoothing"], used["mean_weight"]) == (0.1, 0.2)
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--model.base=/nowhere"], ["model.base", "/nowhere"]),
-        (["--model.base=nobody/no-such-model"], ["model.base", "nobody/no-such-model", "folder"]),
-        (["--model.bass=x"], ["bass"]),
-        (["--trainer.max_epochs=three"], ["max_epochs", "three"]),
-        (["--data.train_file=/nowhere.csv"], ["data.train_file", "/nowhere.csv"]),
-        (["--data.batch_size=0"], ["data.batch_size", "0"]),
-        (["--data.label_column=mood"], ["mood", "sentiment"]),
-        (["--data.labels=[only]"], ["labels", "only"]),
-        (["--data.template=plain"], ["template", "plain"]),
-        (["--data.max_length=65"], ["65", "64"]),
-        (["--config=/nowhere.yaml"], ["/nowhere.yaml"]),
-        (["--ckpt_path=/nowhere.ckpt"], ["ckpt_path", "/nowhere.ckpt"]),
-        (["--ckpt_path=https://example.com/x.ckpt"], ["ckpt_path", "https://example.com/x.ckpt"]),
-        (["--model.num_classes=7"], ["num_classes", "7", "2"]),
-        (["--trainer.precision=9"], ["precision"]),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith("--") else "",
-)
-def test_fit_invalid_argument_is_refused_in_one_line_without_files(
-    args, words, run, capsys, base, data_flags, tmp_path
-):
+INVALID = {  # part of the key, and of the text
+    "--model.base=/nowhere": ("base", "/nowhere"),
+    "--model.base=nobody/no-such-model": ("base", "nobody/no-such-model"),
+    "--model.bass=x": ("bass", "bass"),
+    "--trainer.max_epochs=three": ("max_epochs", "three"),
+    "--data.train_file=/nowhere.csv": ("train_file", "/nowhere.csv"),
+    "--data.batch_size=0": ("data.batch_size", "0"),
+    "--data.label_column=mood": ("mood", "sentiment"),
+    "--data.labels=[only]": ("labels", "only"),
+    "--data.template=plain": ("template", "plain"),
+    "--data.max_length=65": ("max_length", "64"),
+    "--config=/nowhere.yaml": ("config", "/nowhere.yaml"),
+    "--ckpt_path=/nowhere.ckpt": ("ckpt_path", "/nowhere.ckpt"),
+    "--ckpt_path=https://example.com/x.ckpt": ("ckpt_path", "https://example.com/x.ckpt"),
+    "--model.num_classes=7": ("num_classes", "7"),
+    "--trainer.precision=9": ("precision", "9"),
+}
+
+
+def test_fit_invalid_argument_is_refused_in_one_line_without_files(run, capsys, base, data_flags, tmp_path):
     good = ["fit", "--config", CONFIGS / "task/imdb.yaml", "--model.base", base, "--data.max_length=64", *data_flags]
-    line = refused(run, capsys, *good, *args)
-    assert all(word in line for word in words), line
-    assert not list(tmp_path.glob("lightning_logs/*/*"))
+    for flag, (key, value) in INVALID.items():
+        line = refused(run, capsys, *good, flag)
+        assert key in line, flag
+        assert value in line, flag
+        assert not list(tmp_path.glob("lightning_logs/*/*")), flag
 
 
 def test_main_missing_config_or_unknown_command_is_refused(run, capsys):
@@ -195,20 +217,21 @@ def test_fit_and_test_incompatible_or_unsafe_checkpoint_is_refused(run, capsys, 
     before = checkpoint.read_bytes()
     other = "--model.config={vocab_size: 300, n_positions: 64, n_embd: 24, n_layer: 2, n_head: 2, dropout: 0.1}"
     line = refused(run, capsys, "fit", *quick, other, "--ckpt_path", checkpoint)
-    assert "does not fit" in line
-    assert "(48,) in the checkpoint and (72,) in the model" in line
+    assert "checkpoint" in line
+    assert "(48,)" in line
+    assert "(72,)" in line
     assert checkpoint.read_bytes() == before
 
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(before[: len(before) // 2])
-    assert "broken.ckpt is not a checkpoint" in refused(run, capsys, "test", *quick, "--ckpt_path", broken)
+    assert "broken.ckpt" in refused(run, capsys, "test", *quick, "--ckpt_path", broken)
 
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "evil"), "w"))
 
     torch.save({"state_dict": weights(checkpoint), "hyper_parameters": Evil()}, broken)
-    assert "broken.ckpt is not a checkpoint" in refused(run, capsys, "test", *quick, "--ckpt_path", broken)
+    assert "broken.ckpt" in refused(run, capsys, "test", *quick, "--ckpt_path", broken)
     assert not (tmp_path / "evil").exists()
 
 
@@ -281,21 +304,15 @@ def test_fit_logger_false_overwrites_no_existing_files(run, base, data_flags, tm
         assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--config={task}/sst5.yaml", "--trainer.limit_val_batches=0"], "give --early_stopping_patience null"),
-        (["--config={task}/sst5.yaml", "--data.template=Review: {{sentence}}"], "--data.template '\"Review:"),
-        (["--config={task}/sst5.yaml", "--data.labels=[yes, no, maybe, so, much]"], "--data.labels '[\"no"),
-        (["--config={strategy}/full.yaml", "--data.train_file=f"], "the task comes first"),
-    ],
-)
-def test_fit_common_mistake_error_suggests_fix(args, words, run, capsys, base, data_flags):
-    folders = {name: CONFIGS / name for name in ("task", "strategy")}
-    files = data_flags if "sst5" in args[0] else []
-    assert words in refused(
-        run, capsys, "fit", *(arg.format(**folders) for arg in args), f"--model.base={base}", *files
-    )
+def test_fit_common_mistake_error_suggests_fix(run, capsys, base, data_flags):
+    sst5, files = [f"--config={CONFIGS}/task/sst5.yaml", f"--model.base={base}"], data_flags
+    for args, fix in (
+        ([*sst5, *files, "--trainer.limit_val_batches=0"], "--early_stopping_patience null"),
+        ([*sst5, *files, "--data.template=Review: {sentence}"], "--data.template '\"Review:"),
+        ([*sst5, *files, "--data.labels=[yes, no, maybe, so, much]"], "--data.labels '[\"no"),
+        ([f"--config={CONFIGS}/strategy/full.yaml", "--data.train_file=f", sst5[1]], "the task comes first"),
+    ):
+        assert fix in refused(run, capsys, "fit", *args), args
 
 
 def test_validate_untrained_model_warns_unless_verbalizer(run, base, data_flags, capsys):

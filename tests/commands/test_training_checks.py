@@ -1,14 +1,13 @@
 """Trainer settings that a task cannot use: one-line errors before any data are read."""
 
 import logging
-import re
 import warnings
 from importlib.util import find_spec
 
 import pytest
 import torch
 from helpers.configs import CONFIGS
-from helpers.refusals import refused
+from helpers.refusals import names, refused
 from helpers.stops import TINY
 
 from gpt2_pl.commands import main
@@ -23,49 +22,48 @@ def callback(name, **arguments):
     return f"--trainer.callbacks=[{{class_path: {name}, init_args: {arguments}}}]"
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (["--trainer.max_epochs=0"], "trainer.max_epochs must not be 0"),
-        (["--trainer.max_steps=0"], "trainer.max_steps must not be 0"),
-        (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches must not be 0"),
-        ([callback("BackboneFinetuning")], "use gpt2_pl.callbacks.GradualUnfreezing"),
-        ([callback("LearningRateFinder")], "LearningRateFinder sets an attribute that tasks do not have"),
-        ([callback("BatchSizeFinder")], "BatchSizeFinder changes the batch size"),
-        ([callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)], "ModelPruning replaces weights"),
-        ([callback("ModelCheckpoint", filename="best")], "would overwrite checkpoints/best.ckpt"),
-        ([callback("ModelCheckpoint", save_last="link")], "would overwrite checkpoints/last.ckpt"),
-        ([callback("EarlyStopping", monitor="val/loss"), NO_VALIDATION], "EarlyStopping monitors 'val/loss'"),
-        ([callback("ModelCheckpoint", monitor="val/loss"), NO_VALIDATION], "ModelCheckpoint monitors 'val/loss'"),
-        (
-            [callback("GradientAccumulationScheduler", scheduling={0: 2}), "--trainer.accumulate_grad_batches=2"],
-            "both set the number of batches in an optimizer step",
-        ),
-        (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "got one that starts them by spawn"),
-        (["--trainer.strategy=ddp_fork", "--trainer.devices=2"], "got one that starts them by fork"),
-        (["--trainer.strategy=ddp_notebook", "--trainer.devices=2"], "got one that starts them by fork"),
-    ],
-)
-def test_fit_unusable_trainer_setting_is_refused_before_training(settings, words, run, capsys, tmp_path):
-    assert words in refused(run, capsys, *TINY, *settings)
-    assert not list(tmp_path.glob("lightning_logs/*/version_0/metrics.json"))
+UNUSABLE = [  # settings, and parts of the line
+    (["--trainer.max_epochs=0"], ["trainer.max_epochs", "0"]),
+    (["--trainer.max_steps=0"], ["trainer.max_steps", "0"]),
+    (["--trainer.limit_train_batches=0"], ["trainer.limit_train_batches", "0"]),
+    ([callback("BackboneFinetuning")], ["gpt2_pl.callbacks.GradualUnfreezing"]),
+    ([callback("LearningRateFinder")], ["LearningRateFinder", "attribute"]),
+    ([callback("BatchSizeFinder")], ["BatchSizeFinder", "batch size"]),
+    ([callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)], ["ModelPruning", "weights"]),
+    ([callback("ModelCheckpoint", filename="best")], ["checkpoints/best.ckpt"]),
+    ([callback("ModelCheckpoint", save_last="link")], ["checkpoints/last.ckpt"]),
+    ([callback("EarlyStopping", monitor="val/loss"), NO_VALIDATION], ["EarlyStopping", "val/loss"]),
+    ([callback("ModelCheckpoint", monitor="val/loss"), NO_VALIDATION], ["ModelCheckpoint", "val/loss"]),
+    ([callback("GradientAccumulationScheduler", scheduling={0: 2}), "--trainer.accumulate_grad_batches=2"],
+     ["accumulate_grad_batches", "GradientAccumulationScheduler"]),
+    (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], ["trainer.strategy", "spawn"]),
+    (["--trainer.strategy=ddp_fork", "--trainer.devices=2"], ["trainer.strategy", "fork"]),
+    (["--trainer.strategy=ddp_notebook", "--trainer.devices=2"], ["trainer.strategy", "fork"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
-def test_fit_monitor_that_is_not_logged_is_refused_in_one_line(name, run, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(*TINY, callback(name, monitor="val/acc"))
-    assert ended.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"gpt2-pl: error: trainer.callbacks: {name} cannot be used with monitor: 'val/acc'")
-    assert "val/accuracy" in line
+def test_fit_unusable_trainer_setting_is_refused_before_training(run, capsys, tmp_path):
+    for settings, words in UNUSABLE:
+        line = refused(run, capsys, *TINY, *settings)
+        assert all(word in line for word in words), (settings, line)
+    assert not list(tmp_path.glob("lightning_logs/*/*/metrics.json"))
 
 
-@pytest.mark.parametrize("key", ["limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"])
-def test_fit_fraction_below_one_batch_is_refused_before_training(key, run, base, data_flags, capsys, tmp_path):
+def test_fit_monitor_that_is_not_logged_is_refused_in_one_line(run, capsys):
+    for name in ("EarlyStopping", "ModelCheckpoint"):
+        with pytest.raises(SystemExit) as ended:
+            run(*TINY, callback(name, monitor="val/acc"))
+        assert ended.value.code == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert all(words in line for words in ("trainer.callbacks", name, "'val/acc'", "val/accuracy")), line
+
+
+def test_fit_fraction_below_one_batch_is_refused_before_training(run, base, data_flags, capsys, tmp_path):
     rows = ["fit", *SST5, f"--model.base={base}", "--data.max_length=40", "--data.labels=['0', '1']", *data_flags]
-    line = refused(run, capsys, *rows, f"--trainer.{key}=0.01")
-    assert f"trainer.{key} must be a number of batches, or a fraction that is at least one batch, got 0.01" in line
+    for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"):
+        line = refused(run, capsys, *rows, f"--trainer.{key}=0.01")
+        assert names(line, f"trainer.{key}")
+        assert "0.01" in line
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -83,28 +81,17 @@ class Log(CSVLogger):
 """
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (
-            ["--trainer.logger=lacking.Log"],
-            r"trainer.logger: lacking\.Log: \S+/lacking\.py, line 11: ModuleNotFoundError: "
-            r"Requirement 'no_such_package>=1\.0' not met\. Try pip install",
-        ),
-        (
-            ["--trainer.callbacks=[lacking.Watch]"],
-            r"trainer.callbacks: lacking\.Watch: \S+/lacking\.py, line 7: ModuleNotFoundError: No module named ",
-        ),
-        (
-            [callback("Timer", duration="x")],
-            r"trainer\.callbacks: lightning\.pytorch\.callbacks\.Timer: `Timer\(duration='x'\)`",
-        ),
-    ],
-)
-def test_fit_class_that_cannot_be_instantiated_is_named_in_one_line(settings, words, run, capsys, tmp_path):
+def test_fit_class_that_cannot_be_instantiated_is_named_in_one_line(run, capsys, tmp_path):
     (tmp_path / "lacking.py").write_text(LACKS_A_PACKAGE)
-    line = refused(run, capsys, *TINY, *settings)
-    assert re.search(words, line), line
+    for setting, words in {
+        "--trainer.logger=lacking.Log":
+            ["trainer.logger", "lacking.Log", "lacking.py, line 11", "no_such_package>=1.0", "Try pip install"],
+        "--trainer.callbacks=[lacking.Watch]":
+            ["trainer.callbacks", "lacking.Watch", "lacking.py, line 7", "no_such_package"],
+        callback("Timer", duration="x"): ["trainer.callbacks", "lightning.pytorch.callbacks.Timer", "'x'"],
+    }.items():  # fmt: skip
+        line = refused(run, capsys, *TINY, setting)
+        assert all(word in line for word in words), line
     assert not (tmp_path / "lightning_logs").exists()
 
 
@@ -120,18 +107,16 @@ class Closure(torch.optim.SGD):
         return closure()
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "words"),
-    [
-        (torch.optim.LBFGS, r"model.optimizer: LBFGS doesn't support .*as torch.optim.AdamW supports"),
-        (torch.optim.SparseAdam, "model.optimizer: SparseAdam does not support dense gradients"),
-        (Closure, "model.optimizer must evaluate the loss once per step, .* got Closure"),
-        (lambda groups: torch.optim.Adam(groups, lr=-1), "model.optimizer: Invalid learning rate"),
-    ],
-)
-def test_check_optimizer_unusable_optimizer_is_refused(optimizer, words):
-    with pytest.raises(InputError, match=words):
-        check_optimizer(optimizer)
+def test_check_optimizer_unusable_optimizer_is_refused():
+    for optimizer, words in (
+        (torch.optim.LBFGS, "LBFGS"),
+        (torch.optim.SparseAdam, "SparseAdam"),
+        (Closure, "Closure"),
+        (lambda groups: torch.optim.Adam(groups, lr=-1), "learning rate"),
+    ):
+        with pytest.raises(InputError, match=words) as error:
+            check_optimizer(optimizer)
+        assert names(error.value, "model.optimizer"), words
 
 
 def test_check_optimizer_other_torch_optimizers_are_accepted():
@@ -142,7 +127,9 @@ def test_check_optimizer_other_torch_optimizers_are_accepted():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_fit_optimizer_refusing_parameter_shapes_is_refused_in_one_line(run, capsys):
-    assert "model.optimizer: Muon only supports 2D" in refused(run, capsys, *TINY, "--model.optimizer=torch.optim.Muon")
+    line = refused(run, capsys, *TINY, "--model.optimizer=torch.optim.Muon")
+    assert names(line, "model.optimizer")
+    assert "Muon" in line
 
 
 @pytest.mark.parametrize("name", ["TQDMProgressBar", "RichProgressBar"])

@@ -2,7 +2,6 @@
 
 import warnings
 
-import pytest
 from conftest import ROOT
 
 from gpt2_pl.commands.support.process import shorten_warnings
@@ -19,11 +18,11 @@ def test_shorten_warnings_shows_one_line_without_path_and_source(monkeypatch, ca
     assert capsys.readouterr().err == "gpt2-pl: warning: the cache \\x1b[31m cannot be written\n"
 
 
-@pytest.mark.parametrize(
-    "callback", ["WeightAveraging", "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"]
-)
-def test_fit_and_test_irrelevant_library_warnings_are_not_shown(callback, run, recwarn, caplog):
-    folder = run(*QUICK, "--trainer.max_epochs=3", f"--trainer.callbacks+={callback}", "--trainer.log_every_n_steps=9")
+def test_fit_and_test_irrelevant_library_warnings_are_not_shown(run, recwarn, caplog):
+    for callback in ("WeightAveraging", "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"):
+        folder = run(
+            *QUICK, "--trainer.max_epochs=2", f"--trainer.callbacks+={callback}", "--trainer.log_every_n_steps=9"
+        )
     run("test", "--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/best.ckpt")
     shown = [str(one.message) for one in recwarn] + [record.getMessage() for record in caplog.records]
     words = ("callbacks used to create", "logging interval", "WeightAveraging callback", "only supported every epoch")

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from conftest import ROOT
 from conftest import started as start
+from helpers.refusals import refused
 from helpers.runs import fake_run
 
+from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.run import Run
@@ -91,47 +93,50 @@ def test_compare_non_finite_guard_separates_only_runs_with_skipped_steps(runs):
     assert labels == {"full": [1, 2, 3], "lora (skipped_steps None)": [1, 2], "lora (skipped_steps 4)": [3]}
 
 
-def test_compare_command_writes_reports_and_plots(runs, run, tmp_path, capsys):
-    cli = ["compare", tmp_path / "runs", "--out", tmp_path / "report"]
-    from gpt2_pl.commands import main
-
-    main([str(part) for part in cli])
+def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, capsys):
+    out = tmp_path / "report"
+    command = ["compare", str(tmp_path / "runs"), "--out", str(out)]
+    main(command)
     shown = capsys.readouterr().out
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert names == {"report.md", "report.html", "report.csv", "report.json", "ParaphraseDetector_curves.png",
-                     "ParaphraseDetector_costs.png"}  # fmt: skip
-    text = (tmp_path / "report/report.md").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        "report.md", "report.html", "report.csv", "report.json",
+        "ParaphraseDetector_curves.png", "ParaphraseDetector_costs.png",
+    }  # fmt: skip
+    text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
     assert text in shown
+    assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
     assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
     assert "| full | 3 |" in text
-    page = (tmp_path / "report/report.html").read_text()
+    assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text
     assert page.count("data:image/png;base64,") == 2
+    assert page.count("<table>") == 3
     assert 'src="http' not in page
-    with (tmp_path / "report/report.csv").open(newline="") as file:
+    with (out / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6
-    found = json.loads((tmp_path / "report/report.json").read_text())
+    found = json.loads((out / "report.json").read_text())
     assert [group["strategy"] for group in found[0]["groups"]] == ["full", "lora"]
     assert {float(row["val/accuracy"]) for row in rows if row["strategy"] == "lora"} == set(
         found[0]["groups"][1]["scores"]["val/accuracy"]
     )
+    main(command)
+    assert ((out / "report.md").read_text(), (out / "report.html").read_text()) == (text, page)
 
 
-@pytest.mark.parametrize(
-    ("break_it", "words"),
-    [
-        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json is not JSON"),
-        (lambda folder: (folder / "config.yaml").unlink(), "has no config.yaml"),
-        (lambda folder: (folder / "metrics.json").unlink(), "must be a run folder"),
-    ],
-)
-def test_compare_command_invalid_run_folder_is_refused(break_it, words, runs, tmp_path, capsys):
-    from gpt2_pl.commands import main
-
-    break_it(runs[0])
-    with pytest.raises(SystemExit):
-        main(["compare", str(runs[0]), "--out", str(tmp_path / "report")])
-    assert words in capsys.readouterr().err
+def test_compare_command_invalid_run_folder_is_refused(runs, run, tmp_path, capsys):
+    for folder, name, text, word in (
+        (runs[0], "metrics.json", "{", "metrics.json"),
+        (runs[1], "config.yaml", None, "config.yaml"),
+        (runs[2], "metrics.json", None, "run folder"),
+        (runs[3], "predictions_val.csv", "row,text,label,prediction,p(a)\n1,x,b,a,1\n", "predictions_val.csv"),
+        (runs[4], "predictions_val.csv", "row,text,label,prediction,p(a),p(b)\n", "predictions_val.csv"),
+    ):
+        (folder / name).unlink()
+        if text is not None:
+            (folder / name).write_text(text)
+        line = refused(run, capsys, "compare", folder, "--out", tmp_path / "report")
+        assert word in line
+        assert str(folder) in line
     assert not (tmp_path / "report").exists()
 
 
@@ -171,7 +176,7 @@ def test_compare_more_training_rows_form_a_group_and_keep_the_baseline(runs, tmp
     assert not comparison.notes
     (comparison,) = compare(everything, "full (training_rows 900)")
     assert comparison.groups[0].label == "full (training_rows 900)"
-    with pytest.raises(InputError, match="baseline must be one of dora, full, lora, got 'nonsense'"):
+    with pytest.raises(InputError, match=r"dora, full, lora.*'nonsense'"):
         compare(everything, "nonsense")
     (comparison,) = compare(everything[:3] + everything[-1:])  # lora and dora
     assert comparison.notes == ["there is no baseline 'full'; differences are to dora"]
@@ -182,15 +187,15 @@ def test_compare_run_given_twice_gives_no_notes(runs):
     assert not comparison.notes
 
 
-@pytest.mark.parametrize(("key", "value"), [("context", 512), ("stride", 64)])
-def test_compare_perplexities_of_another_context_are_left_out(key, value, runs):
+def test_compare_perplexities_of_another_context_are_left_out(runs):
     """Their number of contexts can equal that of the other runs."""
-    for folder in runs:
-        account = json.loads((folder / "metrics.json").read_text())
-        account["data"].update({"context": 256, "stride": 256, **({key: value} if folder == runs[0] else {})})
-        (folder / "metrics.json").write_text(json.dumps(account))
-    (comparison,) = compare([Run.read(folder) for folder in runs])
-    assert comparison.notes == [f"{runs[0]} is left out: other {key} than most ({value})"]
+    for key, value in {"context": 512, "stride": 64}.items():
+        for folder in runs:
+            account = json.loads((folder / "metrics.json").read_text())
+            account["data"].update({"context": 256, "stride": 256, **({key: value} if folder == runs[0] else {})})
+            (folder / "metrics.json").write_text(json.dumps(account))
+        (comparison,) = compare([Run.read(folder) for folder in runs])
+        assert comparison.notes == [f"{runs[0]} is left out: other {key} than most ({value})"]
 
 
 def test_compare_run_without_primary_score_is_left_out(runs):
@@ -261,30 +266,14 @@ def test_compare_equally_good_group_of_lower_cost_is_recommended(runs, tmp_path)
     assert comparison.cheapest().label == "lora"
 
 
-def test_compare_command_report_summarizes_links_plots_and_is_repeatable(runs, tmp_path):
-    from gpt2_pl.commands import main
-
-    command = ["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    main(command)
-    text = (tmp_path / "out/report.md").read_text()
-    assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
-    assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text
-    page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    assert page.count("<table>") == 3
-    main(command)
-    assert (tmp_path / "out/report.md").read_text() == text
-    assert (tmp_path / "out/report.html").read_text() == page
-
-
-def test_compare_two_hundred_runs_takes_less_than_a_minute(tmp_path):
+def test_compare_hundred_runs_takes_less_than_half_a_minute(tmp_path):
     generator = np.random.default_rng(0)
-    for i in range(200):
+    for i in range(100):
         fake_run(tmp_path / f"{i}", f"s{i // 4}", i % 4, generator.random(1101) < 0.5)
-    since = time.perf_counter()
-    (comparison,) = compare([Run.read(tmp_path / f"{i}") for i in range(200)])
-    assert len(comparison.groups) == 50
-    assert time.perf_counter() - since < 60.0  # under ten when nothing else runs
+    since = time.process_time()
+    (comparison,) = compare([Run.read(tmp_path / f"{i}") for i in range(100)])
+    assert len(comparison.groups) == 25
+    assert time.process_time() - since < 30.0  # under five were measured
 
 
 def test_compare_resumed_run_joins_group_and_other_data_or_base_does_not(runs, tmp_path):
@@ -322,21 +311,6 @@ def test_compare_one_seed_per_group_recommends_no_cheapest_group(runs, tmp_path)
     assert comparison.groups[1].over_seeds == {}  # one seed of each says nothing of others
     assert comparison.cheapest() is None
     assert comparison.groups[1].over_texts["val/accuracy"].p < 0.001
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("row,text,label,prediction,p(a)\n1,x,b,a,1\n", "is broken"),
-     ("row,text,label,prediction,p(a),p(b)\n", "has no rows")],
-)  # fmt: skip
-def test_compare_command_broken_predictions_file_is_refused(text, message, runs, capsys, tmp_path):
-    from gpt2_pl.commands import main
-
-    (runs[0] / "predictions_val.csv").write_text(text)
-    with pytest.raises(SystemExit):
-        main(["compare", *map(str, runs), "--out", str(tmp_path / "report")])
-    error = capsys.readouterr().err
-    assert f"{runs[0]}/predictions_val.csv {message}" in error
 
 
 def test_compare_group_without_row_outcomes_is_noted_without_differences(runs, tmp_path):

@@ -138,7 +138,7 @@ def test_classify_run_of_a_language_model_is_refused(run, base, files, data_flag
 
 def test_classify_larger_file_uses_constant_memory(trained, tmp_path):
     peaks = []
-    for n in (5_000, 40_000):  # more than is read at a time
+    for n in (5_000, 20_000):  # more than is read at a time
         file = tmp_path / f"{n}.csv"
         with file.open("w") as lines:
             lines.write("sentence1,sentence2\n")
@@ -155,7 +155,8 @@ def test_classify_larger_file_uses_constant_memory(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
         assert sum(1 for _ in (tmp_path / f"{n}_out.csv").open()) == n + 1
-    assert peaks[1] < peaks[0] + 80e6, peaks
+    print(peaks)
+    assert peaks[1] < peaks[0] + 34e6, peaks  # two kilobytes a row
 
 
 def test_classify_quoting_equals_setting_of_training(run, base, pair_files, tmp_path, capsys):

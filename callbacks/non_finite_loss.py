@@ -19,7 +19,7 @@ from gpt2_pl.tasks.protocols import RowData
 class NonFiniteLossGuard(Callback):
     """Guard that stops training at a NaN or infinite loss before it changes the weights, or skips the batch.
 
-    The error names the step, the rows of the batch and the last good checkpoint. With several processes, all of them
+    The error names the step, the rows of the batch and the last checkpoint. With several processes, all of them
     stop or skip the batch if one of them has a non-finite loss.
 
     With gradient accumulation (``accumulate_grad_batches``) the optimizer step uses the remaining batches; in a
@@ -110,7 +110,7 @@ class NonFiniteLossGuard(Callback):
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         checkpoint = "no checkpoint was saved"
         if (folder := run_folder(trainer)) is not None and (last := folder / "checkpoints/last.ckpt").is_file():
-            checkpoint = f"the last good checkpoint is {last}"
+            checkpoint = f"the last checkpoint is {last}"
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}"
         return (
             f"the loss is {loss.item()} at {where}, rows {shown}; {checkpoint}; try a lower learning rate, or skip "

@@ -208,7 +208,7 @@ class Poison(Callback):
 def test_message_of_a_non_finite_loss_has_the_numbers_of_rows_in_their_file():
     guard = NonFiniteLossGuard()
     guard._batch = {"row": torch.tensor([0, 2])}
-    data = SimpleNamespace(row_number=lambda split, row: {"train": 10}[split] * row + 1)
+    data = SimpleNamespace(row_number=lambda split, row: {"train": 10}[split] * row + 1, text=lambda split, row: "")
     trainer = SimpleNamespace(datamodule=data, current_epoch=0, global_step=0, callbacks=[], loggers=[])
     assert "rows 1, 21; no checkpoint was saved" in guard._format_message(trainer, torch.tensor(torch.nan))
 
@@ -222,7 +222,7 @@ def test_fit_non_finite_loss_stops_and_names_the_place(run, capsys, monkeypatch)
     assert line.startswith("gpt2-pl: error: the loss is ")
     assert "at epoch 2, step 11, rows " in line
     assert len(line.partition("rows ")[2].partition(";")[0].split(", ")) == 10
-    assert "the last good checkpoint is lightning_logs/quickstart/version_0/checkpoints/last.ckpt" in line
+    assert "the last checkpoint is lightning_logs/quickstart/version_0/checkpoints/last.ckpt" in line
     assert "--on_non_finite_loss skip" in line
     folder = Path("lightning_logs/quickstart/version_0")
     assert metrics(folder)["status"] == "failed"

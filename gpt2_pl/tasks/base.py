@@ -129,8 +129,8 @@ class Task(Registered, OptimizedModule):
     def _apply_surgery(self, model: GPT2) -> None:
         """Set what trains by default from ``train_base``, apply all surgery in order, and record what trains then.
 
-        The record is made once: callbacks that freeze parameters for a part of training do not change which parameters
-        the optimizer and the checkpoints hold. Names are relative to the GPT-2.
+        The record is made once, before callbacks freeze parameters for a part of training. Names are relative to the
+        GPT-2.
 
         Raises:
             InputError: a surgery does not fit the model, replaces it, or removes parameters that another one added.
@@ -163,8 +163,8 @@ class Task(Registered, OptimizedModule):
         is_frozen = not any(parameter.requires_grad for parameter in base_parameters)
         if surgery.freezes_base:
             if not is_frozen:
-                message = f"surgery {name} has freezes_base = True, but its apply does not freeze the whole base"
-                raise InputError(f"{message}; surgery that selects parameters leaves it False", key="model.surgery")
+                problem = f"surgery {name} has freezes_base = True, but leaves parameters of the base trainable"
+                raise InputError(problem, key="model.surgery")
             for parameter, was_trainable in zip(base_parameters, were_trainable, strict=True):
                 parameter.requires_grad_(was_trainable)
         elif any(were_trainable) and is_frozen:
@@ -288,7 +288,7 @@ class Task(Registered, OptimizedModule):
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            Pictures (H, W, 3), from 0 to 255, by name. All processes call this method; those of the first are used.
+            Pictures (H, W, 3), from 0 to 255, by name. All processes call this; those of the first are used.
         """
         return {}
 
@@ -299,8 +299,7 @@ class Task(Registered, OptimizedModule):
             split: ``val``, ``test`` or ``predict``.
 
         Returns:
-            The table, or None for a task without one. All processes call this method; the table of the first is
-            written.
+            The table, or None for a task without one. All processes call this; the table of the first is written.
         """
         return None
 
@@ -324,9 +323,8 @@ class Task(Registered, OptimizedModule):
     def training_flops_per_token(self, context: float) -> float | None:
         """Count the floating-point operations per token of a forward and a backward pass.
 
-        ``torch.utils.flop_counter`` counts them for a model on the meta device with the same trainable parameters as
-        this model has now, so that adapters and frozen layers are counted correctly. Recomputed activations and task
-        heads are not counted.
+        ``torch.utils.flop_counter`` counts them on the meta device, with adapters and the parameters that train now.
+        Recomputed activations and task heads are not counted.
 
         Args:
             context: mean number of tokens in a row.
@@ -340,8 +338,7 @@ class Task(Registered, OptimizedModule):
         gpt2 = self._meta_model[0].eval()
         for name, parameter in gpt2.named_parameters():
             parameter.requires_grad_(name in trainable)
-        length = min(max(1, round(context)), self.max_length)
-        input_ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        input_ids = torch.zeros(1, min(max(1, round(context)), self.max_length), dtype=torch.long, device="meta")
         kernels_enabled = kernels.set_enabled(False)
         try:
             with FlopCounterMode(display=False) as counter:
@@ -368,8 +365,7 @@ class Task(Registered, OptimizedModule):
     def log_scores(self, split: str, metrics: Mapping[str, Metric]) -> None:
         """Log the scores of a split at the end of the epoch.
 
-        Metrics are registered with ``self.log`` once per epoch, in the first step, because ``log`` takes longer than a
-        metric update.
+        Metrics are registered with ``self.log`` in the first step only: ``log`` takes longer than a metric update.
 
         Args:
             split: ``train``, ``val`` or ``test``.

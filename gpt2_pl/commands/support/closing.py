@@ -49,7 +49,8 @@ def validate_final_weights(
         summary: the record of the run.
         best: the callback of the best checkpoint; None if nothing is monitored.
     """
-    number = trainer.fit_loop.epoch_progress.current.started
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    number = epochs.started
     row = next((row for row in summary.epochs if row["epoch"] == number), {"epoch": number})
     is_scored = any(name.startswith("val/") for name in row)
     if summary.has_trained or not number or is_scored or best is None or best.monitor is None:

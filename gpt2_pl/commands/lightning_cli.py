@@ -48,7 +48,7 @@ from gpt2_pl.commands.support.lightning_parser import Parser
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
 from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
-from gpt2_pl.commands.support.settings import check_logging, complete_settings
+from gpt2_pl.commands.support.settings import check_logging, complete_settings, restore_counts
 from gpt2_pl.commands.support.training_checks import check_optimizer, check_processes, check_training
 from gpt2_pl.errors import InputError, causes, printable
 from gpt2_pl.experiments.run import RUNS
@@ -245,6 +245,7 @@ class GPT2CLI(LightningCLI):
         """Build the trainer with the logger and the callbacks of every run in addition to the configured ones."""
         config = self.config_init[self.subcommand]
         trainer = {**config["trainer"], **kwargs}
+        restore_counts(trainer, self.line)
         added: list[Any] = []
         if trainer["logger"] is not False and not trainer["fast_dev_run"]:
             root = Path(trainer["default_root_dir"] or ".") / RUNS

@@ -63,12 +63,23 @@ def folder_name(version: str | None) -> str | None:
     return f"version_{int(version)}" if re.fullmatch(r"\d{1,9}", version) else version
 
 
-def _complete_trainer(trainer: Any, line: CommandLine) -> None:
+def restore_counts(trainer: Any, line: CommandLine) -> None:
+    """Set numbers of batches to the integers that the command line gives.
+
+    If a library has used ``Union[float, int]`` before, typing's cache returns the same object for
+    ``Union[int, float]``, and the parser converts 1 to 1.0, whenever it checks the configuration.
+
+    Args:
+        trainer: settings of the trainer, which are changed.
+        line: the command line.
+    """
     for key in _COUNTS_OR_FRACTIONS:
-        # If a library has used Union[float, int] before, typing's cache returns the same object for Union[int, float],
-        # and the parser converts 1 to 1.0.
         if type(value := line.last(f"trainer.{key}")) is int:
             trainer[key] = value
+
+
+def _complete_trainer(trainer: Any, line: CommandLine) -> None:
+    restore_counts(trainer, line)
     if trainer.precision is None and not _has_precision(trainer.plugins):
         trainer.precision = best_precision(trainer.accelerator)
     if trainer.use_distributed_sampler is True:

@@ -211,10 +211,7 @@ def test_parse_arguments_unquoted_yaml_text_error_shows_quoting(parse, tmp_path)
         labels.write_text(f"data: {{init_args: {{labels: {text}}}}}")
         assert parse(sst5, f"--config={labels}").startswith(f"{labels}: data.labels must be text, got {value}; quote")
     assert parse(sst5, '--data.labels=["no", "1", "2.5", "null", "true"]') is None
-    assert parse(sst5, "--data.template=Review: {sentence}").endswith(
-        "--data.template '\"Review: {sentence}\"' as a flag"
-    )
-    assert parse(sst5, '--data.template="Review: {sentence}"') is None
+    assert parse(sst5, "--data.template=Review: {sentence}").endswith('in a file: template: "Review: {sentence}"')
 
 
 def test_fit_parser_error_has_the_key(run, capsys):
@@ -313,3 +310,14 @@ def test_fit_pl_global_seed_in_environment_is_removed(built, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "x")
     built("--config", CONFIGS / "quickstart.yaml", "--seed_everything=false")
     assert "PL_GLOBAL_SEED" not in os.environ
+
+
+def test_fit_advice_about_quotes_gives_the_value_that_was_meant(built, capsys, tmp_path):
+    line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", "--data.template", "Review: {sentence}")
+    advice = line.rpartition("in a file: ")[2]
+    assert yaml.safe_load(advice) == {"template": "Review: {sentence}"}
+    file = tmp_path / "quoted.yaml"
+    file.write_text(f"data:\n  init_args:\n    {advice}\n")
+    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["data"]["init_args"]["template"] == "Review: {sentence}"

@@ -215,11 +215,11 @@ def _file_of_key(line: CommandLine, key: str, value: str) -> str:
 def _quoting_hint(key: str, value: str, line: CommandLine) -> str:
     """Return how to quote text that YAML reads as another type."""
     setting = next((s.settings[name] for s in line.sources for name in (key, f"{key}+") if name in s.settings), None)
-    example = '["no", "1"]' if isinstance(setting, list) else json.dumps(value, ensure_ascii=False)
-    if value.startswith("{"):
-        example = '"Review: {sentence}"'
-    name = key.rpartition(".")[2]
-    return f"; quote text that YAML reads as another type: {name}: {example} in a file, --{key} '{example}' as a flag"
+    name, advice = key.rpartition(".")[2], "quote text that YAML reads as another type"
+    if isinstance(setting, list):
+        return f"""; {advice}: {name}: ["no", "1"] in a file, --{key} '["no", "1"]' as a flag"""
+    example = '"Review: {sentence}"' if value.startswith("{") else json.dumps(value, ensure_ascii=False)
+    return f"; {advice}, in a file: {name}: {example}"  # the parser keeps the quotes of a flag
 
 
 def _nearest_option(option: str, names: list[str]) -> str:

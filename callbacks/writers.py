@@ -34,6 +34,7 @@ class PredictionWriter(Callback):
     def __init__(self) -> None:
         self.best: float | None = None
         self.wrote = False  #: whether this process has written a file
+        self.keeps_best = False  #: whether an evaluation outside training also keeps the table of the best epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far."""
@@ -47,7 +48,7 @@ class PredictionWriter(Callback):
         """Write the validation rows; in training, only if the score is the best so far."""
         if trainer.sanity_checking:
             return
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" or self.keeps_best:
             score = float(trainer.callback_metrics[str(pl_module.monitor)])
             if self.best is not None and goodness(pl_module, score) <= goodness(pl_module, self.best):
                 return

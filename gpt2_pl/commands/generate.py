@@ -80,7 +80,7 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
     top_p_help = "sample from the most likely tokens with a total probability of P"
     add("--top_p", type=float, default=0.9, metavar="P", help=top_p_help)
-    penalty_help = "penalty of tokens that have occurred; 1.0 is none"
+    penalty_help = "penalty of tokens that have occurred; 1.0 applies no penalty"
     add("--repetition_penalty", type=float, default=1.0, metavar="PENALTY", help=penalty_help)
     ngram_help = "do not repeat n-grams of this size; 0 allows all"
     add("--no_repeat_ngram_size", type=int, default=0, metavar="N", help=ngram_help)

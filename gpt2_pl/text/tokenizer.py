@@ -285,7 +285,7 @@ def _common_boundary(left: list[_Token], right: list[_Token]) -> tuple[int, int]
         right: tokens of the next window, with positions relative to the same text.
 
     Returns:
-        The number of tokens before the boundary between the two tokens in each encoding; (0, 0) if there is none.
+        The number of tokens before the boundary between the two tokens in each encoding; (0, 0) without a boundary.
     """
     first_at: dict[int, int] = {}  # maps a position to the index of the first token of `right` that starts there
     for j, (_, (start, _)) in enumerate(right):

@@ -263,3 +263,29 @@ def test_fit_resumed_finished_run_prints_nothing_left(run, capsys):
     assert "nothing was left" not in capsys.readouterr().out
     run("fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/last.ckpt")
     assert "nothing was left to train: the checkpoint is at or beyond trainer.max_epochs" in capsys.readouterr().out
+
+
+class Drop(Callback):
+    """Spoil the weights after the first epoch, so that its validation stays the best."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.zero_()
+
+
+def test_fit_sigterm_in_last_step_resumed_with_worse_weights_keeps_the_best(run, tmp_path):
+    settings = [*TINY, "--trainer.max_steps=4", "--data.n_train=48", "--trainer.callbacks+=test_end_of_training.Drop"]
+    with pytest.raises(SystemExit):
+        run(*settings, "--trainer.callbacks+=test_end_of_training.Sigterm")
+    folder = tmp_path / "lightning_logs/quickstart/version_0"
+    rows, best = ((folder / name).read_bytes() for name in ("predictions_val.csv", "checkpoints/best.ckpt"))
+    resumed = run(*settings, f"--ckpt_path={folder}/checkpoints/last.ckpt")
+    account = metrics(resumed)
+    assert account["status"] == "finished"
+    assert account["scores"]["best_epoch"] == 1
+    assert [row["epoch"] for row in account["epochs"]] == [1, 2]
+    assert account["epochs"][1]["val/accuracy"] <= account["epochs"][0]["val/accuracy"]
+    assert rows == (folder / "predictions_val.csv").read_bytes()
+    assert best == (folder / "checkpoints/best.ckpt").read_bytes()

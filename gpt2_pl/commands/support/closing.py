@@ -12,12 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpt2_pl.callbacks import ResumableModelCheckpoint, RunSummary, run_folder
+from gpt2_pl.callbacks import PredictionWriter, ResumableModelCheckpoint, RunSummary, run_folder
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import printable
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.averaging import blocks_resuming
-from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.utils.trainer import callbacks_of, find_callbacks
 
 
 def resume_advice(trainer: Trainer, folder: Path) -> str:
@@ -56,6 +56,8 @@ def validate_final_weights(
     if summary.has_trained or not number or is_scored or best is None or best.monitor is None:
         return
     source = Path(str(trainer.ckpt_path))
+    for writer in find_callbacks(trainer, PredictionWriter):
+        writer.keeps_best = True
     trainer.validate(module, datamodule, verbose=False)
     row.update({name: value for name, value in summary.scores.items() if name.startswith("val/")})
     summary.epochs, summary.scores = [*(one for one in summary.epochs if one["epoch"] != number), row], {}

@@ -126,7 +126,7 @@ def _find_raising_object(error: Exception, trainer: Any) -> Any:
     """Return the innermost object of the trainer, of a class of Lightning or torch, in whose call an error was raised.
 
     Returns:
-        The object; None if there is none, or if the call has led to code outside installed packages.
+        The object; None without one, or if the call has led to code outside installed packages.
     """
     strategy = trainer.strategy
     plugins = [strategy.precision_plugin, strategy.checkpoint_io, getattr(strategy, "cluster_environment", None)]

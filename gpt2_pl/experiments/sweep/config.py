@@ -112,7 +112,7 @@ def _parse_task(task: str, node: TaskNode, top: SweepFile) -> list[Experiment]:
     """Return the experiments of a task.
 
     Raises:
-        InputError: a strategy is invalid, or there is none.
+        InputError: a strategy is invalid, or no strategy is given.
     """
     path = f"tasks.{task}"
     top_flags = as_flags(top.overrides or {}, "overrides")

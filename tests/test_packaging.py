@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
+from itertools import chain
 
 import pytest
 import yaml
 from conftest import ROOT
 from helpers.refusals import names, refused
+from packaging.requirements import Requirement
+from packaging.version import Version
 from transformers import GPT2ForSequenceClassification
 
 import gpt2_pl
@@ -219,3 +223,18 @@ def test_configs_list_fits_eighty_columns(capsys, monkeypatch):
 def test_citation_version_equals_package_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == gpt2_pl.__version__
+
+
+def test_pyproject_lower_bounds_are_the_minimum_constraints():
+    """The tests are run on constraints-min.txt by hand; pyproject.toml must not promise older versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {}
+    for text in chain(project["dependencies"], *project["optional-dependencies"].values()):
+        requirement = Requirement(text)
+        bounds |= {requirement.name.lower(): bound.version for bound in requirement.specifier}
+    lines = (ROOT / "constraints-min.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    required = {Requirement(text).name.lower() for text in project["dependencies"]}
+    assert required <= lowest.keys()
+    for name, version in lowest.items():
+        assert Version(bounds[name]) == Version(version), name

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gpt2_pl.errors import InputError, require
+from gpt2_pl.tasks.checkpoint import check_weights
 from gpt2_pl.utils.trainer import find_callbacks
 
 if TYPE_CHECKING:
@@ -104,60 +105,36 @@ def compact(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
             state["average_model_state"] = None
 
 
-def expand(checkpoint: dict[str, Any], task: CheckpointedModule, where: str) -> None:
+def expand(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
     """Complete ``current_model_state`` from ``state_dict``, and refuse averages that cannot be resumed.
 
     Args:
         checkpoint: content of a checkpoint; its ``state_dict`` was checked and is complete.
         task: the task that loads the checkpoint.
-        where: beginning of the error message.
 
     Raises:
         InputError: averages that this run cannot resume, or that do not fit the model.
     """
-    is_fitting = task.trainer.state.fn == TrainerFn.FITTING
+    is_fitting, where = task.trainer.state.fn == TrainerFn.FITTING, f"ckpt_path: {task.trainer.ckpt_path}"
     for swa in find_callbacks(task._trainer, StochasticWeightAveraging):
         state = (checkpoint.get("callbacks") or {}).pop(swa.state_key, None)
         if is_fitting and state is not None and state.get("n_averaged") != 0:
-            raise InputError(
-                "StochasticWeightAveraging has started to average, and Lightning cannot resume it; resume from an "
-                "earlier checkpoint, or start a new run with lightning.pytorch.callbacks.WeightAveraging",
-                source=where,
-            )
-    current, averaging = (checkpoint.get(key) for key in ("current_model_state", "averaging_state"))
+            reason = "Lightning cannot resume it; use lightning.pytorch.callbacks.WeightAveraging"
+            raise InputError(f"StochasticWeightAveraging has started to average, and {reason}", source=where)
+    current: Any = checkpoint.get("current_model_state")
+    averaging = checkpoint.get("averaging_state")
     if not is_fitting or (current is None and averaging is None):
         return
     if not find_callbacks(task._trainer, WeightAveraging):
         message = "the checkpoint holds averaged weights; configure the callback that averages them"
         raise InputError(f"{message} (such as EMAWeightAveraging)", key="trainer.callbacks", source=where)
-    _check_averages(checkpoint["state_dict"], current, averaging, _trained_names(task), where)
-    checkpoint["current_model_state"] = checkpoint["state_dict"] | current
-
-
-def _check_averages(state: dict[str, Tensor], current: Any, averaging: Any, trained: set[str], where: str) -> None:
-    """Check the current parameters and the number of averaged models.
-
-    Args:
-        state: the complete ``state_dict``.
-        current: ``current_model_state`` of the checkpoint.
-        averaging: ``averaging_state`` of the checkpoint.
-        trained: names of the trained parameters.
-        where: beginning of the error message.
-
-    Raises:
-        InputError: naming the invalid key.
-    """
-    key = "current_model_state"
-    if not isinstance(current, dict) or current.keys() != trained:
-        raise InputError(f"{key} must hold the {len(trained)} trained parameters", key=key, source=where)
-    for name, tensor in current.items():
-        own = state[name]
-        is_alike = isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) == (own.shape, own.dtype)
-        require(is_alike, f"{key}.{name}", tensor, "of the shape and type of state_dict", where)
-        require(bool(tensor.isfinite().all()), f"{key}.{name}", tensor, "finite", where)
+    require(isinstance(current, dict), "current_model_state", current, "a mapping", where)
+    trained = {name: checkpoint["state_dict"][name] for name in _trained_names(task)}
+    check_weights(current, trained, f"{where}: current_model_state")
     count = averaging.get("n_averaged") if isinstance(averaging, dict) and len(averaging) == 1 else None
     is_count = isinstance(count, Tensor) and count.shape == () and count.dtype == torch.long and bool(count >= 0)
     require(is_count, "averaging_state.n_averaged", averaging, "a count", where)
+    checkpoint["current_model_state"] = checkpoint["state_dict"] | current
 
 
 def _trained_names(task: CheckpointedModule) -> set[str]:

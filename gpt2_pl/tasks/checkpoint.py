@@ -33,6 +33,7 @@ _MAX_VALUES = 2_000_000  # number of plain values
 _MAX_DEPTH = 100  # nested containers
 _MAX_SIZE = 4096  # integers in the settings of a surgery that are accepted for a model of any size
 _PLAIN_TYPES = (bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)
+_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of stored weights
 
 
 def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[str, Any]:
@@ -65,10 +66,8 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
         raise _foreign(name, "task must be the path of a class")
     cls = task.find(written_by)
     if cls is None:
-        reason = f"not by {class_path(task)}"
-        if task.is_root:
-            reason = "which is not a task of this library and has not been imported; import your own code by --plugin"
-            reason += " MODULE or by a configuration that names it"
+        unknown = "which is not imported; import your own code by --plugin MODULE or by a configuration that names it"
+        reason = unknown if task.is_root else f"not by {class_path(task)}"
         raise InputError(f"{name} was written by {shorten(written_by)}, {reason}", key="task")
     check(content, cls, name)
     return content
@@ -220,6 +219,34 @@ def is_dense(tensor: Tensor) -> bool:
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
         and all(stride > 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     )
+
+
+def check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Check names, shapes, types and finiteness of the weights in a checkpoint.
+
+    Args:
+        stored: weights in the checkpoint.
+        expected: weights of the model.
+        where: the checkpoint, or the part of it that holds the weights, for error messages.
+
+    Raises:
+        InputError: naming the weight.
+    """
+    for name in sorted(expected.keys() | stored.keys()):
+        shape, own_shape = (_shape(weights.get(name)) for weights in (stored, expected))
+        if shape != own_shape:
+            difference = f"{name} is {shape} in the checkpoint and {own_shape} in the model"
+            raise InputError(f"{where} does not fit the model: {difference}", key=name)
+    for name, tensor in stored.items():
+        types = _FLOAT_TYPES if expected[name].is_floating_point() else (expected[name].dtype,)
+        if tensor.dtype not in types:
+            raise InputError(f"{where}: {name} must be of {types[0]}, got {tensor.dtype}", key=name)
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{where}: {name} must be finite; load an earlier checkpoint", key=name)
+
+
+def _shape(tensor: object) -> tuple[int, ...] | None:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
 
 
 def _check_sizes(content: dict[str, Any], name: str) -> None:

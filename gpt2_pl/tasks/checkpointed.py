@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -24,7 +23,6 @@ from gpt2_pl.tasks.protocols import PromptedData
 from gpt2_pl.tasks.training_state import check_progress, check_training_state
 from gpt2_pl.utils.registry import class_path
 
-_FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types of stored weights
 # Settings of a surgery that do not affect a trained model.
 _TRAINING_ONLY = ("dropout", "loraplus_lr_ratio", "init_text", "folder")
 
@@ -133,13 +131,13 @@ class CheckpointedModule(LightningModule):
                 stored.pop(name, None)
         # Not from the hyperparameters, in which the surgery of this model has replaced the stored one.
         self._check_stored_surgery(checkpoint.get("surgery") or [])
-        _check_weights(stored, expected)
+        checkpoints.check_weights(stored, expected, "the checkpoint")
         self._check_prompt_spec(checkpoint.get("prompt_spec"))
         if self.device_mesh is None:  # A sharded model keeps weights that the state does not have.
             stored.update(frozen)
         if self._trainer is not None:
-            check_progress(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
-            averaging.expand(checkpoint, self, f"ckpt_path: {self.trainer.ckpt_path}")
+            check_progress(checkpoint, self.trainer)
+            averaging.expand(checkpoint, self)
             self._restored = checkpoint if self.trainer.training else None
             if self.trainer.strategy.restore_checkpoint_after_setup:  # The optimizers already exist.
                 self._check_training_state()
@@ -155,11 +153,9 @@ class CheckpointedModule(LightningModule):
             message = f"the checkpoint holds only the weights that were added to the frozen base {path}"
             raise InputError(f"{message}, but the base of this model trains (train_base)", key="model.train_base")
         if digest != self.base_digest:
-            own = f"model.base {self.base} holds other weights (digest {str(self.base_digest)[:12]})"
-            if self.base_digest is None:
-                own = "model.base is null: give that base"
-            message = f"the checkpoint was trained on the base {path} (digest {str(digest)[:12]}); {own}"
-            raise InputError(message, key="model.base")
+            expected = f"{path} (digest {str(digest)[:12]}), as in the checkpoint"
+            own = f"{self.base} (digest {str(self.base_digest)[:12]})"
+            raise InputError(f"model.base must be {expected}, got {own}", key="model.base")
 
     def _check_stored_surgery(self, stored: list[dict[str, Any]]) -> None:
         """Check that the settings of surgery in a checkpoint are those of this model, apart from training settings."""
@@ -184,27 +180,4 @@ class CheckpointedModule(LightningModule):
         """Check the training state of the loaded checkpoint, once."""
         checkpoint, self._restored = self._restored, None
         if checkpoint is not None:
-            check_training_state(checkpoint, self.trainer, f"ckpt_path: {self.trainer.ckpt_path}")
-
-
-def _check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check names, shapes, types and finiteness of the weights in a checkpoint.
-
-    Args:
-        stored: weights in the checkpoint.
-        expected: weights of the model.
-
-    Raises:
-        InputError: naming the weight.
-    """
-    for name in sorted(expected.keys() | stored.keys()):
-        shape, own_shape = (tuple(state[name].shape) if name in state else None for state in (stored, expected))
-        if shape != own_shape:
-            difference = f"{name} is {shape} in the checkpoint and {own_shape} in the model"
-            raise InputError(f"the checkpoint does not fit the model: {difference}", key=name)
-    for name, tensor in stored.items():
-        types = _FLOAT_TYPES if expected[name].is_floating_point() else (expected[name].dtype,)
-        if tensor.dtype not in types:
-            raise InputError(f"the checkpoint's {name} must be of {types[0]}, got {tensor.dtype}", key=name)
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"the checkpoint's {name} must be finite; load an earlier checkpoint", key=name)
+            check_training_state(checkpoint, self.trainer)

@@ -187,7 +187,7 @@ HOSTILE = {  # a change of the checkpoint; its key and, if the message quotes on
     "steps": (state("step", lambda _: torch.ones(3)), "step"),
     "text step": (state("step", lambda _: "7"), "step|'7'"),
     "huge step": (state("step", lambda _: 10**400), "step"),
-    "no exp_avg": (without("optimizer_states/0/state/0/exp_avg"), f"{OF}.state[0]|'exp_avg'"),
+    "no exp_avg": (without("optimizer_states/0/state/0/exp_avg"), f"{OF}.state[0].exp_avg"),
     "extra state": (state("momentum_buffer", lambda _: torch.zeros(1)), f"{OF}.state[0]"),
     "unknown parameter": (at("optimizer_states/0/state/999", {}), "999"),
     "text parameter": (at("optimizer_states/0/state/x", {}), "got 'x'"),
@@ -244,7 +244,6 @@ HOSTILE = {  # a change of the checkpoint; its key and, if the message quotes on
     "negative validations": (
         loop("epoch_loop.val_loop.batch_progress/total", dict.fromkeys(PROGRESS, -1)), "val_loop.batch_progress",
     ),
-    "more batches than began": (loop("epoch_loop.batch_progress/current/ready", 10**6), "batch_progress.current"),
     "more completed than begun": (loop("epoch_progress/current/completed", 10**6), "epoch_progress.current"),
     "huge batches": (loop("epoch_loop.batch_progress/total/ready", 10**30), "batch_progress.total"),
     "another loop": (loop("evil", 1), "loops.fit_loop"),
@@ -285,7 +284,7 @@ def test_trainer_fit_resumed_optimizer_switches_are_the_configured_ones(saved, t
 
 def test_state_layouts_of_torch_optimizers_equal_state_after_first_step():
     """Compare each layout with the state after a step on the parameters."""
-    from gpt2_pl.tasks.optimizer_state import state_layouts
+    from gpt2_pl.tasks.training_state import state_layouts
 
     for make in (make for name, make in OPTIMIZERS.items() if name != "third"):
         parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 6), (8,), (2, 9))]
@@ -296,10 +295,7 @@ def test_state_layouts_of_torch_optimizers_equal_state_after_first_step():
         before = copy.deepcopy([p.detach() for p in parameters])
         optimizer.step()
         assert not torch.equal(before[0], parameters[0])
-        for number, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                layout, state = layouts[number, parameter.dim()], optimizer.state[parameter]
-                assert layout is not None
-                assert layout.keys() == state.keys()
-                for key, value in state.items():
-                    assert (value.shape == parameter.shape) == (layout[key].shape == (3, 5)[: parameter.dim()])
+        states = optimizer.state_dict()["state"]
+        shapes = [{n: {key: value.shape for key, value in state.items()} for n, state in found.items()}
+                  for found in (layouts, states)]  # fmt: skip
+        assert shapes[0] == shapes[1]

@@ -1,44 +1,9 @@
-"""Key/value caches, so that decoding computes each token once, and prefixes as caches."""
+"""Key/value cache: decoding computes each token once, and a prefix precedes the tokens of every block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def _prepend(prefix: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Prepend the keys and values of a prefix (2, H, P, hd) to those of every row, (B, H, T, hd) each."""
-    keys, values = (
-        torch.cat((p.to(t.dtype).expand(len(t), -1, -1, -1), t), dim=2) for p, t in zip(prefix, (k, v), strict=True)
-    )
-    return keys, values  # (B, H, P + T, hd)
-
-
-class PrefixLayer:
-    """Prefix of one block: its keys and values are prepended to those of every batch; nothing is stored.
-
-    Args:
-        prefix: keys and values (2, H, P, hd).
-    """
-
-    def __init__(self, prefix: Tensor) -> None:
-        self.prefix = prefix
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the prefix and the new tokens: (B, H, T, hd) -> (B, H, P + T, hd)."""
-        return _prepend(self.prefix, k, v)
-
-
-class PrefixCache:
-    """Cache of a prefix (Li & Liang 2021) that never grows, for training and single forward passes.
-
-    Args:
-        prefix: keys and values of all blocks (L, 2, H, P, hd).
-    """
-
-    def __init__(self, prefix: Tensor) -> None:
-        self.length = prefix.size(3)
-        self.layers = [PrefixLayer(layer) for layer in prefix]
 
 
 class KVCacheLayer:
@@ -48,10 +13,11 @@ class KVCacheLayer:
     16 bits.
 
     Args:
-        capacity: maximum number of tokens, virtual tokens included.
+        capacity: as in :class:`KVCache`.
 
     Attributes:
-        prefix: keys and values (2, H, P, hd) that the first call of ``append`` prepends, or None.
+        prefix: keys and values (2, H, P, hd) that the first call of ``append`` prepends, or every call without a
+            ``capacity``; None without a prefix.
         write_index: (1,) or None. If set, ``append`` writes one token at this position and returns the full buffers;
             the caller must mask the unused part.
     """
@@ -76,7 +42,11 @@ class KVCacheLayer:
             ValueError: there are more tokens than ``capacity``.
         """
         if self.prefix is not None:
-            k, v = _prepend(self.prefix, k, v)
+            pairs = zip(self.prefix, (k, v), strict=True)
+            k, v = (torch.cat((p.to(t.dtype).expand(len(t), -1, -1, -1), t), dim=2) for p, t in pairs)
+        if not self.capacity:
+            return k, v
+        if self.prefix is not None:
             self.prefix, self.length = None, 0
         if self._buffers is None:
             B, H, _, hd = k.shape
@@ -107,10 +77,11 @@ class KVCache:
 
     Args:
         n_layer: number of blocks.
-        capacity: maximum number of tokens: virtual tokens, prompt and generated tokens.
+        capacity: maximum number of tokens: virtual tokens, prompt and generated tokens. With 0 the cache holds a prefix
+            (Li & Liang 2021) and stores no tokens, for training and single forward passes.
     """
 
-    def __init__(self, n_layer: int, capacity: int) -> None:
+    def __init__(self, n_layer: int, capacity: int = 0) -> None:
         self.layers = [KVCacheLayer(capacity) for _ in range(n_layer)]
 
     @property
@@ -122,7 +93,3 @@ class KVCache:
         """Prepend a prefix (L, 2, H, P, hd) to the first tokens of an empty cache."""
         for layer, keys_and_values in zip(self.layers, prefix, strict=True):
             layer.prefix, layer.length = keys_and_values, prefix.size(3)
-
-
-Cache = KVCache | PrefixCache
-CacheLayer = KVCacheLayer | PrefixLayer

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import require
 from gpt2_pl.kernels.attention import scaled_dot_product_attention
 from gpt2_pl.kernels.dropout import dropout, dropout_add
 from gpt2_pl.kernels.gelu import gelu
 from gpt2_pl.kernels.prepacked_linear import Linear, MergeableLayer
-from gpt2_pl.kv_cache import Cache, CacheLayer, KVCache, PrefixCache
+from gpt2_pl.kv_cache import KVCache, KVCacheLayer
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -51,12 +51,9 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if getattr(self, key) < 1:
-                raise InputError(key=key, value=getattr(self, key), expected="at least 1")
-        if self.n_embd % self.n_head:
-            raise InputError(key="n_embd", value=self.n_embd, expected=f"a multiple of n_head = {self.n_head}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(key="dropout", value=self.dropout, expected="in [0, 1)")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}")
+        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
@@ -93,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         output_positions: Tensor | None = None,
-        cache: CacheLayer | None = None,
+        cache: KVCacheLayer | None = None,
     ) -> Tensor:
         """Compute the attention output of all tokens or of selected ones.
 
@@ -153,7 +150,7 @@ class Block(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         output_positions: Tensor | None = None,
-        cache: CacheLayer | None = None,
+        cache: KVCacheLayer | None = None,
     ) -> Tensor:
         """Compute the block: (B, T, C) -> (B, T, C), or (B, R, C) with ``output_positions``.
 
@@ -240,7 +237,7 @@ class GPT2(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Compute the hidden states after the last layer norm.
 
@@ -291,20 +288,17 @@ class GPT2(nn.Module):
         mask = attention_mask_4d(output_positions + start, keys, padding_mask)
         return self.ln_f(self._block(-1, x, mask, output_positions, cache))
 
-    def _prepend_virtual_tokens(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+    def _prepend_virtual_tokens(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:
         """Prepend the soft prompt to the embeddings ``x`` (B, T, C) and the prefix to the cache."""
         if self.prompt is not None:
             x = torch.cat((self.prompt().to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         if self.prefix is not None:
-            prefix = self.prefix()  # (L, 2, H, P, hd)
-            if isinstance(cache, KVCache):
-                cache.set_prefix(prefix)
-            else:
-                cache = PrefixCache(prefix)
+            cache = KVCache(len(self.h)) if cache is None else cache
+            cache.set_prefix(self.prefix())  # (L, 2, H, P, hd)
         return x, cache
 
     def _block(
-        self, i: int, x: Tensor, mask: Tensor | None, output_positions: Tensor | None, cache: Cache | None
+        self, i: int, x: Tensor, mask: Tensor | None, output_positions: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         inputs = (x, mask, output_positions, None if cache is None else cache.layers[i])
         if self.activation_checkpointing and torch.is_grad_enabled():

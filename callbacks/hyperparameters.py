@@ -6,62 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.errors import shorten
 
 
-class HyperparameterLogger(Callback):
-    """Logs a run's settings when training starts, and its final scores after training and every evaluation.
+def log_settings(trainer: Trainer, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+    """Log the settings of a run, or its final scores beside them; call this on the first process only.
 
     Args:
-        settings: the configuration of the run, as plain values.
-        summary: the callback that has the scores; it must be earlier in the trainer's list.
+        trainer: the trainer.
+        settings: the settings, as plain values; None is left out.
+        scores: scores such as ``val/accuracy``; empty before training.
     """
-
-    def __init__(self, settings: Mapping[str, Any], summary: RunSummary) -> None:
-        self.settings, self.summary = dict(settings), summary
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the settings."""
-        self._log(trainer, {})
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores of the best epoch."""
-        self._log_scores(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores of the validate command."""
-        if trainer.state.fn == "validate":
-            self._log_scores(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the test scores."""
-        self._log_scores(trainer, pl_module)
-
-    def _log_scores(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scores = self.summary.final_scores(pl_module)
-        self._log(trainer, {f"hp/{k.replace('/', '_')}": v for k, v in scores.items() if "/" in k})
-        for logger in trainer.loggers:
-            logger.save()
-
-    def _log(self, trainer: Trainer, scores: dict[str, float]) -> None:
-        if not (trainer.is_global_zero and self.settings):
-            return
-        files = map(Path, self.summary.files)
-        strategy = "+".join(file.stem for file in files if file.parent.name == "strategy")
-        values = {key: value for key, value in flatten_dict(self.settings) if value is not None}
-        settings = {"strategy": strategy, **values}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                _write_hparams(Path(logger.log_dir) / "final", settings, scores, trainer.global_step)
-            elif not scores:
-                logger.log_hyperparams(settings)
+    values = {key: value for key, value in flatten_dict(settings) if value is not None}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            _write_hparams(Path(logger.log_dir) / "final", values, scores, trainer.global_step)
+        elif not scores:
+            logger.log_hyperparams(values)
 
 
-def _write_hparams(folder: Path, settings: dict[str, Any], scores: dict[str, float], step: int) -> None:
+def _write_hparams(folder: Path, settings: dict[str, Any], scores: Mapping[str, float], step: int) -> None:
     """Write a row of TensorBoard's HPARAMS page as a run of its own, which is finished if it has scores.
 
     torch's ``add_hparams`` also writes the experiment's keys, and then the page shows the keys and scores of that run
@@ -74,7 +41,7 @@ def _write_hparams(folder: Path, settings: dict[str, Any], scores: dict[str, flo
     with SummaryWriter(str(folder)) as writer:
         writer._get_file_writer().add_summary(start)
         for name, value in scores.items():
-            writer.add_scalar(name, value, step)
+            writer.add_scalar(f"hp/{name.replace('/', '_')}", value, step)
         if scores:
             writer._get_file_writer().add_summary(end)
 

@@ -9,18 +9,15 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar, Timer
-from rich import get_console
+from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
-from rich.table import Column, Table
 from rich.text import Text
 
 from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.utils.trainer import find_callbacks
 
 BAR_WIDTH = 20  # characters; all columns of the bar then fit 80 characters
-LINE_WIDTH = 98  # characters of output that is not a terminal
-SHOWN = {"train/loss_step": "loss"}  # logged name -> name in the bar
 
 
 class RunClock:
@@ -92,15 +89,6 @@ class _TimeColumn(ProgressColumn):
         return Text(f"{texts[0]}, {texts[1]} left", style="dim")
 
 
-class _BatchColumn(ProgressColumn):
-    """Column of the number of completed batches and of all batches."""
-
-    def render(self, task: Task) -> Text:
-        """Render the column."""
-        total = "?" if task.total is None or math.isinf(task.total) else str(int(task.total))
-        return Text(f"{int(task.completed)}/{total}")
-
-
 class RunProgressBar(RichProgressBar):
     """Rich progress bar in 80 columns, with epochs counted from 1 and the remaining time of the run."""
 
@@ -116,57 +104,16 @@ class RunProgressBar(RichProgressBar):
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Return the columns."""
         description = TextColumn("[progress.description]{task.description}")
-        return [description, BarColumn(bar_width=BAR_WIDTH), _BatchColumn(), _TimeColumn(self.clock, trainer)]
+        batches, time_left = BatchesProcessedColumn(style=""), _TimeColumn(self.clock, trainer)
+        return [description, BarColumn(bar_width=BAR_WIDTH), batches, time_left]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Return the metrics that the bar shows, without the version number."""
         metrics = super().get_metrics(trainer, pl_module)
-        return {SHOWN.get(name, name): value for name, value in metrics.items() if name != "v_num"}
+        return {name.replace("train/loss_step", "loss"): value for name, value in metrics.items() if name != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {epoch_number(current_epoch, self.trainer)}".ljust(len(self.validation_description))
-
-
-def pack(start: str, parts: list[str], width: int = LINE_WIDTH) -> str:
-    """Join texts by semicolons, wrapped to lines of at most ``width`` characters.
-
-    Args:
-        start: beginning of the first line.
-        parts: the texts; a text is never broken.
-        width: characters in a line; all lines but the first are indented.
-    """
-    lines = [start + parts[0]]
-    for part in parts[1:]:
-        if len(lines[-1]) + len(part) + 3 > width:  # "; " and the semicolon after the part
-            lines[-1] += ";"
-            lines.append(f"  {part}")
-        else:
-            lines[-1] += f"; {part}"
-    return "\n".join(lines)
-
-
-class RunModelSummary(RichModelSummary):
-    """Summary of the modules with parameters and of the numbers of parameters, printed before training."""
-
-    @staticmethod
-    def summarize(
-        summary_data: list[tuple[str, list[str]]],
-        total_parameters: int,
-        trainable_parameters: int,
-        model_size: float,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Print the table without modules that have no parameters, such as metrics, and without operation counts."""
-        columns = dict(summary_data)
-        table = Table("name", "type", Column("params", justify="right"))
-        for name, kind, count in zip(columns["Name"], columns["Type"], columns["Params"], strict=True):
-            if count.strip() != "0":
-                table.add_row(name, kind, count)
-        console = get_console()
-        console.print(table)
-        counts = f"{trainable_parameters:,} of {total_parameters:,} parameters train"
-        console.print(f"{counts}; the model occupies {model_size:.1f} MB", highlight=False)
 
 
 class EpochLines(Callback):
@@ -204,5 +151,5 @@ class EpochLines(Callback):
         left = self.clock.seconds_left(trainer)
         seconds = f"took {duration(time.monotonic() - self._epoch_start)}"
         remaining = "" if left is None or trainer.should_stop else f", {duration(left)} left"
-        start = f"epoch {epoch_number(trainer.current_epoch, trainer)}: "
-        print(pack(start, [*scores, f"{seconds}{remaining}"]), flush=True)
+        line = "; ".join([*scores, f"{seconds}{remaining}"])
+        print(f"epoch {epoch_number(trainer.current_epoch, trainer)}: {line}", flush=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.table import Table
 from torch import Tensor
 
+from gpt2_pl.callbacks.hyperparameters import log_settings
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.callbacks.throughput import Throughput
@@ -37,10 +39,12 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "datasets", "t
 class RunSummary(Callback):
     """Collects the scores of a run and writes ``metrics.json`` to the run folder after every epoch and stage.
 
-    The cost of the run is that of the :class:`~gpt2_pl.callbacks.Throughput` callback, if there is one.
+    The cost of the run is that of the :class:`~gpt2_pl.callbacks.Throughput` callback, if there is one. Loggers receive
+    the settings when training starts, and the final scores after training and every evaluation.
 
     Args:
         files: the configuration files of the run.
+        settings: the configuration of the run, as plain values; by default no settings are logged.
 
     Attributes:
         epochs: for every epoch its number from 1, its training scores and its best validation scores.
@@ -50,8 +54,8 @@ class RunSummary(Callback):
         expects_test: the run is finished only when its best checkpoint has been tested.
     """
 
-    def __init__(self, files: Sequence[str] = ()) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> None:
+        self.files, self.settings = list(files), settings
         self.epochs: list[Scores] = []
         self.scores: Scores = {}
         self.layers: list[dict[str, Any]] = []
@@ -81,6 +85,7 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that training starts: every checkpoint has been restored."""
         self.has_trained = True
+        self._log_settings(trainer, {})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch to the record."""
@@ -107,7 +112,7 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record of a training that has ended."""
         done = "trained" if self.expects_test else "finished"
-        self._write(trainer, pl_module, "interrupted" if trainer.interrupted else done)
+        self._finish(trainer, pl_module, "interrupted" if trainer.interrupted else done)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Record that training failed. Nothing is written if restoring a checkpoint failed."""
@@ -136,9 +141,22 @@ class RunSummary(Callback):
 
     def _write_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         self.scores.update(_of_split(trainer.callback_metrics, split))
-        self._write(trainer, pl_module, "finished")
+        self._finish(trainer, pl_module, "finished")
 
     # Results
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
+        """Write the record and log the final scores."""
+        self._write(trainer, pl_module, status)
+        scores = self.final_scores(pl_module)
+        self._log_settings(trainer, {name: value for name, value in scores.items() if "/" in name})
+        for logger in trainer.loggers:
+            logger.save()
+
+    def _log_settings(self, trainer: Trainer, scores: Scores) -> None:
+        if trainer.is_global_zero and self.settings is not None:
+            strategies = [file.stem for file in map(Path, self.files) if file.parent.name == "strategy"]
+            log_settings(trainer, {"strategy": "+".join(strategies), **self.settings}, scores)
 
     def final_scores(self, pl_module: LightningModule) -> Scores:
         """Return the validation scores of the best epoch, and those of evaluations since."""

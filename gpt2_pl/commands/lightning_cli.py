@@ -31,7 +31,7 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -253,7 +253,7 @@ class GPT2CLI(LightningCLI):
             added.append(self.folder)
             if trainer["logger"] is True:
                 trainer["logger"] = RunTensorBoardLogger(self.folder, config["name"], root)
-        self.summary = callbacks.RunSummary(self.line.files)
+        self.summary = callbacks.RunSummary(self.line.files, self._plain_settings(skip_none=True))
         added += [callbacks.Environment(), callbacks.Reproducibility()]
         added += [callbacks.PredictionWriter(), callbacks.SampleWriter(), callbacks.PictureWriter()]
         has_bar = self._add_progress(trainer, added)
@@ -269,7 +269,6 @@ class GPT2CLI(LightningCLI):
         # The record follows config.yaml and the last validation, and precedes the checkpoints.
         ends: list[Any] = [callbacks.EndOfTraining()] if self.subcommand == "fit" else []
         ends += [callbacks.Throughput(), self.summary]
-        ends.append(callbacks.HyperparameterLogger(self._plain_settings(skip_none=True), self.summary))
         order = callbacks_of(made)
         place = sum(not isinstance(callback, callbacks.ResumableModelCheckpoint) for callback in order)
         order[place:place] = [*ends, *([] if has_bar else [callbacks.EpochLines()])]
@@ -277,7 +276,7 @@ class GPT2CLI(LightningCLI):
 
     @staticmethod
     def _add_progress(trainer: dict[str, Any], added: list[Any]) -> bool:
-        """Add the bar and the summary of the model in place of Lightning's; return whether there is a bar."""
+        """Add the bar in place of Lightning's; return whether there is a bar."""
         configured = as_list(trainer["callbacks"])
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
         if not has_bar:
@@ -285,9 +284,6 @@ class GPT2CLI(LightningCLI):
             has_bar = trainer["enable_progress_bar"] is not False and terminal
             added += [callbacks.RunProgressBar()] if has_bar else []
             trainer["enable_progress_bar"] = has_bar  # else Lightning adds a bar of its own
-        if trainer["enable_model_summary"] is not False and not any(isinstance(c, ModelSummary) for c in configured):
-            added.append(callbacks.RunModelSummary())
-            trainer["enable_model_summary"] = False  # else Lightning adds its own
         return has_bar
 
     def _add_training(self, config: Any, trainer: dict[str, Any], added: list[Any]) -> None:

@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, metrics
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from gpt2_pl.callbacks import PredictionWriter
-from gpt2_pl.callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done, pack
+from gpt2_pl.callbacks.progress import EpochLines, RunClock, RunProgressBar, duration, fraction_done
 from gpt2_pl.callbacks.run_summary import RunSummary
 
 QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--data.batch_size", "40"]
@@ -71,19 +69,9 @@ def test_fit_without_terminal_prints_scores_of_an_epoch_in_short_lines(run, caps
     number = r"\d\.\d{4}"
     scores = rf"loss {number}, accuracy {number}, macro f1 {number};"
     for i in found:
-        assert re.fullmatch(rf"epoch ./2: train {scores}", lines[i]), lines[i]
-        assert re.fullmatch(rf"  val {scores} took \d+ s, \d+ s left", lines[i + 1]), lines[i + 1]
+        assert re.fullmatch(rf"epoch ./2: train {scores} val {scores} took \d+ s, \d+ s left", lines[i]), lines[i]
     assert "Gathered" not in "\n".join(lines)
-    assert "FLOPs" not in "\n".join(lines)
-    assert any(re.fullmatch(r"669,187 of 669,187 parameters train; the model occupies 2\.7 MB", line) for line in lines)
-
-
-@given(st.text(alphabet="ab", max_size=90), st.lists(st.text(alphabet="xy ", min_size=1, max_size=90), min_size=1))
-def test_pack_keeps_all_parts_in_lines_within_the_width(start, parts):
-    parts[0] = parts[0][: 97 - len(start)] or "x"
-    packed = pack(start, parts)
-    assert all(len(line) <= 98 for line in packed.split("\n"))
-    assert packed.replace(";\n  ", "; ") == start + "; ".join(parts)
+    assert any("669 K" in line for line in lines)  # Lightning's summary of the model
 
 
 def test_progress_bar_on_terminal_counts_from_one_and_fits_80_columns():
@@ -123,7 +111,7 @@ def test_epoch_lines_table_and_closing_scores_agree(interval, run, capsys):
     folder = run("fit", *QUICK[:2], *rows, f"--trainer.{interval}")
     out = capsys.readouterr().out
     epochs, closing = metrics(folder)["epochs"], metrics(folder)["scores"]
-    shown = re.findall(r"^epoch (\d)/3: .*\n(?:  val .*accuracy ([\d.]+))?", out, re.MULTILINE)
+    shown = re.findall(r"^epoch (\d)/3: train [^;]*(?:; val [^;]*accuracy ([\d.]+))?", out, re.MULTILINE)
     expected = [f"{row['val/accuracy']:.4f}" if "val/accuracy" in row else "" for row in epochs]
     assert [accuracy for _, accuracy in shown] == expected
     (starred,) = re.findall(r"│ +(\d)\* │(.*)│", out)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.kernels.prepacked_linear import Linear, MergeableLayer
 from gpt2_pl.utils.registry import Registered, class_path
 from gpt2_pl.utils.user_code import find_fault
@@ -75,20 +74,14 @@ class Surgery(Registered, ABC):
         Raises:
             InputError: an argument is not a plain value, or is not stored as an attribute.
         """
-        cls, source = type(self), f"surgery {class_path(type(self))}"
-        if is_dataclass(self):
-            arguments = asdict(self)
-        else:
-            names = [name for name in signature(cls).parameters if name not in ("args", "kwargs")]
-            if missing := [name for name in names if not hasattr(self, name)]:
-                remedy = f"make it a dataclass, or set self.{missing[0]} in __init__"
-                raise InputError(f"{source} does not store its argument {missing[0]!r}; {remedy}", key=missing[0])
-            arguments = {name: getattr(self, name) for name in names}
-        for name, value in arguments.items():
-            if not is_plain(value):
-                expected = "text, a number, a boolean, None, or a list or dict of these, for checkpoints"
-                raise InputError(key=name, value=value, expected=expected, source=source)
-        return {"class_path": class_path(cls), "init_args": arguments}
+        path, arguments = class_path(type(self)), {}
+        for name in (name for name in signature(type(self)).parameters if name not in ("args", "kwargs")):
+            if not hasattr(self, name):
+                raise InputError(f"surgery {path} must store its argument {name!r} as an attribute", key=name)
+            value = arguments[name] = getattr(self, name)
+            expected = "text, a number, a boolean, None, or a list or dict of these, for checkpoints"
+            require(is_plain(value), name, value, expected, f"surgery {path}")
+        return {"class_path": path, "init_args": arguments}
 
 
 def is_plain(value: Any) -> bool:
@@ -114,12 +107,8 @@ def build(settings: Surgery | dict[str, Any]) -> Surgery:
     path = settings.get("class_path")
     cls = Surgery.find(path)
     if cls is None:
-        known = [name for name in map(class_path, Surgery._classes.values()) if name.startswith("gpt2_pl.")]
-        raise InputError(
-            f"surgery: there is no {str(path)[:200]!r}; this library has {', '.join(known)}; import your own code with "
-            "--plugin MODULE, or name it in a configuration",
-            key="class_path",
-        )
+        advice = "import your own code with --plugin MODULE, or name it in a configuration"
+        raise InputError(f"surgery: there is no {str(path)[:200]!r}; {advice}", key="class_path")
     try:
         return cls(**(settings.get("init_args") or {}))
     except InputError:
@@ -183,11 +172,11 @@ def unmerge(model: GPT2) -> GPT2:
     return model
 
 
-def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) -> Tensor:
+def token_ids(text: str | None, length: int, model: GPT2, tokenizer: Tokenizer | None) -> Tensor:
     """Encode ``text`` as exactly ``length`` tokens: cut, or repeated if it is shorter, as in peft.
 
     Args:
-        text: the text.
+        text: the text; None for tokens drawn from the vocabulary.
         length: number of tokens.
         model: the GPT-2, whose folder contains the tokenizer if ``tokenizer`` is None.
         tokenizer: the tokenizer.
@@ -198,6 +187,8 @@ def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) 
     Raises:
         InputError: there is no tokenizer, or the text has no tokens.
     """
+    if text is None:
+        return torch.randint(model.config.vocab_size, (length,), device="cpu")
     if tokenizer is None:
         if model.source is None:
             remedy = "pass one to apply(), or load the model from a folder"
@@ -206,8 +197,7 @@ def token_ids(text: str, length: int, model: GPT2, tokenizer: Tokenizer | None) 
 
         tokenizer = load_tokenizer(model.source, "init_text")
     ids: Sequence[int] = tokenizer.encode(text).ids
-    if not ids:
-        raise InputError(key="init_text", value=text, expected="a text with at least one token")
+    require(bool(ids), "init_text", text, "a text with at least one token")
     return torch.tensor([ids[i % len(ids)] for i in range(length)])
 
 
@@ -223,7 +213,6 @@ def check_length(name: str, length: int, model: GPT2) -> None:
         InputError: ``length`` is out of range.
     """
     limit = model.config.n_positions - model.n_virtual - 1
-    if not 1 <= length <= limit:
-        room = f"n_positions = {model.config.n_positions}, {model.n_virtual} of them virtual tokens already"
-        expected = f"at least 1 and at most {limit} to leave a position for text ({room})"
-        raise InputError(key="length", value=length, expected=expected, source=name)
+    room = f"n_positions = {model.config.n_positions}, {model.n_virtual} of them virtual tokens already"
+    expected = f"at least 1 and at most {limit} to leave a position for text ({room})"
+    require(1 <= length <= limit, "length", length, expected, name)

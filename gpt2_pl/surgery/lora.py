@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.kernels.dropout import dropout_unscaled
 from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
 from gpt2_pl.surgery.base import Surgery, freeze_base, merge, unmerge
@@ -200,20 +200,15 @@ def plain_layer(model: GPT2, path: str, surgery: str) -> nn.Module:
     Raises:
         InputError: there is no layer at ``path``, or it is of another class.
     """
-    modules = dict(model.named_modules())
-    layer = modules.get(path)
-    if layer is not None and type(layer) in (nn.Linear, Linear, nn.Embedding):
-        return layer
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError as error:  # Another surgery may have replaced a part of the model.
+        raise InputError(f"{surgery}: there is no {path}: {error}") from None
     if isinstance(layer, Adapter):
         raise InputError(f"{surgery}: {path} has an adapter already; two LoRA surgeries target it")
-    parent, rest = path, ""
-    while parent not in modules:
-        parent, _, rest = parent.rpartition(".")
-    problem = f"which has no {rest}" if rest else f"which {surgery} cannot adapt"
-    raise InputError(
-        f"{surgery}: {parent} is a {class_path(type(modules[parent]))}, {problem}; put {surgery} before the surgery "
-        "that created it, or choose other targets"
-    )
+    if type(layer) not in (nn.Linear, Linear, nn.Embedding):
+        raise InputError(f"{surgery}: {path} must be a plain layer, got a {class_path(type(layer))}")
+    return layer
 
 
 @dataclass
@@ -249,20 +244,15 @@ class LoRA(Surgery):
     loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, str):
-            expected = f"a list such as [{self.targets}]"
-            raise InputError(key="targets", value=self.targets, expected=expected, source="LoRA")
-        for key, is_valid, expected in (
-            ("rank", isinstance(self.rank, int) and self.rank >= 1, "a whole number of at least 1"),
-            ("alpha", self.alpha > 0, "above 0"),
-            ("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)"),
-            ("loraplus_lr_ratio", self.loraplus_lr_ratio > 0, "above 0"),
-        ):
-            if not is_valid:
-                raise InputError(key=key, value=getattr(self, key), expected=expected, source="LoRA")
-        if self.use_dora and "wte" in self.targets:
-            problem = "use_dora does not support the target wte; adapt wte with a second LoRA without it"
-            raise InputError(problem, key="use_dora", source="LoRA")
+        is_rank, known = isinstance(self.rank, int) and self.rank >= 1, (*TARGETS, "wte")
+        require(is_rank, "rank", self.rank, "a whole number of at least 1", "LoRA")
+        require(self.alpha > 0, "alpha", self.alpha, "above 0", "LoRA")
+        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)", "LoRA")
+        require(self.loraplus_lr_ratio > 0, "loraplus_lr_ratio", self.loraplus_lr_ratio, "above 0", "LoRA")
+        are_targets = isinstance(self.targets, list) and all(target in known for target in self.targets)
+        require(are_targets and bool(self.targets), "targets", self.targets, f"a list of {', '.join(known)}", "LoRA")
+        supports_dora = not self.use_dora or "wte" not in self.targets
+        require(supports_dora, "use_dora", self.use_dora, "false with the target wte", "LoRA")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add adapters to the target layers and freeze the published parameters; see :class:`Surgery`."""
@@ -284,37 +274,25 @@ class LoRA(Surgery):
 
     def _chosen_layers(self) -> dict[str, list[int] | None]:
         """Return the path within a block and the adapted slices (None: all) of every target layer."""
-        known = [*TARGETS, "wte"]
-        unknown = next((target for target in self.targets if target not in known), None)
-        if unknown or not self.targets:
-            problem = f"unknown target {unknown!r}" if unknown else "targets must not be empty"
-            suggestion = did_you_mean(unknown, known) if unknown else ""
-            problem += f"{suggestion or ';'} targets are {', '.join(TARGETS)} and wte"
-            raise InputError(problem, key="targets", source="LoRA")
         layers: dict[str, list[int] | None] = {}
         for target in filter(TARGETS.__contains__, self.targets):
             name, index = TARGETS[target]
             slices = layers.get(name, [])
-            if slices is None or index in slices or (index is None and slices):
-                problem = f"targets must name each layer once, got {self.targets}, which names {name} twice"
-                raise InputError(problem, key="targets", source="LoRA")
-            layers[name] = None if index is None else sorted([*slices, index])
+            is_new = slices is not None and index not in slices and (index is not None or not slices)
+            require(is_new, "targets", self.targets, f"different layers, without {name} twice", "LoRA")
+            layers[name] = None if index is None else sorted([*(slices or []), index])
         return layers
 
     def _chosen_blocks(self, n: int) -> list[int]:
         if self.layers is None:
             return list(range(n))
-        if isinstance(self.layers, str):
-            if not re.fullmatch(r"\s*\d{1,9}(\s*-\s*\d{1,9})?(\s*,\s*\d{1,9}(\s*-\s*\d{1,9})?)*\s*", self.layers):
-                expected = "numbers and ranges such as '0-2,9-11'"
-                raise InputError(key="layers", value=self.layers, expected=expected, source="LoRA")
-            ranges = [[int(end) for end in part.split("-")] for part in self.layers.split(",")]
-        else:
-            ranges = [[i] for i in ([self.layers] if isinstance(self.layers, int) else self.layers)]
-        is_valid = all(isinstance(end, int) and 0 <= end < n for ends in ranges for end in ends)
-        blocks = {i for ends in ranges for i in range(ends[0], ends[-1] + 1)} if is_valid else None
-        if not blocks:
-            raise InputError(key="layers", value=self.layers, expected=f"blocks from 0 to {n - 1}", source="LoRA")
+        expected, blocks = f"blocks from 0 to {n - 1}, such as '0-2,9-11'", set[int]()
+        for part in self.layers if isinstance(self.layers, list) else str(self.layers).split(","):
+            match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", str(part))
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (n, n)
+            require(last < n, "layers", self.layers, expected, "LoRA")
+            blocks.update(range(first, last + 1))
+        require(bool(blocks), "layers", self.layers, expected, "LoRA")
         return sorted(blocks)
 
     @staticmethod

@@ -138,7 +138,6 @@ class Task(Registered, OptimizedModule):
         base_parameters = list(model.parameters())
         base_ids = set(map(id, base_parameters))
         added: dict[str, nn.Parameter] = {}
-        self._freezing: list[str] = []  # classes of surgery without freezes_base that freeze the whole base
         for parameter in base_parameters:
             parameter.requires_grad_(self.train_base)
         for surgery in self.surgery:
@@ -160,15 +159,13 @@ class Task(Registered, OptimizedModule):
         result, name = surgery.apply(model), class_path(type(surgery))
         if result is not model and result is not None:
             raise InputError(f"surgery {name}: apply must change the model in place", key="model.surgery")
-        is_frozen = not any(parameter.requires_grad for parameter in base_parameters)
-        if surgery.freezes_base:
-            if not is_frozen:
-                problem = f"surgery {name} has freezes_base = True, but leaves parameters of the base trainable"
-                raise InputError(problem, key="model.surgery")
-            for parameter, was_trainable in zip(base_parameters, were_trainable, strict=True):
-                parameter.requires_grad_(was_trainable)
-        elif any(were_trainable) and is_frozen:
-            self._freezing.append(name)
+        if not surgery.freezes_base:
+            return
+        if any(parameter.requires_grad for parameter in base_parameters):
+            problem = f"surgery {name} has freezes_base = True, but leaves parameters of the base trainable"
+            raise InputError(problem, key="model.surgery")
+        for parameter, was_trainable in zip(base_parameters, were_trainable, strict=True):
+            parameter.requires_grad_(was_trainable)
 
     def _check_surgery(self) -> None:
         """Apply the surgery to a model on the meta device, to fail before weights are loaded.
@@ -176,44 +173,25 @@ class Task(Registered, OptimizedModule):
         Raises:
             InputError: surgery or settings that do not fit the model or each other.
         """
-        skeleton = self._skeleton()
-        if self.base is None and self.base_is_frozen:
-            raise self._random_and_frozen()
-        if name := _find_trained_adapted_weight(skeleton):
-            cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
-            raise InputError(f"{cause} and LoRA both train {name}; use only one of them", key="model.surgery")
-        if self.train_base and self.base_is_frozen and self._freezing:
-            advice = "with freezes_base = True in that class the task restores which parameters train"
-            rank_zero_warn(f"train_base: true has no effect: {self._freezing[0]} freezes the whole base; {advice}")
-        self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
-        self.n_virtual = skeleton.n_virtual
-        self._meta_model = (skeleton,)  # in a tuple, so that it is no submodule
-        self.layer_names = [*gpt2_layers(skeleton), "head"]  # the keys of layer_groups()
-
-    def _skeleton(self) -> GPT2:
-        """Build the GPT-2 with surgery on the meta device."""
         with torch.device("meta"):
             skeleton = _build_model(self.config)
         skeleton.source = None if self.base is None else str(resolve_checkpoint_dir(self.base, "model.base"))
         with torch.random.fork_rng(devices=[]):  # Later random draws must not depend on this model.
             self._apply_surgery(skeleton)
-        return skeleton
-
-    def _random_and_frozen(self) -> InputError:
-        """Return the error, with its remedy, for a randomly initialized GPT-2 that does not train."""
-        advice = "give a trained GPT-2: --model.base FOLDER_OR_ID --model.config null"
-        surgery = ", ".join(class_path(type(surgery)) for surgery in self.surgery)
-        cause = f"surgery ({surgery})" if surgery else "train_base: false"
-        if self._freezing:  # train_base is true already
-            cause = f"{self._freezing[0]}, which freezes all of it despite train_base: true,"
-        self.train_base = True
-        skeleton = self._skeleton()
-        if self._freezing:
-            advice += f"; or set freezes_base = True in {self._freezing[0]}, and train_base: true"
-        elif not _find_trained_adapted_weight(skeleton):
-            advice += "; or train_base: true"
-        message = f"model.config is initialized at random, and with {cause} it would not train; {advice}"
-        return InputError(message, key="model.config")
+        names = ", ".join(class_path(type(surgery)) for surgery in self.surgery)
+        if self.base is None and self.base_is_frozen:
+            cause = f"with {names or 'train_base: false'} it would not train"
+            advice = "give a trained GPT-2: --model.base FOLDER_OR_ID --model.config null"
+            raise InputError(f"model.config is initialized at random, and {cause}; {advice}", key="model.config")
+        if name := _find_trained_adapted_weight(skeleton):
+            cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
+            raise InputError(f"{cause} and LoRA both train {name}; use only one of them", key="model.surgery")
+        if self.train_base and self.base_is_frozen:
+            rank_zero_warn(f"train_base: true has no effect: {names} freezes the whole base (see Surgery.freezes_base)")
+        self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)
+        self.n_virtual = skeleton.n_virtual
+        self._meta_model = (skeleton,)  # in a tuple, so that it is no submodule
+        self.layer_names = [*gpt2_layers(skeleton), "head"]  # the keys of layer_groups()
 
     @property
     def max_length(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt2_pl.kernels.attention import set_cudnn_sdp
 from gpt2_pl.kernels.malloc import disable_malloc_trim
 from gpt2_pl.tasks.base import Task
 
@@ -29,12 +29,12 @@ class Environment(Callback):
         if self.keep_memory:
             disable_malloc_trim()
         if isinstance(pl_module, Task) and not pl_module.fixed_length_batches:
-            was_enabled = set_cudnn_sdp(False)
             if self._cudnn_was_enabled is None:
-                self._cudnn_was_enabled = was_enabled
+                self._cudnn_was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the attention backend."""
         if self._cudnn_was_enabled is not None:
-            set_cudnn_sdp(self._cudnn_was_enabled)
+            torch.backends.cuda.enable_cudnn_sdp(self._cudnn_was_enabled)
             self._cudnn_was_enabled = None

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from gpt2_pl.errors import InputError, did_you_mean, require
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.optim import NamedParameters
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.protocols import LayeredModule
@@ -61,17 +61,13 @@ class LayerCallback(Callback):
         Raises:
             InputError: the module does not implement ``layer_groups()``.
         """
-        if isinstance(module, LayeredModule):
-            return module.layer_groups()
-        message = f"{type(module).__name__} does not implement layer_groups(), which returns the parameters of layers"
-        raise InputError(f"{message}: {{layer: [(name, parameter), ...]}}", source=type(self).__name__)
+        if not isinstance(module, LayeredModule):
+            raise InputError(f"{type(module).__name__} does not implement layer_groups()", source=type(self).__name__)
+        return module.layer_groups()
 
     def _check_names(self, key: str, names: Iterable[str], layers: list[str]) -> None:
         for name in names:
-            if name not in layers:
-                near = did_you_mean(name, layers) or ";"
-                message = f"unknown layer {name!r}{near} the layers are {', '.join(layers)}"
-                raise InputError(message, key=key, source=type(self).__name__)
+            require(name in layers, key, name, f"one of {', '.join(layers)}", type(self).__name__)
 
 
 class GradualUnfreezing(LayerCallback):
@@ -115,9 +111,8 @@ class GradualUnfreezing(LayerCallback):
         super().setup(trainer, pl_module, stage)
         strategy = trainer.strategy
         if stage == "fit" and isinstance(strategy, DDPStrategy):
-            if strategy._ddp_kwargs.get("static_graph"):
-                message = "GradualUnfreezing: trainer.strategy must not have static_graph; the graph changes"
-                raise InputError(message, key="trainer.strategy")
+            is_static = bool(strategy._ddp_kwargs.get("static_graph"))
+            require(not is_static, "trainer.strategy", "static_graph", "ddp without static_graph", "GradualUnfreezing")
             strategy._ddp_kwargs["find_unused_parameters"] = True
         elif stage == "fit":
             is_supported = isinstance(strategy, SingleDeviceStrategy | ModelParallelStrategy)
@@ -160,9 +155,8 @@ class GradualUnfreezing(LayerCallback):
         stages = [[name for entry in stage for name in _expand_range(entry)] for stage in self.stages]
         named = [name for stage in stages for name in stage]
         self._check_names("stages", named, layers)
-        if twice := [name for name in named if named.count(name) > 1]:
-            message = f"stages must name each layer once, got {twice[0]} twice"
-            raise InputError(message, key="stages", source="GradualUnfreezing")
+        for name in named:
+            require(named.count(name) == 1, "stages", self.stages, f"lists without {name} twice", "GradualUnfreezing")
         return stages
 
     check_layers = stage_layers
@@ -278,12 +272,9 @@ class DiscriminativeLR(LayerCallback):
             factors = []
             for i, group in enumerate(optimizer.param_groups):
                 names = sorted({layer_of.get(id(parameter), "no named layer") for parameter in group["params"]})
-                if len(names) > 1 or names[0] not in scales:
-                    raise InputError(
-                        f"group {group.get('name', i)!r} of the optimizer holds parameters of {', '.join(names)}; make "
-                        "one group for each layer: gpt2_pl.optim.parameter_groups(self.layer_groups())",
-                        source="DiscriminativeLR",
-                    )
+                expected = "parameters of one layer, as those of gpt2_pl.optim.parameter_groups(self.layer_groups())"
+                is_layer = len(names) == 1 and names[0] in scales
+                require(is_layer, f"group {i} of the optimizer", names, expected, "DiscriminativeLR")
                 factors.append(scales[names[0]])
                 group["lr_scale"] = group.get("lr_scale", 1.0) * factors[i]
                 for key in _RATES & group.keys():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.kernels.cuda_graph import cuda_graph, supports_cuda_graph
 from gpt2_pl.kernels.prepacked_linear import prepacked_weights
 from gpt2_pl.kv_cache import KVCache
@@ -113,9 +113,8 @@ def _validate_prompts(mask: Tensor, num_tokens: int, n_positions: int) -> None:
     """
     if not bool((mask.sum(1) > 0).all()):
         raise InputError("a prompt is empty; give at least one token, such as the end of text")
-    if n_positions < num_tokens:
-        limit = f"at most n_positions = {n_positions} tokens, virtual tokens included"
-        raise InputError(f"prompt and continuation must have {limit}, got {num_tokens}")
+    expected = f"at most n_positions = {n_positions} tokens, virtual tokens included"
+    require(num_tokens <= n_positions, "prompt and continuation", num_tokens, expected)
 
 
 def _builtin_processors(repetition_penalty: float, no_repeat_ngram_size: int) -> list[LogitsProcessor]:
@@ -252,16 +251,13 @@ def validate_sampling(
         InputError: a setting is out of range.
     """
     low, high = 1e-9, 1e9  # range of divisors of float32 logits
-    for key, value, is_valid, expected in (
-        ("temperature", temperature, temperature == 0 or low <= temperature <= high, f"0 or in [{low:g}, {high:g}]"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "in (0, 1]"),
-        ("repetition_penalty", repetition_penalty, low <= repetition_penalty <= high, f"in [{low:g}, {high:g}]"),
-        ("no_repeat_ngram_size", no_repeat_ngram_size, no_repeat_ngram_size >= 0, "at least 0"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-    ):
-        if not is_valid:
-            raise InputError(key=key, value=value, expected=expected)
+    is_temperature, is_penalty = temperature == 0 or low <= temperature <= high, low <= repetition_penalty <= high
+    require(is_temperature, "temperature", temperature, f"0 or in [{low:g}, {high:g}]")
+    require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
+    require(top_p is None or 0.0 < top_p <= 1.0, "top_p", top_p, "in (0, 1]")
+    require(is_penalty, "repetition_penalty", repetition_penalty, f"in [{low:g}, {high:g}]")
+    require(no_repeat_ngram_size >= 0, "no_repeat_ngram_size", no_repeat_ngram_size, "at least 0")
+    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
 
 
 def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: torch.device) -> Tensor:
@@ -269,9 +265,7 @@ def _uniform(seed: int | Sequence[int] | None, rows: int, steps: int, device: to
     if seed is None:
         return torch.rand(rows, steps).to(device)
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
-    if len(seeds) != rows:
-        expected = f"one number or one for each of {rows} prompts"
-        raise InputError(f"seed must be {expected}, got {len(seeds)} seeds", key="seed")
+    require(len(seeds) == rows, "seed", seeds, f"one number or one for each of {rows} prompts")
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import require
 from gpt2_pl.kernels.dropout import dropout
 
 Pooling = Literal["last", "mean", "max", "mix", "concat"]
@@ -43,8 +43,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, mean_weight: 
     Raises:
         InputError: an unknown ``pooling``.
     """
-    if pooling not in get_args(Pooling):
-        raise InputError(key="pooling", value=pooling, expected=f"one of {', '.join(get_args(Pooling))}")
+    require(pooling in get_args(Pooling), "pooling", pooling, f"one of {', '.join(get_args(Pooling))}")
     text = attention_mask.unsqueeze(-1).bool()  # (B, T, 1)
     parts = {}
     if pooling in ("last", "mix", "concat"):
@@ -75,8 +74,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, n_features: int, num_classes: int, dropout: float = 0.0, num_dropout_samples: int = 1) -> None:
         super().__init__()
-        if num_dropout_samples < 1:
-            raise InputError(key="num_dropout_samples", value=num_dropout_samples, expected="at least 1")
+        require(num_dropout_samples >= 1, "num_dropout_samples", num_dropout_samples, "at least 1")
         self.dropout, self.num_dropout_samples = dropout, num_dropout_samples
         self.linear = nn.Linear(n_features, num_classes)
         nn.init.normal_(self.linear.weight, std=0.02)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import require
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -55,10 +55,8 @@ class AdamW(Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0.0:
-                raise InputError(key=key, value=value, expected="at least 0")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise InputError(key="betas", value=tuple(betas), expected="in [0, 1)")
+            require(value >= 0.0, key, value, "at least 0")
+        require(all(0.0 <= beta < 1.0 for beta in betas), "betas", tuple(betas), "in [0, 1)")
         defaults: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -175,9 +173,7 @@ class ConstantWithWarmup(Schedule):
     """
 
     def __init__(self, warmup: float = 0.0) -> None:
-        if warmup < 0:
-            expected = "a number of steps or a fraction of all steps in [0, 1)"
-            raise InputError(key="warmup", value=warmup, expected=expected)
+        require(warmup >= 0, "warmup", warmup, "a number of steps or a fraction of all steps in [0, 1)")
         self.warmup = warmup
 
     @property
@@ -222,8 +218,7 @@ class CosineWithWarmup(ConstantWithWarmup):
 
     def __init__(self, warmup: float = 0.0, floor: float = 0.0) -> None:
         super().__init__(warmup)
-        if not 0.0 <= floor <= 1.0:
-            raise InputError(key="floor", value=floor, expected="in [0, 1]")
+        require(0.0 <= floor <= 1.0, "floor", floor, "in [0, 1]")
         self.floor = floor
 
     def _after_warmup(self, step: int, total: int) -> float:
@@ -243,10 +238,8 @@ class SlantedTriangular(Schedule):
     """
 
     def __init__(self, cut_frac: float = 0.1, ratio: float = 32.0) -> None:
-        if not 0.0 <= cut_frac < 1.0:
-            raise InputError(key="cut_frac", value=cut_frac, expected="in [0, 1)")
-        if ratio < 1.0:
-            raise InputError(key="ratio", value=ratio, expected="at least 1")
+        require(0.0 <= cut_frac < 1.0, "cut_frac", cut_frac, "in [0, 1)")
+        require(ratio >= 1.0, "ratio", ratio, "at least 1")
         self.cut_frac, self.ratio = cut_frac, ratio
 
     def factor(self, step: int, total: int) -> float:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gpt2_pl.commands.support.parser import CommandParser, check_batches
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.filesystem import atomic_write
-from gpt2_pl.kernels.attention import set_cudnn_sdp
 
 if TYPE_CHECKING:
     from gpt2_pl.datamodules.rows import RowSource
@@ -70,7 +69,7 @@ def main(args: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = (options.precision or best_precision("auto")) == "bf16-mixed"
     task.to(device).eval()
-    set_cudnn_sdp(False)  # batches have many different lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)  # batches have many different lengths
     rows = (row for row in read_rows() if row is not None)
     n_classified = 0
     with (

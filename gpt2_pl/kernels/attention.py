@@ -68,19 +68,6 @@ def scaled_dot_product_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def set_cudnn_sdp(enabled: bool) -> bool:
-    """Enable or disable the cuDNN backend of attention and return its previous state.
-
-    cuDNN compiles a plan for every new shape, which takes longer than a training step on batches of varying length.
-
-    Args:
-        enabled: whether the cuDNN backend may be used.
-    """
-    previous = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(enabled)
-    return previous
-
-
 def _use_math(query: Tensor, num_keys: int, dropout_p: float) -> bool:
     """Return whether matrix products are faster than the fused kernel of PyTorch."""
     if not kernels.enabled() or query.device.type != "cpu" or torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError, listing
+from gpt2_pl.errors import InputError, listing, require
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.pretrained import write_folder
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base
@@ -174,12 +174,13 @@ class PeftAdapter(Surgery):
     digest: str | None = None
 
     def __post_init__(self) -> None:
+        self._score: Tensor | None = None  # weight of the saved head
         self._shift: Tensor | None = None  # of the final layer norm's bias
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add the saved adapter to ``model`` and freeze the published parameters; see :class:`Surgery`."""
         config, tensors = self._read()
-        tensors.pop("score.weight", None)
+        self._score = tensors.pop("score.weight", None)
         if (shift := self._take_ln_f_shift(model, tensors)) is not None:
             self._shift = shift
         take = self._take_lora if config.peft_type == "LORA" else self._take_virtual_tokens
@@ -194,13 +195,11 @@ class PeftAdapter(Surgery):
 
     def load_head(self, head: nn.Module) -> None:
         """Copy ``score`` from the adapter; the bias is computed from the shift of the final layer norm's bias."""
-        _, tensors = self._read()
-        score = tensors.get("score.weight")
+        score = self._score
         if score is None or not isinstance(head, ClassificationHead):
             return
-        if score.shape != head.linear.weight.shape:
-            expected = f"{tuple(head.linear.weight.shape)} (classes, features)"
-            raise InputError(f"the head must have shape {expected}, got {tuple(score.shape)}", source=self.folder)
+        shape = tuple(head.linear.weight.shape)
+        require(score.shape == shape, "the head", score, f"of shape {shape} (classes, features)", self.folder)
         with torch.no_grad():
             head.linear.weight.copy_(score)
             head.linear.bias.zero_()
@@ -233,12 +232,9 @@ class PeftAdapter(Surgery):
             InputError: a layer does not exist or has an adapter already, or the matrices do not fit it.
         """
         modules: dict[str, nn.Module] = {}
-        layers = dict(model.named_modules())
         for path in sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}):
             name = path.removeprefix("transformer.")
-            if name not in layers:
-                raise InputError(f"{self.folder}: the model has no layer for the adapter of {path}")
-            layer: Any = plain_layer(model, name, "PeftAdapter")
+            layer: Any = plain_layer(model, name, f"PeftAdapter {self.folder}")
             keys = _EMBEDDING_KEYS if name == "wte" else _LINEAR_KEYS
             found: list[Any] = [tensors.pop(f"{path}.{key}", None) for key in keys]
             A, B, magnitude = found
@@ -275,10 +271,7 @@ class PeftAdapter(Surgery):
         name = "prefix" if config.peft_type == "PREFIX_TUNING" else "prompt"
         width = model.config.n_embd * (2 * model.config.n_layer if name == "prefix" else 1)
         table = tensors.pop("prompt_embeddings", torch.empty(0))
-        if table.shape[1:] != (width,):
-            raise InputError(
-                f"prompt_embeddings must have shape (P, {width}), got {tuple(table.shape)}", source=self.folder
-            )
+        require(table.shape[1:] == (width,), "prompt_embeddings", table, f"of shape (P, {width})", self.folder)
         if getattr(model, name) is not None:
             raise InputError(f"{self.folder}: the model has a {name} already")
         check_length(self.folder, len(table), model)
@@ -292,17 +285,12 @@ class PeftAdapter(Surgery):
 
     def _take_ln_f_shift(self, model: GPT2, tensors: dict[str, Tensor]) -> Tensor | None:
         """Remove a saved final layer norm from ``tensors`` and return the shift of its bias, a head's bias."""
-        weight, bias = (tensors.pop(f"transformer.ln_f.{key}", None) for key in ("weight", "bias"))
-        base = model.ln_f
-        if (weight is None and bias is None) or base.weight.is_meta:
+        stored: list[Any] = [tensors.pop(f"transformer.ln_f.{key}", None) for key in ("weight", "bias")]
+        (weight, bias), base, device = stored, model.ln_f, model.ln_f.weight.device
+        if stored == [None, None] or device.type == "meta":
             return None
-        device = base.weight.device
-        if (
-            weight is None
-            or bias is None
-            or not torch.equal(weight.to(device), base.weight)
-            or bias.shape != base.bias.shape
-        ):
+        is_complete = weight is not None and bias is not None and bias.shape == base.bias.shape
+        if not is_complete or not torch.equal(weight.to(device), base.weight):
             raise InputError(f"{self.folder}: ln_f.weight must be that of the base; only ln_f.bias may differ")
         return bias.to(device) - base.bias.detach()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.kv_cache import KVCache
 from gpt2_pl.surgery.base import Surgery, check_length, freeze_base, token_ids
 
@@ -71,13 +71,6 @@ class Prompt(nn.Module):
         return self.embedding
 
 
-def _initial_ids(init_text: str | None, length: int, model: GPT2, tokenizer: Tokenizer | None) -> Tensor:
-    """Return the tokens (P,) of ``init_text``, or tokens drawn from the vocabulary."""
-    if init_text is None:
-        return torch.randint(model.config.vocab_size, (length,), device="cpu")
-    return token_ids(init_text, length, model, tokenizer)
-
-
 @dataclass
 class PrefixTuning(Surgery):
     """Trainable keys and values in front of those of the text in every block (prefix-tuning or P-tuning v2).
@@ -104,11 +97,9 @@ class PrefixTuning(Surgery):
     init_text: str | None = None
 
     def __post_init__(self) -> None:
-        if self.hidden is not None and self.hidden < 1:
-            raise InputError(key="hidden", value=self.hidden, expected="at least 1", source="PrefixTuning")
-        if self.hidden is not None and self.init_text is not None:
-            problem = "init_text initializes a table, hidden a network; use only one of them"
-            raise InputError(problem, key="init_text", source="PrefixTuning")
+        require(self.hidden is None or self.hidden >= 1, "hidden", self.hidden, "at least 1", "PrefixTuning")
+        has_table = self.hidden is None
+        require(has_table or self.init_text is None, "init_text", self.init_text, "null with hidden", "PrefixTuning")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Prepend a prefix to every row and freeze the published parameters; see :class:`Surgery`."""
@@ -118,7 +109,7 @@ class PrefixTuning(Surgery):
         device = model.wte.weight.device
         prefix = Prefix(model.config, self.length, self.hidden).to(device).train(model.training)
         if self.hidden is None:
-            ids = _initial_ids(self.init_text, self.length, model, tokenizer)
+            ids = token_ids(self.init_text, self.length, model, tokenizer)
             with torch.no_grad():
                 prefix.table.copy_(_keys_and_values(model, ids.to(device)))
         model.prefix = prefix
@@ -163,7 +154,7 @@ class PromptTuning(Surgery):
         if model.prompt is not None:
             raise InputError("PromptTuning: the model has a soft prompt already; there must not be two PromptTuning")
         check_length("PromptTuning", self.length, model)
-        ids = _initial_ids(self.init_text, self.length, model, tokenizer)
+        ids = token_ids(self.init_text, self.length, model, tokenizer)
         weight = model.wte.weight.detach()
         model.prompt = Prompt(weight[ids.to(weight.device)].clone()).train(model.training)
         freeze_base(model)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
@@ -16,7 +17,6 @@ from gpt2_pl.heads import ClassificationHead, Pooling, Verbalizer, classificatio
 from gpt2_pl.metrics import MetricInfo, RowOutputs, SplitMetrics, WeightedMean, finite
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
-from gpt2_pl.tasks.fsdp import shard_head
 from gpt2_pl.tasks.protocols import LabelledData, ReadableData, RowData, RowTable, TokenizedData
 from gpt2_pl.utils.plots import confusion_image
 
@@ -76,19 +76,14 @@ class Classifier(Task):
         require(is_rate, "model.head_dropout", head_dropout, "null or in [0, 1)")
         require(1 <= num_dropout_samples <= 1000, "model.num_dropout_samples", num_dropout_samples, "in [1, 1000]")
         require(0.0 <= label_smoothing < 1.0, "model.label_smoothing", label_smoothing, "in [0, 1)")
-        if (head == "verbalizer") != (label_words is not None):
-            message = "model.head verbalizer requires model.label_words, and the reverse; give both or neither"
-            raise InputError(message, key="model.label_words")
-        if label_words is not None and (len(label_words) != num_classes or pooling != "last"):
-            got = f"{len(label_words)} words and pooling {pooling!r}"
-            expected = f"{num_classes} words, one for each class, with model.pooling 'last'"
-            raise InputError(f"model.label_words must have {expected}, got {got}", key="model.label_words")
-        if head == "verbalizer" and (num_dropout_samples != 1 or head_dropout):
-            message = "model.num_dropout_samples and model.head_dropout require model.head linear"
-            raise InputError(f"{message}; the verbalizer has no dropout", key="model.head")
-        if head == "verbalizer" and not self.train_base and not self.surgery:
-            message = "model.head verbalizer has no parameters; with train_base: false nothing would train"
-            raise InputError(message, key="model.head")
+        n_words, is_linear = None if label_words is None else len(label_words), head == "linear"
+        expected = "null with model.head linear" if is_linear else f"{num_classes} words, one for each class"
+        require(n_words == (None if is_linear else num_classes), "model.label_words", label_words, expected)
+        require(is_linear or pooling == "last", "model.pooling", pooling, "last with model.head verbalizer")
+        has_dropout = num_dropout_samples != 1 or bool(head_dropout)
+        require(is_linear or not has_dropout, "model.head", head, "linear with dropout of the head")
+        trains = is_linear or self.train_base or bool(self.surgery)
+        require(trains, "model.head", head, "linear with train_base: false, because the verbalizer has no parameters")
         self.num_classes, self.pooling, self.mean_weight = num_classes, pooling, mean_weight
         self.head_name, self.label_words = head, label_words
         self.head_dropout = self.config.dropout if head_dropout is None else head_dropout
@@ -109,7 +104,7 @@ class Classifier(Task):
             for surgery in self.surgery:
                 surgery.load_head(self.head)
             if self.device_mesh is not None:
-                shard_head(self.head, self.device_mesh)
+                fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
         else:
             self.head = Verbalizer(self._label_token_ids())
 
@@ -122,14 +117,11 @@ class Classifier(Task):
         if (token_ids := self.hparams["label_token_ids"]) is not None:
             return list(token_ids)
         if not isinstance(self.datamodule, TokenizedData):
-            message = "model.head verbalizer requires a datamodule with a tokenizer, for its label words"
-            raise InputError(message, key="model.head")
+            raise InputError("model.head verbalizer requires data.tokenizer, for its label words", key="model.head")
         token_ids = []
         for word in self.label_words or []:
             ids = self.datamodule.tokenizer.encode(word, add_special_tokens=False).ids
-            if len(ids) != 1:
-                message = f"each word must be one token, such as ' good', got {word!r} of {len(ids)} tokens"
-                raise InputError(f"model.label_words: {message}", key="model.label_words")
+            require(len(ids) == 1, "model.label_words", word, "words of one token each, such as ' good'")
             token_ids += ids
         self.hparams["label_token_ids"] = token_ids
         return token_ids

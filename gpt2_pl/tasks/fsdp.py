@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -117,8 +116,3 @@ def shard(backbone: GPT2, mesh: DeviceMesh) -> None:
     for block in backbone.h:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(backbone, mesh=mesh["data_parallel"], reshard_after_forward=False)
-
-
-def shard_head(head: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the head over the processes of ``mesh``."""
-    fully_shard(head, mesh=mesh["data_parallel"])

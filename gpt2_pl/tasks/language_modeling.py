@@ -173,13 +173,11 @@ class LanguageModel(Task):
         if self._ignored_ids is not None or not self.unlikelihood_ignores:
             return self._ignored_ids or []
         if not isinstance(self.datamodule, TokenizedData):
-            message = "model.unlikelihood_ignores requires a datamodule with a tokenizer"
-            raise InputError(message, key="model.unlikelihood_ignores")
+            raise InputError("model.unlikelihood_ignores requires data.tokenizer", key="model.unlikelihood_ignores")
         texts = [text.strip(" ") for text in decode_vocab(self.datamodule.tokenizer)]
         ignored = [text.strip(" ") for text in self.unlikelihood_ignores]
-        if unknown := [text for text in ignored if text not in texts]:
-            message = f"model.unlikelihood_ignores: {unknown[0]!r} is not a token of the tokenizer"
-            raise InputError(message, key="model.unlikelihood_ignores")
+        for text in ignored:
+            require(text in texts, "model.unlikelihood_ignores", text, "tokens of the tokenizer")
         self._ignored_ids = [i for i, text in enumerate(texts) if text in ignored]
         return self._ignored_ids
 
@@ -206,14 +204,11 @@ class LanguageModel(Task):
             InputError: an empty prompt, a prompt that fills the context, or a tokenizer without an end of text.
         """
         end = tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            message = f"the tokenizer must have the token {END_OF_TEXT}, which ends a text"
-            raise InputError(message, key="data.tokenizer")
+        require(end is not None, "data.tokenizer", tokenizer, f"a tokenizer with the token {END_OF_TEXT}")
         rooms = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         for prompt, room in zip(prompts, rooms, strict=True):
-            if not prompt or room < 1:
-                expected = f"1 to {self.max_length - 1} tokens to fit the model's context"
-                raise InputError(f"a prompt must have {expected}, got {len(prompt)}")
+            expected = f"in [1, {self.max_length - 1}] to fit the model's context"
+            require(bool(prompt) and room >= 1, "the number of tokens of a prompt", len(prompt), expected)
         new: dict[int, list[int]] = {}
         ends: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end}
         # Prompts with the same room form a batch: a continuation must not depend on the room of other prompts.

@@ -139,20 +139,14 @@ class OptimizedModule(CheckpointedModule):
             InputError: naming the schedule.
         """
         if endless and self.schedule.needs_total:
-            raise InputError(
-                "trainer.max_epochs or trainer.max_steps must be a number above 0 with model.schedule "
-                f"{type(self.schedule).__name__}, which depends on the length of training; without a length, give "
-                "--model.schedule gpt2_pl.optim.ConstantWithWarmup with a warmup of 0 or in steps",
-                key="trainer.max_epochs",
-            )
+            reason = f"because model.schedule {type(self.schedule).__name__} depends on the length of training"
+            message = f"trainer.max_epochs or trainer.max_steps must be a number above 0, {reason}"
+            raise InputError(message, key="trainer.max_epochs")
 
     def _set_resumed_rates(self) -> None:
         """Compute the learning rates of a resumed run, because the stored ones belong to the former length."""
-        if self.trainer.ckpt_path is None:
-            return
-        for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if isinstance(scheduler, LambdaLR):
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, LambdaLR) and self.trainer.ckpt_path is not None:
                 rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
                 scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, BinaryPrecision, BinaryRecall
 
-from gpt2_pl.errors import InputError, require
+from gpt2_pl.errors import require
 from gpt2_pl.metrics import MetricInfo, best_threshold
 from gpt2_pl.tasks.classification import Classifier
 
@@ -42,9 +42,7 @@ class ParaphraseDetector(Classifier):
     decision_threshold: Tensor
 
     def __init__(self, num_classes: int = 2, threshold: float | Literal["accuracy", "f1"] = 0.5, **kwargs: Any) -> None:
-        if num_classes != 2:
-            message = f"model.num_classes must be 2 for paraphrase detection, got {num_classes}"
-            raise InputError(f"{message}; give data.labels two names", key="model.num_classes")
+        require(num_classes == 2, "model.num_classes", num_classes, "2 for paraphrases (two names in data.labels)")
         is_valid = isinstance(threshold, str) or 0.0 < threshold < 1.0
         require(is_valid, "model.threshold", threshold, "in (0, 1), or accuracy or f1 to tune it")
         super().__init__(num_classes=num_classes, **kwargs)

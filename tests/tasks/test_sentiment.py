@@ -313,7 +313,7 @@ def test_gradients_are_freed_after_each_optimizer_step(accumulate, there):
 
 def test_verbalizer_label_words_of_several_tokens_are_refused():
     task = SentimentClassifier(config=SHAPE, num_classes=3, head="verbalizer", label_words=["a", "b", "quixotic"])
-    with pytest.raises(InputError, match=r"got 'quixotic' of \d"):
+    with pytest.raises(InputError, match="got 'quixotic'"):
         trainer(max_epochs=1).fit(task, ToySentiment(n_train=64, vocab_size=400))
 
 

@@ -15,19 +15,14 @@ class Environment(Callback):
     glibc is configured to keep freed memory in the process, because a training step allocates and frees much memory.
     On a GPU the cuDNN backend of attention is disabled for tasks whose batches vary in length, because it compiles a
     plan for every new shape; the backend is restored at the end.
-
-    Args:
-        keep_memory: whether freed memory stays in the process; this cannot be undone within the process.
     """
 
-    def __init__(self, keep_memory: bool = True) -> None:
-        self.keep_memory = keep_memory
+    def __init__(self) -> None:
         self._cudnn_was_enabled: bool | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Apply the settings."""
-        if self.keep_memory:
-            disable_malloc_trim()
+        disable_malloc_trim()
         if isinstance(pl_module, Task) and not pl_module.fixed_length_batches:
             if self._cudnn_was_enabled is None:
                 self._cudnn_was_enabled = torch.backends.cuda.cudnn_sdp_enabled()

@@ -29,10 +29,10 @@ def test_environment_with_batches_of_many_lengths_disables_cudnn_until_the_end(k
 
 def test_environment_with_batches_of_one_length_leaves_cudnn(kept):
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    callback = Environment(keep_memory=False)
+    callback = Environment()
     callback.setup(None, LanguageModel(config=SHAPE), "fit")
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    assert not kept
+    assert kept == [1]
 
 
 def test_task_setup_leaves_cudnn_and_malloc_unchanged(monkeypatch):

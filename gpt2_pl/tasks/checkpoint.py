@@ -66,7 +66,7 @@ def read(path: str | PathLike[str], key: str, task: type[Registered]) -> dict[st
         raise _foreign(name, "task must be the path of a class")
     cls = task.find(written_by)
     if cls is None:
-        unknown = "which is not imported; import your own code by --plugin MODULE or by a configuration that names it"
+        unknown = "which is not a task of this library; import your own code by --plugin MODULE or by a configuration"
         reason = unknown if task.is_root else f"not by {class_path(task)}"
         raise InputError(f"{name} was written by {shorten(written_by)}, {reason}", key="task")
     check(content, cls, name)

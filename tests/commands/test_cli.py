@@ -34,7 +34,7 @@ MEANINGLESS = {  # what a strategy asks for and a task does not have
         "mixed_pooling": "pooling", "hard_prompt": "template", "verbalizer": "head",
     }.items()},
     ("sst5", "unlikelihood"): "unlikelihood", ("imdb", "sequence_unlikelihood"): "unlikelihood",
-    ("sst5", "hard_prompt"): "sentence1", ("sst5", "verbalizer"): "2 words", ("imdb", "verbalizer"): "sentence1",
+    ("sst5", "hard_prompt"): "sentence1", ("sst5", "verbalizer"): "5 words", ("imdb", "verbalizer"): "sentence1",
 }  # fmt: skip
 
 

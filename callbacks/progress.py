@@ -64,14 +64,6 @@ def fraction_done(trainer: Trainer) -> float | None:
     return min(1.0, max(fractions)) if fractions else None
 
 
-def duration(seconds: float) -> str:
-    """Format a duration for display: ``41 s``, ``12 min``, ``3 h 20 min``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 class _TimeColumn(ProgressColumn):
     """Column of the elapsed time of the stage and the remaining time of the run."""
 
@@ -131,25 +123,20 @@ class EpochLines(Callback):
         """Start the clock of the epoch."""
         self._epoch_start = time.monotonic()
 
-    @staticmethod
-    def _epoch_scores(trainer: Trainer) -> Mapping[str, Any]:
-        """Return the epoch's scores from :class:`RunSummary`, or the last logged metrics without that callback."""
-        rows = [row for summary in find_callbacks(trainer, RunSummary) for row in summary.epochs]
-        return rows[-1] if rows else trainer.callback_metrics
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line on the first process."""
         if not trainer.is_global_zero:
             return
         names = getattr(pl_module, "displayed_metrics", ("loss",))
-        metrics = self._epoch_scores(trainer)
+        rows = [row for summary in find_callbacks(trainer, RunSummary) for row in summary.epochs]
+        metrics: Mapping[str, Any] = rows[-1] if rows else trainer.callback_metrics
         scores = [
             f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values)
             for split in ("train", "val")
             if (values := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
         ]
         left = self.clock.seconds_left(trainer)
-        seconds = f"took {duration(time.monotonic() - self._epoch_start)}"
-        remaining = "" if left is None or trainer.should_stop else f", {duration(left)} left"
+        seconds = f"took {timedelta(seconds=int(time.monotonic() - self._epoch_start))}"
+        remaining = "" if left is None or trainer.should_stop else f", {timedelta(seconds=int(left))} left"
         line = "; ".join([*scores, f"{seconds}{remaining}"])
         print(f"epoch {epoch_number(trainer.current_epoch, trainer)}: {line}", flush=True)

@@ -70,7 +70,7 @@ def generate(
     Raises:
         InputError: a setting is out of range, a prompt is empty, or there are more tokens than ``n_positions``.
     """
-    validate_sampling(temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, max_new_tokens)
+    validate_sampling(temperature, max_new_tokens, top_k, top_p, repetition_penalty, no_repeat_ngram_size)
     B, T = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     _validate_prompts(mask, model.n_virtual + T + max_new_tokens, model.config.n_positions)
@@ -239,11 +239,11 @@ def _eval_mode(model: GPT2) -> Iterator[None]:
 
 def validate_sampling(
     temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float,
-    no_repeat_ngram_size: int,
     max_new_tokens: int,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
 ) -> None:
     """Check the sampling settings of :func:`generate`.
 

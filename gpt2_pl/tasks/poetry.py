@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from gpt2_pl.errors import require
+from gpt2_pl.generation import validate_sampling
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.tasks.language_modeling import LanguageModel
@@ -58,10 +59,7 @@ class PoemGenerator(LanguageModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        is_temperature = temperature == 0.0 or 1e-9 <= temperature <= 1e9
-        require(is_temperature, "model.temperature", temperature, "0 or in [1e-09, 1e+09]")
-        require(top_p is None or 0.0 < top_p <= 1.0, "model.top_p", top_p, "null or in (0, 1]")
-        require(max_new_tokens >= 1, "model.max_new_tokens", max_new_tokens, "at least 1")
+        validate_sampling(temperature, max_new_tokens, top_p=top_p)
         require(num_val_samples >= 0, "model.num_val_samples", num_val_samples, "at least 0")
         self.temperature, self.top_p, self.line_length_bias = temperature, top_p, line_length_bias
         self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples

@@ -131,7 +131,7 @@ def check(content: dict[str, Any], task: type, name: str) -> None:
         InputError: naming the checkpoint and the invalid key.
     """
     from gpt2_pl.surgery import build
-    from gpt2_pl.utils.checkpoint_schema import CALLBACKS, Checkpoint
+    from gpt2_pl.utils.checkpoint_schema import CALLBACKS, CallbackState, Checkpoint
     from gpt2_pl.utils.schema import validate
 
     for key in _LEGACY_KEYS:
@@ -143,8 +143,8 @@ def check(content: dict[str, Any], task: type, name: str) -> None:
             path = str(state.get(path_key))
             is_plain = "://" not in path and ".." not in PurePath(path).parts and "\0" not in path
             require(is_plain, f"callbacks.{key}.{path_key}", path, "a plain local path", name)
-        if (schema := CALLBACKS.get(key.partition("{")[0])) is not None:
-            validate(schema, state, name, f"callbacks.{key}")
+        if key.partition("{")[0] in CALLBACKS:
+            validate(CallbackState, state, name, f"callbacks.{key}")
     stored = content["hyper_parameters"]
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items()}
     validate(_hyperparameter_schema(task), plain, name, "hyper_parameters")

@@ -5,15 +5,17 @@ Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from gpt2_pl.utils.run_schema import Layer
 from gpt2_pl.utils.schema import Count, EpochScores, Figure, Name, Rate, Schema, Score, Scores, Size, Text, expect
 
-_LIGHTNING_VERSION = r"^([2-9]|[1-9][0-9])(\.[0-9]{1,9}){1,4}((a|b|rc|\.?dev|\.?post)[0-9]{1,9})?(\+[a-z0-9]+)?$"
+_LIGHTNING_VERSION = re.compile(r"([2-9]|[1-9]\d)(\.\d{1,9}){1,4}((a|b|rc|\.?dev|\.?post)\d{1,9})?(\+[a-z0-9]+)?", re.A)
+_IS_VERSION = expect(lambda text: bool(_LIGHTNING_VERSION.fullmatch(text)), "a version of Lightning from 2.0 on")
 
 
 def _is_number(value: Any) -> bool:
@@ -30,7 +32,6 @@ _Scalar = Annotated[  # Lightning's callbacks call methods of a tensor and forma
         lambda value: isinstance(value, Tensor) and value.dim() == 0 and _is_number(value), "a tensor of one number"
     ),
 ]
-_Tensor = Annotated[Any, expect(lambda value: isinstance(value, Tensor), "a tensor")]
 
 
 class BaseReference(Schema):
@@ -51,17 +52,14 @@ class PromptSpec(Schema, extra="allow"):
     quoting: bool | None = None
 
 
-class RunSummaryState(Schema):
-    """State of gpt2_pl.callbacks.RunSummary."""
+class CallbackState(Schema, extra="allow"):
+    """State of one of ``CALLBACKS``, by the keys of all of them; later versions of Lightning may add keys."""
 
+    # RunSummary
     epochs: list[EpochScores] | None = None
     val_metrics: Scores | None = None
     layers: list[Layer] | None = None
-
-
-class ThroughputState(Schema):
-    """State of gpt2_pl.callbacks.Throughput."""
-
+    # Throughput
     seconds: Figure | None = None
     cpu_seconds: Figure | None = None
     training_seconds: Figure | None = None
@@ -69,67 +67,33 @@ class ThroughputState(Schema):
     tokens: Count | None = None
     flops: Figure | None = None
     peak_memory_bytes: Count | None = None
-
-
-class PredictionWriterState(Schema):
-    """State of gpt2_pl.callbacks.PredictionWriter."""
-
+    # PredictionWriter and NonFiniteLossGuard
     best: Score | None = None
-
-
-class NonFiniteLossGuardState(Schema):
-    """State of gpt2_pl.callbacks.NonFiniteLossGuard."""
-
-    skipped: Count
-
-
-class EarlyStoppingState(Schema, extra="allow"):
-    """State of Lightning's EarlyStopping; a later version may add keys."""
-
-    wait_count: Count
-    stopped_epoch: Count
-    best_score: _Scalar
-    patience: Count
-
-
-class ModelCheckpointState(Schema, extra="allow"):
-    """State of Lightning's ModelCheckpoint; a later version may add keys."""
-
+    skipped: Count = 0
+    # EarlyStopping
+    wait_count: Count = 0
+    stopped_epoch: Count = 0
+    best_score: _Scalar = None
+    patience: Count = 0
+    # ModelCheckpoint
     monitor: Name | None = None
     dirpath: Text | None = None
-    best_model_path: Text
-    kth_best_model_path: Text
-    last_model_path: Text
+    best_model_path: Text = ""
+    kth_best_model_path: Text = ""
+    last_model_path: Text = ""
     best_model_score: _Number | None = None
     current_score: _Number | None = None
     kth_value: _Number | None = None
-    best_k_models: dict[Text, _Number]
+    best_k_models: dict[Text, _Number] = {}
+    # StochasticWeightAveraging, and WeightAveraging and its subclasses
+    n_averaged: Count = 0
+    latest_update_step: Count = 0
 
 
-class StochasticWeightAveragingState(Schema, extra="allow"):
-    """State of Lightning's StochasticWeightAveraging; only ``n_averaged`` is used."""
-
-    n_averaged: Count
-
-
-class WeightAveragingState(Schema, extra="allow"):
-    """State of Lightning's WeightAveraging and EMAWeightAveraging; a later version may add keys."""
-
-    latest_update_step: Count
-
-
-CALLBACKS: dict[str, type[Schema]] = {  # name of the callback's class -> schema of its state
-    "RunSummary": RunSummaryState,
-    "Throughput": ThroughputState,
-    "PredictionWriter": PredictionWriterState,
-    "NonFiniteLossGuard": NonFiniteLossGuardState,
-    "ResumableEarlyStopping": EarlyStoppingState,
-    "EarlyStopping": EarlyStoppingState,
-    "ResumableModelCheckpoint": ModelCheckpointState,
-    "ModelCheckpoint": ModelCheckpointState,
-    "StochasticWeightAveraging": StochasticWeightAveragingState,
-    "WeightAveraging": WeightAveragingState,
-    "EMAWeightAveraging": WeightAveragingState,
+CALLBACKS = {  # names of classes whose states are checked
+    *("RunSummary", "Throughput", "PredictionWriter", "NonFiniteLossGuard"),
+    *("ResumableEarlyStopping", "EarlyStopping", "ResumableModelCheckpoint", "ModelCheckpoint"),
+    *("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"),
 }
 
 
@@ -183,8 +147,8 @@ class OptimizerState(Schema, extra="allow"):
 class Checkpoint(Schema, extra="allow"):
     """Content of a checkpoint; users' tasks and callbacks may add keys."""
 
-    version: Annotated[str, Field(pattern=_LIGHTNING_VERSION)] = Field(alias="pytorch-lightning_version")
-    state_dict: dict[Name, _Tensor]
+    version: Annotated[str, _IS_VERSION] = Field(alias="pytorch-lightning_version")
+    state_dict: dict[Name, InstanceOf[Tensor]]
     hyper_parameters: dict[Name, Any]
     hparams_name: Literal["kwargs"] | None = None
     base: BaseReference

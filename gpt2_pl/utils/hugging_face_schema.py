@@ -15,16 +15,6 @@ from gpt2_pl.errors import InputError, printable
 from gpt2_pl.utils.schema import Rate, Schema, Size, Text, expect, validate
 
 
-def _fixed(*allowed: Any) -> Any:
-    """Return the type of a key that supports a few values only; messages show the first of them.
-
-    Values are compared with their types: 1 is not True.
-    """
-    typed = [(type(value), value) for value in allowed]
-    expected = f"{allowed[0]!r} (nothing else is computed here)"
-    return Annotated[Any, expect(lambda value: (type(value), value) in typed, expected)]
-
-
 def _is_simple_pattern(pattern: str) -> bool:
     """Return whether a text is a regular expression without repeated groups, which matches in little time."""
     try:
@@ -50,10 +40,10 @@ class AdapterConfig(Schema, extra="allow"):
     lora_dropout: Rate | None = None
     use_dora: bool | None = None
     use_rslora: bool | None = None
-    bias: _fixed("none") = "none"  # type: ignore[valid-type]
-    num_transformer_submodules: _fixed(1, None) = None  # type: ignore[valid-type]
+    bias: Literal["none"] = "none"
+    num_transformer_submodules: Literal[1] | None = None
     # The other methods (PiSSA, OLoRA, CorDA, LoftQ ...) change the weights of the base.
-    init_lora_weights: _fixed(True, False, None, "gaussian", "eva", "orthogonal") = True  # type: ignore[valid-type]
+    init_lora_weights: Literal[True, False, None, "gaussian", "eva", "orthogonal"] = True
 
 
 _IGNORED_KEYS = {  # keys of peft with any value: they have no effect, or their effect is stored in the tensors
@@ -90,13 +80,13 @@ def check_adapter(content: Any, where: str) -> AdapterConfig:
 class PretrainedConfig(Schema, extra="allow"):
     """The config.json of a GPT-2 in Hugging Face's format; its other keys do not affect the model."""
 
-    model_type: _fixed("gpt2") = "gpt2"  # type: ignore[valid-type]
-    activation_function: _fixed("gelu_new", "gelu_pytorch_tanh") = "gelu_new"  # type: ignore[valid-type]
-    layer_norm_epsilon: _fixed(1e-5) = 1e-5  # type: ignore[valid-type]
-    tie_word_embeddings: _fixed(True) = True  # type: ignore[valid-type]
-    scale_attn_weights: _fixed(True) = True  # type: ignore[valid-type]
-    scale_attn_by_inverse_layer_idx: _fixed(False) = False  # type: ignore[valid-type]
-    add_cross_attention: _fixed(False) = False  # type: ignore[valid-type]
+    model_type: Literal["gpt2"] = "gpt2"
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
+    layer_norm_epsilon: Annotated[float, Field(ge=1e-5, le=1e-5)] = 1e-5
+    tie_word_embeddings: Literal[True] = True
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    add_cross_attention: Literal[False] = False
     vocab_size: Size = 50257
     n_positions: Size = 1024
     n_embd: Size = 768

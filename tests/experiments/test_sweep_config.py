@@ -68,7 +68,7 @@ def full(settings):
 
 
 INVALID = {  # part of the error's key or, where it has none, of its text
-    "- a": "must hold a mapping",
+    "- a": "valid dictionary",
     "tasks: {toy: {config: []}}": "tasks.toy.config",
     "tasks: {toy: {configs: [nowhere.yaml], strategies: [full]}}": "tasks.toy.configs",
     "tasks: {sst9: {strategies: [full]}}": "tasks.sst9.configs",

@@ -229,7 +229,7 @@ WRONG_TYPES = [  # changes of a checkpoint, and the key of the error
     ({"callbacks": {"Throughput": {"seconds": "x"}}}, "callbacks.Throughput.seconds"),
     ({"callbacks": {"PredictionWriter": {"best": "x"}}}, "callbacks.PredictionWriter.best"),
     ({"callbacks": {"NonFiniteLossGuard": {"skipped": "x"}}}, "callbacks.NonFiniteLossGuard.skipped"),
-    ({"callbacks": {OF_STOPPING: {"wait_count": 1}}}, f"callbacks.{OF_STOPPING}.stopped_epoch"),
+    ({"callbacks": {OF_STOPPING: {"wait_count": "1"}}}, f"callbacks.{OF_STOPPING}.wait_count"),
     ({"loops": 3}, "loops"),
     ({"loops": {}}, "loops.fit_loop"),
     ({"loops": {"fit_loop": 3}}, "loops.fit_loop"),

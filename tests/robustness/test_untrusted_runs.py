@@ -123,7 +123,7 @@ SIZES = [  # a file, its text, and a part of the message; None where the text is
     ("config.yaml", 'name: "\\ud800"\n', "config.yaml"),
     ("metrics.json", json.dumps({"task": HUGE}), "task"),
     ("metrics.json", json.dumps({"scores": {HUGE: 1.0}}), "300 characters"),
-    ("metrics.json", json.dumps({"scores": {f"val/{i}": 1.0 for i in range(10**5)}}), "1000 values"),
+    ("metrics.json", json.dumps({"scores": {f"val/{i}": 1.0 for i in range(10**5)}}), "1000 items"),
     ("metrics.json", json.dumps({"epochs": ["x"] * 10**5}), "epochs[0]"),
     ("metrics.json", json.dumps({"configs": [f"configs/strategy/{HUGE}.yaml"]}), "configs[0]"),
     ("metrics.json", "[" * 10**6, "nested"),

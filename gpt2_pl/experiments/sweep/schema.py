@@ -48,7 +48,7 @@ Seeds = Annotated[
     Field(min_length=1),
     expect(lambda seeds: len(set(seeds)) == len(seeds), "a list of different numbers"),
 ]
-Choices = Annotated[Any, expect(_is_list_or_range, "a list of choices, or {{low: 1.0e-5, high: 1.0e-2, log: true}}")]
+Choices = Annotated[Any, expect(_is_list_or_range, "a list of choices, or {low: 1.0e-5, high: 1.0e-2, log: true}")]
 
 
 class PretrainNode(Schema):

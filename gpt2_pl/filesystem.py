@@ -27,11 +27,8 @@ from gpt2_pl.errors import (
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # in a pretrained folder
 _IS_WINDOWS, _RENAME_ATTEMPTS = os.name == "nt", 20
-# Bytes. Systems allow 255 and 4095; the name of a temporary file is 20 bytes longer than the final one.
-_MAX_NAME_BYTES, _MAX_PATH_BYTES = 230, 3900
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-_SPECIAL = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-_KINDS = {stat.S_IFDIR: "a folder", **_SPECIAL}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def require_file(path: str | Path, key: str) -> Path:
@@ -49,13 +46,15 @@ def require_file(path: str | Path, key: str) -> Path:
     shown = str(path)[:500]
     try:
         file = Path(path) if Path(path).exists() else Path(path).expanduser()
-        kind = stat.S_IFMT(file.stat().st_mode)
+        is_regular = stat.S_ISREG(file.stat().st_mode)
+        if is_regular:
+            file.open("rb").close()  # it may not be readable
     except (OSError, RuntimeError, ValueError) as error:  # the last two: an unknown ~user, a null character
         if isinstance(error, OSError) and error.errno not in _NO_SUCH_FILE:
             raise InputError(f"{key}: {shown} cannot be read: {error.strerror}", key=key) from None
         raise InputError(f"{key}: there is no file {shown}", key=key) from None
-    if kind != stat.S_IFREG:
-        raise InputError(f"{key}: {shown} is {_KINDS.get(kind, 'special')}, not a regular file", key=key)
+    if not is_regular:
+        raise InputError(f"{key}: {shown} is not a regular file", key=key)
     return file
 
 
@@ -101,26 +100,15 @@ def require_writable(path: Path, key: str) -> None:
         InputError: a name or the path is too long, a parent is not a folder, the path is a device, a pipe or a socket,
             or the folder is not writable.
     """
-    problem = f"{key}: {path} cannot be created: "
+    full = path.absolute()
+    existing = next(part for part in (full, *full.parents) if os.path.lexists(part))
     try:
-        longest_name = max(len(os.fsencode(name)) for name in (*path.parts, ""))
-        if longest_name > _MAX_NAME_BYTES or len(os.fsencode(path.absolute())) > _MAX_PATH_BYTES:
-            limits = f"a name must have at most {_MAX_NAME_BYTES} bytes and a path at most {_MAX_PATH_BYTES}"
-            raise InputError(f"{key}: {str(path)[:100]} ... is too long; {limits}", key=key)
-        existing = next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
-        if existing.is_symlink() and not existing.exists():
-            target = os.readlink(existing)
-            raise InputError(f"{problem}{existing} is a link to {target}, which does not exist", key=key)
-        kind = stat.S_IFMT(existing.stat().st_mode)
-        if existing == path.absolute() and kind in _SPECIAL:
-            raise InputError(f"{key}: {path} is {_SPECIAL[kind]}, not a regular file", key=key)
-        folder = existing.parent if existing == path.absolute() and kind == stat.S_IFREG else existing
-        if not folder.is_dir():
-            raise InputError(f"{problem}{folder} is not a folder", key=key)
-        with TemporaryFile(dir=folder):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            _temporary_path(full).lstat()  # its name may be too long
+        with TemporaryFile(dir=full.parent if full.is_file() else existing):
             pass
     except OSError as error:
-        raise InputError(f"{problem}{error.strerror}", key=key) from None
+        raise InputError(f"{key}: {str(path)[:500]} cannot be created, {existing}: {error.strerror}", key=key) from None
 
 
 @contextmanager
@@ -155,6 +143,10 @@ def _names_other(error: BaseException, path: Path) -> bool:
     return isinstance(name, str | bytes) and path.name not in os.fsdecode(name)
 
 
+def _temporary_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid4().hex[:12]}.part"
+
+
 def _replace(part: Path, path: Path) -> None:
     """Rename a file over another; on Windows, wait up to two seconds for a reader that has the other open."""
     for _ in range(_RENAME_ATTEMPTS - 1 if _IS_WINDOWS else 0):
@@ -182,7 +174,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
         InputError: the file cannot be created.
         RunError: the disk is full or fails; a previous file at ``path`` is unchanged.
     """
-    part = path.with_name(f".{path.name}.{uuid4().hex[:12]}.part")
+    part = _temporary_path(path)
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     with reraise_disk_full(path):
         try:
@@ -216,16 +208,14 @@ def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base"
     """
     try:
         folder = Path(path_or_id).expanduser()
-        is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
-        raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]} ({error})", key=key) from None
+        if folder.is_dir():
+            return folder
+        is_id = bool(_HUB_ID.fullmatch(str(path_or_id))) and not folder.exists()
+    except (OSError, RuntimeError):  # a name that is too long, an unknown ~user
+        is_id = False
     advice = f"give the path of a folder with config.json and {WEIGHTS}"
-    if is_folder:
-        return folder
-    if exists:
-        raise InputError(f"{key}: {path_or_id} is a file; {advice}", key=key)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)) or str(path_or_id).startswith("."):
-        raise InputError(f"{key}: there is no folder {path_or_id}", key=key)
+    if not is_id:
+        raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]}; {advice}", key=key)
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", "model*.safetensors", WEIGHTS_INDEX, "tokenizer*.json", "vocab.json", "merges.txt"]

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from gpt2_pl.errors import InputError, listing
 from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, atomic_write, resolve_checkpoint_dir
-from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.model import GPT2, GPT2Config
-from gpt2_pl.utils.registry import class_path
 from gpt2_pl.utils.yaml_json import read_json
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -274,33 +272,15 @@ def write_folder(
 def _check_plain(model: GPT2) -> None:
     """Check that the tensors of a model are exactly those of a plain GPT-2 of its shape; see :func:`save`."""
     with torch.device("meta"):
-        plain = GPT2(model.config)
-    shapes, expected = _shapes(model), _shapes(plain)
+        expected = _shapes(GPT2(model.config))
+    shapes = _shapes(model)
     if added := shapes.keys() - expected.keys():
-        reason = _explain_added(model, plain, min(added))
-        raise InputError(f"a pretrained folder cannot contain {listing(added)}: {reason}")
+        advice = "merge adapters first (gpt2_pl.surgery.merge), or save them in the format of peft"
+        raise InputError(f"a pretrained folder cannot contain {listing(added)}, which surgery added; {advice}")
     for name, shape in sorted(expected.items()):
         if shapes.get(name) != shape:
-            raise InputError(
-                f"{name} must have shape {shape}, as in {model.config}, got {shapes.get(name, 'no such tensor')}; "
-                "surgery that changes shapes must change model.config too"
-            )
-
-
-def _explain_added(model: GPT2, plain: GPT2, name: str) -> str:
-    """Explain which module contains a tensor that a plain GPT-2 does not have, and how to save it."""
-    if name.startswith(("prefix.", "prompt.")):
-        return "prefixes and soft prompts are saved in the format of peft (gpt2_pl.surgery.peft_format)"
-    plain_modules = dict(plain.named_modules())
-    for path, module in model.named_modules():
-        if not name.startswith(f"{path}."):
-            continue
-        if isinstance(module, MergeableLayer):
-            return "merge LoRA and other adapters into the weights first (gpt2_pl.surgery.merge(model))"
-        if type(module) is not type(plain_modules.get(path)):
-            layer = f"{path} is a {class_path(type(module))}"
-            return f"{layer}, which has no method merged() -> (weight, bias) that would make it a plain layer"
-    return f"surgery added {name} to the GPT-2 itself, and a plain GPT-2 has no such tensor"
+            found = shapes.get(name, "no such tensor")
+            raise InputError(f"{name} must have shape {shape}, as in {model.config}, got {found}")
 
 
 def weights_sha256(model: GPT2) -> str:

@@ -84,7 +84,7 @@ def test_fit_name_outside_the_runs_folder_is_refused_before_any_file_is_written(
     assert list(tmp_path.iterdir()) == [file]
 
 
-LONG = ["x" * 300, "x" * 236, "/".join(["y" * 190] * 25), "file/inside", "/proc/o"]
+LONG = ["x" * 300, "x" * 256, "/".join(["y" * 190] * 25), "file/inside", "/proc/o"]
 
 
 def test_commands_unwritable_output_is_refused_before_any_work(run, capsys, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_fit_overlong_name_or_blocked_log_folder_is_refused(run, capsys, tmp_pat
     fit = ["fit", "--config", CONFIG / "quickstart.yaml"]
     assert "too long" in refused(run, capsys, *fit, f"--name={LONG[2]}")
     (tmp_path / "lightning_logs").touch()
-    assert "lightning_logs is not a folder" in refused(run, capsys, *fit)
+    assert "lightning_logs: Not a directory" in refused(run, capsys, *fit)
     assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
 
 

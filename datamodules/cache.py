@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
-from gpt2_pl.errors import RunError, is_full, printable
-from gpt2_pl.filesystem import atomic_write, reraise_disk_full
+from gpt2_pl.errors import RunError
+from gpt2_pl.filesystem import atomic_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +31,7 @@ def cached(name: str, key: Any, schema: pa.Schema, batches: Callable[[], Iterabl
         The rows.
 
     Raises:
-        InputError: raised by ``batches``; nothing is cached.
+        InputError: raised by ``batches``, and nothing is cached; or the cache folder is not writable.
         RunError: the disk is full, or the written file cannot be read.
     """
     import datasets
@@ -56,7 +51,7 @@ def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tupl
     """Return computed contents, memory-mapped from a cache file.
 
     The file ends with the SHA-256 of its contents, so that a truncated, overwritten or unreadable file is detected and
-    written again. If the cache folder is not writable, a temporary folder replaces it until the process ends.
+    written again.
 
     Args:
         name: name of the file; a digest of the key is appended to its stem.
@@ -67,7 +62,7 @@ def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tupl
         The contents and the path of the file.
 
     Raises:
-        InputError: raised by ``write``; nothing is cached.
+        InputError: raised by ``write``, and nothing is cached; or the cache folder is not writable.
         RunError: the disk is full, or the written file cannot be read.
     """
     import datasets
@@ -75,9 +70,6 @@ def cached_file(name: str, key: Any, write: Callable[[IO[bytes]], None]) -> tupl
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = Path(datasets.config.HF_DATASETS_CACHE) / "gpt2_pl" / f"{Path(name).stem}-{digest}{Path(name).suffix}"
     contents = _read_verified(file)
-    if contents is None:
-        file = _writable_path(file)
-        contents = _read_verified(file)
     if contents is None:
         with atomic_write(file, "w+b") as out:
             write(out)
@@ -103,25 +95,3 @@ def _read_verified(file: Path) -> pa.Buffer | None:
     if end < 0 or hashlib.sha256(buffer.slice(0, end)).digest() != buffer.slice(end).to_pybytes():
         return None
     return buffer.slice(0, end)
-
-
-def _writable_path(file: Path) -> Path:
-    """Return the path if its folder is writable, else a path in a temporary folder."""
-    with reraise_disk_full(file):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_dir():
-                shutil.rmtree(file)
-            with TemporaryFile(dir=file.parent):
-                return file
-        except OSError as error:
-            if is_full(error):
-                raise
-            return Path(_temporary_folder(file.parent, printable(error.strerror)).name) / file.name
-
-
-@cache
-def _temporary_folder(folder: Path, reason: str) -> TemporaryDirectory[str]:
-    """Create a folder that replaces an unwritable cache folder and is removed when the process ends."""
-    rank_zero_warn(f"the cache {folder} cannot be written ({reason}); data are prepared again in every run")
-    return TemporaryDirectory(prefix="gpt2_pl-", ignore_cleanup_errors=True)

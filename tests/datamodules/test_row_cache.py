@@ -91,14 +91,7 @@ DAMAGE = {
 }
 
 
-def full_folder(path):
-    path.mkdir()
-    (path / "x").write_text("x")
-
-
 REPLACED = {
-    "folder": lambda path: path.mkdir(),
-    "full folder": full_folder,
     "dangling link": lambda path: path.symlink_to("nowhere"),
     "link to itself": lambda path: path.symlink_to(path.name),
     "fifo": os.mkfifo,
@@ -142,29 +135,16 @@ def test_setup_unreadable_cache_is_rebuilt(base, tmp_path, cache, monkeypatch):
     assert refused
 
 
-@pytest.mark.parametrize("how", ["a file in its place", "no permission", "read-only disk"])
-def test_setup_unwritable_cache_warns_and_uses_temporary_folder(how, base, tmp_path, cache, monkeypatch):
-    file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
-    cache_module._temporary_folder.cache_clear()
-    if how == "a file in its place":
-        cache.write_text("")
-    else:
-        error = {"no permission": PermissionError(13, "Permission denied"), "read-only disk": OSError(30, "Read-only")}
-
-        def refuse(*args, **kwargs):
-            raise error[how]
-
-        monkeypatch.setattr(cache_module, "TemporaryFile", refuse)
-    with pytest.warns(match=rf"{cache} cannot be written"):
-        assert texts(data(base, file)) == ["film", "plot"]
-    assert texts(data(base, file)) == ["film", "plot"]
-    assert not cache.is_dir() or not list(cache.iterdir())
+def test_setup_unwritable_cache_is_refused(base, tmp_path, cache):
+    cache.write_text("")
+    with pytest.raises(InputError, match=rf"{cache}/.* cannot be written"):
+        data(base, write(tmp_path / "rows.csv", rows_of("film", "plot"))).setup()
 
 
 def test_setup_complete_cache_is_read_without_writing(base, tmp_path, cache, monkeypatch, recwarn):
     file = write(tmp_path / "rows.csv", rows_of("film", "plot"))
     expected = texts(data(base, file))
-    monkeypatch.setattr(cache_module, "_writable_path", lambda file: pytest.fail("it is written to"))
+    monkeypatch.setattr(cache_module, "atomic_write", lambda *arguments: pytest.fail("it is written to"))
     assert texts(data(base, file)) == expected
     assert not [warning for warning in recwarn if "cache" in str(warning.message)]
 

@@ -212,7 +212,6 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Return shuffled batches, which depend only on the seed (``seed_everything``) and the epoch."""
         rank, world_size = self._rank_and_world_size()
-        self._check_num_rows("train")
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         loader = TrainingLoader(
             self.encoded["train"], self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
@@ -230,7 +229,6 @@ class TextData(LightningDataModule):
             split: train, val, test or predict.
         """
         rank, world_size = self._rank_and_world_size()
-        self._check_num_rows(split)
         limit = 1.0 if split == "train" else getattr(self.trainer, f"limit_{split}_batches", 1.0)
         return EvaluationLoader(self.encoded[split], self.eval_batch_size, rank, world_size, limit)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from gpt2_pl.datamodules.batching import TokenDataset
 from gpt2_pl.datamodules.cache import cached
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.datamodules.readers import read_file, read_hub
-from gpt2_pl.datamodules.rows import Row, RowSource, parse_label, parse_text, require_columns
+from gpt2_pl.datamodules.rows import Row, RowSource, batches, parse_label, parse_text, require_columns
 from gpt2_pl.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class TextClassification(TextData):
         """Open all sources of a split that has its own files or hub split."""
         if (files := self.files[split]) is not None:
             files = [files] if isinstance(files, str) else files
-            return [read_file(file, f"data.{split}_file", self.quoting, self.skip_bad) for file in files]
+            return [read_file(file, f"data.{split}_file", self.quoting) for file in files]
         assert self.hub_id is not None
         return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id", self.hub_config)]
 
@@ -190,14 +189,16 @@ class TextClassification(TextData):
         """
         fields = {field: self.column(name, source.columns) for field, name in permutation.items()}
         label_column = self.column(self.label_column, source.columns) if labeled else None
-        require_columns(source, list(fields.values()), label_column)
+        columns = [column for column in dict.fromkeys([*fields.values(), label_column]) if column is not None]
+        require_columns(source, columns)
         if len(set(fields.values())) < len(fields):
             raise InputError(key="data.columns", value=fields, expected="a different column to each template field")
         labels, max_length, tokenizer = self.labels if labeled else None, self._max_length(), self.tokenizer.to_str()
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
         key += [label_column, labels, max_length, tokenizer, self.skip_bad]
-        schema = _schema(fields)
-        rows = cached("rows", key, schema, lambda: self._batches(source, fields, label_column, schema))
+        schema, read = _schema(fields), source.read(columns, self.skip_bad)
+        examples = (self._parse_row(source, number, row, fields, label_column) for number, row in read)
+        rows = cached("rows", key, schema, lambda: self._encode_batches(examples, schema))
         encoded, valid = _token_rows(rows), np.flatnonzero(rows.data.column(_REASON).is_null())
         if len(valid) < len(rows):
             self._warn_skipped(source, rows.data.column(_REASON).drop_null().to_pylist(), len(rows))
@@ -206,26 +207,19 @@ class TextClassification(TextData):
             encoded.labels = None
         return encoded, rows.select_columns([*fields, _NUMBER])
 
-    def _batches(
-        self, source: RowSource, fields: dict[str, str], label_column: str | None, schema: pa.Schema
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a source, checked and encoded; skipped rows have a reason in place of texts and tokens."""
+    def _encode_batches(self, examples: Iterable[Row], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Add the token ids to rows of :meth:`_parse_row`; skipped rows have a reason in place of texts and tokens."""
         import pyarrow as pa
 
-        columns = list(dict.fromkeys([*fields.values(), *([label_column] if label_column is not None else [])]))
-        examples = (self._parse_row(source, number, row, fields, label_column) for number, row in source.read(columns))
-        while batch := list(_take(examples, fields, _BATCH_ROWS, _BATCH_CHARACTERS)):
+        for batch in batches(examples, self._n_characters, _BATCH_ROWS, _BATCH_CHARACTERS):
             valid = [example for example in batch if _REASON not in example]
-            ids = self.template.encode(valid, self.tokenizer, self._max_length())
-            for example, example_ids in zip(valid, ids, strict=True):
-                if example_ids:
-                    example[_TOKENS] = example_ids
-                    continue
-                message = f"row {example[_NUMBER]}: {self.template.no_token(example)}"
-                if not self.skip_bad:
-                    raise InputError(f"{source.name}, {message}", key="data.tokenizer")
-                example[_REASON] = message
+            encoded = self.template.encode(valid, self.tokenizer, self._max_length())
+            for example, ids in zip(valid, encoded, strict=True):
+                example[_TOKENS] = ids
             yield pa.RecordBatch.from_pylist(batch, schema=schema)
+
+    def _n_characters(self, example: Row) -> int:
+        return sum(len(example.get(field, "")) for field in self.template.fields)
 
     def _parse_row(
         self, source: RowSource, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
@@ -311,15 +305,6 @@ def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed
     n = (max if how == "oversample" else min)(map(len, classes))
     samples = [np.resize(generator.permutation(rows), n) for rows in classes]
     return np.sort(np.concatenate(samples))
-
-
-def _take(examples: Iterator[Row], fields: Iterable[str], n_rows: int, n_characters: int) -> Iterator[Row]:
-    """Yield the next examples until they reach a number of rows or characters."""
-    for example in islice(examples, n_rows):
-        yield example
-        n_characters -= sum(len(example.get(field, "")) for field in fields)
-        if n_characters <= 0:
-            return
 
 
 def _schema(fields: Iterable[str]) -> pa.Schema:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
@@ -15,35 +16,31 @@ from gpt2_pl import __version__
 from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import PackedTokenDataset
 from gpt2_pl.datamodules.cache import cached_file
-from gpt2_pl.datamodules.readers import LocalFile, read_file, read_hub
-from gpt2_pl.datamodules.rows import RowSource, require_columns
+from gpt2_pl.datamodules.readers import FileRows, read_file, read_hub
+from gpt2_pl.datamodules.rows import Row, RowSource, batches, require_columns
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.text.tokenizer import encode_stream, train_tokenizer
+from gpt2_pl.text.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_CHUNK_CHARACTERS = 1 << 17  # characters in memory at a time, which bounds the memory of their encodings
-_BATCH_TEXTS = 1000  # maximum number of texts that are tokenized together
-_CACHE_FORMAT = 2  # part of every cache key; increment it when the cached contents change
+_PIECE_CHARACTERS = 1 << 17  # characters in memory at a time, which bounds the memory of their encodings
+_BATCH_PIECES = 2000  # maximum number of pieces of text that are tokenized together
+_BOUNDARY = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)  # a text up to its last word before white space
+_CACHE_FORMAT = 3  # part of every cache key; increment it when the cached contents change
 
 
-class TextFile(LocalFile):
-    """UTF-8 file with one text; arguments as in :class:`~gpt2_pl.datamodules.readers.LocalFile`."""
+class TextFile(FileRows):
+    """UTF-8 file with one text, whose rows are consecutive pieces of it in a column ``text``."""
 
-    @contextmanager
-    def open(self) -> Iterator[TextIO]:
-        r"""Open the text for reading; all line ends are read as ``\n``.
+    columns = ("text",)
 
-        Raises:
-            InputError: the file is not UTF-8, or has changed since this object was created.
-        """
+    def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
         try:
             with self.path.open(encoding="utf-8-sig") as file:
-                yield file
+                yield from ({"text": piece} for piece in _pieces(file))
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.key}: {self.path} is not UTF-8 text: {error}", key=self.key) from None
-        self.check_unchanged()
+            raise self.error(f" is not UTF-8 text: {error}") from None
 
 
 class TextCorpus(TextData):
@@ -100,13 +97,6 @@ class TextCorpus(TextData):
             message = f"{both} must not be used together (a pretrained base sets data.tokenizer)"
             raise InputError(message, key="data.vocab_size")
         self.column, self.vocab_size, self.stride = column, vocab_size, stride
-        self._check_stride(max_length)
-
-    def _check_stride(self, max_length: int | None) -> None:
-        if self.stride is None or 1 <= self.stride <= (max_length or self.stride):
-            return
-        limit = "data.max_length" if max_length is None else f"{max_length} (data.max_length)"
-        raise InputError(key="data.stride", value=self.stride, expected=f"between 1 and {limit}")
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.vocab_size is None:
@@ -114,20 +104,28 @@ class TextCorpus(TextData):
         if self.hub_id is None and not self.files["train"]:
             message = "data.train_file is missing; data.vocab_size trains a tokenizer on it"
             raise InputError(message, key="data.train_file")
-        return train_tokenizer(self._texts("train"), self.vocab_size)
+        return train_tokenizer(chain.from_iterable(self._texts(self._sources("train"))), self.vocab_size)
 
-    def _texts(self, split: str) -> Iterator[str]:
-        """Yield the texts of a split's files or hub dataset, long texts in chunks."""
-        for source in self._sources(split):
+    def _texts(self, sources: Iterable[RowSource], strip: bool = False) -> Iterator[Iterable[str]]:
+        """Yield the texts of sources, each in pieces.
+
+        Args:
+            sources: files or datasets of :meth:`_sources`.
+            strip: whether to strip texts in rows of surrounding white space. Empty texts are omitted.
+        """
+        for source in sources:
             if isinstance(source, TextFile):
-                with source.open() as file:
-                    yield from _chunks(file)
-            else:
-                for text in self._row_texts(source):
-                    yield from _chunks(io.StringIO(text))
+                yield _row_texts(source, "text")
+                continue
+            for text in _row_texts(source, self.column):
+                if stripped := text.strip() if strip else text:
+                    yield _pieces(io.StringIO(stripped))
 
     def _encode(self, split: str) -> PackedTokenDataset:
-        source = self._source_split(split)
+        source, max_length, stride = self._source_split(split), self._max_length(), self.stride
+        if stride is not None and not 1 <= stride <= max_length:
+            expected = f"between 1 and {max_length} (data.max_length)"
+            raise InputError(key="data.stride", value=stride, expected=expected)
         tokens = self._tokens(source)
         if not self._has_own_val() and source == "train":
             n_train = round(len(tokens) * (1.0 - self.val_fraction))
@@ -135,72 +133,44 @@ class TextCorpus(TextData):
         if len(tokens) < 2:
             reason = f"must have at least 2 tokens, got {len(tokens)}; give more text or change data.val_fraction"
             raise InputError(f"the {split} text {reason}", key=f"data.{source}_file")
-        self._check_stride(self._max_length())
-        return PackedTokenDataset(tokens, self._max_length(), None if split == "train" else self.stride)
+        return PackedTokenDataset(tokens, max_length, None if split == "train" else stride)
 
     def _tokens(self, split: str) -> NDArray[Any]:
-        """Return all tokens of a split's files or hub dataset, memory-mapped from a cache file."""
-        sources = self._sources(split)
+        """Return all tokens of a split's files or hub dataset, memory-mapped from a cache file.
+
+        ``<|endoftext|>`` is appended to every text. Special tokens of the tokenizer's post-processor are omitted.
+
+        Raises:
+            InputError: the tokenizer has no ``<|endoftext|>``, or a source cannot be read.
+        """
+        sources, end = self._sources(split), self._end_of_text
         dtype = np.dtype(np.uint16 if max(self.tokenizer.get_vocab().values()) < 1 << 16 else np.int32)
 
+        def marked_pieces() -> Iterator[tuple[str, bool]]:
+            for text in self._texts(sources, strip=True):
+                yield from ((piece, False) for piece in text)
+                yield "", True  # the end of the text
+
         def write(file: IO[bytes]) -> None:
-            for source in sources:
-                for ids in self._token_chunks(source):
+            for batch in batches(marked_pieces(), lambda piece: len(piece[0]), _BATCH_PIECES, _PIECE_CHARACTERS):
+                encodings = self.tokenizer.encode_batch([piece for piece, _ in batch], add_special_tokens=False)
+                for encoding, (_, is_end) in zip(encodings, batch, strict=True):
+                    ids = [end] if is_end else encoding.ids
                     file.write(np.asarray(ids, dtype).tobytes())
 
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, [source.fingerprint for source in sources]]
         contents, _ = cached_file("tokens.bin", [*key, self.column, self.tokenizer.to_str()], write)
         return np.frombuffer(contents, dtype)
 
-    def _sources(self, split: str) -> list[TextFile | RowSource]:
+    def _sources(self, split: str) -> list[RowSource]:
         """Open the files or the hub dataset of a split."""
         if self.hub_id is not None:
-            return [self._with_column(read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id"))]
+            return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id")]
         key = f"data.{split}_file"
         return [
-            TextFile(file, key) if file.lower().endswith(".txt") else self._with_column(read_file(file, key))
+            TextFile(file, key) if file.lower().endswith(".txt") else read_file(file, key)
             for file in self.files[split] or ()
         ]
-
-    def _with_column(self, source: RowSource) -> RowSource:
-        require_columns(source, [self.column], keys="data.column")
-        return source
-
-    def _token_chunks(self, source: TextFile | RowSource) -> Iterator[list[int]]:
-        """Yield the tokens of a source in chunks.
-
-        ``<|endoftext|>`` is appended to every text that has tokens. Special tokens of the tokenizer's post-processor
-        are omitted.
-
-        Raises:
-            InputError: the tokenizer has no ``<|endoftext|>``, or the source cannot be read.
-        """
-        end = self._end_of_text
-        if isinstance(source, TextFile):
-            with source.open() as file:
-                yield from encode_stream(self.tokenizer, file)
-            yield [end]
-            return
-        for texts in _batches(text.strip() for text in self._row_texts(source)):
-            if len(texts) == 1:
-                yield from _append_end(encode_stream(self.tokenizer, io.StringIO(texts[0])), end)
-                continue
-            for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False):
-                yield from _append_end([encoding.ids], end)
-
-    def _row_texts(self, source: RowSource) -> Iterator[str]:
-        """Yield the texts of all rows whose text is neither missing nor empty.
-
-        Raises:
-            InputError: a value is not text.
-        """
-        for number, row in source.read([self.column]):
-            text = row[self.column] if isinstance(row, dict) else None
-            if not isinstance(text, str | None):
-                reason = f"must be text, got {shorten(text)} (data.column is the column to read)"
-                raise source.error(f", row {number}: {shorten(self.column)} {reason}")
-            if text:
-                yield text
 
     @property
     def perplexity_note(self) -> str:
@@ -226,41 +196,33 @@ class TextCorpus(TextData):
         }
 
 
-def _append_end(chunks: Iterable[list[int]], end: int) -> Iterator[list[int]]:
-    """Yield the chunks of a text and, unless they are all empty, ``[end]``."""
-    n_tokens = 0
-    for ids in chunks:
-        n_tokens += len(ids)
-        yield ids
-    if n_tokens:
-        yield [end]
+def _row_texts(source: RowSource, column: str) -> Iterator[str]:
+    """Yield the texts of all rows whose text is not missing.
 
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield batches of at most ``_BATCH_TEXTS`` texts and ``_CHUNK_CHARACTERS`` characters, or of one longer text."""
-    batch: list[str] = []
-    n_characters = 0
-    for text in texts:
-        if batch and (len(batch) == _BATCH_TEXTS or n_characters + len(text) > _CHUNK_CHARACTERS):
-            yield batch
-            batch, n_characters = [], 0
-        batch.append(text)
-        n_characters += len(text)
-    if batch:
-        yield batch
-
-
-def _chunks(file: TextIO) -> Iterator[str]:
-    """Yield a text in chunks that are cut after a word, so that the chunks have the same words as the text.
-
-    A chunk without white space is cut at its end.
+    Raises:
+        InputError: there is no such column, or a value is not text.
     """
-    rest = ""
-    while chunk := file.read(_CHUNK_CHARACTERS):
-        text = rest + chunk
-        words = text.rsplit(None, 1)
-        cut = len(words[0]) if len(words) == 2 else len(text)
-        yield text[:cut]
-        rest = text[cut:]
-    if rest:
-        yield rest
+    require_columns(source, [column], keys="data.column")
+    for number, row in source.read([column]):
+        text = row[column] if isinstance(row, dict) else None
+        if not isinstance(text, str | None):
+            reason = f"must be text, got {shorten(text)} (data.column is the column to read)"
+            raise source.error(f", row {number}: {shorten(column)} {reason}")
+        if text is not None:
+            yield text
+
+
+def _pieces(file: TextIO) -> Iterator[str]:
+    """Yield a text in pieces that GPT-2's tokenizer encodes as it encodes the complete text.
+
+    A piece ends after its last word that is followed by white space, where the tokenizer always separates tokens.
+    Only a piece without such a boundary is cut within a word or within white space.
+    """
+    text = ""
+    while chunk := file.read(_PIECE_CHARACTERS - len(text)):
+        text += chunk
+        boundary = _BOUNDARY.match(text)
+        end = boundary.end() if boundary else len(text)
+        yield text[:end]
+        text = text[end:]
+    yield text

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpt2_pl.datamodules.rows import HubSplit, Row, RowSource
+from gpt2_pl.datamodules.rows import BATCH_ROWS, DatasetRows, Row, RowSource
 from gpt2_pl.errors import InputError, RunError, shorten
 from gpt2_pl.filesystem import require_file, reraise_disk_full
 
@@ -26,73 +26,45 @@ _MRPC_COLUMN = "#1 String"
 _DELIMITERS = ("\t", ",", ";")
 _BYTE_ORDER_MARK = "\ufeff"
 _MAX_VALUE_CHARACTERS = 1 << 26  # limit of a value in delimited text, exceeded after an unclosed quote
-_BATCH_ROWS = 1000  # number of rows that are decoded at a time
 
 
-class LocalFile:
-    """Regular file that must not change while it is read.
+class FileRows(RowSource):
+    """Source of the rows of a local file, which must not change while it is read.
 
     Args:
         file: path of the file, without wildcards.
         key: option that named the file, for error messages.
+        quoting: whether double quotes enclose values in delimited text.
 
     Raises:
         InputError: the file is missing or cannot be read.
     """
 
-    def __init__(self, file: str, key: str) -> None:
-        self.path, self.key = require_file(file, key), key
-        try:
-            with self.path.open("rb") as contents:
-                self.is_empty = not contents.read(1)
-            self._status = self._find_status()
-        except OSError as error:
-            raise InputError(f"{key}: {file} cannot be read: {error.strerror}", key=key) from None
+    def __init__(self, file: str, key: str, quoting: bool | None = None) -> None:
+        self.path, self.quoting = require_file(file, key), quoting
+        super().__init__(str(self.path), key)
+        self._status = self._find_status()
 
     def _find_status(self) -> tuple[int, int, int]:
         status = self.path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def check_unchanged(self) -> None:
-        """Raise an InputError if the file has changed since this object was created."""
-        if self._find_status() != self._status:
-            reason = "changed while it was being read; wait until it is complete"
-            raise InputError(f"{self.key}: {self.path} {reason}", key=self.key)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the contents, independent of the file's name and modification time."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _FileSource(RowSource):
-    """Source of the rows of a local file.
-
-    Args:
-        file: the file.
-        skip_bad: whether invalid rows are skipped.
-        quoting: whether double quotes enclose values in delimited text.
-    """
-
-    def __init__(self, file: LocalFile, skip_bad: bool, quoting: bool | None = None) -> None:
-        super().__init__(str(file.path), file.key, skip_bad)
-        self.file, self.path, self.quoting = file, file.path, quoting
-
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]  # computed on first use
-        """Digest of the contents and of the reading options."""
-        options = [type(self).__name__, self.skip_bad, self.quoting]
-        return hashlib.sha256(json.dumps([self.file.fingerprint, *options]).encode()).hexdigest()
+        """SHA-256 of the contents and of the way in which they are read, independent of the file's name and time."""
+        with self.path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(json.dumps([contents, type(self).__name__, self.quoting]).encode()).hexdigest()
 
-    def read(self, columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
+    def read(self, columns: Sequence[str], skip_bad: bool = False) -> Iterator[tuple[int, Row | str]]:
         """Read the given columns of all rows; see :meth:`RowSource.read`.
 
         Raises:
-            InputError: as in the base class; also if the file has changed since it was opened.
+            InputError: as in the base class; also if the file has changed since this object was created.
         """
-        yield from super().read(columns)
-        self.file.check_unchanged()
+        yield from super().read(columns, skip_bad)
+        if self._find_status() != self._status:
+            raise self.error(" changed while it was being read; wait until it is complete")
 
     def _require_unique(self, names: Sequence[str], where: str = "") -> None:
         """Check that all columns have different names."""
@@ -100,7 +72,7 @@ class _FileSource(RowSource):
             raise self.error(f" must have different column names, got {shorten(duplicate)} twice{where}")
 
 
-class DelimitedText(_FileSource):
+class DelimitedText(FileRows):
     """Source of the rows of a CSV or TSV file: UTF-8 text with a header.
 
     The delimiter (tab, comma or semicolon) is the one that splits the header into the most columns. Values are not
@@ -108,16 +80,16 @@ class DelimitedText(_FileSource):
     row if there is one. A column without a name is called ``Unnamed: i`` after its index i.
 
     Args:
-        file: the file.
-        skip_bad: whether to skip rows that are not UTF-8 or have more or fewer values than the header.
+        file: path of the file, without wildcards.
+        key: option that named the file, for error messages.
         quoting: whether double quotes enclose values; defaults to True except for MRPC files.
 
     Raises:
-        InputError: the header is invalid.
+        InputError: the file is missing or cannot be read, or its header is invalid.
     """
 
-    def __init__(self, file: LocalFile, skip_bad: bool, quoting: bool | None) -> None:
-        super().__init__(file, skip_bad, quoting is not False)
+    def __init__(self, file: str, key: str, quoting: bool | None = None) -> None:
+        super().__init__(file, key, quoting is not False)
         csv.field_size_limit(_MAX_VALUE_CHARACTERS)
         header, self.delimiter = self._read_header()
         if quoting is None:
@@ -189,19 +161,14 @@ def _find_duplicate(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-class JSONLines(_FileSource):
-    """Source of the rows of a JSON lines file or of a JSON array; every row is an object.
-
-    Args:
-        file: the file.
-        skip_bad: whether to skip rows that are not UTF-8 or not an object with unique names.
-    """
+class JSONLines(FileRows):
+    """Source of the rows of a JSON lines file or of a JSON array; every row is an object with unique names."""
 
     @cached_property
     def columns(self) -> Sequence[str]:  # type: ignore[override]  # read on first use
         """Names that occur in any row; the complete file is read to find them."""
         names: dict[str, None] = {}
-        for _, row in super().read(()):
+        for _, row in self.read((), skip_bad=True):
             if isinstance(row, dict):
                 names.update(dict.fromkeys(row))
         return list(names)
@@ -230,7 +197,7 @@ def _parse_json(text: bytes) -> Any:
     """Return a JSON value, or a ValueError with a reason of one line if the text is invalid."""
     try:
         decoded = text.decode().lstrip(_BYTE_ORDER_MARK)
-        value = json.loads(decoded, object_pairs_hook=_reject_duplicate_keys, parse_int=_parse_int)
+        value = json.loads(decoded, object_pairs_hook=_reject_duplicate_keys)
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # lone surrogates raise UnicodeError
         return value
@@ -249,31 +216,23 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _parse_int(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
-        raise ValueError(f"integers must fit in 64 bits, got {len(digits)} digits: {digits[:30]}")
-    return value
-
-
-class ParquetFile(_FileSource):
+class ParquetFile(FileRows):
     """Source of the rows of a Parquet file.
 
     Args:
-        file: the file.
-        skip_bad: whether to skip rows whose text is not UTF-8.
+        file: path of the file, without wildcards.
+        key: option that named the file, for error messages.
+        quoting: not used.
 
     Raises:
-        InputError: the file cannot be read, has a column twice, or has no rows.
+        InputError: the file is missing or cannot be read, or has a column twice.
     """
 
-    def __init__(self, file: LocalFile, skip_bad: bool, quoting: bool | None) -> None:
-        super().__init__(file, skip_bad)
+    def __init__(self, file: str, key: str, quoting: bool | None = None) -> None:
+        super().__init__(file, key)
         with self._open() as reader:
             self.columns = reader.schema_arrow.names
-            self._require_unique(self.columns)
-            self.types = dict(zip(self.columns, reader.schema_arrow.types, strict=True))
-            if not reader.metadata.num_rows:
-                raise self.error(" has no rows")
+        self._require_unique(self.columns)
 
     @contextmanager
     def _open(self) -> Iterator[ParquetReader]:
@@ -288,7 +247,7 @@ class ParquetFile(_FileSource):
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
         with self._open() as reader:
-            for batch in reader.iter_batches(_BATCH_ROWS, columns=list(columns)):
+            for batch in reader.iter_batches(BATCH_ROWS, columns=list(columns)):
                 try:
                     rows = batch.to_pylist()
                 except UnicodeDecodeError:
@@ -311,29 +270,24 @@ _FORMATS: dict[str, type[DelimitedText | JSONLines | ParquetFile]] = {
 }
 
 
-def read_file(file: str, key: str, quoting: bool | None = None, skip_bad: bool = False) -> RowSource:
+def read_file(file: str, key: str, quoting: bool | None = None) -> RowSource:
     """Open a local file of rows.
 
     Args:
         file: path of the file, without wildcards; its extension determines the format.
         key: option that named the file, for error messages.
         quoting: whether double quotes enclose values in delimited text; defaults to True except for MRPC files.
-        skip_bad: whether to skip invalid rows.
 
     Returns:
         The source of the file's rows.
 
     Raises:
-        InputError: the file is missing, empty or of unknown format, or its header or schema is invalid.
+        InputError: the file is missing or of unknown format, or its header or schema is invalid.
     """
-    local = LocalFile(file, key)
-    source_class = _FORMATS.get(local.path.suffix.lower())
+    source_class = _FORMATS.get(Path(file).suffix.lower())
     if source_class is None:
-        expected = f"a file with one of the extensions {', '.join(_FORMATS)}"
-        raise InputError(f"{key} must be {expected}, got {file}", key=key, value=file, expected=expected)
-    if local.is_empty:
-        raise InputError(f"{key}: {file} is empty", key=key)
-    return source_class(local, skip_bad, quoting)
+        raise InputError(key=key, value=file, expected=f"a file with one of the extensions {', '.join(_FORMATS)}")
+    return source_class(file, key, quoting)
 
 
 def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> RowSource:
@@ -358,7 +312,7 @@ def read_hub(hub_id: str, split: str, key: str, config: str | None = None) -> Ro
     try:
         with reraise_disk_full(Path(datasets.config.HF_DATASETS_CACHE)):
             dataset = datasets.load_dataset(hub_id, config, split=split)
-            return HubSplit(dataset, f"{hub_id} ({split})", key)
+            return DatasetRows(dataset, f"{hub_id} ({split})", key)
     except RunError:
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpt2_pl.datamodules import paraphrase, sentiment
 from gpt2_pl.datamodules.classification import TextClassification
-from gpt2_pl.datamodules.rows import Rows, RowSource
+from gpt2_pl.datamodules.rows import DatasetRows, RowSource
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import train_tokenizer
 
@@ -148,7 +148,9 @@ class ToyRows(TextClassification):
         return rows[sizes.get(split, slice(n * 5 // 4, None))]
 
     def _sources(self, split: str) -> list[RowSource]:
-        return [Rows(self._texts(split), f"toy rows ({split})")]
+        from datasets import Dataset
+
+        return [DatasetRows(Dataset.from_list(self._texts(split)), f"toy rows ({split})", "data")]
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.tokenizer_source is not None:

@@ -62,16 +62,17 @@ def main(args: list[str]) -> None:
     tokenizer = load_run_tokenizer(options.run, task.config.vocab_size, str(checkpoint))
     skip = options.on_invalid_row == "skip"
     quoting = spec.get("quoting") if options.quoting is None else options.quoting == "true"
-    source = read_file(options.input, "input", quoting, skip)
+    source = read_file(options.input, "input", quoting)
     read_rows = reader(source, spec["columns"], skip)
     counts = Counter(row is None for row in read_rows())  # all rows are checked before the first is classified
+    if not counts[False]:
+        raise source.error(" has no valid rows")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = (options.precision or best_precision("auto")) == "bf16-mixed"
     task.to(device).eval()
     torch.backends.cuda.enable_cudnn_sdp(False)  # batches have many different lengths
     rows = (row for row in read_rows() if row is not None)
-    n_classified = 0
     with (
         writer(options.out, list(template.fields), spec["labels"]) as write,
         torch.inference_mode(),
@@ -79,19 +80,10 @@ def main(args: list[str]) -> None:
     ):
         for chunk in _chunks(rows, counts[False], _CHUNK_BATCHES * options.batch_size):
             ids = template.encode([row.fields for row in chunk], tokenizer, spec["max_length"])
-            empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
-            if empty is not None and not skip:
-                raise InputError(template.no_token(empty.fields), source=f"{source.name}, row {empty.number}")
-            encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
-            n_classified += len(encoded)
-            predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size)
-            for (row, _), (prediction, probabilities) in zip(encoded, predictions, strict=True):
+            for row, (prediction, probabilities) in zip(chunk, classify(task, ids, options.batch_size), strict=True):
                 write(row, prediction, probabilities)
-        if not n_classified:
-            raise InputError(f"input: {options.input} has no valid rows", key="input")
-    n_skipped = counts.total() - n_classified
-    skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
-    print(printable(f"{options.out}: {n_classified} rows{skipped}"))
+    skipped = f"; {counts[True]} invalid rows are skipped" if counts[True] else ""
+    print(printable(f"{options.out}: {counts[False]} rows{skipped}"))
 
 
 def _parse_arguments(args: list[str]) -> Namespace:
@@ -173,7 +165,7 @@ def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Call
     require_columns(source, list(selected.values()), keys="data.columns in training")
 
     def read_rows() -> Iterator[InputRow | None]:
-        for number, row in source.read(list(dict.fromkeys(selected.values()))):
+        for number, row in source.read(list(dict.fromkeys(selected.values())), skip):
             valid = None
             try:
                 if not isinstance(row, str):

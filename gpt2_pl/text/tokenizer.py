@@ -1,24 +1,21 @@
-"""Tokenizers: loading from Hugging Face folders, encoding of long texts, training of small byte-level BPEs."""
+"""Tokenizers: loading from Hugging Face folders, and training of small byte-level BPEs."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gpt2_pl.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from tokenizers.models import Model
 
 END_OF_TEXT = "<|endoftext|>"
-_WINDOW, _OVERLAP = 1 << 17, 1 << 10  # characters encoded at a time, and characters shared with the next window
 _MAX_GROWTH = 1000  # maximum factor by which a normalizer or decoder may lengthen a text
 _GUARDED = {  # methods that may fail, and what they do
     **dict.fromkeys(("encode", "encode_batch"), "encode a text"),
@@ -237,90 +234,6 @@ def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: 
         found = f"has {needed} tokens" if needed > vocab_size else f"gives a text the id {max_id}"
         rule = f"{key} must be the tokenizer that the base was trained with"
         raise InputError(f"the tokenizer {found} and {where} has vocab_size {vocab_size}: {rule}", key=key)
-
-
-_Token = tuple[int, tuple[int, int]]  # id, and start and end in the text
-
-
-def encode_stream(
-    tokenizer: Tokenizer, file: TextIO, window: int = _WINDOW, overlap: int = _OVERLAP
-) -> Iterator[list[int]]:
-    """Encode a text of any length in bounded memory, without the special tokens that a post-processor adds.
-
-    The text is encoded in overlapping windows. Two windows are joined between two neighbouring tokens that both contain
-    at the same position. For a byte-level BPE the result equals the encoding of the full text: a sequence of tokens is
-    the encoding of its text if and only if every two neighbours are the encoding of theirs, and GPT-2's pre-tokenizer
-    never looks back. The result can differ only if the windows have no such tokens in common: in a run of hundreds of
-    characters without a boundary, or in a single token of that length.
-
-    Args:
-        tokenizer: the tokenizer.
-        file: the text, open for reading.
-        window: characters encoded at a time.
-        overlap: characters of a window that are also in the next window, at most half of ``window``.
-
-    Yields:
-        The token ids of consecutive parts of the text.
-    """
-    text, pending = file.read(window), list[_Token]()  # tokens of the previous window from the start of `text` on
-    while True:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
-        before, after = _common_boundary(pending, tokens)
-        more = file.read(window - overlap)
-        if not more:
-            yield [token for token, _ in (*pending[:before], *tokens[after:])]
-            return
-        cut, offset = _next_window(encoding, len(text) - overlap, len(text) - overlap // 2)
-        yield [token for token, _ in (*pending[:before], *tokens[after:cut])]
-        pending = [(token, (start - offset, end - offset)) for token, (start, end) in tokens[cut:]]
-        text = text[offset:] + more
-
-
-def _common_boundary(left: list[_Token], right: list[_Token]) -> tuple[int, int]:
-    """Find the first two neighbouring tokens that two encodings have at the same position.
-
-    Args:
-        left: tokens of one window.
-        right: tokens of the next window, with positions relative to the same text.
-
-    Returns:
-        The number of tokens before the boundary between the two tokens in each encoding; (0, 0) without a boundary.
-    """
-    first_at: dict[int, int] = {}  # maps a position to the index of the first token of `right` that starts there
-    for j, (_, (start, _)) in enumerate(right):
-        if not left or start > left[-1][1][0]:
-            break
-        first_at.setdefault(start, j)
-    for i in range(1, len(left)):
-        start = left[i][1][0]
-        j = first_at.get(start, 0)
-        if j and left[i - 1][1][1] <= start and left[i - 1 : i + 1] == right[j - 1 : j + 1]:
-            return i, j
-    return 0, 0
-
-
-def _next_window(encoding: Encoding, first: int, last: int) -> tuple[int, int]:
-    """Choose the start of the next window: a start of a word, else a boundary between two tokens, else ``first``.
-
-    Args:
-        encoding: encoding of this window.
-        first: first possible character.
-        last: last possible character.
-
-    Returns:
-        The number of tokens and the number of characters before the start.
-    """
-    offsets, boundary = encoding.offsets, None
-    for i in range(max(1, bisect_left(offsets, first, key=itemgetter(1))), len(offsets)):
-        start = offsets[i - 1][1]  # the offset of a token may be after the space that belongs to it
-        if start > last:
-            break
-        if first <= start <= offsets[i][0]:
-            if encoding.token_to_word(i) != encoding.token_to_word(i - 1):
-                return i, start
-            boundary = boundary or (i, start)
-    return boundary or (sum(end <= first for _, end in offsets), first)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

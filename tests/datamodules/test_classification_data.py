@@ -93,23 +93,6 @@ def test_template_invalid_syntax_is_refused(subtests):
         assert names(caught.value, "template")
 
 
-@pytest.mark.parametrize("special", [False, True])
-def test_template_encode_field_without_a_token_gives_no_ids(special, base, tmp_path):
-    settings = json.loads((base / "tokenizer.json").read_text())
-    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z0]"}, "content": ""}
-    if special:
-        begin = {"SpecialToken": {"id": "x", "type_id": 0}}
-        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-        settings["post_processor"] = {"type": "TemplateProcessing", "single": [begin, a], "pair": [a, b],
-                                      "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
-    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
-    tokenizer, template = load_tokenizer(tmp_path), Template("{{0}}: {a}, {b} and {a}!")
-    rows = [{"a": a, "b": b} for a in ("film", "z", "zfilmz", " 0z0") for b in ("good", "zz", "0good film", "z0 ")]
-    for row, ids in zip(rows, template.encode(rows, tokenizer, 64), strict=True):
-        has_tokens = all(tokenizer.encode(text.strip(), add_special_tokens=False).ids for text in row.values())
-        assert ids == (tokenizer.encode(template.fill(row)).ids if has_tokens else [])
-
-
 def test_template_encode_without_room_for_text_raises(base):
     tokenizer = load_tokenizer(base)
     for text, limit in (("{a} is", len(tokenizer.encode(" is").ids)), ("Review: {a} Sentiment:", 3)):
@@ -289,7 +272,7 @@ def test_text_classification_any_file_format_gives_same_rows(base, tmp_path):
 
 
 INVALID_CSV = {
-    "": "empty",
+    "": "blank",
     "sentence,sentiment\n": "no rows",
     "review,sentiment\na,1\n": "'sentence'.*'review', 'sentiment'",
     "sentence,sentiment\ngood,1\nbad,7\n": "row 2: .*'sentiment'.* got '7'",

@@ -19,7 +19,7 @@ from helpers.row_files import ENDINGS, data, rows_of, texts, write
 from gpt2_pl.commands.generate import read_prompts
 from gpt2_pl.datamodules import QuoraPairs, TextCorpus
 from gpt2_pl.datamodules.readers import read_file
-from gpt2_pl.datamodules.rows import HubSplit, require_columns
+from gpt2_pl.datamodules.rows import DatasetRows, require_columns
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
 
@@ -163,14 +163,15 @@ NUMBERS = {
 }
 
 
-def test_setup_parquet_column_without_text_type_is_refused_by_type(base, tmp_path, subtests):
+def test_setup_parquet_column_without_text_is_refused_by_row(base, tmp_path, subtests):
     file = tmp_path / "rows.parquet"
     for kind, values in (NO_TEXT | NUMBERS).items():
         with subtests.test(kind):
             pq.write_table(pa.table({"sentence": values, "label": pa.array([1])}), file)
-            with pytest.raises(InputError, match=rf"rows\.parquet.*'sentence'.*{kind}"):
+            with pytest.raises(InputError, match=r"rows\.parquet, row 1: 'sentence'"):
                 data(base, file).setup()
-            with pytest.raises(InputError, match=rf"rows\.parquet.*'sentence'.*{kind}.*data\.column"):
+            words = "2 tokens" if kind == "null" else r"rows\.parquet, row 1: 'sentence' .*data\.column"
+            with pytest.raises(InputError, match=words):
                 TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
             pq.write_table(pa.table({"sentence": pa.array(["film"]), "label": values}), file)
             if kind in NUMBERS:
@@ -178,7 +179,7 @@ def test_setup_parquet_column_without_text_type_is_refused_by_type(base, tmp_pat
                 assert texts(module) == ["film"]
                 assert module.encoded["test"].labels.tolist() == [1]
             else:
-                with pytest.raises(InputError, match=rf"rows\.parquet.*'label'.*{kind}"):
+                with pytest.raises(InputError, match=r"rows\.parquet, row 1: .*'label'"):
                     data(base, file).setup()
 
 
@@ -232,14 +233,14 @@ def test_read_file_parquet_duplicate_name_or_invalid_utf8_is_refused(base, tmp_p
     assert [module.row_number("test", i) for i in range(2)] == [1, 3]
 
 
-def test_hub_split_column_types_are_checked_as_in_files(base, monkeypatch):
+def test_dataset_rows_are_read_as_those_of_files(base, monkeypatch):
     image = datasets.List(datasets.Value("int64"))
     label = datasets.ClassLabel(names=["no", "yes"])
     features = datasets.Features({"sentence": datasets.Value("string"), "label": label, "image": image})
     rows = [{"sentence": f"film {i}", "label": i % 2, "image": [i]} for i in range(2500)]
-    source = HubSplit(datasets.Dataset.from_list(rows, features=features), "some/set (test)", "data.hub_id")
-    with pytest.raises(InputError, match=r"some/set \(test\).*'image'.*list<.*int64>"):
-        require_columns(source, ["image"])
+    source = DatasetRows(datasets.Dataset.from_list(rows, features=features), "some/set (test)", "data.hub_id")
+    with pytest.raises(InputError, match=r"some/set \(test\).*'picture'.*'image'"):
+        require_columns(source, ["picture"])
     module = data(base, None, hub_id="some/set", test_file=None)
     monkeypatch.setattr(module, "_sources", lambda split: [source])
     module.setup("test")

@@ -1,5 +1,6 @@
 """TextCorpus: long texts in bounded memory, rows of any length, and the cache of tokens."""
 
+import io
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import gpt2_pl.datamodules.language_modeling
-from gpt2_pl.datamodules import TextCorpus
+from gpt2_pl.datamodules import TextCorpus, language_modeling
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -64,8 +66,7 @@ def write_jsonl(file: Path, texts: list[str | None]) -> Path:
 
 TEXTS = {
     "words without line ends": "a wonderful film about love, and nothing else. " * 3500,
-    "blank lines": "\n" * 150_000,
-    "letters alone": "wonderful" * 16_000,
+    "one long word": f"{'wonderful' * 10_000} film and a film " * 2,
     "lines": "The film number 1 is fine.\n\n\n  And 12 people saw it,\nall of them twice.\n" * 2000,
     "windows line ends": "one two\r\n\r\nthree\r\n" * 9_000,
     "short": "a film",
@@ -92,43 +93,64 @@ def test_text_corpus_rows_of_any_length_keep_order_in_bounded_memory(base, tmp_p
 
 
 def test_text_corpus_special_tokens_and_empty_texts_are_left_out(base, tmp_path):
-    """Use a post-processor that would add its tokens to every window and every row."""
+    """Use a post-processor that would add its tokens to every piece and every row."""
     folder = shutil.copytree(base, tmp_path / "base")
-    settings = json.loads((folder / "tokenizer.json").read_text())
+    changed = json.loads((folder / "tokenizer.json").read_text())
     x, a, b = {"SpecialToken": {"id": "x", "type_id": 0}}, *({"Sequence": {"id": n, "type_id": 0}} for n in "AB")
-    settings["post_processor"] = {"type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
+    changed["post_processor"] = {"type": "TemplateProcessing", "single": [x, a, x], "pair": [a, b],
                                   "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
-    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
-    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text(json.dumps(changed))
     text = "a good film. " * 11_000
     (tmp_path / "text.txt").write_text(text)
     plain = load_tokenizer(base)
     end = plain.token_to_id(END_OF_TEXT)
     assert tokens(corpus(tmp_path / "text.txt", folder)[0]) == [*plain.encode(text).ids, end]
-    rows = write_jsonl(tmp_path / "rows.jsonl", ["a film", "zzz", "the plot", "z" * 140_000])
+    rows = write_jsonl(tmp_path / "rows.jsonl", ["a film", " ", "the plot", ""])
     expected = [*plain.encode("a film").ids, end, *plain.encode("the plot").ids, end]
     assert tokens(corpus(rows, folder)[0]) == expected
 
 
-def test_texts_chunks_for_tokenizer_training_keep_all_words(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_CHUNK_CHARACTERS", 50)
+def pieces_of(file: Path) -> list[str]:
+    data = TextCorpus(train_file=str(file), vocab_size=300)
+    return [piece for text in data._texts(data._sources("train")) for piece in text]
+
+
+def test_texts_pieces_for_tokenizer_training_keep_all_words(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_modeling, "_PIECE_CHARACTERS", 50)
     split = load_tokenizer(base).pre_tokenizer.pre_tokenize_str
     file = tmp_path / "text.txt"
     for line in ("word word word.\n\n", "one two\n\n", "a  \n \n\tb\n", "x\n\n\n  y z\n", "no ends "):
         file.write_text(line * 60)
-        pieces = list(TextCorpus(train_file=str(file), vocab_size=300)._texts("train"))
+        pieces = pieces_of(file)
         assert "".join(pieces) == line * 60
-        assert max(map(len, pieces)) <= 100, line
+        assert max(map(len, pieces)) <= 50, line
         words = Counter(word for piece in pieces for word, _ in split(piece))
         assert words == Counter(word for word, _ in split(line * 60)), line
 
 
-def test_texts_chunks_without_whitespace_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt2_pl.datamodules.language_modeling, "_CHUNK_CHARACTERS", 50)
-    (tmp_path / "text.txt").write_text("x" * 1000)
-    pieces = list(TextCorpus(train_file=str(tmp_path / "text.txt"), vocab_size=300)._texts("train"))
-    assert "".join(pieces) == "x" * 1000
-    assert max(map(len, pieces)) <= 100
+def test_texts_pieces_without_whitespace_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_modeling, "_PIECE_CHARACTERS", 50)
+    for text in ("x" * 1000, "x " + "y" * 1000, " " * 1000):
+        (tmp_path / "text.txt").write_text(text)
+        pieces = pieces_of(tmp_path / "text.txt")
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 50
+
+
+FRAGMENTS = ("a", "the ", " ", "  ", "\n", "\r\n", "\t", "'", "'s", "1", "23", "é", "漢", "😀", ".", "film", "ing", "A",
+             "<|endoftext|>", "<|end", "\u00a0", "\u3000", "\x1c")  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4), st.integers(1, 400), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_pieces_have_the_tokens_of_the_complete_text(base, fragments, n, random):
+    tokenizer = load_tokenizer(base)
+    text = " a word".join("".join(random.choices(fragments, k=4)) for _ in range(n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_modeling, "_PIECE_CHARACTERS", 100)
+        pieces = list(language_modeling._pieces(io.StringIO(text)))
+    assert "".join(pieces) == text
+    assert [token for piece in pieces for token in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
 
 
 # The cache
@@ -166,11 +188,6 @@ def _zero(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
 
 
-def _folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
 DAMAGES = {
     "cut short": _truncate,
     "empty": lambda file: file.write_bytes(b""),
@@ -178,7 +195,6 @@ DAMAGES = {
     "of another type": lambda file: file.write_bytes(np.zeros(100).tobytes()),
     "zeros at its end": _zero,
     "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0\0"),
-    "a folder": _folder,
     "a link to nothing": lambda file: (file.unlink(), file.symlink_to("nowhere")),
 }
 
@@ -206,9 +222,9 @@ def test_text_corpus_file_changed_while_read_is_refused_and_not_cached(base, tmp
     tokenizer = load_tokenizer(base)
 
     class Writing(Watched):
-        def encode(self, text: str, **options: Any) -> Any:
+        def get_vocab(self) -> Any:
             file.write_text("another film, " * 100)
-            return super().encode(text, **options)
+            return self.tokenizer.get_vocab()
 
     data = TextCorpus(test_file=str(file), tokenizer=str(base), max_length=32)
     data._tokenizer = Writing(tokenizer)  # type: ignore[assignment]

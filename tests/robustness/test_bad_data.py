@@ -28,13 +28,13 @@ def cache(tmp_path_factory):
         yield
 
 
-def read(folder, name, content, **options):
+def read(folder, name, content, skip_bad=False, **options):
     """Return the rows of a file and the reasons for skipped rows by number, or None if the file is refused by name."""
     file = folder / name
     file.write_bytes(content)
     try:
         source = read_file(str(file), "data.train_file", **options)
-        found, again = (list(source.read(source.columns)) for _ in range(2))
+        found, again = (list(source.read(source.columns, skip_bad)) for _ in range(2))
     except InputError as error:
         assert name in str(error)
         assert "data.train_file" in str(error)
@@ -131,8 +131,8 @@ BAD_CSV = [  # contents of a file, and a part of the message
 ]
 
 
-def rows_of(file, **options):
-    return list(read_file(str(file), "data.train_file", **options).read(["sentence"]))
+def rows_of(file, skip_bad=False):
+    return list(read_file(str(file), "data.train_file").read(["sentence"], skip_bad))
 
 
 def test_read_file_invalid_csv_is_refused_with_the_reason(tmp_path):
@@ -247,7 +247,6 @@ BAD_LINES = [  # a line of JSON, and a part of the message
     (b'{"sentence": "a\\ud800"}', "UTF-8"),
     (b'{"sentence": "a\xff"}', "UTF-8"),
     (b'{"sentence": ' + b"[" * 5000 + b"]" * 5000 + b"}", "deep"),
-    (b'{"sentence": "a", "label": ' + b"9" * 25 + b"}", "64 bits"),
     (b'{"sentence": "a", "label": ' + b"9" * 5000 + b"}", "digits"),
     (b'{"sentence": "a"', "row 3"),
 ]

@@ -155,7 +155,7 @@ def test_text_corpus_stride_out_of_range_is_refused(base, files):
     for stride in (0, -1, 33):
         options = {"column": "sentence", "tokenizer": str(base), "stride": stride}
         with pytest.raises(InputError, match=rf"got {stride}") as caught:
-            TextCorpus(train_file=str(files["train"]), max_length=32, **options)
+            TextCorpus(train_file=str(files["train"]), max_length=32, **options).setup()
         assert names(caught.value, "data.stride")
     data = TextCorpus(train_file=str(files["train"]), **options)
     data._max_length = lambda: 32  # what the model has room for

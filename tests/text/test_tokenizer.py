@@ -1,6 +1,5 @@
 """Loading of untrusted tokenizers: refused in one line, or deterministic and without changes to the text."""
 
-import io
 import itertools
 import json
 import shutil
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.text.tokenizer import encode_stream, load_tokenizer
+from gpt2_pl.text.tokenizer import load_tokenizer
 
 A, B = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
 X = {"SpecialToken": {"id": "[X]", "type_id": 0}}
@@ -232,80 +229,3 @@ def test_tokenizer_failure_after_loading_raises_input_error(folder):
     for call in (lambda text: tokenizer.encode(text), lambda text: tokenizer.encode_batch([text])):
         with pytest.raises(InputError, match=r"data\.tokenizer: .*Regex search error"):
             call("q" * 40 + "!")
-
-
-# Long texts
-
-
-def streamed(tokenizer: Any, text: str, *sizes: int) -> list[int]:
-    return [token for part in encode_stream(tokenizer, io.StringIO(text), *sizes) for token in part]
-
-
-FRAGMENTS = ("a", "the ", " ", "  ", "\n", "\r\n", "\t", "'", "'s", "1", "23", "é", "漢", "😀", ".", "film", "ing", "A",
-             "<|endoftext|>", "<|end", "\u00a0", "\u3000", "\x1c")  # fmt: skip
-
-
-@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4), st.integers(1, 400), st.randoms())
-@settings(max_examples=100, deadline=None)
-def test_encode_stream_small_windows_equal_the_complete_text(base, fragments, n, random):
-    """Texts of few distinct fragments contain long runs of white space, of letters or of one character."""
-    tokenizer = load_tokenizer(base)
-    text = "".join(random.choices(fragments, k=n))
-    for sizes in ((64, 32), (200, 100)):
-        assert streamed(tokenizer, text, *sizes) == tokenizer.encode(text).ids
-
-
-def test_encode_stream_long_text_without_boundary_equals_the_complete_text(base):
-    tokenizer = load_tokenizer(base)
-    for unit in ("\n", " ", "a", "acgt", "\n \n", "good film ", "漢", ".", ""):
-        text = unit * (150_000 // max(len(unit), 1))
-        assert streamed(tokenizer, text) == tokenizer.encode(text).ids, repr(unit)
-
-
-def test_encode_stream_published_vocabulary_equals_the_complete_text(shared):
-    """The GPT-2 vocabulary has tokens of 64 dots and of 32 spaces."""
-    tokenizer = load_tokenizer(shared / "tokenizer" / "gpt2")
-    for unit in ("\n", " ", "a", "acgt", "."):
-        text = unit * (150_000 // len(unit))
-        assert streamed(tokenizer, text) == tokenizer.encode(text).ids, repr(unit)
-
-
-def test_encode_stream_reads_one_window_at_a_time(base):
-    """Neither the complete text nor its complete encoding is in memory at any time."""
-    tokenizer, longest = load_tokenizer(base), 0
-
-    class Watched:
-        def encode(self, text: str, **options: Any) -> Any:
-            nonlocal longest
-            longest = max(longest, len(text))
-            return tokenizer.encode(text, **options)
-
-    file, parts = io.StringIO("x" * 500_000), 0
-    for part in encode_stream(Watched(), file, 10_000, 1000):
-        assert len(part) <= 11_000
-        parts += 1
-    assert longest <= 10_000
-    assert parts > 50
-
-
-UNUSUAL: list[dict[str, Any]] = [
-    template([X, A, X], X=[7]),
-    {"normalizer": {"type": "Prepend", "prepend": "_"}},
-    {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
-    {"normalizer": {"type": "NFD"}},
-    {"normalizer": replace({"String": "film"}, "")},
-    word_level({"good": 0}, "good"),
-    {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
-    {"post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
-    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
-]
-
-
-def test_encode_stream_unusual_tokenizer_equals_the_complete_text(base, folder):
-    """Changes that a tokenizer makes at the ends of a text apply to the complete text only, without special tokens."""
-    text = " a good film, \n\n isn't  it? 1234 café films and  good   films\n" * 40
-    for changes in UNUSUAL:
-        changed(folder, base, changes)
-        tokenizer = load_tokenizer(folder)
-        expected = tokenizer.encode(text, add_special_tokens=False).ids
-        assert streamed(tokenizer, text, 200, 100) == expected, changes

@@ -10,16 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 # Control characters (C0, DEL, C1), line and paragraph separators, bidirectional embeddings, overrides and isolates,
 # and lone surrogates: characters that move the cursor, hide text, break a line or cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MAX_MESSAGE = 4000  # characters
-_MAX_ITEMS, _MAX_DEPTH = 4, 3  # of containers in shortened values
+_MAX_VALUE = 120  # characters of a shortened value
 
 _OUT_OF_MEMORY = {  # class of an exception -> texts of which its message contains one if memory is exhausted
     MemoryError: ("",),
@@ -56,49 +57,38 @@ def printable(text: object, keep: str = "") -> str:
     return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], str(text))
 
 
-def shorten(value: object, limit: int = 80) -> str:
-    """Format a value as escaped source text of bounded length, for error messages.
+class _ShortRepr(reprlib.Repr):
+    """``repr`` of bounded length, in bounded time, for plain values and tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 4
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        """Return the digits of a number, or the number of its bits; Python does not format more than 4,300 digits."""
+        return repr(value) if value.bit_length() <= 256 else f"a number of {value.bit_length():,} bits"
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        """Return the first items of any mapping, and the shape and type of a tensor instead of its values."""
+        if isinstance(value, Mapping):
+            return self.repr_dict(dict(value), level)
+        if all(hasattr(value, name) for name in ("shape", "dtype", "layout")):
+            return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.layout}"
+        return super().repr_instance(value, level)
+
+
+_short_repr = _ShortRepr()
+
+
+def shorten(value: object) -> str:
+    """Format a value as escaped source text of at most 120 characters, on one line, for error messages.
 
     Time and memory are bounded for any value: nested or recursive containers, megabytes of text.
-
-    Args:
-        value: any object.
-        limit: approximate maximum length, in characters.
-
-    Returns:
-        The text, on one line.
     """
-    text = _source(value, limit, _MAX_DEPTH)
-    return text if len(text) <= limit + 40 else f"{text[:limit]}..."
-
-
-def _source(value: Any, limit: int, depth: int) -> str:
-    if isinstance(value, str | bytes):
-        return repr(value) if len(value) <= limit else f"{value[:limit]!r}... ({len(value):,} characters)"
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"a number of {value.bit_length():,} bits"
-    if value is None or isinstance(value, int | float | complex):
-        return repr(value)
-    if isinstance(value, Mapping | list | tuple | Set):
-        return _container_source(value, limit, depth)
-    if all(hasattr(value, name) for name in ("shape", "dtype", "layout")):  # a tensor
-        layout = str(value.layout).removeprefix("torch.")
-        kind = f"{value.dtype}".removeprefix("torch.") + ("" if layout == "strided" else f", {layout}")
-        return printable(f"a tensor of shape {tuple(value.shape)}, {kind}")
-    return printable(f"{type(value).__name__} {str(value)[:limit]}")
-
-
-def _container_source(value: Any, limit: int, depth: int) -> str:
-    opening, closing = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
-    if value and depth == 0:
-        return f"{opening}...{closing}"
-    items = list(islice(value, _MAX_ITEMS))
-    parts = [_source(item, limit, depth - 1) for item in items]
-    if isinstance(value, Mapping):
-        parts = [f"{part}: {_source(value[key], limit, depth - 1)}" for part, key in zip(parts, items, strict=True)]
-    if len(value) > _MAX_ITEMS:
-        parts.append(f"... {len(value) - _MAX_ITEMS:,} more")
-    return f"{opening}{', '.join(parts)}{closing}"
+    text = printable(_short_repr.repr(value))
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
 def _message(text: object) -> str:

@@ -82,20 +82,20 @@ def cycle():
 def test_shorten_any_value_is_short_and_fast():
     for value, text in (
         ("a\x1b", r"'a\x1b'"),
-        ("x" * 10**7, f"'{'x' * 80}'... (10,000,000 characters)"),
+        ("x" * 10**7, f"'{'x' * 37}...{'x' * 38}'"),
         (3, "3"),
         (1 << 10**7, "a number of 10,000,001 bits"),
         (float("nan"), "nan"),
         (None, "None"),
         ({"a": [1, 2], "b": None}, "{'a': [1, 2], 'b': None}"),
         ((1, "x"), "(1, 'x')"),
-        (list(range(10)), "[0, 1, 2, 3, ... 6 more]"),
-        (torch.zeros(2, 3), "a tensor of shape (2, 3), float32"),
-        (torch.eye(3, dtype=torch.float64).to_sparse(), "a tensor of shape (3, 3), float64, sparse_coo"),
+        (list(range(10)), "[0, 1, 2, 3, ...]"),
+        (torch.zeros(2, 3), "a tensor of shape (2, 3), torch.float32, torch.strided"),
+        (torch.eye(3, dtype=torch.float64).to_sparse(), "a tensor of shape (3, 3), torch.float64, torch.sparse_coo"),
         (nested(100_000), "[[[[...]]]]"),
         (aliases(), None),
         (cycle(), None),
-        (torch.float32, "dtype torch.float32"),
+        (torch.float32, "torch.float32"),
     ):
         since = time.perf_counter()
         shown = shorten(value)

@@ -192,7 +192,7 @@ def _check_mapping(value: Any, reference: Mapping[Any, Any], key: str, known: bo
     for name, part in value.items():
         inner = f"{key}[{name}]" if isinstance(name, int) else f"{key}.{printable(str(name)[:80])}"
         if name not in reference:
-            require(not known, f"a key of {key}", name, shorten(sorted(map(str, reference)), 300))
+            require(not known, f"a key of {key}", name, ", ".join(sorted(map(str, reference))))
             _check_like(part, part, inner, known)  # Only the memory and the range of its numbers are checked.
         elif name not in _UNCHECKED:
             _check_like(part, reference[name], inner, known)

@@ -6,8 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import psutil
 from gpt2_pl.commands import main as run_command
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.process import program
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.errors import InputError, printable, require
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.sweep.config import Experiment, SweepConfig
 from gpt2_pl.experiments.sweep.executor import Executor, locked, make_executor
@@ -47,8 +46,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("--max_parallel", type=int, metavar="N", help=parallel_help)
     parser.add_argument("--dry_run", action="store_true", help="print the state of all runs without running any")
     options = parser.parse_args(args)
-    if options.max_parallel is not None and options.max_parallel < 1:
-        raise InputError(key="max_parallel", value=options.max_parallel, expected="at least 1")
+    slots = options.max_parallel
+    require(slots is None or slots >= 1, "max_parallel", slots, "at least 1")
     config = SweepConfig.read(options.file)
     require_writable(RUNS / config.name, "name")
     for experiment in config.experiments:
@@ -61,7 +60,7 @@ def main(args: list[str]) -> None:
     with locked(RUNS / f"{config.name}.sweep" / "lock") as is_locked:
         if not is_locked:
             raise InputError(f"{options.file}: another process is running this sweep", key="file", value=options.file)
-        failures = _run_sweep(config, make_executor(config, options.max_parallel, run_command))
+        failures = _run_sweep(_Sweep(config, make_executor(config, slots, run_command)))
     if failures:
         for run, reason in failures.items():
             print(printable(f"{run.folder} failed: {reason}"), file=sys.stderr)
@@ -71,8 +70,8 @@ def main(args: list[str]) -> None:
     print(f"all runs are finished; compare them: {compare} --out FOLDER")
 
 
-def _run_sweep(config: SweepConfig, executor: Executor) -> dict[SweepRun, str]:
-    """Run all unfinished runs.
+def _run_sweep(sweep: _Sweep) -> dict[SweepRun, str]:
+    """Run all unfinished runs; SIGTERM, and SIGINT even if a shell had this process ignore it, stop them.
 
     Returns:
         The reason of each failed run.
@@ -80,45 +79,34 @@ def _run_sweep(config: SweepConfig, executor: Executor) -> dict[SweepRun, str]:
     Raises:
         SystemExit: the sweep was stopped; the status is 130.
     """
-    sweep = _Sweep(config, executor)
-    with _stop_signals():
-        try:
-            sweep.run()
-            return sweep.failures
-        except KeyboardInterrupt:
-            sweep.stop()
-            print("gpt2-pl: stopped; the same command resumes the sweep", file=sys.stderr)
-            raise SystemExit(130) from None
-        finally:
-            sweep.stop()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sweep.run()
+        return sweep.failures
+    except KeyboardInterrupt:
+        sweep.stop()
+        print("gpt2-pl: stopped; the same command resumes the sweep", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        sweep.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print_plan(config: SweepConfig) -> None:
-    """Print the state and the command of each run."""
-    printed = set()
+    """Print the trials of each search, and the state and the command of each run."""
+    runs: list[SweepRun | None] = []
     for experiment in config.experiments:
-        if experiment.search is not None:
+        if experiment.search is None:
+            for run in experiment.runs():
+                runs += [run.base, run]
+        else:
             n_started = len(list(journal(experiment).with_suffix("").glob("trial_*/metrics.json")))
             trials = f"{n_started} of {experiment.search.trials} trials started; then seeds {experiment.seeds}"
             print(f"search   {experiment.task} {experiment.strategy}: {trials}")
-            continue
-        for run in experiment.runs():
-            for one in filter(None, (run.base, run)):
-                if one not in printed:
-                    state = "finished" if one.finished else "resume" if one.last.is_file() else "to do"
-                    print(printable(f"{state:8} {shlex.join([*program(), *one.command()])}"))
-                    printed.add(one)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGINT, even if a shell had this process ignore it, and at SIGTERM."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for one in dict.fromkeys(filter(None, runs)):
+        state = "finished" if one.finished else "resume" if one.last.is_file() else "to do"
+        print(printable(f"{state:8} {shlex.join([*program(), *one.command()])}"))
 
 
 class _Sweep:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.support.parser import CommandParser, check_batches
 from gpt2_pl.errors import InputError, printable
@@ -22,14 +22,8 @@ if TYPE_CHECKING:
     from gpt2_pl.tasks.protocols import TextClassifier
 
 _CHUNK_BATCHES = 64  # number of batches that are read, sorted by length and written together
+InputRow = tuple[int, dict[str, str]]  # number of a row in its file, from 1, and its texts by template field
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}  # by the extension of the output file
-
-
-class InputRow(NamedTuple):
-    """Row to classify: its number in the file, from 1, and its texts by template field."""
-
-    number: int
-    fields: dict[str, str]
 
 
 def main(args: list[str]) -> None:
@@ -49,22 +43,17 @@ def main(args: list[str]) -> None:
     from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
     from gpt2_pl.datamodules.prompt_template import Template
     from gpt2_pl.datamodules.readers import read_file
-    from gpt2_pl.tasks.protocols import TextClassifier, lacks
+    from gpt2_pl.tasks.protocols import TextClassifier
 
-    task, checkpoint = load_task(options)
-    if not isinstance(task, TextClassifier):
-        kind = f"{type(task).__name__}: {lacks(task, TextClassifier)}"
-        raise InputError(f"{checkpoint} must be of a task that classifies text, got {kind}", key="RUN")
-    check_prompt_spec(task, checkpoint)
-    spec = task.prompt_spec
-    assert spec is not None
+    task, checkpoint = load_task(options, TextClassifier)
+    spec = complete_prompt_spec(task, checkpoint)
     template = Template(spec["template"])
-    tokenizer = load_run_tokenizer(options.run, task.config.vocab_size, str(checkpoint))
+    tokenizer = load_run_tokenizer(options.run, task.config.vocab_size)
     skip = options.on_invalid_row == "skip"
     quoting = spec.get("quoting") if options.quoting is None else options.quoting == "true"
     source = read_file(options.input, "input", quoting)
-    read_rows = reader(source, spec["columns"], skip)
-    counts = Counter(row is None for row in read_rows())  # all rows are checked before the first is classified
+    columns = select_columns(source, spec["columns"])
+    counts = Counter(row is None for row in read_rows(source, columns, skip))  # all rows are checked before the first
     if not counts[False]:
         raise source.error(" has no valid rows")
 
@@ -72,16 +61,19 @@ def main(args: list[str]) -> None:
     bf16 = (options.precision or best_precision("auto")) == "bf16-mixed"
     task.to(device).eval()
     torch.backends.cuda.enable_cudnn_sdp(False)  # batches have many different lengths
-    rows = (row for row in read_rows() if row is not None)
+    rows = (row for row in read_rows(source, columns, skip) if row is not None)
+    names = ["row", *template.fields, "prediction", *(f"p({label})" for label in spec["labels"])]
     with (
-        writer(options.out, list(template.fields), spec["labels"]) as write,
+        writer(options.out, names) as write,
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
         for chunk in _chunks(rows, counts[False], _CHUNK_BATCHES * options.batch_size):
-            ids = template.encode([row.fields for row in chunk], tokenizer, spec["max_length"])
-            for row, (prediction, probabilities) in zip(chunk, classify(task, ids, options.batch_size), strict=True):
-                write(row, prediction, probabilities)
+            ids = template.encode([fields for _, fields in chunk], tokenizer, spec["max_length"])
+            predictions = classify(task, ids, options.batch_size)
+            for (number, fields), (prediction, probabilities) in zip(chunk, predictions, strict=True):
+                rounded = (round(probability, 6) for probability in probabilities)
+                write([number, *fields.values(), spec["labels"][prediction], *rounded])
     skipped = f"; {counts[True]} invalid rows are skipped" if counts[True] else ""
     print(printable(f"{options.out}: {counts[False]} rows{skipped}"))
 
@@ -114,8 +106,8 @@ def _chunks(rows: Iterator[InputRow], n_rows: int, size: int) -> Iterator[list[I
         yield list(islice(rows, size))
 
 
-def check_prompt_spec(task: TextClassifier, checkpoint: Path) -> None:
-    """Check that the prompt format of a checkpoint is complete and fits its model.
+def complete_prompt_spec(task: TextClassifier, checkpoint: Path) -> dict[str, Any]:
+    """Return the prompt format of a checkpoint, which is complete and fits its model.
 
     Args:
         task: the classifier of the checkpoint.
@@ -126,57 +118,55 @@ def check_prompt_spec(task: TextClassifier, checkpoint: Path) -> None:
     """
     from gpt2_pl.datamodules.prompt_template import Template
 
-    spec: Any = task.prompt_spec
-    if not spec:
-        message = f"{checkpoint} must contain a template (prompt_spec); train it with data of this library"
-        raise InputError(message, key="prompt_spec")
+    spec: dict[str, Any] = task.prompt_spec or {}
     fault = ""
     if missing := [key for key in ("template", "columns", "labels", "max_length") if spec.get(key) is None]:
         fault = f"prompt_spec.{missing[0]} is missing"
     elif set(Template(spec["template"]).fields) != spec["columns"].keys() or not all(spec["columns"].values()):
         fault = "prompt_spec.columns must name a column for each template field"
     elif len(spec["labels"]) != task.num_classes or not 1 <= spec["max_length"] <= task.max_length:
-        fault = (
-            f"prompt_spec must have {task.num_classes} labels and a max_length of 1 to {task.max_length}, as its "
-            f"model, got {len(spec['labels'])} labels and {spec['max_length']}"
-        )
+        fault = f"prompt_spec must have {task.num_classes} labels and a max_length of 1 to {task.max_length}"
     if fault:
-        raise InputError(f"{checkpoint} is broken: {fault}", key="prompt_spec")
+        raise InputError(f"{checkpoint} cannot be used to classify: {fault}", key="prompt_spec")
+    return spec
 
 
-def reader(source: RowSource, columns: dict[str, list[str]], skip: bool) -> Callable[[], Iterator[InputRow | None]]:
-    """Return a function that reads a source from its start.
-
-    Args:
-        source: the rows.
-        columns: possible column names of each template field; the first one that exists is read.
-        skip: whether to yield None for an invalid row instead of raising an error.
-
-    Returns:
-        A function that returns an iterator over the rows; iterating raises an InputError for an invalid row.
+def select_columns(source: RowSource, columns: dict[str, list[str]]) -> dict[str, str]:
+    """Return the column of each template field: the first one that exists of its possible names.
 
     Raises:
         InputError: a column is missing.
     """
-    from gpt2_pl.datamodules.rows import parse_text, require_columns
+    from gpt2_pl.datamodules.rows import require_columns
 
     existing = source.columns
     selected = {field: next((name for name in names if name in existing), names[0]) for field, names in columns.items()}
     require_columns(source, list(selected.values()), keys="data.columns in training")
+    return selected
 
-    def read_rows() -> Iterator[InputRow | None]:
-        for number, row in source.read(list(dict.fromkeys(selected.values())), skip):
-            valid = None
-            try:
-                if not isinstance(row, str):
-                    fields = {key: parse_text(row, column, source.name, number) for key, column in selected.items()}
-                    valid = InputRow(number, fields)
-            except InputError:
-                if not skip:
-                    raise
-            yield valid
 
-    return read_rows
+def read_rows(source: RowSource, columns: dict[str, str], skip: bool) -> Iterator[InputRow | None]:
+    """Yield the rows of a source.
+
+    Args:
+        source: the rows.
+        columns: column of each template field.
+        skip: whether to yield None for an invalid row instead of raising an error.
+
+    Raises:
+        InputError: a row is invalid.
+    """
+    from gpt2_pl.datamodules.rows import parse_text
+
+    for number, row in source.read(list(dict.fromkeys(columns.values())), skip):
+        valid: InputRow | None = None
+        try:
+            if not isinstance(row, str):
+                valid = number, {key: parse_text(row, column, source.name, number) for key, column in columns.items()}
+        except InputError:
+            if not skip:
+                raise
+        yield valid
 
 
 def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> list[tuple[int, list[float]]]:
@@ -205,29 +195,26 @@ def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> lis
 
 
 @contextmanager
-def writer(out: Path, fields: list[str], labels: list[str]) -> Iterator[Callable[[InputRow, int, list[float]], None]]:
-    """Open an output file and provide a function that writes a row to it.
+def writer(out: Path, names: list[str]) -> Iterator[Callable[[list[Any]], object]]:
+    """Open an output file and provide a function that writes the values of a row to it.
 
     Args:
         out: the file, which appears when all rows are written; its extension determines the format.
-        fields: template fields.
-        labels: class names.
+        names: names of the columns.
 
     Yields:
-        A function of a row, its predicted class index and the probabilities of all classes.
+        A function of the values in the order of the columns.
     """
-    names = ["row", *fields, "prediction", *(f"p({label})" for label in labels)]
     delimiter = _DELIMITERS[out.suffix.lower()]
     with atomic_write(out) as file:
-        table = None if delimiter is None else csv.writer(file, delimiter=delimiter)
-        if table is not None:
+        if delimiter is None:
+
+            def write_object(values: list[Any]) -> None:
+                row = dict(zip(names, values, strict=True))
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+            yield write_object
+        else:
+            table = csv.writer(file, delimiter=delimiter)
             table.writerow(names)
-
-        def write(row: InputRow, prediction: int, probabilities: list[float]) -> None:
-            values = [row.number, *row.fields.values(), labels[prediction], *(round(p, 6) for p in probabilities)]
-            if table is not None:
-                table.writerow(values)
-            else:
-                file.write(json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False) + "\n")
-
-        yield write
+            yield table.writerow

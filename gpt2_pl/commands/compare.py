@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 from gpt2_pl.commands.support.parser import CommandParser
@@ -64,15 +65,12 @@ def run_folders(path: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    try:
-        if (path / "metrics.json").is_file():
-            return [path]
-        folders = sorted(file.parent for file in path.glob("**/metrics.json"))
-    except OSError as error:
-        raise InputError(f"{str(path)[:500]} cannot be read: {error.strerror}", key="RUN", value=path) from None
+    if not os.path.exists(path):  # unlike Path.exists, it does not raise an error for names that are too long
+        raise InputError(f"RUN: there is no folder {path}{similar_run(path)}", key="RUN", value=path)
+    if (path / "metrics.json").is_file():
+        return [path]
+    folders = sorted(file.parent for file in path.glob("**/metrics.json"))
     if not folders:
-        if not path.exists():
-            raise InputError(f"RUN: there is no folder {path}{similar_run(path)}", key="RUN", value=path)
         expected = "a run folder, with metrics.json, or contain some"
         raise InputError(f"RUN must be {expected}, got {path}", key="RUN", value=path, expected=expected)
     return folders

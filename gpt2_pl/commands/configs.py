@@ -10,8 +10,8 @@ from pathlib import Path
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.process import program
 from gpt2_pl.configs import KINDS, config_path, description, packaged_configs
-from gpt2_pl.errors import InputError
-from gpt2_pl.filesystem import require_writable
+from gpt2_pl.errors import require
+from gpt2_pl.filesystem import require_absent
 
 _TITLES = {"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sweep": "Sweeps", "": "Whole runs"}
 
@@ -51,12 +51,9 @@ def _copy(file: Path, folder: Path) -> Path:
     Raises:
         InputError: the folder does not exist, or already contains a file of this name.
     """
-    if not folder.is_dir():
-        raise InputError(key="FOLDER", value=str(folder), expected="an existing folder")
+    require(folder.is_dir(), "FOLDER", str(folder), "an existing folder")
     copy = folder / file.name
-    require_writable(copy, "FOLDER")
-    if copy.exists():
-        raise InputError(f"{copy} exists already; move it, or give another FOLDER", key="FOLDER", value=str(folder))
+    require_absent(copy, "FOLDER")
     return Path(shutil.copyfile(file, copy))
 
 

@@ -192,9 +192,7 @@ def _save_tokenizer(run: Path, folder: Path, n_positions: int, vocab_size: int) 
     Raises:
         InputError: the run has no tokenizer, or its vocabulary is larger than that of the model.
     """
-    if not (run / "tokenizer.json").is_file():
-        raise InputError(f"RUN must contain tokenizer.json, as every run of this library does, got {run}", key="RUN")
-    tokenizer = load_run_tokenizer(run, vocab_size, "the model")
+    tokenizer = load_run_tokenizer(run, vocab_size)
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True))
     end = tokenizer.token_to_id(END_OF_TEXT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,21 +31,21 @@ def main(args: list[str]) -> None:
         InputError: an argument, a prompt or the checkpoint is invalid.
     """
     options = _parse_arguments(args)
-    sampling = _sampling_arguments(options)
 
     import torch
 
     from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
-    from gpt2_pl.tasks.protocols import TextGenerator, lacks
+    from gpt2_pl.generation import validate_sampling
+    from gpt2_pl.tasks.protocols import TextGenerator
     from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, split_lines
 
+    keys = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
+    sampling = {key: getattr(options, key) for key in keys}
+    validate_sampling(**sampling, max_new_tokens=options.max_new_tokens)
     prompts, numbers = read_prompts(options.prompt_file, options.poems)
-    task, checkpoint = load_task(options)
-    if not isinstance(task, TextGenerator):
-        kind = f"{type(task).__name__}: {lacks(task, TextGenerator)}"
-        raise InputError(f"{checkpoint} must be of a task that generates text, got {kind}", key="RUN")
+    task, _ = load_task(options, TextGenerator)
     vocab_size = task.config.vocab_size
-    tokenizer = load_run_tokenizer(options.run, vocab_size, str(checkpoint))
+    tokenizer = load_run_tokenizer(options.run, vocab_size)
     task.eval().to(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
@@ -96,23 +97,6 @@ def _parse_arguments(args: list[str]) -> Namespace:
     return options
 
 
-def _sampling_arguments(options: Namespace) -> dict[str, Any]:
-    """Return the arguments of :func:`gpt2_pl.generation.generate` that control sampling.
-
-    Raises:
-        InputError: one of them is out of range.
-    """
-    from gpt2_pl.generation import validate_sampling
-
-    keys = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
-    sampling = {key: getattr(options, key) for key in keys}
-    try:
-        validate_sampling(**sampling, max_new_tokens=options.max_new_tokens)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return sampling
-
-
 def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     """Read the prompts of a file.
 
@@ -143,14 +127,11 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
 
 
 def _parse_prompt(line: str, where: str) -> str:
-    try:
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         prompt = json.loads(line)["prompt"]
-        str(prompt).encode()  # lone surrogates raise UnicodeError
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(f'{where} must be a JSON object with the key "prompt"', key="prompt") from None
-    if not isinstance(prompt, str) or not prompt:
-        raise InputError(f"{where}: the prompt must be a non-empty string, got {prompt!r}", key="prompt", value=prompt)
-    return prompt
+        if isinstance(prompt, str) and prompt.encode():  # lone surrogates raise UnicodeError, which is a ValueError
+            return prompt
+    raise InputError(f'{where} must be a JSON object with text in the key "prompt"', key="prompt")
 
 
 def _encode_prompts(prompts: list[str], tokenizer: Tokenizer, max_length: int, file: str) -> list[list[int]]:
@@ -196,10 +177,9 @@ def _write(out: Path, prompts: list[str], texts: list[str], numbers: list[int] |
     """Write texts as JSON lines, as numbered poems, or as text with a blank line after each."""
     with atomic_write(out) as file:
         if out.suffix.lower() == ".jsonl":
-            rows: list[dict[str, Any]] = [{"prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
-            for row, number in zip(rows, numbers or [], strict=False):
-                row["number"] = number
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+                number = {} if numbers is None else {"number": numbers[i]}
+                file.write(json.dumps({"prompt": prompt, "text": text, **number}, ensure_ascii=False) + "\n")
         elif numbers is not None:
             file.write("\n".join(f"{number}\n\n{text}" for number, text in zip(numbers, texts, strict=True)))
         else:

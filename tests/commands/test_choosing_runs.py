@@ -42,14 +42,13 @@ def test_commands_missing_run_error_suggests_existing_run(folders, run, capsys, 
     (tmp_path / "in.txt").write_text("a film\n")
     for command, args in COMMANDS.items():
         for path, words in {
-            "lightning_logs/x/0": "lightning_logs/x/0; did you mean lightning_logs/x/version_0?",
             "lightning_logs/x/version_1": "did you mean lightning_logs/x/version_0?",
-            "lightning_logs/x": "lightning_logs/x/version_0",
-            "-1": "lightning_logs/NAME/version_N",
-            "nowhere/version_0": "lightning_logs/NAME/version_N",
+            "lightning_logs/x": "lightning_logs/NAME/version_N",
+            "-1": "there is no folder",
+            "nowhere/version_0": "there is no folder",
         }.items():
             line = refused(run, capsys, command, path, *args)
             assert words in line, (command, path)
             assert path in line, (command, path)
-    line = refused(run, capsys, "compare", "lightning_logs/x/0", "--out", "out")
+    line = refused(run, capsys, "compare", "lightning_logs/x/version_1", "--out", "out")
     assert "did you mean lightning_logs/x/version_0?" in line

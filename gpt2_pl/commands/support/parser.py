@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.errors import InputError, did_you_mean, require
 from gpt2_pl.filesystem import require_absent
 
 
@@ -46,21 +45,14 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
         self.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments; report unknown options before missing ones, in contrast to argparse."""
-        args = list(sys.argv[1:] if args is None else args)
-        for option in (arg.partition("=")[0] for arg in args[: args.index("--") if "--" in args else None]):
-            if re.fullmatch(r"--[a-zA-Z][\w-]*", option) and option not in self._option_string_actions:
-                self.error(f"unknown option {option}{did_you_mean(option, self._option_string_actions)}")
-        return super().parse_known_args(args, namespace)
-
     def error(self, message: str) -> NoReturn:
-        """Raise an InputError with the message and, for an invalid choice, the nearest valid one."""
-        match = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
-        near = did_you_mean(match[1], re.findall(r"[\w.-]+", match[2])) if match else ""
-        key = re.match(r"(?:argument|unknown option) --(\w+)", message)
-        text = f"{message}{near} ({self.prog} --help lists all options)"
-        raise InputError(text, key=key[1] if key else "")
+        """Raise an InputError with the message and the nearest option or choice to an unknown one."""
+        near = key = ""
+        if match := re.match(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
+            near, key = did_you_mean(match[1], self._option_string_actions), match[1]
+        elif match := re.match(r"argument (\S+): (?:invalid choice: '(.+?)' \(choose from (.+)\))?", message):
+            near, key = did_you_mean(match[2] or "", re.findall(r"[\w.-]+", match[3] or "")), match[1]
+        raise InputError(f"{message}{near} ({self.prog} --help lists all options)", key=key.removeprefix("--"))
 
 
 def check_batches(options: argparse.Namespace, extensions: Collection[str]) -> None:
@@ -71,8 +63,7 @@ def check_batches(options: argparse.Namespace, extensions: Collection[str]) -> N
     """
     require_absent(options.out)
     require_extension(options.out, "out", extensions)
-    if options.batch_size < 1:
-        raise InputError(key="batch_size", value=options.batch_size, expected="at least 1")
+    require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
 
 
 def require_extension(path: Path, key: str, extensions: Collection[str]) -> None:

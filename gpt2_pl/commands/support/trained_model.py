@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,47 +16,48 @@ if TYPE_CHECKING:
 
     from gpt2_pl.tasks import Task
 
-_RUN_FOLDER = f"{RUNS}/NAME/version_N"
-
 
 def best_checkpoint(run: Path) -> Path:
     """Return the path of the best checkpoint in the folder of a run.
 
     Raises:
-        InputError: the folder does not exist or has no such checkpoint; the message names similar runs.
+        InputError: the folder does not exist or has no such checkpoint.
     """
     file = run / "checkpoints" / "best.ckpt"
     if not os.path.isdir(run):  # unlike Path.is_dir, it does not raise an error for names that are too long
-        hint = f"{similar_run(run)}; the folder of a run is {_RUN_FOLDER}"
-        raise InputError(f"RUN: there is no folder {run}{hint}", key="RUN", value=run)
+        raise InputError(f"RUN: there is no folder {run}{similar_run(run)}", key="RUN", value=run)
     if not os.path.exists(file):
-        below = sorted(str(path.parents[1]) for path in islice(run.rglob("checkpoints/best.ckpt"), 100))
-        hint = f"runs below it are {', '.join(below[:5])}" if below else f"the folder of a run is {_RUN_FOLDER}"
-        raise InputError(f"RUN: {run} has no checkpoints/best.ckpt; {hint}", key="RUN", value=run)
+        message = f"RUN: {run} has no checkpoints/best.ckpt; the folder of a run is {RUNS}/NAME/version_N"
+        raise InputError(message, key="RUN", value=run)
     return file
 
 
 def similar_run(run: Path) -> str:
-    """Return a hint ``"; did you mean FOLDER?"`` for a run folder that does not exist, or an empty string.
-
-    A number N suggests ``version_N``.
-    """
+    """Return a hint ``"; did you mean FOLDER?"`` for a run folder that does not exist, or an empty string."""
     names = [folder.name for folder in run.parent.iterdir() if folder.is_dir()] if os.path.isdir(run.parent) else []
-    numbered = f"version_{run.name}"
-    near = numbered if numbered in names else nearest(run.name, names)
+    near = nearest(run.name, names)
     return "" if near is None else f"; did you mean {run.with_name(near)}?"
 
 
-def load_task(options: Namespace) -> tuple[Task, Path]:
+def load_task(options: Namespace, protocol: type = object) -> tuple[Any, Path]:
     """Return the trained task that the arguments of a command name, on the CPU, and the path of its checkpoint.
 
+    Args:
+        options: arguments of a command.
+        protocol: class of :mod:`gpt2_pl.tasks.protocols` that the task must implement.
+
     Raises:
-        InputError: a plugin cannot be imported, or the checkpoint cannot be loaded.
+        InputError: a plugin cannot be imported, the checkpoint cannot be loaded, or its task lacks a method.
     """
     for name in options.plugin or ():
         import_plugin(name)
     checkpoint = options.ckpt_path or best_checkpoint(options.run)
-    return load(checkpoint, options.base), checkpoint
+    task = load(checkpoint, options.base)
+    if not isinstance(task, protocol):
+        from gpt2_pl.tasks.protocols import lacks
+
+        raise InputError(f"{checkpoint}: {lacks(task, protocol)}", key="RUN")
+    return task, checkpoint
 
 
 def load(checkpoint: Path, base: str | None = None) -> Task:
@@ -92,13 +92,12 @@ def load(checkpoint: Path, base: str | None = None) -> Task:
         raise InputError(f"{checkpoint} is not valid for its task: {reason[:200]}") from error
 
 
-def load_run_tokenizer(run: Path, vocab_size: int, model: str) -> Tokenizer:
+def load_run_tokenizer(run: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a run.
 
     Args:
         run: folder of the run.
         vocab_size: vocabulary size of its model.
-        model: name of the model, for error messages.
 
     Raises:
         InputError: there is no tokenizer, it cannot be read, or its vocabulary is larger than that of the model.
@@ -106,5 +105,5 @@ def load_run_tokenizer(run: Path, vocab_size: int, model: str) -> Tokenizer:
     from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
     tokenizer = load_tokenizer(run, "RUN")
-    validate_vocab_size(tokenizer, vocab_size, model, "RUN's tokenizer.json")
+    validate_vocab_size(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
     return tokenizer

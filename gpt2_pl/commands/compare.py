@@ -71,6 +71,5 @@ def run_folders(path: Path) -> list[Path]:
         return [path]
     folders = sorted(file.parent for file in path.glob("**/metrics.json"))
     if not folders:
-        expected = "a run folder, with metrics.json, or contain some"
-        raise InputError(f"RUN must be {expected}, got {path}", key="RUN", value=path, expected=expected)
+        raise InputError(f"RUN must be or contain a run folder, with metrics.json, got {path}", key="RUN", value=path)
     return folders

@@ -31,26 +31,23 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gpt2_pl import callbacks
-from gpt2_pl.commands.support.closing import (
-    early_end,
-    print_report,
-    resume_advice,
-    validate_final_weights,
-)
+from gpt2_pl.commands.support.closing import early_end, print_report, resume_advice, validate_final_weights
 from gpt2_pl.commands.support.config_merge import CommandLine, as_list, check_order, validate_strategy_combination
+from gpt2_pl.commands.support.failures import explain_instantiation, explain_run_failure
 from gpt2_pl.commands.support.lightning_parser import Parser
+from gpt2_pl.commands.support.messages import explain
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
 from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
 from gpt2_pl.commands.support.settings import check_logging, complete_settings, restore_counts
 from gpt2_pl.commands.support.training_checks import check_optimizer, check_processes, check_training
-from gpt2_pl.errors import InputError, causes, printable
+from gpt2_pl.errors import InputError, causes, printable, require
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.run_lock import RunLock
 from gpt2_pl.filesystem import require_writable
@@ -89,8 +86,7 @@ class GPT2CLI(LightningCLI):
         options = (source.name for source in self.line.sources if not source.is_file)
         Parser.help_key = next((name.removesuffix(".help") for name in options if name.endswith(".help")), "")
         self.checkpoint = self.line.checkpoint()
-        for warning in check_order(self.line):
-            _print_message(f"warning: {warning}")
+        check_order(self.line)
         self.lock: RunLock | None = None
         self.folder: callbacks.RunFolder | None = None
         self.tested: callbacks.ResumableModelCheckpoint | None = None  # its best checkpoint is tested after training
@@ -142,17 +138,13 @@ class GPT2CLI(LightningCLI):
         Raises:
             InputError: naming the file, the key and the nearest name.
         """
-        from gpt2_pl.commands.support.messages import check_keys, explain
-
-        own = self._parser(self.line.command)
-        check_keys(self.line, own)
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             reason = next((one for one in causes(error) if isinstance(one, InputError)), None)
             if reason is not None:  # of a file that is read while parsing
                 raise reason from None
-            raise explain(str(error), self.line, own) from None
+            raise explain(str(error), self.line, self._parser(self.line.command)) from None
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: files and flags already override the checkpoint's hyperparameters."""
@@ -160,9 +152,8 @@ class GPT2CLI(LightningCLI):
     def _set_seed(self) -> None:
         """Seed everything, or nothing if the seed is False."""
         seed = self.config[self.subcommand].seed_everything
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-            expected = f"a number from 0 to {2**32 - 1}, true or false"
-            raise InputError(key="seed_everything", value=seed, expected=expected)
+        expected = f"a number from 0 to {2**32 - 1}, true or false"
+        require(isinstance(seed, bool) or 0 <= seed < 2**32, "seed_everything", seed, expected)
         if seed is False:
             os.environ.pop("PL_GLOBAL_SEED", None)  # of the parent process
         super()._set_seed()
@@ -193,7 +184,8 @@ class GPT2CLI(LightningCLI):
         """Check that a logged run's folder can be written, and lock one that is given by name."""
         if config.trainer.logger is False or config.trainer.fast_dev_run:
             return
-        require_writable(folder if config.version is not None else folder.parent, "name")
+        key = "name" if config.trainer.default_root_dir is None else "trainer.default_root_dir"
+        require_writable(folder if config.version is not None else folder.parent, key)
         if config.version is not None and rank() == 0:
             self.lock = RunLock(folder)
             for part in folder.rglob(".*.part") if resumes else ():
@@ -201,8 +193,6 @@ class GPT2CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the trainer, the data and the model, and refuse what does not fit together."""
-        from gpt2_pl.commands.support.failures import explain_instantiation
-
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -217,22 +207,15 @@ class GPT2CLI(LightningCLI):
         check_processes(self.trainer)
         if self.subcommand == "fit":
             check_training(self.trainer, self.model)
-        if self.checkpoint is None:
-            self._warn(used)
+        if self.checkpoint is None and self.subcommand != "fit":
+            self._warn_if_untrained()
         stated, actual = self.line.last("model.num_classes"), getattr(self.datamodule, "num_classes", None)
         if stated is not None and actual is not None and str(stated) != str(actual):
             message = f"model.num_classes is {stated}, and the data have {actual} classes (data.labels); leave it out"
             raise InputError(message, key="model.num_classes", value=stated, expected=str(actual))
 
-    def _warn(self, used: list[Any]) -> None:
-        """Warn of a run that cannot be resumed, and of an evaluation of a model that has not been trained."""
-        if self.subcommand == "fit":
-            if any(isinstance(callback, StochasticWeightAveraging) for callback in used):
-                _print_message(
-                    "with StochasticWeightAveraging a run cannot be resumed once averaging has begun; with "
-                    "lightning.pytorch.callbacks.WeightAveraging it can"
-                )
-            return
+    def _warn_if_untrained(self) -> None:
+        """Warn of an evaluation of a model that has not been trained."""
         model: Any = self.model
         untrained = model.base is None or getattr(model, "head_name", None) == "linear"
         brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
@@ -323,9 +306,7 @@ class GPT2CLI(LightningCLI):
             _print_message(f"stopped by SIGTERM{self._resume_advice()}")
             raise SystemExit(128 + signal.SIGTERM) from None
         except Exception as error:
-            from gpt2_pl.commands.support.failures import explain_run_failure
-
-            if (reason := explain_run_failure(error, self.line, self.config[subcommand], self.trainer)) is None:
+            if (reason := explain_run_failure(error, self.line, self.trainer)) is None:
                 raise
             raise reason from error
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -373,8 +354,7 @@ class GPT2CLI(LightningCLI):
         self._report("" if any(writer.wrote for writer in writers) else nothing)
 
     def _report(self, note: str = "") -> None:
-        best_path = "" if self.tested is None else self.tested.best_model_path
-        print_report(self.trainer, self.model, self.summary, self.line.command, self.can_test, note, best_path)
+        print_report(self.trainer, self.model, self.summary, self.line.command, self.can_test, note)
 
 
 def _print_message(message: str) -> None:

@@ -101,11 +101,8 @@ def test_fit_abbreviated_flag_is_refused(built, capsys, tmp_path):
             cli.parser.parse_args(["fit", f"{name}=x"])
     for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):
         assert flag.partition("=")[0] in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", flag)
-    for given, words in (
-        ("-c/nowhere.yaml", "unknown flag -c/nowhere.yaml"),
-        ("-c=/nowhere.yaml", "no file /nowhere.yaml"),
-    ):
-        assert words in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", given)
+    for given in ("-c/nowhere.yaml", "-c=/nowhere.yaml", "-c"):
+        assert f"unknown flag {given}" in refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", given)
     assert not (tmp_path / "lightning_logs").exists()
 
 
@@ -168,50 +165,25 @@ def test_parse_arguments_misspelled_name_error_suggests_nearest(parse, tmp_path)
         path.write_text(text)
         return f"--config={path}"
 
-    sst5, lora = f"--config={CONFIGS}/task/sst5.yaml", f"--config={CONFIGS}/strategy/lora.yaml"
+    sst5 = f"--config={CONFIGS}/task/sst5.yaml"
     rank = "model: {init_args: {surgery+: [{class_path: gpt2_pl.surgery.LoRA, init_args: {rnk: 3}}]}}"
     for args, nearest in {
-        ("--model=SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
-        ("--model=gpt2_pl.tasks.SentimentClasifier",): "gpt2_pl.tasks.SentimentClassifier",
-        ("--data=gpt2_pl.datamodules.SST",): "gpt2_pl.datamodules.SST5",
         (sst5, "--model.poolin=last"): "pooling",
         (sst5, "--model.pooling=lst"): "last",
-        (sst5, "--model.optimizer=torch.optim.AdmW"): "torch.optim.AdamW",
-        (sst5, "--model.optimizer=torch.optm.AdamW"): "torch.optim.AdamW",
-        (sst5, "--model.optimizer=AdmW"): "torch.optim.AdamW",
         (sst5, "--model.optimizer.lrr=3"): "lr",
-        (sst5, "--model.surgery+=LoRAA"): "gpt2_pl.surgery.LoRA",
-        (sst5, "--model.schedule=gpt2_pl.optm.LinearWithWarmup"): "gpt2_pl.optim.LinearWithWarmup",
         (sst5, "--model.config={n_embdd: 128}"): "n_embd",
-        (sst5, "--trainer.max_epoch=3"): "--trainer.max_epochs",
-        (sst5, "--trainr.max_epochs=3"): "--trainer.max_epochs",
-        (sst5, "--earlystopping_patience=3"): "--early_stopping_patience",
+        (sst5, "--trainer.max_epoch=3"): "trainer.max_epochs",
+        (sst5, "--trainr.max_epochs=3"): "trainer.max_epochs",
+        (sst5, "--earlystopping_patience=3"): "early_stopping_patience",
         (sst5, "--on_non_finite_loss=skp"): "skip",
-        (sst5, "--trainer.logger=CSVLoger"): "lightning.pytorch.loggers.CSVLogger",
-        (sst5, "--trainer.callbacks+=gpt2_pl.callbacks.GradualUnfreezng"): "gpt2_pl.callbacks.GradualUnfreezing",
-        (sst5, file("trainer: {logger: {class_path: lightning.pytorch.logger.CSVLogger}}")):
-            "lightning.pytorch.loggers.CSVLogger",
         (sst5, file("trainer: {max_epoch: 3}")): "trainer.max_epochs",
-        (sst5, file("trainr: {}")): "trainer",
         (sst5, file("data: {init_args: {batch_siz: 3}}")): "batch_size",
-        (lora, file("modl: {base: x}")): "model",
         (sst5, file(rank)): "rank",
         (f"--config={CONFIGS}/task/sst.yaml",): f"{CONFIGS}/task/sst5.yaml",
     }.items():  # fmt: skip
         assert f"did you mean {nearest}?" in str(parse(*args)), args
         if args[-1].startswith("--config") and "sst.yaml" not in args[-1]:
             assert str(parse(*args)).startswith(f"{args[-1].removeprefix('--config=')}: ")
-
-
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_parse_arguments_unquoted_yaml_text_error_shows_quoting(parse, tmp_path):
-    sst5, labels = f"--config={CONFIGS}/task/sst5.yaml", tmp_path / "labels.yaml"
-    for text, value in {"[no, yes]": "False", "[1, 2]": "1", "[1.5, a]": "1.5", "[a, null]": "None"}.items():
-        assert f"data.labels must be text, got {value}; quote" in parse(sst5, f"--data.labels={text}")
-        labels.write_text(f"data: {{init_args: {{labels: {text}}}}}")
-        assert parse(sst5, f"--config={labels}").startswith(f"{labels}: data.labels must be text, got {value}; quote")
-    assert parse(sst5, '--data.labels=["no", "1", "2.5", "null", "true"]') is None
-    assert parse(sst5, "--data.template=Review: {sentence}").endswith('in a file: template: "Review: {sentence}"')
 
 
 def test_fit_parser_error_has_the_key(run, capsys):
@@ -229,10 +201,11 @@ def test_fit_parser_error_has_the_key(run, capsys):
 def test_main_misspelled_command_or_option_error_suggests_nearest(capsys):
     for nearest, args in {
         "test": ["tests"],
-        "--ckpt_path": ["classify", "--ckpt_pth=x"],
-        "--out": ["compare", "--ou", "x", "y"],
-        "--max_new_tokens": ["generate", "--max_new_token=3", "--temperature=-1"],
-        "--dry_run": ["sweep", "--dry_rn"],
+        "--ckpt_path": ["classify", "run", "--input=x", "--out=y", "--ckpt_pth=x"],
+        "--baseline": ["compare", "x", "--out=y", "--baselin", "full"],
+        "--max_new_tokens": ["generate", "run", "--prompt_file=x", "--out=y", "--max_new_token=3"],
+        "--dry_run": ["sweep", "file", "--dry_rn"],
+        "copy": ["configs", "coppy"],
     }.items():
         assert f"did you mean {nearest}?" in refused(main_of, capsys, *args)
 
@@ -310,14 +283,3 @@ def test_fit_pl_global_seed_in_environment_is_removed(built, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "x")
     built("--config", CONFIGS / "quickstart.yaml", "--seed_everything=false")
     assert "PL_GLOBAL_SEED" not in os.environ
-
-
-def test_fit_advice_about_quotes_gives_the_value_that_was_meant(built, capsys, tmp_path):
-    line = refused(built, capsys, "--config", CONFIGS / "quickstart.yaml", "--data.template", "Review: {sentence}")
-    advice = line.rpartition("in a file: ")[2]
-    assert yaml.safe_load(advice) == {"template": "Review: {sentence}"}
-    file = tmp_path / "quoted.yaml"
-    file.write_text(f"data:\n  init_args:\n    {advice}\n")
-    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(file), "--print_config"])
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["data"]["init_args"]["template"] == "Review: {sentence}"

@@ -13,14 +13,14 @@ QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.n_train", 
 SHORT = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val", "test")]
 
 
-def test_fit_class_failing_at_first_use_error_names_key_and_arguments(run, capsys):
+def test_fit_class_failing_at_first_use_error_names_key_and_class(run, capsys):
     for flags, words in (
         ("logger CSVLogger save_dir=x flush_logs_every_n_steps=0",
-         ["trainer.logger: CSVLogger", "flush_logs_every_n_steps: 0", "ZeroDivision"]),
+         ["trainer.logger: CSVLogger", "ZeroDivision"]),
         ("logger TensorBoardLogger save_dir=x dict_kwargs={foo:1}", ["trainer.logger: TensorBoardLogger", "'foo'"]),
-        ("callbacks+ ModelSummary max_depth=-5", ["trainer.callbacks: ModelSummary", "max_depth: -5"]),
-        ("callbacks+ ModelCheckpoint filename={x", ["trainer.callbacks: ModelCheckpoint", "filename: '{x'"]),
-        ("callbacks+ EarlyStopping monitor=nope", ["trainer.callbacks: EarlyStopping", "monitor: 'nope'", "val/loss"]),
+        ("callbacks+ ModelSummary max_depth=-5", ["trainer.callbacks: ModelSummary", "-5"]),
+        ("callbacks+ ModelCheckpoint filename={x", ["trainer.callbacks: ModelCheckpoint", "ValueError"]),
+        ("callbacks+ EarlyStopping monitor=nope", ["trainer.callbacks: EarlyStopping", "nope", "val/loss"]),
         ("strategy DDPStrategy process_group_backend=foo", ["trainer.strategy: DDPStrategy", "backend type foo"]),
     ):  # fmt: skip
         key, name, *arguments = flags.split()
@@ -34,7 +34,7 @@ def test_fit_class_without_required_arguments_is_refused_in_one_line(run, capsys
         "--trainer.callbacks+=ModelPruning": ["ModelPruning", "--trainer.callbacks.pruning_fn VALUE"],
         "--trainer.callbacks=[{class_path: EarlyStopping}]": ["EarlyStopping", "monitor"],
         "--trainer.plugins=TransformerEnginePrecision": ["TransformerEnginePrecision", "weights_dtype"],
-        "--trainer.plugins=[MixedPrecision]": ["MixedPrecision", "precision and device"],
+        "--trainer.plugins=[MixedPrecision]": ["MixedPrecision", "precision, device"],
         "--trainer.logger=CSVLogger": ["CSVLogger", "save_dir"],
         "--model.surgery+=gpt2_pl.surgery.PeftAdapter": ["PeftAdapter", "folder"],
     }.items():

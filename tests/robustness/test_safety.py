@@ -68,7 +68,7 @@ def test_cli_checkpoint_address_found_in_parsing_is_refused(tmp_path, monkeypatc
 # Where things are written
 
 
-NAMES = ["../../x", "/tmp/x", "..", ".", "", "a/../../x", "~/x", "a\\..\\x", "a\0b", "a\nb", "x" * 300]
+NAMES = ["../../x", "/tmp/x", "..", ".", "", "a/../../x", "~/x", "a\\..\\x", "a\0b", "a\nb", "-1", "x" * 300]
 
 
 def test_check_name_outside_the_runs_folder_is_refused():

@@ -93,7 +93,6 @@ def print_report(
     command: str,
     can_test: bool,
     note: str,
-    best_path: str,
 ) -> None:
     """Print tables and final scores, the folder of the run, and commands that use it.
 
@@ -104,7 +103,6 @@ def print_report(
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         can_test: whether the data have a test set.
         note: end of the line that reports the end of the command.
-        best_path: path of the best checkpoint of a run without a folder; may be empty.
     """
     if not trainer.is_global_zero:
         return
@@ -121,8 +119,6 @@ def print_report(
         _print_folder(console, trainer, folder, command, can_test, note)
     elif trainer.logger is None:
         console.print(f"\n{command} finished; trainer.logger is false: there is no run folder")
-        if command == "fit" and best_path:
-            console.print(f"Checkpoint:   {printable(best_path)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_folder(console: Any, trainer: Trainer, folder: Path, command: str, can_test: bool, note: str) -> None:

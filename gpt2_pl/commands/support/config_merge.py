@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from gpt2_pl.commands.support.plugins import CLASS_MODULES, add_working_folder, import_class, import_plugin
+from gpt2_pl.commands.support.plugins import CLASS_KEYS, add_working_folder, import_class, import_plugin
 from gpt2_pl.configs import config_path
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require, shorten
 from gpt2_pl.filesystem import require_file
 from gpt2_pl.utils.yaml_json import DuplicateKeyError, load_yaml, read_yaml
 
@@ -18,7 +18,7 @@ class Source(NamedTuple):
 
     Args:
         name: name of the file on the command line, or name of the flag without dashes.
-        settings: values by key, such as ``model.optimizer.init_args.lr``.
+        settings: values by key without ``init_args``, such as ``model.optimizer.lr``.
         is_file: whether the source is a configuration file.
     """
 
@@ -33,12 +33,12 @@ def as_list(value: Any) -> list[Any]:
 
 
 def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of each leaf below a key; lists are leaves, and keys omit the top ``init_args``."""
+    """Yield dotted key and value of each leaf below a key; lists are leaves, and keys omit ``init_args``."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from _flatten(inner, f"{key}.{name}" if key else str(name))
     else:
-        yield re.sub(r"^(model|data)\.init_args\.", r"\1.", key), value
+        yield key.replace(".init_args.", "."), value
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -52,6 +52,9 @@ def _parse_value(key: str, text: str) -> Any:
     return text if "#" in text and isinstance(value, str | None) else value
 
 
+_WITHOUT_VALUE = ("help", "print_config", "print_shtab")  # flags that may have no value
+
+
 class CommandLine:
     """Arguments of fit, validate, test and predict: files and flags in their order; later ones override earlier ones.
 
@@ -63,10 +66,10 @@ class CommandLine:
         sources: files and flags in their order.
         arguments: arguments for the parser: ``args`` without ``--plugin``.
         plugins: modules that ``--plugin`` names.
-        without_value: flags without a value.
 
     Raises:
-        InputError: a file is missing, is not YAML, is too large or too deeply nested, or has a value of the wrong kind.
+        InputError: a flag has no value, or a file is missing, is not YAML, is too large or too deeply nested, or has a
+            value of the wrong kind.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -74,48 +77,37 @@ class CommandLine:
         self.sources: list[Source] = []
         self.plugins: list[str] = []
         self.arguments = [self.command]
-        self.without_value: list[str] = []
         while rest:
             argument = rest.pop(0)
-            if argument.startswith("--"):
-                argument = argument.replace("+.help", ".help", 1)
-            name, is_joined, text = argument.partition("=")
-            value: str | None = text if is_joined else None
-            if not is_joined and name.startswith("-") and rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            if name == "--plugin":
-                self.plugins.append(value or "")
-            elif name in ("-c", "--config") and value is not None:
-                self._add_config(value)
-            elif name.startswith("--"):
-                self._add_flag(name, value, bool(is_joined))
-            elif not name.startswith("-c"):
-                self.arguments += [argument] if is_joined or value is None else [argument, value]
-            else:
-                raise InputError(f"unknown flag {argument}; give a configuration file as --config FILE")
+            if not argument.startswith("--"):
+                if argument.startswith("-c"):
+                    raise InputError(f"unknown flag {argument}; give a configuration file as --config FILE")
+                self.arguments.append(argument)
+                continue
+            flag, is_joined, text = argument.partition("=")
+            if not is_joined and rest and not rest[0].startswith("--"):
+                is_joined, text = "=", rest.pop(0)
+            self._add_flag(re.sub(r"\+\.help$", ".help", flag), text if is_joined else None)
+
+    def _add_flag(self, flag: str, text: str | None) -> None:
+        key = flag.removeprefix("--")
+        if text is None and key.rpartition(".")[2] not in _WITHOUT_VALUE:
+            raise InputError(f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", key=key)
+        if flag == "--plugin":
+            self.plugins.append(str(text))
+        elif flag == "--config":
+            self._add_config(str(text))
+        else:
+            self.arguments.append(flag if text is None else f"{flag}={text}")
+            value = None if text is None else _parse_value(key, text)
+            self.sources.append(Source(key, dict(_flatten(value, key))))
 
     def _add_config(self, name: str) -> None:
         file = config_path(name)
         self.arguments.append(f"--config={file}")
         content = read_yaml(file)
-        if content is None:
-            message = f"config: {name} is empty; it must have keys, such as model, data and trainer"
-            raise InputError(message, key="config")
-        if isinstance(content, dict):
-            check_shape(name, content)
-            self.sources.append(Source(name, dict(_flatten(content, "")), is_file=True))
-
-    def _add_flag(self, flag: str, text: str | None, is_joined: bool) -> None:
-        key = flag.removeprefix("--")
-        value: Any = text
-        if text is None:
-            self.without_value.append(flag)
-            self.arguments.append(flag)
-        else:
-            is_joined |= text.startswith("-") and text not in ("-c", "-h")
-            self.arguments += [f"{flag}={text}"] if is_joined else [flag, text]
-            value = _parse_value(key, text)
-        self.sources.append(Source(key, dict(_flatten(value, key))))
+        check_shape(name, content)
+        self.sources.append(Source(name, dict(_flatten(content, "")), is_file=True))
 
     @property
     def files(self) -> list[str]:
@@ -148,8 +140,7 @@ class CommandLine:
         path = self.last("ckpt_path")
         if path is None:
             return None
-        if not isinstance(path, str):
-            raise InputError(key="ckpt_path", value=path, expected="the path of a file")
+        require(isinstance(path, str), "ckpt_path", path, "the path of a file")
         require_file(path, "ckpt_path")
         return path
 
@@ -164,7 +155,7 @@ class CommandLine:
             import_plugin(name)
         for source in self.sources:
             for key, value in source.settings.items():
-                is_class = key.endswith((".class_path", ".help")) or key.removesuffix("+") in CLASS_MODULES
+                is_class = key.endswith((".class_path", ".help")) or key.removesuffix("+") in CLASS_KEYS
                 paths = [path for path in as_list(value) if isinstance(path, str)] if is_class else []
                 for path in [*paths, *_class_paths(value)]:
                     import_class(path, key, source.name if source.is_file else "")
@@ -181,54 +172,35 @@ def _class_paths(value: Any) -> Iterator[str]:
         yield from _class_paths(list(value.values()))
 
 
-def check_order(line: CommandLine) -> list[str]:
-    """Check for settings that a later file overrides against the user's intention.
+def check_order(line: CommandLine) -> None:
+    """Check that the file of a task, which names the class of the model, comes first.
 
-    The file of a task, which names the class of the model, must come first, because other files modify it. Otherwise it
-    would silently override settings of the model or the data, which is an error. A flag, or any other setting of a file
-    before the task, that a later file overrides is worth a warning. All other overrides are intended.
-
-    Returns:
-        Warnings, one line each.
+    Other files modify the task. The task's file after one of them would silently override its settings.
 
     Raises:
-        InputError: the file of a task overrides model or data settings of an earlier file.
+        InputError: the file of a task overrides a setting of an earlier file about the model or the data.
     """
-    warnings = []
     names_class = [not source.settings.keys().isdisjoint({"model", "model.class_path"}) for source in line.sources]
-    first_with_class = [*names_class, True].index(True)
-    for i, source in enumerate(line.sources):
-        later = [other for other in line.sources[i + 1 :] if other.is_file]
-        if not source.is_file:
-            warnings += [
-                f"{other.name} comes after --{key} {was!r} and overrides it by {now!r}; give flags after files"
-                for other in later
-                for key, was, now in _overridden(source, other)
-            ]
-        elif i < first_with_class:
-            task = next((other for other in later if "model.class_path" in other.settings), None)
-            if task is None:
-                continue
-            changes = ", ".join(f"{key} ({was!r} becomes {now!r})" for key, was, now in _overridden(source, task))
-            if changes and any(key.startswith(("model.", "data.")) for key in source.settings):
-                raise InputError(
-                    f"{task.name} comes after {source.name} and would override its {changes}; give the task's file "
-                    f"first: --config {task.name} --config {source.name}",
-                    key="config",
-                )
-            if changes:
-                warnings.append(f"{task.name} comes after {source.name} and overrides its {changes}")
-    return warnings
+    first = names_class.index(True) if True in names_class else 0
+    for source in line.sources[:first]:
+        task = line.sources[first]
+        is_part = source.is_file and any(key.startswith(("model.", "data.")) for key in source.settings)
+        if is_part and task.is_file and (changes := _overridden(source, task)):
+            raise InputError(
+                f"{task.name} comes after {source.name} and would override its {changes}; give the task's file first: "
+                f"--config {task.name} --config {source.name}",
+                key="config",
+            )
 
 
-def _overridden(earlier: Source, later: Source) -> list[tuple[str, Any, Any]]:
-    """Return key, old value and new value of each setting that a later source changes."""
+def _overridden(earlier: Source, later: Source) -> str:
+    """Return key, old value and new value of each setting that a later source changes, as text."""
     changes = []
     for key, value in earlier.settings.items():
         plain = key.removesuffix("+")
         if plain in later.settings and later.settings[plain] != value:
-            changes.append((plain, value, later.settings[plain]))
-    return changes
+            changes.append(f"{plain} ({value!r} becomes {later.settings[plain]!r})")
+    return ", ".join(changes)
 
 
 def validate_strategy_combination(line: CommandLine) -> None:
@@ -238,22 +210,22 @@ def validate_strategy_combination(line: CommandLine) -> None:
         InputError: two files contradict each other.
     """
     trains: dict[bool, str] = {}
-    surgery = None
+    surgery = ""
     for file in filter(lambda source: source.is_file, line.sources):
         if (value := file.settings.get("model.train_base")) is not None:
             trains[bool(value)] = file.name
         if file.settings.get("model.surgery") or file.settings.get("model.surgery+"):
             surgery = file.name
-    message = ""
-    if len(trains) == 2:
-        message = f"{trains[True]} trains the base and {trains[False]} does not (train_base)"
-    elif surgery is not None and trains.get(False, surgery) != surgery:
-        message = f"{surgery} adapts the base and {trains[False]} freezes it (a linear probe)"
-    if message:
-        raise InputError(f"{message}; use only one of them", key="model.train_base")
+    other = trains.get(True, surgery)
+    if other and trains.get(False, other) != other:
+        message = f"{other} trains or adapts the base and {trains[False]} freezes it (train_base); use only one"
+        raise InputError(message, key="model.train_base")
 
 
-def check_shape(file: str, settings: dict[str, Any]) -> None:
+_CLASS_PARTS = {"class_path": str, "init_args": dict, "dict_kwargs": dict}  # keys of a class, and kinds of their values
+
+
+def check_shape(file: str, settings: Any) -> None:
     """Check the kinds of values that the parser ignores, or reports without their key.
 
     Args:
@@ -261,32 +233,25 @@ def check_shape(file: str, settings: dict[str, Any]) -> None:
         settings: its content.
 
     Raises:
-        InputError: a group of keys is not a mapping, or a class has other keys than class_path and init_args.
+        InputError: the file or its trainer is not a mapping, or a class has other keys than class_path and init_args.
     """
-    for group in ("model", "data", "trainer"):
-        kinds: Any = dict if group == "trainer" else dict | str | None  # a name of a class, or a default
-        value = settings.get(group, {})
-        if not isinstance(value, kinds):
-            raise InputError(key=group, value=value, expected="a mapping of keys to values", source=file)
+    require(isinstance(settings, dict), "config", settings, "a mapping of keys to values", file)
+    trainer = settings.get("trainer", {})
+    require(isinstance(trainer, dict), "trainer", trainer, "a mapping of keys to values", file)
     _check_classes(file, settings, "")
 
 
 def _check_classes(file: str, settings: Any, key: str) -> None:
     """Check that all classes below a key, which is empty for a whole file, have only the keys of a class."""
-    prefix = f"{key}." if key else ""
     if isinstance(settings, list):
         for i, value in enumerate(settings):
             _check_classes(file, value, f"{key}[{i}]")
     if not isinstance(settings, dict):
         return
-    if {"class_path", "init_args"} & settings.keys():
-        for name, kind, expected in (("class_path", str, "the name of a class"), ("init_args", dict, "a mapping")):
-            if name in settings and not isinstance(settings[name], kind):
-                raise InputError(key=f"{prefix}{name}", value=settings[name], expected=expected, source=file)
-        if unknown := [
-            f"{prefix}{name}" for name in settings if name not in ("class_path", "init_args", "dict_kwargs")
-        ]:
-            hint = "a class has class_path and init_args"
-            raise InputError(f"unknown key {unknown[0]}; {hint}", key=unknown[0], source=file)
+    is_class = not settings.keys().isdisjoint(_CLASS_PARTS)
     for name, value in settings.items():
-        _check_classes(file, value, f"{prefix}{name}")
+        inner = f"{key}.{name}" if key else str(name)
+        if is_class and not isinstance(value, _CLASS_PARTS.get(name, ())):
+            parts = "a class has class_path (text) and init_args (a mapping)"
+            raise InputError(f"unknown key or value {inner}: {shorten(value)}; {parts}", key=inner, source=file)
+        _check_classes(file, value, inner)

@@ -1,19 +1,24 @@
-"""The argument parser of fit, validate, test and predict."""
+"""The argument parser of fit, validate, test and predict, and its YAML dumps, which can be read back."""
 
 from __future__ import annotations
 
 import inspect
+import pydoc
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
-from gpt2_pl.commands.support.dumps import NOTES, readable
-from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.yaml_json import check_yaml
+
+_UNREADABLE = "Unable to serialize instance"  # jsonargparse writes this in place of a value
+_NOTES = rf"\s*({_UNREADABLE}|Dump of a value that does not round-trip)"  # warnings of jsonargparse
 
 _load_yaml = jsonargparse.get_loader("yaml")
 
@@ -29,10 +34,12 @@ def _load_bounded_yaml(text: str) -> Any:
 
 
 jsonargparse.set_loader("yaml", _load_bounded_yaml, exceptions=(yaml.YAMLError,))
+register_type(torch.device, str, torch.device)
+yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))  # string enums
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser with one-line errors, atomic configuration files and help with complete keys.
+    """LightningCLI's parser with one-line errors, dumps that can be read back and help with complete keys.
 
     Flags cannot be abbreviated, because :class:`CommandLine` reads them before they are parsed.
     """
@@ -63,17 +70,49 @@ class Parser(LightningArgumentParser):
         """Print nothing: fifty lines of usage would hide the error."""
 
     def dump(self, namespace: Any, *args: Any, **kwargs: Any) -> str:
-        """Dump a configuration so that it can be read back; see :func:`gpt2_pl.commands.support.dumps.readable`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=NOTES)
-            text = super().dump(namespace, *args, **kwargs)
-        return readable(text, namespace)
+        """Dump a configuration without default arguments that YAML cannot represent, such as a function or a tuple.
 
-    def save(self, namespace: Any, path: Any, *_: Any, **__: Any) -> None:
-        """Write a configuration, null values included, atomically.
-
-        Raises:
-            RunError: the disk is full; an earlier file is unchanged.
+        Some of them would be read back as other values. An omitted argument takes its default anyway.
         """
-        with atomic_write(Path(path)) as file:
-            file.write(self.dump(namespace, skip_none=False))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_NOTES)
+            text = super().dump(namespace, *args, **kwargs)
+        if _UNREADABLE not in text and _is_plain(namespace):
+            return text
+        header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+        readable = _readable(yaml.safe_load(text), namespace)
+        return header + yaml.safe_dump(readable, sort_keys=False, allow_unicode=True)
+
+
+def _readable(dumped: Any, values: Any) -> Any:
+    """Return dumped values without default arguments that are not plain, or that have no YAML."""
+    if isinstance(dumped, dict) and isinstance(values, Mapping | Namespace):
+        result = {key: _readable(value, values.get(key)) for key, value in dumped.items()}
+        if isinstance(arguments := values.get("init_args"), Namespace) and not _is_plain(arguments):
+            defaults = _defaults(values["class_path"])
+            for key, text in dumped["init_args"].items():
+                value = arguments.get(key)
+                if not _is_plain(value) and (_UNREADABLE in str(text) or value == defaults.get(key)):
+                    del result["init_args"][key]
+        return result
+    if isinstance(dumped, list) and isinstance(values, list | tuple):
+        return [_readable(one, value) for one, value in zip(dumped, values, strict=True)]
+    return values if isinstance(values, str) else dumped  # jsonargparse may import a string where a callable is allowed
+
+
+def _defaults(class_path: str) -> Namespace:
+    """Return the default arguments of a class, or of a function that returns an instance."""
+    target = pydoc.locate(class_path)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add_arguments: Any = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
+    add_arguments(target, fail_untyped=False)
+    return parser.get_defaults()
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value consists only of mappings, lists, strings, numbers, booleans and nulls."""
+    if isinstance(value, Mapping | Namespace):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

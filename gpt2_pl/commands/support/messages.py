@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import pydoc
 import re
 from argparse import ArgumentParser
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gpt2_pl.commands.support.config_merge import CommandLine
-from gpt2_pl.commands.support.plugins import CLASS_MODULES, nearest_class
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.tasks.checkpoint import arguments
 
@@ -19,19 +17,19 @@ _IGNORED_LINE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Expected a (<class 'NoneType'>|path but)|tip:|"
     r"Subclass types expect one of:|a class path \(str\)|a dict with"
 )
-_CLASS_EXPECTED = ("Not a valid subclass of", "Expected a dot import path string", "Expected an import path or")
 _HEADING = re.compile(r"""Parser key "(?P<key>.+?)":\s*|Problem with given class_path '(?P<cls>.+?)':\s*""")
 _CALLABLE = re.compile(r"Type \S.* expects a function or a callable class: ")
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "list": "a list",
-    "collections.abc.Iterable": "a list",
-    "dict": "a mapping",
+_EXPECTED = {  # the beginning of a line, and what the value must be
+    r"Expected a typing\.Literal\[(.+)\]": r"one of \1",
+    "Expected a <class 'int'>": "a whole number",
+    "Expected a <class 'float'>": "a number",
+    "Expected a <class 'bool'>": "true or false",
+    "Expected a <class 'str'>": "text",
+    "Expected a <class '(list|collections.abc.Iterable)'>": "a list",
+    "Expected a <class 'dict'>": "a mapping",
+    "Expected a <class '(.+?)'>": r"\1",
+    "Not a valid subclass of|Expected a dot import path string|Expected an import path or": "a class path",
 }
-_CLASS = "a class path"
 _TASK_FIRST = "the task comes first: --config task/sst5 --config strategy/full"
 _ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # without a task's file
 
@@ -44,23 +42,6 @@ class Problem(NamedTuple):
     class_path: str
     text: str
     value: str
-
-
-def check_keys(line: CommandLine, parser: ArgumentParser) -> None:
-    """Check that files have only known keys at their top; the parser ignores unknown ones with empty values.
-
-    Args:
-        line: the command line.
-        parser: parser of the subcommand.
-
-    Raises:
-        InputError: a key is unknown; the message names the file and the nearest known key.
-    """
-    known = {name.removeprefix("--").partition(".")[0] for name in parser._option_string_actions}
-    for source in filter(lambda source: source.is_file, line.sources):
-        for key in source.settings:
-            if (head := key.partition(".")[0].removesuffix("+")) not in known:
-                raise InputError(f"unknown key {head}{did_you_mean(head, known)}", key=head, source=source.name)
 
 
 def explain(message: str, line: CommandLine, parser: ArgumentParser) -> InputError:
@@ -81,42 +62,27 @@ def explain(message: str, line: CommandLine, parser: ArgumentParser) -> InputErr
     if not deepest or not deepest[0].key:
         lines = [text for raw in message.splitlines() if (text := raw.strip()) and not _IGNORED_LINE.match(text)]
         return InputError(" ".join(lines or message.split()))
-    explanations = (_explain_arguments(problem.text, deepest[0], line) for problem in deepest)
+    explanations = (_explain_arguments(problem, line) for problem in deepest)
     return next(filter(None, explanations), None) or _explain_value(deepest, line)
 
 
 def _explain_option(message: str, line: CommandLine, parser: ArgumentParser) -> InputError | None:
-    """Explain an unknown option or key, or a missing value or option; None for other messages."""
-    names = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
-    if match := re.match(r"unrecognized arguments: (?:.* )?--([^\s=]+)", message):
-        near = _nearest_option(match[1], names).replace("did you mean ", "did you mean --")
-        return InputError(f"unknown option --{match[1]}{near}", key=match[1])
-    if match := re.search(r"does not accept option '(.+?)'", message):
-        key = match[1]
-        source = _file_of_key(line, key, "")
-        return InputError(f"unknown key {key}{_nearest_option(key, names)}", key=key, source=source)
-    if match := re.match(r"argument (\S+): expected one argument", message):
-        group = f"{match[1].partition('.')[0]}."
-        name = next((flag for flag in line.without_value if flag.startswith(group)), match[1])
-        text = f"{name} needs a value; one that begins with -- is given as {name}=VALUE"
-        return InputError(text, key=name.removeprefix("--"))
+    """Explain an unknown option or key, or a missing option; None for other messages."""
+    names = {name.removeprefix("--") for name in parser._option_string_actions if not name.endswith(".help")}
+    pattern = r"unrecognized arguments: (?:.* )?--([^\s=]+)|.* does not accept option '(.+?)'"
+    if match := re.match(pattern, message):
+        key = match[1] or match[2]
+        kind = f"option --{key}" if match[1] else f"key {key}"
+        message = f"unknown {kind}{did_you_mean(key, names)}"
+        return InputError(message, key=key, source=_file_of_key(line, key, ""))
     if "are required" in message and "Parser key" not in message:
         return InputError(f"{' '.join(message.split())}; {_TASK_FIRST}", key="config")
     return None
 
 
-def _explain_arguments(text: str, problem: Problem, line: CommandLine) -> InputError | None:
-    """Explain unknown or missing arguments of a class.
-
-    Args:
-        text: a line of the message.
-        problem: the first line of the same level, whose key and class are those of ``text``.
-        line: the command line.
-
-    Returns:
-        The explanation; None if the line is about something else.
-    """
-    key, class_path = problem.key, problem.class_path
+def _explain_arguments(problem: Problem, line: CommandLine) -> InputError | None:
+    """Explain unknown or missing arguments of a class; None for other problems."""
+    _, key, class_path, text, value = problem
     if match := re.search(r"Option '(.+?)\+?' is not accepted", text):
         option, cls = match[1], pydoc.locate(class_path)
         near = did_you_mean(option, arguments(cls)) if inspect.isclass(cls) else ""
@@ -125,30 +91,24 @@ def _explain_arguments(text: str, problem: Problem, line: CommandLine) -> InputE
         message = f"{key}: {class_path} has no argument {option!r}{near}"
         return InputError(message, key=f"{key}.{option}", source=source)
     if match := re.search(r"following arguments are required: (.+)", text):
-        missing = match[1].split(", ")
-        flags = " ".join(f"--{key}.{name} VALUE" for name in missing)
-        message = f"{key}: {class_path} needs {' and '.join(missing)}; give {flags}"
-        return InputError(message, key=f"{key}.{missing[0]}", source=_file_of_key(line, key, problem.value))
+        first = match[1].partition(",")[0]
+        message = f"{key}: {class_path} needs {match[1]}, as in --{key}.{first} VALUE"
+        return InputError(message, key=f"{key}.{first}", source=_file_of_key(line, key, value))
     return None
 
 
 def _explain_value(problems: list[Problem], line: CommandLine) -> InputError:
     """Explain an invalid value: the kinds of values or the choices that are valid."""
-    _, key, _, _, value = problems[0]
-    kinds, choices, rest = expected_values([problem.text for problem in problems])
-    source, reasons = _file_of_key(line, key, value), "; ".join(rest)
-    if not kinds and not choices:
+    key, value = problems[0].key, problems[0].value
+    kinds, reasons = expected_values(problems)
+    source = _file_of_key(line, key, value)
+    if not kinds:
         got = f"; got {value[:200]}" if value and value not in reasons else ""
         return InputError(f"{key}: {reasons}{got}", key=key, value=value, source=source)
-    if _CLASS in kinds and len(kinds) > 1 and key not in CLASS_MODULES:  # a tensor is accepted where a number is meant
-        kinds.remove(_CLASS)
-    if "a number" in kinds and "a whole number" in kinds:
-        kinds.remove("a whole number")
-    expected = " or ".join([*kinds, *([f"one of {', '.join(choices)}"] if choices else [])])
-    near = did_you_mean(value, choices) or (nearest_class(key, value) if _CLASS in kinds else "")
-    hint = _quoting_hint(key, value, line) if expected == "text" else ""
+    expected = " or ".join(kinds)
+    near = did_you_mean(value, re.findall(r"[\w-]+", expected)) if "one of" in expected else ""
     reasons = f" ({reasons})" if reasons else ""
-    message = f"{key} must be {expected}, got {value}{reasons}{near}{hint}"
+    message = f"{key} must be {expected}, got {value}{reasons}{near}"
     return InputError(message, key=key, value=value, expected=expected, source=source)
 
 
@@ -179,52 +139,31 @@ def _value_below(lines: list[str]) -> str:
     return nested[1] if nested else value
 
 
-def expected_values(texts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the valid kinds of values, the valid choices, and the texts that contain neither."""
+def expected_values(problems: list[Problem]) -> tuple[list[str], str]:
+    """Return the valid kinds of values, and the other problems as one text."""
     kinds: dict[str, None] = {}
-    choices: dict[str, None] = {}
-    rest: dict[str, None] = {}
-    for text in texts:
-        if match := re.match(r"Expected a typing\.Literal\[(.+)\]", text):
-            choices.update(dict.fromkeys(name.strip("'") for name in match[1].split(", ")))
-        elif match := re.match(r"Expected a <class '(.+?)'>", text):
-            kinds[_KINDS.get(match[1], match[1])] = None
-        elif text.startswith(_CLASS_EXPECTED):
-            kinds[_CLASS] = None
-            if "valid subclass" in text and "of Tensor" not in text:
-                kinds["a mapping"] = None
+    reasons: dict[str, None] = {}
+    for problem in problems:
+        matches = ((re.match(pattern, problem.text), kind) for pattern, kind in _EXPECTED.items())
+        kind = next((match.expand(kind).replace("'", "") for match, kind in matches if match), "")
+        if kind:
+            kinds[kind] = None
         else:
-            rest[text] = None
-    return list(kinds), list(choices), list(rest)
+            reasons[problem.text] = None
+    return list(kinds), "; ".join(reasons)
 
 
 def _file_of_key(line: CommandLine, key: str, value: str) -> str:
     """Return the name of the file that sets a key; empty for a flag or if there are several."""
-    sources, exact = {}, {}  # those with the key, a part of it or a group with it; and those with this value
+    sources: set[str] = set()  # with the key, a part of it or a group with it
+    exact: set[str] = set()  # with this value
     for source in line.sources:
+        name_of_file = source.name if source.is_file else ""
         for name, setting in source.settings.items():
-            plain = name.replace(".init_args.", ".").replace("+", "")
+            plain = name.removesuffix("+")
             if f"{plain}.".startswith(f"{key}.") or f"{key}.".startswith(f"{plain}."):
-                sources[source.name] = source
-                if plain == key and str(setting) == value:
-                    exact[source.name] = source
-    candidates = [*(exact or sources).values()]
-    return candidates[0].name if len(candidates) == 1 and candidates[0].is_file else ""
-
-
-def _quoting_hint(key: str, value: str, line: CommandLine) -> str:
-    """Return how to quote text that YAML reads as another type."""
-    setting = next((s.settings[name] for s in line.sources for name in (key, f"{key}+") if name in s.settings), None)
-    name, advice = key.rpartition(".")[2], "quote text that YAML reads as another type"
-    if isinstance(setting, list):
-        return f"""; {advice}: {name}: ["no", "1"] in a file, --{key} '["no", "1"]' as a flag"""
-    example = '"Review: {sentence}"' if value.startswith("{") else json.dumps(value, ensure_ascii=False)
-    return f"; {advice}, in a file: {name}: {example}"  # the parser keeps the quotes of a flag
-
-
-def _nearest_option(option: str, names: list[str]) -> str:
-    """Return a hint with the nearest option, or with the nearest group of options."""
-    head = option.partition(".")[0]
-    within = [name for name in names if name.startswith(f"{head}.")]
-    near = did_you_mean(option, within or names)
-    return near if near or within else did_you_mean(head, {name.partition(".")[0] for name in names})
+                sources.add(name_of_file)
+            if plain == key and str(setting) == value:
+                exact.add(name_of_file)
+    candidates = exact or sources
+    return candidates.pop() if len(candidates) == 1 else ""

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import operator
 import os
 import re
 import sys
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
 import gpt2_pl
-from gpt2_pl.errors import InputError, nearest
-from gpt2_pl.utils.user_code import PACKAGES, located
+from gpt2_pl.errors import InputError
+from gpt2_pl.utils.user_code import PACKAGES, find_fault, located
 
-CLASS_MODULES = {  # keys whose values may be names of classes, and the modules of such classes
-    "model": ("gpt2_pl.tasks",),
-    "model.surgery": ("gpt2_pl.surgery",),
-    "model.optimizer": ("torch.optim",),
-    "model.schedule": ("gpt2_pl.optim",),
-    "data": ("gpt2_pl.datamodules",),
-    "trainer.callbacks": ("gpt2_pl.callbacks", "lightning.pytorch.callbacks"),
-    "trainer.logger": ("lightning.pytorch.loggers",),
-    "trainer.strategy": ("lightning.pytorch.strategies",),
-    "trainer.profiler": ("lightning.pytorch.profilers",),
+CLASS_KEYS = {  # keys whose values may be names of classes
+    *("model", "model.surgery", "model.optimizer", "model.schedule", "data"),
+    *("trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.profiler"),
 }
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -51,8 +42,7 @@ def import_plugin(name: str) -> ModuleType:
         InputError: the name is not a module's, the module does not exist, or its import fails.
     """
     if not _DOTTED.fullmatch(name):
-        hint = f", such as {stem}" if _DOTTED.fullmatch(stem := re.sub(r"\.py$", "", os.path.basename(name))) else ""
-        raise InputError(key="plugin", value=name, expected=f"the import name of a module{hint}")
+        raise InputError(key="plugin", value=name, expected="the import name of a module, such as mine for mine.py")
     add_working_folder()
     module = _import(name, "plugin", f"plugin: {name}")
     if module is None:
@@ -80,31 +70,9 @@ def import_class(path: str, key: str, source: str = "") -> None:
             operator.attrgetter(path[len(name) + 1 :])(module)
             return
     if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # it may be a file with arguments
-        key = key.removesuffix(".help")
-        plain_key = key.replace("model.init_args.", "model.").removesuffix(".class_path").removesuffix("+")
+        key = re.sub(r"(\.help|\.class_path|\+)*$", "", key)
         missing = f"class {path!r}" if module is not None else f"module {path.rpartition('.')[0]!r}"
-        message = f"{key}: there is no {missing}{nearest_class(plain_key, path)}"
-        raise InputError(message, key=plain_key, value=path, source=source)
-
-
-def nearest_class(key: str, path: str) -> str:
-    """Return a hint ``"; did you mean PATH?"`` with the class of the nearest name, or an empty string.
-
-    Args:
-        key: key of the class, such as ``model.surgery``, whose modules are searched.
-        path: name of a class with or without a module, which is searched as well.
-    """
-    classes: dict[str, str] = {}
-    for module_name in (*CLASS_MODULES.get(key, ()), path.rpartition(".")[0]):
-        try:
-            module = importlib.import_module(module_name)
-        except (ImportError, ValueError):
-            continue
-        for name in getattr(module, "__all__", dir(module)):
-            if not name.startswith("_") and inspect.isclass(getattr(module, name, None)):
-                classes.setdefault(name, f"{module_name}.{name}")
-    near = nearest(path.rpartition(".")[2], classes)
-    return "" if near is None else f"; did you mean {classes[near]}?"
+        raise InputError(f"{key}: there is no {missing}", key=key, value=path, source=source)
 
 
 def _import(name: str, key: str, what: str, source: str = "") -> ModuleType | None:
@@ -115,9 +83,9 @@ def _import(name: str, key: str, what: str, source: str = "") -> ModuleType | No
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             return None
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-        file, line = (frames[-1].filename, frames[-1].lineno) if len(frames) > 1 else (name, None)
         if isinstance(error, SyntaxError):
-            file, line = error.filename or file, error.lineno
-        message = f"{what} cannot be imported: {located(error, file, line)}"
-        raise InputError(message, key=key, source=source) from error
+            text = located(error, error.filename or name, error.lineno)
+        else:
+            fault = find_fault(error)
+            text = located(error, name, None) if fault is None else fault.text
+        raise InputError(f"{what} cannot be imported: {text}", key=key, source=source) from error

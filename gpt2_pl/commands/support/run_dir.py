@@ -66,7 +66,8 @@ class SaveRunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename)
+            with atomic_write(folder / self.config_filename) as file:
+                file.write(self.parser.dump(self.config, skip_none=False))
             self.save_config(trainer, pl_module, str(trainer.state.fn))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

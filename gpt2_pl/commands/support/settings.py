@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins import Precision
 
 from gpt2_pl.commands.support.config_merge import CommandLine, as_list
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, require
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.model import GPT2Config
 
@@ -31,16 +31,13 @@ def complete_settings(config: Any, line: CommandLine) -> None:
         line: the command line.
 
     Raises:
-        InputError: a value is out of range, or the model or the data are not configured.
+        InputError: a value is out of range.
     """
     check_ranges(config)
     check_name(config.name)
     if line.command != "fit" and not line.has_flag("version"):
         config.version = None  # the version in a config.yaml is that of the run that has written it
     config.version = folder_name(config.version)
-    for key in ("model", "data"):
-        if config.get(key) is None:
-            raise InputError(f"{key} is missing; start with the file of a task: --config task/sst5", key=key)
     if (shape := config.model.init_args.get("config")) is not None:
         try:
             GPT2Config(**vars(shape))
@@ -57,9 +54,6 @@ def folder_name(version: str | None) -> str | None:
     if version is None:
         return None
     check_name(version, "version")
-    if re.fullmatch(r"-\d+", version):
-        expected = "a whole number of at least 0 or the name of a folder"
-        raise InputError(key="version", value=int(version), expected=expected)
     return f"version_{int(version)}" if re.fullmatch(r"\d{1,9}", version) else version
 
 
@@ -100,47 +94,30 @@ def check_name(name: str, key: str = "name") -> None:
         InputError: it is not.
     """
     parts = PurePath(name).parts
-    if not parts or {"/", "\\", "..", "~"} & {*parts, parts[0][:1]} or not name.isprintable() or "\\" in name:
-        raise InputError(key=key, value=name, expected=f"the name of a folder below {RUNS}, such as my_run")
-    if WINDOWS and any(_INVALID_ON_WINDOWS.search(part) for part in parts):
-        raise InputError(key=key, value=name, expected="a valid name of a folder on Windows")
-    if any(len(part.encode()) > 200 for part in parts):
-        raise InputError(f"{key} must have at most 200 bytes, got {name[:50]!r}...", key=key, value=name)
-
-
-MIN_VALUES = {  # of numbers that Lightning checks late or not at all
-    "checkpoint_every_n_steps": 1,
-    "early_stopping_patience": 1,
-    "trainer.accumulate_grad_batches": 1,
-    "trainer.max_epochs": -1,
-    "trainer.max_steps": -1,
-    "trainer.num_nodes": 1,
-}
+    escapes = not parts or bool({"/", "\\", "..", "~", "-"} & {*parts, parts[0][:1]}) or "\\" in name
+    require(name.isprintable() and not escapes, key, name, f"the name of a folder below {RUNS}, such as my_run")
+    is_invalid = WINDOWS and any(_INVALID_ON_WINDOWS.search(part) for part in parts)
+    require(not is_invalid, key, name, "a valid name of a folder on Windows")
+    require(all(len(part.encode()) <= 200 for part in parts), key, name, "a name of at most 200 bytes")
 
 
 def check_ranges(config: Any) -> None:
-    """Check numbers of the trainer and the folder of all runs.
+    """Check numbers that Lightning checks late or not at all.
 
     Args:
         config: the parsed configuration of a command.
 
     Raises:
-        InputError: a number is out of range, or the folder is a file.
+        InputError: a number is not positive.
     """
-    for key, least in MIN_VALUES.items():
-        if (value := config.get(key)) is not None and value < least:
-            raise InputError(key=key, value=value, expected=f"at least {least}")
-    interval = config.trainer.val_check_interval
-    if isinstance(interval, int | float) and interval <= 0:
-        raise InputError(key="trainer.val_check_interval", value=interval, expected="greater than 0")
-    root = config.trainer.default_root_dir
-    if root is not None and "://" not in str(root) and Path(root).exists() and not Path(root).is_dir():
-        key = "trainer.default_root_dir"
-        raise InputError(f"{key} must be a folder, got the file {root}", key=key, value=root, expected="a folder")
+    own = ("checkpoint_every_n_steps", "early_stopping_patience")
+    for key in (*own, "trainer.accumulate_grad_batches", "trainer.val_check_interval"):
+        value = config.get(key)
+        require(not isinstance(value, int | float) or value > 0, key, value, "greater than 0")
 
 
 def check_logging(config: Any, command: str, checkpoint: str | None) -> None:
-    """Check that settings of loggers, checkpoints and validation do not contradict each other.
+    """Check that settings of loggers and checkpoints do not contradict each other.
 
     Args:
         config: the parsed configuration of the command.
@@ -156,12 +133,6 @@ def check_logging(config: Any, command: str, checkpoint: str | None) -> None:
         raise InputError(message, key="trainer.logger", value=False)
     if command == "fit" and trainer.logger is False and not trainer.fast_dev_run:
         _check_checkpoint_folder(trainer, checkpoint)
-    if config.early_stopping_patience is not None and trainer.limit_val_batches == 0:
-        raise InputError(
-            "trainer.limit_val_batches must not be 0, because early_stopping_patience needs validation scores; "
-            "give --early_stopping_patience null",
-            key="trainer.limit_val_batches",
-        )
 
 
 def _check_checkpoint_folder(trainer: Any, checkpoint: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2_pl.commands.support.plugins import import_plugin
 from gpt2_pl.errors import InputError, describe_failure, nearest
 from gpt2_pl.experiments.run import RUNS
+from gpt2_pl.filesystem import require_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -104,6 +105,7 @@ def load_run_tokenizer(run: Path, vocab_size: int) -> Tokenizer:
     """
     from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 
+    require_file(run / "tokenizer.json", "RUN")  # load_tokenizer would accept the name of a model on the hub
     tokenizer = load_tokenizer(run, "RUN")
     validate_vocab_size(tokenizer, vocab_size, "the model", "RUN's tokenizer.json")
     return tokenizer

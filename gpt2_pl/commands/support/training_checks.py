@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from gpt2_pl.callbacks import ResumableModelCheckpoint
-from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.errors import InputError
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.base import OptimizerCallable
 from gpt2_pl.utils.trainer import callbacks_of
@@ -101,14 +101,9 @@ def _unsuitable(callback: callbacks.Callback, trainer: Trainer) -> str:
     averages = isinstance(callback, callbacks.StochasticWeightAveraging | callbacks.WeightAveraging)
     if averages and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
         return "averages complete models, but trainer.strategy shards the model; use ddp"
-    if isinstance(callback, callbacks.EarlyStopping | callbacks.ModelCheckpoint):
-        if str(callback.monitor).startswith("val/") and trainer.limit_val_batches == 0:
-            return f"monitors {shorten(callback.monitor)}, but trainer.limit_val_batches is 0"
-    elif isinstance(callback, callbacks.GradientAccumulationScheduler) and trainer.accumulate_grad_batches != 1:
-        return (
-            f"and trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches}) both set the number of batches "
-            "in an optimizer step; use only one of them"
-        )
+    monitor = getattr(callback, "monitor", None)
+    if str(monitor).startswith("val/") and trainer.limit_val_batches == 0:
+        return f"monitors {monitor}, but trainer.limit_val_batches is 0; early_stopping_patience must be null as well"
     is_own = isinstance(callback, ResumableModelCheckpoint)  # of every run
     if isinstance(callback, callbacks.ModelCheckpoint) and not is_own and callback.dirpath is None:
         names = {callback.filename, "last" if callback.save_last else None}

@@ -10,7 +10,7 @@ from gpt2_pl.callbacks.reproducibility import Reproducibility
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.callbacks.throughput import Throughput
-from gpt2_pl.callbacks.writers import PictureWriter, PredictionWriter, SampleWriter
+from gpt2_pl.callbacks.writers import ImageWriter, PredictionWriter, SampleWriter
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -19,8 +19,8 @@ __all__ = [
     "Environment",
     "EpochLines",
     "GradualUnfreezing",
+    "ImageWriter",
     "NonFiniteLossGuard",
-    "PictureWriter",
     "PredictionWriter",
     "Reproducibility",
     "ResumableEarlyStopping",

@@ -17,7 +17,7 @@ class RunFolder(Callback):
     """Output folder of a run.
 
     Without a version, the folder is the next free ``version_N`` when it is created. Runs that start at the same time
-    get different folders, and a run that is refused creates none.
+    get different folders, and a run that is rejected creates none.
 
     Args:
         root: folder of all runs.

@@ -1,4 +1,4 @@
-"""Writing of a task's outputs: tables of rows, generated texts and pictures."""
+"""Writing of a task's outputs: tables of rows, generated texts and images."""
 
 from __future__ import annotations
 
@@ -102,54 +102,54 @@ class SampleWriter(Callback):
             log_text(trainer, f"{split}/{name}", "  \n".join(lines))  # Two spaces keep a line break in Markdown.
 
 
-class PictureWriter(Callback):
-    """Writer of a task's pictures of every epoch, such as a confusion matrix, to all loggers that accept pictures.
+class ImageWriter(Callback):
+    """Writer of a task's images of every epoch, such as a confusion matrix, to all loggers that accept images.
 
     If no logger accepts them, they are written into the run's folder, such as ``confusion_val.png``; each epoch
-    overwrites the pictures of the epoch before.
+    overwrites the images of the epoch before.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the pictures of the training epoch."""
+        """Log the images of the training epoch."""
         self._log(trainer, pl_module, "train")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the pictures of the validation."""
+        """Log the images of the validation."""
         if not trainer.sanity_checking:
             self._log(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the pictures of the test."""
+        """Log the images of the test."""
         self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        pictures = pl_module.pictures(split) if isinstance(pl_module, Task) else {}
-        for name, picture in pictures.items():
-            if not log_picture(trainer, f"{split}/{name}", picture) and (folder := run_folder(trainer)) is not None:
+        images = pl_module.images(split) if isinstance(pl_module, Task) else {}
+        for name, image in images.items():
+            if not log_image(trainer, f"{split}/{name}", image) and (folder := run_folder(trainer)) is not None:
                 with atomic_write(folder / f"{name}_{split}.png", "wb") as file:
-                    file.write(png(picture))
+                    file.write(png(image))
 
 
-def log_picture(trainer: Trainer, tag: str, picture: NDArray[Any]) -> bool:
-    """Log a picture to every logger of a trainer that accepts pictures; call this on the first process only.
+def log_image(trainer: Trainer, tag: str, image: NDArray[Any]) -> bool:
+    """Log an image to every logger of a trainer that accepts images; call this on the first process only.
 
-    A logger accepts pictures if it has ``log_image(key, images, step)``, like that of Weights & Biases, or if its
+    A logger accepts images if it has ``log_image(key, images, step)``, like that of Weights & Biases, or if its
     experiment has ``add_image(tag, image, step, dataformats)``, like that of TensorBoard.
 
     Args:
         trainer: the trainer.
-        tag: tag of the picture, such as ``val/confusion``.
-        picture: pixels (H, W, 3), from 0 to 255.
+        tag: tag of the image, such as ``val/confusion``.
+        image: pixels (H, W, 3), from 0 to 255.
 
     Returns:
-        Whether at least one logger accepted the picture.
+        Whether at least one logger accepted the image.
     """
     is_logged = False
     for logger in trainer.loggers:
         if callable(method := getattr(logger, "log_image", None)):
-            method(key=tag, images=[picture], step=trainer.global_step)
+            method(key=tag, images=[image], step=trainer.global_step)
         elif callable(method := getattr(getattr(logger, "experiment", None), "add_image", None)):
-            method(tag, picture, trainer.global_step, dataformats="HWC")
+            method(tag, image, trainer.global_step, dataformats="HWC")
         else:
             continue
         is_logged = True

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import blank_pictures, forked
+from helpers import blank_images, forked
 
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules.synthetic import toy_pairs, toy_reviews
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
 torch.set_num_threads(1)
-blank_pictures.install()
+blank_images.install()
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes its children ignore it
 
@@ -67,8 +67,8 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the pictures of runs in this process, which are blank in other tests."""
+def drawn_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the images of runs in this process, which are blank in other tests."""
     monkeypatch.setattr(classification, "confusion_image", plots.confusion_image)
 
 

@@ -159,7 +159,7 @@ class GPT2CLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Complete the settings, take the run's folder, and refuse what contradicts another setting."""
+        """Complete the settings, take the run's folder, and reject what contradicts another setting."""
         config = self.config[self.subcommand]
         if config.ckpt_path != self.checkpoint:
             message = f"ckpt_path: {config.ckpt_path} was not read; give a file here as --ckpt_path FILE"
@@ -192,7 +192,7 @@ class GPT2CLI(LightningCLI):
                 part.unlink(missing_ok=True)  # of a file that was being written when the run was killed
 
     def instantiate_classes(self) -> None:
-        """Build the trainer, the data and the model, and refuse what does not fit together."""
+        """Build the trainer, the data and the model, and reject what does not fit together."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -238,7 +238,7 @@ class GPT2CLI(LightningCLI):
                 trainer["logger"] = RunTensorBoardLogger(self.folder, config["name"], root)
         self.summary = callbacks.RunSummary(self.line.files, self._plain_settings(skip_none=True))
         added += [callbacks.Environment(), callbacks.Reproducibility()]
-        added += [callbacks.PredictionWriter(), callbacks.SampleWriter(), callbacks.PictureWriter()]
+        added += [callbacks.PredictionWriter(), callbacks.SampleWriter(), callbacks.ImageWriter()]
         has_bar = self._add_progress(trainer, added)
         if trainer["logger"]:
             added.append(LearningRateMonitor(logging_interval="step"))

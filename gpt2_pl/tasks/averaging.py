@@ -106,7 +106,7 @@ def compact(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
 
 
 def expand(checkpoint: dict[str, Any], task: CheckpointedModule) -> None:
-    """Complete ``current_model_state`` from ``state_dict``, and refuse averages that cannot be resumed.
+    """Complete ``current_model_state`` from ``state_dict``, and reject averages that cannot be resumed.
 
     Args:
         checkpoint: content of a checkpoint; its ``state_dict`` was checked and is complete.

@@ -259,14 +259,14 @@ class Task(Registered, OptimizedModule):
 
     # Outputs for callbacks
 
-    def pictures(self, split: str) -> dict[str, NDArray[Any]]:
-        """Draw the results of an epoch of a split; callbacks log the pictures before the metrics are reset.
+    def images(self, split: str) -> dict[str, NDArray[Any]]:
+        """Draw the results of an epoch of a split; callbacks log the images before the metrics are reset.
 
         Args:
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            Pictures (H, W, 3), from 0 to 255, by name. All processes call this; those of the first are used.
+            Images (H, W, 3), from 0 to 255, by name. All processes call this; those of the first are used.
         """
         return {}
 

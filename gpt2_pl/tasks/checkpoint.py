@@ -118,7 +118,7 @@ def _hyperparameter_schema(task: type) -> type[Schema]:
 def check(content: dict[str, Any], task: type, name: str) -> None:
     """Check the content of a checkpoint.
 
-    These are refused: hyperparameters that ``task`` does not have, that are code, or that are stored under keys of old
+    These are rejected: hyperparameters that ``task`` does not have, that are code, or that are stored under keys of old
     versions of Lightning; unknown surgery; paths of callbacks that leave the run's folder; values of other types than
     training writes; and sizes that do not fit the weights.
 
@@ -154,7 +154,7 @@ def check(content: dict[str, Any], task: type, name: str) -> None:
 
 
 def _check_archive(file: Path, name: str) -> None:
-    """Refuse an archive with compressed entries, false sizes or a large pickle.
+    """Reject an archive with compressed entries, false sizes or a large pickle.
 
     Args:
         file: the checkpoint.
@@ -177,7 +177,7 @@ def _check_archive(file: Path, name: str) -> None:
 
 
 def check_plain(content: Any, name: str) -> None:
-    """Refuse values that take long to read, and tensors with less memory than their shape requires.
+    """Reject values that take long to read, and tensors with less memory than their shape requires.
 
     A value that is shared by several containers counts once in each of them: nested lists that share their parts count
     as if they were expanded.
@@ -250,7 +250,7 @@ def _shape(tensor: object) -> tuple[int, ...] | None:
 
 
 def _check_sizes(content: dict[str, Any], name: str) -> None:
-    """Refuse hyperparameters with sizes that do not fit the weights, before a model of that size is built.
+    """Reject hyperparameters with sizes that do not fit the weights, before a model of that size is built.
 
     Surgery may have removed layers, tokens or positions, but is expected to leave a quarter of the layers and half of
     the tokens and positions.

@@ -166,7 +166,7 @@ class CheckpointedModule(LightningModule):
             raise InputError(message, key="model.surgery")
 
     def _check_prompt_spec(self, prompt_spec: dict[str, Any] | None) -> None:
-        """Keep the template and class names of a checkpoint, and refuse data with others."""
+        """Keep the template and class names of a checkpoint, and reject data with others."""
         self.prompt_spec = prompt_spec
         if not prompt_spec or not isinstance(self.datamodule, PromptedData):
             return

@@ -267,7 +267,7 @@ class Classifier(Task):
         if split != "predict":  # Lightning resets only metrics that are logged.
             self.metrics.of(split)["confusion"].reset()
 
-    def pictures(self, split: str) -> dict[str, NDArray[Any]]:
+    def images(self, split: str) -> dict[str, NDArray[Any]]:
         """Draw the confusion matrix of a split."""
         counts = self.metrics.of(split)["confusion"].compute()
         if not self.trainer.is_global_zero:

@@ -35,7 +35,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Strategy that shards a model over all processes of all machines.
 
     Checkpoints have the same format as without sharding: one file, which runs with and without sharding can load.
-    Lightning's ModelParallelStrategy would load weights before the model can refuse them; this strategy loads them
+    Lightning's ModelParallelStrategy would load weights before the model can reject them; this strategy loads them
     afterwards.
 
     Args:

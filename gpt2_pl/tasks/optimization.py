@@ -88,7 +88,7 @@ class OptimizedModule(CheckpointedModule):
         Each parameter group has one layer, one weight decay and one learning rate.
 
         Raises:
-            InputError: no parameter trains, the optimizer refuses the parameters, or the run is unbounded and the
+            InputError: no parameter trains, the optimizer rejects the parameters, or the run is unbounded and the
                 schedule depends on its length.
         """
         adapters = [(name, m) for name, m in self.named_modules() if isinstance(m, Adapter)]
@@ -130,7 +130,7 @@ class OptimizedModule(CheckpointedModule):
         return max(int(total), 1)
 
     def check_schedule(self, endless: bool) -> None:
-        """Refuse a schedule that depends on the length of training if training has none.
+        """Reject a schedule that depends on the length of training if training has none.
 
         Args:
             endless: whether the number of optimizer steps is unbounded or unknown.
@@ -188,7 +188,7 @@ class OptimizedModule(CheckpointedModule):
     ) -> None:
         """Clip the gradients; with a fused optimizer too if there is no gradient scaler (bf16).
 
-        Lightning refuses fused optimizers with any mixed precision, because they unscale gradients themselves.
+        Lightning rejects fused optimizers with any mixed precision, because they unscale gradients themselves.
         """
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:

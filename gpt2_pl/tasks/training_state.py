@@ -1,7 +1,7 @@
 """Check of the training state in a checkpoint, before optimizers, schedulers and loops load it.
 
 The state of a new optimizer, scheduler or loop (``state_dict()``) defines the valid keys, the type of each value and
-the shape of each tensor; everything else is refused. A fused optimizer reads the memory of its state without checking
+the shape of each tensor; everything else is rejected. A fused optimizer reads the memory of its state without checking
 shapes: a state tensor that is too short would crash the process. The state of a parameter exists only after a step;
 its layout is found by a step of a copy of the optimizer over parameters without memory (on the meta device).
 """
@@ -49,7 +49,7 @@ def _named(trainer: Any) -> Iterator[None]:
 
 
 def check_training_state(checkpoint: dict[str, Any], trainer: Any) -> None:
-    """Refuse optimizer and scheduler states that do not fit the trainer's optimizers and schedulers.
+    """Reject optimizer and scheduler states that do not fit the trainer's optimizers and schedulers.
 
     Options that only choose the implementation of a step (``fused``, ``foreach`` ...) are replaced in the checkpoint by
     those of the configured optimizer.
@@ -78,7 +78,7 @@ def check_training_state(checkpoint: dict[str, Any], trainer: Any) -> None:
 
 
 def check_progress(checkpoint: dict[str, Any], trainer: Any) -> None:
-    """Refuse states of loops and of the precision plugin that do not fit the trainer's.
+    """Reject states of loops and of the precision plugin that do not fit the trainer's.
 
     Args:
         checkpoint: content of a checkpoint.
@@ -99,7 +99,7 @@ def check_progress(checkpoint: dict[str, Any], trainer: Any) -> None:
 
 
 def _check_counts(progress: dict[str, Any], key: str) -> None:
-    """Refuse progress with more completed than started batches."""
+    """Reject progress with more completed than started batches."""
     counts = [progress[name] for name in ("ready", "started", "processed", "completed") if name in progress]
     is_ordered = counts == sorted(counts, reverse=True)
     require(is_ordered, key, progress, "non-increasing counts from ready to completed")

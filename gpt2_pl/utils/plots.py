@@ -102,10 +102,10 @@ def confusion_image(counts: NDArray[Any], names: Sequence[str], title: str) -> N
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def png(picture: NDArray[Any]) -> bytes:
-    """Return a picture (H, W, 3), from 0 to 255, in PNG format."""
+def png(image: NDArray[Any]) -> bytes:
+    """Return an image (H, W, 3), from 0 to 255, in PNG format."""
     from matplotlib.image import imsave
 
     file = io.BytesIO()
-    imsave(file, picture, format="png")
+    imsave(file, image, format="png")
     return file.getvalue()

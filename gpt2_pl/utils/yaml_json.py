@@ -93,10 +93,10 @@ class DuplicateKeyError(InputError):
 
 
 def check_yaml(text: str, name: str) -> Any:
-    """Refuse YAML that takes much memory or time, before any value is built.
+    """Reject YAML that takes much memory or time, before any value is built.
 
     The size counts every alias as the value that it refers to: nine nested lists of nine aliases each would otherwise
-    be nine short lines that expand to 9^9 values. Deep nesting is refused because it would overflow the C stack of the
+    be nine short lines that expand to 9^9 values. Deep nesting is rejected because it would overflow the C stack of the
     parser.
 
     Args:

@@ -81,7 +81,7 @@ def test_fit_own_logger_writes_all_run_files(run, capsys, tmp_path, logger):
     out = capsys.readouterr().out
     assert "fit finished: lightning_logs/own/version_0" in out
     assert ("tensorboard --logdir" in out) == isinstance(logger, list)
-    if isinstance(logger, dict):  # it takes no pictures
+    if isinstance(logger, dict):  # it takes no images
         assert {path.name for path in folder.iterdir()} >= PNGS
     else:
         assert {"val/accuracy", "test/accuracy", "train/loss"} <= StubWandb.logged.keys()
@@ -144,7 +144,7 @@ def wandb_run(monkeypatch):
     return wandb_run
 
 
-@pytest.mark.usefixtures("drawn_pictures")
+@pytest.mark.usefixtures("drawn_images")
 def test_fit_wandb_logger_receives_settings_scores_images_and_text(run, wandb_run, tmp_path, capsys):
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "save_dir": "w"}}
     folder = run("fit", *QUICK, "--trainer.logger", json.dumps(logger), "--name", "own")
@@ -152,8 +152,8 @@ def test_fit_wandb_logger_receives_settings_scores_images_and_text(run, wandb_ru
     assert {path.name for path in folder.iterdir()} == FILES
     assert "lightning_logs/own/version_0/checkpoints/best.ckpt" in capsys.readouterr().out
     for split in ("train", "val", "test"):
-        (picture, step), *_ = wandb_run.logged(f"{split}/confusion")
-        assert picture[0].shape == (600, 700, 3)
+        (image, step), *_ = wandb_run.logged(f"{split}/confusion")
+        assert image[0].shape == (600, 700, 3)
         assert step == metrics(folder)["steps"]
     (layers, _), *_ = wandb_run.logged("layers")
     assert layers[0] == ["text"]

@@ -98,7 +98,7 @@ def test_fit_quickstart_reaches_documented_accuracy(run):
     assert len(account["epochs"]) == 9
 
 
-def test_fit_quickstart_learns_and_writes_run_files(run, capsys, drawn_pictures):
+def test_fit_quickstart_learns_and_writes_run_files(run, capsys, drawn_images):
     """Shorter than the quickstart is: negations, without which 0.67 can be reached, are learned in part."""
     shape = "{vocab_size: 512, n_positions: 64, n_embd: 48, n_layer: 3, n_head: 4, dropout: 0.0}"
     short = ["--data.n_train=1500", "--data.batch_size=16", "--trainer.max_epochs=3", f"--model.config={shape}"]

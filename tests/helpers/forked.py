@@ -171,9 +171,9 @@ def _preload() -> None:
         import_module(name)
     import torch
 
-    from helpers import blank_pictures
+    from helpers import blank_images
 
-    blank_pictures.install()
+    blank_images.install()
     torch.set_num_threads(1)
     gc.freeze()
     gc.enable()

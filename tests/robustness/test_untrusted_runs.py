@@ -52,7 +52,7 @@ def test_compare_hostile_run_texts_are_escaped_in_reports(hostile, tmp_path, mon
     assert "<script" not in page + text
     assert "&lt;script&gt;" in page
     assert not re.search(r"<(img src=x|b>)", page + text)
-    links = re.findall(r"\]\((.*?)\)", text)  # the report's own pictures
+    links = re.findall(r"\]\((.*?)\)", text)  # the report's own images
     assert len(links) == text.count("](") == 2 * len(EVIL_TEXT)
     assert all((out / link).is_file() and "/" not in link for link in links)
     assert "\n# y" not in text

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import GPT2ForSequenceClassification
 
 from gpt2_pl import GPT2Config
-from gpt2_pl.callbacks import PictureWriter, Reproducibility
+from gpt2_pl.callbacks import ImageWriter, Reproducibility
 from gpt2_pl.datamodules import IMDB, SST5, ToySentiment
 from gpt2_pl.errors import InputError
 from gpt2_pl.optim import LinearWithWarmup
@@ -227,7 +227,7 @@ def test_sentiment_classifier_step_loss_equals_the_options_formula(average):
     assert losses.losses == pytest.approx([sum(of_masks) / len(of_masks)])
 
 
-def test_picture_writer_confusion_figure_has_labels_in_rows(tmp_path, monkeypatch, drawn_pictures):
+def test_image_writer_confusion_figure_has_labels_in_rows(tmp_path, monkeypatch, drawn_images):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)
     data, logger = ToySentiment(n_train=160, vocab_size=300), TensorBoardLogger(tmp_path)
     task = SentimentClassifier(config=config, num_classes=3)
@@ -236,7 +236,7 @@ def test_picture_writer_confusion_figure_has_labels_in_rows(tmp_path, monkeypatc
     figures = {}
     draw = plots.confusion_figure
     monkeypatch.setattr(plots, "confusion_figure", lambda *args: figures.setdefault(args[2], draw(*args)))
-    trainer(logger=logger, callbacks=[PictureWriter()]).test(task, data)
+    trainer(logger=logger, callbacks=[ImageWriter()]).test(task, data)
     counts = {(i, j): 0 for i in range(3) for j in range(3)}
     with torch.no_grad():
         for batch in data.test_dataloader():

@@ -1,4 +1,4 @@
-"""Blank pictures in place of drawn ones, which take a quarter of the time of a short run."""
+"""Blank images in place of drawn ones, which take a quarter of the time of a short run."""
 
 import numpy as np
 
@@ -8,5 +8,5 @@ _BLANK = np.full((600, 700, 3), 255, np.uint8)  # as large as a drawn one
 
 
 def install() -> None:
-    """Replace the pictures of classification runs in this process."""
+    """Replace the images of classification runs in this process."""
     classification.confusion_image = lambda counts, names, title: _BLANK

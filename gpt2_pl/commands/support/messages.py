@@ -28,7 +28,9 @@ _EXPECTED = {  # the beginning of a line, and what the value must be
     "Expected a <class '(list|collections.abc.Iterable)'>": "a list",
     "Expected a <class 'dict'>": "a mapping",
     "Expected a <class '(.+?)'>": r"\1",
-    "Not a valid subclass of|Expected a dot import path string|Expected an import path or": "a class path",
+    "Not a valid subclass of|Expected a dot import path string|Expected an import path or": (
+        "a class path, such as gpt2_pl.surgery.LoRA"
+    ),
 }
 _TASK_FIRST = "the task comes first: --config task/sst5 --config strategy/full"
 _ABSTRACT = ("gpt2_pl.tasks.Task", "gpt2_pl.tasks.base.Task", "lightning.LightningDataModule")  # without a task's file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import gpt2_pl
-from gpt2_pl.errors import InputError
+from gpt2_pl.errors import InputError, nearest
 from gpt2_pl.utils.user_code import PACKAGES, find_fault, located
 
 CLASS_KEYS = {  # keys whose values may be names of classes
@@ -71,8 +72,12 @@ def import_class(path: str, key: str, source: str = "") -> None:
             return
     if "." in path and _DOTTED.fullmatch(path) and not os.path.exists(path):  # it may be a file with arguments
         key = re.sub(r"(\.help|\.class_path|\+)*$", "", key)
-        missing = f"class {path!r}" if module is not None else f"module {path.rpartition('.')[0]!r}"
-        raise InputError(f"{key}: there is no {missing}", key=key, value=path, source=source)
+        message = f"{key}: there is no module {path.rpartition('.')[0]!r}"
+        if module is not None:
+            classes = [cls for cls in dir(module) if inspect.isclass(getattr(module, cls, None))]
+            near = nearest(path[len(name) + 1 :], classes)
+            message = f"{key}: there is no class {path!r}{'' if near is None else f'; did you mean {name}.{near}?'}"
+        raise InputError(message, key=key, value=path, source=source)
 
 
 def _import(name: str, key: str, what: str, source: str = "") -> ModuleType | None:

@@ -283,3 +283,15 @@ def test_fit_pl_global_seed_in_environment_is_removed(built, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "x")
     built("--config", CONFIGS / "quickstart.yaml", "--seed_everything=false")
     assert "PL_GLOBAL_SEED" not in os.environ
+
+
+def test_fit_misspelled_class_error_suggests_nearest(run, capsys):
+    for flag, near in {
+        "--model=gpt2_pl.tasks.SentimentClasifier": "gpt2_pl.tasks.SentimentClassifier",
+        "--model.surgery+=gpt2_pl.surgery.LoRa": "gpt2_pl.surgery.LoRA",
+        "--model.optimizer=torch.optim.AdanW": "torch.optim.AdamW",
+        "--trainer.callbacks+=gpt2_pl.callbacks.GradualUnfreezin": "gpt2_pl.callbacks.GradualUnfreezing",
+    }.items():
+        line = refused(run, capsys, "fit", "--config", CONFIGS / "quickstart.yaml", flag)
+        assert line.endswith(f"did you mean {near}?")
+        assert line.key == flag.removeprefix("--").partition("=")[0].rstrip("+")

@@ -265,7 +265,38 @@ class GPT2(nn.Module):
         if cache is None or cache.length == 0:
             x, cache = self._prepend_virtual_tokens(x, cache)
         start = 0 if cache is None else cache.length  # cached tokens, virtual tokens included
-        N = start + x.size(1)
+        mask, position_ids, padding_mask = self._mask_and_positions(start, x, attention_mask, position_ids)
+        x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
+        for i in range(len(self.h) - 1):
+            x = self._block(i, x, mask, None, cache)
+        n_prompt = x.size(1) - input_ids.size(1)
+        if output_positions is None:
+            return self.ln_f(self._block(-1, x, mask, None, cache)[:, n_prompt:])
+        output_positions = output_positions + n_prompt
+        keys = torch.arange(start + x.size(1), device=x.device)
+        mask = attention_mask_4d(output_positions + start, keys, padding_mask)
+        return self.ln_f(self._block(-1, x, mask, output_positions, cache))
+
+    def _mask_and_positions(
+        self, start: int, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Compute the attention mask and the positions of the tokens that follow the cached ones.
+
+        Args:
+            start: number of cached tokens, virtual tokens included.
+            x: (B, T, C), the embeddings of the tokens, virtual tokens included.
+            attention_mask: as in :meth:`forward`.
+            position_ids: as in :meth:`forward`.
+
+        Returns:
+            The mask (B, 1, T, N) over all N = start + T keys, None if it is causal; the positions (B, T) or (T,); and
+            the padding mask (B, N), None without padding.
+
+        Raises:
+            ValueError: N is above ``n_positions``.
+        """
+        T = x.size(1)
+        N = start + T
         if self.config.n_positions < N:
             limit = f"at most n_positions = {self.config.n_positions} tokens"
             raise ValueError(f"the input must have {limit}, got {N}, {self.n_virtual} of them virtual")
@@ -273,20 +304,12 @@ class GPT2(nn.Module):
         mask, padding_mask = attention_mask, None
         if attention_mask is not None and attention_mask.dim() != 4:
             padding_mask = F.pad(attention_mask.bool(), (self.n_virtual, 0), value=True)  # (B, N)
-        if padding_mask is not None or (mask is None and x.size(1) not in (1, N)):
+        if padding_mask is not None or (mask is None and T not in (1, N)):
             mask = attention_mask_4d(keys[start:].unsqueeze(0), keys, padding_mask)
         if position_ids is None:
             positions = keys if padding_mask is None else (padding_mask.cumsum(-1) - 1).clamp(min=0)
             position_ids = positions[..., start:]
-        n_prompt = x.size(1) - input_ids.size(1)
-        x = dropout(x + self.wpe(position_ids), self.dropout, self.training)
-        for i in range(len(self.h) - 1):
-            x = self._block(i, x, mask, None, cache)
-        if output_positions is None:
-            return self.ln_f(self._block(-1, x, mask, None, cache)[:, n_prompt:])
-        output_positions = output_positions + n_prompt
-        mask = attention_mask_4d(output_positions + start, keys, padding_mask)
-        return self.ln_f(self._block(-1, x, mask, output_positions, cache))
+        return mask, position_ids, padding_mask
 
     def _prepend_virtual_tokens(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:
         """Prepend the soft prompt to the embeddings ``x`` (B, T, C) and the prefix to the cache."""

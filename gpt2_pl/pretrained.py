@@ -275,7 +275,7 @@ def _check_plain(model: GPT2) -> None:
         expected = _shapes(GPT2(model.config))
     shapes = _shapes(model)
     if added := shapes.keys() - expected.keys():
-        advice = "merge adapters first (gpt2_pl.surgery.merge), or save them in the format of peft"
+        advice = "gpt2_pl.surgery.merge removes adapters that have a method merged() -> (weight, bias)"
         raise InputError(f"a pretrained folder cannot contain {listing(added)}, which surgery added; {advice}")
     for name, shape in sorted(expected.items()):
         if shapes.get(name) != shape:

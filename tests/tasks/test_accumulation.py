@@ -66,6 +66,8 @@ def test_optimizer_step_of_library_batches_equals_one_batch_uncorrected(task, op
     assert len(sizes[-1]) < accumulate, sizes  # and a short last one
     assert_equal_to_one_batch(task, steps, options)
     assert set(corrections) == {1.0}
+    for of in steps.of:
+        assert {batch["step_rows"] for batch in of} == {sum(batch["global_rows"] for batch in of)}
 
 
 def test_accumulation_scheduler_steps_equal_one_batch_and_are_all_counted(own):

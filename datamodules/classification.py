@@ -198,7 +198,7 @@ class TextClassification(TextData):
         key += [label_column, labels, max_length, tokenizer, self.skip_bad]
         schema, read = _schema(fields), source.read(columns, self.skip_bad)
         examples = (self._parse_row(source, number, row, fields, label_column) for number, row in read)
-        rows = cached("rows", key, schema, lambda: self._encode_batches(examples, schema))
+        rows = cached("rows", key, schema, lambda: self._encode_batches(source.name, examples, schema))
         encoded, valid = _token_rows(rows), np.flatnonzero(rows.data.column(_REASON).is_null())
         if len(valid) < len(rows):
             self._warn_skipped(source, rows.data.column(_REASON).drop_null().to_pylist(), len(rows))
@@ -207,7 +207,7 @@ class TextClassification(TextData):
             encoded.labels = None
         return encoded, rows.select_columns([*fields, _NUMBER])
 
-    def _encode_batches(self, examples: Iterable[Row], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def _encode_batches(self, source: str, examples: Iterable[Row], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Add the token ids to rows of :meth:`_parse_row`; skipped rows have a reason in place of texts and tokens."""
         import pyarrow as pa
 
@@ -215,7 +215,12 @@ class TextClassification(TextData):
             valid = [example for example in batch if _REASON not in example]
             encoded = self.template.encode(valid, self.tokenizer, self._max_length())
             for example, ids in zip(valid, encoded, strict=True):
-                example[_TOKENS] = ids
+                if ids:
+                    example[_TOKENS] = ids
+                    continue
+                example[_REASON] = f"row {example[_NUMBER]}: {self.template.no_token(example)}"
+                if not self.skip_bad:
+                    raise InputError(f"{source}, {example[_REASON]}", key="data.tokenizer")
             yield pa.RecordBatch.from_pylist(batch, schema=schema)
 
     def _n_characters(self, example: Row) -> int:

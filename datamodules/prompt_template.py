@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gpt2_pl.errors import InputError, shorten
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 
 class Template:
@@ -31,7 +31,8 @@ class Template:
         except ValueError as error:
             raise InputError(f"template {text!r}: {error}", key="template") from None
         self.text = text
-        self.fields = list(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+        self._parts = [(literal, name) for literal, name, _, _ in parts]  # literal text and the field after it
+        self.fields = list(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.fields:
             raise InputError(key="template", value=text, expected="text with a field, such as {sentence}")
         for _, name, spec, conversion in parts:
@@ -46,23 +47,47 @@ class Template:
     def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
         """Return the token ids of each row's text, truncated to ``max_length``.
 
-        Truncation shortens the values of the longest field first and keeps the template's own text.
+        Truncation shortens the values of the longest field first and keeps the template's own text. A row has no ids
+        if one of its fields has no token, because the normalizer deletes its characters or the vocabulary lacks them.
 
         Args:
             rows: values of the fields, per row.
             tokenizer: encodes the texts.
             max_length: maximum number of tokens of a row.
 
+        Returns:
+            Token ids of each row; an empty list for a row with a field without tokens.
+
         Raises:
-            InputError: the template leaves no room for text, or the tokenizer gives no token for a text.
+            InputError: the template leaves no room for text.
         """
         ids: list[list[int]] = []
-        texts = [self.fill(row) for row in rows]
-        for row, text, encoding in zip(rows, texts, tokenizer.encode_batch(texts), strict=True):
-            if not encoding.ids:
-                raise InputError(f"the tokenizer gives no token for the text {shorten(text)}", key="data.tokenizer")
-            ids.append(encoding.ids if len(encoding) <= max_length else self._truncate(row, tokenizer, max_length))
+        for row, encoding in zip(rows, tokenizer.encode_batch([self.fill(row) for row in rows]), strict=True):
+            if not self._covers_fields(row, encoding):
+                ids.append([])
+            else:
+                ids.append(encoding.ids if len(encoding) <= max_length else self._truncate(row, tokenizer, max_length))
         return ids
+
+    def no_token(self, row: Mapping[str, str]) -> str:
+        """Return the error message for a row without token ids."""
+        texts = ", ".join(shorten(row[field]) for field in self.fields)
+        return f"the tokenizer gives no token for {'one of the texts' if len(self.fields) > 1 else 'the text'} {texts}"
+
+    def _covers_fields(self, row: Mapping[str, str], encoding: Encoding) -> bool:
+        """Return whether the value of every field has a token."""
+        start = 0
+        for literal, field in self._parts:
+            start += len(literal)
+            if field is not None:
+                end = start + len(row[field].strip())
+                if start == end or (
+                    encoding.char_to_token(start) is None
+                    and not any(first < end and last > start for first, last in encoding.offsets)
+                ):
+                    return False
+                start = end
+        return True
 
     def _truncate(self, row: Mapping[str, str], tokenizer: Tokenizer, max_length: int) -> list[int]:
         # Values are cut as text, at the end of one of their tokens, and the filled template is encoded again.

@@ -63,6 +63,7 @@ def main(args: list[str]) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # batches have many different lengths
     rows = (row for row in read_rows(source, columns, skip) if row is not None)
     names = ["row", *template.fields, "prediction", *(f"p({label})" for label in spec["labels"])]
+    n_classified = 0
     with (
         writer(options.out, names) as write,
         torch.inference_mode(),
@@ -70,12 +71,20 @@ def main(args: list[str]) -> None:
     ):
         for chunk in _chunks(rows, counts[False], _CHUNK_BATCHES * options.batch_size):
             ids = template.encode([fields for _, fields in chunk], tokenizer, spec["max_length"])
-            predictions = classify(task, ids, options.batch_size)
-            for (number, fields), (prediction, probabilities) in zip(chunk, predictions, strict=True):
+            empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
+            if empty is not None and not skip:
+                raise InputError(template.no_token(empty[1]), source=f"{source.name}, row {empty[0]}")
+            encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
+            n_classified += len(encoded)
+            predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size)
+            for ((number, fields), _), (prediction, probabilities) in zip(encoded, predictions, strict=True):
                 rounded = (round(probability, 6) for probability in probabilities)
                 write([number, *fields.values(), spec["labels"][prediction], *rounded])
-    skipped = f"; {counts[True]} invalid rows are skipped" if counts[True] else ""
-    print(printable(f"{options.out}: {counts[False]} rows{skipped}"))
+        if not n_classified:
+            raise source.error(" has no valid rows")
+    n_skipped = counts.total() - n_classified
+    skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
+    print(printable(f"{options.out}: {n_classified} rows{skipped}"))
 
 
 def _parse_arguments(args: list[str]) -> Namespace:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import datasets
@@ -169,3 +170,25 @@ def test_classify_quoting_equals_setting_of_training(run, base, pair_files, tmp_
     assert found == [("1", "a"), ("2", '"a3" x'), ("3", '"a5'), ("4", "a6"), ("5", '"a7" z')]
     other = ["--out", tmp_path / "other.csv", "--quoting", "true"]
     assert "quotes.csv" in refused(run, capsys, "classify", folder, "--input", rows, *other)
+
+
+def test_classify_row_without_tokens_is_refused_by_number_or_skipped(trained, classify, tmp_path, capsys):
+    trained = shutil.copytree(trained, tmp_path / "run")
+    file = trained / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
+    file.write_text(json.dumps(settings))
+    rows = [{"sentence1": text, "sentence2": "the film"} for text in ("a film", "zz", "film z", "zzz")]
+    args = (trained, "--input", write(tmp_path / "in.csv", rows), "--out", tmp_path / "out.csv")
+    line = refused(classify, capsys, *args)
+    assert "in.csv, row 2" in line
+    assert "'zz'" in line
+    assert not (tmp_path / "out.csv").exists()
+    classify(*args, "--on_invalid_row", "skip")
+    assert capsys.readouterr().out.strip().endswith("2 rows; 2 invalid rows are skipped")
+    assert [row["row"] for row in table(tmp_path / "out.csv")] == ["1", "3"]
+    write(tmp_path / "in.csv", rows[1:2])
+    line = refused(classify, capsys, *args[:4], tmp_path / "none.csv", "--on_invalid_row", "skip")
+    assert "in.csv" in line
+    assert names(line, "input")
+    assert not (tmp_path / "none.csv").exists()

@@ -308,6 +308,7 @@ def test_fit_common_mistake_error_suggests_fix(run, capsys, base, data_flags):
     sst5, files = [f"--config={CONFIGS}/task/sst5.yaml", f"--model.base={base}"], data_flags
     for args, fix in (
         ([*sst5, *files, "--trainer.limit_val_batches=0"], "early_stopping_patience must be null"),
+        ([*sst5, *files, "--data.labels=[yes, no, maybe, so, much]"], "quote text that YAML reads as another type"),
         ([f"--config={CONFIGS}/strategy/full.yaml", "--data.train_file=f", sst5[1]], "the task comes first"),
     ):
         assert fix in refused(run, capsys, "fit", *args), args

@@ -357,3 +357,20 @@ def test_overfit_batches_trains_on_the_same_rows_in_every_epoch():
     Trainer(accelerator="cpu", max_epochs=3, overfit_batches=2, callbacks=[Rows()], **quiet).fit(task, data)
     assert len(seen) == 6
     assert seen[:2] == seen[2:4] == seen[4:]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_template_encode_field_without_a_token_gives_no_ids(special, base, tmp_path):
+    settings = json.loads((base / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[z0]"}, "content": ""}
+    if special:
+        begin = {"SpecialToken": {"id": "x", "type_id": 0}}
+        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        settings["post_processor"] = {"type": "TemplateProcessing", "single": [begin, a], "pair": [a, b],
+                                      "special_tokens": {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer, template = load_tokenizer(tmp_path), Template("{{0}}: {a}, {b} and {a}!")
+    rows = [{"a": a, "b": b} for a in ("film", "z", "zfilmz", " 0z0") for b in ("good", "zz", "0good film", "z0 ")]
+    for row, ids in zip(rows, template.encode(rows, tokenizer, 64), strict=True):
+        has_tokens = all(tokenizer.encode(text.strip(), add_special_tokens=False).ids for text in row.values())
+        assert ids == (tokenizer.encode(template.fill(row)).ids if has_tokens else [])

@@ -51,14 +51,19 @@ def test_imdb_values_that_are_not_text_are_named_or_skipped(base, tmp_path):
         TextCorpus(train_file=str(file), column="sentence", tokenizer=str(base)).setup()
 
 
-def test_imdb_row_without_tokens_is_refused(base, tmp_path):
+def test_imdb_row_without_tokens_is_named_or_skipped(base, tmp_path):
     settings = json.loads((base / "tokenizer.json").read_text())
     settings["normalizer"] = {"type": "Replace", "pattern": {"String": "z"}, "content": ""}
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     file = tmp_path / "rows.csv"
     file.write_text("sentence,sentiment\nfine,1\nzzz,0\nbad,0\n")
-    with pytest.raises(InputError, match=r"no token .*'zzz'"):
-        IMDB(test_file=str(file), tokenizer=str(tmp_path), template="{sentence}").setup()
+    with pytest.raises(InputError, match=r"rows\.csv, row 2: .*'zzz'"):
+        IMDB(test_file=str(file), tokenizer=str(tmp_path), on_invalid_row="error").setup()
+    data = IMDB(test_file=str(file), tokenizer=str(tmp_path), on_invalid_row="skip")
+    with pytest.warns(UserWarning, match=r"1 of 3 rows .*row 2: "):
+        data.setup()
+    assert [data.row_number("test", i) for i in range(2)] == [1, 3]
+    assert data.encoded["test"].labels.tolist() == [1, 0]
 
 
 # Labels and columns

@@ -110,7 +110,8 @@ def _explain_value(problems: list[Problem], line: CommandLine) -> InputError:
     expected = " or ".join(kinds)
     near = did_you_mean(value, re.findall(r"[\w-]+", expected)) if "one of" in expected else ""
     reasons = f" ({reasons})" if reasons else ""
-    message = f"{key} must be {expected}, got {value}{reasons}{near}"
+    quoting = "; quote text that YAML reads as another type" if "text" in kinds else ""
+    message = f"{key} must be {expected}, got {value}{reasons}{near}{quoting}"
     return InputError(message, key=key, value=value, expected=expected, source=source)
 
 

@@ -1,0 +1,1 @@
+"""Statistical inference for the comparison of fine-tuning strategies."""

@@ -1,0 +1,119 @@
+r"""Contributions of single texts to a score, by deletion (the jackknife's pseudo-values).
+
+The contribution of text i to a score :math:`\theta` is :math:`\psi_i = N\theta - (N - 1)\theta_{(-i)}`, where
+:math:`\theta_{(-i)}` is the score without text i. For a mean it is the value of the text itself. Contributions make any
+score a mean over texts for the purpose of estimating its variance.
+
+Reference:
+    Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2_pl.experiments.statistics.contrast import Floats
+
+Score = Callable[[Floats], Floats]
+"""Function of sums over texts (..., F) that returns scores (...)."""
+
+MAX_GROUPS = 200
+"""Number of groups of a delete-a-group jackknife."""
+
+
+def from_sums(features: Floats, score: Score) -> tuple[float, Floats]:
+    """Return a score of sums over texts and the contribution of each text.
+
+    Args:
+        features: (N, F) what each text adds to the sums.
+        score: maps sums (..., F) to scores (...).
+
+    Returns:
+        The score of all texts, and the contributions (N,).
+    """
+    total, N = features.sum(0), len(features)
+    theta = float(score(total))
+    without = score(total - features) if N > 1 else np.array([theta])
+    return theta, N * theta - (N - 1) * without
+
+
+def from_confusion(
+    labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int, score: Score
+) -> tuple[float, Floats]:
+    """Return a score of the confusion matrix and the contribution of each text.
+
+    The score without a text depends only on the text's label and prediction, so at most K x K scores are computed.
+
+    Args:
+        labels: (N,) true classes.
+        predictions: (N,) predicted classes.
+        num_classes: number of classes K; fixed for the whole file.
+        score: maps counts (..., K * K), label-major, to scores (...).
+
+    Returns:
+        The score of all texts, and the contributions (N,).
+    """
+    N, cells = len(labels), labels * num_classes + predictions
+    counts = np.bincount(cells, minlength=num_classes**2).astype(float)
+    theta = float(score(counts))
+    present = np.flatnonzero(counts)
+    without = np.full(num_classes**2, theta)
+    if N > 1:
+        without[present] = score(counts - np.eye(num_classes**2)[present])
+    return theta, N * theta - (N - 1) * without[cells]
+
+
+def macro_f1(counts: Floats) -> Floats:
+    """Return macro F1 (...) of confusion counts (..., K * K).
+
+    The mean is over all K classes; the F1 of a class with no label and no prediction is 0.
+    """
+    K = round(counts.shape[-1] ** 0.5)
+    matrix = counts.reshape(*counts.shape[:-1], K, K)
+    labels_plus_predictions = matrix.sum(-1) + matrix.sum(-2)
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    return (2 * hits / np.maximum(labels_plus_predictions, 1)).mean(-1)
+
+
+def accuracy(counts: Floats) -> Floats:
+    """Return accuracy (...) of confusion counts (..., K * K)."""
+    K = round(counts.shape[-1] ** 0.5)
+    return np.trace(counts.reshape(*counts.shape[:-1], K, K), axis1=-2, axis2=-1) / counts.sum(-1)
+
+
+def from_groups(num_texts: int, score: Callable[[NDArray[np.intp]], float], seed: int = 0) -> tuple[float, Floats]:
+    """Return an expensive score and the contributions of at most :data:`MAX_GROUPS` random groups of texts.
+
+    The number of groups takes the place of the number of texts in all later formulas.
+
+    Args:
+        num_texts: number of texts N.
+        score: maps indices of texts to the score of those texts.
+        seed: seed of the assignment to groups; use the same for all compared runs.
+
+    Returns:
+        The score of all texts, and the contributions (G,), with G the smaller of N and :data:`MAX_GROUPS`.
+    """
+    groups = np.array_split(np.random.default_rng(seed).permutation(num_texts), min(num_texts, MAX_GROUPS))
+    return from_clusters(groups, score)
+
+
+def from_clusters(clusters: list[NDArray[np.intp]], score: Callable[[NDArray[np.intp]], float]) -> tuple[float, Floats]:
+    """Return a score and the contributions of clusters of texts that belong together, such as stanzas of a poem.
+
+    Args:
+        clusters: indices of the texts of each of C clusters.
+        score: maps indices of texts to the score of those texts.
+
+    Returns:
+        The score of all texts, and the contributions (C,).
+    """
+    everything, C = np.sort(np.concatenate(clusters)), len(clusters)
+    theta = float(score(everything))
+    without = (
+        np.array([score(np.setdiff1d(everything, cluster)) for cluster in clusters]) if C > 1 else np.array([theta])
+    )
+    return theta, C * theta - (C - 1) * without

@@ -48,17 +48,21 @@ class Predictions:
     @property
     def predictions(self) -> NDArray[np.integer]:
         """(N,) most probable classes."""
-        return self.probabilities.argmax(1)
+        classes: NDArray[np.integer] = self.probabilities.argmax(1)
+        return classes
 
     @property
     def hits(self) -> NDArray[np.bool_]:
         """(N,) whether each row is predicted correctly."""
-        return self.predictions == self.labels
+        hits: NDArray[np.bool_] = self.predictions == self.labels
+        return hits
 
     @property
     def losses(self) -> Floats:
         """(N,) negative log probability of the true class."""
-        return -np.log(np.maximum(self.probabilities[np.arange(len(self.labels)), self.labels], _SMALLEST))
+        of_label = self.probabilities[np.arange(len(self.labels)), self.labels]
+        losses: Floats = -np.log(np.maximum(of_label, _SMALLEST))
+        return losses
 
     @property
     def lengths(self) -> NDArray[np.integer]:

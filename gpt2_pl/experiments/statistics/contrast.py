@@ -18,9 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from gpt2_pl.experiments.statistics.distributions import t_cdf, t_quantile
 
 Floats = NDArray[np.float64]
+
+_ROUNDING = 1e-12  # relative to the largest contribution; smaller differences are those of floating-point sums
 
 
 class Arm(NamedTuple):
@@ -92,20 +95,20 @@ class Contrast:
         """Return the confidence interval of a level in (0, 1); NaN limits if there is no spread."""
         if not self.has_interval:
             return math.nan, math.nan
-        half = float(stats.t.ppf(0.5 + level / 2, self.df)) * self.standard_error
+        half = t_quantile(0.5 + level / 2, self.df) * self.standard_error
         return self.estimate - half, self.estimate + half
 
     def p_above(self, value: float = 0.0) -> float:
         """Return the one-sided p-value of the hypothesis that the true contrast is at most ``value``."""
         if not self.has_interval:
             return math.nan
-        return float(stats.t.sf((self.estimate - value) / self.standard_error, self.df))
+        return t_cdf((value - self.estimate) / self.standard_error, self.df)
 
     def p_below(self, value: float = 0.0) -> float:
         """Return the one-sided p-value of the hypothesis that the true contrast is at least ``value``."""
         if not self.has_interval:
             return math.nan
-        return float(stats.t.cdf((self.estimate - value) / self.standard_error, self.df))
+        return t_cdf((self.estimate - value) / self.standard_error, self.df)
 
     def p_value(self) -> float:
         """Return the two-sided p-value of the hypothesis that the true contrast is 0."""
@@ -143,8 +146,12 @@ def contrast(arms: Sequence[Arm], weights: Sequence[float]) -> Contrast:
     num_seeds = tuple(len(arm.scores) for arm in arms)
     estimate = float(sum(c * arm.scores.mean() for c, arm in zip(weights, arms, strict=True)))
     text_contrast = sum(c * arm.contributions.mean(0) for c, arm in zip(weights, arms, strict=True))
+    rounding = _ROUNDING * max(float(np.abs(arm.contributions).max()) for arm in arms)
+    estimate = 0.0 if abs(estimate) <= rounding else estimate
+    text_contrast = np.where(np.abs(text_contrast) <= rounding, 0.0, text_contrast)
     seed_variances = tuple(_seed_variance(arm, c) for c, arm in zip(weights, arms, strict=True))
-    text_variance = float(np.var(text_contrast, ddof=1)) / N if N > 1 else 0.0
+    has_text_spread = N > 1 and float(np.ptp(text_contrast)) > rounding
+    text_variance = float(np.var(text_contrast, ddof=1)) / N if has_text_spread else 0.0
     if min(num_seeds) < 2:
         population, variance, df = "texts", text_variance, float(N - 1)
     else:
@@ -192,6 +199,8 @@ def _seed_variance(arm: Arm, weight: float) -> SeedVariance:
     S, N = arm.contributions.shape
     if S < 2:
         return SeedVariance(math.nan, math.nan, 0.0, math.nan)
+    if (arm.scores == arm.scores[0]).all() and (arm.contributions == arm.contributions[0]).all():
+        return SeedVariance(0.0, 0.0 if N > 1 else math.nan, 0.0, S - 1.0)
     of_scores = float(np.var(arm.scores, ddof=1))
     if N < 2:
         return SeedVariance(of_scores, math.nan, weight**2 * of_scores / S, S - 1.0)

@@ -20,6 +20,8 @@ from gpt2_pl.experiments.statistics.contrast import Floats
 Score = Callable[[Floats], Floats]
 """Function of sums over texts (..., F) that returns scores (...)."""
 
+_MAX_COUNTS = 2**22  # confusion counts that are scored at once
+
 MAX_GROUPS = 200
 """Number of groups of a delete-a-group jackknife."""
 
@@ -61,27 +63,36 @@ def from_confusion(
     theta = float(score(counts))
     present = np.flatnonzero(counts)
     without = np.full(num_classes**2, theta)
-    if N > 1:
-        without[present] = score(counts - np.eye(num_classes**2)[present])
+    step = max(1, _MAX_COUNTS // num_classes**2)
+    for start in range(0, len(present) if N > 1 else 0, step):
+        removed = present[start : start + step]
+        fewer = np.tile(counts, (len(removed), 1))
+        fewer[np.arange(len(removed)), removed] -= 1.0
+        without[removed] = score(fewer)
     return theta, N * theta - (N - 1) * without[cells]
 
 
-def macro_f1(counts: Floats) -> Floats:
-    """Return macro F1 (...) of confusion counts (..., K * K).
-
-    The mean is over all K classes; the F1 of a class with no label and no prediction is 0.
-    """
+def class_f1(counts: Floats) -> Floats:
+    """Return the F1 of each class (..., K) from confusion counts (..., K * K); 0 for a class without rows."""
     K = round(counts.shape[-1] ** 0.5)
     matrix = counts.reshape(*counts.shape[:-1], K, K)
-    labels_plus_predictions = matrix.sum(-1) + matrix.sum(-2)
     hits = np.diagonal(matrix, axis1=-2, axis2=-1)
-    return (2 * hits / np.maximum(labels_plus_predictions, 1)).mean(-1)
+    f1: Floats = 2 * hits / np.maximum(matrix.sum(-1) + matrix.sum(-2), 1)
+    return f1
+
+
+def macro_f1(counts: Floats) -> Floats:
+    """Return macro F1 (...), the mean over all K classes, of confusion counts (..., K * K)."""
+    scores: Floats = class_f1(counts).mean(-1)
+    return scores
 
 
 def accuracy(counts: Floats) -> Floats:
     """Return accuracy (...) of confusion counts (..., K * K)."""
     K = round(counts.shape[-1] ** 0.5)
-    return np.trace(counts.reshape(*counts.shape[:-1], K, K), axis1=-2, axis2=-1) / counts.sum(-1)
+    hits = np.trace(counts.reshape(*counts.shape[:-1], K, K), axis1=-2, axis2=-1)
+    shares: Floats = hits / counts.sum(-1)
+    return shares
 
 
 def from_groups(num_texts: int, score: Callable[[NDArray[np.intp]], float], seed: int = 0) -> tuple[float, Floats]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
 
 from gpt2_pl.experiments.statistics.contrast import Floats
+from gpt2_pl.experiments.statistics.distributions import beta_quantile, chi2_quantile, normal_quantile, t_quantile
 
 MIN_TEXTS = 6
 """With fewer texts a score is printed without an interval."""
@@ -22,26 +22,31 @@ _NUM_RESAMPLES = 1999
 
 def wilson_interval(num_hits: int, num_texts: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval of a proportion, such as the accuracy of one run."""
-    interval = stats.binomtest(num_hits, num_texts).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
+    share, z = num_hits / num_texts, normal_quantile(0.5 + level / 2)
+    center = (share + z**2 / (2 * num_texts)) / (1 + z**2 / num_texts)
+    variance = share * (1 - share) / num_texts + z**2 / (4 * num_texts**2)
+    half = z * math.sqrt(variance) / (1 + z**2 / num_texts)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def exact_interval(num_hits: int, num_trials: int, level: float = 0.95) -> tuple[float, float]:
     """Return the exact interval (Clopper-Pearson) of a rate, such as that of failed runs."""
-    interval = stats.binomtest(num_hits, num_trials).proportion_ci(level, method="exact")
-    return float(interval.low), float(interval.high)
+    tail, misses = (1.0 - level) / 2, num_trials - num_hits
+    low = beta_quantile(tail, num_hits, misses + 1) if num_hits else 0.0
+    high = beta_quantile(1.0 - tail, num_hits + 1, misses) if misses else 1.0
+    return low, high
 
 
 def max_rate_unseen(num_trials: int, level: float = 0.95) -> float:
     """Return the highest rate of an event that is compatible with not seeing it in a number of trials."""
-    return 1.0 - (1.0 - level) ** (1.0 / num_trials)
+    return 1.0 - float((1.0 - level) ** (1.0 / num_trials))
 
 
 def std_interval(std: float, num_seeds: int, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of the standard deviation over seeds of normal scores."""
     df, tail = num_seeds - 1, (1.0 - level) / 2
-    low, high = stats.chi2.ppf([1.0 - tail, tail], df)
-    return std * math.sqrt(df / low), std * math.sqrt(df / high)
+    low, high = (std * math.sqrt(df / chi2_quantile(p, df)) for p in (1.0 - tail, tail))
+    return low, high
 
 
 def mean_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
@@ -66,12 +71,19 @@ def mean_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[f
     std = float(values.std(ddof=1))
     if std == 0.0:
         return None
-    if abs(stats.skew(values, bias=False)) > _SKEWED and len(np.unique(values)) >= 5:
+    if abs(_skewness(values)) > _SKEWED and len(np.unique(values)) >= 5:
         interval = bootstrap_t_interval(values, level, seed)
         if interval is not None:
             return interval
-    half = float(stats.t.ppf(0.5 + level / 2, N - 1)) * std / math.sqrt(N)
+    half = t_quantile(0.5 + level / 2, N - 1) * std / math.sqrt(N)
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def _skewness(values: Floats) -> float:
+    """Return the sample skewness, corrected for bias; of at least three values with spread."""
+    N, deviations = len(values), values - values.mean()
+    moments = float(np.mean(deviations**3)), float(np.mean(deviations**2))
+    return math.sqrt(N * (N - 1)) / (N - 2) * moments[0] / moments[1] ** 1.5
 
 
 def bootstrap_t_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:

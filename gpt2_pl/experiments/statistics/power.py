@@ -8,18 +8,21 @@ Reference:
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from gpt2_pl.experiments.statistics.contrast import Contrast
+from gpt2_pl.experiments.statistics.contrast import Contrast, Floats
+from gpt2_pl.experiments.statistics.distributions import chi2_quantile, normal_cdf, normal_quantile, t_quantile
 
+MAX_SEEDS = 1000
+"""Largest number of seeds in a plan."""
 _POWER, _ALPHA = 0.80, 0.05
 _NODES = 4000  # of the average over the estimated standard error
 # Factors by which a detectable difference exceeds the formula's because its degrees of freedom are estimated; by seeds.
 _INFLATION = {2: 1.15, 3: 1.15, 4: 1.06, 5: 1.03, 6: 1.02, 7: 1.02}
-_MAX_SEEDS = 1000
+_BISECTIONS = 40  # to a relative error of 1e-10
 
 
 class Pilot(NamedTuple):
@@ -58,7 +61,7 @@ class Pilot(NamedTuple):
 
     def unlucky(self, confidence: float = 0.80) -> Pilot:
         """Return the components with the upper confidence bound of each standard deviation over seeds."""
-        factors = [(S - 1) / float(stats.chi2.ppf(1.0 - confidence, S - 1)) for S in self.num_seeds]
+        factors = [(S - 1) / chi2_quantile(1.0 - confidence, S - 1) for S in self.num_seeds]
         return self._replace(seed_variances=tuple(f * r for f, r in zip(factors, self.seed_variances, strict=True)))
 
 
@@ -81,20 +84,22 @@ def power(difference: float, error: float, df: float, alpha: float = _ALPHA) -> 
         df: degrees of freedom of the standard error.
         alpha: level of the two-sided test.
     """
-    ratios = _estimated_over_true_error(df) * float(stats.t.ppf(1.0 - alpha / 2, df))
+    ratios = _estimated_over_true_error(df) * t_quantile(1.0 - alpha / 2, df)
     delta = difference / error
-    return float(np.mean(stats.norm.cdf(delta - ratios) + stats.norm.cdf(-delta - ratios)))
+    return float(np.mean(normal_cdf(delta - ratios) + normal_cdf(-delta - ratios)))
 
 
 def non_inferiority_power(margin: float, error: float, df: float, alpha: float = _ALPHA) -> float:
     """Return the chance of the verdict "not worse by the margin or more" if there is no true difference."""
-    ratios = _estimated_over_true_error(df) * float(stats.t.ppf(1.0 - alpha / 2, df))
-    return float(np.mean(stats.norm.cdf(margin / error - ratios)))
+    ratios = _estimated_over_true_error(df) * t_quantile(1.0 - alpha / 2, df)
+    return float(np.mean(normal_cdf(margin / error - ratios)))
 
 
-def _estimated_over_true_error(df: float) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _estimated_over_true_error(df: float) -> Floats:
     quantiles = (np.arange(1, _NODES + 1) - 0.5) / _NODES
-    return np.sqrt(stats.chi2.ppf(quantiles, df) / df)
+    ratios: Floats = np.sqrt(chi2_quantile(quantiles, df) / df)
+    return ratios
 
 
 def detectable_difference(pilot: Pilot, num_seeds: int, num_texts: int, chance: float = _POWER) -> float:
@@ -106,9 +111,20 @@ def detectable_difference(pilot: Pilot, num_seeds: int, num_texts: int, chance: 
         num_texts: planned number of texts.
         chance: power, in (0, 1).
     """
-    error, df = standard_error(pilot, num_seeds, num_texts)
+    return detectable_with(*standard_error(pilot, num_seeds, num_texts), num_seeds, chance)
+
+
+def detectable_with(error: float, df: float, num_seeds: int, chance: float = _POWER) -> float:
+    """Return the smallest true difference that an experiment with a given standard error shows.
+
+    Args:
+        error: standard error of the difference.
+        df: degrees of freedom of the standard error.
+        num_seeds: number of seeds of the arm with the fewest, at least 2.
+        chance: power, in (0, 1).
+    """
     low, high = 0.0, 100.0 * error
-    for _ in range(60):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if power(middle, error, df) < chance else (low, middle)
     return high * _INFLATION.get(num_seeds, 1.01)
@@ -130,13 +146,13 @@ def seeds_needed(pilot: Pilot, num_texts: int, difference: float) -> int | None:
     """
     if not difference > 0:
         raise ValueError(f"difference must be above 0, got {difference}")
-    quantiles = float(stats.norm.ppf(1 - _ALPHA / 2) + stats.norm.ppf(_POWER))  # 2.80
+    quantiles = normal_quantile(1 - _ALPHA / 2) + normal_quantile(_POWER)  # 2.80
     if quantiles * math.sqrt(pilot.text_variance / num_texts) > difference:
         return None
     low, high = 1, 2
     while detectable_difference(pilot, high, num_texts) > difference:
         low, high = high, 2 * high
-        if high > _MAX_SEEDS:
+        if high > MAX_SEEDS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
@@ -147,5 +163,5 @@ def seeds_needed(pilot: Pilot, num_texts: int, difference: float) -> int | None:
 
 def texts_needed(pilot: Pilot, difference: float) -> int:
     """Return about how many texts show a difference with a chance of 80 % if the number of seeds is no limit."""
-    quantiles = float(stats.norm.ppf(1 - _ALPHA / 2) + stats.norm.ppf(_POWER))
+    quantiles = normal_quantile(1 - _ALPHA / 2) + normal_quantile(_POWER)
     return math.ceil(quantiles**2 * pilot.text_variance / difference**2)

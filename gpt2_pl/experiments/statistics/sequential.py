@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from enum import Enum
 
-from scipy import stats
-
 from gpt2_pl.experiments.statistics.contrast import Contrast
+from gpt2_pl.experiments.statistics.distributions import t_quantile
 
 LEVEL = 0.99
 """Confidence level of the interval at each look."""
@@ -62,7 +61,7 @@ def look(contrast: Contrast, margin: float, max_seeds: int = LAST_LOOK, num_arms
         return Decision.INFERIOR
     if is_last:
         return Decision.UNDECIDED
-    texts_only = float(stats.t.ppf(0.5 + LEVEL / 2, contrast.num_texts - 1)) * math.sqrt(contrast.text_variance)
+    texts_only = t_quantile(0.5 + LEVEL / 2, contrast.num_texts - 1) * math.sqrt(contrast.text_variance)
     if arm_seeds >= _LIMITED_BY_TEXTS_FROM and texts_only >= abs(contrast.estimate + margin):
         return Decision.LIMITED_BY_TEXTS
     return Decision.CONTINUE

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 from scipy.special import gammaln
 
 from gpt2_pl.experiments.statistics.contrast import Floats
+from gpt2_pl.experiments.statistics.distributions import binomial_cdf
 
 MIN_TRIALS = 5
 """With fewer trials there are values only."""
@@ -47,11 +47,12 @@ def best_of(scores: Floats, k: int, level: float = 0.95) -> BestOfTrials:
     if not 1 <= k <= n:
         raise ValueError(f"k must be in [1, {n}], the number of trials, got {k}")
     ordered = np.sort(scores)
+    expected = float(expected_best_weights(n, k)[k - 1 :] @ ordered[k - 1 :])  # the others have no weight
     if n < MIN_TRIALS:
-        return BestOfTrials(float(expected_best_weights(n, k) @ ordered), None, None)
+        return BestOfTrials(expected, None, None)
     low, high = median_ranks(n, k, level)
     return BestOfTrials(
-        float(expected_best_weights(n, k) @ ordered),
+        expected,
         None if low is None else float(ordered[low - 1]),
         None if high is None else float(ordered[high - 1]),
     )
@@ -69,6 +70,6 @@ def median_ranks(n: int, k: int, level: float = 0.95) -> tuple[int | None, int |
     """Return the ranks, from 1, of the ordered scores that limit the median best of k trials."""
     p, tail = 0.5 ** (1.0 / k), (1.0 - level) / 2
     ranks = np.arange(1, n + 1)
-    lower = ranks[stats.binom.cdf(ranks - 1, n, p) <= tail]
-    upper = ranks[stats.binom.sf(ranks - 1, n, p) <= tail]
+    lower = ranks[binomial_cdf(ranks - 1, n, p) <= tail]
+    upper = ranks[1.0 - binomial_cdf(ranks - 1, n, p) <= tail]
     return (int(lower.max()) if len(lower) else None), (int(upper.min()) if len(upper) else None)

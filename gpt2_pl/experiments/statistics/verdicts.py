@@ -39,6 +39,11 @@ class Verdict(Enum):
     WORSE = "worse"
 
     @property
+    def word(self) -> str:
+        """The verdict in a few words."""
+        return _WORDS[self]
+
+    @property
     def is_not_worse(self) -> bool:
         """Whether the verdict excludes a loss of the margin or more."""
         return self in (
@@ -50,6 +55,23 @@ class Verdict(Enum):
             Verdict.NON_INFERIOR,
             Verdict.INFERIOR_WITHIN_MARGIN,
         )
+
+
+_WORDS = {
+    Verdict.NOT_ASSESSED: "not assessed",
+    Verdict.SUPERIOR_BY_MARGIN: "superior by more than the margin",
+    Verdict.SUPERIOR_WITHIN_MARGIN: "superior, within the margin",
+    Verdict.SUPERIOR: "superior",
+    Verdict.INFERIOR_BY_MARGIN: "inferior by more than the margin",
+    Verdict.INFERIOR_WITHIN_MARGIN: "inferior, within the margin",
+    Verdict.INFERIOR: "inferior",
+    Verdict.EQUIVALENT: "equivalent",
+    Verdict.NON_INFERIOR: "non-inferior",
+    Verdict.NOT_SUPERIOR_BY_MARGIN: "not superior by the margin",
+    Verdict.UNDECIDED: "cannot be told",
+    Verdict.BETTER: "superior",
+    Verdict.WORSE: "inferior",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +109,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
+def is_assessed(contrast: Contrast) -> bool:
+    """Return whether a contrast can carry a verdict about strategies: it has an interval over texts and seeds."""
+    return contrast.has_interval and contrast.population == "texts and seeds"
+
+
 def findings(contrasts: Mapping[str, Contrast], margin: float | None, level: float = 0.95) -> dict[str, Findings]:
     """Test every difference of a family against 0 and the margins, with Holm's correction for each question.
 
@@ -96,14 +123,14 @@ def findings(contrasts: Mapping[str, Contrast], margin: float | None, level: flo
         level: confidence level.
 
     Returns:
-        The findings of each arm that has an interval.
+        The findings of each arm that :func:`is_assessed`.
 
     Raises:
         ValueError: the margin is not above 0.
     """
     if margin is not None and not margin > 0:
         raise ValueError(f"margin must be above 0, got {margin}")
-    tested = {name: c for name, c in contrasts.items() if c.has_interval and c.population != "texts"}
+    tested = {name: c for name, c in contrasts.items() if is_assessed(c)}
     m, tail = math.inf if margin is None else margin, (1.0 - level) / 2
 
     def rejected(p_values: list[float]) -> list[bool]:

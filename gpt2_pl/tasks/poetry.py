@@ -11,7 +11,7 @@ from gpt2_pl.losses import cross_entropy
 from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.tasks.protocols import PoemData, RowTable
-from gpt2_pl.text.metrics import chrf, chrf_signature, distinct, seq_rep, words
+from gpt2_pl.text.metrics import chrf, chrf_counts, chrf_signature, distinct, seq_rep, words
 from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, rhyme_share, split_lines
 
 
@@ -121,17 +121,52 @@ class PoemGenerator(LanguageModel):
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
 
     def row_table(self, split: str) -> RowTable | None:
-        """Return the number of scored tokens and the sum of their losses, in nats, of every poem."""
+        """Return the number of scored tokens and the sum of their losses, in nats, of every poem.
+
+        After a test there are also the scores of the generated poem, and for each chrF the counts from which it is
+        computed; see :func:`~gpt2_pl.text.metrics.chrf_counts`.
+        """
         outcomes, data = self.outcomes.rows(), self.datamodule
         if not isinstance(data, PoemData):
             return None
+        poems, generated = data.poems[split], {}
+        if split == "test" and [poem.number for poem in self.generated] == [poem.number for poem in poems]:
+            generated = poem_outcomes(self.generated, poems, data.prompt_lines)
         columns = (outcomes[key].tolist() for key in ("row", "n_tokens", "loss"))
-        rows = ([data.poems[split][i].number, n, f"{loss:.6f}"] for i, n, loss in zip(*columns, strict=True))
-        return RowTable("losses", ["poem", "n_tokens", "loss"], rows)
+        rows = (
+            [poems[i].number, n, f"{loss:.6f}", *(values[i] for values in generated.values())]
+            for i, n, loss in zip(*columns, strict=True)
+        )
+        return RowTable("losses", ["poem", "n_tokens", "loss", *generated], rows)
 
     def samples(self, split: str) -> dict[str, str]:
         """Return the poems that were generated in an evaluation, each after its number."""
         return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in self.generated}
+
+
+def poem_outcomes(generated: list[Poem], true: list[Poem], n_prompt_lines: int) -> dict[str, list[str]]:
+    """Return the scores of single poems, as text.
+
+    Args:
+        generated: as in :func:`poem_scores`.
+        true: as in :func:`poem_scores`.
+        n_prompt_lines: as in :func:`poem_scores`.
+
+    Returns:
+        The values of every poem, by name: ``seq_rep_4``, ``lines`` and ``rhyme``, and the counts ``chrf_counts`` and
+        ``chrf_whole_poem_counts``, separated by spaces.
+    """
+    completions = [["\n".join(poem.lines[n_prompt_lines:]) for poem in poems] for poems in (generated, true)]
+    wholes = [[poem.text for poem in poems] for poems in (generated, true)]
+    outcomes = {
+        f"{name}_counts": [" ".join(map(str, chrf_counts(*pair))) for pair in zip(*pairs, strict=True)]
+        for name, pairs in (("chrf", completions), ("chrf_whole_poem", wholes))
+    }
+    outcomes["seq_rep_4"] = [f"{seq_rep(words(completion), 4):.6f}" for completion in completions[0]]
+    outcomes["lines"] = [str(len(poem.lines)) for poem in generated]
+    with suppress(ImportError):  # The pronouncing dictionary is an optional dependency.
+        outcomes["rhyme"] = [f"{rhyme_share(poem.lines, n_prompt_lines):.6f}" for poem in generated]
+    return outcomes
 
 
 def poem_scores(generated: list[Poem], true: list[Poem], n_prompt_lines: int) -> dict[str, float]:

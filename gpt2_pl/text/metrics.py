@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+CHRF_ORDER, _CHRF_BETA = 6, 2  # longest character n-grams of chrF, and the weight of its recall
 Words = Sequence[object]  # words or token ids
 
 
@@ -59,6 +64,38 @@ def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
     from sacrebleu.metrics import CHRF
 
     return CHRF().corpus_score(texts, [references]).score
+
+
+def chrf_counts(text: str, reference: str) -> list[int]:
+    """Return what a text adds to the counts from which :func:`chrf` is computed.
+
+    Args:
+        text: the text to score.
+        reference: its reference.
+
+    Returns:
+        For every length from 1 to :data:`CHRF_ORDER` the number of character n-grams of the text, of the reference, and
+        of both. As in sacrebleu, n-grams of a text whose reference is too short to have any do not count.
+    """
+    characters, of_reference = ("".join(part.split()) for part in (text, reference))
+    counts: list[int] = []
+    for n in range(1, CHRF_ORDER + 1):
+        found, expected = (Counter(ngrams(part, n)) for part in (characters, of_reference))
+        counts += [found.total() if expected else 0, expected.total(), (found & expected).total()]
+    return counts
+
+
+def chrf_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute chrF (...) from sums of :func:`chrf_counts` (..., 18) over texts."""
+    found, expected, matches = np.moveaxis(counts.reshape(*counts.shape[:-1], CHRF_ORDER, 3), -1, 0)
+    is_counted = (found > 0) & (expected > 0)
+    orders = np.maximum(is_counted.sum(-1), 1)
+    precision = np.where(is_counted, matches / np.maximum(found, 1), 0.0).sum(-1) / orders
+    recall = np.where(is_counted, matches / np.maximum(expected, 1), 0.0).sum(-1) / orders
+    weight = _CHRF_BETA**2
+    denominator = weight * precision + recall
+    scores: NDArray[np.float64] = 100 * (1 + weight) * precision * recall / np.where(denominator > 0, denominator, 1.0)
+    return scores
 
 
 def chrf_signature() -> str:

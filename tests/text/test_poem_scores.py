@@ -4,9 +4,12 @@ import itertools
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
+import sacrebleu
 
 from gpt2_pl.datamodules.sonnets import read_poems
+from gpt2_pl.experiments.statistics.contributions import from_sums
 from gpt2_pl.tasks.poetry import poem_scores
 from gpt2_pl.text import metrics as scores
 from gpt2_pl.text.poems import RHYMES, Poem, rhyme, rhyme_share
@@ -43,6 +46,25 @@ def chrf(pairs):
         precision, recall = matches / predicted, matches / wanted
         total += 5 * precision * recall / (4 * precision + recall)
     return 100 * total / 6
+
+
+def test_chrf_of_counts_equals_sacrebleu_of_all_texts_and_without_each():
+    generator = random.Random(0)
+
+    def texts(n):
+        lengths = [0, 2, *(generator.randrange(3, 40) for _ in range(n))]  # an empty and a very short text
+        return ["".join(generator.choices("abc \n", k=length)) for length in lengths]
+
+    ours, theirs = texts(10), texts(10)[::-1]
+    counts = np.array([scores.chrf_counts(*pair) for pair in zip(ours, theirs, strict=True)], float)
+    theta, contributions = from_sums(counts, scores.chrf_of_counts)
+    N = len(ours)
+    assert theta == pytest.approx(sacrebleu.corpus_chrf(ours, [theirs]).score)
+    for i in range(N):
+        rest = (ours[:i] + ours[i + 1 :], theirs[:i] + theirs[i + 1 :])
+        without = sacrebleu.corpus_chrf(rest[0], [rest[1]]).score
+        assert contributions[i] == pytest.approx(N * theta - (N - 1) * without)
+    assert scores.chrf_of_counts(np.zeros(18)) == 0.0
 
 
 def test_poem_scores_equal_loops():

@@ -250,3 +250,28 @@ def test_hyperparameter_search_killed_resumes_with_complete_trials(file, tmp_pat
     with pytest.raises(InputError, match="toy/full/seed_5"):
         more.report_result(fourth)
     assert more.experiment.best_flags != best
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_hyperparameter_search_random_trials_do_not_depend_on_scores(file, tmp_path, monkeypatch, sampler):
+    pytest.importorskip("optuna")
+    from gpt2_pl.experiments.sweep.search import HyperparameterSearch
+
+    space = "trials: 8, space: {model.optimizer.init_args.lr: {low: 0.001, high: 0.01}}"
+    text = FILE.replace("full: {", f"full: {{search: {{{space}, sampler: {sampler}}}, ").replace("[1, 2]", "[5]")
+    drawn = []
+    for sign in (1, -1):
+        (tmp_path / str(sign)).mkdir()
+        monkeypatch.chdir(tmp_path / str(sign))
+        search = HyperparameterSearch(SweepConfig.read(file(text)).experiments[0])
+        while (run := search.next()) is not None:
+            run.folder.mkdir(parents=True)
+            rate = float(next(flag for flag in run.flags if ".lr=" in flag).partition("=")[2])
+            account = {"status": "finished", "monitor": "val/accuracy", "scores": {"val/accuracy": sign * rate}}
+            (run.folder / "metrics.json").write_text(json.dumps({**account, "mode": "max"}))
+            search.report_result(run)
+        drawn.append([trial.params for trial in search.study.trials])
+        described = json.loads((tmp_path / str(sign) / "lightning_logs/s.search/toy/full.json").read_text())
+        assert described.get("sampler", "tpe") == sampler
+    assert len(drawn[0]) == 8
+    assert (drawn[0] == drawn[1]) == (sampler == "random")

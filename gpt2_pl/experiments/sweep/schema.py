@@ -6,7 +6,7 @@ Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -62,12 +62,14 @@ class SearchNode(Schema):
     """Search for the best settings of a strategy by the monitored score of its task.
 
     ``trials`` runs with ``seed`` and ``overrides`` try values of ``space``: for each key a list of choices, or
-    ``{low, high}`` with optional ``log: true`` or ``step``.
+    ``{low, high}`` with optional ``log: true`` or ``step``. The sampler ``tpe`` adapts to earlier trials, ``random``
+    draws all trials independently, so that ``compare`` can estimate the best of fewer trials.
     """
 
     trials: Size = 10
     space: Annotated[dict[Any, Choices], Field(min_length=1)]
     seed: Count = 0
+    sampler: Literal["tpe", "random"] = "tpe"
     overrides: Settings = None
 
 

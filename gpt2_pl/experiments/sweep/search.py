@@ -20,7 +20,7 @@ def journal(experiment: Experiment) -> Path:
 
 
 class HyperparameterSearch:
-    """Resumable search for the best settings of an experiment, with Optuna's TPE sampler and journal storage.
+    """Resumable search for the best settings of an experiment, with a sampler and the journal storage of Optuna.
 
     Args:
         experiment: an experiment with a search.
@@ -42,7 +42,7 @@ class HyperparameterSearch:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         assert experiment.search is not None
         self.experiment, self.trials, self.space = experiment, experiment.search.trials, experiment.search.space
-        self.seed = experiment.search.seed
+        self.seed, self.sampler = experiment.search.seed, experiment.search.sampler
         file = journal(experiment)
         file.parent.mkdir(parents=True, exist_ok=True)
         self._check_record(file.with_suffix(".json"))
@@ -50,9 +50,7 @@ class HyperparameterSearch:
             with atomic_write(file, "wb") as repaired:
                 repaired.write(content[: content.rfind(b"\n") + 1])
         self._states = optuna.trial.TrialState
-        self._sampler = lambda n: optuna.samplers.TPESampler(
-            seed=self.seed + n, n_startup_trials=max(2, self.trials // 2), constant_liar=True
-        )
+        self._samplers = optuna.samplers
         self.study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(file))),
             study_name=experiment.strategy,
@@ -75,7 +73,8 @@ class HyperparameterSearch:
         Raises:
             InputError: they differ; the message names the files to delete.
         """
-        record = {"space": self.space, "seed": self.seed, **self.experiment.trial(0, {}).record()}
+        sampler = {} if self.sampler == "tpe" else {"sampler": self.sampler}
+        record = {"space": self.space, "seed": self.seed, **sampler, **self.experiment.trial(0, {}).record()}
         if not file.is_file():
             with atomic_write(file) as out:
                 json.dump(record, out, indent=2)
@@ -107,7 +106,14 @@ class HyperparameterSearch:
 
     def _sample_trial(self) -> int:
         """Sample the settings of a new trial and return its number."""
-        self.study.sampler = self._sampler(len(self.study.trials))
+        seed = self.seed + len(self.study.trials)
+        if self.sampler == "random":
+            self.study.sampler = self._samplers.RandomSampler(seed=seed)
+        else:
+            n_startup_trials = max(2, self.trials // 2)
+            self.study.sampler = self._samplers.TPESampler(
+                seed=seed, n_startup_trials=n_startup_trials, constant_liar=True
+            )
         trial = self.study.ask()
         for key, values in self.space.items():
             if isinstance(values, list):

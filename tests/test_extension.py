@@ -127,9 +127,10 @@ def test_sweep_and_compare_external_task_uses_its_metric(stars, tmp_path):
     best = min(comparison.groups, key=lambda group: group.mean("val/mae"))
     assert comparison.best() is best
     group = comparison.groups[1]
-    found = group.over_texts["val/mae"]
-    assert found.mean == pytest.approx(group.mean("val/mae") - comparison.groups[0].mean("val/mae"), abs=1e-5)
-    assert found.low < found.mean < found.high
+    found = group.differences["val/mae"].contrast
+    assert found.estimate == pytest.approx(comparison.groups[0].mean("val/mae") - group.mean("val/mae"), abs=1e-5)
+    low, high = found.interval()
+    assert low < found.estimate < high
     rows = list(csv.DictReader((folders[0].parent / "predictions_val.csv").open()))
     mean = np.mean([float(row["mae"]) for row in rows])
     assert mean == pytest.approx(json.loads(folders[0].read_text())["scores"]["val/mae"], abs=1e-5)

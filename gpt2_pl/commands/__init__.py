@@ -3,7 +3,7 @@
 usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl generate RUN --prompt_file FILE --out FILE
-       gpt2-pl compare RUN RUN ... --out FOLDER
+       gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER]
        gpt2-pl sweep FILE.yaml
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
@@ -14,7 +14,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   predict   write the class probabilities of unlabeled rows
   classify  classify every row of a file with a trained model
   generate  continue prompts with a trained language model
-  compare   compare runs: scores over seeds, differences with confidence intervals, cost
+  compare   compare runs: scores over seeds, differences with confidence intervals and verdicts, cost
   sweep     run or resume a grid of tasks, strategies and seeds
   configs   list, print or copy the included configuration files
   export    convert a trained model for transformers or peft

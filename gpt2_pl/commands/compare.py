@@ -1,10 +1,12 @@
-"""Compare runs: tables, intervals and plots."""
+"""Compare runs: scores, differences with confidence intervals and verdicts, costs and plots."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from gpt2_pl.commands.support.parser import CommandParser
@@ -14,34 +16,68 @@ from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.figures import plot_names, plots
 from gpt2_pl.experiments.report import as_json, file_name, markdown, page, write_csv
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.summary import summary, wrap_lines
 from gpt2_pl.filesystem import atomic_write, require_writable
 
 
 def main(args: list[str]) -> None:
-    """Compare runs and write report.md, report.html, report.csv, report.json and the plots to a folder."""
+    """Run ``gpt2-pl compare``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: a run, the margin or the baseline is invalid.
+    """
     parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    out_help = "folder for report.md, report.html, report.csv, report.json and the plots; without it they are not made"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out_help)
     baseline_help = "the strategy that the others are compared with; default: full, or else the first"
     parser.add_argument("--baseline", help=baseline_help)
+    margin_help = "difference in the primary metric that matters, decided before looking: points for a share, percent "
+    parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity")
     given = parser.parse_args(args)
-    require_writable(given.out / "report.md", "out")
-    folders = [folder for path in given.runs for folder in run_folders(path)]
-    comparisons = compare([Run.read(folder) for folder in folders], given.baseline)
+    if given.out is not None:
+        require_writable(given.out / "report.md", "out")
+    comparisons = compare(read_runs(given.runs), given.baseline, given.margin)
+    _print(summary(comparisons, _terminal_width()))
+    if given.out is not None:
+        _write_files(comparisons, given.out)
+        print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Read run folders, and all run folders below folders.
+
+    Raises:
+        InputError: there is no run folder, or one is invalid.
+    """
+    return [Run.read(folder) for path in paths for folder in run_folders(path)]
+
+
+def print_lines(texts: Iterable[str], indent: int = 0) -> None:
+    """Print texts, after a number of spaces, in lines that are as wide as the terminal."""
+    _print("\n".join(wrap_lines(texts, _terminal_width(), indent)))
+
+
+def _terminal_width() -> int:
+    """Return the number of columns of the terminal, 80 if the output is no terminal."""
+    return shutil.get_terminal_size().columns
+
+
+def _print(text: str) -> None:
+    print(printable(text, keep="\n\t"), flush=True)
+
+
+def _write_files(comparisons: list[Comparison], out: Path) -> None:
+    """Write the report, the plots, the page and the data."""
     links = {
         comparison.task: {name: _image_file(comparison, name) for name in plot_names(comparison)}
         for comparison in comparisons
     }
-    report = markdown(comparisons, links)
-    with atomic_write(given.out / "report.md") as file:
-        file.write(report)
-    print(printable(report, keep="\n\t"), flush=True)
-    _write_files(comparisons, given.out)
-    print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
-
-
-def _write_files(comparisons: list[Comparison], out: Path) -> None:
-    """Write the plots, the page and the data."""
+    with atomic_write(out / "report.md") as file:
+        file.write(markdown(comparisons, links))
     images = {comparison.task: plots(comparison) for comparison in comparisons}
     for comparison in comparisons:
         for name, png in images[comparison.task].items():

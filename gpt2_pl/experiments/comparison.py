@@ -1,4 +1,8 @@
-"""Comparison of runs: groups of runs, their scores and costs, and differences with confidence intervals."""
+"""Comparison of runs: groups of runs, their scores and costs, and differences with confidence intervals.
+
+The differences of all arms to the baseline in the primary metric of a task are one family of comparisons; see
+:mod:`gpt2_pl.experiments.differences`. Differences in other scores are only described.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.experiments.inference import EffectEstimate, paired_bootstrap, percentile_interval, seed_noise
+from gpt2_pl.experiments.differences import Difference, compare_arms, disagreeing_rows, is_usable, judge
+from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.trials import Trials, find_trials
+from gpt2_pl.experiments.units import Unit
 
 _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json does not describe its metrics
     **{name: {"higher_is_better": False} for name in ("loss", "perplexity")},
     **{name: {"percent": True} for name in ("accuracy", "macro_f1", "f1", "precision", "recall")},
 }
+_FEW_SEEDS, _MANY_ARMS = 3, 5  # with so few seeds and so many arms only very large differences can be shown
 _MAX_VALUE_CHARACTERS, _MAX_SETTINGS = 200, 20  # limits of a setting's value in a label, and of a label's settings
 
 
@@ -31,52 +37,75 @@ class RunGroup:
         label: display name.
         runs: one run per seed.
         strategy: the part of the label that the strategy files determine.
-        over_texts: for each score, its difference to the baseline with an interval over texts, for these models. Empty
-            for the baseline, and if the runs have no outcomes of rows.
-        over_seeds: the same with an interval over texts and seeds.
+        failed: runs with this configuration that ended with an error.
+        differences: for each score, the difference to the baseline. Empty for the baseline.
+        notices: what a reader must know about the runs, such as that one has collapsed.
+        trials: the search that chose the settings of the runs; None if none is known.
     """
 
     label: str
     runs: list[Run]
     strategy: str = ""
-    over_texts: dict[str, EffectEstimate] = field(default_factory=dict)
-    over_seeds: dict[str, EffectEstimate] = field(default_factory=dict)
+    failed: list[Run] = field(default_factory=list)
+    differences: dict[str, Difference] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    trials: Trials | None = None
 
     def values(self, score: str) -> list[float]:
         """Return a score of every run that has it."""
         return [float(run.record["scores"][score]) for run in self.runs if score in run.record["scores"]]
 
+    def usable(self, score: str) -> list[Run]:
+        """Return the runs with a score that is a number of usual size, on all of its rows."""
+        return [run for run in self.runs if is_usable(run, score)]
+
+    def usable_values(self, score: str) -> list[float]:
+        """Return the score of every usable run."""
+        return [float(run.record["scores"][score]) for run in self.usable(score)]
+
     def mean(self, score: str) -> float | None:
-        """Return the mean of a score over seeds, or None if no run has it."""
-        return statistics.mean(values) if (values := self.values(score)) else None
+        """Return the mean of a score over usable runs: None if no run has the score, NaN if no run is usable."""
+        if usable := self.usable_values(score):
+            return statistics.mean(usable)
+        return math.nan if self.values(score) else None
 
     def std(self, score: str) -> float | None:
-        """Return the standard deviation of a score over seeds: None for one seed, NaN if a score is not finite."""
-        if len(values := self.values(score)) < 2:
-            return None
-        return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+        """Return the standard deviation of a score over usable runs: None for fewer than two."""
+        usable = self.usable_values(score)
+        return statistics.stdev(usable) if len(usable) > 1 else None
 
     def cost(self, name: str) -> float | None:
         """Return the median of a cost over runs.
 
         Args:
-            name: ``trainable`` or ``total`` (parameters), ``seconds_to_best``, or a number in ``metrics.json``. Times
-                include that of a pretraining run of this library.
+            name: ``trainable`` or ``total`` (parameters), ``seconds_to_best``, ``gpu_seconds`` (time multiplied by the
+                number of GPUs), ``trials``, ``trial_cpu_seconds`` or ``trial_seconds`` (of the search that chose the
+                settings), or a number in ``metrics.json``. Times include that of a pretraining run of this library.
 
         Returns:
             The median, or None if no run has the cost.
         """
+        if name in ("trials", "trial_seconds", "trial_cpu_seconds"):
+            return None if self.trials is None else self.trials.cost(name)
         costs = [value for run in self.runs if (value := _cost(run, name)) is not None]
         return statistics.median(costs) if costs else None
 
 
 def _cost(run: Run, name: str) -> float | None:
+    value: float | None
     if name in ("trainable", "total"):
-        return run.record["parameters"][name]
-    base_seconds = (run.record.get("base") or {}).get("cpu_seconds" if name == "cpu_seconds" else "seconds") or 0.0
+        value = run.record["parameters"][name]
+        return value
+    if name == "gpu_seconds":
+        device, seconds = run.record.get("device"), _cost(run, "seconds")
+        is_gpu = device is not None and device != "cpu"
+        return seconds * (run.record.get("processes") or 1) if is_gpu and seconds is not None else None
+    base_seconds: float = (run.record.get("base") or {}).get(
+        "cpu_seconds" if name == "cpu_seconds" else "seconds"
+    ) or 0.0
     if name == "seconds_to_best":
         epochs, best = len(run.record["epochs"]), run.record["scores"].get("best_epoch")
-        return base_seconds + run.record["seconds"] * best / epochs if epochs and best else None
+        return base_seconds + float(run.record["seconds"] * best / epochs) if epochs and best else None
     value = run.record.get(name)
     return base_seconds + value if value is not None and name in ("seconds", "cpu_seconds") else value
 
@@ -90,7 +119,9 @@ class Comparison:
         monitor: score that selected the best epoch of each run.
         comparison_key: properties that all runs share; see :attr:`Run.comparison_key`.
         groups: groups of runs.
-        notes: notes on runs that were left out or repeated.
+        notes: notes on runs that were left out or repeated, and on the comparisons.
+        margin: difference in the primary metric that matters, on the internal scale of its unit; None if none was
+            declared.
     """
 
     task: str
@@ -98,6 +129,7 @@ class Comparison:
     comparison_key: dict[str, Any]
     groups: list[RunGroup]
     notes: list[str] = field(default_factory=list)
+    margin: float | None = None
 
     def metric(self, name: str) -> Mapping[str, Any]:
         """Return how the runs' task describes the metric of a score; see :class:`~gpt2_pl.metrics.MetricInfo`."""
@@ -109,6 +141,11 @@ class Comparison:
         """Return whether a higher score is better; True if this is unknown."""
         return self.metric(name).get("higher_is_better") is not False
 
+    def unit(self, name: str) -> Unit:
+        """Return the unit of a score."""
+        is_ratio = name.partition("/")[2] == "perplexity"
+        return Unit(self.higher_is_better(name), bool(self.metric(name).get("percent")), is_ratio)
+
     @property
     def primary_metric(self) -> str:
         """Score that ranks strategies: the primary metric of the task if runs have it, else the monitored score."""
@@ -117,9 +154,9 @@ class Comparison:
 
     def best(self) -> RunGroup:
         """Return the group with the best mean of the primary metric."""
-        name, sign = self.primary_metric, 1 if self.higher_is_better(self.primary_metric) else -1
-        scored = [group for group in self.groups if group.values(name)]
-        return max(scored, key=lambda group: sign * statistics.mean(group.values(name)))
+        name, sign = self.primary_metric, self.unit(self.primary_metric).sign
+        scored = [group for group in self.groups if group.usable(name)]
+        return max(scored or self.groups[:1], key=lambda group: sign * (group.mean(name) or 0.0))
 
     def scores(self) -> list[str]:
         """Return the names of all scores, the monitored one first."""
@@ -129,27 +166,33 @@ class Comparison:
                 names.update(dict.fromkeys(name for name in run.record["scores"] if "/" in name))
         return list(names)
 
-    def cheapest(self) -> RunGroup | None:
-        """Return the group with the fewest trainable parameters that is not significantly worse than the baseline.
+    @property
+    def family(self) -> list[RunGroup]:
+        """The groups whose difference to the baseline in the primary metric was tested, one family of comparisons."""
+        name = self.primary_metric
+        return [g for g in self.groups if (d := g.differences.get(name)) is not None and d.is_tested]
 
-        Candidates are the baseline and all groups whose interval over texts and seeds is not entirely worse.
+    def cheapest(self) -> RunGroup | None:
+        """Return the group with the fewest trainable parameters for which a loss of the margin or more is excluded.
+
+        Candidates are the baseline and all groups with a verdict that excludes such a loss.
 
         Returns:
-            The group, or None if no group has such an interval.
+            The group, or None if no margin was declared or no group has a verdict.
         """
         name = self.primary_metric
-        sign = 1 if self.higher_is_better(name) else -1
-        estimated = [group for group in self.groups if name in group.over_seeds]
-        not_worse = [g for g in estimated if max(sign * g.over_seeds[name].low, sign * g.over_seeds[name].high) >= 0]
-        if not estimated:
+        if self.margin is None or not self.family:
             return None
+        verdicts = {id(group): group.differences[name].verdict for group in self.family}
+        not_worse = [g for g in self.family if (found := verdicts[id(g)]) is not None and found.is_not_worse]
+        sign = self.unit(name).sign
         return min(
             [self.groups[0], *not_worse],
             key=lambda group: (group.cost("trainable") or math.inf, -sign * (group.mean(name) or 0.0)),
         )
 
 
-def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison]:
+def compare(runs: Iterable[Run], baseline: str | None = None, margin: float | None = None) -> list[Comparison]:
     """Group runs by task, strategy and settings, and compare every group with the baseline.
 
     In each task, runs are compared that have the most common data and base. Other runs, and unfinished ones, are left
@@ -158,16 +201,21 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison
     Args:
         runs: runs in any order.
         baseline: strategy or label of the baseline; defaults to ``full`` if it exists, else the first group.
+        margin: difference in the primary metric that matters, fixed before the runs are looked at: points for a share,
+            percent for a perplexity, else in the unit of the score; above 0. None if none was declared.
 
     Returns:
         The comparison of each task.
 
     Raises:
-        InputError: the given baseline does not exist in any task.
+        InputError: the given baseline does not exist in any task, or the margin is not above 0.
     """
+    if margin is not None and not 0 < margin < math.inf:
+        raise InputError(key="margin", value=margin, expected="above 0")
     tasks: dict[str, list[Run]] = defaultdict(list)
     notes: dict[str, list[str]] = defaultdict(list)
     unique_runs = {run.folder.resolve(): run for run in runs}
+    failed: dict[str, list[Run]] = defaultdict(list)
     for run in unique_runs.values():
         task = str(run.record.get("task"))
         scores = run.record.get("scores") or {}
@@ -178,9 +226,14 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison
             status = "trained nothing" if run.record.get("status") == "finished" else str(run.record.get("status"))
             notes[task].append(f"{run.folder} is left out: it is not a finished training run ({status})")
             tasks[task] += []
+            if status == "failed":
+                failed[task].append(run)
         else:
             tasks[task].append(run)
-    comparisons = [_compare_task(task, group, notes[task], baseline) for task, group in tasks.items()]
+    comparisons = [_group_task(task, group, notes[task], baseline) for task, group in tasks.items()]
+    for comparison in comparisons:
+        _add_failed(comparison, failed[comparison.task])
+        _add_differences(comparison, margin)
     groups = [group for comparison in comparisons for group in comparison.groups]
     if baseline is not None and not any(baseline in (group.strategy, group.label) for group in groups):
         strategies = ", ".join(dict.fromkeys(group.strategy for group in groups))
@@ -189,7 +242,7 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Comparison
     return comparisons
 
 
-def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str | None) -> Comparison:
+def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | None) -> Comparison:
     if not runs:
         return Comparison(task, "", {}, [], notes)
     keys = {id(run): json.dumps(run.comparison_key, sort_keys=True) for run in runs}
@@ -205,48 +258,79 @@ def _compare_task(task: str, runs: list[Run], notes: list[str], baseline: str | 
             notes.append(f"{run.folder} is left out: {difference}")
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in comparable:
-        by_settings[json.dumps([run.strategy, run.flat], sort_keys=True, default=str)].append(run)
+        by_settings[_settings_key(run)].append(run)
     groups = []
     for same in by_settings.values():
-        groups.append(RunGroup(same[0].strategy, _deduplicate_seeds(same, notes), same[0].strategy))
+        group = RunGroup(same[0].strategy, _deduplicate_seeds(same, notes), same[0].strategy)
+        group.trials = find_trials(group.runs[0])
+        groups.append(group)
     _disambiguate_labels(groups)
     first = baseline or "full"
     groups.sort(key=lambda group: (group.label != first, group.strategy != first, group.label))
     if first not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"there is no baseline {first!r}; differences are to {groups[0].label}")
-    for split in ("val", "test"):
-        _add_differences(groups, split, notes)
     return Comparison(task, str(comparable[0].record["monitor"]), shared, groups, notes)
 
 
-def _add_differences(groups: list[RunGroup], split: str, notes: list[str]) -> None:
-    """Add to each group its differences in a split to the first group, if both have outcomes of the same rows."""
-    baseline_scores = [run.row_scores.get(split) for run in groups[0].runs]
-    if any(scores is None for scores in baseline_scores):
+def _settings_key(run: Run) -> str:
+    """Return a text that is the same for runs that differ in nothing but the seed."""
+    return json.dumps([run.strategy, run.flat], sort_keys=True, default=str)
+
+
+def _add_failed(comparison: Comparison, failed: Iterable[Run]) -> None:
+    """Add failed runs to the groups with the same settings."""
+    groups = {_settings_key(group.runs[0]): group for group in comparison.groups}
+    for run in failed:
+        if (group := groups.get(_settings_key(run))) is not None:
+            group.failed.append(run)
+
+
+def _add_differences(comparison: Comparison, margin: float | None) -> None:
+    """Add to each group its differences to the baseline and its notices, and to the comparison its notes."""
+    if not comparison.groups:
         return
-    reference = baseline_scores[0]
-    assert reference is not None
-    comparable = []
-    for group in groups:
-        of_runs = [run.row_scores.get(split) for run in group.runs]
-        of_same_rows = [s for s in of_runs if s and s.digest == reference.digest and s.names == reference.names]
-        if len(of_same_rows) == len(of_runs):
-            comparable.append((group, of_same_rows))
-        else:
-            reason = "not all of its runs have the outcomes of those rows"
-            notes.append(f"{group.label} has no differences in {split}: {reason}")
-    score = reference.score
-    resamples = paired_bootstrap([[rows.features for rows in runs] for _, runs in comparable], score)  # (R, G, S)
-    seed_scores = [np.array([score(rows.features.sum(0)) for rows in runs]) for _, runs in comparable]  # each (n, S)
-    noise = seed_noise(seed_scores, len(resamples))
-    for g, (group, _) in enumerate(comparable[1:], start=1):
-        difference = seed_scores[g].mean(0) - seed_scores[0].mean(0)
-        draws = resamples[:, g] - resamples[:, 0]
-        noise_scale = math.sqrt(1 / len(seed_scores[g]) + 1 / len(seed_scores[0]))
-        for s, name in enumerate(reference.names):
-            group.over_texts[name] = percentile_interval(difference[s], draws[:, s])
-            if noise is not None:
-                group.over_seeds[name] = percentile_interval(difference[s], draws[:, s] + noise_scale * noise[:, s])
+    first, primary = comparison.groups[0], comparison.primary_metric
+    unit = comparison.unit(primary)
+    comparison.margin = None if margin is None else unit.margin(margin)
+    for name in comparison.scores():
+        if not (reference := first.usable(name)):
+            continue
+        for group in comparison.groups[1:]:
+            if usable := group.usable(name):
+                names = (group.label, first.label)
+                group.differences[name] = compare_arms(usable, reference, name, comparison.unit(name), names)
+    family = {str(i): g.differences[primary] for i, g in enumerate(comparison.groups) if primary in g.differences}
+    for i, judged in judge(family, comparison.margin).items():
+        comparison.groups[int(i)].differences[primary] = judged
+    for group in comparison.groups:
+        diverged = [run for run in group.runs if not is_usable(run, primary)]
+        group.notices += reliability_notices(group.usable(primary), [*group.failed, *diverged], primary, unit)
+        for run in group.runs:
+            comparison.notes += [f"{run.folder}: {text}" for text in disagreeing_rows(run)]
+    comparison.notes += _family_notes(comparison)
+
+
+def _family_notes(comparison: Comparison) -> list[str]:
+    """Return notes on what the comparisons of a task cannot show."""
+    notes, primary = [], comparison.primary_metric
+    family = comparison.family
+    num_seeds = min((min(group.differences[primary].contrast.num_seeds) for group in family), default=0)
+    if family and num_seeds <= _FEW_SEEDS and len(family) >= _MANY_ARMS:
+        notes.append(
+            f"With {num_seeds} seeds and {len(family)} comparisons only very large differences can be shown; 5 seeds "
+            "raise the power two- to fourfold."
+        )
+    seeds = {count for group in family for count in group.differences[primary].contrast.num_seeds}
+    if seeds and max(seeds) >= 2 * min(seeds):
+        notes.append(f"Strategies have {min(seeds)} to {max(seeds)} seeds; equal numbers make intervals more reliable.")
+    epochs = {len(run.record["epochs"]) for group in comparison.groups for run in group.runs}
+    selects = primary.partition("/")[0] == comparison.monitor.partition("/")[0]
+    if selects and len(epochs) > 1:
+        notes.append(
+            f"{primary} is that of the epoch that is best on these very rows. Runs chose among {min(epochs)} to "
+            f"{max(epochs)} epochs; more epochs to choose from make a score more optimistic."
+        )
+    return notes
 
 
 def _deduplicate_seeds(runs: Sequence[Run], notes: list[str]) -> list[Run]:

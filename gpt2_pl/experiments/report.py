@@ -6,20 +6,31 @@ Texts of runs, such as names of classes and files, are untrusted: every format s
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from gpt2_pl.errors import printable
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.tables import (
+    ARM_CAPTION,
+    BEST_OF_CAPTION,
+    COST_CAPTION,
     COSTS,
-    DIFFERENCE_CAPTION,
     SCORE_CAPTION,
+    SECONDARY_CAPTION,
     SUMMARY_CAPTION,
     Table,
+    arm_table,
+    best_of_table,
+    cost_table,
+    difference_caption,
     difference_table,
+    heading,
     score_table,
+    secondary_table,
     summary_table,
 )
 
@@ -31,25 +42,25 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w-]+", "_", text)[:100] or "_"
 
 
-def _line(text: object) -> str:
+def line(text: object) -> str:
     """Return a text as one line of printable characters and bounded length."""
-    line = " ".join(str(text).split())
-    return printable(line if len(line) <= _MAX_TEXT else f"{line[:_MAX_TEXT]}...")
+    words = " ".join(str(text).split())
+    return printable(words if len(words) <= _MAX_TEXT else f"{words[:_MAX_TEXT]}...")
 
 
 def _markdown_text(text: str) -> str:
     """Escape a text for Markdown: no HTML, code, link or image, and no new cell or line."""
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"([\\|`])", r"\\\1", _line(text)))
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"([\\|`])", r"\\\1", line(text)))
     return text.replace("](", "]\\(")
 
 
 def _csv_text(text: object) -> str:
     """Escape a text for CSV, so that no spreadsheet evaluates it as a formula."""
-    line = _line(text)
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    escaped = line(text)
+    return f"'{escaped}" if escaped.startswith(("=", "+", "-", "@")) else escaped
 
 
-def _about(comparison: Comparison) -> str:
+def about(comparison: Comparison) -> str:
     """Return what all runs of a comparison share: the evaluated rows and the base."""
     key = comparison.comparison_key
     if not key:
@@ -64,11 +75,26 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
     """Return the tables of a comparison with their captions."""
     if not comparison.groups:
         return []
-    tables = [(SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison))]
-    differences = difference_table(comparison)
-    if differences[1]:
-        tables.append((DIFFERENCE_CAPTION.format(baseline=comparison.groups[0].label), differences))
-    return tables
+    baseline = comparison.groups[0].label
+    tables = [
+        (ARM_CAPTION.format(metric=heading(comparison.primary_metric)), arm_table(comparison)),
+        (difference_caption(comparison), difference_table(comparison)),
+        (SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison)),
+        (SECONDARY_CAPTION.format(baseline=baseline), secondary_table(comparison)),
+        (COST_CAPTION, cost_table(comparison)),
+        (BEST_OF_CAPTION.format(monitor=comparison.monitor), best_of_table(comparison)),
+    ]
+    return [(caption, table) for caption, table in tables if table[1]]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Return the lines below the tables: each difference with its variances, notices, and notes."""
+    lines = []
+    for group in comparison.groups:
+        found = group.differences.get(comparison.primary_metric)
+        lines += [f"{group.label}: {found.line()}"] if found is not None else []
+        lines += [f"{group.label}: {notice}" for notice in (*(found.notices if found else ()), *group.notices)]
+    return [*lines, *comparison.notes]
 
 
 # Markdown
@@ -100,11 +126,11 @@ def markdown(comparisons: list[Comparison], images: Mapping[str, Mapping[str, st
 
 def _markdown_section(comparison: Comparison, images: Mapping[str, str]) -> str:
     task = _markdown_text(comparison.task)
-    lines = [f"## {task}", "", _markdown_text(_about(comparison)), ""]
+    lines = [f"## {task}", "", _markdown_text(about(comparison)), ""]
     for caption, table in _tables(comparison):
         lines += [_markdown_text(caption), "", *markdown_table(table), ""]
     lines += [f"![{task}: {name}]({file})" for name, file in images.items()]
-    lines += ["", *(f"- {_markdown_text(note)}" for note in comparison.notes)]
+    lines += ["", *(f"- {_markdown_text(note)}" for note in notes(comparison))]
     return "\n".join(lines) + "\n"
 
 
@@ -121,12 +147,13 @@ def page(comparisons: list[Comparison], images: Mapping[str, Mapping[str, bytes]
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("gpt2_pl.experiments", ""), autoescape=True)
-    environment.filters["line"] = _line
+    environment.filters["line"] = line
     sections = []
     for comparison in comparisons:
         encoded = {name: base64.b64encode(png).decode() for name, png in images.get(comparison.task, {}).items()}
         tables = _tables(comparison)
-        sections.append({"comparison": comparison, "about": _about(comparison), "tables": tables, "images": encoded})
+        sections.append({"comparison": comparison, "about": about(comparison), "tables": tables, "images": encoded,
+                         "notes": notes(comparison)})  # fmt: skip
     summary = summary_table(comparisons) if any(comparison.groups for comparison in comparisons) else None
     template = environment.get_template("report.html.jinja")
     return template.render(summary=summary, summary_caption=SUMMARY_CAPTION, sections=sections)
@@ -141,18 +168,47 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "task": comparison.task,
         "monitor": comparison.monitor,
         "comparison_key": comparison.comparison_key,
+        "primary_metric": comparison.primary_metric if comparison.groups else None,
+        "margin": comparison.margin,
         "notes": comparison.notes,
         "groups": [
             {
                 "strategy": group.label,
+                "notices": group.notices,
                 "runs": [str(run.folder) for run in group.runs],
                 "scores": {name: group.values(name) for name in comparison.scores()},
-                "over_texts": {name: estimate._asdict() for name, estimate in group.over_texts.items()},
-                "over_seeds": {name: estimate._asdict() for name, estimate in group.over_seeds.items()},
+                "differences": {name: _difference_as_json(found) for name, found in group.differences.items()},
                 "cost": {name: group.cost(name) for name in COSTS},
             }
             for group in comparison.groups
         ],
+    }
+
+
+def _difference_as_json(found: Difference) -> dict[str, Any]:
+    """Return a difference on its internal scale: a fraction for shares, a logarithm for perplexities."""
+    contrast = found.contrast
+    low, high = contrast.interval(LEVEL)
+    numbers = {
+        "difference": contrast.estimate,
+        "low": low,
+        "high": high,
+        "low_together": found.together[0],
+        "high_together": found.together[1],
+        "df": contrast.df,
+        "p": contrast.p_value(),
+        "p_holm": found.p_adjusted,
+        "seed_share": contrast.seed_share,
+        "detectable": found.detectable,
+    }
+    return {
+        **{name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()},
+        "seeds": contrast.num_seeds,
+        "texts": contrast.num_texts if found.has_rows else None,
+        "population": found.population,
+        "verdict": None if found.verdict is None else found.verdict.word,
+        "sentence": found.sentence(),
+        "notices": found.notices,
     }
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.experiments.inference import Score, confusion_scores, loss_scores
+from gpt2_pl.experiments.rows import RowScore, RowScores, read_row_scores
 from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
 RUNS = Path("lightning_logs")  # folder of all runs, relative to the working directory
@@ -29,7 +22,6 @@ _LOCATION_KEYS = re.compile(  # locations, hardware and displays, which do not a
 
 
 _MAX_KEY_CHARACTERS = 1000  # of a dotted key
-_MAX_CLASSES = 200  # limits the memory of one-hot confusion counts, K * K per row
 
 
 @dataclass(eq=False)
@@ -142,84 +134,13 @@ class Run:
             InputError: a file of rows is invalid.
         """
         metrics = tuple(self.record.get("metrics") or ())
-        splits = {split: _read_row_scores(self.folder, split, metrics) for split in ("val", "test")}
+        splits = {split: read_row_scores(self.folder, split, metrics) for split in ("val", "test")}
         return {split: row_scores for split, row_scores in splits.items() if row_scores is not None}
 
-
-class RowScores(NamedTuple):
-    """Contributions of every row of a split to its scores.
-
-    Args:
-        digest: digest of the texts and labels of the rows.
-        features: (N, F) contributions of each row to the sums from which scores are computed.
-        names: names of the S scores.
-        score: maps sums over rows (..., F) to scores (..., S).
-    """
-
-    digest: str
-    features: NDArray[Any]
-    names: tuple[str, ...]
-    score: Score
-
-
-def _read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
-    """Read the row scores of a split from ``losses_SPLIT.csv`` or ``predictions_SPLIT.csv``.
-
-    Returns:
-        The row scores; None if there is no file, or it has no labels.
-
-    Raises:
-        InputError: the file is invalid.
-    """
-    csv.field_size_limit(sys.maxsize)
-    for name, read in (("losses", _read_losses), ("predictions", _read_predictions)):
-        if (file := folder / f"{name}_{split}.csv").is_file():
-            try:
-                row_scores = read(file, split, metrics)
-            except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-                raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
-            if row_scores is not None and not len(row_scores.features):
-                raise InputError(f"{file} has no rows")
-            return row_scores
-    return None
-
-
-def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
-    with file.open(encoding="utf-8", newline="") as lines:
-        poems = list(csv.DictReader(lines))
-    digest = hashlib.sha256(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode()).hexdigest()
-    losses = np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])
-    return RowScores(digest[:12], losses, (f"{split}/loss", f"{split}/perplexity"), loss_scores)
-
-
-def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
-    digest, cells, values = hashlib.sha256(), [], []
-    with file.open(encoding="utf-8", newline="") as lines:
-        table = csv.DictReader(lines)
-        columns = list(table.fieldnames or ())
-        if not {"text", "label", "prediction"} <= set(columns):
-            return None
-        if len(set(columns)) < len(columns):
-            raise ValueError("its columns must have different names")
-        indices = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
-        K = len(indices)
-        if not K and (metric_columns := [name for name in columns if name in metrics]):
-            for row in table:
-                digest.update(f"{row['text']}\0{row['label']}\0".encode())
-                values.append([*(float(row[name]) for name in metric_columns), 1.0])
-            names = tuple(f"{split}/{name}" for name in metric_columns)
-            return RowScores(
-                digest.hexdigest()[:12], np.array(values), names, lambda sums: sums[..., :-1] / sums[..., -1:]
-            )
-        if not 2 <= K <= _MAX_CLASSES:
-            raise ValueError(f"it must have 2 to {_MAX_CLASSES} classes, got {K}")
-        for row in table:
-            digest.update(f"{row['text']}\0{row['label']}\0".encode())
-            cells.append(indices[row["label"]] * K + indices[row["prediction"]])
-    confusion = np.zeros((len(cells), K * K), np.float32)
-    confusion[np.arange(len(cells)), cells] = 1.0
-    names = (f"{split}/accuracy", f"{split}/macro_f1", *([f"{split}/f1"] if K == 2 else []))
-    return RowScores(digest.hexdigest()[:12], confusion, names, lambda sums: confusion_scores(sums)[..., : len(names)])
+    def row_score(self, name: str) -> RowScore | None:
+        """Return a score, such as ``val/accuracy``, as its table of rows gives it; None if it does not."""
+        of_split = self.row_scores.get(name.partition("/")[0])
+        return None if of_split is None else of_split.scores.get(name)
 
 
 def _file_names(files: Any) -> str:

@@ -5,123 +5,257 @@ from __future__ import annotations
 import math
 
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
-from gpt2_pl.experiments.inference import EffectEstimate
+from gpt2_pl.experiments.differences import Difference
+from gpt2_pl.experiments.levels import collapse_text, score_interval, spread_interval
 
 Table = tuple[list[str], list[list[str]]]
 """Headings, and rows of cells."""
 
-COSTS = {  # name -> heading, divisor, digits
+COSTS: dict[str, tuple[str, float, int | None]] = {  # name -> heading, divisor, digits; None for powers of ten
+    "trials": ("tuning trials", 1, 0),
+    "trial_cpu_seconds": ("tuning, CPU minutes", 60, 1),
     "trainable": ("trainable", 1, 0),
     "checkpoint_bytes": ("checkpoint, MB", 1e6, 1),
     "examples_per_second": ("examples/s", 1, 1),
     "peak_memory_bytes": ("peak memory, GB", 1e9, 2),
+    "training_flops": ("FLOPs", 1, None),
     "seconds": ("minutes", 60, 1),
     "cpu_seconds": ("CPU minutes", 60, 1),
+    "gpu_seconds": ("GPU minutes", 60, 1),
     "seconds_to_best": ("minutes to best", 60, 1),
 }
 SCORE_CAPTION = (
-    "Scores are those of the epoch best by {monitor}: means over seeds ± standard deviation, shares in percent. Costs "
-    "are medians over seeds."
+    "Scores are those of the epoch best by {monitor}: means over seeds ± standard deviation, shares in percent."
+)
+COST_CAPTION = "Costs are medians over seeds. Tuning is the search that chose the settings of a strategy."
+ARM_CAPTION = (
+    "{metric} of every strategy with its 95 % interval over new seeds and new texts (of one run: over new texts), its "
+    "standard deviation over seeds with the 95 % interval of that, and the collapsed runs: far below their strategy."
 )
 DIFFERENCE_CAPTION = (
-    "Differences to {baseline}, each with its 95 % interval and two-sided p. Over texts: a paired bootstrap of the "
-    "evaluated rows, which shows how sure the difference of these trained models is. Over texts and seeds: Student's t "
-    "with the standard deviation over seeds pooled over strategies, which shows how sure the difference of the "
-    "strategies is."
+    "Differences in {metric} to {baseline}{sign}. Each has its 95 % interval over new seeds and new texts: variances "
+    "over seeds of each strategy (Welch), over texts, and of seeds with texts; Student's t with Satterthwaite's "
+    "degrees of freedom. The intervals of the next column cover all together. p is two-sided, then corrected for "
+    "{count} comparison{plural} (Holm). Verdicts use the corrected p{margin}. Detectable is the true difference that "
+    "such runs show with a chance of 80 %."
+)
+SECONDARY_CAPTION = (
+    "Differences in other scores, positive if better than {baseline} (of scores without a direction: if higher), with "
+    "the 95 % interval of each. They are descriptive: no correction, no verdict. Intervals in brackets are of scores "
+    "without rows, about new seeds and these very texts."
+)
+BEST_OF_CAPTION = (
+    "Expected best {monitor} of k independent trials of the search, with the exact 95 % limits of the median best. The "
+    "scores are of the rows that choose among the trials, and therefore optimistic."
 )
 SUMMARY_CAPTION = (
-    "Cheapest is the strategy that trains the fewest parameters of those that are not shown to be worse than the "
-    "baseline (95 %, over texts and seeds). Differences are to the baseline."
+    "Cheapest is the strategy that trains the fewest parameters of the baseline and those for which a loss of the "
+    "declared margin or more is excluded. Verdicts count all other strategies."
 )
+_NOT_DECLARED = "needs --margin"
 
 
 def score_table(comparison: Comparison) -> Table:
-    """Return the scores and the costs of every strategy."""
+    """Return the scores of every strategy."""
     names = comparison.scores()
-    headings = ["strategy", "seeds", *(_heading(name) for name in names)]
+    headings = ["strategy", "seeds", *(heading(name) for name in names)]
     has_best = any(len(group.runs) > 1 for group in comparison.groups)
-    headings += [*(["best seed"] if has_best else []), *(heading for heading, _, _ in COSTS.values())]
+    headings += ["best seed"] if has_best else []
     cells = []
     for group in comparison.groups:
-        row = [group.label, str(len(group.runs)), *(_score(comparison, group, name) for name in names)]
-        row += [_best(comparison, group)] if has_best else []
-        row += [_number(group.cost(name), divisor, digits) for name, (_, divisor, digits) in COSTS.items()]
-        cells.append(row)
+        row = [group.label, str(len(group.runs)), *(score_text(comparison, group, name) for name in names)]
+        cells.append(row + ([_best_seed(comparison, group)] if has_best else []))
+    return headings, cells
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """Return the costs of every strategy that are known of any."""
+    known = [name for name in COSTS if any(group.cost(name) is not None for group in comparison.groups)]
+    cells = [[group.label, *(cost_text(group, name) for name in known)] for group in comparison.groups]
+    return ["strategy", *(COSTS[name][0] for name in known)], cells
+
+
+def arm_table(comparison: Comparison) -> Table:
+    """Return the primary metric of every strategy with intervals."""
+    name = comparison.primary_metric
+    unit = comparison.unit(name)
+    headings = ["strategy", "seeds", heading(name), "95 %", "sd over seeds", "95 % of the sd", "collapsed"]
+    cells = []
+    for group in comparison.groups:
+        usable, values, std = group.usable(name), group.usable_values(name), group.std(name)
+        row = [group.label, str(len(usable)), "" if (mean := group.mean(name)) is None else unit.format_score(mean)]
+        row.append(interval_text(comparison, name, score_interval(usable, name, unit)))
+        row.append("" if std is None else unit.format_score(std))
+        row.append(interval_text(comparison, name, spread_interval(values)))
+        cells.append([*row, collapse_text(usable, name, unit)])
     return headings, cells
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Return the differences to the baseline; without rows if no run has outcomes of single rows."""
-    names = list(dict.fromkeys(name for group in comparison.groups for name in group.over_texts))
-    headings = ["strategy"]
-    for name in names:
-        headings += [f"{_heading(name)}: difference over texts", "over texts and seeds"]
+    """Return the differences in the primary metric to the baseline."""
+    name = comparison.primary_metric
+    headings = ["strategy", "difference", "95 % each", "95 % all together", "df", "variance: seeds", "p", "p (Holm)"]
+    headings += ["detectable", "verdict"]
     cells = []
     for group in comparison.groups[1:]:
-        row = [group.label]
-        for name in names:
-            row.append(_difference(comparison, group.over_texts.get(name), name, True))
-            row.append(_difference(comparison, group.over_seeds.get(name), name, False))
-        cells.append(row)
-    return headings, cells if names else []
-
-
-def summary_table(comparisons: list[Comparison]) -> Table:
-    """Return the baseline, the best and the cheapest strategy of every task."""
-    headings = ["task", "by", "baseline", "best", "cheapest not shown to be worse"]
-    cells = []
-    for comparison in comparisons:
-        if comparison.groups:
-            chosen = (comparison.groups[0], comparison.best(), comparison.cheapest())
-            texts = ["not known" if group is None else _summary(comparison, group) for group in chosen]
-            cells.append([comparison.task, _heading(comparison.primary_metric), *texts])
+        if (found := group.differences.get(name)) is None:
+            cells.append([group.label, *[""] * (len(headings) - 2), "Not assessed: no scores."])
+            continue
+        contrast = found.contrast
+        share = f"{100 * contrast.seed_share:.0f} %" if found.is_tested else ""
+        narrow = f" ({found.population})" if contrast.has_interval and not found.is_tested else ""
+        df, p = f"{contrast.df:.1f}" if contrast.has_interval else "", contrast.p_value()
+        cells.append([
+            group.label, found.estimate_text(), found.interval_text() + narrow, found.together_text(), df, share,
+            p_text(p if found.is_tested else math.nan), p_text(found.p_adjusted), detectable_text(found),
+            found.sentence(),
+        ])  # fmt: skip
     return headings, cells
 
 
-def _heading(name: str) -> str:
+def secondary_table(comparison: Comparison) -> Table:
+    """Return the differences in all other scores to the baseline."""
+    found = dict.fromkeys(name for group in comparison.groups for name in group.differences)
+    names = [name for name in found if name != comparison.primary_metric]
+    cells = []
+    for group in comparison.groups[1:]:
+        cells.append([group.label, *(_described(group.differences.get(name)) for name in names)])
+    return ["strategy", *map(heading, names)], cells if names else []
+
+
+def best_of_table(comparison: Comparison) -> Table:
+    """Return the expected best score of k trials for every strategy with a search; without rows if there is none."""
+    searched = [group for group in comparison.groups if group.trials is not None]
+    unit, cells = comparison.unit(comparison.monitor), []
+    for group in searched:
+        trials = group.trials
+        assert trials is not None
+        failed = f", {trials.num_failed} failed" if trials.num_failed else ""
+        about = f"{len(trials.scores)}{failed}, {trials.sampler}"
+        if not trials.is_independent:
+            cells.append([group.label, about, "", "not estimated: the trials are not independent draws", ""])
+            continue
+        k = 1
+        while k <= max(1, len(trials.scores) // 2):
+            best = trials.best_of(k, 0.0 if unit.is_percent and unit.higher_is_better else -math.inf)
+            expected, low, high = ("" if value is None else _finite(comparison, unit.sign * value) for value in best)
+            cells.append([group.label, about, str(k), expected, _limits(low, high, unit.higher_is_better)])
+            k *= 2
+    return ["strategy", "trials", "k", "expected best", "95 % of the median best"], cells
+
+
+def summary_table(comparisons: list[Comparison]) -> Table:
+    """Return the baseline, the strategy with the best mean, the cheapest one and the verdicts of every task."""
+    headings = ["task", "by", "baseline", "best mean", "cheapest not worse by the margin", "verdicts"]
+    cells = []
+    for comparison in comparisons:
+        if comparison.groups:
+            name, cheapest = comparison.primary_metric, comparison.cheapest()
+            none = _NOT_DECLARED if comparison.margin is None else "not known"
+            chosen = [_summary(comparison, group) for group in (comparison.groups[0], comparison.best())]
+            chosen.append(none if cheapest is None else _summary(comparison, cheapest))
+            cells.append([comparison.task, heading(name), *chosen, verdict_counts(comparison)])
+    return headings, cells
+
+
+def verdict_counts(comparison: Comparison) -> str:
+    """Return how many strategies are better, worse, equivalent and so on, in words."""
+    counts: dict[str, int] = {}
+    for group in comparison.groups[1:]:
+        found = group.differences.get(comparison.primary_metric)
+        word = found.verdict.word if found is not None and found.verdict is not None else "not assessed"
+        counts[word] = counts.get(word, 0) + 1
+    return ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def difference_caption(comparison: Comparison) -> str:
+    """Return the caption of :func:`difference_table`."""
+    name, count = comparison.primary_metric, len(comparison.family)
+    unit, margin = comparison.unit(name), ""
+    if comparison.margin is not None:
+        margin = f" and the margin of {unit.format_amount(comparison.margin)} that was declared beforehand"
+    in_points = " in points," if unit.is_percent else ""
+    sign = ", as ratios: below 1 is better" if unit.is_ratio else f",{in_points} positive if better"
+    return DIFFERENCE_CAPTION.format(
+        metric=heading(name), baseline=comparison.groups[0].label, sign=sign, count=count,
+        plural="s" * (count != 1), margin=margin,
+    )  # fmt: skip
+
+
+# Cells
+
+
+def heading(name: str) -> str:
+    """Return a score's name as a heading."""
     return name.replace("val/", "").replace("_", " ")
 
 
-def _scaled(comparison: Comparison, name: str, value: float) -> str:
-    if comparison.metric(name).get("percent"):
-        return f"{100 * value:.1f}"
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _score(comparison: Comparison, group: RunGroup, name: str) -> str:
-    mean, std = group.mean(name), group.std(name)
+def score_text(comparison: Comparison, group: RunGroup, name: str) -> str:
+    """Format the mean of a score and its standard deviation."""
+    mean, std, unit = group.mean(name), group.std(name), comparison.unit(name)
     if mean is None:
         return ""
-    return _scaled(comparison, name, mean) + (f" ± {_scaled(comparison, name, std)}" if std is not None else "")
+    return unit.format_score(mean) + (f" ± {unit.format_score(std)}" if std is not None else "")
 
 
-def _best(comparison: Comparison, group: RunGroup) -> str:
-    name = comparison.primary_metric
-    values = group.values(name)
-    return _scaled(comparison, name, (max if comparison.higher_is_better(name) else min)(values)) if values else ""
+def interval_text(comparison: Comparison, name: str, limits: tuple[float, float] | None) -> str:
+    """Format the limits of a score; empty if there are none."""
+    unit = comparison.unit(name)
+    return "" if limits is None else f"{unit.format_score(limits[0])} to {unit.format_score(limits[1])}"
 
 
-def _difference(comparison: Comparison, estimate: EffectEstimate | None, name: str, with_mean: bool) -> str:
-    if estimate is None:
+def p_text(p: float) -> str:
+    """Format a p-value; empty if there is none."""
+    return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def detectable_text(found: Difference) -> str:
+    """Format the detectable difference; empty if it is not known."""
+    return "" if found.detectable is None else found.unit.format_rounded_up(found.detectable)
+
+
+def cost_text(group: RunGroup, name: str) -> str:
+    """Format a cost; empty if it is not known."""
+    value, (_, divisor, digits) = group.cost(name), COSTS[name]
+    if value is None:
         return ""
-    mean, low, high = (_scaled(comparison, name, value) for value in estimate[:3])
-    signed = ["+" * (not text.startswith("-")) + text for text in (mean, low, high)]
-    p = f"p {estimate.p:.3f}" if estimate.p >= 0.001 else "p < 0.001"
-    return f"{signed[0] + ' ' if with_mean else ''}[{signed[1]}, {signed[2]}], {p}"
+    return f"{value / divisor:.2e}" if digits is None else f"{value / divisor:,.{digits}f}"
 
 
-def _number(value: float | None, divisor: float, digits: int) -> str:
-    return "" if value is None else f"{value / divisor:,.{digits}f}"
+def _best_seed(comparison: Comparison, group: RunGroup) -> str:
+    name = comparison.primary_metric
+    values, unit = group.usable_values(name), comparison.unit(name)
+    return unit.format_score(max(values, key=lambda value: unit.sign * value)) if values else ""
+
+
+def _described(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    interval = found.interval_text()
+    if not interval:
+        return found.estimate_text()
+    return f"{found.estimate_text()} ({interval})" if found.has_rows else f"{found.estimate_text()} [{interval}]"
+
+
+def _finite(comparison: Comparison, value: float) -> str:
+    return comparison.unit(comparison.monitor).format_score(value) if math.isfinite(value) else "failed"
+
+
+def _limits(low: str, high: str, higher_is_better: bool) -> str:
+    """Return limits of which one may be missing, in the order of the score."""
+    first, last = (low, high) if higher_is_better else (high, low)
+    if first and last:
+        return f"{first} to {last}"
+    return f"≥ {first}" if first else f"≤ {last}" if last else ""
 
 
 def _summary(comparison: Comparison, group: RunGroup) -> str:
     """Return the score, the difference to the baseline and the cost of a strategy."""
     name, first = comparison.primary_metric, comparison.groups[0]
-    text = f"{group.label}: {_score(comparison, group, name)}"
-    estimate = group.over_seeds.get(name, group.over_texts.get(name))
-    if estimate is not None:
-        text += f", {_difference(comparison, estimate, name, True)}"
-        text += "" if name in group.over_seeds else " over texts"
+    text = f"{group.label}: {score_text(comparison, group, name)}"
+    if (found := group.differences.get(name)) is not None:
+        interval = f" ({found.interval_text()})" if found.contrast.has_interval else ""
+        text += f", {found.estimate_text()}{interval}"
     share = (group.cost("trainable") or 0.0) / (first.cost("total") or math.inf)
     minutes = group.cost("cpu_seconds")
     return f"{text}; {share:.1%} of the parameters" + ("" if minutes is None else f", {minutes / 60:.1f} CPU minutes")

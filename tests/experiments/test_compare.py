@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import statistics
@@ -14,6 +15,7 @@ from conftest import ROOT
 from conftest import started as start
 from helpers.refusals import refused
 from helpers.runs import fake_run
+from scipy import stats
 
 from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
@@ -44,11 +46,13 @@ def test_compare_two_strategies_gives_group_means_and_differences(runs):
     assert lora.std("val/accuracy") == pytest.approx(statistics.stdev(scores))
     assert lora.cost("examples_per_second") == 52.0
     assert lora.cost("seconds_to_best") == 60.0
-    assert full.over_texts == {}
+    assert full.differences == {}
     difference = lora.mean("val/accuracy") - full.mean("val/accuracy")
-    assert lora.over_texts["val/accuracy"].mean == pytest.approx(difference)
-    assert 0 < lora.over_texts["val/accuracy"].low < difference < lora.over_texts["val/accuracy"].high
-    assert lora.over_texts["val/accuracy"].p < 0.01
+    found = lora.differences["val/accuracy"]
+    assert found.contrast.estimate == pytest.approx(difference)
+    low, high = found.contrast.interval()
+    assert 0 < low < difference < high
+    assert found.p_adjusted == found.contrast.p_value() < 0.01
     assert not comparison.notes
 
 
@@ -103,13 +107,20 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
         "ParaphraseDetector_curves.png", "ParaphraseDetector_costs.png",
     }  # fmt: skip
     text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
-    assert text in shown
-    assert re.search(r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| lora: ", text)
+    assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith(str(out)))
+    line = re.search(r"D = \+(\d\d\.\d) points \(95 % \+[\d.]+ to \+[\d.]+\), 3 \+ 3 seeds, 400 texts, df [\d.]+; "
+                     r"variance: seeds \d+ %, texts \d+ %", text)  # fmt: skip
+    assert line
+    assert line[0] in " ".join(shown.split())
+    assert re.search(
+        r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| needs --margin ", text
+    )
+    assert re.search(rf"\| lora \| \+{line[1]} \| [^|]+ to [^|]+ \| [^|]+ \| [\d.]+ \| \d+ % \| < 0.001 \| ", text)
     assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
     assert "| full | 3 |" in text
     assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text
     assert page.count("data:image/png;base64,") == 2
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 6
     assert 'src="http' not in page
     with (out / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -159,9 +170,10 @@ def test_compare_real_runs_gives_groups_scores_and_costs(run, base, pair_flags, 
         run("fit", *files, *pair_flags, f"--model.base={base}", "--data.max_length=48", "--trainer.max_epochs=1")
     (comparison,) = compare([Run.read(folder) for folder in tmp_path.glob("lightning_logs/quora/version_*")])
     assert [group.label for group in comparison.groups] == ["full", "lora"]
-    assert set(comparison.groups[1].over_texts) == {
+    assert {name for name, found in comparison.groups[1].differences.items() if found.has_rows} == {
         f"{split}/{name}" for split in ("val", "test") for name in ("accuracy", "macro_f1", "f1")
     }
+    assert comparison.notes == []  # the scores of the rows are the recorded ones
     assert comparison.groups[0].cost("trainable") > comparison.groups[1].cost("trainable")
 
 
@@ -243,37 +255,46 @@ def test_compare_poem_runs_gives_differences_in_perplexity(tmp_path):
     (comparison,) = compare([Run.read(folder) for folder in sorted(tmp_path.iterdir())])
     full, lora, prefix = comparison.groups
     assert comparison.primary_metric == "test/perplexity"
-    found = prefix.over_texts["test/perplexity"]
-    assert found.mean == pytest.approx(prefix.mean("test/perplexity") - full.mean("test/perplexity"), rel=1e-6)
-    assert 0 < found.low < found.mean < found.high
-    assert found.p < 0.01
-    assert prefix.over_seeds["val/loss"].mean == pytest.approx(0.05, abs=0.01)
+    found = prefix.differences["test/perplexity"]
+    logs = [np.log(group.values("test/perplexity")).mean() for group in (full, prefix)]
+    assert found.contrast.estimate == pytest.approx(logs[0] - logs[1], abs=1e-6)
+    assert float(found.estimate_text()) == pytest.approx(np.exp(logs[1] - logs[0]), abs=1e-3)
+    low, high = map(float, found.interval_text().split(" to "))
+    assert 1.0 < low < np.exp(logs[1] - logs[0]) < high
+    assert found.sentence() == "Worse."
+    assert prefix.differences["val/loss"].contrast.estimate == pytest.approx(-0.05, abs=0.01)
     assert comparison.best() is full
-    assert lora.over_seeds["test/perplexity"].p > 0.05
+    assert lora.differences["test/perplexity"].p_adjusted > 0.05
 
 
-def test_compare_equally_good_group_of_lower_cost_is_recommended(runs, tmp_path):
-    """The best group, and the cheapest one that is not significantly worse."""
+def test_compare_cheapest_group_without_a_loss_of_the_margin_is_named(runs, tmp_path):
     text = (np.arange(400) % 8 > 5).astype(bool)
     fake_run(tmp_path / "bad", "prompt", 1, text)
     for folder, count in ((runs[3], 10**6), (runs[4], 10**6), (runs[5], 10**6), (tmp_path / "bad", 10)):
         account = json.loads((folder / "metrics.json").read_text())
         account["parameters"] = {"trainable": count, "total": 10**6}
         (folder / "metrics.json").write_text(json.dumps(account))
-    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "bad"]])
+    everything = [Run.read(folder) for folder in [*runs, tmp_path / "bad"]]
+    (comparison,) = compare(everything)
+    assert comparison.cheapest() is None  # without a margin nothing is shown not to be worse
+    (comparison,) = compare(everything, margin=1.0)
     assert comparison.best().label == comparison.cheapest().label == "lora"
-    (comparison,) = compare([Run.read(folder) for folder in [*runs, tmp_path / "bad"]], "lora")
+    (comparison,) = compare(everything, "lora", 1.0)
     assert comparison.cheapest().label == "lora"
+    for margin in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="margin must be above 0"):
+            compare(everything, margin=margin)
 
 
-def test_compare_hundred_runs_takes_less_than_half_a_minute(tmp_path):
+def test_compare_two_hundred_runs_takes_less_than_ten_seconds(tmp_path):
     generator = np.random.default_rng(0)
-    for i in range(100):
-        fake_run(tmp_path / f"{i}", f"s{i // 4}", i % 4, generator.random(1101) < 0.5)
+    for i in range(200):
+        fake_run(tmp_path / f"runs/{i}", f"s{i // 4}", i % 4, generator.random(1101) < 0.5)
     since = time.process_time()
-    (comparison,) = compare([Run.read(tmp_path / f"{i}") for i in range(100)])
-    assert len(comparison.groups) == 25
-    assert time.process_time() - since < 30.0  # under five were measured
+    main(["compare", str(tmp_path / "runs"), "--margin=1", f"--out={tmp_path / 'report'}"])
+    assert time.process_time() - since < 10.0
+    (found,) = json.loads((tmp_path / "report/report.json").read_text())
+    assert len(found["groups"]) == 50
 
 
 def test_compare_resumed_run_joins_group_and_other_data_or_base_does_not(runs, tmp_path):
@@ -308,16 +329,22 @@ def test_compare_resumed_run_joins_group_and_other_data_or_base_does_not(runs, t
 def test_compare_one_seed_per_group_recommends_no_cheapest_group(runs, tmp_path):
     probe = fake_run(tmp_path / "probe", "linear_probe", 1, np.zeros(400, bool))
     (comparison,) = compare([Run.read(folder) for folder in [runs[3], probe]])
-    assert comparison.groups[1].over_seeds == {}  # one seed of each says nothing of others
+    found = comparison.groups[1].differences["val/accuracy"]
+    assert found.sentence() == "Not assessed: one seed."  # one seed of each says nothing of others
     assert comparison.cheapest() is None
-    assert comparison.groups[1].over_texts["val/accuracy"].p < 0.001
+    assert found.line().endswith("these weights only")
+    assert found.contrast.p_value() < 0.001
 
 
-def test_compare_group_without_row_outcomes_is_noted_without_differences(runs, tmp_path):
-    right = np.arange(400) % 3 > 0
-    bare = fake_run(tmp_path / "bare", "dora", 1, right)
+def test_compare_runs_without_row_outcomes_have_welchs_interval_and_no_verdict(runs):
     for folder in runs:
-        (folder / "predictions_test.csv").write_text((folder / "predictions_val.csv").read_text())
-    (comparison,) = compare([Run.read(folder) for folder in [*runs, bare]])
-    assert "test/accuracy" in comparison.groups[2].over_texts
-    assert "dora has no differences in test: not all of its runs have the outcomes of those rows" in comparison.notes
+        (folder / "predictions_val.csv").unlink()
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    full, lora = comparison.groups
+    found = lora.differences["val/accuracy"]
+    welch = stats.ttest_ind(lora.values("val/accuracy"), full.values("val/accuracy"), equal_var=False)
+    assert found.contrast.p_value() == pytest.approx(welch.pvalue)
+    assert found.contrast.interval() == pytest.approx(tuple(welch.confidence_interval()))
+    assert found.line().endswith("these texts only")
+    assert found.sentence().startswith("Not assessed: not all runs have outcomes of the same rows")
+    assert math.isnan(found.p_adjusted)

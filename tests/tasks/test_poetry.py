@@ -17,6 +17,7 @@ from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.datamodules import Sonnets
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.run import Run
 from gpt2_pl.tasks import PoemGenerator
 from gpt2_pl.text import metrics as scores
 from gpt2_pl.text.poems import LineLengthProcessor, rhyme_share, split_lines
@@ -174,6 +175,12 @@ def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
     assert metrics(folder)["score_signatures"] == {"test/chrf": signature, "test/chrf_whole_poem": signature}
     check_metrics(metrics(folder), "metrics.json")
     assert {"test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
+    of_rows = Run.read(folder).row_scores["test"].scores
+    names = {"loss", "perplexity", "chrf", "chrf_whole_poem", "seq_rep_4", "lines", "rhyme"}
+    assert set(of_rows) == {f"test/{name}" for name in names}
+    for name, of_row in of_rows.items():
+        value = math.exp(of_row.value) if name == "test/perplexity" else of_row.value
+        assert value == pytest.approx(account[name], rel=1e-5), name
 
     # perplexity is that of transformers on the same lines
     run("export", folder, "--format", "hf", "--out", tmp_path / "hf")

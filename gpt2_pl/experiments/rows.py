@@ -1,0 +1,164 @@
+"""Scores of a run from its table of rows, and the contribution of every row to them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.statistics.contrast import Floats
+from gpt2_pl.experiments.statistics.contributions import class_f1, from_confusion, from_sums
+from gpt2_pl.text.metrics import chrf_of_counts
+
+_MAX_CLASSES = 200  # limits the confusion counts, K * K
+
+
+@dataclass(frozen=True, eq=False)
+class RowScore:
+    """A score of a run, computed from its rows.
+
+    Args:
+        value: the score of all rows; of a perplexity its logarithm, the loss per token.
+        contributions: (N,) contribution of each row, by deletion of the row; see
+            :mod:`gpt2_pl.experiments.statistics.contributions`.
+        is_binary: the score is the share of rows with a property, so that contributions are 0 or 1.
+    """
+
+    value: float
+    contributions: Floats
+    is_binary: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """Scores of a run in a split, computed from its rows.
+
+    Args:
+        digest: digest of the texts and labels of the rows; runs of equal digests were scored on the same rows.
+        scores: the scores by name, such as ``val/accuracy``.
+        majority_share: share of the most frequent label, the accuracy of predicting it for every row; None for rows
+            without classes or of one class.
+    """
+
+    digest: str
+    scores: dict[str, RowScore]
+    majority_share: float | None = None
+
+
+def read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
+    """Read the row scores of a split from ``losses_SPLIT.csv`` or ``predictions_SPLIT.csv``.
+
+    Args:
+        folder: folder of the run.
+        split: ``val`` or ``test``.
+        metrics: names of the metrics of the run's task; columns of these names are outcomes of rows.
+
+    Returns:
+        The row scores; None if there is no file, or it has no labels.
+
+    Raises:
+        InputError: the file is invalid.
+    """
+    csv.field_size_limit(sys.maxsize)
+    for name, read in (("losses", _read_losses), ("predictions", _read_predictions)):
+        if (file := folder / f"{name}_{split}.csv").is_file():
+            try:
+                return read(file, split, metrics)
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+                raise InputError(f"{file} is broken: {' '.join(str(error).split())[:200]}") from None
+    return None
+
+
+def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
+    with file.open(encoding="utf-8", newline="") as lines:
+        poems = list(csv.DictReader(lines))
+    if not poems:
+        raise ValueError("it has no rows")
+    digest = hashlib.sha256(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode()).hexdigest()
+    sums = np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])
+    if sums[:, 1].min() < 0 or sums[:, 1].sum() == 0:
+        raise ValueError("its numbers of tokens must be at least 0, and one of them above 0")
+    with np.errstate(invalid="ignore", divide="ignore"):  # a run may diverge
+        loss = RowScore(*from_sums(sums, lambda total: total[..., 0] / total[..., 1]))
+    scores = {"loss": loss, "perplexity": loss}
+    for name in metrics:
+        if name.startswith("chrf") and f"{name}_counts" in poems[0]:
+            counts = np.array([[float(int(count)) for count in poem[f"{name}_counts"].split()] for poem in poems])
+            scores[name] = RowScore(*from_sums(counts, chrf_of_counts))
+        elif name in poems[0] and name not in scores:
+            scores[name] = _mean(np.array([float(poem[name]) for poem in poems]))
+    return RowScores(digest[:12], {f"{split}/{name}": score for name, score in scores.items()})
+
+
+def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
+    with file.open(encoding="utf-8", newline="") as lines:
+        table = csv.DictReader(lines)
+        columns = list(table.fieldnames or ())
+        if not {"text", "label", "prediction"} <= set(columns):
+            return None
+        if len(set(columns)) < len(columns):
+            raise ValueError("its columns must have different names")
+        classes = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
+        outcomes = [] if classes else [name for name in columns if name in metrics]
+        digest, values = hashlib.sha256(), []
+        for row in table:
+            digest.update(f"{row['text']}\0{row['label']}\0".encode())
+            if outcomes:
+                values.append([float(row[name]) for name in outcomes])
+            elif 2 <= len(classes) <= _MAX_CLASSES:
+                values.append([classes[row["label"]], classes[row["prediction"]]])
+            else:
+                raise ValueError(f"it must have 2 to {_MAX_CLASSES} classes, got {len(classes)}")
+    if not values:
+        raise ValueError("it has no rows")
+    if outcomes:
+        columns_of_values = np.array(values).T
+        means = {f"{split}/{name}": _mean(column) for name, column in zip(outcomes, columns_of_values, strict=True)}
+        return RowScores(digest.hexdigest()[:12], means)
+    labels, predictions = np.array(values).T
+    majority_share = float(np.bincount(labels).max() / len(labels)) if len(np.unique(labels)) > 1 else None
+    scores = classification_scores(labels, predictions, len(classes))
+    return RowScores(digest.hexdigest()[:12], {f"{split}/{n}": score for n, score in scores.items()}, majority_share)
+
+
+def _mean(values: Floats) -> RowScore:
+    return RowScore(float(values.mean()), values, bool(np.isin(values, (0.0, 1.0)).all()))
+
+
+def classification_scores(
+    labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int
+) -> dict[str, RowScore]:
+    """Return accuracy, macro F1 and, for two classes, F1 of class 1.
+
+    As in torchmetrics, macro F1 is the mean over the classes that occur as a label or a prediction. The deletion of a
+    row does not change these classes; the F1 of a class without rows is 0.
+
+    Args:
+        labels: (N,) true classes.
+        predictions: (N,) predicted classes.
+        num_classes: number of classes K, at least 2.
+
+    Returns:
+        The scores by name.
+    """
+    seen = np.union1d(labels, predictions)
+
+    def macro_f1(counts: Floats) -> Floats:
+        means: Floats = class_f1(counts)[..., seen].mean(-1)
+        return means
+
+    scores = {
+        "accuracy": _mean((labels == predictions).astype(float)),
+        "macro_f1": RowScore(*from_confusion(labels, predictions, num_classes, macro_f1)),
+    }
+    if num_classes == 2:
+        f1 = from_confusion(labels, predictions, num_classes, lambda counts: class_f1(counts)[..., 1])
+        scores["f1"] = RowScore(*f1)
+    return scores

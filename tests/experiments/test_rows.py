@@ -1,0 +1,79 @@
+"""Scores and contributions of rows against torchmetrics, scikit-learn and deletion row by row."""
+
+import time
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+from torch import tensor
+from torchmetrics.functional.classification import multiclass_f1_score
+
+from gpt2_pl.experiments.rows import classification_scores, read_row_scores
+
+
+@pytest.mark.parametrize("K", [2, 5])
+def test_classification_scores_of_random_predictions_equal_torchmetrics(K):
+    generator = np.random.default_rng(K)
+    label = generator.integers(0, K - (K == 5), 200)  # of five classes one is neither a label nor a prediction
+    prediction = np.where(generator.random(200) < 0.5, label, generator.integers(0, K - (K == 5), 200))
+    scores = classification_scores(label, prediction, K)
+    expected = {"accuracy": (label == prediction).mean()}
+    expected["macro_f1"] = float(multiclass_f1_score(tensor(prediction), tensor(label), K, average="macro"))
+    if K == 2:
+        expected["f1"] = float(multiclass_f1_score(tensor(prediction), tensor(label), K, average="none")[1])
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(expected)
+
+
+def test_classification_contributions_equal_deletion_of_every_row():
+    generator = np.random.default_rng(0)
+    label = generator.choice(3, 60, p=[0.6, 0.37, 0.03])
+    prediction = np.where(generator.random(60) < 0.6, label, generator.integers(0, 3, 60))
+    classes = np.union1d(label, prediction)
+    scores = classification_scores(label, prediction, 4)
+
+    def macro_f1(label, prediction):
+        return f1_score(label, prediction, labels=classes, average="macro", zero_division=0)
+
+    whole = macro_f1(label, prediction)
+    without = [macro_f1(np.delete(label, i), np.delete(prediction, i)) for i in range(60)]
+    assert scores["macro_f1"].value == pytest.approx(whole)
+    assert scores["macro_f1"].contributions == pytest.approx([60 * whole - 59 * other for other in without])
+    assert scores["accuracy"].contributions == pytest.approx((label == prediction).astype(float))
+    assert scores["accuracy"].is_binary
+    assert not scores["macro_f1"].is_binary
+
+
+def test_losses_of_poems_are_weighted_by_tokens(tmp_path):
+    rows = np.array([[30.0, 10], [2.0, 1], [7.0, 4]])
+    lines = "".join(f"{i},{n:.0f},{loss}\n" for i, (loss, n) in enumerate(rows))
+    (tmp_path / "losses_test.csv").write_text(f"poem,n_tokens,loss\n{lines}")
+    scores = read_row_scores(tmp_path, "test", ()).scores
+    assert scores["test/loss"].value == pytest.approx(39 / 15)
+    without = [(39 - loss) / (15 - n) for loss, n in rows]
+    assert scores["test/loss"].contributions == pytest.approx([3 * 39 / 15 - 2 * other for other in without])
+    assert scores["test/perplexity"] is scores["test/loss"]  # compared by its logarithm
+
+
+def test_outcome_columns_of_other_tasks_are_means_over_rows(tmp_path):
+    content = "row,text,label,prediction,mae,note\n1,a,3,2,1,x\n2,b,3,3.5,0.5,y\n"
+    (tmp_path / "predictions_val.csv").write_text(content)
+    scores = read_row_scores(tmp_path, "val", ("mae",)).scores
+    assert list(scores) == ["val/mae"]
+    assert scores["val/mae"].value == 0.75
+    assert list(scores["val/mae"].contributions) == [1.0, 0.5]
+
+
+def test_majority_share_is_that_of_the_most_frequent_label(tmp_path):
+    for labels, share in (("aab", 2 / 3), ("aaa", None)):
+        rows = "".join(f"{i},x{i},{label},a,0.5,0.5\n" for i, label in enumerate(labels))
+        (tmp_path / "predictions_val.csv").write_text(f"row,text,label,prediction,p(a),p(b)\n{rows}")
+        assert read_row_scores(tmp_path, "val", ()).majority_share == share
+
+
+def test_contributions_of_two_hundred_classes_take_less_than_three_seconds():
+    generator = np.random.default_rng(1)
+    label, prediction = generator.integers(0, 200, (2, 2000))
+    since = time.process_time()
+    scores = classification_scores(label, prediction, 200)
+    assert time.process_time() - since < 3.0
+    assert len(scores["macro_f1"].contributions) == 2000

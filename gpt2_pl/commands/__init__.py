@@ -4,6 +4,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl generate RUN --prompt_file FILE --out FILE
        gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER]
+       gpt2-pl power RUN RUN ... --difference D
        gpt2-pl sweep FILE.yaml
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
@@ -15,6 +16,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   classify  classify every row of a file with a trained model
   generate  continue prompts with a trained language model
   compare   compare runs: scores over seeds, differences with confidence intervals and verdicts, cost
+  power     plan an experiment from pilot runs: what numbers of seeds and texts can show
   sweep     run or resume a grid of tasks, strategies and seeds
   configs   list, print or copy the included configuration files
   export    convert a trained model for transformers or peft
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_TRAINER_COMMANDS, "classify", "generate", "compare", "sweep", "configs", "export")
+_COMMANDS = (*_TRAINER_COMMANDS, "classify", "generate", "compare", "power", "sweep", "configs", "export")
 
 
 def main(args: Sequence[str] | None = None) -> None:

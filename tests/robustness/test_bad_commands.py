@@ -93,7 +93,7 @@ def test_commands_checkpoint_weights_not_finite_or_of_other_dtype_are_refused(
 
 
 def test_commands_missing_options_are_refused(run, capsys):
-    for command in ("classify", "generate", "export", "compare"):
+    for command in ("classify", "generate", "export", "compare", "power"):
         assert "required" in refused(run, capsys, command), command
 
 

@@ -3,7 +3,7 @@
 usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --input FILE --out FILE
        gpt2-pl generate RUN --prompt_file FILE --out FILE
-       gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER]
+       gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER] [--check FILE.yaml]
        gpt2-pl power RUN RUN ... --difference D
        gpt2-pl sweep FILE.yaml
        gpt2-pl export RUN --format hf|peft --out FOLDER

@@ -12,6 +12,7 @@ from pathlib import Path
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.trained_model import similar_run
 from gpt2_pl.errors import InputError, printable
+from gpt2_pl.experiments.claims import Outcome, claim_lines, judge_claims, read_claims
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.figures import plot_names, plots
 from gpt2_pl.experiments.report import as_json, file_name, markdown, page, write_csv
@@ -27,7 +28,8 @@ def main(args: list[str]) -> None:
         args: arguments after the name of the command.
 
     Raises:
-        InputError: a run, the margin or the baseline is invalid.
+        InputError: a run, the margin, the baseline or the file of claims is invalid.
+        SystemExit: a claim fails (status 1).
     """
     parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
@@ -37,14 +39,22 @@ def main(args: list[str]) -> None:
     parser.add_argument("--baseline", help=baseline_help)
     margin_help = "difference in the primary metric that matters, decided before looking: points for a share, percent "
     parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity")
+    check_help = "judge the claims of a YAML file; the status is 1 if one fails"
+    parser.add_argument("--check", type=Path, metavar="FILE", help=check_help)
     given = parser.parse_args(args)
     if given.out is not None:
         require_writable(given.out / "report.md", "out")
+    claims = None if given.check is None else read_claims(given.check)
     comparisons = compare(read_runs(given.runs), given.baseline, given.margin)
+    judged = [] if claims is None else judge_claims(claims, comparisons, given.check)
     _print(summary(comparisons, _terminal_width()))
     if given.out is not None:
         _write_files(comparisons, given.out)
         print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
+    if judged:
+        print_lines(claim_lines(judged))
+    if any(one.outcome is Outcome.FAILS for one in judged):
+        raise SystemExit(1)
 
 
 def read_runs(paths: list[Path]) -> list[Run]:

@@ -83,9 +83,14 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/tasks/checkpointed.py", "if digest != self.base_digest:", "if False:", "strategies checkpoint"),
     # Scores and statistics
     ("gpt2_pl/tasks/base.py", "self._logged.clear()", "pass", "sentiment"),
-    ("gpt2_pl/experiments/inference.py", "np.sqrt(squares / freedom)", "np.sqrt(squares)", "inference"),
-    ("gpt2_pl/experiments/inference.py", "p = min(1.0, 2 * min(", "p = min(1.0, min(", "inference"),
-    ("gpt2_pl/experiments/inference.py", "f1.sum(-1) / seen.sum(-1)", "f1.mean(-1)", "inference"),
+    ("gpt2_pl/experiments/statistics/contrast.py", "max(of_scores, floor) / S", "of_scores / S", "contrast"),
+    ("gpt2_pl/experiments/statistics/contrast.py", "max(0.0, text_variance - sum(floors))", "text_variance", "contrast"),
+    ("gpt2_pl/experiments/statistics/contrast.py", "2 * min(self.p_above(), self.p_below())", "min(self.p_above(), self.p_below())", "contrast"),
+    ("gpt2_pl/experiments/statistics/verdicts.py", "(len(order) - np.arange(len(order)))", "1", "verdicts"),
+    ("gpt2_pl/experiments/rows.py", "counts)[..., seen].mean(-1)", "counts).mean(-1)", "rows"),
+    ("gpt2_pl/experiments/rows.py", "total[..., 0] / total[..., 1]", "total[..., 0] / len(poems)", "rows"),
+    ("gpt2_pl/experiments/differences.py", "unit.sign * contributions", "contributions", "compare differences"),
+    ("gpt2_pl/experiments/claims.py", "adjusted = holm([getattr(tested[i], which) for i in members])", "adjusted = [getattr(tested[i], which) for i in members]", "claims"),
     ("gpt2_pl/metrics.py", "scores[upper <= lower] = -1.0", "pass", "paraphrase heads"),
     ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "poem_scores"),
     # Generation

@@ -15,6 +15,7 @@ from gpt2_pl.experiments.levels import score_interval, spread_interval
 from gpt2_pl.experiments.rows import RowScores, classification_scores
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.statistics.contrast import Arm, contrast, difference
+from gpt2_pl.experiments.statistics.intervals import bootstrap_t_interval
 from gpt2_pl.experiments.statistics.power import Pilot, detectable_difference
 from gpt2_pl.experiments.units import Unit
 
@@ -205,6 +206,21 @@ def test_score_intervals_are_wilsons_for_one_run_and_over_seeds_for_more():
     low, high = spread_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((0.52, 6.28), abs=0.005)
     assert spread_interval([1.0]) is None
+
+
+@pytest.mark.parametrize("is_skewed", [False, True])
+def test_score_interval_of_one_run_of_losses_is_that_of_their_mean(tmp_path, is_skewed):
+    losses = np.random.default_rng(7).normal(1.0, 0.7 if is_skewed else 0.1, 30)
+    losses = np.exp(losses) if is_skewed else losses
+    (run,) = write(tmp_path, "full", [[True]])
+    (run.folder / "predictions_val.csv").unlink()
+    lines = "".join(f"{i},100,{100 * loss}\n" for i, loss in enumerate(losses))
+    (run.folder / "losses_val.csv").write_text(f"poem,n_tokens,loss\n{lines}")
+    run = Run(run.folder, run.record, run.settings)
+    expected = bootstrap_t_interval(losses) if is_skewed else stats.ttest_1samp(losses, 0).confidence_interval()
+    for name, unit, convert in (("loss", Unit(False), float), ("perplexity", Unit(False, False, True), np.exp)):
+        limits = score_interval([run], f"val/{name}", unit)
+        assert limits == pytest.approx(tuple(map(convert, expected)))
 
 
 def test_failed_and_collapsed_runs_are_counted_and_collapsed_ones_kept(tmp_path):

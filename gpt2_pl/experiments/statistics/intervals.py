@@ -83,7 +83,7 @@ def _skewness(values: Floats) -> float:
     """Return the sample skewness, corrected for bias; of at least three values with spread."""
     N, deviations = len(values), values - values.mean()
     moments = float(np.mean(deviations**3)), float(np.mean(deviations**2))
-    return math.sqrt(N * (N - 1)) / (N - 2) * moments[0] / moments[1] ** 1.5
+    return math.sqrt(N * (N - 1)) / (N - 2) * moments[0] / moments[1] / math.sqrt(moments[1])
 
 
 def bootstrap_t_interval(values: Floats, level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:

@@ -112,6 +112,7 @@ class SweepRecord(Schema):
     flags: dict[Text, Text]
     base: dict[str, Any] | None
     threads: Count = 1
+    levels: dict[Name, Name] = {}
 
 
 def check_metrics(content: Any, where: str) -> dict[str, Any]:

@@ -225,3 +225,48 @@ def test_sweep_missing_config_error_names_working_folder(run, capsys, tmp_path):
     line = refused(run, capsys, "sweep", "s.yaml", "--dry_run")
     assert "mine/own.yaml" in line
     assert str(tmp_path) in line
+
+
+FACTORS = """
+seeds: [1]
+tasks:
+  sst5:
+    factors:
+      adapter: [none, lora, prefix_tuning]
+      rates:
+        flat:
+        llrd: {overrides: {model.optimizer.init_args.lr: 1.0e-3}}
+      template: {plain: {}, words: {configs: [strategy/hard_prompt]}}
+"""
+
+
+def test_sweep_config_factors_give_all_combinations_of_levels(file):
+    plan = SweepConfig.read(file(FACTORS))
+    names = [one.strategy for one in plan.experiments]
+    assert names == [
+        "full", "words", "llrd", "llrd+words", "lora", "lora+words", "lora+llrd", "lora+llrd+words", "prefix_tuning",
+        "prefix_tuning+words", "prefix_tuning+llrd", "prefix_tuning+llrd+words",
+    ]  # fmt: skip
+    last = plan.experiments[-1].runs()[0]
+    assert dict(last.levels) == {"adapter": "prefix_tuning", "rates": "llrd", "template": "words"}
+    assert [part.rpartition("/")[2] for part in last.command() if part.startswith("--config")] == [
+        "sst5.yaml", "prefix_tuning.yaml", "llrd.yaml", "hard_prompt"
+    ]  # fmt: skip
+    assert "--model.optimizer.init_args.lr=1.0e-3" not in " ".join(plan.experiments[0].runs()[0].command())
+    assert "--model.optimizer.init_args.lr=0.001" in last.command()
+    first = plan.experiments[0].runs()[0]
+    assert "configs/strategy/full.yaml" in " ".join(first.command())
+    assert first.record()["files"].keys() == {"configs/task/sst5.yaml", "configs/strategy/full.yaml"}
+
+
+def test_sweep_config_invalid_factors_name_the_level(file):
+    for change, key in (
+        (("[none, lora, prefix_tuning]", "[none, lorra]"), "tasks.sst5.factors.adapter.lorra.configs"),
+        (("[none, lora, prefix_tuning]", "[lora]"), "tasks.sst5.factors.adapter"),
+        (("[none, lora, prefix_tuning]", "[none, lora, lora]"), "tasks.sst5.factors.adapter"),
+        (("{configs: [strategy/hard_prompt]}", "{file: a}"), "tasks.sst5.factors.template.words.file"),
+        (("model.optimizer.init_args.lr", "lr"), "tasks.sst5.factors.rates.llrd.overrides"),
+    ):
+        with pytest.raises(InputError) as error:
+            SweepConfig.read(file(FACTORS.replace(*change)))
+        assert names(error.value, key), error.value

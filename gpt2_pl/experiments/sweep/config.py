@@ -17,7 +17,16 @@ from gpt2_pl.filesystem import require_file
 from gpt2_pl.utils.yaml_json import read_yaml
 
 if TYPE_CHECKING:
-    from gpt2_pl.experiments.sweep.schema import PretrainNode, RunsNode, SearchNode, StrategyNode, SweepFile, TaskNode
+    from gpt2_pl.experiments.sweep.schema import (
+        Factors,
+        LevelNode,
+        PretrainNode,
+        RunsNode,
+        SearchNode,
+        StrategyNode,
+        SweepFile,
+        TaskNode,
+    )
 
 _RUN_KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _RESERVED_KEYS = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
@@ -38,6 +47,7 @@ class Experiment:
         search: search for settings that precedes the runs.
         base: pretraining run whose model the runs start from, without its seed.
         best_flags: flags with the settings that the search has found.
+        levels: factor and level of each factor, in a factorial design.
     """
 
     task: str
@@ -49,6 +59,7 @@ class Experiment:
     search: SearchNode | None = None
     base: SweepRun | None = None
     best_flags: tuple[str, ...] = ()
+    levels: tuple[tuple[str, str], ...] = ()
 
     def runs(self) -> list[SweepRun]:
         """Return the run of each seed."""
@@ -63,7 +74,8 @@ class Experiment:
     def _run(self, sweep: str, version: str, seed: int, extra: tuple[str, ...]) -> SweepRun:
         seed_flag = f"--seed_everything={seed}"
         base = self.base and replace(self.base, version=f"seed_{seed}", flags=(*self.base.flags, seed_flag))
-        return SweepRun(sweep, self.task, self.strategy, version, self.files, (*self.flags, *extra, seed_flag), base)
+        flags = (*self.flags, *extra, seed_flag)
+        return SweepRun(sweep, self.task, self.strategy, version, self.files, flags, base, levels=self.levels)
 
 
 @dataclass
@@ -128,10 +140,12 @@ def _parse_task(task: str, node: TaskNode, top: SweepFile) -> list[Experiment]:
         bases[base] = SweepRun(f"{top.name}.pretrain", task, base, "", files, (*top_flags, *base_flags), exported=True)
     strategies = {name: (f"strategies.{name}", strategy) for name, strategy in top.strategies.items()}
     strategies.update({name: (f"{path}.strategies.{name}", strategy) for name, strategy in node.strategies.items()})
-    if not strategies:
+    factors_path = f"{path}.factors" if node.factors else "factors"
+    factors = node.factors or top.factors
+    if not strategies and not factors:
         message = f"{path}.strategies must name at least one strategy, such as full"
         raise InputError(message, key=f"{path}.strategies")
-    experiments = []
+    experiments = _parse_factors(factors, factors_path, shared) if factors else []
     for name, (strategy_path, strategy) in strategies.items():
         experiments += _parse_strategy(name, strategy, strategy_path, shared, bases)
     return experiments
@@ -177,6 +191,53 @@ def _parse_strategy(
     return experiments
 
 
+def _parse_factors(factors: Factors, path: str, shared: Experiment) -> list[Experiment]:
+    """Return an experiment for each combination of the factors' levels.
+
+    The first level of a factor adds nothing to a run if no strategy has its name, such as ``none``. An experiment has
+    the names of its other levels, and is ``full`` without any.
+
+    Args:
+        factors: the levels of each factor, by name.
+        path: path of the factors in the file, for error messages.
+        shared: an experiment with the files, flags and seeds of the task.
+
+    Raises:
+        InputError: a level is invalid.
+    """
+    parts: list[list[tuple[str, str, tuple[str, ...], tuple[str, ...]]]] = []
+    for factor, levels in factors.items():
+        parts.append([])
+        for i, (level, node) in enumerate(levels.items()):
+            level_path = f"{path}.{factor}.{level}"
+            adds_nothing = i == 0 and not node.configs and not _is_strategy(level)
+            files = () if adds_nothing else _configs(node, level_path, f"configs/strategy/{level}.yaml")
+            parts[-1].append((factor, level, files, as_flags(node.overrides or {}, f"{level_path}.overrides")))
+    experiments = []
+    for cell in itertools.product(*parts):
+        files = tuple(file for _, _, level_files, _ in cell for file in level_files)
+        flags = tuple(flag for *_, level_flags in cell for flag in level_flags)
+        name = "+".join(level for _, level, level_files, level_flags in cell if level_files or level_flags)
+        experiment = replace(
+            shared,
+            strategy=name or "full",
+            files=(*shared.files, *(files or ("configs/strategy/full.yaml",))),
+            flags=(*shared.flags, *flags),
+            levels=tuple((factor, level) for factor, level, *_ in cell),
+        )
+        experiments.append(experiment)
+    return experiments
+
+
+def _is_strategy(name: str) -> bool:
+    """Return whether there is a configuration file of a strategy with this name."""
+    try:
+        config_path(f"configs/strategy/{name}.yaml")
+    except InputError:
+        return False
+    return True
+
+
 def _check_search(search: SearchNode, path: str) -> None:
     for key, values in search.space.items():
         for value in values if isinstance(values, list) else [None]:
@@ -184,7 +245,7 @@ def _check_search(search: SearchNode, path: str) -> None:
     as_flags(search.overrides or {}, f"{path}.overrides")
 
 
-def _configs(node: RunsNode | PretrainNode, path: str, *default: str) -> tuple[str, ...]:
+def _configs(node: RunsNode | PretrainNode | LevelNode, path: str, *default: str) -> tuple[str, ...]:
     """Return the configuration files of a node, or ``default`` if it does not name any.
 
     Raises:

@@ -91,7 +91,7 @@ def _run(run: SweepRun, command: Callable[[list[str]], None]) -> None:
             _check_unused(run.folder)
             shutil.rmtree(run.folder, ignore_errors=True)  # remains of a run without a checkpoint
             with atomic_write(record) as file:
-                json.dump({**run.record(), "threads": threads}, file, indent=2)
+                json.dump({**run.record(), "threads": threads, "levels": dict(run.levels)}, file, indent=2)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # constant over a run, because it affects the rounding of sums
         command([*run.command(), *([f"--ckpt_path={run.last}"] if run.last.is_file() else [])])
     if run.exported and not (run.folder / "exported").is_dir():

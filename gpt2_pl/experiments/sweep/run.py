@@ -30,6 +30,7 @@ class SweepRun:
         flags: flags, which override the files.
         base: pretraining run; this run starts from its exported model.
         exported: whether the model is exported into the run's folder, as the base of other runs.
+        levels: factor and level of each factor, in a factorial design.
     """
 
     sweep: str
@@ -40,6 +41,7 @@ class SweepRun:
     flags: tuple[str, ...]
     base: SweepRun | None = None
     exported: bool = False
+    levels: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:

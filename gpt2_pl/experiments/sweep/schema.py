@@ -89,10 +89,21 @@ class StrategyNode(RunsNode):
     base: str | None = None
 
 
+class LevelNode(Schema):
+    """Level of a factor: configuration files, by default the strategy of its name, and overrides."""
+
+    configs: list[str] = []
+    overrides: Settings = None
+
+
+Factors = Named[Annotated[Named[LevelNode], Field(min_length=2)]]
+
+
 class TaskNode(RunsNode):
-    """Task with its own strategies."""
+    """Task with its own strategies and factors."""
 
     strategies: Named[StrategyNode] = {}
+    factors: Factors = {}
     pretrain: Named[PretrainNode] = {}
 
 
@@ -105,4 +116,5 @@ class SweepFile(Schema):
     overrides: Settings = None
     tasks: Annotated[Named[TaskNode], Field(min_length=1)]
     strategies: Named[StrategyNode] = {}
+    factors: Factors = {}
     slurm: dict[str, Any] | None = None

@@ -119,10 +119,11 @@ class HyperparameterSearch:
             if isinstance(values, list):
                 trial.suggest_categorical(key, values)
                 continue
+            limits = {name: limit for name, limit in values.items() if limit is not None}
             if isinstance(values["low"], int) and isinstance(values["high"], int):
-                trial.suggest_int(key, **values)
+                trial.suggest_int(key, **limits)
             else:
-                trial.suggest_float(key, **values)
+                trial.suggest_float(key, **limits)
         return trial.number
 
     def report_result(self, run: SweepRun) -> None:

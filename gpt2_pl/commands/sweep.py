@@ -50,11 +50,14 @@ def main(args: list[str]) -> None:
     require(slots is None or slots >= 1, "max_parallel", slots, "at least 1")
     config = SweepConfig.read(options.file)
     require_writable(RUNS / config.name, "name")
+    sequential = config.sequential_seeds()
     for experiment in config.experiments:
         if experiment.search is None:
             for run in experiment.runs():
                 run.check()
     if options.dry_run:
+        for line in chain.from_iterable(rule.update() for rule in sequential):
+            print(printable(line))
         _print_plan(config)
         return
     with locked(RUNS / f"{config.name}.sweep" / "lock") as is_locked:
@@ -118,6 +121,7 @@ class _Sweep:
 
     Attributes:
         searches: the search of each experiment that has one, by the ``id`` of the experiment.
+        sequential: rules that add seeds.
         failures: the reason of each failed run.
         running: run and job in each occupied slot of the executor.
         submitted: runs that have been started.
@@ -129,6 +133,7 @@ class _Sweep:
         self.failures: dict[SweepRun, str] = {}
         self.running: dict[int, tuple[SweepRun, Any]] = {}
         self.submitted: set[SweepRun] = set()
+        self.sequential = config.sequential_seeds()
         self.start_time = time.monotonic()
 
     def run(self) -> None:
@@ -139,6 +144,8 @@ class _Sweep:
         console = Console()
         with Live(console=console, refresh_per_second=1, transient=not console.is_terminal) as live:
             while True:
+                for line in chain.from_iterable(rule.update() for rule in self.sequential):
+                    console.print(printable(line), highlight=False, markup=False)
                 self._fill(console)
                 if console.is_terminal:
                     live.update(self._table())

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         StrategyNode,
         SweepFile,
         TaskNode,
+        UntilNode,
     )
+    from gpt2_pl.experiments.sweep.sequential import SequentialSeeds
 
 _RUN_KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _RESERVED_KEYS = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
@@ -87,12 +89,14 @@ class SweepConfig:
         max_parallel: maximum number of runs at the same time; None for one per GPU.
         experiments: strategies on tasks.
         slurm: parameters of submitit's AutoExecutor on SLURM; None to run on this machine.
+        until: rule that adds seeds, by task.
     """
 
     name: str
     max_parallel: int | None
     experiments: list[Experiment]
     slurm: dict[str, Any] | None
+    until: dict[str, UntilNode]
 
     @classmethod
     def read(cls, file: Path) -> SweepConfig:
@@ -117,7 +121,21 @@ class SweepConfig:
             _check_folders(experiments)
         except InputError as error:
             raise InputError(error, key=error.key, source=file) from None
-        return cls(top.name, top.max_parallel, experiments, top.slurm)
+        until = {task: rule for task, node in top.tasks.items() if (rule := node.until or top.until) is not None}
+        return cls(top.name, top.max_parallel, experiments, top.slurm, until)
+
+    def sequential_seeds(self) -> list[SequentialSeeds]:
+        """Return the rules that add seeds, one for each task that has one.
+
+        Raises:
+            InputError: a rule does not fit the experiments of its task.
+        """
+        if not self.until:
+            return []
+        from gpt2_pl.experiments.sweep.sequential import SequentialSeeds
+
+        of_task = {task: [one for one in self.experiments if one.task == task] for task in self.until}
+        return [SequentialSeeds(of_task[task], rule) for task, rule in self.until.items()]
 
 
 def _parse_task(task: str, node: TaskNode, top: SweepFile) -> list[Experiment]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from gpt2_pl.utils.schema import Count, Schema, Size, expect
+from gpt2_pl.utils.schema import Count, Schema, Size, Text, expect
 
 NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+,=-]{0,198}[A-Za-z0-9_+,=-])?")  # Windows drops dots at the end
 
@@ -73,6 +73,18 @@ class SearchNode(Schema):
     overrides: Settings = None
 
 
+class UntilNode(Schema):
+    """Rule that adds seeds until the difference of every strategy to the baseline is decided.
+
+    ``margin`` is the difference that matters: points for a share, percent for a perplexity, else in the unit of the
+    score. An undecided strategy has ``at_most`` seeds.
+    """
+
+    margin: Annotated[float, Field(gt=0, lt=1e300)]
+    at_most: Annotated[int, Field(ge=3, le=15)] = 15
+    baseline: Text = "full"
+
+
 class RunsNode(Schema):
     """Settings of several runs; files and seeds that are not given follow from names and from the task."""
 
@@ -104,6 +116,7 @@ class TaskNode(RunsNode):
 
     strategies: Named[StrategyNode] = {}
     factors: Factors = {}
+    until: UntilNode | None = None
     pretrain: Named[PretrainNode] = {}
 
 
@@ -117,4 +130,5 @@ class SweepFile(Schema):
     tasks: Annotated[Named[TaskNode], Field(min_length=1)]
     strategies: Named[StrategyNode] = {}
     factors: Factors = {}
+    until: UntilNode | None = None
     slurm: dict[str, Any] | None = None

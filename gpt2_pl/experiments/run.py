@@ -121,6 +121,21 @@ class Run:
             "base": base.get("origin", base.get("digest")),
         }
 
+    @cached_property
+    def levels(self) -> dict[str, str]:
+        """Level of each factor, if a sweep with ``factors`` has started the run.
+
+        Raises:
+            InputError: the run's ``sweep.json`` is invalid.
+        """
+        file = self.folder / "sweep.json"
+        if not file.is_file():
+            return {}
+        from gpt2_pl.utils.run_schema import SweepRecord
+        from gpt2_pl.utils.schema import validate
+
+        return validate(SweepRecord, read_json(file), str(file)).levels
+
     @property
     def split(self) -> str:
         """Split of the score that selected the best epoch."""

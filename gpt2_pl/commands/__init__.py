@@ -5,6 +5,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl generate RUN --prompt_file FILE --out FILE
        gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER] [--check FILE.yaml]
        gpt2-pl power RUN RUN ... --difference D
+       gpt2-pl references RUN
        gpt2-pl sweep FILE.yaml
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
@@ -17,6 +18,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   generate  continue prompts with a trained language model
   compare   compare runs: scores over seeds, differences with confidence intervals and verdicts, cost
   power     plan an experiment from pilot runs: what numbers of seeds and texts can show
+  references  compute reference baselines, such as a bag of words, for the data of a run
   sweep     run or resume a grid of tasks, strategies and seeds
   configs   list, print or copy the included configuration files
   export    convert a trained model for transformers or peft
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_TRAINER_COMMANDS, "classify", "generate", "compare", "power", "sweep", "configs", "export")
+_COMMANDS = (*_TRAINER_COMMANDS, "classify", "generate", "compare", "power", "references", "sweep", "configs", "export")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -141,6 +143,16 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 
 def _run_trainer_command(args: list[str]) -> None:
+    filter_messages()
+    _import_command("lightning_cli").GPT2CLI(args=args)
+
+
+def filter_messages(show_progress: bool = True) -> None:
+    """Hide warnings and messages of Lightning and torch that do not apply to this program.
+
+    Args:
+        show_progress: whether to show what Lightning reports of a run, such as its seed and devices.
+    """
     import logging
     import warnings
 
@@ -169,11 +181,14 @@ def _run_trainer_command(args: list[str]) -> None:
         "Found current_model_state in the checkpoint",
     )
     trainer_log.addFilter(lambda record: not any(text in record.getMessage() for text in ignored_records))
-    lightning_cli = _import_command("lightning_cli")
+    import_module("lightning.pytorch")
+    if not show_progress:
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            for logger in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed"):
+                logging.getLogger(logger).setLevel(logging.ERROR)
     libraries = r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"  # importing Lightning enables its warnings
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
-    lightning_cli.GPT2CLI(args=args)
 
 
 def _import_command(command: str) -> Any:

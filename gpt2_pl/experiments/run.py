@@ -66,6 +66,8 @@ class Run:
     @property
     def strategy(self) -> str:
         """Names of the strategy files of the run, or else the name of the run without the number of its seed."""
+        if self.record.get("reference"):
+            return str(self.record["reference"])
         files = [Path(file) for file in self.record.get("configs") or []]
         stems = [file.stem for file in files if file.parent.name == "strategy"]
         return "+".join(stems) or re.sub(r"[-_](seed)?[0-9]+$", "", str(self.settings.get("name"))) or "run"

@@ -75,6 +75,7 @@ class Metrics(Schema):
     """Record of a run, metrics.json."""
 
     status: Name | None = None
+    reference: Name | None = None
     task: Name | None = None
     configs: list[Annotated[Text, VISIBLE]] | None = None
     monitor: Name | None = None

@@ -1,0 +1,268 @@
+"""Compute reference baselines for the data of a run: predictions that every fine-tuned model should beat."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2_pl.commands import filter_messages
+from gpt2_pl.commands import main as run_command
+from gpt2_pl.commands.lightning_cli import GPT2CLI
+from gpt2_pl.commands.support.parser import CommandParser
+from gpt2_pl.commands.support.process import program
+from gpt2_pl.errors import InputError, printable
+from gpt2_pl.experiments import references
+from gpt2_pl.experiments.references import Texts
+from gpt2_pl.experiments.rows import classification_scores
+from gpt2_pl.experiments.run import RUNS, Run
+from gpt2_pl.experiments.statistics.contrast import Floats
+from gpt2_pl.filesystem import atomic_write, require_absent
+from gpt2_pl.utils.yaml_json import read_json
+
+_DESCRIPTION = f"""{__doc__}
+
+majority predicts the fractions of the training labels. bag_of_words is logistic regression on TF-IDF of words and word
+pairs. frozen_features is logistic regression on the pooled features of the frozen base. random_init trains the network
+of the run from random weights, without surgery, with the other settings of the run. The first three need a classifier
+and have no seed. Each reference is a run folder that `gpt2-pl compare` reads together with the runs.
+"""
+_DETERMINISTIC = ("majority", "bag_of_words", "frozen_features")
+_NAMES = (*_DETERMINISTIC, "random_init")
+
+
+class _Setup(GPT2CLI):
+    """Command line that builds the data and the model of a run without training."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class _Split:
+    """Rows of a split.
+
+    Args:
+        texts: the texts of every row.
+        labels: (N,) class indices.
+        numbers: number of each row in its file.
+        lines: the text of each row as in the run's table of predictions.
+    """
+
+    texts: Texts
+    labels: NDArray[np.integer]
+    numbers: list[int]
+    lines: list[str]
+
+
+def main(args: list[str]) -> None:
+    """Run ``gpt2-pl references``.
+
+    Args:
+        args: arguments after the name of the command.
+
+    Raises:
+        InputError: an argument is invalid, a folder exists, or the task of the run is not a classifier.
+    """
+    parser = CommandParser(prog="gpt2-pl references", description=_DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run with the data and the settings")
+    only_help = f"reference to compute: {', '.join(_NAMES)}; can be given several times (default: the first three)"
+    parser.add_argument("--only", metavar="NAME", action="append", choices=_NAMES, help=only_help)
+    name_help = f"folder of the references below {RUNS} (default: references/NAME, with the name of the run)"
+    parser.add_argument("--name", help=name_help)
+    options = parser.parse_args(args)
+    run = Run.read(options.run)
+    if not run.record.get("scores"):
+        raise InputError(f"RUN must be a finished run, got {options.run}", key="RUN", value=options.run)
+    folder = RUNS / (options.name or f"references/{run.settings.get('name') or options.run.name}")
+    chosen = list(dict.fromkeys(options.only or _DETERMINISTIC))
+    for name in chosen:
+        require_absent(folder / name / "version_0", "name")
+    filter_messages(show_progress=False)
+    if deterministic := [name for name in chosen if name in _DETERMINISTIC]:
+        _compute(run, deterministic, folder)
+    if "random_init" in chosen:
+        _train_random_init(run, folder / "random_init")
+    compare = shlex.join([*program(), "compare", str(options.run), str(folder), "--out", "FOLDER"])
+    print(printable(f"compare them: {compare}"))
+
+
+def _compute(run: Run, names: list[str], folder: Path) -> None:
+    """Compute deterministic references and write a run folder for each.
+
+    Raises:
+        InputError: the task of the run is not a classifier.
+    """
+    from gpt2_pl.datamodules import TextClassification
+    from gpt2_pl.tasks.classification import Classifier
+
+    setup = _set_up(run)
+    data, task = setup.datamodule, setup.model
+    if not isinstance(task, Classifier) or not isinstance(data, TextClassification):
+        message = f"{', '.join(names)} need a classifier of rows, got a run of {run.record.get('task')}"
+        raise InputError(message, key="only", value=names)
+    data.prepare_data()
+    for stage in ("fit", "test") if data.has_split("test") else ("fit",):
+        data.setup(stage)
+    splits = {split: _read_split(data, split) for split in ("train", "val", "test") if split in data.rows}
+    train, num_classes = splits["train"], data.num_classes
+    evaluated = {split: rows for split, rows in splits.items() if split != "train"}
+    features = _frozen_features(task, data, list(splits)) if "frozen_features" in names else {}
+    predict: dict[str, Callable[[], dict[str, Floats]]] = {
+        "majority": lambda: {
+            split: references.majority(train.labels, len(rows.labels), num_classes) for split, rows in evaluated.items()
+        },
+        "bag_of_words": lambda: references.bag_of_words(
+            train.texts, train.labels, {split: rows.texts for split, rows in evaluated.items()}, num_classes
+        ),
+        "frozen_features": lambda: references.logistic_regression(
+            features["train"], train.labels, {split: features[split] for split in evaluated}, num_classes
+        ),
+    }
+    for name in names:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        probabilities = predict[name]()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        record = _record(run, name, evaluated, probabilities, {"seconds": seconds, "cpu_seconds": cpu_seconds})
+        _write(folder / name / "version_0", run, record, evaluated, probabilities, data.labels)
+        shown = (f"{key} {value:.4f}" for key, value in record["scores"].items() if "/" in key)
+        print(printable(f"{name}: {', '.join(shown)}"), flush=True)
+
+
+def _set_up(run: Run) -> _Setup:
+    """Build the data and the base of a run, without surgery and without a run folder."""
+    flags = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"]
+    flags += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--ckpt_path=null"]
+    flags += ["--model.surgery=[]", "--model.train_base=true", "--early_stopping_patience=null"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _Setup(["fit", f"--config={run.folder / 'config.yaml'}", *flags])
+
+
+def _read_split(data: Any, split: str) -> _Split:
+    """Return the rows of a split."""
+    rows, fields = data.rows[split], data.template.fields
+    texts = list(zip(*(rows[field] for field in fields), strict=True))
+    indices = range(len(rows))
+    numbers, lines = [data.row_number(split, i) for i in indices], [data.text(split, i) for i in indices]
+    return _Split(texts, np.asarray(data.encoded[split].labels), numbers, lines)
+
+
+def _frozen_features(task: Any, data: Any, splits: list[str]) -> dict[str, Floats]:
+    """Return the pooled features of the base for every row of the splits.
+
+    Raises:
+        InputError: the run has no pretrained base.
+    """
+    import torch
+
+    if task.base is None:
+        message = "frozen_features needs a pretrained base, and the run has none (model.base)"
+        raise InputError(message, key="only", value="frozen_features")
+    task.configure_model()
+    task.eval()
+    features = {}
+    for split in splits:
+        loader = data.evaluation_dataloader(split)
+        matrix = None
+        with torch.inference_mode():
+            for batch in loader:
+                pooled = task.encode(batch).float().numpy()
+                matrix = np.zeros((len(loader.rows), pooled.shape[1])) if matrix is None else matrix
+                matrix[batch["row"].numpy()] = pooled
+        assert matrix is not None
+        features[split] = matrix
+    return features
+
+
+def _record(
+    run: Run, name: str, splits: dict[str, _Split], probabilities: dict[str, Floats], cost: dict[str, float]
+) -> dict[str, Any]:
+    """Return the run record of a reference: its own scores and costs, and the task, data and base of the run."""
+    scores: dict[str, float] = {}
+    for split, rows in splits.items():
+        p = probabilities[split]
+        likelihood = np.maximum(p[np.arange(len(p)), rows.labels], 1e-12)
+        of_split = {"loss": float(-np.log(likelihood).mean())}
+        found = classification_scores(rows.labels, p.argmax(1), p.shape[1])
+        of_split |= {metric: score.value for metric, score in found.items()}
+        described = run.record.get("metrics") or of_split
+        scores |= {f"{split}/{metric}": value for metric, value in of_split.items() if metric in described}
+    shared = ("task", "configs", "monitor", "mode", "primary", "metrics", "base", "data", "device", "processes")
+    return {
+        "status": "finished",
+        "reference": name,
+        **{key: run.record[key] for key in shared if key in run.record},
+        "scores": {**scores, "best_epoch": 1},
+        "epochs": [{"epoch": 1, **scores}],
+        "parameters": {"trainable": 0, "total": 0, "layers": []},
+        **cost,
+        "seed": 0,
+    }
+
+
+def _write(
+    folder: Path,
+    run: Run,
+    record: dict[str, Any],
+    splits: dict[str, _Split],
+    probabilities: dict[str, Floats],
+    labels: list[str],
+) -> None:
+    """Write the folder of a reference as a run leaves it."""
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        with atomic_write(folder / f"predictions_{split}.csv") as file:
+            table = csv.writer(file)
+            table.writerow(["row", "text", "label", "prediction", *(f"p({name})" for name in labels)])
+            table.writerows(_table_rows(rows, probabilities[split], labels))
+    with atomic_write(folder / "config.yaml") as file:
+        file.write((run.folder / "config.yaml").read_text(encoding="utf-8"))
+    with atomic_write(folder / "metrics.json") as file:
+        json.dump(record, file, indent=2)
+
+
+def _table_rows(rows: _Split, probabilities: Floats, labels: list[str]) -> Iterator[list[object]]:
+    """Yield the cells of every row."""
+    for i, p in enumerate(probabilities):
+        cells = (f"{value:.6f}" for value in p)
+        yield [rows.numbers[i], rows.lines[i], labels[rows.labels[i]], labels[int(p.argmax())], *cells]
+
+
+def _train_random_init(run: Run, folder: Path) -> None:
+    """Train the network of a run from random weights, with the other settings of the run."""
+    from dataclasses import asdict
+
+    from gpt2_pl.pretrained import read_config
+
+    settings: Any = (run.settings.get("model") or {}).get("init_args") or {}
+    base = settings.get("base")
+    if base is None:
+        raise InputError("random_init needs a pretrained base, and the run has none (model.base)", key="only")
+    data: Any = (run.settings.get("data") or {}).get("init_args") or {}
+    flags = {
+        "model.base": "null",
+        "model.config": json.dumps(asdict(read_config(base, settings.get("dropout")))),
+        "model.surgery": "[]",
+        "model.train_base": "true",
+        "data.tokenizer": data.get("tokenizer") or base,
+        "name": folder.relative_to(RUNS).as_posix(),
+        "version": "version_0",
+        "ckpt_path": "null",
+    }
+    run_command(
+        ["fit", f"--config={run.folder / 'config.yaml'}", *(f"--{key}={value}" for key, value in flags.items())]
+    )
+    file = folder / "version_0" / "metrics.json"
+    record = {**read_json(file), "reference": "random_init", "base": run.record.get("base")}
+    with atomic_write(file) as out:
+        json.dump(record, out, indent=2)

@@ -1,0 +1,115 @@
+"""Reference baselines for the data of a run."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+from conftest import metrics
+from helpers.configs import CONFIGS
+from helpers.refusals import refused
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+
+from gpt2_pl.commands import main
+from gpt2_pl.experiments.references import bag_of_words, logistic_regression, majority
+from gpt2_pl.experiments.run import Run
+
+
+@pytest.fixture(scope="module")
+def trained(fitted, base, files):
+    """Run folder of a classifier of two classes, trained for one epoch."""
+    flags = [f"--data.{split}_file={path}" for split, path in files.items()]
+    task = ["fit", f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", "--data.max_length=48"]
+    return fitted(*task, *flags, "--trainer.max_epochs=1", "--early_stopping_patience=null")
+
+
+@pytest.fixture
+def workplace(trained, tmp_path, monkeypatch):
+    """Copy of the run in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(trained, tmp_path / "lightning_logs/imdb/version_0")
+
+
+def rows(file):
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t" if "predictions" not in str(file) else ","))
+
+
+def test_references_deterministic_ones_are_runs_on_the_same_rows(workplace, files, capsys):
+    main(["references", "lightning_logs/imdb/version_0"])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("compare them: ")
+    folder = workplace.parents[1] / "references/imdb"
+    run = Run.read(workplace)
+    for name in ("majority", "bag_of_words", "frozen_features"):
+        reference = Run.read(folder / name / "version_0")
+        assert reference.strategy == name
+        assert reference.comparison_key == run.comparison_key
+        for split in ("val", "test"):
+            scored = reference.row_scores[split].scores
+            recorded = metrics(reference.folder)["scores"]
+            for metric in ("accuracy", "macro_f1"):
+                assert recorded[f"{split}/{metric}"] == pytest.approx(scored[f"{split}/{metric}"].value)
+    labels = [int(row["sentiment"]) for row in rows(files["train"])]
+    most_frequent = int(np.mean(labels) > 0.5)
+    expected = np.mean([int(row["sentiment"]) == most_frequent for row in rows(files["test"])])
+    assert metrics(folder / "majority/version_0")["scores"]["test/accuracy"] == pytest.approx(expected)
+
+
+def test_references_existing_folder_or_other_task_is_refused(workplace, run, capsys, base, poem_flags):
+    (workplace.parents[1] / "references/imdb/majority/version_0").mkdir(parents=True)
+    assert refused(run, capsys, "references", workplace, "--only=majority").key == "name"
+    assert "--only" in refused(run, capsys, "references", workplace, "--only=best")
+    assert refused(run, capsys, "references", workplace.parent).error is not None
+    poems = run("fit", f"--config={CONFIGS}/task/sonnets.yaml", f"--model.base={base}", *poem_flags,
+                "--data.max_length=64", "--trainer.fast_dev_run=false", "--trainer.max_epochs=1",
+                "--trainer.limit_train_batches=1", "--early_stopping_patience=null")  # fmt: skip
+    assert refused(run, capsys, "references", poems, "--name=other").key == "only"
+
+
+def test_references_random_init_trains_the_shape_of_the_base(workplace, base):
+    main(["references", str(workplace), "--only=random_init", "--name=refs"])
+    folder = workplace.parents[1] / "refs/random_init/version_0"
+    record, of_run = metrics(folder), metrics(workplace)
+    assert record["parameters"]["total"] == of_run["parameters"]["total"]
+    assert record["reference"] == "random_init"
+    assert Run.read(folder).comparison_key == Run.read(workplace).comparison_key
+    assert record["epochs"][0]["train/loss"] != of_run["epochs"][0]["train/loss"]
+
+
+def test_bag_of_words_equals_scikit_learn_with_chosen_penalty():
+    generator = np.random.default_rng(0)
+    words = np.array(["good", "bad", "film", "the", "plot", "dull", "fine", "cast"])
+    texts = [(" ".join(generator.choice(words, 6)),) for _ in range(120)]
+    labels = np.array([int("good" in text or "fine" in text) for (text,) in texts])
+    p = bag_of_words(texts[:90], labels[:90], {"val": texts[90:]}, 2)["val"]
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit([text for (text,) in texts[:90]])
+    train, val = (vectorizer.transform([text for (text,) in part]) for part in (texts[:90], texts[90:]))
+    by_penalty = {
+        C: LogisticRegression(C=C, max_iter=2000).fit(train, labels[:90]).predict_proba(val)
+        for C in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    }
+    assert any(np.allclose(p, expected, atol=1e-4) for expected in by_penalty.values())
+    assert f1_score(labels[90:], p.argmax(1)) > 0.8
+
+
+def test_bag_of_words_pair_features_do_not_depend_on_order():
+    pairs = [("how to cook rice", "cook rice how"), ("what is love", "where is rome"), ("a b c d", "d c b a")] * 20
+    labels = np.array([1, 0, 1] * 20)
+    swapped = [(second, first) for first, second in pairs]
+    p = bag_of_words(pairs, labels, {"a": pairs, "b": swapped}, 2)
+    np.testing.assert_allclose(p["a"], p["b"])
+
+
+def test_logistic_regression_absent_class_has_no_probability():
+    features = np.random.default_rng(0).normal(size=(40, 3))
+    labels = (features[:, 0] > 0).astype(int) * 2
+    p = logistic_regression(features, labels, {"val": features}, 3)["val"]
+    assert (p[:, 1] == 0).all()
+    assert (p.argmax(1) == labels).mean() > 0.9
+
+
+def test_majority_gives_fractions_of_labels():
+    np.testing.assert_allclose(majority(np.array([0, 2, 2, 2]), 2, 3), [[0.25, 0, 0.75]] * 2)

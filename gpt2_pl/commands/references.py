@@ -206,7 +206,6 @@ def _record(
         "epochs": [{"epoch": 1, **scores}],
         "parameters": {"trainable": 0, "total": 0, "layers": []},
         **cost,
-        "seed": 0,
     }
 
 

@@ -122,6 +122,7 @@ class Comparison:
         notes: notes on runs that were left out or repeated, and on the comparisons.
         margin: difference in the primary metric that matters, on the internal scale of its unit; None if none was
             declared.
+        references: groups of reference baselines, which are not among ``groups``.
     """
 
     task: str
@@ -130,6 +131,7 @@ class Comparison:
     groups: list[RunGroup]
     notes: list[str] = field(default_factory=list)
     margin: float | None = None
+    references: list[RunGroup] = field(default_factory=list)
 
     def metric(self, name: str) -> Mapping[str, Any]:
         """Return how the runs' task describes the metric of a score; see :class:`~gpt2_pl.metrics.MetricInfo`."""
@@ -265,11 +267,17 @@ def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | No
         group.trials = find_trials(group.runs[0])
         groups.append(group)
     _disambiguate_labels(groups)
+    references = [group for group in groups if group.runs[0].record.get("reference")]
+    if len(references) < len(groups):
+        groups = [group for group in groups if group not in references]
+    else:  # references alone are compared like strategies
+        references = []
     first = baseline or "full"
     groups.sort(key=lambda group: (group.label != first, group.strategy != first, group.label))
     if first not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"there is no baseline {first!r}; differences are to {groups[0].label}")
-    return Comparison(task, str(comparable[0].record["monitor"]), shared, groups, notes)
+    monitor = str(comparable[0].record["monitor"])
+    return Comparison(task, monitor, shared, groups, notes, references=references)
 
 
 def _settings_key(run: Run) -> str:

@@ -17,6 +17,12 @@ from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, contrast
 from gpt2_pl.experiments.statistics.verdicts import holm, is_assessed
 from gpt2_pl.experiments.units import Unit
 
+EFFECT_CAPTION = (
+    "Effects of the factors: differences of unweighted means of all combinations, and for two factors the difference "
+    "of two such differences, with 95 % intervals over new seeds and new texts. p is corrected (Holm) within the "
+    "effects of one factor and within those of two."
+)
+
 Cell = tuple[str, ...]
 """Level of each factor."""
 

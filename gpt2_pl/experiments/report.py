@@ -14,6 +14,8 @@ from typing import Any
 from gpt2_pl.errors import printable
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
 from gpt2_pl.experiments.differences import LEVEL, Difference
+from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
+from gpt2_pl.experiments.reference_comparison import REFERENCE_CAPTION, reference_table
 from gpt2_pl.experiments.tables import (
     ARM_CAPTION,
     BEST_OF_CAPTION,
@@ -79,12 +81,14 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
     tables = [
         (ARM_CAPTION.format(metric=heading(comparison.primary_metric)), arm_table(comparison)),
         (difference_caption(comparison), difference_table(comparison)),
+        (REFERENCE_CAPTION.format(metric=heading(comparison.primary_metric)), reference_table(comparison)),
+        (EFFECT_CAPTION, effect_table(comparison, factor_effects(comparison))),
         (SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison)),
         (SECONDARY_CAPTION.format(baseline=baseline), secondary_table(comparison)),
         (COST_CAPTION, cost_table(comparison)),
         (BEST_OF_CAPTION.format(monitor=comparison.monitor), best_of_table(comparison)),
     ]
-    return [(caption, table) for caption, table in tables if table[1]]
+    return [(caption, table) for caption, table in tables if table[1] and len(table[0]) > 1]
 
 
 def notes(comparison: Comparison) -> list[str]:

@@ -15,6 +15,7 @@ from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.claims import Outcome, claim_lines, judge_claims, read_claims
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.figures import plot_names, plots
+from gpt2_pl.experiments.latex import latex
 from gpt2_pl.experiments.report import as_json, file_name, markdown, page, write_csv
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.summary import summary, wrap_lines
@@ -33,7 +34,7 @@ def main(args: list[str]) -> None:
     """
     parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
-    out_help = "folder for report.md, report.html, report.csv, report.json and the plots; without it they are not made"
+    out_help = "folder for report.md, .html, .csv, .json and .tex and the figures; without it they are not made"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out_help)
     baseline_help = "the strategy that the others are compared with; default: full, or else the first"
     parser.add_argument("--baseline", help=baseline_help)
@@ -90,11 +91,15 @@ def _write_files(comparisons: list[Comparison], out: Path) -> None:
         file.write(markdown(comparisons, links))
     images = {comparison.task: plots(comparison) for comparison in comparisons}
     for comparison in comparisons:
-        for name, png in images[comparison.task].items():
-            with atomic_write(out / _image_file(comparison, name), "wb") as file:
-                file.write(png)
+        for name, formats in images[comparison.task].items():
+            for kind, content in formats.items():
+                with atomic_write((out / _image_file(comparison, name)).with_suffix(f".{kind}"), "wb") as file:
+                    file.write(content)
+    embedded = {task: {name: formats["png"] for name, formats in of_task.items()} for task, of_task in images.items()}
     with atomic_write(out / "report.html") as file:
-        file.write(page(comparisons, images))
+        file.write(page(comparisons, embedded))
+    with atomic_write(out / "report.tex") as file:
+        file.write(latex(comparisons))
     with atomic_write(out / "report.json") as file:
         file.write(json.dumps([as_json(comparison) for comparison in comparisons], indent=2))
     with atomic_write(out / "report.csv") as file:

@@ -9,8 +9,10 @@ import base64
 import math
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
+from gpt2_pl import __version__
 from gpt2_pl.errors import printable
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
 from gpt2_pl.experiments.differences import LEVEL, Difference
@@ -156,11 +158,25 @@ def page(comparisons: list[Comparison], images: Mapping[str, Mapping[str, bytes]
     for comparison in comparisons:
         encoded = {name: base64.b64encode(png).decode() for name, png in images.get(comparison.task, {}).items()}
         tables = _tables(comparison)
+        groups = [*comparison.groups, *comparison.references]
+        runs = [str(run.folder) for group in groups for run in group.runs]
         sections.append({"comparison": comparison, "about": about(comparison), "tables": tables, "images": encoded,
-                         "notes": notes(comparison)})  # fmt: skip
+                         "notes": notes(comparison), "runs": runs})  # fmt: skip
     summary = summary_table(comparisons) if any(comparison.groups for comparison in comparisons) else None
     template = environment.get_template("report.html.jinja")
-    return template.render(summary=summary, summary_caption=SUMMARY_CAPTION, sections=sections)
+    title = f"Comparison: {', '.join(comparison.task for comparison in comparisons)}"
+    return template.render(
+        title=title, about=_dates(comparisons), summary=summary, summary_caption=SUMMARY_CAPTION, sections=sections
+    )
+
+
+def _dates(comparisons: list[Comparison]) -> str:
+    """Return the number of runs, when their records were written, and the version of this library."""
+    groups = [g for comparison in comparisons for g in (*comparison.groups, *comparison.references)]
+    files = [run.folder / "metrics.json" for group in groups for run in group.runs]
+    times = [datetime.fromtimestamp(file.stat().st_mtime) for file in files if file.is_file()]
+    between = f", finished {min(times):%Y-%m-%d} to {max(times):%Y-%m-%d}" if times else ""
+    return f"{len(files)} runs{between}; gpt2_pl {__version__}."
 
 
 # Data

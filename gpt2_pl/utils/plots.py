@@ -46,7 +46,8 @@ def drawing() -> Iterator[None]:
 
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    with matplotlib.rc_context({"text.usetex": False, "text.parse_math": True}), warnings.catch_warnings():
+    settings = {"text.usetex": False, "text.parse_math": True, "svg.hashsalt": "gpt2_pl"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         logger.setLevel(logging.ERROR)
         try:

@@ -103,9 +103,9 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
     main(command)
     shown = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
-        "report.md", "report.html", "report.csv", "report.json",
-        "ParaphraseDetector_curves.png", "ParaphraseDetector_costs.png",
-    }  # fmt: skip
+        *(f"report.{ending}" for ending in ("md", "html", "csv", "json", "tex")),
+        *(f"ParaphraseDetector_{name}.{ending}" for name in ("curves", "costs") for ending in ("png", "pdf", "svg")),
+    }
     text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
     assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith(str(out)))
     line = re.search(r"D = \+(\d\d\.\d) points \(95 % \+[\d.]+ to \+[\d.]+\), 3 \+ 3 seeds, 400 texts, df [\d.]+; "

@@ -104,11 +104,11 @@ def _compute(run: Run, names: list[str], folder: Path) -> None:
         InputError: the task of the run is not a classifier.
     """
     from gpt2_pl.datamodules import TextClassification
-    from gpt2_pl.tasks.classification import Classifier
+    from gpt2_pl.tasks.protocols import FeatureClassifier
 
     setup = _set_up(run)
     data, task = setup.datamodule, setup.model
-    if not isinstance(task, Classifier) or not isinstance(data, TextClassification):
+    if not isinstance(task, FeatureClassifier) or not isinstance(data, TextClassification):
         message = f"{', '.join(names)} need a classifier of rows, got a run of {run.record.get('task')}"
         raise InputError(message, key="only", value=names)
     data.prepare_data()

@@ -124,6 +124,15 @@ class TextClassifier(Protocol):
 
 
 @runtime_checkable
+class FeatureClassifier(TextClassifier, Protocol):
+    """Classifier of pooled hidden states; ``gpt2-pl references`` uses it."""
+
+    def encode(self, batch: dict[str, Any]) -> Tensor:
+        """Return the pooled hidden states (B, C) of a batch."""
+        ...
+
+
+@runtime_checkable
 class TextGenerator(Protocol):
     """Task that continues texts; ``gpt2-pl generate`` uses it."""
 

@@ -10,6 +10,7 @@ from gpt2_pl.callbacks.reproducibility import Reproducibility
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.callbacks.throughput import Throughput
+from gpt2_pl.callbacks.weight_digests import WeightDigests
 from gpt2_pl.callbacks.writers import ImageWriter, PredictionWriter, SampleWriter
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "RunSummary",
     "SampleWriter",
     "Throughput",
+    "WeightDigests",
     "run_folder",
 ]

@@ -28,6 +28,7 @@ from gpt2_pl.errors import RunError
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.pretrained import provenance
 from gpt2_pl.tasks.protocols import LayeredModule
+from gpt2_pl.utils.digests import code_digests
 from gpt2_pl.utils.trainer import find_callbacks
 
 Scores = dict[str, float]
@@ -212,6 +213,7 @@ class RunSummary(Callback):
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "base": {"path": pl_module.base, "digest": pl_module.base_digest, **provenance(str(pl_module.base))},
             "data": datamodule.description() if hasattr(datamodule, "description") else None,
+            "code": code_digests(),
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         }
 

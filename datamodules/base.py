@@ -181,11 +181,12 @@ class TextData(LightningDataModule):
         return np.sort(order[n_val : n_val + n_train])
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record: class, files, batch size and number of rows in each split."""
+        """Return the data section of the run record: class, files, batch size, rows and digest of each split."""
         return {
             "class": type(self).__name__,
             "files": {split: file for split, file in self.files.items() if file is not None},
             "rows": {split: len(rows) for split, rows in self.encoded.items()},
+            "digests": {split: rows.digest for split, rows in self.encoded.items()},
             "batch_size": self.batch_size,
         }
 

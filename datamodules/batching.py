@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,15 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def digest(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the token ids, the lengths of the rows and the labels."""
+        sha = hashlib.sha256()
+        for array in (self.values, self.lengths, self.labels):
+            if array is not None:
+                sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()[:16]
 
     def row(self, n: int) -> NDArray[Any]:
         """Return the token ids of a row."""

@@ -7,6 +7,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl power RUN RUN ... --difference D
        gpt2-pl references RUN
        gpt2-pl sweep FILE.yaml
+       gpt2-pl verify RUN [--steps N|all]
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
 
@@ -20,6 +21,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   power     plan an experiment from pilot runs: what numbers of seeds and texts can show
   references  compute reference baselines, such as a bag of words, for the data of a run
   sweep     run or resume a grid of tasks, strategies and seeds
+  verify    repeat the first steps of a run and compare the weights bit for bit
   configs   list, print or copy the included configuration files
   export    convert a trained model for transformers or peft
 
@@ -29,7 +31,7 @@ Configuration files and flags apply from left to right; later values override ea
   gpt2-pl fit --config task/sst5 --config strategy/linear_probe --model.base gpt2
   gpt2-pl test --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
 
-FILE is a path or the name of a included configuration (`gpt2-pl configs` lists them).
+FILE is a path or the name of an included configuration (`gpt2-pl configs` lists them).
 
 A run writes its configuration, checkpoints, scores, predictions and TensorBoard events to
 lightning_logs/NAME/version_N. `gpt2-pl COMMAND --help` lists the keys of a command,
@@ -50,7 +52,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_COMMANDS = (*_TRAINER_COMMANDS, "classify", "generate", "compare", "power", "references", "sweep", "configs", "export")
+_COMMANDS = (
+    *_TRAINER_COMMANDS,
+    "classify",
+    "generate",
+    "compare",
+    "power",
+    "references",
+    "sweep",
+    "verify",
+    "configs",
+    "export",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

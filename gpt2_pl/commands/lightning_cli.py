@@ -78,9 +78,15 @@ class RunSettings:
 
 
 class GPT2CLI(LightningCLI):
-    """LightningCLI with a run folder, resumable checkpoints, early stopping and a record of the run."""
+    """LightningCLI with a run folder, resumable checkpoints, early stopping and a record of the run.
 
-    def __init__(self, args: list[str]) -> None:
+    Args:
+        args: the command and its arguments.
+        digests: callback that receives the digests of the weights; by default one that writes them to the run folder.
+    """
+
+    def __init__(self, args: list[str], digests: callbacks.WeightDigests | None = None) -> None:
+        self.digests = callbacks.WeightDigests() if digests is None else digests
         self.line = CommandLine(args)
         self.line.import_classes()
         options = (source.name for source in self.line.sources if not source.is_file)
@@ -251,7 +257,7 @@ class GPT2CLI(LightningCLI):
             raise InputError(f"trainer: {message}", key="trainer") from None
         # The record follows config.yaml and the last validation, and precedes the checkpoints.
         ends: list[Any] = [callbacks.EndOfTraining()] if self.subcommand == "fit" else []
-        ends += [callbacks.Throughput(), self.summary]
+        ends += [callbacks.Throughput(), self.summary, *([self.digests] if self.subcommand == "fit" else [])]
         order = callbacks_of(made)
         place = sum(not isinstance(callback, callbacks.ResumableModelCheckpoint) for callback in order)
         order[place:place] = [*ends, *([] if has_bar else [callbacks.EpochLines()])]

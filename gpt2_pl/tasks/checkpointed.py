@@ -21,6 +21,7 @@ from gpt2_pl.tasks import checkpoint as checkpoints
 from gpt2_pl.tasks.checkpoint import CODE_ARGUMENTS
 from gpt2_pl.tasks.protocols import PromptedData
 from gpt2_pl.tasks.training_state import check_progress, check_training_state
+from gpt2_pl.utils.digests import tensor_digests
 from gpt2_pl.utils.registry import class_path
 
 # Settings of a surgery that do not affect a trained model.
@@ -82,7 +83,7 @@ class CheckpointedModule(LightningModule):
         return super().load_from_checkpoint(file, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the task, its surgery and its base to a checkpoint, and drop the frozen weights of the base.
+        """Add the task, its surgery, its base and digests of the weights; drop the frozen weights of the base.
 
         A checkpoint that holds every weight can be loaded without the base, from its shape alone.
         """
@@ -111,6 +112,7 @@ class CheckpointedModule(LightningModule):
             for name in self.frozen_names:
                 # With sharding, only one process has the weights.
                 checkpoint["state_dict"].pop(f"gpt2.{name}", None)
+        checkpoint["digests"] = tensor_digests(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the base, names and shapes before anything is loaded, and add the weights of a frozen base.

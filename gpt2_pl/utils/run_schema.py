@@ -1,4 +1,4 @@
-"""Schemas of the files of a run: metrics.json and sweep.json.
+"""Schemas of the files of a run: metrics.json, weight_digests.json and sweep.json.
 
 Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
 """
@@ -22,6 +22,7 @@ def _is_file_or_files(value: Any) -> bool:
     return all(isinstance(file, str) and not re.search("[\ud800-\udfff]", file) for file in files)
 
 
+_STEP = expect(lambda text: bool(re.fullmatch("[1-9][0-9]{0,17}", text)), "a number of steps")
 _FILES = expect(_is_file_or_files, "a file or a list of files")
 
 
@@ -103,7 +104,15 @@ class Metrics(Schema):
     device: Name | None = None
     base: Base | None = None
     data: DataDescription | None = None
+    code: dict[Name, Name] | None = None
     versions: dict[Name, Name] | None = None
+
+
+class DigestRecord(Schema):
+    """Digests of the weights after some steps of a run, weight_digests.json."""
+
+    total_steps: Count
+    steps: dict[Annotated[str, _STEP], dict[Name, Name]]
 
 
 class SweepRecord(Schema):

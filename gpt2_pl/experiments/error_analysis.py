@@ -2,7 +2,8 @@
 
 References:
     Guo et al. (2017), On Calibration of Modern Neural Networks (expected calibration error, temperature scaling). Brier
-    (1950), Verification of forecasts expressed in terms of probability.
+    (1950), Verification of forecasts expressed in terms of probability. Holm (1979), A simple sequentially rejective
+    multiple test procedure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ from gpt2_pl.experiments.statistics.intervals import wilson_interval
 NUM_BINS = 15
 """Bins of equal width over the confidence."""
 _SMALLEST = 1e-12  # probabilities below it count as this much in a loss
-NEGATION = r"\b(?:not|n't|no|never|nothing|nobody|neither|nor|none|hardly|without|cannot)\b"
+_TIE = 1e-7  # relative; outcomes that differ less are equally probable but for rounding
+NEGATION = r"\b(?:not|no|never|nothing|nobody|neither|nor|none|hardly|without|cannot)\b|n['\u2019]t\b"
 """Pattern of texts that contain a negation, in English."""
 
 
@@ -37,6 +39,7 @@ class Predictions:
         probabilities: (N, K).
         names: (K,) names of the classes.
         row_numbers: (N,) number of each row in its file.
+        decisions: (N,) predicted classes, if they are not the most probable ones, as with a tuned threshold.
     """
 
     texts: Sequence[str]
@@ -44,11 +47,12 @@ class Predictions:
     probabilities: Floats
     names: Sequence[str]
     row_numbers: Sequence[int]
+    decisions: NDArray[np.integer] | None = None
 
     @property
     def predictions(self) -> NDArray[np.integer]:
-        """(N,) most probable classes."""
-        classes: NDArray[np.integer] = self.probabilities.argmax(1)
+        """(N,) predicted classes, by default the most probable ones."""
+        classes: NDArray[np.integer] = self.probabilities.argmax(1) if self.decisions is None else self.decisions
         return classes
 
     @property
@@ -73,8 +77,7 @@ class Predictions:
         """Return the predictions with the logits divided by a temperature."""
         logits = np.log(np.maximum(self.probabilities, _SMALLEST)) / temperature
         weights = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities = weights / weights.sum(1, keepdims=True)
-        return Predictions(self.texts, self.labels, probabilities, self.names, self.row_numbers)
+        return replace(self, probabilities=weights / weights.sum(1, keepdims=True))
 
 
 class Bin(NamedTuple):
@@ -97,8 +100,11 @@ class Bin(NamedTuple):
 
 
 def reliability(rows: Predictions, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Return accuracy by confidence, in bins of equal width; empty bins are left out."""
-    confidence, hits = rows.probabilities.max(1), rows.hits
+    """Return accuracy by confidence, in bins of equal width; empty bins are left out.
+
+    Confidence is the probability of the most probable class, and accuracy is how often that class is the true one.
+    """
+    confidence, hits = rows.probabilities.max(1), rows.probabilities.argmax(1) == rows.labels
     edges = np.linspace(0.0, 1.0, num_bins + 1)
     members = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, num_bins - 1)
     bins = []
@@ -172,7 +178,9 @@ class Slice(NamedTuple):
         accuracy: accuracy of the rows.
         interval: 95 % interval of the accuracy.
         loss: mean loss of the rows.
-        differs: whether the accuracy differs from that of all other rows (Fisher's exact test, p < 0.05).
+        p: p-value of the hypothesis that the accuracy equals that of all other rows: Fisher's exact test, adjusted for
+            the number of slices (Holm).
+        differs: whether ``p`` is below 0.05.
     """
 
     name: str
@@ -180,6 +188,7 @@ class Slice(NamedTuple):
     accuracy: float
     interval: tuple[float, float]
     loss: float
+    p: float
     differs: bool
 
 
@@ -194,16 +203,12 @@ def slices(
         patterns: regular expressions by name; rows whose text matches, in any case, are a slice.
 
     Returns:
-        The slices that have rows.
+        The slices that have rows. The test of whether they differ from the rest is adjusted for their number.
 
     Raises:
         InputError: a pattern is no regular expression.
     """
-    lengths, named = rows.lengths, {}
-    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="lower"))
-    for i, (low, high) in enumerate(itertools.pairwise(edges)):
-        inside = (lengths >= low) & ((lengths <= high) if i == len(edges) - 2 else (lengths < high))
-        named[f"{low} to {high if i == len(edges) - 2 else high - 1} words"] = inside
+    named = _length_quartiles(rows.lengths)
     for k, name in enumerate(rows.names):
         named[f"label {name}"] = rows.labels == k
     for column, values in (columns or {}).items():
@@ -216,18 +221,58 @@ def slices(
             raise InputError(key="pattern", value=pattern, expected=f"a regular expression ({error})") from None
         matches = np.array([expression.search(text) is not None for text in rows.texts])
         named[f"with {name}"], named[f"without {name}"] = matches, ~matches
-    return [_slice(rows, name, inside) for name, inside in named.items() if inside.any()]
+    named = {name: inside for name, inside in named.items() if inside.any()}
+    hits, losses = rows.hits, rows.losses
+    adjusted = holm([_fisher(hits, inside) for inside in named.values()])
+    return [_slice(hits, losses, name, inside, p) for (name, inside), p in zip(named.items(), adjusted, strict=True)]
 
 
-def _slice(rows: Predictions, name: str, inside: NDArray[np.bool_]) -> Slice:
-    from scipy.stats import fisher_exact
+def _length_quartiles(lengths: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
+    """Return which rows are in each quartile of the number of words; fewer if quartiles are equal."""
+    named = {}
+    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="lower"))
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = (lengths >= low) & ((lengths <= high) if i == len(edges) - 2 else (lengths < high))
+        named[f"{low} to {high if i == len(edges) - 2 else high - 1} words"] = inside
+    return named
 
-    hits, n = rows.hits, int(inside.sum())
-    correct, others = int(hits[inside].sum()), int(hits[~inside].sum())
-    rest = len(hits) - n
-    table = [[correct, n - correct], [others, rest - others]]
-    differs = rest > 0 and float(fisher_exact(table).pvalue) < 0.05
-    return Slice(name, n, correct / n, wilson_interval(correct, n), float(rows.losses[inside].mean()), differs)
+
+def _slice(hits: NDArray[np.bool_], losses: Floats, name: str, inside: NDArray[np.bool_], p: float) -> Slice:
+    n, correct = int(inside.sum()), int(hits[inside].sum())
+    return Slice(name, n, correct / n, wilson_interval(correct, n), float(losses[inside].mean()), p, p < 0.05)
+
+
+def _fisher(hits: NDArray[np.bool_], inside: NDArray[np.bool_]) -> float:
+    """Return the p-value of Fisher's exact test that hits are as frequent inside as outside; 1 if all are inside."""
+    from scipy.special import gammaln
+
+    N, total, n, correct = len(hits), int(hits.sum()), int(inside.sum()), int(hits[inside].sum())
+
+    def log_ways(items: int, chosen: NDArray[np.int_]) -> Floats:
+        ways: Floats = gammaln(items + 1) - gammaln(chosen + 1) - gammaln(items - chosen + 1)
+        return ways
+
+    possible = np.arange(max(0, n + total - N), min(n, total) + 1)  # numbers of hits inside
+    log_p = log_ways(total, possible) + log_ways(N - total, n - possible)
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    return min(1.0, float(p[p <= p[correct - possible[0]] * (1 + _TIE)].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number, so that the chance of any false rejection is bounded (Holm 1979).
+
+    Args:
+        p_values: the p-values.
+
+    Returns:
+        The adjusted p-values, in the same order.
+    """
+    order, adjusted, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def highest_losses(rows: Predictions, count: int) -> NDArray[np.intp]:

@@ -1,10 +1,13 @@
 """Calibration, slices and disagreements against torchmetrics, scikit-learn and recounting."""
 
 import dataclasses
+import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import fisher_exact
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from gpt2_pl.errors import InputError
@@ -17,6 +20,7 @@ from gpt2_pl.experiments.error_analysis import (
     expected_calibration_error,
     fit_temperature,
     highest_losses,
+    holm,
     reliability,
     slices,
 )
@@ -90,6 +94,71 @@ def test_slices_of_a_column_that_decides_differ(rows):
     assert found["outcome miss"].differs
     same = {s.name: s for s in slices(rows, columns={"source": ["one"] * 400})}
     assert not same["source one"].differs
+
+
+def test_slices_p_values_equal_a_recount_of_fishers_test_after_holm(rows):
+    found = slices(rows, patterns={"negation": NEGATION})
+    raw = []
+    for one in found:
+        n, correct, total = one.num_rows, round(one.accuracy * one.num_rows), int(rows.hits.sum())
+        ways = [math.comb(total, k) * math.comb(400 - total, n - k) for k in range(n + 1)]
+        raw.append(sum(w for w in ways if w <= ways[correct] * (1 + 1e-9)) / math.comb(400, n))
+    assert [one.p for one in found] == pytest.approx(holm(raw), rel=1e-6)
+    assert [one.differs for one in found] == [one.p < 0.05 for one in found]
+
+
+def test_slices_p_values_equal_scipys_fisher_test():
+    generator = np.random.default_rng(3)
+    for n, rate in ((3, 0.5), (40, 0.1), (5000, 0.9)):
+        hits, inside = generator.random(n) < rate, generator.random(n) < 0.3
+        inside[0], inside[1] = True, False
+        table = [[(hits & inside).sum(), (~hits & inside).sum()], [(hits & ~inside).sum(), (~hits & ~inside).sum()]]
+        labels = np.zeros(n, int)
+        p = np.where(hits[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
+        one = Predictions(["a b"] * n, labels, p, ["x", "y"], range(n))
+        found = {s.name: s.p for s in slices(one, columns={"in": inside.tolist()})}
+        adjusted = holm([1.0, fisher_exact(table).pvalue, fisher_exact(table).pvalue])
+        assert found["in True"] == pytest.approx(adjusted[1], rel=1e-6)
+        assert found["label x"] == 1.0
+
+
+def test_holm_equals_sequential_rejection():
+    generator = np.random.default_rng(1)
+    for n in (1, 2, 7):
+        p_values = generator.beta(0.3, 3, n).tolist()
+        adjusted = holm(p_values)
+        for level in (0.01, 0.05, 0.2, 0.9):
+            rejected, left = set(), set(range(n))
+            while left and p_values[i := min(left, key=p_values.__getitem__)] <= level / len(left):
+                rejected.add(i)
+                left.remove(i)
+            assert rejected == {i for i in range(n) if adjusted[i] <= level}
+    assert holm([]) == []
+
+
+def test_slices_of_noise_differ_less_often_than_without_adjustment(rows):
+    generator = np.random.default_rng(2)
+    columns = {f"c{i}": generator.integers(0, 2, 400).tolist() for i in range(60)}
+    found = [one for one in slices(rows, columns) if one.name.startswith("c")]
+    assert len(found) == 120
+    assert not any(one.differs for one in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_negated"),
+    [("I didn't like it", True), ("it ca n't", True), ("isn\u2019t it", True), ("Not so", True), ("cannot", True),
+     ("a knot", False), ("nothingness", False), ("can t", False), ("nothing", True)],
+)  # fmt: skip
+def test_negation_pattern_matches_negated_texts(text, is_negated):
+    assert (re.search(NEGATION, text, re.IGNORECASE) is not None) == is_negated
+
+
+def test_decisions_count_as_predictions_and_leave_calibration_unchanged(rows):
+    decided = dataclasses.replace(rows, decisions=np.zeros(400, int))
+    assert decided.hits.sum() == (rows.labels == 0).sum()
+    assert {c.prediction for c in confusions(decided)} == {"low"}
+    assert reliability(decided) == reliability(rows)
+    assert np.array_equal(decided.scaled(2.0).predictions, decided.predictions)
 
 
 def test_slices_invalid_pattern_is_refused(rows):

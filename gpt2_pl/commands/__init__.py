@@ -6,24 +6,26 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER] [--check FILE.yaml]
        gpt2-pl power RUN RUN ... --difference D
        gpt2-pl references RUN
+       gpt2-pl inspect RUN [RUN] --out FOLDER
        gpt2-pl sweep FILE.yaml
        gpt2-pl verify RUN [--steps N|all]
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
 
-  fit       train a model and, if there are test data, test its best checkpoint
-  validate  evaluate a checkpoint on the validation set
-  test      evaluate a checkpoint on the test set
-  predict   write the class probabilities of unlabeled rows
-  classify  classify every row of a file with a trained model
-  generate  continue prompts with a trained language model
-  compare   compare runs: scores over seeds, differences with confidence intervals and verdicts, cost
-  power     plan an experiment from pilot runs: what numbers of seeds and texts can show
+  fit         train a model and, if there are test data, test its best checkpoint
+  validate    evaluate a checkpoint on the validation set
+  test        evaluate a checkpoint on the test set
+  predict     write the class probabilities of unlabeled rows
+  classify    classify every row of a file with a trained model
+  generate    continue prompts with a trained language model
+  compare     compare runs: scores over seeds, differences with confidence intervals and verdicts, cost
+  power       plan an experiment from pilot runs: what numbers of seeds and texts can show
   references  compute reference baselines, such as a bag of words, for the data of a run
-  sweep     run or resume a grid of tasks, strategies and seeds
-  verify    repeat the first steps of a run and compare the weights bit for bit
-  configs   list, print or copy the included configuration files
-  export    convert a trained model for transformers or peft
+  inspect     show where a run errs: worst rows, confusions, calibration, slices
+  sweep       run or resume a grid of tasks, strategies and seeds
+  verify      repeat the first steps of a run and compare the weights bit for bit
+  configs     list, print or copy the included configuration files
+  export      convert a trained model for transformers or peft
 
 Configuration files and flags apply from left to right; later values override earlier ones:
 
@@ -59,6 +61,7 @@ _COMMANDS = (
     "compare",
     "power",
     "references",
+    "inspect",
     "sweep",
     "verify",
     "configs",

@@ -1,0 +1,1 @@
+"""Inspection of single runs: the rows, texts and slices on which a model errs."""

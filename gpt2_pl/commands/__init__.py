@@ -18,9 +18,9 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   predict     write the class probabilities of unlabeled rows
   classify    classify every row of a file with a trained model
   generate    continue prompts with a trained language model
-  compare     compare runs: scores over seeds, differences with confidence intervals and verdicts, cost
-  power       plan an experiment from pilot runs: what numbers of seeds and texts can show
-  references  compute reference baselines, such as a bag of words, for the data of a run
+  compare     compare runs: differences with intervals and verdicts, costs, figures
+  power       plan an experiment: what numbers of seeds and texts can show
+  references  compute baselines for the data of a run, such as a bag of words
   inspect     show where a run errs: worst rows, confusions, calibration, slices
   sweep       run or resume a grid of tasks, strategies and seeds
   verify      repeat the first steps of a run and compare the weights bit for bit

@@ -52,7 +52,7 @@ class JudgedClaim(NamedTuple):
     Args:
         text: the statement, with the task and the score.
         outcome: whether it holds.
-        figures: the difference, its interval and p-value, or why it cannot be told.
+        figures: the difference, its interval and p-value, or why it is undecided.
     """
 
     text: str

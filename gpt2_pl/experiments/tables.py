@@ -35,7 +35,7 @@ ARM_CAPTION = (
 DIFFERENCE_CAPTION = (
     "Differences in {metric} to {baseline}{sign}. Each has its 95 % interval over new seeds and new texts: variances "
     "over seeds of each strategy (Welch), over texts, and of seeds with texts; Student's t with Satterthwaite's "
-    "degrees of freedom. The intervals of the next column cover all together. p is two-sided, then corrected for "
+    "degrees of freedom. The wider intervals cover all of them together. p is two-sided, then corrected for "
     "{count} comparison{plural} (Holm). Verdicts use the corrected p{margin}. Detectable is the true difference that "
     "such runs show with a chance of 80 %."
 )
@@ -94,21 +94,20 @@ def arm_table(comparison: Comparison) -> Table:
 def difference_table(comparison: Comparison) -> Table:
     """Return the differences in the primary metric to the baseline."""
     name = comparison.primary_metric
-    headings = ["strategy", "difference", "95 % each", "95 % all together", "df", "variance: seeds", "p", "p (Holm)"]
-    headings += ["detectable", "verdict"]
+    headings = ["strategy", "difference", "95 % each", "verdict", "95 % all together", "p", "p (Holm)", "detectable"]
+    headings += ["df", "variance: seeds"]
     cells = []
     for group in comparison.groups[1:]:
         if (found := group.differences.get(name)) is None:
-            cells.append([group.label, *[""] * (len(headings) - 2), "Not assessed: no scores."])
+            cells.append([group.label, "", "", "Not assessed: no scores.", *[""] * (len(headings) - 4)])
             continue
         contrast = found.contrast
         share = f"{100 * contrast.seed_share:.0f} %" if found.is_tested else ""
         narrow = f" ({found.population})" if contrast.has_interval and not found.is_tested else ""
         df, p = f"{contrast.df:.1f}" if contrast.has_interval else "", contrast.p_value()
         cells.append([
-            group.label, found.estimate_text(), found.interval_text() + narrow, found.together_text(), df, share,
-            p_text(p if found.is_tested else math.nan), p_text(found.p_adjusted), detectable_text(found),
-            found.sentence(),
+            group.label, found.estimate_text(), found.interval_text() + narrow, found.sentence(), found.together_text(),
+            p_text(p if found.is_tested else math.nan), p_text(found.p_adjusted), detectable_text(found), df, share,
         ])  # fmt: skip
     return headings, cells
 

@@ -115,7 +115,7 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
     assert re.search(
         r"\| ParaphraseDetector \| accuracy \| full: \d\d\.\d ± [^|]+ \| lora: [^|]+ \| needs --margin ", text
     )
-    assert re.search(rf"\| lora \| \+{line[1]} \| [^|]+ to [^|]+ \| [^|]+ \| [\d.]+ \| \d+ % \| < 0.001 \| ", text)
+    assert re.search(rf"\| lora \| \+{line[1]} \| [^|]+ to [^|]+ \| [^|]+\. \| [^|]+ to [^|]+ \| < 0.001 \| ", text)
     assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
     assert "| full | 3 |" in text
     assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text

@@ -46,7 +46,10 @@ def test_compare_hostile_run_texts_are_escaped_in_reports(hostile, tmp_path, mon
     main(["compare", str(hostile), "--out", str(out)])
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "place"}
     assert [path.name for path in out.parent.iterdir()] == ["report"]
-    assert all(path.is_file() and path.suffix in (".md", ".html", ".json", ".csv", ".png") for path in out.iterdir())
+    assert all(
+        path.is_file() and path.suffix in (".md", ".html", ".json", ".csv", ".tex", ".png", ".pdf", ".svg")
+        for path in out.iterdir()
+    )
     assert sum(path.suffix == ".png" for path in out.iterdir()) == 2 * len(EVIL_TEXT)
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert "<script" not in page + text

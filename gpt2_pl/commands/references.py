@@ -114,7 +114,8 @@ def _compute(run: Run, names: list[str], folder: Path) -> None:
     data.prepare_data()
     for stage in ("fit", "test") if data.has_split("test") else ("fit",):
         data.setup(stage)
-    splits = {split: _read_split(data, split) for split in ("train", "val", "test") if split in data.rows}
+    present: list[str] = [split for split in ("train", "val", "test") if split in data.rows]
+    splits = {split: _read_split(data, split) for split in present}
     train, num_classes = splits["train"], data.num_classes
     evaluated = {split: rows for split, rows in splits.items() if split != "train"}
     features = _frozen_features(task, data, list(splits)) if "frozen_features" in names else {}

@@ -46,7 +46,7 @@ def drawing() -> Iterator[None]:
 
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    settings = {"text.usetex": False, "text.parse_math": True, "svg.hashsalt": "gpt2_pl"}
+    settings: Any = {"text.usetex": False, "text.parse_math": True, "svg.hashsalt": "gpt2_pl"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         logger.setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.tensor import DTensor
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.errors import InputError
@@ -22,8 +22,9 @@ class WeightDigests(Callback):
     """Records the digests of all weights after steps 1, 2, 5, 10, 20, 50, ... in the run folder.
 
     ``gpt2-pl verify`` repeats the first steps and compares. The frozen weights of the base are left out; the run record
-    holds their common digest. Nothing is recorded if the weights are sharded over processes, or after a run is resumed
-    with another number of steps: its schedule then differs from the one that its first steps had.
+    holds their common digest. Nothing is recorded if weights are sharded, because one process alone has no complete
+    weights, or after a run is resumed with another number of steps, because its schedule then differs from that of its
+    first steps.
 
     Attributes:
         steps: the digests by number of steps and name of the weight.
@@ -58,10 +59,9 @@ class WeightDigests(Callback):
         if step == self._last_step:  # gradients are being accumulated
             return
         self._last_step = step
-        if trainer.is_global_zero and self._is_recording and _is_recorded(step):
-            state = trained_state(pl_module)
-            if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-                self.record(trainer, step, tensor_digests(state))
+        is_whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if is_whole and trainer.is_global_zero and self._is_recording and _is_recorded(step):
+            self.record(trainer, step, tensor_digests(trained_state(pl_module)))
 
     def record(self, trainer: Trainer, step: int, digests: dict[str, str]) -> None:
         """Keep the digests after a step and write all of them to the run folder."""

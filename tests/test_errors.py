@@ -142,7 +142,11 @@ def test_compare_hostile_run_escapes_terminal_and_reports(hostile, tmp_path, cap
     out = tmp_path / "out"
     main(["compare", str(hostile), "--out", str(out)])
     shown = capsys.readouterr()
-    for text in (shown.out, shown.err, *(file.read_text() for file in out.iterdir() if file.suffix != ".png")):
+    for text in (
+        shown.out,
+        shown.err,
+        *(file.read_text() for file in out.iterdir() if file.suffix not in (".png", ".pdf")),
+    ):
         assert not set(text) & set(RAW)
     assert r"evil\\x1b]0;title" in (out / "report.md").read_text()
     assert r"evil\x1b]0;title" in (out / "report.html").read_text()

@@ -45,13 +45,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpt2_pl.commands.support.process import interrupts, output_failure, set_up_process
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _COMMANDS = (
@@ -163,12 +164,8 @@ def _run_trainer_command(args: list[str]) -> None:
     _import_command("lightning_cli").GPT2CLI(args=args)
 
 
-def filter_messages(show_progress: bool = True) -> None:
-    """Hide warnings and messages of Lightning and torch that do not apply to this program.
-
-    Args:
-        show_progress: whether to show what Lightning reports of a run, such as its seed and devices.
-    """
+def filter_messages() -> None:
+    """Hide warnings and messages of Lightning and torch that do not apply to this program."""
     import logging
     import warnings
 
@@ -198,13 +195,26 @@ def filter_messages(show_progress: bool = True) -> None:
     )
     trainer_log.addFilter(lambda record: not any(text in record.getMessage() for text in ignored_records))
     import_module("lightning.pytorch")
-    if not show_progress:
-        for name in ("lightning.fabric", "lightning.pytorch"):
-            for logger in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed"):
-                logging.getLogger(logger).setLevel(logging.ERROR)
     libraries = r"(lightning|torch|torchmetrics|jsonargparse)(\.|$)"  # importing Lightning enables its warnings
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide what Lightning reports of a run, such as its seed and devices; its errors are shown."""
+    import logging
+
+    names = ("lightning.fabric", "lightning.pytorch")
+    loggers = [logging.getLogger(f"{name}{part}") for name in names for part in ("", ".utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _import_command(command: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_pl.commands import filter_messages
+from gpt2_pl.commands import filter_messages, quiet_lightning
 from gpt2_pl.commands import main as run_command
 from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.commands.support.parser import CommandParser
@@ -88,7 +88,7 @@ def main(args: list[str]) -> None:
     chosen = list(dict.fromkeys(options.only or _DETERMINISTIC))
     for name in chosen:
         require_absent(folder / name / "version_0", "name")
-    filter_messages(show_progress=False)
+    filter_messages()
     if deterministic := [name for name in chosen if name in _DETERMINISTIC]:
         _compute(run, deterministic, folder)
     if "random_init" in chosen:
@@ -145,7 +145,7 @@ def _set_up(run: Run) -> _Setup:
     flags = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"]
     flags += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--ckpt_path=null"]
     flags += ["--model.surgery=[]", "--model.train_base=true", "--early_stopping_patience=null"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet_lightning(), contextlib.redirect_stdout(io.StringIO()):
         return _Setup(["fit", f"--config={run.folder / 'config.yaml'}", *flags])
 
 

@@ -140,10 +140,10 @@ def _repeat(run: Run, expected: dict[int, dict[str, str]]) -> _Repetition:
     """Repeat the steps of a run in a temporary folder and compare."""
     import torch
 
-    from gpt2_pl.commands import filter_messages
+    from gpt2_pl.commands import filter_messages, quiet_lightning
     from gpt2_pl.commands.lightning_cli import GPT2CLI
 
-    filter_messages(show_progress=False)
+    filter_messages()
     if threads := run.record.get("threads"):
         torch.set_num_threads(threads)
     repetition = _Repetition(expected)
@@ -158,7 +158,7 @@ def _repeat(run: Run, expected: dict[int, dict[str, str]]) -> _Repetition:
         }
         arguments = ["fit", "--config", str(run.folder / "config.yaml")]
         arguments += [text for key, value in flags.items() for text in (f"--{key}", value)]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Repeated):
+        with quiet_lightning(), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Repeated):
             GPT2CLI(arguments, digests=repetition)
     return repetition
 

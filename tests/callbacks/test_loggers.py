@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 QUICK = ["--config", ROOT / "configs/quickstart.yaml", "--data.n_train", "80", "--trainer.max_epochs", "1"]
 PNGS = {f"confusion_{split}.png" for split in ("train", "val", "test")}
-FILES = {"checkpoints", "config.yaml", "metrics.json", "predictions_test.csv", "predictions_val.csv", "tokenizer.json"}
+FILES = {"checkpoints", "config.yaml", "metrics.json", "predictions_test.csv", "predictions_val.csv", "tokenizer.json",
+         "weight_digests.json"}  # fmt: skip
 
 
 class StubWandb(Logger):

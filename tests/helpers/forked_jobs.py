@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if isinstance(args, str) or args[0] != sys.executable or "-m" not in args:
             return super()._execute_child(args, *more)
         assert self._settings.keys() <= {"shell", "env", "stdout", "stderr", "encoding"}, self._settings
-        if not (pid := os.fork()):
+        with warnings.catch_warnings():  # Python 3.12 warns of threads, which the child does not use
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if not pid:
             outputs = [self._settings.get(name) for name in ("stdout", "stderr")]
             _run(args[args.index("-m") + 1 :], self._settings.get("env"), outputs)
         self.pid, self._child_created = pid, True

@@ -5,7 +5,7 @@ from gpt2_pl.callbacks.end_of_training import EndOfTraining
 from gpt2_pl.callbacks.environment import Environment
 from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
-from gpt2_pl.callbacks.progress import EpochLines, RunProgressBar
+from gpt2_pl.callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
 from gpt2_pl.callbacks.reproducibility import Reproducibility
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.callbacks.run_summary import RunSummary
@@ -27,6 +27,7 @@ __all__ = [
     "ResumableEarlyStopping",
     "ResumableModelCheckpoint",
     "RunFolder",
+    "RunModelSummary",
     "RunProgressBar",
     "RunSummary",
     "SampleWriter",

@@ -9,9 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar, Timer
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn
+from rich import get_console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from gpt2_pl.callbacks.run_summary import RunSummary
@@ -106,6 +108,30 @@ class RunProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {epoch_number(current_epoch, self.trainer)}".ljust(len(self.validation_description))
+
+
+class RunModelSummary(RichModelSummary):
+    """Summary of the modules with parameters and of the numbers of parameters, printed before training."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Print the table without modules that have no parameters, such as metrics, and without operation counts."""
+        columns = dict(summary_data)
+        table = Table("name", "type", Column("params", justify="right"))
+        for name, kind, count in zip(columns["Name"], columns["Type"], columns["Params"], strict=True):
+            if count.strip() != "0":
+                table.add_row(name, kind, count)
+        console = get_console()
+        console.print(table)
+        counts = f"{trainable_parameters:,} of {total_parameters:,} parameters train"
+        console.print(f"{counts}; the model occupies {model_size:.1f} MB", highlight=False)
 
 
 class EpochLines(Callback):

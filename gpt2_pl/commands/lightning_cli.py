@@ -31,7 +31,7 @@ import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -265,7 +265,7 @@ class GPT2CLI(LightningCLI):
 
     @staticmethod
     def _add_progress(trainer: dict[str, Any], added: list[Any]) -> bool:
-        """Add the bar in place of Lightning's; return whether there is a bar."""
+        """Add the bar and the summary of the model in place of Lightning's; return whether there is a bar."""
         configured = as_list(trainer["callbacks"])
         has_bar = any(isinstance(callback, ProgressBar) for callback in configured)
         if not has_bar:
@@ -273,6 +273,9 @@ class GPT2CLI(LightningCLI):
             has_bar = trainer["enable_progress_bar"] is not False and terminal
             added += [callbacks.RunProgressBar()] if has_bar else []
             trainer["enable_progress_bar"] = has_bar  # else Lightning adds a bar of its own
+        if trainer["enable_model_summary"] is not False and not any(isinstance(c, ModelSummary) for c in configured):
+            added.append(callbacks.RunModelSummary())
+            trainer["enable_model_summary"] = False  # else Lightning adds its own
         return has_bar
 
     def _add_training(self, config: Any, trainer: dict[str, Any], added: list[Any]) -> None:

@@ -66,7 +66,8 @@ def test_fit_without_terminal_prints_scores_of_an_epoch_in_short_lines(run, caps
     for i in found:
         assert re.fullmatch(rf"epoch ./2: train {scores} val {scores} took [\d:]+, [\d:]+ left", lines[i]), lines[i]
     assert "Gathered" not in "\n".join(lines)
-    assert any("669 K" in line for line in lines)  # Lightning's summary of the model
+    assert "FLOPs" not in "\n".join(lines)
+    assert any(re.fullmatch(r"669,187 of 669,187 parameters train; the model occupies 2\.7 MB", line) for line in lines)
 
 
 def test_progress_bar_on_terminal_counts_from_one_and_fits_80_columns():

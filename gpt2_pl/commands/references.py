@@ -103,12 +103,13 @@ def _compute(run: Run, names: list[str], folder: Path) -> None:
     Raises:
         InputError: the task of the run is not a classifier.
     """
-    from gpt2_pl.datamodules import TextClassification
-    from gpt2_pl.tasks.protocols import FeatureClassifier
+    from gpt2_pl.tasks.protocols import ClassificationRows, FeatureClassifier
 
     setup = _set_up(run)
-    data, task = setup.datamodule, setup.model
-    if not isinstance(task, FeatureClassifier) or not isinstance(data, TextClassification):
+    data: Any = setup.datamodule
+    task: Any = setup.model
+    is_classifier = isinstance(task, FeatureClassifier) and isinstance(data, ClassificationRows)
+    if not is_classifier:
         message = f"{', '.join(names)} need a classifier of rows, got a run of {run.record.get('task')}"
         raise InputError(message, key="only", value=names)
     data.prepare_data()

@@ -89,6 +89,16 @@ class ReadableData(Protocol):
 
 
 @runtime_checkable
+class ClassificationRows(RowData, LabelledData, ReadableData, Protocol):
+    """Labelled rows with the texts of a template's fields; ``gpt2-pl references`` uses it."""
+
+    rows: dict[str, Any]  #: texts of each split by field, a column each
+    encoded: dict[str, Any]  #: tokens and ``labels`` (N,) of each split
+    template: Any  #: the prompt, with its ``fields``
+    num_classes: int
+
+
+@runtime_checkable
 class PoemData(TokenizedData, Protocol):
     """Poems whose first lines are the prompt."""
 

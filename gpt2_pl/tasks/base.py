@@ -100,7 +100,7 @@ class Task(Registered, OptimizedModule):
     ) -> None:
         super().__init__()
         if (base is None) == (config is None):
-            got = "neither" if base is None else "both; set the other to null, as --model.base null"
+            got = "neither" if base is None else "both; set one to null: --model.base null or --model.config null"
             wanted = "base (a pretrained GPT-2: folder or hub id) or config (the shape of a randomly initialized one)"
             raise InputError(f"model: give either {wanted}; got {got}", key="model.base")
         require(dropout is None or 0.0 <= dropout < 1.0, "model.dropout", dropout, "in [0, 1)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from gpt2_pl.errors import printable
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.plots import png
+
+VALIDATIONS = "validations/step_{step}"
+"""Folder of the table of a validation, within the folder of a run."""
 
 
 def goodness(pl_module: LightningModule, score: float) -> float:
@@ -29,9 +32,14 @@ class PredictionWriter(Callback):
     probability of each class. The table of a poem generator is ``losses``: for every poem its number, the number of
     scored tokens, and the sum of their losses in nats. See
     :meth:`Task.row_table() <gpt2_pl.tasks.Task.row_table>`.
+
+    Args:
+        save_predictions: ``best`` to keep the validation table of the best epoch, or ``every_epoch`` to keep in
+            addition that of every validation, in ``validations/step_N`` after N optimizer steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save_predictions: Literal["best", "every_epoch"] = "best") -> None:
+        self.save_predictions = save_predictions
         self.best: float | None = None
         self.wrote = False  #: whether this process has written a file
         self.keeps_best = False  #: whether an evaluation outside training also keeps the table of the best epoch
@@ -49,6 +57,8 @@ class PredictionWriter(Callback):
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit" or self.keeps_best:
+            if self.save_predictions == "every_epoch":
+                self._write(trainer, pl_module, "val", VALIDATIONS.format(step=trainer.global_step))
             score = float(trainer.callback_metrics[str(pl_module.monitor)])
             if self.best is not None and goodness(pl_module, score) <= goodness(pl_module, self.best):
                 return
@@ -63,12 +73,14 @@ class PredictionWriter(Callback):
         """Write the predicted rows."""
         self._write(trainer, pl_module, "predict")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str, subfolder: str = "") -> None:
         table = pl_module.row_table(split) if isinstance(pl_module, Task) else None
         folder = run_folder(trainer)
         if table is None or folder is None or not trainer.is_global_zero:
             return
-        with atomic_write(folder / f"{table.name}_{split}.csv") as file:
+        file_name = folder / subfolder / f"{table.name}_{split}.csv"
+        file_name.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file_name) as file:
             writer = csv.writer(file)
             writer.writerow(table.columns)
             writer.writerows(table.rows)

@@ -68,6 +68,8 @@ class RunSettings:
         early_stopping_patience: stop after this many validations without a better score; null never stops early
         checkpoint_every_n_steps: write checkpoints/last.ckpt every N optimizer steps, in addition to after every epoch
         on_non_finite_loss: error stops at a NaN or infinite loss; skip leaves the step out and counts it
+        save_predictions: best keeps the rows of the best epoch; every_epoch also those of every validation, in
+            validations/step_N of the run's folder, from which compare corrects the selection of the epoch
     """
 
     name: str = "run"
@@ -75,6 +77,7 @@ class RunSettings:
     early_stopping_patience: int | None = None
     checkpoint_every_n_steps: int | None = None
     on_non_finite_loss: Literal["error", "skip"] = "error"
+    save_predictions: Literal["best", "every_epoch"] = "best"
 
 
 class GPT2CLI(LightningCLI):
@@ -244,7 +247,11 @@ class GPT2CLI(LightningCLI):
                 trainer["logger"] = RunTensorBoardLogger(self.folder, config["name"], root)
         self.summary = callbacks.RunSummary(self.line.files, self._plain_settings(skip_none=True))
         added += [callbacks.Environment(), callbacks.Reproducibility()]
-        added += [callbacks.PredictionWriter(), callbacks.SampleWriter(), callbacks.ImageWriter()]
+        added += [
+            callbacks.PredictionWriter(config["save_predictions"]),
+            callbacks.SampleWriter(),
+            callbacks.ImageWriter(),
+        ]
         has_bar = self._add_progress(trainer, added)
         if trainer["logger"]:
             added.append(LearningRateMonitor(logging_interval="step"))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _RUN_KEY = re.compile(r"(model|data|trainer)(\.[A-Za-z_][A-Za-z0-9_]*)+\+?")
 _RESERVED_KEYS = ("seed_everything", "name", "version", "config", "ckpt_path", "trainer.default_root_dir")
-_TOP_LEVEL_KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "on_non_finite_loss")
+_TOP_LEVEL_KEYS = ("early_stopping_patience", "checkpoint_every_n_steps", "on_non_finite_loss", "save_predictions")
 
 
 @dataclass

@@ -113,9 +113,15 @@ class ResumableModelCheckpoint(ModelCheckpoint):
         if issubclass(self._module_class, Task):
             read(source, "ckpt_path", self._module_class)
         best.parent.mkdir(parents=True, exist_ok=True)
-        for name in _ROW_TABLES:
-            if (table := self._source_dir.parent / name).is_file() and not table.is_symlink():
-                shutil.copyfile(table, best.parent.parent / name)
+        folder = self._source_dir.parent.resolve()
+        tables = (
+            table for name in _ROW_TABLES for table in (folder / name, *folder.glob(f"validations/step_*/{name}"))
+        )
+        for table in tables:
+            if table.is_file() and table.resolve() == table:  # no symbolic link to a file elsewhere
+                target = best.parent.parent / table.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(table, target)
         shutil.copyfile(source, best)
 
 

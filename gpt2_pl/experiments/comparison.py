@@ -18,6 +18,7 @@ from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.differences import Difference, compare_arms, disagreeing_rows, is_usable, judge
 from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.selection import Selection, select
 from gpt2_pl.experiments.trials import Trials, find_trials
 from gpt2_pl.experiments.units import Unit
 
@@ -41,6 +42,7 @@ class RunGroup:
         differences: for each score, the difference to the baseline. Empty for the baseline.
         notices: what a reader must know about the runs, such as that one has collapsed.
         trials: the search that chose the settings of the runs; None if none is known.
+        selections: for each run its scores of rows that did not choose the epoch; empty if not all runs have them.
     """
 
     label: str
@@ -50,10 +52,11 @@ class RunGroup:
     differences: dict[str, Difference] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     trials: Trials | None = None
+    selections: list[Selection] = field(default_factory=list)
 
     def values(self, score: str) -> list[float]:
         """Return a score of every run that has it."""
-        return [float(run.record["scores"][score]) for run in self.runs if score in run.record["scores"]]
+        return [value for run in self.runs if (value := run.score(score)) is not None]
 
     def usable(self, score: str) -> list[Run]:
         """Return the runs with a score that is a number of usual size, on all of its rows."""
@@ -61,7 +64,7 @@ class RunGroup:
 
     def usable_values(self, score: str) -> list[float]:
         """Return the score of every usable run."""
-        return [float(run.record["scores"][score]) for run in self.usable(score)]
+        return [value for run in self.usable(score) if (value := run.score(score)) is not None]
 
     def mean(self, score: str) -> float | None:
         """Return the mean of a score over usable runs: None if no run has the score, NaN if no run is usable."""
@@ -117,7 +120,8 @@ class Comparison:
     Args:
         task: class of the task.
         monitor: score that selected the best epoch of each run.
-        comparison_key: properties that all runs share; see :attr:`Run.comparison_key`.
+        split: split whose scores are compared: ``test`` if all runs have its scores, else that of ``monitor``.
+        comparison_key: properties that all runs share; see :meth:`Run.comparison_key`.
         groups: groups of runs.
         notes: notes on runs that were left out or repeated, and on the comparisons.
         margin: difference in the primary metric that matters, on the internal scale of its unit; None if none was
@@ -127,6 +131,7 @@ class Comparison:
 
     task: str
     monitor: str
+    split: str
     comparison_key: dict[str, Any]
     groups: list[RunGroup]
     notes: list[str] = field(default_factory=list)
@@ -151,8 +156,19 @@ class Comparison:
     @property
     def primary_metric(self) -> str:
         """Score that ranks strategies: the primary metric of the task if runs have it, else the monitored score."""
-        primary = self.groups[0].runs[0].record.get("primary") if self.groups else None
-        return str(primary) if primary in self.scores() else self.monitor
+        name = _primary(self.groups[0].runs[0], self.split) if self.groups else ""
+        return name if name in self.scores() else self.monitor
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether the scores that are compared are of rows of the validation set that did not choose the epoch."""
+        return self.split == self.monitor.partition("/")[0] and all(group.selections for group in self.groups)
+
+    @property
+    def is_optimistic(self) -> bool:
+        """Whether the rows that are compared have chosen the epoch of a run."""
+        chose = any(len(run.record["epochs"]) > 1 for group in self.groups for run in group.runs)
+        return chose and self.split == self.monitor.partition("/")[0] and not self.is_crossed
 
     def best(self) -> RunGroup:
         """Return the group with the best mean of the primary metric."""
@@ -246,8 +262,9 @@ def compare(runs: Iterable[Run], baseline: str | None = None, margin: float | No
 
 def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | None) -> Comparison:
     if not runs:
-        return Comparison(task, "", {}, [], notes)
-    keys = {id(run): json.dumps(run.comparison_key, sort_keys=True) for run in runs}
+        return Comparison(task, "", "", {}, [], notes)
+    split = compared_split(runs, notes)
+    keys = {id(run): json.dumps(run.comparison_key(split), sort_keys=True) for run in runs}
     (most_common, _), *_ = Counter(keys.values()).most_common(1)
     shared = json.loads(most_common)
     comparable = []
@@ -256,7 +273,7 @@ def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | No
             comparable.append(run)
         else:
             other = [name for name, value in json.loads(keys[id(run)]).items() if value != shared[name]]
-            difference = f"other {', '.join(other)} than most ({run.comparison_key[other[0]]})"
+            difference = f"other {', '.join(other)} than most ({run.comparison_key(split)[other[0]]})"
             notes.append(f"{run.folder} is left out: {difference}")
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in comparable:
@@ -277,7 +294,44 @@ def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | No
     if first not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"there is no baseline {first!r}; differences are to {groups[0].label}")
     monitor = str(comparable[0].record["monitor"])
-    return Comparison(task, monitor, shared, groups, notes, references=references)
+    comparison = Comparison(task, monitor, split, shared, groups, notes, references=references)
+    use_crossed_scores(comparison)
+    return comparison
+
+
+def use_crossed_scores(comparison: Comparison) -> None:
+    """Score runs on rows that did not choose their epoch, if the rows that did are compared and all runs permit it.
+
+    Every run needs the rows of all its validations (``save_predictions: every_epoch``).
+    """
+    groups = [*comparison.groups, *comparison.references]
+    runs = [run for group in groups for run in group.runs]
+    for run in runs:
+        run.crossed = {}
+    for group in groups:
+        found = [select(run) for run in group.runs]
+        group.selections = [one for one in found if one is not None] if None not in found else []
+    if comparison.is_crossed:
+        for group in groups:
+            for run, selection in zip(group.runs, group.selections, strict=False):
+                run.crossed = selection.scores
+
+
+def _primary(run: Run, split: str) -> str:
+    """Return the name of the primary metric of a run's task in a split."""
+    return f"{split}/{str(run.record.get('primary') or run.record.get('monitor')).partition('/')[2]}"
+
+
+def compared_split(runs: Sequence[Run], notes: list[str]) -> str:
+    """Return ``test`` if all runs have its score, because no run chose its epoch there; else that of the monitor."""
+    tested = sum(_primary(run, "test") in run.record["scores"] for run in runs)
+    if tested == len(runs):
+        return "test"
+    if tested:
+        notes.append(
+            f"{tested} of {len(runs)} runs have scores of a test set; those of the validation set are compared"
+        )
+    return runs[0].split
 
 
 def _settings_key(run: Run) -> str:
@@ -332,11 +386,11 @@ def _family_notes(comparison: Comparison) -> list[str]:
     if seeds and max(seeds) >= 2 * min(seeds):
         notes.append(f"Strategies have {min(seeds)} to {max(seeds)} seeds; equal numbers make intervals more reliable.")
     epochs = {len(run.record["epochs"]) for group in comparison.groups for run in group.runs}
-    selects = primary.partition("/")[0] == comparison.monitor.partition("/")[0]
-    if selects and len(epochs) > 1:
+    if comparison.is_optimistic and len(epochs) > 1:
         notes.append(
-            f"{primary} is that of the epoch that is best on these very rows. Runs chose among {min(epochs)} to "
-            f"{max(epochs)} epochs; more epochs to choose from make a score more optimistic."
+            f"Runs chose among {min(epochs)} to {max(epochs)} epochs; more epochs to choose from make a score more "
+            "optimistic. A test file, or save_predictions: every_epoch in all runs, gives scores of rows that did not "
+            "choose."
         )
     return notes
 

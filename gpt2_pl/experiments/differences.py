@@ -49,7 +49,7 @@ class Measured(NamedTuple):
 
 def is_usable(run: Run, score: str) -> bool:
     """Return whether a run has a score that is a number of usual size, also on each of its rows."""
-    value = run.record["scores"].get(score)
+    value = run.score(score)
     if value is None or not abs(value) < _MAX_SCORE:
         return False
     rows = run.row_score(score)
@@ -76,7 +76,11 @@ def measure(runs: Sequence[Run], score: str, unit: Unit) -> Measured:
         contributions = np.array([of_run.contributions for of_run in found])
         arm = Arm(unit.sign * values, unit.sign * contributions)
         return Measured(arm, digests.pop(), all(of_run.is_binary for of_run in found))
-    return without_rows([float(run.record["scores"][score]) for run in runs], unit)
+    return without_rows(_scores(runs, score), unit)
+
+
+def _scores(runs: Sequence[Run], name: str) -> list[float]:
+    return [value for run in runs if (value := run.score(name)) is not None]
 
 
 def without_rows(scores: Sequence[float], unit: Unit) -> Measured:
@@ -207,7 +211,7 @@ def compare_arms(
     both = [measure(of_arm, score, unit) for of_arm in (runs, baseline)]
     has_rows = both[0].digest is not None and both[0].digest == both[1].digest
     if not has_rows:
-        both = [without_rows([run.record["scores"][score] for run in of_arm], unit) for of_arm in (runs, baseline)]
+        both = [without_rows(_scores(of_arm, score), unit) for of_arm in (runs, baseline)]
     found = difference(both[0].arm, both[1].arm)
     reason = _reason(found, has_rows, all(measured.is_binary for measured in both), unit)
     notices = _notices(found, [measured.arm for measured in both], names) if has_rows else ()

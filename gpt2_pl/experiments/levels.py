@@ -67,7 +67,7 @@ def collapsed(runs: Sequence[Run], score: str, unit: Unit) -> list[Run]:
     """
     if not unit.is_percent or not runs:
         return []
-    values = [unit.sign * run.record["scores"][score] for run in runs]
+    values = [unit.sign * (run.score(score) or 0.0) for run in runs]
     median = statistics.median(values)
     return [
         run
@@ -97,8 +97,7 @@ def reliability_notices(usable: Sequence[Run], failed: Sequence[Run], score: str
     bad = collapsed(usable, score, unit)
     if bad:
         runs = ", ".join(
-            f"seed {run.record.get('seed')}: {unit.format_score(run.record['scores'][score])}"
-            for run in bad[:_MAX_LISTED]
+            f"seed {run.record.get('seed')}: {unit.format_score(run.score(score) or 0.0)}" for run in bad[:_MAX_LISTED]
         )
         rate = _rate_text(len(bad), len(usable))
         notices.append(f"collapsed runs: {len(bad)} of {len(usable)} ({runs}; {rate}), kept in the analysis")

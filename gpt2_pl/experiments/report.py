@@ -18,6 +18,7 @@ from gpt2_pl.experiments.comparison import Comparison, RunGroup
 from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
 from gpt2_pl.experiments.reference_comparison import REFERENCE_CAPTION, reference_table
+from gpt2_pl.experiments.statistics.selection import MIN_ROWS
 from gpt2_pl.experiments.tables import (
     ARM_CAPTION,
     BEST_OF_CAPTION,
@@ -35,9 +36,12 @@ from gpt2_pl.experiments.tables import (
     heading,
     score_table,
     secondary_table,
+    selection_caption,
+    selection_table,
     summary_table,
 )
 
+CROSSED = "; no row is scored by an epoch that it chose (half-splits)"
 _MAX_TEXT = 1000  # characters of a run's text in one place
 
 
@@ -72,7 +76,12 @@ def about(comparison: Comparison) -> str:
     rows = "" if key["rows"] is None else f" ({key['rows']:,} rows)"
     base = key["base"]
     start = "No base: trained from a random start" if base is None else f"Base: digest {str(base)[:12]}"
-    return f"Scored on {key['data']}{rows}. {start}."
+    chose = ", which also chose the epoch: optimistic" if comparison.is_optimistic else ""
+    crossed = ""
+    if comparison.is_crossed:
+        is_few = (key["rows"] or MIN_ROWS) < MIN_ROWS
+        crossed = f"; the last epoch, because fewer than {MIN_ROWS} rows cannot choose one" if is_few else CROSSED
+    return f"Scored on {key['data']}{rows}{chose}{crossed}. {start}."
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
@@ -83,6 +92,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
     tables = [
         (ARM_CAPTION.format(metric=heading(comparison.primary_metric)), arm_table(comparison)),
         (difference_caption(comparison), difference_table(comparison)),
+        (selection_caption(comparison), selection_table(comparison)),
         (REFERENCE_CAPTION.format(metric=heading(comparison.primary_metric)), reference_table(comparison)),
         (EFFECT_CAPTION, effect_table(comparison, factor_effects(comparison))),
         (SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison)),
@@ -189,6 +199,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "monitor": comparison.monitor,
         "comparison_key": comparison.comparison_key,
         "primary_metric": comparison.primary_metric if comparison.groups else None,
+        "split": comparison.split,
+        "crossed": comparison.is_crossed,
         "margin": comparison.margin,
         "notes": comparison.notes,
         "groups": [
@@ -240,7 +252,7 @@ def write_csv(comparisons: list[Comparison], writer: Any) -> None:
         for group in comparison.groups:
             for run in group.runs:
                 costs = [RunGroup(group.label, [run]).cost(name) for name in COSTS]
-                values = [run.record["scores"].get(name, "") for name in scores]
+                values = ["" if (score := run.score(name)) is None else score for name in scores]
                 seed = run.record.get("seed")
                 names = (_csv_text(comparison.task), _csv_text(group.label), seed, _csv_text(run.folder))
                 writer.writerow([*names, *values, *costs])

@@ -1,13 +1,15 @@
-"""Scores of a run from its table of rows, and the contribution of every row to them."""
+"""Tables of rows of a run, their scores, and the contribution of every row to them."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +31,13 @@ class RowScore:
         contributions: (N,) contribution of each row, by deletion of the row; see
             :mod:`gpt2_pl.experiments.statistics.contributions`.
         is_binary: the score is the share of rows with a property, so that contributions are 0 or 1.
+        is_mean: the score is the mean of its contributions.
     """
 
     value: float
     contributions: Floats
     is_binary: bool = False
+    is_mean: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +56,38 @@ class RowScores:
     majority_share: float | None = None
 
 
-def read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
-    """Read the row scores of a split from ``losses_SPLIT.csv`` or ``predictions_SPLIT.csv``.
+Columns = Mapping[str, NDArray[Any]]
+"""Values of every row (N, ...), by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """Table of rows, from which scores are computed.
+
+    Args:
+        digest: digest of the texts and labels of the rows.
+        columns: what each row adds to the scores.
+        compute: returns the scores of any rows by name, such as ``val/accuracy``.
+    """
+
+    digest: str
+    columns: Columns
+    compute: Callable[[Columns], dict[str, RowScore]]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(next(iter(self.columns.values())))
+
+    def scores(self) -> RowScores:
+        """Return the scores of all rows."""
+        share = None
+        if (labels := self.columns.get("label")) is not None and len(np.unique(labels)) > 1:
+            share = float(np.bincount(labels).max() / len(labels))
+        return RowScores(self.digest, self.compute(self.columns), share)
+
+
+def read_row_table(folder: Path, split: str, metrics: Sequence[str]) -> RowTable | None:
+    """Read the rows of a split from ``losses_SPLIT.csv`` or ``predictions_SPLIT.csv``.
 
     Args:
         folder: folder of the run.
@@ -61,7 +95,7 @@ def read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScor
         metrics: names of the metrics of the run's task; columns of these names are outcomes of rows.
 
     Returns:
-        The row scores; None if there is no file, or it has no labels.
+        The rows; None if there is no file, or it has no labels.
 
     Raises:
         InputError: the file is invalid.
@@ -76,37 +110,47 @@ def read_row_scores(folder: Path, split: str, metrics: Sequence[str]) -> RowScor
     return None
 
 
-def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowScores:
+def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowTable:
     with file.open(encoding="utf-8", newline="") as lines:
         poems = list(csv.DictReader(lines))
     if not poems:
         raise ValueError("it has no rows")
     digest = hashlib.sha256(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode()).hexdigest()
-    sums = np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])
-    if sums[:, 1].min() < 0 or sums[:, 1].sum() == 0:
+    columns = {"loss": np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])}
+    n_tokens = columns["loss"][:, 1]
+    if n_tokens.min() < 0 or n_tokens.sum() == 0:
         raise ValueError("its numbers of tokens must be at least 0, and one of them above 0")
-    with np.errstate(invalid="ignore", divide="ignore"):  # a run may diverge
-        loss = RowScore(*from_sums(sums, lambda total: total[..., 0] / total[..., 1]))
-    scores = {"loss": loss, "perplexity": loss}
     for name in metrics:
         if name.startswith("chrf") and f"{name}_counts" in poems[0]:
-            counts = np.array([[float(int(count)) for count in poem[f"{name}_counts"].split()] for poem in poems])
-            scores[name] = RowScore(*from_sums(counts, chrf_of_counts))
-        elif name in poems[0] and name not in scores:
-            scores[name] = _mean(np.array([float(poem[name]) for poem in poems]))
-    return RowScores(digest[:12], {f"{split}/{name}": score for name, score in scores.items()})
+            columns[name] = np.array(
+                [[float(int(count)) for count in poem[f"{name}_counts"].split()] for poem in poems]
+            )
+        elif name in poems[0] and name not in columns:
+            columns[name] = np.array([float(poem[name]) for poem in poems])
+    return RowTable(digest[:12], columns, partial(_loss_scores, split))
 
 
-def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScores | None:
+def _loss_scores(split: str, columns: Columns) -> dict[str, RowScore]:
+    """Return loss and perplexity per token, chrF, and the means of other columns."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # a run may diverge
+        loss = RowScore(*from_sums(columns["loss"], lambda total: total[..., 0] / total[..., 1]))
+    scores = {"loss": loss, "perplexity": loss}
+    for name, values in columns.items():
+        if name != "loss":
+            scores[name] = _mean(values) if values.ndim == 1 else RowScore(*from_sums(values, chrf_of_counts))
+    return {f"{split}/{name}": score for name, score in scores.items()}
+
+
+def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowTable | None:
     with file.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
-        columns = list(table.fieldnames or ())
-        if not {"text", "label", "prediction"} <= set(columns):
+        names = list(table.fieldnames or ())
+        if not {"text", "label", "prediction"} <= set(names):
             return None
-        if len(set(columns)) < len(columns):
+        if len(set(names)) < len(names):
             raise ValueError("its columns must have different names")
-        classes = {name[2:-1]: i for i, name in enumerate(name for name in columns if name.startswith("p("))}
-        outcomes = [] if classes else [name for name in columns if name in metrics]
+        classes = {name[2:-1]: i for i, name in enumerate(name for name in names if name.startswith("p("))}
+        outcomes = [] if classes else [name for name in names if name in metrics]
         digest, values = hashlib.sha256(), []
         for row in table:
             digest.update(f"{row['text']}\0{row['label']}\0".encode())
@@ -118,18 +162,22 @@ def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowScor
                 raise ValueError(f"it must have 2 to {_MAX_CLASSES} classes, got {len(classes)}")
     if not values:
         raise ValueError("it has no rows")
-    if outcomes:
-        columns_of_values = np.array(values).T
-        means = {f"{split}/{name}": _mean(column) for name, column in zip(outcomes, columns_of_values, strict=True)}
-        return RowScores(digest.hexdigest()[:12], means)
-    labels, predictions = np.array(values).T
-    majority_share = float(np.bincount(labels).max() / len(labels)) if len(np.unique(labels)) > 1 else None
-    scores = classification_scores(labels, predictions, len(classes))
-    return RowScores(digest.hexdigest()[:12], {f"{split}/{n}": score for n, score in scores.items()}, majority_share)
+    columns = dict(zip(outcomes or ("label", "prediction"), np.array(values).T, strict=True))
+    compute = partial(_means, split) if outcomes else partial(_class_scores, split, len(classes))
+    return RowTable(digest.hexdigest()[:12], columns, compute)
+
+
+def _means(split: str, columns: Columns) -> dict[str, RowScore]:
+    return {f"{split}/{name}": _mean(values) for name, values in columns.items()}
+
+
+def _class_scores(split: str, num_classes: int, columns: Columns) -> dict[str, RowScore]:
+    scores = classification_scores(columns["label"], columns["prediction"], num_classes)
+    return {f"{split}/{name}": score for name, score in scores.items()}
 
 
 def _mean(values: Floats) -> RowScore:
-    return RowScore(float(values.mean()), values, bool(np.isin(values, (0.0, 1.0)).all()))
+    return RowScore(float(values.mean()), values, bool(np.isin(values, (0.0, 1.0)).all()), is_mean=True)
 
 
 def classification_scores(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.experiments.rows import RowScore, RowScores, read_row_scores
+from gpt2_pl.experiments.rows import RowScore, RowScores, RowTable, read_row_table
 from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
 RUNS = Path("lightning_logs")  # folder of all runs, relative to the working directory
@@ -22,6 +23,7 @@ _LOCATION_KEYS = re.compile(  # locations, hardware and displays, which do not a
 
 
 _MAX_KEY_CHARACTERS = 1000  # of a dotted key
+_MAX_EXPONENT = 700.0  # of a floating-point number
 
 
 @dataclass(eq=False)
@@ -32,11 +34,14 @@ class Run:
         folder: path of the run's folder.
         record: content of its ``metrics.json``.
         settings: content of its ``config.yaml``.
+        crossed: scores that replace those of the best epoch in a comparison; see
+            :mod:`gpt2_pl.experiments.selection`.
     """
 
     folder: Path
     record: dict[str, Any]
     settings: dict[str, Any]
+    crossed: dict[str, RowScore] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -106,17 +111,20 @@ class Run:
         walk("skipped_steps", self.record.get("skipped_steps") or None)
         return flat
 
-    @property
-    def comparison_key(self) -> dict[str, Any]:
-        """Properties that runs must share in order to be compared: task, data, labels, contexts and base."""
+    def comparison_key(self, split: str) -> dict[str, Any]:
+        """Return the properties that runs must share in order to be compared: task, data, labels, contexts and base.
+
+        Args:
+            split: the split that is compared, ``val`` or ``test``.
+        """
         data = self.record.get("data") or {}
         files = data.get("files") or {}
         base = self.record.get("base") or {}
         return {
             "task": self.record.get("task"),
-            "data": _file_names(files.get(self.split) or files.get("train") or data.get("hub_id") or data.get("class")),
-            "rows": (data.get("rows") or {}).get(self.split),
-            "texts": self.row_scores[self.split].digest if self.split in self.row_scores else None,
+            "data": _file_names(files.get(split) or files.get("train") or data.get("hub_id") or data.get("class")),
+            "rows": (data.get("rows") or {}).get(split),
+            "texts": self.row_scores[split].digest if split in self.row_scores else None,
             "labels": data.get("labels"),
             "context": data.get("context"),
             "stride": data.get("stride"),
@@ -151,11 +159,36 @@ class Run:
             InputError: a file of rows is invalid.
         """
         metrics = tuple(self.record.get("metrics") or ())
-        splits = {split: read_row_scores(self.folder, split, metrics) for split in ("val", "test")}
-        return {split: row_scores for split, row_scores in splits.items() if row_scores is not None}
+        tables = {split: read_row_table(self.folder, split, metrics) for split in ("val", "test")}
+        return {split: table.scores() for split, table in tables.items() if table is not None}
+
+    @cached_property
+    def validations(self) -> list[RowTable]:
+        """Rows of every validation in order of training, if the run kept them; else empty.
+
+        Raises:
+            InputError: a file of rows is invalid.
+        """
+        metrics = tuple(self.record.get("metrics") or ())
+        folders = {
+            int(path.name[5:]): path
+            for path in (self.folder / "validations").glob("step_*")
+            if path.name[5:].isdecimal()
+        }
+        tables = (read_row_table(folders[step], "val", metrics) for step in sorted(folders))
+        return [table for table in tables if table is not None]
+
+    def score(self, name: str) -> float | None:
+        """Return a score, of rows that did not choose the epoch if :attr:`crossed` has it; None if it is not known."""
+        if (crossed := self.crossed.get(name)) is not None:
+            return math.exp(min(crossed.value, _MAX_EXPONENT)) if name.endswith("/perplexity") else crossed.value
+        value = self.record["scores"].get(name)
+        return None if value is None else float(value)
 
     def row_score(self, name: str) -> RowScore | None:
-        """Return a score, such as ``val/accuracy``, as its table of rows gives it; None if it does not."""
+        """Return :meth:`score` with the contribution of every row, as tables of rows give it; None if they do not."""
+        if name in self.crossed:
+            return self.crossed[name]
         of_split = self.row_scores.get(name.partition("/")[0])
         return None if of_split is None else of_split.scores.get(name)
 

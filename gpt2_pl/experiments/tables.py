@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
 from gpt2_pl.experiments.differences import Difference
 from gpt2_pl.experiments.levels import collapse_text, score_interval, spread_interval
@@ -48,10 +50,16 @@ BEST_OF_CAPTION = (
     "Expected best {monitor} of k independent trials of the search, with the exact 95 % limits of the median best. The "
     "scores are of the rows that choose among the trials, and therefore optimistic."
 )
+SELECTION_CAPTION = (
+    "Selection of the epoch by {monitor}: the {metric} of the best epoch, the same on rows that did not choose it "
+    "(half-splits), and their difference, the optimism of the former. Chosen is the share of the halves that chose "
+    "each validation; with fewer than 50 rows, it is the last one.{thumb}"
+)
 SUMMARY_CAPTION = (
     "Cheapest is the strategy that trains the fewest parameters of the baseline and those for which a loss of the "
     "declared margin or more is excluded. Verdicts count all other strategies."
 )
+_MIN_VALIDATIONS = 2  # to choose from
 _NOT_DECLARED = "needs --margin"
 
 
@@ -120,6 +128,57 @@ def secondary_table(comparison: Comparison) -> Table:
     for group in comparison.groups[1:]:
         cells.append([group.label, *(_described(group.differences.get(name)) for name in names)])
     return ["strategy", *map(heading, names)], cells if names else []
+
+
+def selection_caption(comparison: Comparison) -> str:
+    """Return the caption of :func:`selection_table`."""
+    has_thumb = any(one.expected_optimism is not None for group in comparison.groups for one in group.selections)
+    thumb = " At most is a rule of thumb, 0.7 m sqrt(q / N), for the optimism." if has_thumb else ""
+    metric, monitor = _validation_metric(comparison), heading(comparison.monitor)
+    return SELECTION_CAPTION.format(monitor=monitor, metric=heading(metric), thumb=thumb)
+
+
+def selection_table(comparison: Comparison) -> Table:
+    """Return the optimism of the best epoch of every strategy whose runs kept the rows of every validation."""
+    name = _validation_metric(comparison)
+    unit = comparison.unit(name)
+    has_test = comparison.split != comparison.monitor.partition("/")[0]
+    tested = [heading(comparison.primary_metric)] if has_test else []
+    headings = ["strategy", "seeds", "best epoch", "other rows", "optimism", "at most", *tested, "chosen"]
+    cells = []
+    for group in comparison.groups:
+        if not group.selections or len(group.selections[0].chosen) < _MIN_VALIDATIONS:
+            continue
+        pairs = [(run.record["scores"].get(name), one) for run, one in zip(group.runs, group.selections, strict=True)]
+        known = [(best, one.scores[name].value) for best, one in pairs if best is not None and name in one.scores]
+        if not known:
+            continue
+        best = float(unit.internal(np.array([value for value, _ in known])).mean())
+        crossed = unit.sign * float(np.mean([value for _, value in known]))
+        num_texts = len(group.selections[0].scores[name].contributions)
+        row = [group.label, str(len(known)), *(unit.format_score(unit.external(value)) for value in (best, crossed))]
+        thumbs = [one.expected_optimism for one in group.selections if one.expected_optimism is not None]
+        row += [unit.format_difference(best - crossed, num_texts), "" if not thumbs else
+                unit.format_difference(float(np.mean(thumbs)), num_texts)]  # fmt: skip
+        row += [score_text(comparison, group, comparison.primary_metric)] if has_test else []
+        cells.append([*row, _chosen(group)])
+    return headings, cells
+
+
+def _validation_metric(comparison: Comparison) -> str:
+    """Return the primary metric of the split that chose the epochs."""
+    split = comparison.monitor.partition("/")[0]
+    return f"{split}/{comparison.primary_metric.partition('/')[2]}"
+
+
+def _chosen(group: RunGroup) -> str:
+    """Return how often each validation was chosen, in percent of all halves of all runs."""
+    counts: dict[int, int] = {}
+    for one in group.selections:
+        for i, count in enumerate(one.chosen, 1):
+            counts[i] = counts.get(i, 0) + int(count)
+    total = sum(counts.values())
+    return ", ".join(f"{i}: {100 * count / total:.0f} %" for i, count in sorted(counts.items()) if count)
 
 
 def best_of_table(comparison: Comparison) -> Table:

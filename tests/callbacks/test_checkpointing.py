@@ -11,6 +11,8 @@ from helpers.refusals import refused
 from helpers.stops import TINY
 
 from gpt2_pl.callbacks import AtomicCheckpointIO, RunSummary
+from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.selection import select
 from gpt2_pl.tasks import SentimentClassifier
 
 QUICK = [*TINY, "--trainer.precision=32-true", "--model.optimizer.init_args.lr=1e-3"]  # six steps an epoch
@@ -87,6 +89,8 @@ def test_fit_resumed_with_forged_paths_copies_no_foreign_files(stopped, run, tmp
     (stopped / "predictions_val.csv").unlink()
     (stopped / "predictions_val.csv").symlink_to(secret / "salaries_val.csv")
     (stopped / "salaries_val.csv").write_text("secret")
+    (stopped / "validations").mkdir()
+    (stopped / "validations/step_1").symlink_to(secret)
     for name in ("id_rsa", "best.ckpt"):
 
         def change(content, name=name):
@@ -104,6 +108,19 @@ def test_fit_resumed_with_forged_paths_copies_no_foreign_files(stopped, run, tmp
         for path in (path for path in folder.rglob("*") if path.is_file()):
             assert b"secret" not in path.read_bytes().replace(str(secret).encode(), b""), path
     assert not (folder / "salaries_val.csv").exists()
+
+
+def test_fit_save_predictions_every_epoch_keeps_the_rows_of_all_validations(run, tmp_path):
+    settings = [*QUICK, "--trainer.max_epochs=2", "--save_predictions=every_epoch", "--trainer.val_check_interval=3"]
+    whole = run(*settings)
+    names = {f"step_{step}" for step in (3, 6, 9, 12)}
+    assert {path.name for path in (whole / "validations").iterdir()} == names
+    assert [len(Run.read(whole).validations), select(Run.read(whole)).chosen.sum()] == [4, 40]
+    stopped = run(*settings, "--trainer.max_time=00:00:00:00", "--trainer.min_epochs=1")
+    resumed = run(*settings, "--name=other", f"--ckpt_path={stopped}/checkpoints/last.ckpt")
+    for name in names:
+        file = f"validations/{name}/predictions_val.csv"
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_fit_resumed_with_invalid_best_checkpoint_is_refused(stopped, run, capsys):

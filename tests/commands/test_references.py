@@ -46,7 +46,7 @@ def test_references_deterministic_ones_are_runs_on_the_same_rows(workplace, file
     for name in ("majority", "bag_of_words", "frozen_features"):
         reference = Run.read(folder / name / "version_0")
         assert reference.strategy == name
-        assert reference.comparison_key == run.comparison_key
+        assert reference.comparison_key("val") == run.comparison_key("val")
         for split in ("val", "test"):
             scored = reference.row_scores[split].scores
             recorded = metrics(reference.folder)["scores"]
@@ -75,7 +75,7 @@ def test_references_random_init_trains_the_shape_of_the_base(workplace, base):
     record, of_run = metrics(folder), metrics(workplace)
     assert record["parameters"]["total"] == of_run["parameters"]["total"]
     assert record["reference"] == "random_init"
-    assert Run.read(folder).comparison_key == Run.read(workplace).comparison_key
+    assert Run.read(folder).comparison_key("val") == Run.read(workplace).comparison_key("val")
     assert record["epochs"][0]["train/loss"] != of_run["epochs"][0]["train/loss"]
 
 

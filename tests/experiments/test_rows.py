@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score
 from torch import tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from gpt2_pl.experiments.rows import classification_scores, read_row_scores
+from gpt2_pl.experiments.rows import classification_scores, read_row_table
 
 
 @pytest.mark.parametrize("K", [2, 5])
@@ -47,7 +47,7 @@ def test_losses_of_poems_are_weighted_by_tokens(tmp_path):
     rows = np.array([[30.0, 10], [2.0, 1], [7.0, 4]])
     lines = "".join(f"{i},{n:.0f},{loss}\n" for i, (loss, n) in enumerate(rows))
     (tmp_path / "losses_test.csv").write_text(f"poem,n_tokens,loss\n{lines}")
-    scores = read_row_scores(tmp_path, "test", ()).scores
+    scores = read_row_table(tmp_path, "test", ()).scores().scores
     assert scores["test/loss"].value == pytest.approx(39 / 15)
     without = [(39 - loss) / (15 - n) for loss, n in rows]
     assert scores["test/loss"].contributions == pytest.approx([3 * 39 / 15 - 2 * other for other in without])
@@ -57,7 +57,7 @@ def test_losses_of_poems_are_weighted_by_tokens(tmp_path):
 def test_outcome_columns_of_other_tasks_are_means_over_rows(tmp_path):
     content = "row,text,label,prediction,mae,note\n1,a,3,2,1,x\n2,b,3,3.5,0.5,y\n"
     (tmp_path / "predictions_val.csv").write_text(content)
-    scores = read_row_scores(tmp_path, "val", ("mae",)).scores
+    scores = read_row_table(tmp_path, "val", ("mae",)).scores().scores
     assert list(scores) == ["val/mae"]
     assert scores["val/mae"].value == 0.75
     assert list(scores["val/mae"].contributions) == [1.0, 0.5]
@@ -67,7 +67,7 @@ def test_majority_share_is_that_of_the_most_frequent_label(tmp_path):
     for labels, share in (("aab", 2 / 3), ("aaa", None)):
         rows = "".join(f"{i},x{i},{label},a,0.5,0.5\n" for i, label in enumerate(labels))
         (tmp_path / "predictions_val.csv").write_text(f"row,text,label,prediction,p(a),p(b)\n{rows}")
-        assert read_row_scores(tmp_path, "val", ()).majority_share == share
+        assert read_row_table(tmp_path, "val", ()).scores().majority_share == share
 
 
 def test_contributions_of_two_hundred_classes_take_less_than_three_seconds():

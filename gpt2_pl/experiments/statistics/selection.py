@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,45 +23,22 @@ MIN_ROWS = 50
 _EXPECTED_MAXIMUM_NODES = 20_001
 
 
-class CrossedScore(NamedTuple):
-    """Score of a run's best checkpoint on rows that did not choose it.
-
-    Args:
-        rows: (N,) value of each row, the mean over splits.
-        apparent: mean of the checkpoint that is best on all rows, on the same rows.
-        chosen: (E,) how often each checkpoint was chosen.
-    """
-
-    rows: Floats
-    apparent: float
-    chosen: NDArray[np.int64]
-
-    @property
-    def score(self) -> float:
-        """Mean over rows."""
-        return float(self.rows.mean())
-
-    @property
-    def optimism(self) -> float:
-        """How far the apparent score is better than the crossed score."""
-        return self.apparent - self.score
-
-
-def half_splits(row_ids: Sequence[str], clusters: Sequence[int] | None = None) -> NDArray[np.bool_]:
+def half_splits(digest: str, num_rows: int, clusters: Sequence[int] | None = None) -> NDArray[np.bool_]:
     """Return random splits of the rows into halves, the same for all runs on the same rows.
 
     Args:
-        row_ids: identity of each row, such as its text; their digest is the seed.
+        digest: digest of the rows; it is the seed.
+        num_rows: number of rows N.
         clusters: cluster of each row; rows of a cluster stay together.
 
     Returns:
         (NUM_SPLITS, N), true for the rows of the first half.
     """
-    digest = hashlib.sha256("\0".join(row_ids).encode("utf-8", "surrogatepass")).digest()
-    generator = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    members = np.arange(len(row_ids)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    seed = hashlib.sha256(digest.encode("utf-8", "surrogatepass")).digest()
+    generator = np.random.default_rng(int.from_bytes(seed[:8], "big"))
+    members = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     num_clusters = int(members.max()) + 1
-    halves = np.zeros((NUM_SPLITS, len(row_ids)), bool)
+    halves = np.zeros((NUM_SPLITS, num_rows), bool)
     for split in halves:
         first = np.zeros(num_clusters, bool)
         first[generator.permutation(num_clusters)[: num_clusters // 2]] = True
@@ -69,28 +46,40 @@ def half_splits(row_ids: Sequence[str], clusters: Sequence[int] | None = None) -
     return halves
 
 
-def cross(values: Floats, splits: NDArray[np.bool_]) -> CrossedScore:
-    """Score the best checkpoint of a run by half-split crossing.
+def choose(goodness: Callable[[NDArray[np.bool_]], Floats], splits: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Choose the best checkpoint of a run on each half of each split.
 
     Args:
-        values: (E, N) value of each row under each of E checkpoints, in order of training; higher is better.
+        goodness: maps a half (N,), true for its rows, to the score (E,) of each of E checkpoints on these rows, in
+            order of training; higher is better, NaN is worst.
         splits: (R, N) from :func:`half_splits`.
 
     Returns:
-        The crossed score. With fewer than :data:`MIN_ROWS` rows it is that of the last checkpoint.
+        (R, 2), the earliest of the best checkpoints on the first and on the second half. With fewer than
+        :data:`MIN_ROWS` rows it is the last checkpoint.
     """
-    E, N = values.shape
-    if N < MIN_ROWS:
-        chosen = np.zeros(E, np.int64)
-        chosen[-1] = 2 * len(splits)
-        return CrossedScore(values[-1].astype(float), float(values[-1].mean()), chosen)
-    rows, chosen = np.zeros(N), np.zeros(E, np.int64)
-    for first in splits:
-        for half in (first, ~first):
-            best = int(values[:, half].mean(1).argmax())  # the earliest of equal ones
-            chosen[best] += 1
-            rows[~half] += values[best, ~half]
-    return CrossedScore(rows / len(splits), float(values.mean(1).max()), chosen)
+    chosen = np.zeros((len(splits), 2), np.intp)
+    for i, first in enumerate(splits):
+        for j, half in enumerate((first, ~first)):
+            scores = goodness(half)
+            has_choice = splits.shape[1] >= MIN_ROWS
+            chosen[i, j] = np.nan_to_num(scores, nan=-np.inf).argmax() if has_choice else len(scores) - 1
+    return chosen
+
+
+def cross(values: NDArray[Any], first: NDArray[np.bool_], chosen: NDArray[np.intp]) -> NDArray[Any]:
+    """Return for each row its value under the checkpoint that the other half of a split has chosen.
+
+    Args:
+        values: (E, N, ...) value of each row under each checkpoint.
+        first: (N,), true for the rows of the first half.
+        chosen: (2,) the checkpoints that the first and the second half have chosen.
+
+    Returns:
+        (N, ...)
+    """
+    mask = first.reshape(-1, *[1] * (values.ndim - 2))
+    return np.where(mask, values[chosen[1]], values[chosen[0]])
 
 
 def expected_optimism(values: Floats) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison, RunGroup, compared_split, use_crossed_scores
 from gpt2_pl.experiments.differences import Difference, compare_arms
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.statistics.sequential import Decision, look
@@ -82,7 +82,9 @@ class SequentialSeeds:
             [Run.read(run.folder) for run in _runs([one], self.num_seeds)] for one in (experiment, self.baseline)
         )
         groups = [RunGroup(self.baseline.strategy, reference), RunGroup(experiment.strategy, arm)]
-        comparison = Comparison(experiment.task, str(reference[0].record["monitor"]), {}, groups)
+        split = compared_split([*arm, *reference], [])
+        comparison = Comparison(experiment.task, str(reference[0].record["monitor"]), split, {}, groups)
+        use_crossed_scores(comparison)
         name = comparison.primary_metric
         unit = comparison.unit(name)
         usable = [group.usable(name) for group in groups]

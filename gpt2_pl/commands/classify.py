@@ -36,6 +36,7 @@ def main(args: list[str]) -> None:
         InputError: an argument, the checkpoint or a row is invalid.
     """
     options = _parse_arguments(args)
+    temperature = _read_temperature(options.run) if options.calibrated else 1.0
 
     import torch
 
@@ -76,7 +77,7 @@ def main(args: list[str]) -> None:
                 raise InputError(template.no_token(empty[1]), source=f"{source.name}, row {empty[0]}")
             encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
             n_classified += len(encoded)
-            predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size)
+            predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size, temperature)
             for ((number, fields), _), (prediction, probabilities) in zip(encoded, predictions, strict=True):
                 rounded = (round(probability, 6) for probability in probabilities)
                 write([number, *fields.values(), spec["labels"][prediction], *rounded])
@@ -101,9 +102,32 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--on_invalid_row", choices=("error", "skip"), default="error", help=invalid_help)
     precision_help = "default: bf16-mixed if the hardware supports bfloat16, else 32-true"
     add("--precision", choices=("bf16-mixed", "32-true"), help=precision_help)
+    calibrated_help = "scale the probabilities by the temperature of RUN/calibration.json, which gpt2-pl inspect writes"
+    add("--calibrated", action="store_true", help=calibrated_help)
     options = parser.parse_args(args)
     check_batches(options, _DELIMITERS)
+    if options.calibrated and options.ckpt_path is not None:
+        expected = "the best checkpoint (no --ckpt_path), for which the temperature was fitted"
+        raise InputError(key="ckpt_path", value=options.ckpt_path, expected=f"with --calibrated {expected}")
     return options
+
+
+def _read_temperature(run: Path) -> float:
+    """Return the temperature that was fitted on the validation rows of a run.
+
+    Raises:
+        InputError: the run has no valid temperature.
+    """
+    from gpt2_pl.experiments.inspection.calibration import CALIBRATION_FILE
+    from gpt2_pl.utils.run_schema import CalibrationRecord
+    from gpt2_pl.utils.schema import validate
+    from gpt2_pl.utils.yaml_json import read_json
+
+    file = run / CALIBRATION_FILE
+    if not file.is_file():
+        message = f"{file} does not exist; write it with: gpt2-pl inspect {run} --out FOLDER"
+        raise InputError(message, key="calibrated", value=True)
+    return validate(CalibrationRecord, read_json(file), str(file)).temperature
 
 
 def _chunks(rows: Iterator[InputRow], n_rows: int, size: int) -> Iterator[list[InputRow]]:
@@ -178,13 +202,16 @@ def read_rows(source: RowSource, columns: dict[str, str], skip: bool) -> Iterato
         yield valid
 
 
-def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> list[tuple[int, list[float]]]:
+def classify(
+    task: TextClassifier, ids: list[list[int]], batch_size: int, temperature: float = 1.0
+) -> list[tuple[int, list[float]]]:
     """Classify texts in batches of similar length.
 
     Args:
         task: the classifier.
         ids: token ids of each text, at least one per text.
         batch_size: number of texts in a batch.
+        temperature: number that logits are divided by; it does not change the predicted classes.
 
     Returns:
         The class index and the probabilities of all classes for each text, in the order of the texts.
@@ -200,7 +227,11 @@ def classify(task: TextClassifier, ids: list[list[int]], batch_size: int) -> lis
     for indices in evaluation_batches(rows.lengths, batch_size):
         batch = {key: tensor.to(task.device) for key, tensor in rows.batch(indices).items()}
         probabilities[torch.from_numpy(indices)] = task.predict_proba(batch).float().cpu()
-    return list(zip(task.predict_class(probabilities).tolist(), probabilities.tolist(), strict=True))
+    predicted = task.predict_class(probabilities).tolist()
+    if temperature != 1.0:
+        smallest = torch.finfo(torch.float32).tiny
+        probabilities = (probabilities.clamp_min(smallest).log() / temperature).softmax(-1)
+    return list(zip(predicted, probabilities.tolist(), strict=True))
 
 
 @contextmanager

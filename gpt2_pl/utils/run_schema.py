@@ -1,4 +1,4 @@
-"""Schemas of the files of a run: metrics.json, weight_digests.json and sweep.json.
+"""Schemas of the files of a run: metrics.json, weight_digests.json, calibration.json and sweep.json.
 
 Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
 """
@@ -113,6 +113,14 @@ class DigestRecord(Schema):
 
     total_steps: Count
     steps: dict[Annotated[str, _STEP], dict[Name, Name]]
+
+
+class CalibrationRecord(Schema):
+    """Temperature that was fitted on rows of a split, calibration.json."""
+
+    temperature: Annotated[float, Field(gt=0, le=1000)]
+    split: Name
+    rows: Count
 
 
 class SweepRecord(Schema):

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import datasets
+import numpy as np
 import pytest
 from conftest import ROOT, flags
 from helpers import forked
@@ -125,6 +126,27 @@ def test_classify_invalid_input_is_refused_without_output_or_skipped(trained, cl
     assert "300 rows; 1 invalid" in capsys.readouterr().out
     classify(trained, "--input", stray, "--out", tmp_path / "stray_out.csv", "--on_invalid_row", "skip")
     assert [row["row"] for row in table(tmp_path / "stray_out.csv")] == ["1", "3"]
+
+
+def test_classify_calibrated_scales_probabilities_and_keeps_predictions(trained, classify, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    source = write(tmp_path / "new.csv", [{"sentence1": f"a {i}", "sentence2": "b"} for i in range(9)])
+    line = refused(classify, capsys, run, "--input", source, "--out", tmp_path / "out.csv", "--calibrated")
+    assert f"gpt2-pl inspect {run}" in line
+    classify(run, "--input", source, "--out", tmp_path / "plain.csv")
+    (run / "calibration.json").write_text('{"temperature": 2.5, "split": "val", "rows": 60}')
+    classify(run, "--input", source, "--out", tmp_path / "scaled.csv", "--calibrated")
+    columns = [name for name in table(tmp_path / "plain.csv")[0] if name.startswith("p(")]
+    for row, scaled in zip(table(tmp_path / "plain.csv"), table(tmp_path / "scaled.csv"), strict=True):
+        expected = np.array([float(row[name]) for name in columns]) ** (1 / 2.5)
+        assert [float(scaled[name]) for name in columns] == pytest.approx(expected / expected.sum(), abs=1e-5)
+        assert scaled["prediction"] == row["prediction"]
+    best = run / "checkpoints/best.ckpt"
+    args = (run, "--input", source, "--out", tmp_path / "out.csv", "--calibrated")
+    assert names(refused(classify, capsys, *args, "--ckpt_path", best), "ckpt_path")
+    for content in ('{"temperature": 0, "split": "val", "rows": 60}', '{"temperature": "x"}', "[]"):
+        (run / "calibration.json").write_text(content)
+        assert "calibration.json" in refused(classify, capsys, *args)
 
 
 def test_classify_run_of_a_language_model_is_refused(run, base, files, data_flags, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, otherwise one line per epoch."""
+"""Progress of a run: a bar on a terminal, otherwise lines after each epoch."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class RunModelSummary(RichModelSummary):
 
 
 class EpochLines(Callback):
-    """Printer of one line per epoch with scores, duration and remaining time, for output that is not a terminal."""
+    """Printer of the scores, the duration and the remaining time at the end of each epoch, without a terminal."""
 
     def __init__(self) -> None:
         self.clock = RunClock()
@@ -150,19 +150,20 @@ class EpochLines(Callback):
         self._epoch_start = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line on the first process."""
+        """Print a line of training scores and one of validation scores on the first process."""
         if not trainer.is_global_zero:
             return
         names = getattr(pl_module, "displayed_metrics", ("loss",))
         rows = [row for summary in find_callbacks(trainer, RunSummary) for row in summary.epochs]
         metrics: Mapping[str, Any] = rows[-1] if rows else trainer.callback_metrics
-        scores = [
-            f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values)
-            for split in ("train", "val")
-            if (values := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics])
-        ]
         left = self.clock.seconds_left(trainer)
         seconds = f"took {timedelta(seconds=int(time.monotonic() - self._epoch_start))}"
         remaining = "" if left is None or trainer.should_stop else f", {timedelta(seconds=int(left))} left"
-        line = "; ".join([*scores, f"{seconds}{remaining}"])
-        print(f"epoch {epoch_number(trainer.current_epoch, trainer)}: {line}", flush=True)
+        start, lines = f"epoch {epoch_number(trainer.current_epoch, trainer)}:", []
+        for split in ("train", "val"):
+            if values := [(n, float(metrics[f"{split}/{n}"])) for n in names if f"{split}/{n}" in metrics]:
+                scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values)
+                lines.append(f"{start} {split:5} {scores}")
+                start = " " * len(start)
+        last = f"{lines.pop()};" if lines else start
+        print("\n".join([*lines, f"{last} {seconds}{remaining}"]), flush=True)

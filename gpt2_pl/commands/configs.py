@@ -68,5 +68,5 @@ def _print_list() -> None:
                 text = f"  {name:{width}}  {description(file)}"
                 print(textwrap.fill(text, columns, subsequent_indent=" " * (width + 4)))
         print()
-    example = "fit --config task/sst5 --config strategy/lora --model.base gpt2 --data.train_file F --data.val_file F"
-    print(f"{shlex.join(program())} {example}")
+    example = "fit --config task/sst5 --config strategy/lora --model.base gpt2"
+    print(f"{shlex.join(program())} {example} \\\n    --data.train_file FILE --data.val_file FILE")

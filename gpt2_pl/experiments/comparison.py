@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2_pl.errors import InputError, printable
+from gpt2_pl.experiments.costs import record_cost
 from gpt2_pl.experiments.differences import Difference, compare_arms, disagreeing_rows, is_usable, judge
 from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.selection import Selection, select
-from gpt2_pl.experiments.trials import Trials, find_trials
+from gpt2_pl.experiments.trials import Trials, find_trials, tuning_notes
 from gpt2_pl.experiments.units import Unit
 
 _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json does not describe its metrics
@@ -81,36 +82,19 @@ class RunGroup:
         """Return the median of a cost over runs.
 
         Args:
-            name: ``trainable`` or ``total`` (parameters), ``seconds_to_best``, ``gpu_seconds`` (time multiplied by the
-                number of GPUs), ``trials``, ``trial_cpu_seconds`` or ``trial_seconds`` (of the search that chose the
-                settings), or a number in ``metrics.json``. Times include that of a pretraining run of this library.
+            name: ``trials``, a cost of :func:`~gpt2_pl.experiments.costs.record_cost`, or ``trial_`` before one of the
+                :data:`~gpt2_pl.experiments.costs.BUDGETS`, for the sum over the trials of the search that chose the
+                settings.
 
         Returns:
             The median, or None if no run has the cost.
         """
-        if name in ("trials", "trial_seconds", "trial_cpu_seconds"):
-            return None if self.trials is None else self.trials.cost(name)
-        costs = [value for run in self.runs if (value := _cost(run, name)) is not None]
+        if name == "trials":
+            return None if self.trials is None else len(self.trials.scores)
+        if name.startswith("trial_"):
+            return None if self.trials is None else self.trials.total(name.removeprefix("trial_"))
+        costs = [value for run in self.runs if (value := record_cost(run.record, name)) is not None]
         return statistics.median(costs) if costs else None
-
-
-def _cost(run: Run, name: str) -> float | None:
-    value: float | None
-    if name in ("trainable", "total"):
-        value = run.record["parameters"][name]
-        return value
-    if name == "gpu_seconds":
-        device, seconds = run.record.get("device"), _cost(run, "seconds")
-        is_gpu = device is not None and device != "cpu"
-        return seconds * (run.record.get("processes") or 1) if is_gpu and seconds is not None else None
-    base_seconds: float = (run.record.get("base") or {}).get(
-        "cpu_seconds" if name == "cpu_seconds" else "seconds"
-    ) or 0.0
-    if name == "seconds_to_best":
-        epochs, best = len(run.record["epochs"]), run.record["scores"].get("best_epoch")
-        return base_seconds + float(run.record["seconds"] * best / epochs) if epochs and best else None
-    value = run.record.get(name)
-    return base_seconds + value if value is not None and name in ("seconds", "cpu_seconds") else value
 
 
 @dataclass
@@ -370,6 +354,7 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
         for run in group.runs:
             comparison.notes += [f"{run.folder}: {text}" for text in disagreeing_rows(run)]
     comparison.notes += _family_notes(comparison)
+    comparison.notes += tuning_notes({group.label: group.trials for group in comparison.groups})
 
 
 def _family_notes(comparison: Comparison) -> list[str]:

@@ -14,22 +14,30 @@ from typing import Any
 
 from gpt2_pl import __version__
 from gpt2_pl.errors import printable
+from gpt2_pl.experiments.budgets import (
+    BEST_OF_CAPTION,
+    TUNING_CAPTION,
+    best_of_table,
+    budget_caption,
+    budget_costs,
+    budget_table,
+    tuning_as_json,
+    tuning_table,
+)
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
 from gpt2_pl.experiments.reference_comparison import REFERENCE_CAPTION, reference_table
 from gpt2_pl.experiments.statistics.selection import MIN_ROWS
 from gpt2_pl.experiments.tables import (
     ARM_CAPTION,
-    BEST_OF_CAPTION,
     COST_CAPTION,
-    COSTS,
     SCORE_CAPTION,
     SECONDARY_CAPTION,
     SUMMARY_CAPTION,
     Table,
     arm_table,
-    best_of_table,
     cost_table,
     difference_caption,
     difference_table,
@@ -88,7 +96,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
     """Return the tables of a comparison with their captions."""
     if not comparison.groups:
         return []
-    baseline = comparison.groups[0].label
+    baseline, budgets = comparison.groups[0].label, budget_costs(comparison)
     tables = [
         (ARM_CAPTION.format(metric=heading(comparison.primary_metric)), arm_table(comparison)),
         (difference_caption(comparison), difference_table(comparison)),
@@ -98,6 +106,8 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         (SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison)),
         (SECONDARY_CAPTION.format(baseline=baseline), secondary_table(comparison)),
         (COST_CAPTION, cost_table(comparison)),
+        (TUNING_CAPTION.format(monitor=comparison.monitor), tuning_table(comparison)),
+        *((budget_caption(comparison, cost), budget_table(comparison, cost)) for cost in budgets),
         (BEST_OF_CAPTION.format(monitor=comparison.monitor), best_of_table(comparison)),
     ]
     return [(caption, table) for caption, table in tables if table[1] and len(table[0]) > 1]
@@ -211,6 +221,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "scores": {name: group.values(name) for name in comparison.scores()},
                 "differences": {name: _difference_as_json(found) for name, found in group.differences.items()},
                 "cost": {name: group.cost(name) for name in COSTS},
+                "tuning": None if group.trials is None else tuning_as_json(comparison, group.trials),
             }
             for group in comparison.groups
         ],

@@ -8,11 +8,14 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.experiments.rows import RowScore, RowScores, RowTable, read_row_table
 from gpt2_pl.utils.yaml_json import read_json, read_yaml
+
+if TYPE_CHECKING:
+    from gpt2_pl.utils.run_schema import SweepRecord
 
 RUNS = Path("lightning_logs")  # folder of all runs, relative to the working directory
 
@@ -132,19 +135,24 @@ class Run:
         }
 
     @cached_property
-    def levels(self) -> dict[str, str]:
-        """Level of each factor, if a sweep with ``factors`` has started the run.
+    def sweep_record(self) -> SweepRecord | None:
+        """Settings with which a sweep has started the run, its ``sweep.json``; None for other runs.
 
         Raises:
-            InputError: the run's ``sweep.json`` is invalid.
+            InputError: the file is invalid.
         """
         file = self.folder / "sweep.json"
         if not file.is_file():
-            return {}
+            return None
         from gpt2_pl.utils.run_schema import SweepRecord
         from gpt2_pl.utils.schema import validate
 
-        return validate(SweepRecord, read_json(file), str(file)).levels
+        return validate(SweepRecord, read_json(file), str(file))
+
+    @property
+    def levels(self) -> dict[str, str]:
+        """Level of each factor, if a sweep with ``factors`` has started the run."""
+        return {} if self.sweep_record is None else self.sweep_record.levels
 
     @property
     def split(self) -> str:

@@ -7,25 +7,13 @@ import math
 import numpy as np
 
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import Difference
 from gpt2_pl.experiments.levels import collapse_text, score_interval, spread_interval
 
 Table = tuple[list[str], list[list[str]]]
 """Headings, and rows of cells."""
 
-COSTS: dict[str, tuple[str, float, int | None]] = {  # name -> heading, divisor, digits; None for powers of ten
-    "trials": ("tuning trials", 1, 0),
-    "trial_cpu_seconds": ("tuning, CPU minutes", 60, 1),
-    "trainable": ("trainable", 1, 0),
-    "checkpoint_bytes": ("checkpoint, MB", 1e6, 1),
-    "examples_per_second": ("examples/s", 1, 1),
-    "peak_memory_bytes": ("peak memory, GB", 1e9, 2),
-    "training_flops": ("FLOPs", 1, None),
-    "seconds": ("minutes", 60, 1),
-    "cpu_seconds": ("CPU minutes", 60, 1),
-    "gpu_seconds": ("GPU minutes", 60, 1),
-    "seconds_to_best": ("minutes to best", 60, 1),
-}
 SCORE_CAPTION = (
     "Scores are those of the epoch best by {monitor}: means over seeds ± standard deviation, shares in percent."
 )
@@ -45,10 +33,6 @@ SECONDARY_CAPTION = (
     "Differences in other scores, positive if better than {baseline} (of scores without a direction: if higher), with "
     "the 95 % interval of each. They are descriptive: no correction, no verdict. Intervals in brackets are of scores "
     "without rows, about new seeds and these very texts."
-)
-BEST_OF_CAPTION = (
-    "Expected best {monitor} of k independent trials of the search, with the exact 95 % limits of the median best. The "
-    "scores are of the rows that choose among the trials, and therefore optimistic."
 )
 SELECTION_CAPTION = (
     "Selection of the epoch by {monitor}: the {metric} of the best epoch, the same on rows that did not choose it "
@@ -181,27 +165,6 @@ def _chosen(group: RunGroup) -> str:
     return ", ".join(f"{i}: {100 * count / total:.0f} %" for i, count in sorted(counts.items()) if count)
 
 
-def best_of_table(comparison: Comparison) -> Table:
-    """Return the expected best score of k trials for every strategy with a search; without rows if there is none."""
-    searched = [group for group in comparison.groups if group.trials is not None]
-    unit, cells = comparison.unit(comparison.monitor), []
-    for group in searched:
-        trials = group.trials
-        assert trials is not None
-        failed = f", {trials.num_failed} failed" if trials.num_failed else ""
-        about = f"{len(trials.scores)}{failed}, {trials.sampler}"
-        if not trials.is_independent:
-            cells.append([group.label, about, "", "not estimated: the trials are not independent draws", ""])
-            continue
-        k = 1
-        while k <= max(1, len(trials.scores) // 2):
-            best = trials.best_of(k, 0.0 if unit.is_percent and unit.higher_is_better else -math.inf)
-            expected, low, high = ("" if value is None else _finite(comparison, unit.sign * value) for value in best)
-            cells.append([group.label, about, str(k), expected, _limits(low, high, unit.higher_is_better)])
-            k *= 2
-    return ["strategy", "trials", "k", "expected best", "95 % of the median best"], cells
-
-
 def summary_table(comparisons: list[Comparison]) -> Table:
     """Return the baseline, the strategy with the best mean, the cheapest one and the verdicts of every task."""
     headings = ["task", "by", "baseline", "best mean", "cheapest not worse by the margin", "verdicts"]
@@ -293,18 +256,6 @@ def _described(found: Difference | None) -> str:
     if not interval:
         return found.estimate_text()
     return f"{found.estimate_text()} ({interval})" if found.has_rows else f"{found.estimate_text()} [{interval}]"
-
-
-def _finite(comparison: Comparison, value: float) -> str:
-    return comparison.unit(comparison.monitor).format_score(value) if math.isfinite(value) else "failed"
-
-
-def _limits(low: str, high: str, higher_is_better: bool) -> str:
-    """Return limits of which one may be missing, in the order of the score."""
-    first, last = (low, high) if higher_is_better else (high, low)
-    if first and last:
-        return f"{first} to {last}"
-    return f"≥ {first}" if first else f"≤ {last}" if last else ""
 
 
 def _summary(comparison: Comparison, group: RunGroup) -> str:

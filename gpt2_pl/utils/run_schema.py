@@ -1,4 +1,4 @@
-"""Schemas of the files of a run: metrics.json, weight_digests.json, calibration.json and sweep.json.
+"""Schemas of the files of a run: metrics.json, weight_digests.json, calibration.json, sweep.json and that of a search.
 
 Import this module where a file is read; see :mod:`gpt2_pl.utils.schema`.
 """
@@ -131,6 +131,17 @@ class SweepRecord(Schema):
     base: dict[str, Any] | None
     threads: Count = 1
     levels: dict[Name, Name] = {}
+
+
+class SearchRecord(SweepRecord):
+    """Space, seed and sampler of a sweep's search, and the settings of its trials."""
+
+    files: dict[Text, Text] = {}
+    flags: dict[Text, Text] = {}
+    base: dict[str, Any] | None = None
+    space: dict[Text, Any]
+    seed: int
+    sampler: Name = "tpe"
 
 
 def check_metrics(content: Any, where: str) -> dict[str, Any]:

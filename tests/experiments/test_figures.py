@@ -12,7 +12,7 @@ from helpers.runs import fake_run
 
 from gpt2_pl.commands import main
 from gpt2_pl.experiments.comparison import compare
-from gpt2_pl.experiments.figures import _costs, _learning_curves, _style, plots
+from gpt2_pl.experiments.figures import _budgets, _costs, _learning_curves, _style, plots
 from gpt2_pl.experiments.latex import escape, latex
 from gpt2_pl.experiments.run import Run
 
@@ -44,7 +44,7 @@ def test_figures_texts_stay_inside_and_off_the_axes(comparison):
     """No text leaves the figure, and the legend covers no axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    for figure in (_learning_curves(comparison), _costs(comparison)):
+    for figure in (_learning_curves(comparison), _costs(comparison), _budgets(comparison)):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer, outer = canvas.get_renderer(), figure.bbox

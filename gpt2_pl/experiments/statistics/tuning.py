@@ -24,7 +24,7 @@ class BestOfTrials(NamedTuple):
 
     Args:
         expected: unbiased estimate of the expected best.
-        low, high: exact limits for the median best; None where n trials give no limit.
+        low, high: exact limits for the median best; None where n trials give no limit, or if all scores are equal.
     """
 
     expected: float
@@ -48,7 +48,7 @@ def best_of(scores: Floats, k: int, level: float = 0.95) -> BestOfTrials:
         raise ValueError(f"k must be in [1, {n}], the number of trials, got {k}")
     ordered = np.sort(scores)
     expected = float(expected_best_weights(n, k)[k - 1 :] @ ordered[k - 1 :])  # the others have no weight
-    if n < MIN_TRIALS:
+    if n < MIN_TRIALS or ordered[0] == ordered[-1]:
         return BestOfTrials(expected, None, None)
     low, high = median_ranks(n, k, level)
     return BestOfTrials(

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from gpt2_pl.experiments.report import as_json, file_name, markdown, page, write
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.summary import summary, wrap_lines
 from gpt2_pl.filesystem import atomic_write, require_writable
+
+_PREPARATIONS = {".search": "search trial", ".pretrain": "pretraining run"}  # by the ending of a sweep's folder
 
 
 def main(args: list[str]) -> None:
@@ -46,25 +49,57 @@ def main(args: list[str]) -> None:
     if given.out is not None:
         require_writable(given.out / "report.md", "out")
     claims = None if given.check is None else read_claims(given.check)
-    comparisons = compare(read_runs(given.runs), given.baseline, given.margin)
+    runs, notes = read_runs(given.runs)
+    comparisons = compare(runs, given.baseline, given.margin)
+    comparisons[0].notes[:0] = notes
     judged = [] if claims is None else judge_claims(claims, comparisons, given.check)
     _print(summary(comparisons, _terminal_width()))
     if given.out is not None:
         _write_files(comparisons, given.out)
-        print(printable(f"{given.out}: {', '.join(sorted(path.name for path in given.out.iterdir()))}"))
+        print(printable(f"{given.out}: report.html, .md, .tex, .csv and .json, and figures as .png, .pdf and .svg"))
     if judged:
         print_lines(claim_lines(judged))
     if any(one.outcome is Outcome.FAILS for one in judged):
         raise SystemExit(1)
 
 
-def read_runs(paths: list[Path]) -> list[Run]:
-    """Read run folders, and all run folders below folders.
+def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+    """Read run folders, and the run folders below folders.
+
+    Trials of searches and pretraining runs below a folder are left out, because a sweep runs them to prepare others.
+
+    Returns:
+        The runs, and a note if runs were left out.
 
     Raises:
         InputError: there is no run folder, or one is invalid.
     """
-    return [Run.read(folder) for path in paths for folder in run_folders(path)]
+    folders, left_out = [], {}
+    for path in paths:
+        found = run_folders(path)
+        roles = {folder: role for folder in found if (role := _preparation(folder, path)) is not None}
+        if len(roles) == len(found):
+            expected = f"a run folder, or a folder with other runs than {_counted(roles.values())}"
+            raise InputError(key="RUN", value=str(path), expected=expected)
+        folders += [folder for folder in found if folder not in roles]
+        left_out |= roles
+    counted = _counted(role for folder, role in left_out.items() if folder not in folders)
+    notes = [f"{counted} are left out, because they prepare other runs"] if counted else []
+    return [Run.read(folder) for folder in folders], notes
+
+
+def _preparation(folder: Path, below: Path) -> str | None:
+    """Return what a run below a folder is to the sweep that started it, if it prepares other runs."""
+    is_of_sweep = (folder / "sweep.json").is_file()
+    names = folder.relative_to(below).parts if is_of_sweep else ()
+    return next((_PREPARATIONS[suffix] for name in names if (suffix := Path(name).suffix) in _PREPARATIONS), None)
+
+
+def _counted(roles: Iterable[str]) -> str:
+    """Return how many runs have each role."""
+    counts = Counter(roles)
+    known = [(role, counts[role]) for role in _PREPARATIONS.values() if counts[role]]
+    return " and ".join(f"{count} {role}{'s' * (count > 1)}" for role, count in known)
 
 
 def print_lines(texts: Iterable[str], indent: int = 0) -> None:

@@ -41,7 +41,8 @@ def main(args: list[str]) -> None:
     for key, least in (("seeds", 2), ("texts", 2)):
         if (value := getattr(given, key)) is not None and not least <= value < 2**31:
             raise InputError(key=key, value=value, expected=f"at least {least}")
-    comparisons = compare(read_runs(given.runs), given.baseline)
+    runs, notes = read_runs(given.runs)
+    comparisons = compare(runs, given.baseline)
     _require_metric(given.metric, comparisons)
     seeds = SEEDS if given.seeds is None else (*SEEDS, given.seeds)
     num_plans = 0
@@ -63,7 +64,7 @@ def main(args: list[str]) -> None:
     if not num_plans:
         expected = "runs of at least two strategies with at least two seeds each and outcomes of the same rows"
         raise InputError(f"RUN must be {expected}", key="RUN", expected=expected)
-    print_lines([_ABOUT])
+    print_lines([_ABOUT, *(f"note: {note}" for note in notes)])
 
 
 def _require_metric(metric: str | None, comparisons: list[Comparison]) -> None:

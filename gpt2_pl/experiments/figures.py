@@ -15,7 +15,6 @@ import numpy as np
 from gpt2_pl.experiments.budgets import best_of, budget_costs, independent_trials
 from gpt2_pl.experiments.comparison import Comparison, RunGroup
 from gpt2_pl.experiments.costs import COSTS, budget_cost
-from gpt2_pl.experiments.tables import heading
 from gpt2_pl.experiments.trials import Trials
 from gpt2_pl.experiments.units import Unit
 from gpt2_pl.utils.plots import drawing, plain
@@ -156,7 +155,8 @@ def _draw_trials(axis: Axes, comparison: Comparison, trials: Trials, cost: str, 
     worse, better = np.repeat(np.array(limits).reshape(-1, 2), 2, axis=0).T
     edges = np.repeat(np.append(x, x[-1:]), 2)[1:-1]  # of the steps: the cost of k trials and of k + 1
     axis.fill_between(edges, worse, better, color=color, alpha=0.15, lw=0)
-    axis.plot(edges, np.where(np.isnan(better), worse, np.nan), color=color, linestyle=":", linewidth=1.0)
+    alone = np.isnan(better[::2]) & ~np.isnan(worse[::2])
+    axis.hlines(worse[::2][alone], edges[::2][alone], edges[1::2][alone], color=color, linestyle=":", linewidth=1.2)
 
 
 def _draw_curve(axis: Axes, curve: tuple[list[float], list[list[float]]], color: str, **style: Any) -> None:
@@ -261,7 +261,8 @@ def _shown(unit: Unit, score: float) -> float:
 
 def _axis(name: str, unit: Unit) -> str:
     """Return the label of an axis of scores."""
-    return plain(heading(name)) + (" (%)" if unit.is_percent else "")
+    name = name.replace("val/", "validation ").replace("/", " ").replace("_", " ")
+    return plain(name) + (" (%)" if unit.is_percent else "")
 
 
 def _label(text: str, i: int, remark: str = "") -> str | None:

@@ -10,6 +10,7 @@ from helpers.runs import fake_run
 from helpers.searches import KEY, change_record, fake_search, sweep_run
 
 from gpt2_pl.commands import main
+from gpt2_pl.commands.compare import read_runs
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.budgets import best_of_table
 from gpt2_pl.experiments.comparison import compare
@@ -118,6 +119,32 @@ def test_runs_without_a_search_have_no_trials(swept):
     assert find_trials(Run.read(fake_run(swept / "other", "lora", 1, [True]))) is None
     shutil.rmtree(swept / "s.search")
     main(["compare", str(swept / "s")])
+
+
+def test_trials_and_pretraining_below_a_folder_are_left_out_with_a_note(swept, capsys):
+    for seed in (1, 2):
+        sweep_run(swept / f"s.pretrain/quora/text/seed_{seed}", "text", seed, np.ones(100, bool))
+    own = fake_run(swept / "my.search/version_0", "own", 1, np.ones(100, bool))  # no sweep has started it
+    for paths, labels, note in (
+        ([swept], ["full", "dora", "lora", "own"], "16 search trials and 2 pretraining runs are left out"),
+        (
+            [swept, swept / "s.pretrain/quora/text/seed_1"],
+            ["full", "dora", "lora", "own", "text"],
+            "1 pretraining run ",
+        ),
+        ([swept / "s"], ["full", "dora", "lora"], None),
+        ([swept / "s.search/quora/lora"], ["lora"], None),
+        ([swept / "s", own], ["full", "dora", "lora", "own"], None),
+    ):
+        runs, notes = read_runs(paths)
+        assert [group.label for group in compare(runs)[0].groups] == labels
+        assert (note in notes[0]) if note else (notes == [])
+    main(["compare", str(swept)])
+    assert "note: 16 search trials and 2 pretraining runs are left out" in capsys.readouterr().out
+    shutil.rmtree(swept / "s")
+    shutil.rmtree(own)
+    with pytest.raises(InputError, match="other runs than 16 search trials and 2 pretraining runs"):
+        read_runs([swept])
 
 
 def test_trials_of_lower_better_scores_are_negative(swept):

@@ -122,15 +122,15 @@ def test_sweep_and_compare_external_task_uses_its_metric(stars, tmp_path):
     folders = sorted((tmp_path / "lightning_logs/own").glob("**/metrics.json"))
     assert len(folders) == 2
     (comparison,) = compare([Run.read(file.parent) for file in folders])
-    assert comparison.primary_metric == "val/mae"
-    assert not comparison.higher_is_better("val/mae")
-    best = min(comparison.groups, key=lambda group: group.mean("val/mae"))
+    assert comparison.primary_metric == "test/mae"
+    assert not comparison.higher_is_better("test/mae")
+    best = min(comparison.groups, key=lambda group: group.mean("test/mae"))
     assert comparison.best() is best
     group = comparison.groups[1]
-    found = group.differences["val/mae"].contrast
-    assert found.estimate == pytest.approx(comparison.groups[0].mean("val/mae") - group.mean("val/mae"), abs=1e-5)
+    found = group.differences["test/mae"].contrast
+    assert found.estimate == pytest.approx(comparison.groups[0].mean("test/mae") - group.mean("test/mae"), abs=1e-5)
     low, high = found.interval()
     assert low < found.estimate < high
-    rows = list(csv.DictReader((folders[0].parent / "predictions_val.csv").open()))
+    rows = list(csv.DictReader((folders[0].parent / "predictions_test.csv").open()))
     mean = np.mean([float(row["mae"]) for row in rows])
-    assert mean == pytest.approx(json.loads(folders[0].read_text())["scores"]["val/mae"], abs=1e-5)
+    assert mean == pytest.approx(json.loads(folders[0].read_text())["scores"]["test/mae"], abs=1e-5)

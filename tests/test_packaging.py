@@ -108,8 +108,8 @@ def test_configs_list_show_and_copy_give_packaged_files(library, tmp_path):
     again = call(library, tmp_path, "configs", "copy", "strategy/lora")
     assert again.returncode == 2
     assert "lora.yaml" in again.stderr
-    assert listed.stdout.endswith("--data.val_file F\n")
-    assert (f"python {ROOT}/cli.py fit" if library == ROOT else "gpt2-pl fit") in listed.stdout.splitlines()[-1]
+    assert listed.stdout.endswith("--data.val_file FILE\n")
+    assert (f"python {ROOT}/cli.py fit" if library == ROOT else "gpt2-pl fit") in listed.stdout.splitlines()[-2]
 
 
 def test_config_path_prefers_a_file_and_suggests_the_nearest_name(tmp_path, monkeypatch):

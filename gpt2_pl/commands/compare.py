@@ -74,7 +74,8 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     Raises:
         InputError: there is no run folder, or one is invalid.
     """
-    folders, left_out = [], {}
+    folders: list[Path] = []
+    left_out: dict[Path, str] = {}
     for path in paths:
         found = run_folders(path)
         roles = {folder: role for folder in found if (role := _preparation(folder, path)) is not None}

@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import BUDGETS, COSTS, budget_cost
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.tables import Table
 from gpt2_pl.experiments.trials import Trials
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.differences import LEVEL, compare_arms
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.contrast import Contrast
 from gpt2_pl.experiments.statistics.verdicts import holm
 from gpt2_pl.filesystem import require_file
@@ -43,7 +44,7 @@ class Outcome(Enum):
 
     HOLDS = "holds"
     FAILS = "fails"
-    UNKNOWN = "cannot be told"
+    UNDECIDED = "undecided"
 
 
 class JudgedClaim(NamedTuple):
@@ -118,7 +119,7 @@ def judge_claims(
             raise InputError(key=f"claims[{i}].arm", value=claim.arm, expected="not the baseline", source=source)
         families[comparison.task, score, baseline.label].append(i)
         tested.append(_test(claim, comparison, score, arm, baseline))
-    outcomes = [Outcome.UNKNOWN] * len(tested)
+    outcomes = [Outcome.UNDECIDED] * len(tested)
     for members in families.values():
         for outcome, which in ((Outcome.HOLDS, "p_wrong"), (Outcome.FAILS, "p_right")):
             adjusted = holm([getattr(tested[i], which) for i in members])
@@ -194,7 +195,7 @@ def _find_group(name: str, comparison: Comparison, key: str, source: Path | str)
     """Return the group with a label or the only one with a strategy.
 
     Raises:
-        InputError: there is none, or several have the strategy.
+        InputError: no group has the name, or several have the strategy.
     """
     groups = [group for group in comparison.groups if name in (group.label, group.strategy)]
     if len(groups) != 1:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.experiments.costs import record_cost
-from gpt2_pl.experiments.differences import Difference, compare_arms, disagreeing_rows, is_usable, judge
+from gpt2_pl.experiments.differences import compare_arms, disagreeing_rows, is_usable, judge
 from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
-from gpt2_pl.experiments.selection import Selection, select
-from gpt2_pl.experiments.trials import Trials, find_trials, tuning_notes
+from gpt2_pl.experiments.run_group import RunGroup
+from gpt2_pl.experiments.selection import select
+from gpt2_pl.experiments.trials import find_trials, tuning_notes
 from gpt2_pl.experiments.units import Unit
 
 _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json does not describe its metrics
@@ -29,72 +28,6 @@ _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json d
 }
 _FEW_SEEDS, _MANY_ARMS = 3, 5  # with so few seeds and so many arms only very large differences can be shown
 _MAX_VALUE_CHARACTERS, _MAX_SETTINGS = 200, 20  # limits of a setting's value in a label, and of a label's settings
-
-
-@dataclass
-class RunGroup:
-    """Runs with the same configuration and different seeds.
-
-    Args:
-        label: display name.
-        runs: one run per seed.
-        strategy: the part of the label that the strategy files determine.
-        failed: runs with this configuration that ended with an error.
-        differences: for each score, the difference to the baseline. Empty for the baseline.
-        notices: what a reader must know about the runs, such as that one has collapsed.
-        trials: the search that chose the settings of the runs; None if none is known.
-        selections: for each run its scores of rows that did not choose the epoch; empty if not all runs have them.
-    """
-
-    label: str
-    runs: list[Run]
-    strategy: str = ""
-    failed: list[Run] = field(default_factory=list)
-    differences: dict[str, Difference] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
-    trials: Trials | None = None
-    selections: list[Selection] = field(default_factory=list)
-
-    def values(self, score: str) -> list[float]:
-        """Return a score of every run that has it."""
-        return [value for run in self.runs if (value := run.score(score)) is not None]
-
-    def usable(self, score: str) -> list[Run]:
-        """Return the runs with a score that is a number of usual size, on all of its rows."""
-        return [run for run in self.runs if is_usable(run, score)]
-
-    def usable_values(self, score: str) -> list[float]:
-        """Return the score of every usable run."""
-        return [value for run in self.usable(score) if (value := run.score(score)) is not None]
-
-    def mean(self, score: str) -> float | None:
-        """Return the mean of a score over usable runs: None if no run has the score, NaN if no run is usable."""
-        if usable := self.usable_values(score):
-            return statistics.mean(usable)
-        return math.nan if self.values(score) else None
-
-    def std(self, score: str) -> float | None:
-        """Return the standard deviation of a score over usable runs: None for fewer than two."""
-        usable = self.usable_values(score)
-        return statistics.stdev(usable) if len(usable) > 1 else None
-
-    def cost(self, name: str) -> float | None:
-        """Return the median of a cost over runs.
-
-        Args:
-            name: ``trials``, a cost of :func:`~gpt2_pl.experiments.costs.record_cost`, or ``trial_`` before one of the
-                :data:`~gpt2_pl.experiments.costs.BUDGETS`, for the sum over the trials of the search that chose the
-                settings.
-
-        Returns:
-            The median, or None if no run has the cost.
-        """
-        if name == "trials":
-            return None if self.trials is None else len(self.trials.scores)
-        if name.startswith("trial_"):
-            return None if self.trials is None else self.trials.total(name.removeprefix("trial_"))
-        costs = [value for run in self.runs if (value := record_cost(run.record, name)) is not None]
-        return statistics.median(costs) if costs else None
 
 
 @dataclass

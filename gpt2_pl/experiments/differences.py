@@ -117,8 +117,8 @@ class Difference:
         reason: why there is no verdict; empty if there is one.
         verdict: the verdict, in the family of all arms; None for scores that are only described.
         margin: the difference that matters; None if none was declared.
-        p_adjusted: two-sided p-value with Holm's correction; NaN if there is none.
-        together: interval of a family whose intervals all cover at the level of 95 %; NaN if there is none.
+        p_adjusted: two-sided p-value with Holm's correction; NaN without a test.
+        together: interval of a family whose intervals all cover at the level of 95 %; NaN without a test.
         detectable: the smallest difference that such runs show with a chance of 80 %.
     """
 
@@ -150,13 +150,13 @@ class Difference:
         return self.unit.format_difference(self.contrast.estimate, self.contrast.num_texts)
 
     def interval_text(self) -> str:
-        """Format the interval of 95 %; empty if there is none."""
+        """Format the interval of 95 %; empty without an interval."""
         if not self.contrast.has_interval:
             return ""
         return self.unit.format_interval(self.contrast.interval(LEVEL), self.contrast.num_texts)
 
     def together_text(self) -> str:
-        """Format the interval that covers together with those of the other arms; empty if there is none."""
+        """Format the interval that covers together with those of the other arms; empty without an interval."""
         if math.isnan(self.together[0]):
             return ""
         return self.unit.format_interval(self.together, self.contrast.num_texts)

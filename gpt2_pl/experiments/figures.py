@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt2_pl.experiments.budgets import best_of, budget_costs, independent_trials
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import COSTS, budget_cost
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.trials import Trials
 from gpt2_pl.experiments.units import Unit
 from gpt2_pl.utils.plots import drawing, plain

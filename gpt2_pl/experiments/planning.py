@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.power import (
     MAX_SEEDS,
     Pilot,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.differences import LEVEL, measure
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, difference
 
 REFERENCE_CAPTION = (

@@ -24,11 +24,12 @@ from gpt2_pl.experiments.budgets import (
     tuning_as_json,
     tuning_table,
 )
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
 from gpt2_pl.experiments.reference_comparison import REFERENCE_CAPTION, reference_table
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.selection import MIN_ROWS
 from gpt2_pl.experiments.tables import (
     ARM_CAPTION,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.levels import score_interval, spread_interval
 from gpt2_pl.experiments.report import about, line
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.tables import (
     cost_text,
     detectable_text,

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
-from gpt2_pl.experiments.comparison import Comparison, RunGroup
+from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import Difference
 from gpt2_pl.experiments.levels import collapse_text, score_interval, spread_interval
+from gpt2_pl.experiments.run_group import RunGroup
 
 Table = tuple[list[str], list[list[str]]]
 """Headings, and rows of cells."""
@@ -117,7 +118,7 @@ def secondary_table(comparison: Comparison) -> Table:
 def selection_caption(comparison: Comparison) -> str:
     """Return the caption of :func:`selection_table`."""
     has_thumb = any(one.expected_optimism is not None for group in comparison.groups for one in group.selections)
-    thumb = " At most is a rule of thumb, 0.7 m sqrt(q / N), for the optimism." if has_thumb else ""
+    thumb = " The rule of thumb for the optimism is 0.7 m sqrt(q / N), an upper figure." if has_thumb else ""
     metric, monitor = _validation_metric(comparison), heading(comparison.monitor)
     return SELECTION_CAPTION.format(monitor=monitor, metric=heading(metric), thumb=thumb)
 
@@ -128,7 +129,7 @@ def selection_table(comparison: Comparison) -> Table:
     unit = comparison.unit(name)
     has_test = comparison.split != comparison.monitor.partition("/")[0]
     tested = [heading(comparison.primary_metric)] if has_test else []
-    headings = ["strategy", "seeds", "best epoch", "other rows", "optimism", "at most", *tested, "chosen"]
+    headings = ["strategy", "seeds", "best epoch", "other rows", "optimism", "rule of thumb", *tested, "chosen"]
     cells = []
     for group in comparison.groups:
         if not group.selections or len(group.selections[0].chosen) < _MIN_VALIDATIONS:
@@ -226,7 +227,7 @@ def interval_text(comparison: Comparison, name: str, limits: tuple[float, float]
 
 
 def p_text(p: float) -> str:
-    """Format a p-value; empty if there is none."""
+    """Format a p-value; empty without a test."""
     return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 

@@ -1,4 +1,4 @@
-"""Claims that hold, fail or cannot be told, and invalid files of claims."""
+"""Claims that hold, fail or are undecided, and invalid files of claims."""
 
 import numpy as np
 import pytest
@@ -45,9 +45,9 @@ def judge(folder, tmp_path, *claims):
         ("same", "not_worse", 5, Outcome.HOLDS),
         ("same", "equivalent", 5, Outcome.HOLDS),
         ("lora", "equivalent", 5, Outcome.FAILS),
-        ("same", "better", None, Outcome.UNKNOWN),
-        ("same", "equivalent", 0.01, Outcome.UNKNOWN),
-        ("single", "better", None, Outcome.UNKNOWN),
+        ("same", "better", None, Outcome.UNDECIDED),
+        ("same", "equivalent", 0.01, Outcome.UNDECIDED),
+        ("single", "better", None, Outcome.UNDECIDED),
     ],
 )
 def test_claim_is_judged_by_the_runs(folder, tmp_path, arm, claim, margin, expected):
@@ -65,7 +65,7 @@ def test_claims_about_one_score_are_one_family(folder, tmp_path):
     barely = float(margins[alone.index(Outcome.HOLDS)])
     others = [claim | {"margin": 1e-6}] * 20
     among = judge(folder, tmp_path, claim | {"margin": barely}, *others)
-    assert {judged.outcome for judged in among} == {Outcome.UNKNOWN}
+    assert {judged.outcome for judged in among} == {Outcome.UNDECIDED}
     assert judge(folder, tmp_path, claim | {"margin": 5}, *others)[0].outcome is Outcome.HOLDS
 
 
@@ -75,7 +75,7 @@ def test_claim_names_baseline_score_and_sentence(folder, tmp_path):
         {"arm": "lora", "claim": "better", "sentence": "LoRA wins."},
     )
     by_loss, sentence = judge(folder, tmp_path, *claims)
-    assert by_loss.outcome is Outcome.UNKNOWN  # losses of rows are not recorded
+    assert by_loss.outcome is Outcome.UNDECIDED  # losses of rows are not recorded
     assert by_loss.text == "full is worse than lora in val/loss on ParaphraseDetector."
     assert sentence.text == "LoRA wins."
 
@@ -87,7 +87,7 @@ def test_compare_command_with_a_false_claim_has_status_1(folder, tmp_path, capsy
     main(command)
     shown = " ".join(capsys.readouterr().out.split())
     assert "holds: lora is better than full in val/accuracy on ParaphraseDetector. [D = +" in shown
-    assert shown.endswith("claims: 1 holds, 0 fails, 1 cannot be told")
+    assert shown.endswith("claims: 1 holds, 0 fails, 1 undecided")
     file.write_text("claims:\n- {arm: lora, claim: worse}\n")
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--margin", "1"])

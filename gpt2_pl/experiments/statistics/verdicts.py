@@ -68,7 +68,7 @@ _WORDS = {
     Verdict.EQUIVALENT: "equivalent",
     Verdict.NON_INFERIOR: "non-inferior",
     Verdict.NOT_SUPERIOR_BY_MARGIN: "not superior by the margin",
-    Verdict.UNDECIDED: "cannot be told",
+    Verdict.UNDECIDED: "undecided",
     Verdict.BETTER: "superior",
     Verdict.WORSE: "inferior",
 }

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.comparison import Comparison, RunGroup, compared_split, use_crossed_scores
+from gpt2_pl.experiments.comparison import Comparison, compared_split, use_crossed_scores
 from gpt2_pl.experiments.differences import Difference, compare_arms
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.sequential import Decision, look
 from gpt2_pl.experiments.sweep.config import Experiment
 from gpt2_pl.experiments.sweep.run import SweepRun

@@ -87,3 +87,10 @@ def test_forked_jobs_module_equals_subprocess(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fork").read_text() == (tmp_path / "exec").read_text()
     assert "no more\n1\n" in (tmp_path / "fork").read_text()
+
+
+def test_run_that_hangs_is_an_error_with_the_stacks_of_its_threads(tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\ndef wait_for_ever():\n    time.sleep(100)\nwait_for_ever()\n")
+    with pytest.raises(AssertionError, match=r"timed out after 1 seconds(?s:.*)wait_for_ever"):
+        run([script], timeout=1.0, cwd=tmp_path)

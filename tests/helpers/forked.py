@@ -82,10 +82,14 @@ class Forked:
 
 
 def run(args: list[Any], timeout: float = 300.0, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, at most for so many seconds."""
+    """Run a script to its end, at most for so many seconds; then the error has the stacks of its threads."""
     process = Forked(args, **settings)
     try:
         out, error = process.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # at which faulthandler writes the stacks
+        _, error = process.communicate(10.0)
+        raise AssertionError(f"{process.args} timed out after {timeout:g} seconds:\n{error}") from None
     except BaseException:
         process.kill()
         raise
@@ -136,6 +140,7 @@ def _serve(requests: socket.socket) -> str:
 
 def _begin(request: dict[str, Any], files: list[int]) -> str:
     """Make of this process the one that is asked for; gives the script to run."""
+    import faulthandler
     import random
 
     os.setsid()
@@ -144,6 +149,7 @@ def _begin(request: dict[str, Any], files: list[int]) -> str:
     os.environ.update(request["env"])
     for descriptor, file in enumerate(files[:3]):
         os.dup2(file, descriptor)
+    faulthandler.enable(2)
     random.seed()
     sys.argv[:] = request["args"]
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]

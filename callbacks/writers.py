@@ -29,8 +29,8 @@ class PredictionWriter(Callback):
 
     In training it keeps the validation table of the best epoch by the task's ``monitor``. The table of a classifier is
     ``predictions``: for every row its number in its file (from 1), its text, its label, the predicted class and the
-    probability of each class. The table of a poem generator is ``losses``: for every poem its number, the number of
-    scored tokens, and the sum of their losses in nats. See
+    probability of each class. The table of a language model is ``losses``: for every poem or context its number, the
+    number of scored tokens, and the sum of their losses in nats. See
     :meth:`Task.row_table() <gpt2_pl.tasks.Task.row_table>`.
 
     Args:

@@ -19,6 +19,7 @@ from gpt2_pl.datamodules.cache import cached_file
 from gpt2_pl.datamodules.readers import FileRows, read_file, read_hub
 from gpt2_pl.datamodules.rows import Row, RowSource, batches, require_columns
 from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.losses import IGNORE_INDEX
 from gpt2_pl.text.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PIECE_CHARACTERS = 1 << 17  # characters in memory at a time, which bounds the memory of their encodings
 _BATCH_PIECES = 2000  # maximum number of pieces of text that are tokenized together
 _BOUNDARY = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)  # a text up to its last word before white space
+_MAX_TEXT_TOKENS = 1024  # of the text of a context
 _CACHE_FORMAT = 3  # part of every cache key; increment it when the cached contents change
 
 
@@ -171,6 +173,34 @@ class TextCorpus(TextData):
             TextFile(file, key) if file.lower().endswith(".txt") else read_file(file, key)
             for file in self.files[split] or ()
         ]
+
+    # Rows
+
+    def row_number(self, split: str, row: int) -> int:
+        """Return the number of a context in its split, counted from 1."""
+        return row + 1
+
+    def text(self, split: str, row: int) -> str:
+        """Return the text of the predicted tokens of a context, at most its first 1,024 tokens."""
+        targets = self.encoded[split].batch(np.array([row]))["targets"][0]
+        tokens = targets[targets != IGNORE_INDEX][:_MAX_TEXT_TOKENS].tolist()
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def clusters(self, split: str) -> list[int] | None:
+        """Return for every context the index of the text in which the middle of its predicted tokens is.
+
+        A text that has more than half of these tokens contains their middle.
+
+        Returns:
+            None if the split is of one text, or its contexts are not cut from a stream of texts.
+        """
+        rows = self.encoded[split]
+        if not isinstance(rows, PackedTokenDataset):
+            return None
+        ends = np.flatnonzero(np.asarray(rows.values) == self._end_of_text)
+        middles = rows.ends - rows.n_targets // 2  # the targets of a context are the tokens up to its end, included
+        clusters: list[int] = np.searchsorted(ends, middles).tolist()
+        return clusters if len(set(clusters)) > 1 else None
 
     @property
     def perplexity_note(self) -> str:

@@ -111,34 +111,53 @@ def read_row_table(folder: Path, split: str, metrics: Sequence[str]) -> RowTable
 
 
 def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowTable:
+    """Read the losses of every poem or context; rows of one cluster are added up to one row."""
     with file.open(encoding="utf-8", newline="") as lines:
-        poems = list(csv.DictReader(lines))
-    if not poems:
+        rows = list(csv.DictReader(lines))
+    if not rows:
         raise ValueError("it has no rows")
-    digest = hashlib.sha256(str([(poem["poem"], poem["n_tokens"]) for poem in poems]).encode()).hexdigest()
-    columns = {"loss": np.array([(float(poem["loss"]), float(int(poem["n_tokens"]))) for poem in poems])}
+    number = "poem" if "poem" in rows[0] else "row"
+    keys = [(row[number], row["n_tokens"], *([row["text"]] if "text" in row else [])) for row in rows]
+    columns = {"loss": np.array([(float(row["loss"]), float(int(row["n_tokens"]))) for row in rows])}
     n_tokens = columns["loss"][:, 1]
     if n_tokens.min() < 0 or n_tokens.sum() == 0:
         raise ValueError("its numbers of tokens must be at least 0, and one of them above 0")
     for name in metrics:
-        if name.startswith("chrf") and f"{name}_counts" in poems[0]:
-            columns[name] = np.array(
-                [[float(int(count)) for count in poem[f"{name}_counts"].split()] for poem in poems]
-            )
-        elif name in poems[0] and name not in columns:
-            columns[name] = np.array([float(poem[name]) for poem in poems])
-    return RowTable(digest[:12], columns, partial(_loss_scores, split))
+        if name.startswith("chrf") and f"{name}_counts" in rows[0]:
+            columns[name] = np.array([[float(int(count)) for count in row[f"{name}_counts"].split()] for row in rows])
+        elif name in rows[0] and name not in columns:
+            columns[name] = np.array([(float(row[name]), 1.0) for row in rows])
+    if "cluster" in rows[0]:
+        _, cluster = np.unique([row["cluster"] for row in rows], return_inverse=True)
+        columns = {name: _sums(values, cluster) for name, values in columns.items()}
+    return RowTable(hashlib.sha256(str(keys).encode()).hexdigest()[:12], columns, partial(_loss_scores, split))
+
+
+def _sums(values: Floats, cluster: NDArray[np.intp]) -> Floats:
+    """Return the sums (C, F) of values (N, F) over the rows of each of C clusters."""
+    sums = np.zeros((cluster.max() + 1, values.shape[1]))
+    np.add.at(sums, cluster, values)
+    return sums
 
 
 def _loss_scores(split: str, columns: Columns) -> dict[str, RowScore]:
     """Return loss and perplexity per token, chrF, and the means of other columns."""
     with np.errstate(invalid="ignore", divide="ignore"):  # a run may diverge
-        loss = RowScore(*from_sums(columns["loss"], lambda total: total[..., 0] / total[..., 1]))
+        loss = RowScore(*from_sums(columns["loss"], _ratio))
     scores = {"loss": loss, "perplexity": loss}
-    for name, values in columns.items():
-        if name != "loss":
-            scores[name] = _mean(values) if values.ndim == 1 else RowScore(*from_sums(values, chrf_of_counts))
+    for name, sums in columns.items():
+        if name.startswith("chrf"):
+            scores[name] = RowScore(*from_sums(sums, chrf_of_counts))
+        elif name != "loss":
+            is_of_rows = bool((sums[:, 1] == 1).all())
+            scores[name] = _mean(sums[:, 0]) if is_of_rows else RowScore(*from_sums(sums, _ratio))
     return {f"{split}/{name}": score for name, score in scores.items()}
+
+
+def _ratio(sums: Floats) -> Floats:
+    """Return the ratios (...) of sums (..., 2): a loss per token, or a mean."""
+    ratios: Floats = sums[..., 0] / sums[..., 1]
+    return ratios
 
 
 def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowTable | None:

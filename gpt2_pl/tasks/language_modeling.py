@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, ClassVar
 
@@ -14,14 +15,15 @@ from torch import Tensor
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_loss, unlikelihood_cross_entropy
-from gpt2_pl.metrics import MetricInfo, SplitMetrics, WeightedMean, finite
+from gpt2_pl.metrics import MetricInfo, RowOutputs, SplitMetrics, WeightedMean, finite
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
-from gpt2_pl.tasks.protocols import TokenizedData
+from gpt2_pl.tasks.protocols import ClusteredData, RowData, RowTable, TokenizedData
 from gpt2_pl.text.poems import decode_vocab
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 Batch = dict[str, Any]
+_MAX_TEXT = 1000  # characters of a row's text in the table of rows
 
 
 class Perplexity(WeightedMean):
@@ -37,6 +39,8 @@ class LanguageModel(Task):
 
     Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each token,
     or -100 at positions without a target. The loss is the mean per target token, and perplexity is its exponential.
+
+    Validation and test keep the loss of every row, a context of the corpus; see :meth:`row_table`.
 
     Unlikelihood losses (Welleck et al. 2020) can be added to the likelihood loss. The metrics ``loss`` and
     ``perplexity`` are always those of the likelihood alone.
@@ -92,6 +96,7 @@ class LanguageModel(Task):
         self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
         self._ignored_ids: list[int] | None = None
         self.metrics = SplitMetrics(lambda: {"loss": WeightedMean(), "perplexity": Perplexity()})
+        self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every evaluated row
 
     @property
     def table_caption(self) -> str | None:
@@ -225,8 +230,36 @@ class LanguageModel(Task):
         return [new[i] for i in range(len(prompts))]
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        """Update the metrics of a split with a batch."""
-        self._step(batch, split)
+        """Update the metrics of a split and the table of rows with a batch."""
+        hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
+        rows = (
+            cross_entropy(states, weight, targets, compiled=self.compile_blocks)
+            for states, targets in zip(hidden.split(1), batch["targets"].split(1), strict=True)
+        )
+        total, n_targets = (torch.stack(values) for values in zip(*rows, strict=True))
+        self._update_metrics(split, total, n_targets)
+        self.outcomes.update(row=batch["row"], n_tokens=n_targets, loss=total)
+
+    def row_table(self, split: str) -> RowTable | None:
+        """Return the number of targets and the sum of their losses, in nats, of every row of an evaluation.
+
+        If the data tell them, there are also the start of each row's text and the cluster that it belongs to, such as
+        the text that a context is part of; see :class:`~gpt2_pl.tasks.protocols.ClusteredData`.
+        """
+        outcomes, data = self.outcomes.rows(), self.datamodule
+        clusters = data.clusters(split) if isinstance(data, ClusteredData) else None
+        cells: dict[str, Callable[[int], object]] = {}
+        if clusters is not None:
+            cells["cluster"] = clusters.__getitem__
+        if isinstance(data, RowData):
+            cells["text"] = lambda i: data.text(split, i)[:_MAX_TEXT]
+        columns = (outcomes[key].tolist() for key in ("row", "n_tokens", "loss"))
+        rows = (
+            [data.row_number(split, i) if isinstance(data, RowData) else i + 1, n, f"{loss:.6f}"]
+            + [cell(i) for cell in cells.values()]
+            for i, n, loss in zip(*columns, strict=True)
+        )
+        return RowTable("losses", ["row", "n_tokens", "loss", *cells], rows)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics with a batch."""

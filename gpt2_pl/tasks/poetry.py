@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from gpt2_pl.errors import require
 from gpt2_pl.generation import validate_sampling
-from gpt2_pl.losses import cross_entropy
-from gpt2_pl.metrics import MetricInfo, RowOutputs
+from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.tasks.protocols import PoemData, RowTable
 from gpt2_pl.text.metrics import chrf, chrf_counts, chrf_signature, distinct, seq_rep, words
@@ -65,15 +64,6 @@ class PoemGenerator(LanguageModel):
         self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples
         self.generated: list[Poem] = []
         self.score_signatures: dict[str, str] = {}  # score -> sacrebleu's signature of its computation
-        self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every evaluated poem
-
-    def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
-        """Update the metrics and the table of rows with every poem of a batch."""
-        hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
-        for i, row in enumerate(batch["row"]):
-            total, n_targets = cross_entropy(hidden[i : i + 1], weight, batch["targets"][i : i + 1])
-            self._update_metrics(split, total, n_targets)
-            self.outcomes.update(row=row.view(1), n_tokens=n_targets.view(1), loss=total.view(1))
 
     def generate_poems(self, poems: list[Poem]) -> list[Poem]:
         """Generate completions of poems; the random seed of each is its number.

@@ -21,7 +21,9 @@ class RowTable(NamedTuple):
 
     ``gpt2-pl compare`` computes confidence intervals from a table named ``predictions`` with the columns ``text``,
     ``label`` and ``prediction``: from the classes if the table has columns ``p(<class>)``, otherwise from the columns
-    with the names of the task's metrics. Such a column holds the metric of every row, and its mean is the score.
+    with the names of the task's metrics. Such a column holds the metric of every row, and its mean is the score. In a
+    table named ``losses``, the columns ``n_tokens`` and ``loss`` hold the number of targets of every row and the sum of
+    their losses, and rows with the same ``cluster`` count as one text.
 
     Args:
         name: name of the file without the split, such as ``predictions``.
@@ -60,6 +62,18 @@ class RowData(Protocol):
 
     def text(self, split: str, row: int) -> str:
         """Return the text of a row."""
+        ...
+
+
+@runtime_checkable
+class ClusteredData(Protocol):
+    """Data that know which rows belong together, such as contexts that are cut from one text.
+
+    ``gpt2-pl compare`` takes clusters instead of rows as independent texts.
+    """
+
+    def clusters(self, split: str) -> Sequence[int] | None:
+        """Return the cluster of every row of a split, or None if rows are independent or this is not known."""
         ...
 
 

@@ -54,6 +54,25 @@ def test_losses_of_poems_are_weighted_by_tokens(tmp_path):
     assert scores["test/perplexity"] is scores["test/loss"]  # compared by its logarithm
 
 
+def test_losses_of_clusters_are_deleted_together(tmp_path):
+    generator = np.random.default_rng(0)
+    cluster, n = generator.integers(0, 7, 40), generator.integers(1, 60, 40)
+    loss, rhyme = generator.gamma(4.0, n), generator.random(40)
+    columns = zip(n.tolist(), loss.tolist(), cluster.tolist(), rhyme.tolist(), strict=True)
+    rows = "".join(f"{i},{','.join(map(str, cells))},x {i}\n" for i, cells in enumerate(columns))
+    (tmp_path / "losses_val.csv").write_text(f"row,n_tokens,loss,cluster,rhyme,text\n{rows}")
+    table = read_row_table(tmp_path, "val", ("rhyme",))
+    scores = table.scores().scores
+    assert len(table) == 7
+    for name, sums, counts in (("loss", loss, n), ("perplexity", loss, n), ("rhyme", rhyme, np.ones(40))):
+        without = [sums[cluster != c].sum() / counts[cluster != c].sum() for c in range(7)]
+        value = sums.sum() / counts.sum()
+        assert scores[f"val/{name}"].value == pytest.approx(value)
+        assert scores[f"val/{name}"].contributions == pytest.approx([7 * value - 6 * other for other in without])
+    (tmp_path / "losses_val.csv").write_text(f"row,n_tokens,loss,cluster,rhyme,text\n{rows.replace('x 3', 'y')}")
+    assert read_row_table(tmp_path, "val", ()).digest != table.digest
+
+
 def test_outcome_columns_of_other_tasks_are_means_over_rows(tmp_path):
     content = "row,text,label,prediction,mae,note\n1,a,3,2,1,x\n2,b,3,3.5,0.5,y\n"
     (tmp_path / "predictions_val.csv").write_text(content)

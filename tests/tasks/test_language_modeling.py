@@ -1,6 +1,9 @@
 """LanguageModel and TextCorpus against torch, loops and transformers."""
 
+import csv
+import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from helpers.refusals import names
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl.datamodules import TextCorpus
-from gpt2_pl.datamodules.batching import PackedTokenDataset
+from gpt2_pl.datamodules.batching import PackedTokenDataset, TokenDataset
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.rows import read_row_table
 from gpt2_pl.losses import cross_entropy
 from gpt2_pl.surgery import LoRA
 from gpt2_pl.tasks import LanguageModel
@@ -132,7 +136,7 @@ def test_validate_perplexity_equals_sliding_window_of_transformers(stride, run, 
                  f"--data.val_file={file}", f"--data.max_length={context}", "--trainer.precision=32-true")  # fmt: skip
     tokenizer, model = load_tokenizer(base), GPT2LMHeadModel.from_pretrained(base).eval()
     ids = torch.tensor([[*tokenizer.encode(file.read_text()).ids, tokenizer.token_to_id(END_OF_TEXT)]])
-    max_length, total, count, previous_end = context + 1, 0.0, 0, 0
+    max_length, total, count, previous_end, of_rows = context + 1, 0.0, 0, 0, []
     for begin in range(0, ids.size(1), stride or context):
         end = min(begin + max_length, ids.size(1))
         window = ids[:, begin:end]
@@ -142,6 +146,7 @@ def test_validate_perplexity_equals_sliding_window_of_transformers(stride, run, 
             loss = model(window, labels=labels).loss
         n = int((labels[:, 1:] != -100).sum())
         total, count, previous_end = total + loss.item() * n, count + n, end
+        of_rows.append([n, loss.item() * n, tokenizer.decode(labels[labels != -100].tolist()[-n:])])
         if end == ids.size(1):
             break
     assert count == ids.size(1) - 1
@@ -149,6 +154,15 @@ def test_validate_perplexity_equals_sliding_window_of_transformers(stride, run, 
     assert account["scores"]["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert account["data"]["tokens"]["val"] == count
     assert (account["data"]["context"], account["data"]["stride"]) == (context, stride or context)
+    with (folder / "losses_val.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["row"] for row in rows] == [str(i) for i in range(1, len(of_rows) + 1)]
+    assert [int(row["n_tokens"]) for row in rows] == [n for n, _, _ in of_rows]
+    assert [float(row["loss"]) for row in rows] == pytest.approx([loss for _, loss, _ in of_rows], rel=1e-4)
+    assert [row["text"].removesuffix(END_OF_TEXT) for row in rows] == [text for _, _, text in of_rows]
+    scores = read_row_table(folder, "val", ("loss", "perplexity")).scores().scores
+    assert scores["val/loss"].value == pytest.approx(account["scores"]["val/loss"], rel=1e-5)
+    assert len(scores["val/perplexity"].contributions) == len(rows)  # one text has no clusters
 
 
 def test_text_corpus_stride_out_of_range_is_refused(base, files):
@@ -162,6 +176,36 @@ def test_text_corpus_stride_out_of_range_is_refused(base, files):
     with pytest.raises(InputError, match="got 33") as caught:
         data.setup()
     assert names(caught.value, "data.stride")
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+def test_text_corpus_cluster_is_the_text_with_most_tokens_of_a_context(stride, base, tmp_path):
+    generator = np.random.default_rng(0)
+    texts = ["a good film . " * n for n in generator.choice([1, 2, 40], 30)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = TextCorpus(test_file=str(file), tokenizer=str(base), max_length=16, stride=stride)
+    data.setup()
+    rows, clusters = data.encoded["test"], data.clusters("test")
+    is_end = rows.values == data.tokenizer.token_to_id(END_OF_TEXT)
+    text_of = [int(is_end[:i].sum()) for i in range(len(is_end))]  # index of the text of every token
+    assert len(clusters) == len(rows)
+    majorities = 0
+    for cluster, end, n in zip(clusters, rows.ends, rows.n_targets, strict=True):
+        (most, count), *_ = Counter(text_of[end - n + 1 : end + 1]).most_common(1)
+        if 2 * count > n:
+            assert cluster == most
+            majorities += 1
+    assert majorities > len(rows) / 2
+    assert 1 < len(set(clusters)) < len(rows)
+
+
+def test_text_corpus_of_one_text_or_other_rows_has_no_clusters(base, story):
+    data = TextCorpus(test_file=str(story), tokenizer=str(base), max_length=16)
+    data.setup()
+    assert data.clusters("test") is None
+    data.encoded["test"] = TokenDataset(np.arange(9), np.array([0, 4, 9]))
+    assert data.clusters("test") is None
 
 
 def test_text_corpus_stride_applies_to_validation_only(base, files):

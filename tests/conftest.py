@@ -34,6 +34,7 @@ from gpt2_pl.utils.run_schema import check_metrics
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
 WORDS = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
+LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 torch.set_num_threads(1)
 blank_images.install()
 if threading.current_thread() is threading.main_thread():
@@ -61,8 +62,10 @@ def peft_puts_virtual_tokens() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test draws the same numbers and prints with a new console, in whatever order tests run."""
+    """Every test draws the same numbers, prints with a new console and launches its own ranks, in whatever order."""
     torch.manual_seed(1)
+    for name in LAUNCH_VARIABLES:  # left by a DDP run in this process; Lightning would expect its launcher in the next
+        os.environ.pop(name, None)
     monkeypatch.setattr("rich._console", None)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2_pl.beam_search import beam_search
     from gpt2_pl.generation import generate
     from gpt2_pl.model import GPT2, GPT2Config
     from gpt2_pl.optim import AdamW
 
 __version__ = "0.1.0"
-__all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "generate"]
+__all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "beam_search", "generate"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CHECKOUT_PACKAGES = {f"gpt2_pl.{name}": _ROOT / name for name in ("datamodules", "callbacks", "configs")}
@@ -41,6 +42,7 @@ _LAZY_IMPORTS = {
     "GPT2": "gpt2_pl.model",
     "GPT2Config": "gpt2_pl.model",
     "AdamW": "gpt2_pl.optim",
+    "beam_search": "gpt2_pl.beam_search",
     "generate": "gpt2_pl.generation",
 }
 

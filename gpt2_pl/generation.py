@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gpt2_pl.errors import InputError, require
-from gpt2_pl.kernels.cuda_graph import cuda_graph, supports_cuda_graph
-from gpt2_pl.kernels.prepacked_linear import prepacked_weights
+from gpt2_pl.decoding import (
+    DIVISORS,
+    LogitsProcessor,
+    builtin_processors,
+    decoding_mode,
+    next_logits,
+    pad_left,
+    validate_processors,
+)
+from gpt2_pl.errors import require
+from gpt2_pl.kernels.cuda_graph import supports_cuda_graph
 from gpt2_pl.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
-
-
-LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps logits (B, V), token ids so far (B, N) and their mask (B, N), 1 for text, to new logits (B, V)."""
 
 
 def generate(
@@ -71,22 +73,18 @@ def generate(
         InputError: a setting is out of range, a prompt is empty, or there are more tokens than ``n_positions``.
     """
     validate_sampling(temperature, max_new_tokens, top_k, top_p, repetition_penalty, no_repeat_ngram_size)
+    input_ids, mask = pad_left(model, input_ids, attention_mask, max_new_tokens)
     B, T = input_ids.shape
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    _validate_prompts(mask, model.n_virtual + T + max_new_tokens, model.config.n_positions)
-    if attention_mask is not None:  # on the left, so that all rows continue at the same index
-        order = mask.argsort(dim=1, stable=True)
-        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
     uniform = _uniform(seed, B, max_new_tokens, input_ids.device) if temperature > 0 else None
     ids = input_ids.new_full((B, T + max_new_tokens), pad_token_id)
     ids[:, :T] = input_ids
     mask = torch.cat([mask, mask.new_ones(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    processors = [*_builtin_processors(repetition_penalty, no_repeat_ngram_size), *logits_processors]
+    processors = [*builtin_processors(repetition_penalty, no_repeat_ngram_size), *logits_processors]
+    cache = KVCache(len(model.h), model.n_virtual + T + max_new_tokens)
     captures = supports_cuda_graph(model, max_new_tokens)
-    prepacked = prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens)
-    with torch.inference_mode(), _eval_mode(model), prepacked as head:
-        for n, logits in enumerate(_next_logits(model, head, ids, mask, T, captures), start=T):
+    with decoding_mode(model, max_new_tokens) as head:
+        for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures), start=T):
             for process in processors:
                 logits = process(logits, ids[:, :n], mask[:, :n])
             draws = None if uniform is None else uniform[:, n - T]
@@ -101,61 +99,6 @@ def generate(
             if bool(done.all()):
                 return ids[:, : n + int(mask[:, n].any())]
     return ids
-
-
-def _validate_prompts(mask: Tensor, num_tokens: int, n_positions: int) -> None:
-    """Raise an InputError for an empty prompt or for more than ``n_positions`` tokens.
-
-    Args:
-        mask: (B, T), 1 for text and 0 for padding.
-        num_tokens: virtual tokens, prompt and generated tokens.
-        n_positions: the context length of the model.
-    """
-    if not bool((mask.sum(1) > 0).all()):
-        raise InputError("a prompt is empty; give at least one token, such as the end of text")
-    expected = f"at most n_positions = {n_positions} tokens, virtual tokens included"
-    require(num_tokens <= n_positions, "prompt and continuation", num_tokens, expected)
-
-
-def _builtin_processors(repetition_penalty: float, no_repeat_ngram_size: int) -> list[LogitsProcessor]:
-    """Return the logits processors of the settings that are not at their neutral value."""
-    processors: list[LogitsProcessor] = []
-    if repetition_penalty != 1.0:
-        processors.append(partial(_apply_repetition_penalty, penalty=repetition_penalty))
-    if no_repeat_ngram_size:
-        processors.append(partial(_ban_repeated_ngrams, n=no_repeat_ngram_size))
-    return processors
-
-
-def _next_logits(
-    model: GPT2, head: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor, prompt_length: int, captures: bool
-) -> Iterator[Tensor]:
-    """Yield the next-token logits of all rows: of the prompts in one pass, then of one token at a time.
-
-    Args:
-        model: the GPT-2, in evaluation mode.
-        head: maps hidden states (B, C) to logits (B, V).
-        ids: (B, T + new) token ids; before it asks for more logits, the caller writes the token that it chose.
-        mask: (B, T + new), 1 for text and 0 for padding; the caller extends it likewise.
-        prompt_length: T.
-        captures: whether tokens after the prompt are decoded from a CUDA graph.
-
-    Yields:
-        (B, V) in float32, ``new`` times.
-    """
-    T, (B, N) = prompt_length, ids.shape
-    padded = not bool(mask[:, :T].all())
-    cache = KVCache(len(model.h), model.n_virtual + N)
-    last = torch.full((B, 1), T - 1, device=ids.device)
-    hidden = model(ids[:, :T], mask[:, :T] if padded else None, output_positions=last, cache=cache)
-    yield head(hidden[:, -1]).float()
-    decode = DecodeStep(model, head, cache, mask[:, :T]) if captures else None
-    for n in range(T + 1, N):
-        if decode is not None:
-            yield decode(ids[:, n - 1 : n]).to(torch.float32, copy=True)
-        else:
-            hidden = model(ids[:, n - 1 : n], mask[:, :n] if padded else None, cache=cache)
-            yield head(hidden[:, -1]).float()
 
 
 def _choose_tokens(
@@ -183,60 +126,6 @@ def _choose_tokens(
     return chosen, exhausted.squeeze(-1)
 
 
-class DecodeStep:
-    """Decoding step of one token per row in tensors of fixed shape, captured as a CUDA graph on a GPU.
-
-    Attention reads the full cache buffers under a mask.
-
-    Args:
-        model: the GPT-2, in evaluation mode.
-        head: maps hidden states (B, C) to logits (B, V).
-        cache: the keys and values of the virtual tokens and the prompt.
-        prompt_mask: (B, T), 1 for text and 0 for padding.
-    """
-
-    def __init__(self, model: GPT2, head: Callable[[Tensor], Tensor], cache: KVCache, prompt_mask: Tensor) -> None:
-        self.model, self.head, self.cache = model, head, cache
-        B, T = prompt_mask.shape
-        start = model.n_virtual
-        self.ids = prompt_mask.new_zeros(B, 1)
-        self.write_index = prompt_mask.new_full((1,), start + T)  # index of the new key in the cache
-        self.position_ids = prompt_mask.sum(1, keepdim=True) + start  # (B, 1)
-        self.mask = prompt_mask.new_zeros(B, 1, 1, cache.layers[0].capacity, dtype=torch.bool)
-        self.mask[..., :start] = True
-        self.mask[..., start : start + T] = prompt_mask.bool()[:, None, None]
-        for layer in cache.layers:
-            layer.write_index = self.write_index
-        state = (self.write_index, self.position_ids, self.mask)
-        self._step = cuda_graph(self._forward, state) if prompt_mask.device.type == "cuda" else self._forward
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Compute the next-token logits (B, V) from token ids (B, 1); the next call overwrites them."""
-        self.ids.copy_(ids)
-        return self._step()
-
-    def _forward(self) -> Tensor:
-        device = self.ids.device.type
-        self.mask.index_fill_(3, self.write_index, True)
-        # Weights cached by autocast would be freed after the capture.
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
-            hidden = self.model(self.ids, self.mask, position_ids=self.position_ids, cache=self.cache)
-            logits = self.head(hidden[:, -1])
-        self.write_index += 1
-        self.position_ids += 1
-        return logits
-
-
-@contextmanager
-def _eval_mode(model: GPT2) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def validate_sampling(
     temperature: float,
     max_new_tokens: int,
@@ -250,13 +139,12 @@ def validate_sampling(
     Raises:
         InputError: a setting is out of range.
     """
-    low, high = 1e-9, 1e9  # range of divisors of float32 logits
-    is_temperature, is_penalty = temperature == 0 or low <= temperature <= high, low <= repetition_penalty <= high
+    low, high = DIVISORS
+    is_temperature = temperature == 0 or low <= temperature <= high
     require(is_temperature, "temperature", temperature, f"0 or in [{low:g}, {high:g}]")
     require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
     require(top_p is None or 0.0 < top_p <= 1.0, "top_p", top_p, "in (0, 1]")
-    require(is_penalty, "repetition_penalty", repetition_penalty, f"in [{low:g}, {high:g}]")
-    require(no_repeat_ngram_size >= 0, "no_repeat_ngram_size", no_repeat_ngram_size, "at least 0")
+    validate_processors(repetition_penalty, no_repeat_ngram_size)
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
 
 
@@ -324,20 +212,3 @@ def _inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:].contiguous()
     index = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
     return torch.minimum(index, torch.searchsorted(cumulative, total)).squeeze(-1)  # the product may round up to total
-
-
-def _apply_repetition_penalty(logits: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Tensor:
-    # Occurrences are counted under the mask, because the padding token may also occur in the text.
-    occurs = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, ids, mask) > 0
-    return torch.where(occurs, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def _ban_repeated_ngrams(logits: Tensor, ids: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Set the logit of every token that would complete an n-gram of the row again to -inf."""
-    if ids.size(1) < n:
-        return logits
-    windows = ids.unfold(1, n, 1)  # (B, N - n + 1, n)
-    last = ids[:, ids.size(1) - n + 1 :]  # (B, n - 1): the tokens before the next one
-    same = (windows[..., :-1] == last.unsqueeze(1)).all(-1) & mask.unfold(1, n, 1).bool().all(-1)
-    banned = torch.zeros_like(logits, dtype=torch.long).scatter_add(1, windows[..., -1], same.long()) > 0
-    return logits.masked_fill(banned, -torch.inf)

@@ -64,6 +64,20 @@ class KVCacheLayer:
             buffer.narrow(2, start, new.size(2)).copy_(new)
         return self.keys_and_values()
 
+    def repeat(self, times: int) -> None:
+        """Repeat every row of a batch, so that it becomes ``times`` successive rows."""
+        if self._buffers is not None and times > 1:
+            keys, values = (buffer.repeat_interleave(times, dim=0) for buffer in self._buffers)
+            self._buffers = (keys, values)
+
+    def reorder(self, rows: Tensor, start: int) -> None:
+        """Replace each row by another one from the token ``start`` on; see :meth:`KVCache.reorder`."""
+        if self._buffers is not None:
+            end = self.length if self.write_index is None else self.capacity
+            for buffer in self._buffers:
+                part = buffer.narrow(2, start, end - start)
+                part.copy_(part[rows])
+
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all tokens so far, (B, H, N, hd) each."""
         if self._buffers is None:
@@ -93,3 +107,18 @@ class KVCache:
         """Prepend a prefix (L, 2, H, P, hd) to the first tokens of an empty cache."""
         for layer, keys_and_values in zip(self.layers, prefix, strict=True):
             layer.prefix, layer.length = keys_and_values, prefix.size(3)
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row of the batch, so that it becomes ``times`` successive rows."""
+        for layer in self.layers:
+            layer.repeat(times)
+
+    def reorder(self, rows: Tensor, start: int) -> None:
+        """Replace each row of the batch by another one, for beam search.
+
+        Args:
+            rows: (B,) index of the row that takes the place of each row.
+            start: number of first tokens, virtual tokens included, that the rows have in common and that stay in place.
+        """
+        for layer in self.layers:
+            layer.reorder(rows, start)

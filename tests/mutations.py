@@ -95,11 +95,14 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/text/metrics.py", "return 1.0 - len(set(grams))", "return len(set(grams))", "poem_scores"),
     # Generation
     ("gpt2_pl/generation.py", "probability.cumsum(-1) - probability", "probability.cumsum(-1)", "sampling"),
-    ("gpt2_pl/generation.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
+    ("gpt2_pl/decoding.py", "logits / penalty, logits * penalty", "logits * penalty, logits / penalty", "generation"),
     ("gpt2_pl/kv_cache.py", "buffer.narrow(2, start, new.size(2)).copy_(new)", "buffer.narrow(2, start, new.size(2)).copy_(new.flip(1))", "generation"),
-    ("gpt2_pl/generation.py", "self.position_ids += 1", "pass", "generation"),
-    ("gpt2_pl/generation.py", "self.mask[..., :start] = True", "pass", "generation"),
-    ("gpt2_pl/generation.py", "= prompt_mask.bool()[:, None, None]", "= True", "generation"),
+    ("gpt2_pl/decoding.py", "self.position_ids += 1", "pass", "generation"),
+    ("gpt2_pl/decoding.py", "self.mask[..., :start] = True", "pass", "generation"),
+    ("gpt2_pl/decoding.py", "= prompt_mask.bool()[:, None, None]", "= True", "generation"),
+    ("gpt2_pl/beam_search.py", "max(length, 1) ** self.length_penalty", "length", "beam_search"),
+    ("gpt2_pl/beam_search.py", "finished.add(candidates[:, :K], sums[:, :K].masked_fill(~ended[:, :K]", "finished.add(candidates, sums.masked_fill(~ended", "beam_search"),
+    ("gpt2_pl/kv_cache.py", "part.copy_(part[rows])", "pass", "beam_search"),
 ]  # fmt: skip
 
 

@@ -16,13 +16,18 @@ SHAPE = GPT2Config(vocab_size=60, n_positions=96, n_embd=32, n_layer=3, n_head=4
 NEW = 36  # long enough for weights to be packed
 
 
-@pytest.fixture
-def model():
+def sharp_model():
+    """Return a small GPT-2 with random weights whose probabilities are far from uniform."""
     torch.manual_seed(0)
     model = GPT2(SHAPE)
     for parameter in model.parameters():
-        parameter.data.mul_(3.0)  # far from uniform
+        parameter.data.mul_(3.0)
     return model
+
+
+@pytest.fixture
+def model():
+    return sharp_model()
 
 
 def prompts(lengths, seed=1):

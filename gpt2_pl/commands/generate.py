@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _SEED_STRIDE = 1_000_003  # prompt i has the generator seed * _SEED_STRIDE + i, independent of the other prompts
 _EXTENSIONS = (".txt", ".jsonl")
+_SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": 0.9, "seed": 0}  # options of sampling, and their defaults
+_BEAMS = {"length_penalty": 1.0}  # options that require --num_beams
 
 
 def main(args: list[str]) -> None:
@@ -35,13 +37,10 @@ def main(args: list[str]) -> None:
     import torch
 
     from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
-    from gpt2_pl.generation import validate_sampling
     from gpt2_pl.tasks.protocols import TextGenerator
     from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, split_lines
 
-    keys = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size")
-    sampling = {key: getattr(options, key) for key in keys}
-    validate_sampling(**sampling, max_new_tokens=options.max_new_tokens)
+    settings = _decoding_settings(options)
     prompts, numbers = read_prompts(options.prompt_file, options.poems)
     task, _ = load_task(options, TextGenerator)
     vocab_size = task.config.vocab_size
@@ -55,9 +54,9 @@ def main(args: list[str]) -> None:
             block.compile(dynamic=True)
     if numbers is not None:
         bias = [] if options.no_line_length_bias else [LineLengthProcessor(tokenizer, vocab_size)]
-        sampling |= {"stopping_criteria": MaxLinesCriteria(tokenizer, vocab_size), "logits_processors": bias}
+        settings |= {"stopping_criteria": MaxLinesCriteria(tokenizer, vocab_size), "logits_processors": bias}
     ids = _encode_prompts(prompts, tokenizer, task.max_length, options.prompt_file)
-    texts = _continue(task, tokenizer, ids, options, sampling)
+    texts = _continue(task, tokenizer, ids, options, settings)
     if numbers is not None:
         texts = [Poem(number, split_lines(text)).text for number, text in zip(numbers, texts, strict=True)]
     _write(options.out, prompts, texts, numbers)
@@ -77,15 +76,19 @@ def _parse_arguments(args: list[str]) -> Namespace:
     )
     parser.add_output("FILE", "output file, .txt or .jsonl")
     add("--max_new_tokens", type=int, default=220, metavar="N", help="tokens per prompt at most")
-    add("--temperature", type=float, default=1.0, metavar="T", help="0 for greedy decoding")
+    add("--num_beams", type=int, metavar="N", help="search for the most probable text with N beams (default: sample)")
+    length_help = "exponent of the length by which the log-probability of a beam is divided (default: 1.0)"
+    add("--length_penalty", type=float, metavar="A", help=length_help)
+    temperature_help = "0 for greedy decoding (default: 1.0)"
+    add("--temperature", type=float, metavar="T", help=temperature_help)
     add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
-    top_p_help = "sample from the most likely tokens with a total probability of P"
-    add("--top_p", type=float, default=0.9, metavar="P", help=top_p_help)
+    top_p_help = "sample from the most likely tokens with a total probability of P (default: 0.9)"
+    add("--top_p", type=float, metavar="P", help=top_p_help)
     penalty_help = "penalty of tokens that have occurred; 1.0 applies no penalty"
     add("--repetition_penalty", type=float, default=1.0, metavar="PENALTY", help=penalty_help)
     ngram_help = "do not repeat n-grams of this size; 0 allows all"
     add("--no_repeat_ngram_size", type=int, default=0, metavar="N", help=ngram_help)
-    add("--seed", type=int, default=0, help="seed of sampling; each prompt has its own generator")
+    add("--seed", type=int, help="seed of sampling; each prompt has its own generator (default: 0)")
     add("--batch_size", type=int, default=16, metavar="N", help="prompts per batch")
     add("--poems", action="store_true", help="read numbered poems and complete them")
     bias_help = "with --poems, do not make line ends likelier in long lines"
@@ -95,6 +98,35 @@ def _parse_arguments(args: list[str]) -> Namespace:
     options = parser.parse_args(args)
     check_batches(options, _EXTENSIONS)
     return options
+
+
+def _decoding_settings(options: Namespace) -> dict[str, Any]:
+    """Return the settings of beam search if there are beams, else of sampling, and set the options' defaults.
+
+    Raises:
+        InputError: a setting is out of range, or belongs to the other way of decoding.
+    """
+    from gpt2_pl.beam_search import validate_beams
+    from gpt2_pl.decoding import validate_processors
+    from gpt2_pl.generation import validate_sampling
+
+    processors = {key: getattr(options, key) for key in ("repetition_penalty", "no_repeat_ngram_size")}
+    validate_processors(**processors)
+    is_search = options.num_beams is not None
+    for key in _SAMPLING if is_search else _BEAMS:
+        if getattr(options, key) is not None:
+            conflict = f"--num_beams searches for the most probable text and does not sample; leave out --{key}"
+            raise InputError(conflict if is_search else f"--{key} requires --num_beams", key=key)
+    for key, default in (_BEAMS | _SAMPLING).items():
+        if getattr(options, key) is None:
+            setattr(options, key, default)
+    if is_search:
+        beams = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
+        validate_beams(**beams, max_new_tokens=options.max_new_tokens)
+        return beams | processors
+    sampling = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p")}
+    validate_sampling(**sampling, max_new_tokens=options.max_new_tokens)
+    return sampling | processors
 
 
 def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
@@ -152,7 +184,7 @@ def _encode_prompts(prompts: list[str], tokenizer: Tokenizer, max_length: int, f
 
 
 def _continue(
-    task: TextGenerator, tokenizer: Tokenizer, ids: list[list[int]], options: Namespace, sampling: dict[str, Any]
+    task: TextGenerator, tokenizer: Tokenizer, ids: list[list[int]], options: Namespace, settings: dict[str, Any]
 ) -> list[str]:
     """Return each prompt with its continuation; prompts of similar length are generated together."""
     from rich.progress import track
@@ -166,7 +198,7 @@ def _continue(
             [ids[i] for i in batch],
             seeds=[(options.seed * _SEED_STRIDE + i) % 2**63 for i in batch],
             max_new_tokens=options.max_new_tokens,
-            **sampling,
+            **settings,
         )
         for i, new_ids in zip(batch, continuations, strict=True):
             texts[i] = tokenizer.decode([*ids[i], *new_ids], skip_special_tokens=False)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_pl.beam_search import beam_search
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_loss, unlikelihood_cross_entropy
@@ -198,9 +199,10 @@ class LanguageModel(Task):
         Args:
             tokenizer: tokenizer of the model.
             prompts: token ids of each prompt.
-            seeds: random seed of each prompt.
+            seeds: random seed of each prompt; beam search draws no random numbers.
             max_new_tokens: largest number of new tokens of each prompt; the context may leave room for fewer.
-            **settings: arguments of :func:`~gpt2_pl.generation.generate`.
+            **settings: arguments of :func:`~gpt2_pl.beam_search.beam_search` if ``num_beams`` is among them, else of
+                :func:`~gpt2_pl.generation.generate`.
 
         Returns:
             Token ids of each continuation, without the end of text.
@@ -223,8 +225,11 @@ class LanguageModel(Task):
             padding = {i: [0] * (longest - len(prompts[i])) for i in rows}
             ids = torch.tensor([padding[i] + prompts[i] for i in rows], device=self.device)
             mask = torch.tensor([padding[i] + [1] * len(prompts[i]) for i in rows], device=self.device)
-            row_seeds = [seeds[i] for i in rows]
-            text = generate(self.backbone, ids, mask, max_new_tokens=room, seed=row_seeds, **ends, **settings)
+            if "num_beams" in settings:
+                text = beam_search(self.backbone, ids, mask, max_new_tokens=room, **ends, **settings).ids[:, 0]
+            else:
+                row_seeds = [seeds[i] for i in rows]
+                text = generate(self.backbone, ids, mask, max_new_tokens=room, seed=row_seeds, **ends, **settings)
             for i, row in zip(rows, text.tolist(), strict=True):
                 new[i] = list(takewhile(lambda token: token != end, row[longest:]))
         return [new[i] for i in range(len(prompts))]

@@ -1,6 +1,7 @@
 """Commands on invalid flags, prompts, rows and weights: one error that names them, and no output."""
 
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ BAD_FLAGS = {
         "--temperature=-1", "--temperature=nan", "--temperature=1e-300", "--temperature=inf", "--temperature=hot",
         "--top_p=0", "--top_p=1.5", "--top_p=nan", "--top_k=0", "--top_k=2.5", "--repetition_penalty=0",
         "--repetition_penalty=nan", "--repetition_penalty=1e-300", "--no_repeat_ngram_size=-1", "--max_new_tokens=0",
-        "--batch_size=0", "--precision=fp64", "--temprature=1", "--temp=1",
+        "--batch_size=0", "--precision=fp64", "--temprature=1", "--temp=1", "--num_beams=0", "--num_beams=two",
+        "--length_penalty=1",
     ],
     "classify": ["--batch_size=0", "--batch_size=x", "--quoting=maybe", "--on_invalid_row=drop", "--precision=8",
                  "--inptu=x"],
@@ -193,6 +195,32 @@ def test_generate_special_tokens_of_the_tokenizer_are_not_added(trained, prompts
         main(["generate", str(folder), "--prompt_file", str(prompts), "--out", str(tmp_path / f"{name}.txt")])
         written.append((tmp_path / f"{name}.txt").read_text())
     assert written[0] == written[1]
+
+
+def test_generate_beams_with_sampling_flags_are_refused(trained, prompts, run, capsys, tmp_path):
+    command = ["generate", trained["text"], "--prompt_file", prompts, "--out", tmp_path / "out.txt", "--num_beams=2"]
+    for flag in ("--temperature=0", "--top_k=5", "--top_p=0.9", "--seed=1"):
+        line = refused(run, capsys, *command, flag)
+        assert f"does not sample; leave out {flag.partition('=')[0]}" in line
+    assert "[-10, 10], got 11.0" in refused(run, capsys, *command, "--length_penalty=11")
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_generate_beams_write_the_best_beam_of_every_prompt(trained, prompts, tmp_path):
+    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
+
+    command = ["generate", str(trained["text"]), "--prompt_file", str(prompts), "--max_new_tokens=8"]
+    flags = {"greedy": ["--temperature=0"], "one": ["--num_beams=1"], "three": ["--num_beams=3", "--length_penalty=0"]}
+    for name, settings in flags.items():
+        main([*command, "--out", str(tmp_path / f"{name}.txt"), *settings])
+    greedy, one, three = ((tmp_path / f"{name}.txt").read_text() for name in flags)
+    assert one == greedy
+    task, _ = load_task(Namespace(run=trained["text"], ckpt_path=None, base=None, plugin=None), object)
+    tokenizer = load_run_tokenizer(trained["text"], task.config.vocab_size)
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts.read_text().splitlines()]
+    new = task.eval().continue_prompts(tokenizer, rows, [0, 0], 8, num_beams=3, length_penalty=0.0)
+    expected = [tokenizer.decode([*row, *tokens]) for row, tokens in zip(rows, new, strict=True)]
+    assert three == "".join(f"{text}\n\n" for text in expected)
 
 
 def test_fit_tokenizer_larger_than_the_base_is_refused(base, data_flags, run, capsys, tmp_path):

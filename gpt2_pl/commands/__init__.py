@@ -8,6 +8,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl references RUN
        gpt2-pl inspect RUN [RUN] --out FOLDER
        gpt2-pl sweep FILE.yaml
+       gpt2-pl archive RUN RUN ... --out FILE.tar.xz
        gpt2-pl verify RUN [--steps N|all]
        gpt2-pl export RUN --format hf|peft --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
@@ -23,6 +24,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   references  compute baselines for the data of a run, such as a bag of words
   inspect     show where a run errs: worst rows, confusions, calibration, slices
   sweep       run or resume a grid of tasks, strategies and seeds
+  archive     pack the records of runs, without weights, into a small file for compare
   verify      repeat the first steps of a run and compare the weights bit for bit
   configs     list, print or copy the included configuration files
   export      convert a trained model for transformers or peft
@@ -64,6 +66,7 @@ _COMMANDS = (
     "references",
     "inspect",
     "sweep",
+    "archive",
     "verify",
     "configs",
     "export",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.trained_model import similar_run
 from gpt2_pl.errors import InputError, printable
+from gpt2_pl.experiments.archive import unpacked
 from gpt2_pl.experiments.claims import Outcome, claim_lines, judge_claims, read_claims
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.figures import plot_names, plots
@@ -22,6 +24,7 @@ from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.summary import summary, wrap_lines
 from gpt2_pl.filesystem import atomic_write, require_writable
 
+RUNS_HELP = "run folders, folders that contain some, or archives of gpt2-pl archive"
 _PREPARATIONS = {".search": "search trial", ".pretrain": "pretraining run"}  # by the ending of a sweep's folder
 
 
@@ -36,7 +39,7 @@ def main(args: list[str]) -> None:
         SystemExit: a claim fails (status 1).
     """
     parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=RUNS_HELP)
     out_help = "folder for report.md, .html, .csv, .json and .tex and the figures; without it they are not made"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out_help)
     baseline_help = "the strategy that the others are compared with; default: full, or else the first"
@@ -46,6 +49,17 @@ def main(args: list[str]) -> None:
     check_help = "judge the claims of a YAML file; the status is 1 if one fails"
     parser.add_argument("--check", type=Path, metavar="FILE", help=check_help)
     given = parser.parse_args(args)
+    with unpacked(given.runs) as given.runs:
+        _compare_runs(given)
+
+
+def _compare_runs(given: argparse.Namespace) -> None:
+    """Compare the runs of the command's options, and write the report.
+
+    Raises:
+        InputError: a run, the margin, the baseline or the file of claims is invalid.
+        SystemExit: a claim fails (status 1).
+    """
     if given.out is not None:
         require_writable(given.out / "report.md", "out")
     claims = None if given.check is None else read_claims(given.check)

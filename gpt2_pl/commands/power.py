@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 
-from gpt2_pl.commands.compare import print_lines, read_runs
+from gpt2_pl.commands.compare import RUNS_HELP, print_lines, read_runs
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.archive import unpacked
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.planning import SEEDS, make_plan, plan_table, plan_title
 
@@ -27,7 +29,7 @@ def main(args: list[str]) -> None:
         InputError: a run or an option is invalid, or no runs give a plan.
     """
     parser = CommandParser(prog="gpt2-pl power", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=RUNS_HELP)
     difference_help = "difference to be shown: points for a share, percent for a perplexity, else as the score"
     parser.add_argument("--difference", type=float, required=True, metavar="D", help=difference_help)
     parser.add_argument("--metric", metavar="NAME", help="score, such as val/macro_f1; default: that of the task")
@@ -41,7 +43,17 @@ def main(args: list[str]) -> None:
     for key, least in (("seeds", 2), ("texts", 2)):
         if (value := getattr(given, key)) is not None and not least <= value < 2**31:
             raise InputError(key=key, value=value, expected=f"at least {least}")
-    runs, notes = read_runs(given.runs)
+    with unpacked(given.runs) as paths:
+        _plan(paths, given)
+
+
+def _plan(paths: list[Path], given: argparse.Namespace) -> None:
+    """Print the plan of each strategy.
+
+    Raises:
+        InputError: a run is invalid, or no runs give a plan.
+    """
+    runs, notes = read_runs(paths)
     comparisons = compare(runs, given.baseline)
     _require_metric(given.metric, comparisons)
     seeds = SEEDS if given.seeds is None else (*SEEDS, given.seeds)

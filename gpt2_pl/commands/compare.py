@@ -46,6 +46,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--baseline", help=baseline_help)
     margin_help = "difference in the primary metric that matters, decided before looking: points for a share, percent "
     parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity")
+    add_allow_missing_rows(parser)
     check_help = "judge the claims of a YAML file; the status is 1 if one fails"
     parser.add_argument("--check", type=Path, metavar="FILE", help=check_help)
     given = parser.parse_args(args)
@@ -64,7 +65,7 @@ def _compare_runs(given: argparse.Namespace) -> None:
         require_writable(given.out / "report.md", "out")
     claims = None if given.check is None else read_claims(given.check)
     runs, notes = read_runs(given.runs)
-    comparisons = compare(runs, given.baseline, given.margin)
+    comparisons = compare(runs, given.baseline, given.margin, allow_missing_rows=given.allow_missing_rows)
     comparisons[0].notes[:0] = notes
     judged = [] if claims is None else judge_claims(claims, comparisons, given.check)
     _print(summary(comparisons, _terminal_width()))
@@ -75,6 +76,12 @@ def _compare_runs(given: argparse.Namespace) -> None:
         print_lines(claim_lines(judged))
     if any(one.outcome is Outcome.FAILS for one in judged):
         raise SystemExit(1)
+
+
+def add_allow_missing_rows(parser: CommandParser) -> None:
+    """Add the option that permits to compare runs that lack many rows of others."""
+    text = "compare also if more than 1 %% of the rows are not in all runs; only rows of all runs are compared"
+    parser.add_argument("--allow_missing_rows", action="store_true", help=text)
 
 
 def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:

@@ -6,12 +6,13 @@ import argparse
 import math
 from pathlib import Path
 
-from gpt2_pl.commands.compare import RUNS_HELP, print_lines, read_runs
+from gpt2_pl.commands.compare import RUNS_HELP, add_allow_missing_rows, print_lines, read_runs
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.archive import unpacked
 from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.planning import SEEDS, make_plan, plan_table, plan_title
+from gpt2_pl.experiments.report import about
 
 _ABOUT = (
     "Differences that are shown with a chance of 80 % (two-sided test at 5 %, rounded up). The pilot was lucky if the "
@@ -37,6 +38,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--baseline", help=baseline_help)
     parser.add_argument("--seeds", type=int, metavar="N", help="planned number of seeds of each strategy")
     parser.add_argument("--texts", type=int, metavar="M", help="planned number of texts; default: that of the runs")
+    add_allow_missing_rows(parser)
     given = parser.parse_args(args)
     if not 0 < given.difference < math.inf:
         raise InputError(key="difference", value=given.difference, expected="above 0")
@@ -54,7 +56,7 @@ def _plan(paths: list[Path], given: argparse.Namespace) -> None:
         InputError: a run is invalid, or no runs give a plan.
     """
     runs, notes = read_runs(paths)
-    comparisons = compare(runs, given.baseline)
+    comparisons = compare(runs, given.baseline, allow_missing_rows=given.allow_missing_rows)
     _require_metric(given.metric, comparisons)
     seeds = SEEDS if given.seeds is None else (*SEEDS, given.seeds)
     num_plans = 0
@@ -62,7 +64,7 @@ def _plan(paths: list[Path], given: argparse.Namespace) -> None:
         score = given.metric or (comparison.primary_metric if comparison.groups else "")
         if score not in comparison.scores():
             continue
-        print_lines([f"{comparison.task} by {score}"])
+        print_lines([f"{comparison.task} by {score}. {about(comparison)}"])
         for group in comparison.groups[1:]:
             try:
                 plan = make_plan(comparison, group, score, given.difference, given.texts)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.common_rows import comparable_runs
 from gpt2_pl.experiments.differences import compare_arms, disagreeing_rows, is_usable, judge
 from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
-from gpt2_pl.experiments.run_group import RunGroup
+from gpt2_pl.experiments.run_group import RunGroup, disambiguate_labels
 from gpt2_pl.experiments.selection import select
 from gpt2_pl.experiments.trials import find_trials, tuning_notes
 from gpt2_pl.experiments.units import Unit
@@ -27,7 +28,6 @@ _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json d
     **{name: {"percent": True} for name in ("accuracy", "macro_f1", "f1", "precision", "recall")},
 }
 _FEW_SEEDS, _MANY_ARMS = 3, 5  # with so few seeds and so many arms only very large differences can be shown
-_MAX_VALUE_CHARACTERS, _MAX_SETTINGS = 200, 20  # limits of a setting's value in a label, and of a label's settings
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Comparison:
         margin: difference in the primary metric that matters, on the internal scale of its unit; None if none was
             declared.
         references: groups of reference baselines, which are not among ``groups``.
+        num_dropped: number of rows of ``split`` that are not compared, because not all runs have them.
     """
 
     task: str
@@ -54,6 +55,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     margin: float | None = None
     references: list[RunGroup] = field(default_factory=list)
+    num_dropped: int = 0
 
     def metric(self, name: str) -> Mapping[str, Any]:
         """Return how the runs' task describes the metric of a score; see :class:`~gpt2_pl.metrics.MetricInfo`."""
@@ -98,7 +100,8 @@ class Comparison:
         names = dict.fromkeys([self.monitor])
         for group in self.groups:
             for run in group.runs:
-                names.update(dict.fromkeys(name for name in run.record["scores"] if "/" in name))
+                known = (name for name in run.record["scores"] if "/" in name and run.score(name) is not None)
+                names.update(dict.fromkeys(known))
         return list(names)
 
     @property
@@ -127,23 +130,31 @@ class Comparison:
         )
 
 
-def compare(runs: Iterable[Run], baseline: str | None = None, margin: float | None = None) -> list[Comparison]:
+def compare(
+    runs: Iterable[Run],
+    baseline: str | None = None,
+    margin: float | None = None,
+    *,
+    allow_missing_rows: bool = False,
+) -> list[Comparison]:
     """Group runs by task, strategy and settings, and compare every group with the baseline.
 
     In each task, runs are compared that have the most common data and base. Other runs, and unfinished ones, are left
-    out, with a note on the reason.
+    out, with a note on the reason. If runs lack rows of others, only the rows that all of them have are compared.
 
     Args:
         runs: runs in any order.
         baseline: strategy or label of the baseline; defaults to ``full`` if it exists, else the first group.
         margin: difference in the primary metric that matters, fixed before the runs are looked at: points for a share,
             percent for a perplexity, else in the unit of the score; above 0. None if none was declared.
+        allow_missing_rows: permit that more than 1 % of the rows are dropped, because not all runs have them.
 
     Returns:
         The comparison of each task.
 
     Raises:
-        InputError: the given baseline does not exist in any task, or the margin is not above 0.
+        InputError: the given baseline does not exist in any task, the margin is not above 0, or too many rows are
+            missing.
     """
     if margin is not None and not 0 < margin < math.inf:
         raise InputError(key="margin", value=margin, expected="above 0")
@@ -165,7 +176,7 @@ def compare(runs: Iterable[Run], baseline: str | None = None, margin: float | No
                 failed[task].append(run)
         else:
             tasks[task].append(run)
-    comparisons = [_group_task(task, group, notes[task], baseline) for task, group in tasks.items()]
+    comparisons = [_group_task(task, group, notes[task], baseline, allow_missing_rows) for task, group in tasks.items()]
     for comparison in comparisons:
         _add_failed(comparison, failed[comparison.task])
         _add_differences(comparison, margin)
@@ -177,21 +188,13 @@ def compare(runs: Iterable[Run], baseline: str | None = None, margin: float | No
     return comparisons
 
 
-def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | None) -> Comparison:
+def _group_task(
+    task: str, runs: list[Run], notes: list[str], baseline: str | None, allow_missing_rows: bool
+) -> Comparison:
     if not runs:
         return Comparison(task, "", "", {}, [], notes)
     split = compared_split(runs, notes)
-    keys = {id(run): json.dumps(run.comparison_key(split), sort_keys=True) for run in runs}
-    (most_common, _), *_ = Counter(keys.values()).most_common(1)
-    shared = json.loads(most_common)
-    comparable = []
-    for run in runs:
-        if keys[id(run)] == most_common:
-            comparable.append(run)
-        else:
-            other = [name for name, value in json.loads(keys[id(run)]).items() if value != shared[name]]
-            difference = f"other {', '.join(other)} than most ({run.comparison_key(split)[other[0]]})"
-            notes.append(f"{run.folder} is left out: {difference}")
+    comparable, shared, num_dropped = comparable_runs(runs, split, notes, allow_missing_rows)
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in comparable:
         by_settings[_settings_key(run)].append(run)
@@ -200,7 +203,7 @@ def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | No
         group = RunGroup(same[0].strategy, _deduplicate_seeds(same, notes), same[0].strategy)
         group.trials = find_trials(group.runs[0])
         groups.append(group)
-    _disambiguate_labels(groups)
+    disambiguate_labels(groups)
     references = [group for group in groups if group.runs[0].record.get("reference")]
     if len(references) < len(groups):
         groups = [group for group in groups if group not in references]
@@ -211,7 +214,7 @@ def _group_task(task: str, runs: list[Run], notes: list[str], baseline: str | No
     if first not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"there is no baseline {first!r}; differences are to {groups[0].label}")
     monitor = str(comparable[0].record["monitor"])
-    comparison = Comparison(task, monitor, split, shared, groups, notes, references=references)
+    comparison = Comparison(task, monitor, split, shared, groups, notes, None, references, num_dropped)
     use_crossed_scores(comparison)
     return comparison
 
@@ -323,27 +326,3 @@ def _deduplicate_seeds(runs: Sequence[Run], notes: list[str]) -> list[Run]:
             verdict = "the same scores to the last digit" if same else "OTHER SCORES"
             notes.append(f"{run.folder} repeats {first.folder}, seed {run.record.get('seed')}: {verdict}")
     return list(by_seed.values())
-
-
-def _shorten_value(value: Any) -> str:
-    text = printable(value)
-    return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[:_MAX_VALUE_CHARACTERS]}..."
-
-
-def _disambiguate_labels(groups: list[RunGroup]) -> None:
-    """Append to the labels of groups with the same label the settings in which the groups differ."""
-    for label, n in Counter(group.label for group in groups).items():
-        if n == 1:
-            continue
-        same = [group for group in groups if group.label == label]
-        names = dict.fromkeys(name for group in same for name in group.runs[0].flat)
-        differing = [
-            name for name in names if len({json.dumps(g.runs[0].flat.get(name), default=str) for g in same}) > 1
-        ]
-        more = [f"{len(differing) - _MAX_SETTINGS} more"] if len(differing) > _MAX_SETTINGS else []
-        for group in same:
-            values = group.runs[0].flat
-            settings = [
-                f"{name.rpartition('.')[2]} {_shorten_value(values.get(name))}" for name in differing[:_MAX_SETTINGS]
-            ]
-            group.label = f"{label} ({', '.join(settings + more)})"

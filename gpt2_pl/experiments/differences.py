@@ -69,7 +69,7 @@ def measure(runs: Sequence[Run], score: str, unit: Unit) -> Measured:
     """
     split = score.partition("/")[0]
     rows = [run.row_score(score) for run in runs]
-    digests = {run.row_scores[split].digest for run, of_run in zip(runs, rows, strict=True) if of_run is not None}
+    digests = {of_split.digest for run in runs if (of_split := run.compared_rows(split)) is not None}
     found = [of_run for of_run in rows if of_run is not None]
     if len(found) == len(rows) and len(digests) == 1:
         values = np.array([of_run.value for of_run in found])

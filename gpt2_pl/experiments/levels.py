@@ -77,7 +77,7 @@ def collapsed(runs: Sequence[Run], score: str, unit: Unit) -> list[Run]:
 
 
 def _majority_share(run: Run, score: str) -> float:
-    of_split = run.row_scores.get(score.partition("/")[0])
+    of_split = run.compared_rows(score.partition("/")[0])
     share = None if of_split is None else of_split.majority_share
     return -math.inf if share is None else share
 

@@ -82,7 +82,9 @@ def about(comparison: Comparison) -> str:
     key = comparison.comparison_key
     if not key:
         return "No run of this task can be compared."
-    rows = "" if key["rows"] is None else f" ({key['rows']:,} rows)"
+    count = comparison.num_dropped
+    dropped = f"; {count:,} more {'is' if count == 1 else 'are'} dropped, as not all runs have them" if count else ""
+    rows = "" if key["rows"] is None else f" ({key['rows']:,} rows{dropped})"
     base = key["base"]
     start = "No base: trained from a random start" if base is None else f"Base: digest {str(base)[:12]}"
     chose = ", which also chose the epoch: optimistic" if comparison.is_optimistic else ""
@@ -213,6 +215,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "split": comparison.split,
         "crossed": comparison.is_crossed,
         "margin": comparison.margin,
+        "rows_dropped": comparison.num_dropped,
         "notes": comparison.notes,
         "groups": [
             {

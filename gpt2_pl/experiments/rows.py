@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,9 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.statistics.contrast import Floats
 from gpt2_pl.experiments.statistics.contributions import class_f1, from_confusion, from_sums
 from gpt2_pl.text.metrics import chrf_of_counts
+
+Positions = NDArray[np.intp]
+"""Indices of rows in a table."""
 
 _MAX_CLASSES = 200  # limits the confusion counts, K * K
 
@@ -84,6 +88,51 @@ class RowTable:
         if (labels := self.columns.get("label")) is not None and len(np.unique(labels)) > 1:
             share = float(np.bincount(labels).max() / len(labels))
         return RowScores(self.digest, self.compute(self.columns), share)
+
+    def select(self, positions: Positions, digest: str) -> RowTable:
+        """Return the table of some rows, whose digest is ``digest``."""
+        return RowTable(digest, {name: column[positions] for name, column in self.columns.items()}, self.compute)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """Rows of a run that are compared, if runs of the same task have different rows.
+
+    Args:
+        positions: indices of the rows in the run's table.
+        scores: scores of these rows.
+        is_all: whether the run has no other rows, so that its recorded scores are those of these rows.
+    """
+
+    positions: Positions
+    scores: RowScores
+    is_all: bool
+
+
+def read_row_contents(folder: Path, split: str) -> dict[str, bytes]:
+    """Read the identity of the rows of a table that :func:`read_row_table` has read.
+
+    Args:
+        folder: folder of the run.
+        split: ``val`` or ``test``.
+
+    Returns:
+        A digest of the text, label and number of tokens of every row in order. The key is the number of the row or
+        poem, or its text in a table without numbers; if it is repeated, with the number of the repetition. Rows of one
+        cluster are one row, whose key is the cluster.
+    """
+    name = next(name for name in ("losses", "predictions") if (folder / f"{name}_{split}.csv").is_file())
+    keys: Counter[str] = Counter()
+    contents: dict[str, list[str]] = defaultdict(list)
+    with (folder / f"{name}_{split}.csv").open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            number = next(row[column] for column in ("poem", "row", "text") if column in row)
+            keys[number] += 1
+            unique = number if keys[number] == 1 else f"{number} ({keys[number]})"
+            content = [row[column] for column in ("text", "label", "n_tokens") if column in row]
+            contents[row.get("cluster", unique)] += [unique, *content] if "cluster" in row else content
+    ordered = sorted(contents) if "cluster" in row else contents
+    return {key: hashlib.sha256(str(contents[key]).encode()).digest()[:8] for key in ordered}
 
 
 def read_row_table(folder: Path, split: str, metrics: Sequence[str]) -> RowTable | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.errors import InputError, shorten
-from gpt2_pl.experiments.rows import RowScore, RowScores, RowTable, read_row_table
+from gpt2_pl.experiments.rows import KeptRows, Positions, RowScore, RowScores, RowTable, read_row_table
 from gpt2_pl.utils.yaml_json import read_json, read_yaml
 
 if TYPE_CHECKING:
@@ -39,12 +39,15 @@ class Run:
         settings: content of its ``config.yaml``.
         crossed: scores that replace those of the best epoch in a comparison; see
             :mod:`gpt2_pl.experiments.selection`.
+        kept: for each split the rows that are compared, if runs have different rows; see
+            :mod:`gpt2_pl.experiments.common_rows`.
     """
 
     folder: Path
     record: dict[str, Any]
     settings: dict[str, Any]
     crossed: dict[str, RowScore] = field(default_factory=dict)
+    kept: dict[str, KeptRows] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -117,17 +120,20 @@ class Run:
     def comparison_key(self, split: str) -> dict[str, Any]:
         """Return the properties that runs must share in order to be compared: task, data, labels, contexts and base.
 
+        The number of rows is one of them only without a table of rows.
+
         Args:
             split: the split that is compared, ``val`` or ``test``.
         """
+        has_table = split in self.row_scores
         data = self.record.get("data") or {}
         files = data.get("files") or {}
         base = self.record.get("base") or {}
         return {
             "task": self.record.get("task"),
             "data": _file_names(files.get(split) or files.get("train") or data.get("hub_id") or data.get("class")),
-            "rows": (data.get("rows") or {}).get(split),
-            "texts": self.row_scores[split].digest if split in self.row_scores else None,
+            "rows": None if has_table else (data.get("rows") or {}).get(split),
+            "texts": "known" if has_table else None,
             "labels": data.get("labels"),
             "context": data.get("context"),
             "stride": data.get("stride"),
@@ -161,7 +167,7 @@ class Run:
 
     @cached_property
     def row_scores(self) -> dict[str, RowScores]:
-        """Scores of the rows of the splits ``val`` and ``test``, for splits with a file of rows.
+        """Scores of all rows of the splits ``val`` and ``test``, for splits with a file of rows.
 
         Raises:
             InputError: a file of rows is invalid.
@@ -186,19 +192,49 @@ class Run:
         tables = (read_row_table(folders[step], "val", metrics) for step in sorted(folders))
         return [table for table in tables if table is not None]
 
+    def keep_rows(self, split: str, positions: Positions, digest: str) -> None:
+        """Compare only some rows of a split, and not those that other runs lack.
+
+        Args:
+            split: a split of :attr:`row_scores`.
+            positions: indices of the rows in the table of the split.
+            digest: digest of the rows.
+        """
+        table = read_row_table(self.folder, split, tuple(self.record.get("metrics") or ()))
+        if table is not None:
+            self.kept[split] = KeptRows(
+                positions, table.select(positions, digest).scores(), len(positions) == len(table)
+            )
+
+    def compared_rows(self, split: str) -> RowScores | None:
+        """Return the scores of the rows of a split that are compared; None if it has no table."""
+        kept = self.kept.get(split)
+        return self.row_scores.get(split) if kept is None else kept.scores
+
+    def best_score(self, name: str) -> float | None:
+        """Return a score of the best epoch on the rows that are compared; None if it is not known."""
+        kept = self.kept.get(name.partition("/")[0])
+        if kept is not None and name in kept.scores.scores:
+            return _recorded(name, kept.scores.scores[name].value)
+        value = self.record["scores"].get(name) if kept is None or kept.is_all else None
+        return None if value is None else float(value)
+
     def score(self, name: str) -> float | None:
         """Return a score, of rows that did not choose the epoch if :attr:`crossed` has it; None if it is not known."""
-        if (crossed := self.crossed.get(name)) is not None:
-            return math.exp(min(crossed.value, _MAX_EXPONENT)) if name.endswith("/perplexity") else crossed.value
-        value = self.record["scores"].get(name)
-        return None if value is None else float(value)
+        crossed = self.crossed.get(name)
+        return self.best_score(name) if crossed is None else _recorded(name, crossed.value)
 
     def row_score(self, name: str) -> RowScore | None:
         """Return :meth:`score` with the contribution of every row, as tables of rows give it; None if they do not."""
         if name in self.crossed:
             return self.crossed[name]
-        of_split = self.row_scores.get(name.partition("/")[0])
+        of_split = self.compared_rows(name.partition("/")[0])
         return None if of_split is None else of_split.scores.get(name)
+
+
+def _recorded(name: str, value: float) -> float:
+    """Convert a score of rows to that of a record: the score of rows of a perplexity is its logarithm."""
+    return math.exp(min(value, _MAX_EXPONENT)) if name.endswith("/perplexity") else value
 
 
 def _file_names(files: Any) -> str:

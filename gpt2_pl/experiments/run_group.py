@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from gpt2_pl.errors import printable
 from gpt2_pl.experiments.costs import record_cost
 from gpt2_pl.experiments.differences import Difference, is_usable
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.selection import Selection
 from gpt2_pl.experiments.trials import Trials
+
+_MAX_VALUE_CHARACTERS, _MAX_SETTINGS = 200, 20  # limits of a setting's value in a label, and of a label's settings
 
 
 @dataclass
@@ -77,3 +84,27 @@ class RunGroup:
             return None if self.trials is None else self.trials.total(name.removeprefix("trial_"))
         costs = [value for run in self.runs if (value := record_cost(run.record, name)) is not None]
         return statistics.median(costs) if costs else None
+
+
+def _shorten_value(value: Any) -> str:
+    text = printable(value)
+    return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[:_MAX_VALUE_CHARACTERS]}..."
+
+
+def disambiguate_labels(groups: Sequence[RunGroup]) -> None:
+    """Append to the labels of groups with the same label the settings in which the groups differ."""
+    for label, n in Counter(group.label for group in groups).items():
+        if n == 1:
+            continue
+        same = [group for group in groups if group.label == label]
+        names = dict.fromkeys(name for group in same for name in group.runs[0].flat)
+        differing = [
+            name for name in names if len({json.dumps(g.runs[0].flat.get(name), default=str) for g in same}) > 1
+        ]
+        more = [f"{len(differing) - _MAX_SETTINGS} more"] if len(differing) > _MAX_SETTINGS else []
+        for group in same:
+            values = group.runs[0].flat
+            settings = [
+                f"{name.rpartition('.')[2]} {_shorten_value(values.get(name))}" for name in differing[:_MAX_SETTINGS]
+            ]
+            group.label = f"{label} ({', '.join(settings + more)})"

@@ -52,6 +52,9 @@ def select(run: Run) -> Selection | None:
     if not tables or monitor not in (found := [table.scores().scores for table in tables])[0]:
         return None
     _check(run, tables, [scores[monitor].value for scores in found])
+    if (kept := run.kept.get("val")) is not None:
+        tables = [table.select(kept.positions, kept.scores.digest) for table in tables]
+        found = [table.scores().scores for table in tables]
     sign = -1.0 if run.record.get("mode") == "min" else 1.0
     values = np.array([scores[monitor].contributions for scores in found])
 
@@ -87,7 +90,8 @@ def _check(run: Run, tables: list[RowTable], scores: list[float]) -> None:
         InputError: they are not; the message names the folder.
     """
     folder = run.folder / "validations"
-    if len({table.digest for table in tables}) > 1:
+    of_best = [run.row_scores["val"].digest] if "val" in run.kept else []
+    if len({*of_best, *(table.digest for table in tables)}) > 1:
         raise InputError(f"{folder}: the tables of all validations must have the same rows")
     best = run.record["scores"].get(run.record.get("monitor"))
     finite = [score for score in scores if np.isfinite(score)]

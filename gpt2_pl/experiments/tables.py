@@ -134,7 +134,7 @@ def selection_table(comparison: Comparison) -> Table:
     for group in comparison.groups:
         if not group.selections or len(group.selections[0].chosen) < _MIN_VALIDATIONS:
             continue
-        pairs = [(run.record["scores"].get(name), one) for run, one in zip(group.runs, group.selections, strict=True)]
+        pairs = [(run.best_score(name), one) for run, one in zip(group.runs, group.selections, strict=True)]
         known = [(best, one.scores[name].value) for best, one in pairs if best is not None and name in one.scores]
         if not known:
             continue

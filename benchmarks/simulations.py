@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_pl.experiments.statistics.contrast import Arm, difference
+from gpt2_pl.experiments.statistics.contrast import Arm, difference, paired_difference
 from gpt2_pl.experiments.statistics.contributions import from_confusion, macro_f1
 from gpt2_pl.experiments.statistics.power import Pilot, detectable_difference
 from gpt2_pl.experiments.statistics.selection import choose, cross, half_splits
@@ -82,6 +82,19 @@ def any_finding(seeds: int, stds: NDArray[np.float64], shift: float = 0.0) -> Ca
     return world
 
 
+def pairs_cover(seeds: int, correlation: float, is_paired: bool) -> Callable[[np.random.Generator], bool]:
+    """Return a world of two equal arms whose runs of one seed are correlated, in which the interval covers 0 or not."""
+    compare = paired_difference if is_paired else difference
+
+    def world(generator: np.random.Generator) -> bool:
+        shared = generator.normal(0, math.sqrt(correlation), seeds)
+        scores = shared + generator.normal(0, math.sqrt(1 - correlation), (2, seeds))
+        low, high = compare(*map(scores_alone, scores)).interval()
+        return low <= 0 <= high
+
+    return world
+
+
 def stops_at_margin(stds: tuple[float, float]) -> Callable[[np.random.Generator], bool]:
     """Return a world in which an arm that is exactly the margin worse is decided on or not, within 15 seeds."""
 
@@ -127,7 +140,11 @@ def lines() -> list[Line]:
         ((1.4, 1.4), (5, 5), 245, 95.5), ((4.8, 1.4), (3, 15), 245, 92.5), ((1.4, 1.4), (3, 3), 1101, 95.3),
         ((4.8, 1.4), (3, 3), 1101, 94.0), ((1.4, 1.4), (3, 3), 12, 96.8),
     ]  # fmt: skip
+    pairs = [(3, 0.0, 96.4, 95.1), (3, 0.5, 98.6, 95.0), (3, 0.9, 99.7, 95.3), (5, 0.3, 97.8, 95.0)]
     return [
+        *((f"coverage, {S} pairs of seeds with correlation {r}, {'' if is_paired else 'not '}paired",
+           pairs_cover(S, r, is_paired), (unpaired, paired)[is_paired])
+          for S, r, unpaired, paired in pairs for is_paired in (False, True)),
         *((f"coverage, sd {a[0]} / {a[1]}, {S[0]} + {S[1]} seeds, {N:,} texts", covers_zero(a, S, N), rate)
           for a, S, N, rate in spreads),
         ("coverage of macro F1, narrow pair, 3 seeds, 1,101 texts", macro_f1_covers, 96.7),

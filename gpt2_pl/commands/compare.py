@@ -46,6 +46,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("--baseline", help=baseline_help)
     margin_help = "difference in the primary metric that matters, decided before looking: points for a share, percent "
     parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity")
+    paired_help = "pair runs with the same seed; declare it only if a seed fixes the same data order or weights in both"
+    parser.add_argument("--paired_seeds", action="store_true", help=f"{paired_help} strategies, and before looking")
     add_allow_missing_rows(parser)
     check_help = "judge the claims of a YAML file; the status is 1 if one fails"
     parser.add_argument("--check", type=Path, metavar="FILE", help=check_help)
@@ -65,7 +67,13 @@ def _compare_runs(given: argparse.Namespace) -> None:
         require_writable(given.out / "report.md", "out")
     claims = None if given.check is None else read_claims(given.check)
     runs, notes = read_runs(given.runs)
-    comparisons = compare(runs, given.baseline, given.margin, allow_missing_rows=given.allow_missing_rows)
+    comparisons = compare(
+        runs,
+        given.baseline,
+        given.margin,
+        allow_missing_rows=given.allow_missing_rows,
+        paired_seeds=given.paired_seeds,
+    )
     comparisons[0].notes[:0] = notes
     judged = [] if claims is None else judge_claims(claims, comparisons, given.check)
     _print(summary(comparisons, _terminal_width()))

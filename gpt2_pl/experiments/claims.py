@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.comparison import Comparison
-from gpt2_pl.experiments.differences import LEVEL, compare_arms
+from gpt2_pl.experiments.differences import LEVEL
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.contrast import Contrast
 from gpt2_pl.experiments.statistics.verdicts import holm
@@ -142,10 +142,10 @@ def _test(claim: ClaimNode, comparison: Comparison, score: str, arm: RunGroup, b
     amount = unit.format_amount(margin) if margin else ""
     words = _WORDS[claim.claim][bool(margin)].format(baseline=baseline.label, m=amount)
     text = claim.sentence or f"{arm.label} is {words} in {score} on {comparison.task}."
-    runs = arm.usable(score), baseline.usable(score)
-    if not all(runs):
-        return _Tested(text, f"[no usable run has {score}]", math.nan, math.nan)
-    found = compare_arms(*runs, score, unit, (arm.label, baseline.label))
+    found = comparison.difference(arm, baseline, score)
+    if found is None:
+        reason = "of the same seeds " * comparison.is_paired
+        return _Tested(text, f"[no usable runs {reason}have {score}]", math.nan, math.nan)
     if not found.is_tested:
         return _Tested(text, f"[{found.line()}; not assessed: {found.reason}]", math.nan, math.nan)
     return _Tested(text, f"[{found.line()}]", *_p_values(claim.claim, found.contrast, margin))

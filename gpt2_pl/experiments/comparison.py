@@ -15,10 +15,10 @@ from typing import Any
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.common_rows import comparable_runs
-from gpt2_pl.experiments.differences import compare_arms, disagreeing_rows, is_usable, judge
+from gpt2_pl.experiments.differences import Difference, compare_arms, disagreeing_rows, is_usable, judge, matched
 from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
-from gpt2_pl.experiments.run_group import RunGroup, disambiguate_labels
+from gpt2_pl.experiments.run_group import RunGroup, deduplicate_seeds, disambiguate_labels
 from gpt2_pl.experiments.selection import select
 from gpt2_pl.experiments.trials import find_trials, tuning_notes
 from gpt2_pl.experiments.units import Unit
@@ -27,6 +27,7 @@ _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json d
     **{name: {"higher_is_better": False} for name in ("loss", "perplexity")},
     **{name: {"percent": True} for name in ("accuracy", "macro_f1", "f1", "precision", "recall")},
 }
+_MIN_PAIRS = 2
 _FEW_SEEDS, _MANY_ARMS = 3, 5  # with so few seeds and so many arms only very large differences can be shown
 
 
@@ -44,6 +45,7 @@ class Comparison:
         margin: difference in the primary metric that matters, on the internal scale of its unit; None if none was
             declared.
         references: groups of reference baselines, which are not among ``groups``.
+        is_paired: differences are of pairs of runs with the same seed.
         num_dropped: number of rows of ``split`` that are not compared, because not all runs have them.
     """
 
@@ -56,6 +58,7 @@ class Comparison:
     margin: float | None = None
     references: list[RunGroup] = field(default_factory=list)
     num_dropped: int = 0
+    is_paired: bool = False
 
     def metric(self, name: str) -> Mapping[str, Any]:
         """Return how the runs' task describes the metric of a score; see :class:`~gpt2_pl.metrics.MetricInfo`."""
@@ -110,6 +113,17 @@ class Comparison:
         name = self.primary_metric
         return [g for g in self.groups if (d := g.differences.get(name)) is not None and d.is_tested]
 
+    def pairs(self, group: RunGroup, other: RunGroup, name: str) -> tuple[list[Run], list[Run]]:
+        """Return the usable runs of two groups that are compared; with paired seeds those of the seeds of both."""
+        runs = group.usable(name), other.usable(name)
+        return matched(*runs) if self.is_paired else runs
+
+    def difference(self, group: RunGroup, other: RunGroup, name: str) -> Difference | None:
+        """Return the difference of a group to another in a score, without a verdict; None without runs to compare."""
+        runs = self.pairs(group, other, name)
+        names = (group.label, other.label)
+        return compare_arms(*runs, name, self.unit(name), names, self.is_paired) if all(runs) else None
+
     def cheapest(self) -> RunGroup | None:
         """Return the group with the fewest trainable parameters for which a loss of the margin or more is excluded.
 
@@ -136,6 +150,7 @@ def compare(
     margin: float | None = None,
     *,
     allow_missing_rows: bool = False,
+    paired_seeds: bool = False,
 ) -> list[Comparison]:
     """Group runs by task, strategy and settings, and compare every group with the baseline.
 
@@ -148,6 +163,8 @@ def compare(
         margin: difference in the primary metric that matters, fixed before the runs are looked at: points for a share,
             percent for a perplexity, else in the unit of the score; above 0. None if none was declared.
         allow_missing_rows: permit that more than 1 % of the rows are dropped, because not all runs have them.
+        paired_seeds: compare the runs of two strategies in pairs of the same seed. It must be declared before the runs
+            are looked at, and only if a seed fixes the same order of the data or the same initial weights in both.
 
     Returns:
         The comparison of each task.
@@ -179,6 +196,7 @@ def compare(
     comparisons = [_group_task(task, group, notes[task], baseline, allow_missing_rows) for task, group in tasks.items()]
     for comparison in comparisons:
         _add_failed(comparison, failed[comparison.task])
+        comparison.is_paired = paired_seeds
         _add_differences(comparison, margin)
     groups = [group for comparison in comparisons for group in comparison.groups]
     if baseline is not None and not any(baseline in (group.strategy, group.label) for group in groups):
@@ -200,7 +218,7 @@ def _group_task(
         by_settings[_settings_key(run)].append(run)
     groups = []
     for same in by_settings.values():
-        group = RunGroup(same[0].strategy, _deduplicate_seeds(same, notes), same[0].strategy)
+        group = RunGroup(same[0].strategy, deduplicate_seeds(same, notes), same[0].strategy)
         group.trials = find_trials(group.runs[0])
         groups.append(group)
     disambiguate_labels(groups)
@@ -275,15 +293,15 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
     unit = comparison.unit(primary)
     comparison.margin = None if margin is None else unit.margin(margin)
     for name in comparison.scores():
-        if not (reference := first.usable(name)):
-            continue
         for group in comparison.groups[1:]:
-            if usable := group.usable(name):
-                names = (group.label, first.label)
-                group.differences[name] = compare_arms(usable, reference, name, comparison.unit(name), names)
+            if (found := comparison.difference(group, first, name)) is not None:
+                group.differences[name] = found
     family = {str(i): g.differences[primary] for i, g in enumerate(comparison.groups) if primary in g.differences}
     for i, judged in judge(family, comparison.margin).items():
         comparison.groups[int(i)].differences[primary] = judged
+    if comparison.is_paired:
+        for group in comparison.groups[1:]:
+            group.notices += _pairing_notices(comparison, group)
     for group in comparison.groups:
         diverged = [run for run in group.runs if not is_usable(run, primary)]
         group.notices += reliability_notices(group.usable(primary), [*group.failed, *diverged], primary, unit)
@@ -291,6 +309,22 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
             comparison.notes += [f"{run.folder}: {text}" for text in disagreeing_rows(run)]
     comparison.notes += _family_notes(comparison)
     comparison.notes += tuning_notes({group.label: group.trials for group in comparison.groups})
+
+
+def _pairing_notices(comparison: Comparison, group: RunGroup) -> list[str]:
+    """Return notices on the runs that have no run of the same seed in the baseline, and the reverse."""
+    first, name = comparison.groups[0], comparison.primary_metric
+    pairs = len(comparison.pairs(group, first, name)[0])
+    notices = []
+    alone = [(of, len(of.usable(name)) - pairs) for of in (group, first)]
+    if any(count for _, count in alone):
+        which = " and ".join(f"{count} of {of.label}" for of, count in alone if count)
+        notices.append(f"runs without a partner of the same seed are left out of the differences: {which}")
+    if pairs < _MIN_PAIRS:
+        seeds = f"{pairs or 'no'} seed{'s' * (pairs != 1)}"
+        expected = f"--paired_seeds needs at least {_MIN_PAIRS}"
+        notices.append(f"{group.label} and {first.label} have {seeds} in common; {expected}")
+    return notices
 
 
 def _family_notes(comparison: Comparison) -> list[str]:
@@ -314,15 +348,3 @@ def _family_notes(comparison: Comparison) -> list[str]:
             "choose."
         )
     return notes
-
-
-def _deduplicate_seeds(runs: Sequence[Run], notes: list[str]) -> list[Run]:
-    """Return the first run of each seed; notes state whether repeated runs have the same scores."""
-    by_seed: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.record.get("seed") or 0, str(run.folder))):
-        first = by_seed.setdefault(run.record.get("seed"), run)
-        if first is not run:
-            same = first.record["scores"] == run.record["scores"]
-            verdict = "the same scores to the last digit" if same else "OTHER SCORES"
-            notes.append(f"{run.folder} repeats {first.folder}, seed {run.record.get('seed')}: {verdict}")
-    return list(by_seed.values())

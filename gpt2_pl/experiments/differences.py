@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_pl.experiments.run import Run
-from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, Floats, difference
+from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, Floats, difference, paired_difference
 from gpt2_pl.experiments.statistics.intervals import dominant_text, max_rate_unseen
 from gpt2_pl.experiments.statistics.power import detectable_with
 from gpt2_pl.experiments.statistics.verdicts import (
@@ -105,6 +105,13 @@ def disagreeing_rows(run: Run) -> list[str]:
     return wrong
 
 
+def matched(runs: Sequence[Run], others: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs of two arms whose seed both arms have, in the same order of seeds."""
+    by_seed = {run.record.get("seed"): run for run in others}
+    found = [run for run in runs if run.record.get("seed") in by_seed]
+    return found, [by_seed[run.record.get("seed")] for run in found]
+
+
 @dataclass(frozen=True)
 class Difference:
     """Difference of an arm to the baseline in one score, on the internal scale: positive if the arm is better.
@@ -120,6 +127,7 @@ class Difference:
         p_adjusted: two-sided p-value with Holm's correction; NaN without a test.
         together: interval of a family whose intervals all cover at the level of 95 %; NaN without a test.
         detectable: the smallest difference that such runs show with a chance of 80 %.
+        is_paired: the contrast is of pairs of runs with the same seed.
     """
 
     contrast: Contrast
@@ -132,6 +140,7 @@ class Difference:
     p_adjusted: float = math.nan
     together: tuple[float, float] = (math.nan, math.nan)
     detectable: float | None = None
+    is_paired: bool = False
 
     @property
     def is_tested(self) -> bool:
@@ -168,7 +177,7 @@ class Difference:
         interval = f" (95 % {self.interval_text()})" if contrast.has_interval else ""
         parts = [
             f"{name} {self.estimate_text()}{unit.word}{interval}",
-            f"{' + '.join(map(str, contrast.num_seeds))} seeds",
+            seeds_text(contrast),
             *([f"{contrast.num_texts:,} texts"] if self.has_rows else []),
         ]
         if contrast.has_interval:
@@ -193,8 +202,21 @@ class Difference:
         return f"{text[0].upper()}{text[1:]}."
 
 
+def seeds_text(contrast: Contrast) -> str:
+    """Return the numbers of seeds of a difference, such as ``3 + 3 seeds``, or of its pairs."""
+    counts = contrast.num_seeds
+    if len(counts) == 1:
+        return f"{counts[0]} pair{'s' * (counts[0] != 1)} of seeds"
+    return f"{' + '.join(map(str, counts))} seeds"
+
+
 def compare_arms(
-    runs: Sequence[Run], baseline: Sequence[Run], score: str, unit: Unit, names: tuple[str, str]
+    runs: Sequence[Run],
+    baseline: Sequence[Run],
+    score: str,
+    unit: Unit,
+    names: tuple[str, str],
+    is_paired: bool = False,
 ) -> Difference:
     """Estimate the difference of an arm to the baseline in one score.
 
@@ -207,30 +229,32 @@ def compare_arms(
         score: name of the score.
         unit: unit of the score.
         names: names of the arm and the baseline, for notices.
+        is_paired: the runs are pairs, the same number of each arm in the same order; see :func:`matched`.
     """
     both = [measure(of_arm, score, unit) for of_arm in (runs, baseline)]
     has_rows = both[0].digest is not None and both[0].digest == both[1].digest
     if not has_rows:
         both = [without_rows(_scores(of_arm, score), unit) for of_arm in (runs, baseline)]
-    found = difference(both[0].arm, both[1].arm)
+    found = (paired_difference if is_paired else difference)(both[0].arm, both[1].arm)
     reason = _reason(found, has_rows, all(measured.is_binary for measured in both), unit)
     notices = _notices(found, [measured.arm for measured in both], names) if has_rows else ()
-    return Difference(found, unit, has_rows, notices, reason)
+    return Difference(found, unit, has_rows, notices, reason, is_paired=is_paired)
 
 
 def _reason(found: Contrast, has_rows: bool, is_binary: bool, unit: Unit) -> str:
     """Return why a difference has no verdict; empty if it has one."""
     has_one_seed = min(found.num_seeds) < 2
+    one_seed = "one pair of seeds" if len(found.num_seeds) == 1 else "one seed"
     if not has_rows:
         rows = "not all runs have outcomes of the same rows"
-        return f"one seed; {rows}" if has_one_seed else f"{rows}, so the interval is about these very texts"
+        return f"{one_seed}; {rows}" if has_one_seed else f"{rows}, so the interval is about these very texts"
     if found.is_identical and not found.has_interval:
-        same = "one seed; " * has_one_seed + f"identical on all {found.num_texts:,} rows"
+        same = f"{one_seed}; " * has_one_seed + f"identical on all {found.num_texts:,} rows"
         bound = max_rate_unseen(found.num_texts, 1 - (1 - LEVEL) / 2)
         size = unit.format_difference(bound, found.num_texts).removeprefix("+")
         return f"{same} (for these weights, new texts may differ by ±{size}{unit.word})" if is_binary else same
     if has_one_seed:
-        return "one seed"
+        return one_seed
     if not found.has_interval:
         return "no spread"
     return "" if is_assessed(found) else "fewer than two texts"
@@ -240,7 +264,7 @@ def _notices(found: Contrast, arms: Sequence[Arm], names: tuple[str, str]) -> tu
     """Return the notices of a difference from rows."""
     notices = []
     if min(found.num_seeds) == 2:
-        notices.append("2 seeds: interval very wide by necessity")
+        notices.append(f"{'2 pairs of' if len(found.num_seeds) == 1 else '2'} seeds: interval very wide by necessity")
     for arm, name in zip(arms, names, strict=True):
         if len(arm.scores) > 1 and (arm.contributions == arm.contributions[0]).all():
             notices.append(f"seeds have no effect in {name} (deterministic?)")

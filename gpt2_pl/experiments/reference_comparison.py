@@ -10,7 +10,7 @@ import numpy as np
 from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.differences import LEVEL, measure
 from gpt2_pl.experiments.run_group import RunGroup
-from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, difference
+from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, difference, paired_difference
 
 REFERENCE_CAPTION = (
     "Differences in {metric} to reference baselines, positive if better, each with its 95 % interval over new seeds "
@@ -42,15 +42,21 @@ class Mark:
 def mark(comparison: Comparison, group: RunGroup, reference: RunGroup) -> Mark:
     """Compare a strategy with a reference baseline in the primary metric of the task."""
     name = comparison.primary_metric
-    runs, of_reference = group.usable(name), reference.usable(name)
+    is_deterministic = reference.runs[0].record.get("seed") is None
+    if is_deterministic:
+        runs, of_reference = group.usable(name), reference.usable(name)
+    else:
+        runs, of_reference = comparison.pairs(group, reference, name)
     if not runs or not of_reference:
         return Mark(None)
     unit = comparison.unit(name)
     measured, other = measure(runs, name, unit), measure(of_reference, name, unit)
     if measured.digest is None or measured.digest != other.digest:
         return Mark(None)
-    is_deterministic = reference.runs[0].record.get("seed") is None
-    return Mark(difference(measured.arm, _repeated(other.arm) if is_deterministic else other.arm))
+    if is_deterministic:
+        return Mark(difference(measured.arm, _repeated(other.arm)))
+    compare = paired_difference if comparison.is_paired else difference
+    return Mark(compare(measured.arm, other.arm))
 
 
 def _repeated(arm: Arm) -> Arm:

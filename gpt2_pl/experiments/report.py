@@ -105,7 +105,10 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         (difference_caption(comparison), difference_table(comparison)),
         (selection_caption(comparison), selection_table(comparison)),
         (REFERENCE_CAPTION.format(metric=heading(comparison.primary_metric)), reference_table(comparison)),
-        (EFFECT_CAPTION, effect_table(comparison, factor_effects(comparison))),
+        (
+            EFFECT_CAPTION + " Seeds are not paired here." * comparison.is_paired,
+            effect_table(comparison, factor_effects(comparison)),
+        ),
         (SCORE_CAPTION.format(monitor=comparison.monitor), score_table(comparison)),
         (SECONDARY_CAPTION.format(baseline=baseline), secondary_table(comparison)),
         (COST_CAPTION, cost_table(comparison)),
@@ -215,6 +218,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "split": comparison.split,
         "crossed": comparison.is_crossed,
         "margin": comparison.margin,
+        "paired_seeds": comparison.is_paired,
         "rows_dropped": comparison.num_dropped,
         "notes": comparison.notes,
         "groups": [

@@ -72,7 +72,8 @@ def _comparison_lines(comparison: Comparison) -> list[tuple[int, str]]:
     if len(comparison.groups) > 1:
         count, unit = len(comparison.family), comparison.unit(name)
         margin = "none declared (--margin)" if comparison.margin is None else unit.format_amount(comparison.margin)
-        family = f"{count} comparison{'s' * (count != 1)}, Holm's correction; margin: {margin}"
+        pairing = "seeds paired" if comparison.is_paired else "seeds not paired"
+        family = f"{count} comparison{'s' * (count != 1)}, Holm's correction; {pairing}; margin: {margin}"
         lines.append((0, f"{verdict_counts(comparison)} ({family})"))
     return [*lines, *((0, f"note: {note}") for note in comparison.notes)]
 

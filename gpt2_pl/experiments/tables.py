@@ -25,8 +25,8 @@ ARM_CAPTION = (
 )
 DIFFERENCE_CAPTION = (
     "Differences in {metric} to {baseline}{sign}. Each has its 95 % interval over new seeds and new texts: variances "
-    "over seeds of each strategy (Welch), over texts, and of seeds with texts; Student's t with Satterthwaite's "
-    "degrees of freedom. The wider intervals cover all of them together. p is two-sided, then corrected for "
+    "over seeds{welch}, over texts, and of seeds with texts; Student's t with Satterthwaite's "
+    "degrees of freedom. {pairing}The wider intervals cover all of them together. p is two-sided, then corrected for "
     "{count} comparison{plural} (Holm). Verdicts use the corrected p{margin}. Detectable is the true difference that "
     "such runs show with a chance of 80 %."
 )
@@ -44,6 +44,8 @@ SUMMARY_CAPTION = (
     "Cheapest is the strategy that trains the fewest parameters of the baseline and those for which a loss of the "
     "declared margin or more is excluded. Verdicts count all other strategies."
 )
+PAIRED = "Seeds are paired: every difference is the mean of those of two runs with the same seed. "
+UNPAIRED = "Seeds are not paired. "
 _MIN_VALIDATIONS = 2  # to choose from
 _NOT_DECLARED = "needs --margin"
 
@@ -92,7 +94,7 @@ def difference_table(comparison: Comparison) -> Table:
     cells = []
     for group in comparison.groups[1:]:
         if (found := group.differences.get(name)) is None:
-            cells.append([group.label, "", "", "Not assessed: no scores.", *[""] * (len(headings) - 4)])
+            cells.append([group.label, "", "", _no_runs(comparison), *[""] * (len(headings) - 4)])
             continue
         contrast = found.contrast
         share = f"{100 * contrast.seed_share:.0f} %" if found.is_tested else ""
@@ -103,6 +105,10 @@ def difference_table(comparison: Comparison) -> Table:
             p_text(p if found.is_tested else math.nan), p_text(found.p_adjusted), detectable_text(found), df, share,
         ])  # fmt: skip
     return headings, cells
+
+
+def _no_runs(comparison: Comparison) -> str:
+    return f"Not assessed: no {'pairs of seeds' if comparison.is_paired else 'scores'}."
 
 
 def secondary_table(comparison: Comparison) -> Table:
@@ -200,7 +206,8 @@ def difference_caption(comparison: Comparison) -> str:
     sign = ", as ratios: below 1 is better" if unit.is_ratio else f",{in_points} positive if better"
     return DIFFERENCE_CAPTION.format(
         metric=heading(name), baseline=comparison.groups[0].label, sign=sign, count=count,
-        plural="s" * (count != 1), margin=margin,
+        plural="s" * (count != 1), margin=margin, pairing=PAIRED if comparison.is_paired else UNPAIRED,
+        welch=" of the pairs" if comparison.is_paired else " of each strategy (Welch)",
     )  # fmt: skip
 
 

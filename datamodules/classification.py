@@ -2,295 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tokenizers
-from lightning.pytorch.utilities import rank_zero_warn
 
-from gpt2_pl import __version__
-from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import TokenDataset
-from gpt2_pl.datamodules.cache import cached
-from gpt2_pl.datamodules.prompt_template import Template
-from gpt2_pl.datamodules.readers import read_file, read_hub
-from gpt2_pl.datamodules.rows import Row, RowSource, batches, parse_label, parse_text, require_columns
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.datamodules.few_shot import draw_shots, in_turn, prepend, run_seed, shuffled_classes
+from gpt2_pl.datamodules.labelled import LabelledText
+from gpt2_pl.datamodules.rows import Row, parse_label
+from gpt2_pl.errors import InputError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset
-
-# Cached columns in addition to the template fields; their names contain blanks, so that they never equal a field.
-_NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label index", "reason to skip"
-_NO_LABEL = -1
-_CACHE_FORMAT = 7  # part of every cache key; increment it when the cached contents change
-_BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # limits of the rows that are encoded together
+_EXAMPLE_END = "\n"  # after the label word of an example in the prompt
 
 
-class TextClassification(TextData):
-    """Datamodule of rows with one or more texts and a label.
+class TextClassification(LabelledText):
+    """Datamodule of rows with one or more texts and a class.
 
     Batches contain ``input_ids`` and ``attention_mask`` (B, T), padded on the right, ``labels`` (B,) and ``row`` (B,).
 
     Args:
-        train_file: training data: a CSV, TSV, JSON lines or Parquet file, or a list of such files.
-        val_file: validation data; by default, a fraction of the training rows.
-        test_file: test data.
-        predict_file: rows to predict, without labels.
-        hub_id: dataset on the Hugging Face hub; ignored if a train, val or test file is given.
-        hub_config: configuration of the hub dataset, if it has several.
-        columns: column of each template field whose name differs from the column's.
-        label_column: column of the labels, which are class names or class indices.
-        labels: class names in the order of their indices; defaults to negative, positive.
-        template: text of a row, with ``{field}`` as the placeholder of a column's text.
-        tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
-        max_length: maximum number of tokens in a row; defaults to the context length of the model. Longer texts are
-            truncated; the rest of the template is not.
-        batch_size: rows per process and step.
-        eval_batch_size: rows per process and step in validation, test and prediction.
-        val_fraction: fraction of the training rows used for validation if there is no validation set, in (0, 1).
-            Training rows with the same texts as a validation row are dropped.
-        train_fraction: fraction of the remaining training rows to use, sampled once with ``split_seed``, in (0, 1].
+        labels: class names in the order of their indices; defaults to negative, positive. The labels of rows are class
+            names or class indices.
         balance: how to make the training classes equally frequent: ``undersample`` drops rows of the larger classes,
-            ``oversample`` repeats rows of the smaller classes.
-        split_seed: seed of ``val_fraction``, ``train_fraction`` and ``balance``.
-        quoting: whether double quotes enclose values in delimited files; defaults to True except for MRPC files.
-        on_invalid_row: ``error`` or ``skip``. A row is invalid if it has no text, has an unknown label, is not UTF-8,
-            has too many or too few values, or is not a JSON object. metrics.json counts skipped rows.
+            ``oversample`` repeats rows of the smaller classes. ``split_seed`` seeds the sample.
+        shots: number of training rows of each class, drawn with ``seed_everything``: the same in all runs with one
+            seed, and among those of more shots. Defaults to all rows.
+        demonstrations: number of training rows with their label words that precede every evaluated text in its prompt
+            (Brown et al. 2020), or ``all``: of the classes in turn, drawn with ``seed_everything``. They need a
+            verbalizer, and no training. If the prompt is too long for the model, the last of them are left out.
+        **kwargs: arguments of :class:`~gpt2_pl.datamodules.labelled.LabelledText`.
 
     Raises:
-        InputError: an argument is out of range; in ``prepare_data``, a file, column, label or text is invalid.
+        InputError: an argument is out of range; in ``prepare_data``, a file, column, label or text is invalid, a class
+            has fewer training rows than ``shots``, or there are fewer than ``demonstrations`` training rows.
     """
-
-    ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {}  # other names of a field or label column in published datasets
 
     def __init__(
         self,
-        train_file: str | list[str] | None = None,
-        val_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
-        hub_id: str | None = None,
-        hub_config: str | None = None,
-        columns: dict[str, str] | None = None,
-        label_column: str = "label",
         labels: list[str] | None = None,
-        template: str = "{sentence}",
-        tokenizer: str | None = None,
-        max_length: int | None = None,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        val_fraction: float = 0.1,
-        train_fraction: float = 1.0,
         balance: Literal["oversample", "undersample"] | None = None,
-        split_seed: int = 0,
-        quoting: bool | None = None,
-        on_invalid_row: Literal["error", "skip"] = "error",
+        shots: int | None = None,
+        demonstrations: int | Literal["all"] | None = None,
+        **kwargs: Any,
     ) -> None:
-        if isinstance(train_file, list) and not train_file:
-            raise InputError(key="data.train_file", value=train_file, expected="a file or a list of files")
-        files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
-        sizes = (max_length, batch_size, eval_batch_size)
-        super().__init__(files, hub_id, tokenizer, *sizes, val_fraction, train_fraction, split_seed)
-        self.columns = dict(columns or {})
-        self.label_column = label_column
+        super().__init__(**kwargs)
         self.labels = list(labels or ("negative", "positive"))
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise InputError(key="data.labels", value=self.labels, expected="at least two different names")
-        self.template = Template(template)
-        self.hub_config, self.quoting, self.balance = hub_config, quoting, balance
-        self.skip_bad = on_invalid_row == "skip"
-        self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
-        self.skipped: dict[str, int] = {}  # number of invalid rows in each source
+        if shots is not None and shots < 1:
+            raise InputError(key="data.shots", value=shots, expected="at least 1")
+        if shots is not None and balance is not None:
+            expected = "null with data.shots, which draws equally many rows of each class"
+            raise InputError(key="data.balance", value=balance, expected=expected)
+        if isinstance(demonstrations, int) and demonstrations < 1:
+            raise InputError(key="data.demonstrations", value=demonstrations, expected="at least 1, or all")
+        self.balance, self.shots, self.demonstrations = balance, shots, demonstrations
+        self.mean_demonstrations: dict[str, float] = {}  # mean number of examples in a prompt, by split
 
     @property
     def num_classes(self) -> int:
         """The number of classes."""
         return len(self.labels)
 
-    # Reading and encoding
+    @property
+    def _label_values(self) -> list[Any]:
+        return self.labels
 
-    def _sources(self, split: str) -> list[RowSource]:
-        """Open all sources of a split that has its own files or hub split."""
-        if (files := self.files[split]) is not None:
-            files = [files] if isinstance(files, str) else files
-            return [read_file(file, f"data.{split}_file", self.quoting) for file in files]
-        assert self.hub_id is not None
-        return [read_hub(self.hub_id, self.HUB_SPLITS[split], "data.hub_id", self.hub_config)]
+    def _parse_label(self, row: Row, column: str, source: str, number: int) -> int:
+        return parse_label(row, column, self.labels, source, number)
 
-    def column(self, name: str, columns: Sequence[str]) -> str:
-        """Return the column of a template field or of the label.
-
-        Args:
-            name: template field or label column.
-            columns: all columns of a source.
-
-        Returns:
-            The column that ``data.columns`` assigns, else the column of the same name, else the first alias of a
-            published dataset that is a column, else ``name``.
-        """
-        if name in self.columns or name in columns:
-            return self.columns.get(name, name)
-        return next((alias for alias in self.ALIASES.get(name, ()) if alias in columns), name)
-
-    def _field_permutations(self, split: str) -> list[dict[str, str]]:
-        """Return assignments of a row's fields to template fields; every one after the first augments the split."""
-        return [{field: field for field in self.template.fields}]
-
-    def _encode(self, split: str) -> TokenDataset:
-        import datasets
-
-        sources = self._sources(self._source_split(split))
-        parts, indices, start = [], [], 0
-        for permutation in self._field_permutations(split):
-            encoded_sources = [self._encode_source(source, permutation, split != "predict") for source in sources]
-            n = sum(len(encoded) for encoded, _ in encoded_sources)
-            indices.append(start + self._split_indices(split, n))
-            parts += encoded_sources
-            start += n
-        encoded = TokenDataset.concatenate([part for part, _ in parts])
-        texts = datasets.concatenate_datasets([part for _, part in parts])
-        rows = np.concatenate(indices)
-        if split == "train" and not self._has_own_val():
-            if "val" not in self.rows:
-                self.encoded["val"] = self._encode("val")
-            val_keys = {self._dedup_key(row) for row in self.rows["val"].select_columns(self.template.fields)}
-            train_keys = map(self._dedup_key, texts.select(rows).select_columns(self.template.fields))
-            rows = rows[np.array([key not in val_keys for key in train_keys], dtype=bool)]
-        if split == "train" and self.balance is not None:
-            assert encoded.labels is not None
-            rows = rows[balanced(encoded.labels[rows], self.balance, self.split_seed)]
-        if not np.array_equal(rows, np.arange(len(encoded))):
-            encoded, texts = encoded.select(rows), texts.select(rows)
-        self.rows[split] = texts
-        return encoded
-
-    def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
-        """Return a key that is equal for rows with the same texts."""
-        return tuple(row[field].strip() for field in self.template.fields)
-
-    def _encode_source(
-        self, source: RowSource, permutation: dict[str, str], labeled: bool
-    ) -> tuple[TokenDataset, Dataset]:
-        """Encode the valid rows of a source.
-
-        Args:
-            source: the rows.
-            permutation: field of the rows for each template field.
-            labeled: whether to read labels.
-
-        Returns:
-            Token ids and labels, and the texts of the same rows by field.
-
-        Raises:
-            InputError: a column is missing or used twice, a row is invalid, or all rows are skipped.
-        """
-        fields = {field: self.column(name, source.columns) for field, name in permutation.items()}
-        label_column = self.column(self.label_column, source.columns) if labeled else None
-        columns = [column for column in dict.fromkeys([*fields.values(), label_column]) if column is not None]
-        require_columns(source, columns)
-        if len(set(fields.values())) < len(fields):
-            raise InputError(key="data.columns", value=fields, expected="a different column to each template field")
-        labels, max_length, tokenizer = self.labels if labeled else None, self._max_length(), self.tokenizer.to_str()
-        key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
-        key += [label_column, labels, max_length, tokenizer, self.skip_bad]
-        schema, read = _schema(fields), source.read(columns, self.skip_bad)
-        examples = (self._parse_row(source, number, row, fields, label_column) for number, row in read)
-        rows = cached("rows", key, schema, lambda: self._encode_batches(source.name, examples, schema))
-        encoded, valid = _token_rows(rows), np.flatnonzero(rows.data.column(_REASON).is_null())
-        if len(valid) < len(rows):
-            self._warn_skipped(source, rows.data.column(_REASON).drop_null().to_pylist(), len(rows))
-            encoded, rows = encoded.select(valid), rows.select(valid)
-        if not labeled:
-            encoded.labels = None
-        return encoded, rows.select_columns([*fields, _NUMBER])
-
-    def _encode_batches(self, source: str, examples: Iterable[Row], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """Add the token ids to rows of :meth:`_parse_row`; skipped rows have a reason in place of texts and tokens."""
-        import pyarrow as pa
-
-        for batch in batches(examples, self._n_characters, _BATCH_ROWS, _BATCH_CHARACTERS):
-            valid = [example for example in batch if _REASON not in example]
-            encoded = self.template.encode(valid, self.tokenizer, self._max_length())
-            for example, ids in zip(valid, encoded, strict=True):
-                if ids:
-                    example[_TOKENS] = ids
-                    continue
-                example[_REASON] = f"row {example[_NUMBER]}: {self.template.no_token(example)}"
-                if not self.skip_bad:
-                    raise InputError(f"{source}, {example[_REASON]}", key="data.tokenizer")
-            yield pa.RecordBatch.from_pylist(batch, schema=schema)
-
-    def _n_characters(self, example: Row) -> int:
-        return sum(len(example.get(field, "")) for field in self.template.fields)
-
-    def _parse_row(
-        self, source: RowSource, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
-    ) -> Row:
-        """Return the number, the texts by field and the label of a row, or the reason to skip it."""
-        example: Row = {_NUMBER: number, _LABEL: _NO_LABEL}
-        if isinstance(row, str):
-            return {**example, _REASON: row}
-        try:
-            texts = {field: parse_text(row, column, source.name, number) for field, column in fields.items()}
-            if label_column is not None:
-                example[_LABEL] = parse_label(row, label_column, self.labels, source.name, number)
-        except InputError as error:
-            if not self.skip_bad:
-                raise
-            return {**example, _REASON: str(error).removeprefix(printable(f"{source.name}, "))}
-        return {**example, **texts}
-
-    def _warn_skipped(self, source: RowSource, reasons: list[str], total: int) -> None:
-        """Warn once per source about skipped rows.
-
-        Args:
-            source: the source.
-            reasons: reason to skip each of the skipped rows.
-            total: number of rows in the source.
-
-        Raises:
-            InputError: all rows are skipped.
-        """
-        if source.name not in self.skipped:
-            skipped = f"{len(reasons)} of {total} rows are skipped: {'; '.join(reasons[:3])}"
-            rank_zero_warn(f"{printable(source.name)}: {skipped}")
-        self.skipped[source.name] = len(reasons)
-        if len(reasons) == total:
-            raise source.error(" has no valid rows")
-
-    def row_number(self, split: str, row: int) -> int:
-        """Return the number of a row in its file, from 1."""
-        return self.rows[split][row][_NUMBER]
-
-    def text(self, split: str, row: int) -> str:
-        """Return the original texts of a row's template fields, separated by `` | ``."""
-        return " | ".join(self.rows[split][row][field].strip() for field in self.template.fields)
+    def _training_rows(self, labels: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
+        """Draw the shots or balance the classes; a row is drawn with its fields in all their orders."""
+        if self.shots is not None:
+            drawn = draw_shots(labels, rows[rows < num_rows], self.shots, self.labels, run_seed())
+            return rows[np.isin(rows % num_rows, drawn)]
+        return rows if self.balance is None else rows[balanced(labels[rows], self.balance, self.split_seed)]
 
     def prompt_spec(self) -> dict[str, Any]:
-        """Return the prompt format, which checkpoints store to classify new rows.
-
-        Returns:
-            ``template``, ``columns`` (possible column names of each template field), ``labels``, ``max_length`` and
-            ``quoting``.
-        """
-        columns = {
-            field: list(dict.fromkeys([self.columns.get(field, field), field, *self.ALIASES.get(field, ())]))
-            for field in self.template.fields
-        }
-        return {
-            "template": self.template.text,
-            "columns": columns,
-            "labels": self.labels,
-            "max_length": self._max_length(),
-            "quoting": self.quoting,
-        }
+        """Return the prompt format with the class names, which checkpoints store to classify new rows."""
+        return {**super().prompt_spec(), "labels": self.labels}
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record, with the hub dataset, the prompt format and the skipped rows."""
-        return {**super().description(), "hub_id": self.hub_id, **self.prompt_spec(), "skipped": self.skipped}
+        """Return the data section of the run record, with the mean number of demonstrations in a prompt."""
+        used = {"demonstrations": self.mean_demonstrations} if self.mean_demonstrations else {}
+        return {**super().description(), **used}
+
+    # Demonstrations
+
+    def prepare_data(self) -> None:
+        """Check and encode all data of the run, and whether the model can use demonstrations."""
+        if self.demonstrations is not None:
+            self._check_demonstrations()
+        super().prepare_data()
+
+    def _check_demonstrations(self) -> None:
+        key, trainer = "data.demonstrations", self.trainer
+        if getattr(getattr(trainer, "lightning_module", None), "label_words", None) is None:
+            message = f"{key} requires model.head verbalizer, whose label words answer the examples"
+            raise InputError(message, key=key, value=self.demonstrations)
+        if not self.has_split("train"):
+            raise InputError(f"{key} requires data.train_file, whose rows are the examples", key=key)
+        if trainer is not None and trainer.state.fn == "fit" and trainer.max_epochs != 0:
+            message = f"{key} requires an evaluation without training: trainer.max_epochs 0, or gpt2-pl validate"
+            raise InputError(message, key=key, value=self.demonstrations)
+
+    def _encode(self, split: str) -> TokenDataset:
+        encoded = super()._encode(split)
+        if self.demonstrations is None or split == "train":
+            return encoded
+        encoded, self.mean_demonstrations[split] = prepend(encoded, self._examples(), self._max_length())
+        return encoded
+
+    def _examples(self) -> list[list[int]]:
+        """Return the token ids of the examples in the order of the prompt.
+
+        Raises:
+            InputError: there are too few training rows.
+        """
+        if "train" not in self.encoded:
+            self.encoded["train"] = self._encode("train")
+        labels: np.ndarray = np.asarray(self.encoded["train"].labels)
+        order = in_turn(shuffled_classes(labels, np.arange(len(labels)), self.num_classes, run_seed()))
+        if isinstance(self.demonstrations, int):
+            if self.demonstrations > len(order):
+                expected = f"at most {len(order)}, the number of training rows, or all"
+                raise InputError(key="data.demonstrations", value=self.demonstrations, expected=expected)
+            order = order[: self.demonstrations]
+        assert self.trainer is not None
+        words, rows = self.trainer.lightning_module.label_words, self.rows["train"]
+        texts = [f"{self.template.fill(rows[int(n)])}{words[labels[n]]}{_EXAMPLE_END}" for n in order]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
 
 
 def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed: int) -> np.ndarray:
@@ -310,16 +151,3 @@ def balanced(labels: np.ndarray, how: Literal["oversample", "undersample"], seed
     n = (max if how == "oversample" else min)(map(len, classes))
     samples = [np.resize(generator.permutation(rows), n) for rows in classes]
     return np.sort(np.concatenate(samples))
-
-
-def _schema(fields: Iterable[str]) -> pa.Schema:
-    import pyarrow as pa
-
-    texts = [(field, pa.large_string()) for field in fields]
-    tokens = (_TOKENS, pa.large_list(pa.int32()))
-    return pa.schema([(_NUMBER, pa.int64()), *texts, tokens, (_LABEL, pa.int64()), (_REASON, pa.large_string())])
-
-
-def _token_rows(rows: Dataset) -> TokenDataset:
-    column = rows.data.column(_TOKENS).combine_chunks()
-    return TokenDataset(column.values.to_numpy(), column.offsets.to_numpy(), np.asarray(rows.data.column(_LABEL)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -185,6 +186,31 @@ def parse_label(row: Mapping[str, Any], column: str, names: Sequence[str], sourc
     expected = f"{'' if has_numeric_names else f'0 to {len(names) - 1} or '}one of {', '.join(names)}"
     message = f"the label in {column!r} must be {expected}, got {shorten(value)}"
     raise InputError(message, key=column, source=f"{source}, row {number}")
+
+
+def parse_number(row: Mapping[str, Any], column: str, limits: tuple[float, float], source: str, number: int) -> float:
+    """Return the number in a column of a row.
+
+    Args:
+        row: values by column.
+        column: column of the number.
+        limits: smallest and largest valid number.
+        source: name of the source, for error messages.
+        number: number of the row, from 1 without the header, for error messages.
+
+    Raises:
+        InputError: the value is not a number, or is out of range.
+    """
+    value = row[column]
+    try:
+        parsed = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        parsed = math.nan
+    low, high = limits
+    if not low <= parsed <= high:  # not a number compares false
+        message = f"the label in {column!r} must be a number in [{low:g}, {high:g}], got {shorten(value)}"
+        raise InputError(message, key=column, source=f"{source}, row {number}")
+    return parsed
 
 
 @lru_cache(maxsize=1024)

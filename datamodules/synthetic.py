@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gpt2_pl.datamodules import paraphrase, sentiment
 from gpt2_pl.datamodules.classification import TextClassification
@@ -101,6 +101,8 @@ class ToyRows(TextClassification):
         max_length: maximum number of tokens in a row; defaults to the context length of the model.
         batch_size: rows per process and step.
         eval_batch_size: rows per process and step in validation, test and prediction.
+        shots: number of training rows of each class.
+        demonstrations: number of training rows that precede every evaluated text in its prompt, or ``all``.
 
     Raises:
         InputError: ``n_train`` is less than 8, or an argument of the base class is invalid.
@@ -121,6 +123,8 @@ class ToyRows(TextClassification):
         max_length: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 64,
+        shots: int | None = None,
+        demonstrations: int | Literal["all"] | None = None,
     ) -> None:
         super().__init__(
             label_column=self.LABEL_COLUMN,
@@ -130,6 +134,8 @@ class ToyRows(TextClassification):
             max_length=max_length,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
+            shots=shots,
+            demonstrations=demonstrations,
         )
         if n_train < 8:
             raise InputError(key="data.n_train", value=n_train, expected="at least 8")

@@ -1,4 +1,7 @@
-"""Classify every row of a file with the model of a run; rows are streamed, so that files may exceed the memory."""
+"""Classify every row of a file with the model of a run, or predict a number for every row with a regressor.
+
+Rows are streamed, so that files may exceed the memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +22,7 @@ from gpt2_pl.filesystem import atomic_write
 
 if TYPE_CHECKING:
     from gpt2_pl.datamodules.rows import RowSource
-    from gpt2_pl.tasks.protocols import TextClassifier
+    from gpt2_pl.tasks.protocols import NumberPredictor, TextClassifier
 
 _CHUNK_BATCHES = 64  # number of batches that are read, sorted by length and written together
 InputRow = tuple[int, dict[str, str]]  # number of a row in its file, from 1, and its texts by template field
@@ -41,12 +44,19 @@ def main(args: list[str]) -> None:
     import torch
 
     from gpt2_pl.commands.support.settings import best_precision
-    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
+    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task, require_protocol
     from gpt2_pl.datamodules.prompt_template import Template
     from gpt2_pl.datamodules.readers import read_file
-    from gpt2_pl.tasks.protocols import TextClassifier
+    from gpt2_pl.tasks.protocols import NumberPredictor, TextClassifier
 
-    task, checkpoint = load_task(options, TextClassifier)
+    task, checkpoint = load_task(options)
+    is_regressor = isinstance(task, NumberPredictor)
+    if not is_regressor:
+        require_protocol(task, TextClassifier, checkpoint)
+    elif options.calibrated:
+        raise InputError(
+            key="calibrated", value=True, expected=f"used with a classifier; {options.run} has a regressor"
+        )
     spec = complete_prompt_spec(task, checkpoint)
     template = Template(spec["template"])
     tokenizer = load_run_tokenizer(options.run, task.config.vocab_size)
@@ -63,7 +73,8 @@ def main(args: list[str]) -> None:
     task.to(device).eval()
     torch.backends.cuda.enable_cudnn_sdp(False)  # batches have many different lengths
     rows = (row for row in read_rows(source, columns, skip) if row is not None)
-    names = ["row", *template.fields, "prediction", *(f"p({label})" for label in spec["labels"])]
+    labels = [] if is_regressor else spec["labels"]
+    names = ["row", *template.fields, "prediction", *(f"p({label})" for label in labels)]
     n_classified = 0
     with (
         writer(options.out, names) as write,
@@ -77,15 +88,25 @@ def main(args: list[str]) -> None:
                 raise InputError(template.no_token(empty[1]), source=f"{source.name}, row {empty[0]}")
             encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
             n_classified += len(encoded)
-            predictions = classify(task, [row_ids for _, row_ids in encoded], options.batch_size, temperature)
-            for ((number, fields), _), (prediction, probabilities) in zip(encoded, predictions, strict=True):
-                rounded = (round(probability, 6) for probability in probabilities)
-                write([number, *fields.values(), spec["labels"][prediction], *rounded])
+            predicted = _predict(task, [row_ids for _, row_ids in encoded], options.batch_size, temperature, labels)
+            for ((number, fields), _), cells in zip(encoded, predicted, strict=True):
+                write([number, *fields.values(), *cells])
         if not n_classified:
             raise source.error(" has no valid rows")
     n_skipped = counts.total() - n_classified
     skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
     print(printable(f"{options.out}: {n_classified} rows{skipped}"))
+
+
+def _predict(
+    task: Any, ids: list[list[int]], batch_size: int, temperature: float, labels: Sequence[str]
+) -> Iterator[list[object]]:
+    """Yield the cells of every text: its class and probabilities, or its number if there are no classes."""
+    if not labels:
+        yield from ([float(f"{number:.7g}")] for number in predict_numbers(task, ids, batch_size))
+        return
+    for prediction, probabilities in classify(task, ids, batch_size, temperature):
+        yield [labels[prediction], *(round(probability, 6) for probability in probabilities)]
 
 
 def _parse_arguments(args: list[str]) -> Namespace:
@@ -139,11 +160,11 @@ def _chunks(rows: Iterator[InputRow], n_rows: int, size: int) -> Iterator[list[I
         yield list(islice(rows, size))
 
 
-def complete_prompt_spec(task: TextClassifier, checkpoint: Path) -> dict[str, Any]:
+def complete_prompt_spec(task: TextClassifier | NumberPredictor, checkpoint: Path) -> dict[str, Any]:
     """Return the prompt format of a checkpoint, which is complete and fits its model.
 
     Args:
-        task: the classifier of the checkpoint.
+        task: the classifier or regressor of the checkpoint.
         checkpoint: path of the checkpoint, for error messages.
 
     Raises:
@@ -152,13 +173,16 @@ def complete_prompt_spec(task: TextClassifier, checkpoint: Path) -> dict[str, An
     from gpt2_pl.datamodules.prompt_template import Template
 
     spec: dict[str, Any] = task.prompt_spec or {}
-    fault = ""
-    if missing := [key for key in ("template", "columns", "labels", "max_length") if spec.get(key) is None]:
+    fault, num_classes = "", getattr(task, "num_classes", None)
+    required = ("template", "columns", "max_length", *(() if num_classes is None else ("labels",)))
+    if missing := [key for key in required if spec.get(key) is None]:
         fault = f"prompt_spec.{missing[0]} is missing"
     elif set(Template(spec["template"]).fields) != spec["columns"].keys() or not all(spec["columns"].values()):
         fault = "prompt_spec.columns must name a column for each template field"
-    elif len(spec["labels"]) != task.num_classes or not 1 <= spec["max_length"] <= task.max_length:
-        fault = f"prompt_spec must have {task.num_classes} labels and a max_length of 1 to {task.max_length}"
+    elif num_classes not in (None, len(spec.get("labels") or [])):
+        fault = f"prompt_spec must have {num_classes} labels"
+    elif not 1 <= spec["max_length"] <= task.max_length:
+        fault = f"prompt_spec must have a max_length of 1 to {task.max_length}"
     if fault:
         raise InputError(f"{checkpoint} cannot be used to classify: {fault}", key="prompt_spec")
     return spec
@@ -202,6 +226,39 @@ def read_rows(source: RowSource, columns: dict[str, str], skip: bool) -> Iterato
         yield valid
 
 
+def _batches(task: TextClassifier | NumberPredictor, ids: list[list[int]], size: int) -> Iterator[tuple[Any, Any]]:
+    """Yield row indices and batches of texts of similar length, on the device of a task."""
+    import numpy as np
+    import torch
+
+    from gpt2_pl.datamodules.batching import TokenDataset, evaluation_batches
+
+    offsets = np.cumsum([0, *map(len, ids)])
+    rows = TokenDataset(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
+    for indices in evaluation_batches(rows.lengths, size):
+        batch = {key: tensor.to(task.device) for key, tensor in rows.batch(indices).items()}
+        yield torch.from_numpy(indices), batch
+
+
+def predict_numbers(task: NumberPredictor, ids: list[list[int]], batch_size: int) -> list[float]:
+    """Predict the number of every text in batches of similar length.
+
+    Args:
+        task: the regressor.
+        ids: token ids of each text, at least one per text.
+        batch_size: number of texts in a batch.
+
+    Returns:
+        The numbers in the order of the texts.
+    """
+    import torch
+
+    numbers = torch.empty(len(ids))
+    for indices, batch in _batches(task, ids, batch_size):
+        numbers[indices] = task.predict_number(batch).float().cpu()
+    return numbers.tolist()
+
+
 def classify(
     task: TextClassifier, ids: list[list[int]], batch_size: int, temperature: float = 1.0
 ) -> list[tuple[int, list[float]]]:
@@ -216,17 +273,11 @@ def classify(
     Returns:
         The class index and the probabilities of all classes for each text, in the order of the texts.
     """
-    import numpy as np
     import torch
 
-    from gpt2_pl.datamodules.batching import TokenDataset, evaluation_batches
-
-    offsets = np.cumsum([0, *map(len, ids)])
-    rows = TokenDataset(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
     probabilities = torch.empty(len(ids), task.num_classes)
-    for indices in evaluation_batches(rows.lengths, batch_size):
-        batch = {key: tensor.to(task.device) for key, tensor in rows.batch(indices).items()}
-        probabilities[torch.from_numpy(indices)] = task.predict_proba(batch).float().cpu()
+    for indices, batch in _batches(task, ids, batch_size):
+        probabilities[indices] = task.predict_proba(batch).float().cpu()
     predicted = task.predict_class(probabilities).tolist()
     if temperature != 1.0:
         smallest = torch.finfo(torch.float32).tiny

@@ -37,7 +37,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from gpt2_pl import callbacks
-from gpt2_pl.commands.support.closing import early_end, print_report, resume_advice, validate_final_weights
+from gpt2_pl.commands.support.closing import (
+    early_end,
+    print_report,
+    resume_advice,
+    score_untrained,
+    validate_final_weights,
+)
 from gpt2_pl.commands.support.config_merge import CommandLine, as_list, check_order, validate_strategy_combination
 from gpt2_pl.commands.support.failures import explain_instantiation, explain_run_failure
 from gpt2_pl.commands.support.lightning_parser import Parser
@@ -46,12 +52,16 @@ from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
 from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
 from gpt2_pl.commands.support.settings import check_logging, complete_settings, restore_counts
-from gpt2_pl.commands.support.training_checks import check_optimizer, check_processes, check_training
+from gpt2_pl.commands.support.training_checks import (
+    check_optimizer,
+    check_processes,
+    check_training,
+    needs_training,
+)
 from gpt2_pl.errors import InputError, causes, printable, require
 from gpt2_pl.experiments.run import RUNS
 from gpt2_pl.experiments.run_lock import RunLock
 from gpt2_pl.filesystem import require_writable
-from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
 from gpt2_pl.utils.registry import class_path
 from gpt2_pl.utils.trainer import callbacks_of
@@ -225,10 +235,7 @@ class GPT2CLI(LightningCLI):
 
     def _warn_if_untrained(self) -> None:
         """Warn of an evaluation of a model that has not been trained."""
-        model: Any = self.model
-        untrained = model.base is None or getattr(model, "head_name", None) == "linear"
-        brings_head = any(type(surgery).load_head is not Surgery.load_head for surgery in model.surgery)
-        if untrained and not brings_head:
+        if needs_training(self.model):
             _print_message("no ckpt_path is given: the model that is evaluated has not been trained")
 
     # Building
@@ -347,6 +354,10 @@ class GPT2CLI(LightningCLI):
         """Test the best checkpoint if there is a test set, then print the report."""
         trainer, tested = self.trainer, self.tested
         if trainer.interrupted:
+            return
+        if trainer.max_epochs == 0:
+            score_untrained(trainer, self.model, self.datamodule, self.can_test)
+            self._report("\n  trainer.max_epochs is 0: the model has not been trained")
             return
         note = early_end(trainer, self.summary.has_trained)  # before the test resets the state of training
         validate_final_weights(trainer, self.model, self.datamodule, self.summary, tested)

@@ -24,7 +24,7 @@ from gpt2_pl.commands.support.process import program
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments import references
 from gpt2_pl.experiments.references import Texts
-from gpt2_pl.experiments.rows import classification_scores
+from gpt2_pl.experiments.rows import classification_scores, regression_scores
 from gpt2_pl.experiments.run import RUNS, Run
 from gpt2_pl.experiments.statistics.contrast import Floats
 from gpt2_pl.filesystem import atomic_write, require_absent
@@ -32,12 +32,15 @@ from gpt2_pl.utils.yaml_json import read_json
 
 _DESCRIPTION = f"""{__doc__}
 
-majority predicts the fractions of the training labels. bag_of_words is logistic regression on TF-IDF of words and word
-pairs. frozen_features is logistic regression on the pooled features of the frozen base. random_init trains the network
-of the run from random weights, without surgery, with the other settings of the run. The first three need a classifier
-and have no seed. Each reference is a run folder that `gpt2-pl compare` reads together with the runs.
+majority predicts the fractions of the training labels, and mean their mean for labels that are numbers. bag_of_words is
+logistic or ridge regression on TF-IDF of words and word pairs. frozen_features is the same on the pooled features of
+the frozen base. random_init trains the network of the run from random weights, without surgery, with the other settings
+of the run. The others need a classifier or a regressor and have no seed. Each reference is a run folder that `gpt2-pl
+compare` reads together with the runs.
 """
-_DETERMINISTIC = ("majority", "bag_of_words", "frozen_features")
+_CONSTANTS = {True: "majority", False: "mean"}  # by whether labels are classes
+_MODELS = ("bag_of_words", "frozen_features")
+_DETERMINISTIC = (*_CONSTANTS.values(), *_MODELS)
 _NAMES = (*_DETERMINISTIC, "random_init")
 
 
@@ -54,13 +57,13 @@ class _Split:
 
     Args:
         texts: the texts of every row.
-        labels: (N,) class indices.
+        labels: (N,) class indices, or numbers.
         numbers: number of each row in its file.
         lines: the text of each row as in the run's table of predictions.
     """
 
     texts: Texts
-    labels: NDArray[np.integer]
+    labels: NDArray[Any]
     numbers: list[int]
     lines: list[str]
 
@@ -72,11 +75,12 @@ def main(args: list[str]) -> None:
         args: arguments after the name of the command.
 
     Raises:
-        InputError: an argument is invalid, a folder exists, or the task of the run is not a classifier.
+        InputError: an argument is invalid, a folder exists, or the task of the run is neither a
+            classifier nor a regressor.
     """
     parser = CommandParser(prog="gpt2-pl references", description=_DESCRIPTION)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run with the data and the settings")
-    only_help = f"reference to compute: {', '.join(_NAMES)}; can be given several times (default: the first three)"
+    only_help = f"reference to compute: {', '.join(_NAMES)}; can be given several times (default: those without a seed)"
     parser.add_argument("--only", metavar="NAME", action="append", choices=_NAMES, help=only_help)
     name_help = f"folder of the references below {RUNS} (default: references/NAME, with the name of the run)"
     parser.add_argument("--name", help=name_help)
@@ -85,58 +89,69 @@ def main(args: list[str]) -> None:
     if not run.record.get("scores"):
         raise InputError(f"RUN must be a finished run, got {options.run}", key="RUN", value=options.run)
     folder = RUNS / (options.name or f"references/{run.settings.get('name') or options.run.name}")
-    chosen = list(dict.fromkeys(options.only or _DETERMINISTIC))
-    for name in chosen:
+    chosen = None if options.only is None else list(dict.fromkeys(options.only))
+    for name in chosen or _DETERMINISTIC:
         require_absent(folder / name / "version_0", "name")
     filter_messages()
-    if deterministic := [name for name in chosen if name in _DETERMINISTIC]:
-        _compute(run, deterministic, folder)
-    if "random_init" in chosen:
+    if chosen != ["random_init"]:
+        _compute(run, None if chosen is None else [name for name in chosen if name in _DETERMINISTIC], folder)
+    if chosen is not None and "random_init" in chosen:
         _train_random_init(run, folder / "random_init")
     compare = shlex.join([*program(), "compare", str(options.run), str(folder), "--out", "FOLDER"])
     print(printable(f"compare them: {compare}"))
 
 
-def _compute(run: Run, names: list[str], folder: Path) -> None:
-    """Compute deterministic references and write a run folder for each.
+def _compute(run: Run, names: list[str] | None, folder: Path) -> None:
+    """Compute deterministic references, by default all that suit the labels, and write a run folder for each.
 
     Raises:
-        InputError: the task of the run is not a classifier.
+        InputError: the task of the run is neither a classifier nor a regressor, or a reference does not suit it.
     """
-    from gpt2_pl.tasks.protocols import ClassificationRows, FeatureClassifier
+    from gpt2_pl.tasks.protocols import ClassificationRows, FeatureClassifier, FeaturePredictor, LabelledRows
 
     setup = _set_up(run)
     data: Any = setup.datamodule
     task: Any = setup.model
     is_classifier = isinstance(task, FeatureClassifier) and isinstance(data, ClassificationRows)
-    if not is_classifier:
-        message = f"{', '.join(names)} need a classifier of rows, got a run of {run.record.get('task')}"
+    if not is_classifier and not (isinstance(task, FeaturePredictor) and isinstance(data, LabelledRows)):
+        wanted = ", ".join(names or _MODELS)
+        message = f"{wanted} need a classifier or a regressor of rows, got a run of {run.record.get('task')}"
         raise InputError(message, key="only", value=names)
+    names = [_CONSTANTS[is_classifier], *_MODELS] if names is None else names
+    if (other := _CONSTANTS[not is_classifier]) in names:
+        message = (
+            f"{other} does not suit the labels of a run of {run.record.get('task')}; use {_CONSTANTS[is_classifier]}"
+        )
+        raise InputError(message, key="only", value=other)
     data.prepare_data()
     for stage in ("fit", "test") if data.has_split("test") else ("fit",):
         data.setup(stage)
     present: list[str] = [split for split in ("train", "val", "test") if split in data.rows]
     splits = {split: _read_split(data, split) for split in present}
-    train, num_classes = splits["train"], data.num_classes
+    train, num_classes = splits["train"], data.num_classes if is_classifier else None
     evaluated = {split: rows for split, rows in splits.items() if split != "train"}
     features = _frozen_features(task, data, list(splits)) if "frozen_features" in names else {}
     predict: dict[str, Callable[[], dict[str, Floats]]] = {
         "majority": lambda: {
-            split: references.majority(train.labels, len(rows.labels), num_classes) for split, rows in evaluated.items()
+            split: references.majority(train.labels, len(rows.labels), data.num_classes)
+            for split, rows in evaluated.items()
+        },
+        "mean": lambda: {
+            split: references.mean_label(train.labels, len(rows.labels)) for split, rows in evaluated.items()
         },
         "bag_of_words": lambda: references.bag_of_words(
             train.texts, train.labels, {split: rows.texts for split, rows in evaluated.items()}, num_classes
         ),
-        "frozen_features": lambda: references.logistic_regression(
+        "frozen_features": lambda: references.linear_model(
             features["train"], train.labels, {split: features[split] for split in evaluated}, num_classes
         ),
     }
     for name in names:
         start, cpu_start = time.perf_counter(), time.process_time()
-        probabilities = predict[name]()
+        predictions = predict[name]()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        record = _record(run, name, evaluated, probabilities, {"seconds": seconds, "cpu_seconds": cpu_seconds})
-        _write(folder / name / "version_0", run, record, evaluated, probabilities, data.labels)
+        record = _record(run, name, evaluated, predictions, {"seconds": seconds, "cpu_seconds": cpu_seconds})
+        _write(folder / name / "version_0", run, record, evaluated, predictions, data.labels if is_classifier else None)
         shown = (f"{key} {value:.4f}" for key, value in record["scores"].items() if "/" in key)
         print(printable(f"{name}: {', '.join(shown)}"), flush=True)
 
@@ -187,16 +202,12 @@ def _frozen_features(task: Any, data: Any, splits: list[str]) -> dict[str, Float
 
 
 def _record(
-    run: Run, name: str, splits: dict[str, _Split], probabilities: dict[str, Floats], cost: dict[str, float]
+    run: Run, name: str, splits: dict[str, _Split], predictions: dict[str, Floats], cost: dict[str, float]
 ) -> dict[str, Any]:
     """Return the run record of a reference: its own scores and costs, and the task, data and base of the run."""
     scores: dict[str, float] = {}
     for split, rows in splits.items():
-        p = probabilities[split]
-        likelihood = np.maximum(p[np.arange(len(p)), rows.labels], 1e-12)
-        of_split = {"loss": float(-np.log(likelihood).mean())}
-        found = classification_scores(rows.labels, p.argmax(1), p.shape[1])
-        of_split |= {metric: score.value for metric, score in found.items()}
+        of_split = _scores(rows.labels, predictions[split])
         described = run.record.get("metrics") or of_split
         scores |= {f"{split}/{metric}": value for metric, value in of_split.items() if metric in described}
     shared = ("task", "configs", "monitor", "mode", "primary", "metrics", "base", "data", "device", "processes")
@@ -211,32 +222,45 @@ def _record(
     }
 
 
+def _scores(labels: NDArray[Any], predictions: Floats) -> dict[str, float]:
+    """Return the scores of class probabilities (N, K) or numbers (N,)."""
+    if predictions.ndim == 1:
+        return {name: score.value for name, score in regression_scores(labels, predictions).items()}
+    likelihood = np.maximum(predictions[np.arange(len(labels)), labels], 1e-12)
+    found = classification_scores(labels, predictions.argmax(1), predictions.shape[1])
+    return {"loss": float(-np.log(likelihood).mean()), **{name: score.value for name, score in found.items()}}
+
+
 def _write(
     folder: Path,
     run: Run,
     record: dict[str, Any],
     splits: dict[str, _Split],
-    probabilities: dict[str, Floats],
-    labels: list[str],
+    predictions: dict[str, Floats],
+    labels: list[str] | None,
 ) -> None:
     """Write the folder of a reference as a run leaves it."""
     folder.mkdir(parents=True)
+    outcomes = ["loss", "mae"] if labels is None else [f"p({name})" for name in labels]
     for split, rows in splits.items():
         with atomic_write(folder / f"predictions_{split}.csv") as file:
             table = csv.writer(file)
-            table.writerow(["row", "text", "label", "prediction", *(f"p({name})" for name in labels)])
-            table.writerows(_table_rows(rows, probabilities[split], labels))
+            table.writerow(["row", "text", "label", "prediction", *outcomes])
+            table.writerows(_table_rows(rows, predictions[split], labels))
     with atomic_write(folder / "config.yaml") as file:
         file.write((run.folder / "config.yaml").read_text(encoding="utf-8"))
     with atomic_write(folder / "metrics.json") as file:
         json.dump(record, file, indent=2)
 
 
-def _table_rows(rows: _Split, probabilities: Floats, labels: list[str]) -> Iterator[list[object]]:
+def _table_rows(rows: _Split, predictions: Floats, labels: list[str] | None) -> Iterator[list[object]]:
     """Yield the cells of every row."""
-    for i, p in enumerate(probabilities):
-        cells = (f"{value:.6f}" for value in p)
-        yield [rows.numbers[i], rows.lines[i], labels[rows.labels[i]], labels[int(p.argmax())], *cells]
+    for i, p in enumerate(predictions):
+        source, label = [rows.numbers[i], rows.lines[i]], rows.labels[i]
+        if labels is None:
+            yield [*source, *(f"{number:.7g}" for number in (label, p, (p - label) ** 2, abs(p - label)))]
+        else:
+            yield [*source, labels[label], labels[int(p.argmax())], *(f"{value:.6f}" for value in p)]
 
 
 def _train_random_init(run: Run, folder: Path) -> None:

@@ -42,10 +42,23 @@ def majority(labels: NDArray[np.integer], num_rows: int, num_classes: int) -> Fl
     return np.tile(shares, (num_rows, 1))
 
 
+def mean_label(labels: Floats, num_rows: int) -> Floats:
+    """Predict the mean of the training labels for every row.
+
+    Args:
+        labels: (N,) training labels.
+        num_rows: number of rows M to predict.
+
+    Returns:
+        Numbers (M,).
+    """
+    return np.full(num_rows, labels.mean())
+
+
 def bag_of_words(
-    train_texts: Texts, labels: NDArray[np.integer], texts: Mapping[str, Texts], num_classes: int
+    train_texts: Texts, labels: NDArray[Any], texts: Mapping[str, Texts], num_classes: int | None
 ) -> dict[str, Floats]:
-    """Predict with logistic regression on TF-IDF of words and word pairs.
+    """Predict with logistic or ridge regression on TF-IDF of words and word pairs.
 
     The features of a pair of texts are the absolute difference and the product of the features of its texts.
 
@@ -53,10 +66,10 @@ def bag_of_words(
         train_texts: texts of the N training rows.
         labels: (N,) training labels.
         texts: texts of the M rows to predict, by split.
-        num_classes: number of classes K.
+        num_classes: number of classes K; None for labels that are numbers.
 
     Returns:
-        Probabilities (M, K) by split.
+        Probabilities (M, K), or numbers (M,), by split.
 
     Raises:
         InputError: scikit-learn is not installed, or the training rows have one class.
@@ -75,19 +88,19 @@ def bag_of_words(
     return _fit_and_predict("bag_of_words", features(train_texts), labels, rows, num_classes)
 
 
-def logistic_regression(
-    train_features: Floats, labels: NDArray[np.integer], features: Mapping[str, Floats], num_classes: int
+def linear_model(
+    train_features: Floats, labels: NDArray[Any], features: Mapping[str, Floats], num_classes: int | None
 ) -> dict[str, Floats]:
-    """Predict with logistic regression on dense features, standardized on the training rows.
+    """Predict with logistic or ridge regression on dense features, standardized on the training rows.
 
     Args:
         train_features: (N, C) features of the training rows.
         labels: (N,) training labels.
         features: (M, C) features of the rows to predict, by split.
-        num_classes: number of classes K.
+        num_classes: number of classes K; None for labels that are numbers.
 
     Returns:
-        Probabilities (M, K) by split.
+        Probabilities (M, K), or numbers (M,), by split.
 
     Raises:
         InputError: scikit-learn is not installed, or the training rows have one class.
@@ -99,9 +112,11 @@ def logistic_regression(
 
 
 def _fit_and_predict(
-    name: str, train_features: Any, labels: NDArray[np.integer], features: Mapping[str, Any], num_classes: int
+    name: str, train_features: Any, labels: NDArray[Any], features: Mapping[str, Any], num_classes: int | None
 ) -> dict[str, Floats]:
-    """Fit a logistic regression whose L2 penalty 5-fold cross-validation on the training rows chooses, and predict."""
+    """Fit a linear model whose L2 penalty 5-fold cross-validation on the training rows chooses, and predict."""
+    if num_classes is None:
+        return _fit_ridge(name, train_features, labels, features)
     with _scikit_learn(name):
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -119,6 +134,20 @@ def _fit_and_predict(
         predicted[split] = np.zeros((rows.shape[0], num_classes))
         predicted[split][:, classes] = model.predict_proba(rows)
     return predicted
+
+
+def _fit_ridge(name: str, train_features: Any, labels: Floats, features: Mapping[str, Any]) -> dict[str, Floats]:
+    """Fit a ridge regression whose penalty cross-validation chooses by the squared error, and predict."""
+    with _scikit_learn(name):
+        from sklearn.linear_model import Ridge
+        from sklearn.model_selection import GridSearchCV, KFold
+    if len(labels) < 2:
+        raise InputError(f"{name} needs at least 2 training rows", key="only", value=name)
+    splitter = KFold(min(_NUM_FOLDS, len(labels)), shuffle=True, random_state=0)
+    penalties = {"alpha": [1 / C for C in _scales(train_features)]}
+    model = GridSearchCV(Ridge(), penalties, cv=splitter, scoring="neg_mean_squared_error")
+    model.fit(train_features, labels)
+    return {split: model.predict(rows) for split, rows in features.items()}
 
 
 def _scales(features: Any) -> list[float]:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.statistics.contrast import Floats
-from gpt2_pl.experiments.statistics.contributions import class_f1, from_confusion, from_sums
+from gpt2_pl.experiments.statistics.contributions import class_f1, from_confusion, from_sums, pearson, spearman
 from gpt2_pl.text.metrics import chrf_of_counts
 
 Positions = NDArray[np.intp]
 """Indices of rows in a table."""
 
 _MAX_CLASSES = 200  # limits the confusion counts, K * K
+_CORRELATIONS = {"pearson": pearson, "spearman": spearman}  # metrics of numbers that are no means over rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ class RowTable:
     def scores(self) -> RowScores:
         """Return the scores of all rows."""
         share = None
-        if (labels := self.columns.get("label")) is not None and len(np.unique(labels)) > 1:
+        labels = self.columns.get("label")
+        if labels is not None and labels.dtype.kind == "i" and len(np.unique(labels)) > 1:
             share = float(np.bincount(labels).max() / len(labels))
         return RowScores(self.digest, self.compute(self.columns), share)
 
@@ -219,6 +221,9 @@ def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowTabl
             raise ValueError("its columns must have different names")
         classes = {name[2:-1]: i for i, name in enumerate(name for name in names if name.startswith("p("))}
         outcomes = [] if classes else [name for name in names if name in metrics]
+        correlations = [] if classes else [name for name in _CORRELATIONS if name in metrics]
+        if correlations:
+            outcomes = list(dict.fromkeys(["label", "prediction", *outcomes]))
         digest, values = hashlib.sha256(), []
         for row in table:
             digest.update(f"{row['text']}\0{row['label']}\0".encode())
@@ -231,12 +236,18 @@ def _read_predictions(file: Path, split: str, metrics: Sequence[str]) -> RowTabl
     if not values:
         raise ValueError("it has no rows")
     columns = dict(zip(outcomes or ("label", "prediction"), np.array(values).T, strict=True))
-    compute = partial(_means, split) if outcomes else partial(_class_scores, split, len(classes))
+    compute = partial(_number_scores, split, correlations) if outcomes else partial(_class_scores, split, len(classes))
     return RowTable(digest.hexdigest()[:12], columns, compute)
 
 
-def _means(split: str, columns: Columns) -> dict[str, RowScore]:
-    return {f"{split}/{name}": _mean(values) for name, values in columns.items()}
+def _number_scores(split: str, correlations: Sequence[str], columns: Columns) -> dict[str, RowScore]:
+    """Return the means of outcomes, and correlations of labels and predictions."""
+    outcomes = [name for name in columns if not (correlations and name in ("label", "prediction"))]
+    scores = {name: _mean(columns[name]) for name in outcomes}
+    with np.errstate(invalid="ignore", over="ignore"):  # a run may diverge
+        found = {name: _CORRELATIONS[name](columns["label"], columns["prediction"]) for name in correlations}
+    scores |= {name: RowScore(*one) for name, one in found.items()}
+    return {f"{split}/{name}": score for name, score in scores.items()}
 
 
 def _class_scores(split: str, num_classes: int, columns: Columns) -> dict[str, RowScore]:
@@ -246,6 +257,21 @@ def _class_scores(split: str, num_classes: int, columns: Columns) -> dict[str, R
 
 def _mean(values: Floats) -> RowScore:
     return RowScore(float(values.mean()), values, bool(np.isin(values, (0.0, 1.0)).all()), is_mean=True)
+
+
+def regression_scores(labels: Floats, predictions: Floats) -> dict[str, RowScore]:
+    """Return the mean squared error as loss, the mean absolute error, and the correlations of Pearson and Spearman.
+
+    Args:
+        labels: (N,) true numbers.
+        predictions: (N,) predicted numbers.
+
+    Returns:
+        The scores by name.
+    """
+    errors = predictions - labels
+    scores = {"loss": _mean(np.square(errors)), "mae": _mean(np.abs(errors))}
+    return scores | {name: RowScore(*score(labels, predictions)) for name, score in _CORRELATIONS.items()}
 
 
 def classification_scores(

@@ -83,6 +83,11 @@ class Run:
         stems = [file.stem for file in files if file.parent.name == "strategy"]
         return "+".join(stems) or re.sub(r"[-_](seed)?[0-9]+$", "", str(self.settings.get("name"))) or "run"
 
+    @property
+    def needs_no_training(self) -> bool:
+        """Whether the run only evaluates a model, by ``trainer.max_epochs: 0``."""
+        return (self.settings.get("trainer") or {}).get("max_epochs") == 0
+
     @cached_property
     def flat(self) -> dict[str, Any]:
         """Settings by dotted key, without locations, names and seeds.

@@ -4,6 +4,7 @@ from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.language_modeling import LanguageModel
 from gpt2_pl.tasks.paraphrase import ParaphraseDetector
 from gpt2_pl.tasks.poetry import PoemGenerator
+from gpt2_pl.tasks.regression import TextRegressor
 from gpt2_pl.tasks.sentiment import SentimentClassifier
 
-__all__ = ["LanguageModel", "ParaphraseDetector", "PoemGenerator", "SentimentClassifier", "Task"]
+__all__ = ["LanguageModel", "ParaphraseDetector", "PoemGenerator", "SentimentClassifier", "Task", "TextRegressor"]

@@ -174,8 +174,8 @@ class CheckpointedModule(LightningModule):
             return
         current = self.datamodule.prompt_spec()
         for key in ("template", "labels"):
-            if (trained := prompt_spec.get(key)) != current[key]:
-                message = f"data.{key} must be {trained!r}, as in the checkpoint, got {current[key]!r}"
+            if (trained := prompt_spec.get(key)) != (own := current.get(key)):
+                message = f"data.{key} must be {trained!r}, as in the checkpoint, got {own!r}"
                 raise InputError(message, key=f"data.{key}")
 
     def _check_training_state(self) -> None:

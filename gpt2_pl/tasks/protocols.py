@@ -21,7 +21,8 @@ class RowTable(NamedTuple):
 
     ``gpt2-pl compare`` computes confidence intervals from a table named ``predictions`` with the columns ``text``,
     ``label`` and ``prediction``: from the classes if the table has columns ``p(<class>)``, otherwise from the columns
-    with the names of the task's metrics. Such a column holds the metric of every row, and its mean is the score. In a
+    with the names of the task's metrics. Such a column holds the metric of every row, and its mean is the score. If
+    the task has the metrics ``pearson`` or ``spearman``, they are computed from the labels and the predictions. In a
     table named ``losses``, the columns ``n_tokens`` and ``loss`` hold the number of targets of every row and the sum of
     their losses, and rows with the same ``cluster`` count as one text.
 
@@ -103,12 +104,18 @@ class ReadableData(Protocol):
 
 
 @runtime_checkable
-class ClassificationRows(RowData, LabelledData, ReadableData, Protocol):
-    """Labelled rows with the texts of a template's fields; ``gpt2-pl references`` uses it."""
+class LabelledRows(RowData, ReadableData, Protocol):
+    """Rows with a label and the texts of a template's fields; ``gpt2-pl references`` uses it."""
 
     rows: dict[str, Any]  #: texts of each split by field, a column each
     encoded: dict[str, Any]  #: tokens and ``labels`` (N,) of each split
     template: Any  #: the prompt, with its ``fields``
+
+
+@runtime_checkable
+class ClassificationRows(LabelledRows, LabelledData, Protocol):
+    """Rows whose labels are classes; ``gpt2-pl references`` uses it."""
+
     num_classes: int
 
 
@@ -122,10 +129,9 @@ class PoemData(TokenizedData, Protocol):
 
 
 @runtime_checkable
-class TextClassifier(Protocol):
-    """Task that classifies texts; ``gpt2-pl classify`` uses it."""
+class TextPredictor(Protocol):
+    """Task that predicts something for every text."""
 
-    num_classes: int
     prompt_spec: dict[str, Any] | None  #: prompt of the training data
 
     @property
@@ -137,6 +143,22 @@ class TextClassifier(Protocol):
     def device(self) -> torch.device:
         """Device of the model."""
         ...
+
+
+@runtime_checkable
+class NumberPredictor(TextPredictor, Protocol):
+    """Task that predicts a number for every text; ``gpt2-pl classify`` uses it."""
+
+    def predict_number(self, batch: dict[str, Any]) -> Tensor:
+        """Return the number (B,) of every text of a batch."""
+        ...
+
+
+@runtime_checkable
+class TextClassifier(TextPredictor, Protocol):
+    """Task that classifies texts; ``gpt2-pl classify`` uses it."""
+
+    num_classes: int
 
     def predict_proba(self, batch: dict[str, Any]) -> Tensor:
         """Return the class probabilities (B, K) of a batch."""
@@ -150,6 +172,15 @@ class TextClassifier(Protocol):
 @runtime_checkable
 class FeatureClassifier(TextClassifier, Protocol):
     """Classifier of pooled hidden states; ``gpt2-pl references`` uses it."""
+
+    def encode(self, batch: dict[str, Any]) -> Tensor:
+        """Return the pooled hidden states (B, C) of a batch."""
+        ...
+
+
+@runtime_checkable
+class FeaturePredictor(NumberPredictor, Protocol):
+    """Task that predicts a number from pooled hidden states; ``gpt2-pl references`` uses it."""
 
     def encode(self, batch: dict[str, Any]) -> Tensor:
         """Return the pooled hidden states (B, C) of a batch."""

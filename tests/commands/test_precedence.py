@@ -15,15 +15,16 @@ from lightning.pytorch.cli import LightningCLI
 
 from gpt2_pl import tasks
 from gpt2_pl.commands.lightning_cli import GPT2CLI
-from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, PoemGenerator, SentimentClassifier, Task
+from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, PoemGenerator, SentimentClassifier, Task, TextRegressor
 from gpt2_pl.tasks.checkpoint import arguments
 from gpt2_pl.tasks.classification import Classifier
 from gpt2_pl.utils.registry import class_path
 
-TASKS = (SentimentClassifier, ParaphraseDetector, LanguageModel, PoemGenerator)
+TASKS = (SentimentClassifier, ParaphraseDetector, TextRegressor, LanguageModel, PoemGenerator)
 DATA = {
     SentimentClassifier: "gpt2_pl.datamodules.IMDB",
     ParaphraseDetector: "gpt2_pl.datamodules.QuoraPairs",
+    TextRegressor: "gpt2_pl.datamodules.STSB",
     LanguageModel: "gpt2_pl.datamodules.TextCorpus",
     PoemGenerator: "gpt2_pl.datamodules.Sonnets",
 }

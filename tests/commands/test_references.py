@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from gpt2_pl.commands import main
-from gpt2_pl.experiments.references import bag_of_words, logistic_regression, majority
+from gpt2_pl.experiments.references import bag_of_words, linear_model, majority, mean_label
 from gpt2_pl.experiments.run import Run
 
 
@@ -103,13 +103,31 @@ def test_bag_of_words_pair_features_do_not_depend_on_order():
     np.testing.assert_allclose(p["a"], p["b"])
 
 
-def test_logistic_regression_absent_class_has_no_probability():
+def test_linear_model_absent_class_has_no_probability():
     features = np.random.default_rng(0).normal(size=(40, 3))
     labels = (features[:, 0] > 0).astype(int) * 2
-    p = logistic_regression(features, labels, {"val": features}, 3)["val"]
+    p = linear_model(features, labels, {"val": features}, 3)["val"]
     assert (p[:, 1] == 0).all()
     assert (p.argmax(1) == labels).mean() > 0.9
 
 
 def test_majority_gives_fractions_of_labels():
     np.testing.assert_allclose(majority(np.array([0, 2, 2, 2]), 2, 3), [[0.25, 0, 0.75]] * 2)
+
+
+def test_bag_of_words_of_numbers_equals_ridge_regression_with_chosen_penalty():
+    generator = np.random.default_rng(0)
+    words = np.array(["good", "bad", "film", "the", "plot", "dull", "fine", "cast"])
+    texts = [(" ".join(generator.choice(words, 6)),) for _ in range(120)]
+    labels = np.array([text.count("good") - text.count("dull") / 2 for (text,) in texts])
+    predicted = bag_of_words(texts[:90], labels[:90], {"val": texts[90:]}, None)["val"]
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit([text for (text,) in texts[:90]])
+    train, val = (vectorizer.transform([text for (text,) in part]).toarray() for part in (texts[:90], texts[90:]))
+    centered, mean = train - train.mean(0), labels[:90].mean()
+    by_penalty = {}
+    for C in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):  # in closed form; rows of TF-IDF have norm 1
+        weights = np.linalg.solve(centered.T @ centered + np.eye(train.shape[1]) / C, centered.T @ (labels[:90] - mean))
+        by_penalty[C] = mean + (val - train.mean(0)) @ weights
+    assert any(np.allclose(predicted, expected, atol=1e-3) for expected in by_penalty.values())
+    assert np.corrcoef(predicted, labels[90:])[0, 1] > 0.8
+    assert mean_label(labels[:90], 2).tolist() == [mean, mean]

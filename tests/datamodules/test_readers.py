@@ -306,8 +306,8 @@ def test_read_file_unclosed_quote_is_refused_at_field_limit(tmp_path):
 def test_setup_any_batch_size_encodes_rows_as_one_by_one(base, tmp_path, monkeypatch):
     pairs = [{"sentence1": f"film {i} " * (i % 40 + 1), "sentence2": "plot", "is_duplicate": i % 2} for i in range(203)]
     file = write(tmp_path / "rows.jsonl", pairs)
-    monkeypatch.setattr("gpt2_pl.datamodules.classification._BATCH_ROWS", 50)
-    monkeypatch.setattr("gpt2_pl.datamodules.classification._BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("gpt2_pl.datamodules.labelled._BATCH_ROWS", 50)
+    monkeypatch.setattr("gpt2_pl.datamodules.labelled._BATCH_CHARACTERS", 2000)
     module = QuoraPairs(test_file=str(file), tokenizer=str(base), max_length=30)
     module.setup()
     rows = module.encoded["test"]

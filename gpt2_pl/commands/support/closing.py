@@ -73,6 +73,13 @@ def validate_final_weights(
     summary.on_train_end(trainer, module)
 
 
+def score_untrained(trainer: Trainer, module: LightningModule, datamodule: Any, can_test: bool) -> None:
+    """Evaluate a model that needs no training on the validation set and, if there is one, on the test set."""
+    trainer.validate(module, datamodule, verbose=False)
+    if can_test:
+        trainer.test(module, datamodule, verbose=False)
+
+
 def early_end(trainer: Trainer, has_trained: bool) -> str:
     """Return the reason why training had fewer epochs than requested, as a new line, or an empty string."""
     callbacks = callbacks_of(trainer)

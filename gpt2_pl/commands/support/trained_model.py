@@ -54,11 +54,20 @@ def load_task(options: Namespace, protocol: type = object) -> tuple[Any, Path]:
         import_plugin(name)
     checkpoint = options.ckpt_path or best_checkpoint(options.run)
     task = load(checkpoint, options.base)
+    require_protocol(task, protocol, checkpoint)
+    return task, checkpoint
+
+
+def require_protocol(task: object, protocol: type, checkpoint: Path) -> None:
+    """Check that the task of a checkpoint implements a protocol.
+
+    Raises:
+        InputError: the task lacks a member.
+    """
     if not isinstance(task, protocol):
         from gpt2_pl.tasks.protocols import lacks
 
         raise InputError(f"{checkpoint}: {lacks(task, protocol)}", key="RUN")
-    return task, checkpoint
 
 
 def load(checkpoint: Path, base: str | None = None) -> Task:

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from gpt2_pl.callbacks import ResumableModelCheckpoint
 from gpt2_pl.errors import InputError
+from gpt2_pl.surgery import Surgery
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.base import OptimizerCallable
 from gpt2_pl.utils.trainer import callbacks_of
@@ -41,8 +42,16 @@ def check_processes(trainer: Trainer) -> None:
         raise InputError(f"trainer.strategy must {expected}, got {got}", key="trainer.strategy")
 
 
+def needs_training(model: Any) -> bool:
+    """Return whether a task has random parameters, so that it predicts nothing before training."""
+    is_random = model.base is None or getattr(model, "head_name", None) == "linear"
+    return is_random and all(type(surgery).load_head is Surgery.load_head for surgery in model.surgery)
+
+
 def check_training(trainer: Trainer, model: Task) -> None:
     """Check that a trainer has something to train and that its settings and callbacks support tasks.
+
+    With ``trainer.max_epochs: 0``, a task that needs no training is only evaluated.
 
     Args:
         trainer: the trainer before its start.
@@ -52,7 +61,7 @@ def check_training(trainer: Trainer, model: Task) -> None:
         InputError: they do not; the message names the setting.
     """
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
-        if getattr(trainer, key) == 0:
+        if getattr(trainer, key) == 0 and (key != "max_epochs" or needs_training(model)):
             message = f"trainer.{key} must not be 0, as fit would not train; evaluate with gpt2-pl validate or test"
             raise InputError(message, key=f"trainer.{key}", value=0)
     used = callbacks_of(trainer)

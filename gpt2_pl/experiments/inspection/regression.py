@@ -9,6 +9,7 @@ import numpy as np
 from gpt2_pl.experiments.inspection.page import Column, Inspection, Section, Table
 from gpt2_pl.experiments.inspection.predictions import NumericPredictions
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.statistics.contributions import pearson, spearman
 
 
 def inspect_numbers(run: Run, split: str, rows: NumericPredictions, count: int, created: str) -> Inspection:
@@ -29,6 +30,8 @@ def inspect_numbers(run: Run, split: str, rows: NumericPredictions, count: int, 
         "mean absolute error": float(np.abs(errors).mean()),
         "root mean squared error": float(np.sqrt(np.square(errors).mean())),
         "mean error (prediction minus label)": float(errors.mean()),
+        "Pearson correlation": pearson(rows.labels, rows.predictions)[0],
+        "Spearman correlation": spearman(rows.labels, rows.predictions)[0],
     }
     about = {"run": str(run.folder), "task": str(run.record.get("task")), "strategy": run.strategy, "split": split}
     shown = {name: f"{value:.4g}" for name, value in scores.items()}

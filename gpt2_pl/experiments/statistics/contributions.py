@@ -20,7 +20,8 @@ from gpt2_pl.experiments.statistics.contrast import Floats
 Score = Callable[[Floats], Floats]
 """Function of sums over texts (..., F) that returns scores (...)."""
 
-_MAX_COUNTS = 2**22  # confusion counts that are scored at once
+_MAX_COUNTS = 2**22  # confusion counts, or ranks, that are scored at once
+_TINY = 1e-20  # of a product of variances relative to the largest number; below it, one of them counts as 0
 
 MAX_GROUPS = 200
 """Number of groups of a delete-a-group jackknife."""
@@ -70,6 +71,63 @@ def from_confusion(
         fewer[np.arange(len(removed)), removed] -= 1.0
         without[removed] = score(fewer)
     return theta, N * theta - (N - 1) * without[cells]
+
+
+def pearson(labels: Floats, predictions: Floats) -> tuple[float, Floats]:
+    """Return Pearson's correlation and the contribution of each text.
+
+    A correlation with numbers that are all equal counts as 0.
+
+    Args:
+        labels: (N,) true numbers.
+        predictions: (N,) predicted numbers.
+
+    Returns:
+        The correlation of all texts, and the contributions (N,).
+    """
+    x, y = labels - labels.mean(), predictions - predictions.mean()  # for precision
+    x, y = x / max(np.abs(x).max(), _TINY), y / max(np.abs(y).max(), _TINY)
+    features = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    return from_sums(features, _correlation)
+
+
+def _correlation(sums: Floats) -> Floats:
+    """Return correlations (...) from sums (..., 6) of 1, x, y, x², x y and y²."""
+    n, x, y, xx, xy, yy = np.moveaxis(sums, -1, 0)
+    variances = np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0)
+    is_constant = variances <= _TINY * n**4
+    found: Floats = np.where(is_constant, 0.0, (n * xy - x * y) / np.sqrt(np.where(is_constant, 1.0, variances)))
+    return found
+
+
+def spearman(labels: Floats, predictions: Floats) -> tuple[float, Floats]:
+    """Return Spearman's rank correlation and the contribution of each text; equal numbers share their mean rank.
+
+    The deletion of a text lowers the rank of every larger number by 1, and that of every equal number by 1/2.
+
+    Args:
+        labels: (N,) true numbers.
+        predictions: (N,) predicted numbers.
+
+    Returns:
+        The correlation of all texts, and the contributions (N,).
+    """
+    from scipy.stats import rankdata
+
+    N, columns = len(labels), (labels, predictions)
+    x, y = (rankdata(column) for column in columns)
+    theta, without = pearson(x, y)[0], np.empty(N)
+    step = max(1, _MAX_COUNTS // N)
+    for start in range(0, N, step):
+        removed = slice(start, start + step)
+        rest = np.arange(N)[removed, None] != np.arange(N)  # (removed texts, N)
+        fewer = [
+            np.where(rest, rank - (np.sign(rank - rank[removed, None]) + 1) / 2 - N / 2, 0.0) / N for rank in (x, y)
+        ]
+        a, b = fewer
+        sums = [rest, a, b, a * a, a * b, b * b]
+        without[removed] = _correlation(np.stack([one.sum(1) for one in sums], axis=-1))
+    return theta, N * theta - (N - 1) * (without if N > 1 else theta)
 
 
 def class_f1(counts: Floats) -> Floats:

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from gpt2_pl.errors import InputError
@@ -72,7 +73,7 @@ class Comparison:
 
     def unit(self, name: str) -> Unit:
         """Return the unit of a score."""
-        is_ratio = name.partition("/")[2] == "perplexity"
+        is_ratio = name.endswith("perplexity")
         return Unit(self.higher_is_better(name), bool(self.metric(name).get("percent")), is_ratio)
 
     @property
@@ -107,6 +108,37 @@ class Comparison:
                 names.update(dict.fromkeys(known))
         return list(names)
 
+    @cached_property
+    def has_sizes(self) -> bool:
+        """Whether several strategies were trained on several numbers of rows, so that they have learning curves."""
+        sizes: dict[str, set[Any]] = defaultdict(set)
+        for group in self.groups:
+            sizes[group.strategy].add(group.training_rows)
+        return sum(len(of_strategy - {None}) > 1 for of_strategy in sizes.values()) > 1
+
+    def baseline_of(self, group: RunGroup) -> RunGroup | None:
+        """Return the baseline of a group; None for a baseline itself.
+
+        With several numbers of training rows, it is the group of the baseline's strategy with as many rows.
+        """
+        first = self.groups[0]
+        if not self.has_sizes:
+            return None if group is first else first
+        if group.strategy == first.strategy:
+            return None
+        of_first = (g for g in self.groups if g.strategy == first.strategy)
+        return next((g for g in of_first if g.training_rows == group.training_rows), None)
+
+    @property
+    def baseline_name(self) -> str:
+        """The baseline in words."""
+        return f"{self.groups[0].strategy} with as many training rows" if self.has_sizes else self.groups[0].label
+
+    @property
+    def compared(self) -> list[RunGroup]:
+        """The groups that are compared with a baseline."""
+        return [group for group in self.groups if self.baseline_of(group) is not None]
+
     @property
     def family(self) -> list[RunGroup]:
         """The groups whose difference to the baseline in the primary metric was tested, one family of comparisons."""
@@ -130,10 +162,11 @@ class Comparison:
         Candidates are the baseline and all groups with a verdict that excludes such a loss.
 
         Returns:
-            The group, or None if no margin was declared or no group has a verdict.
+            The group, or None if no margin was declared, no group has a verdict, or there are several numbers of
+            training rows.
         """
         name = self.primary_metric
-        if self.margin is None or not self.family:
+        if self.margin is None or not self.family or self.has_sizes:
             return None
         verdicts = {id(group): group.differences[name].verdict for group in self.family}
         not_worse = [g for g in self.family if (found := verdicts[id(g)]) is not None and found.is_not_worse]
@@ -185,7 +218,7 @@ def compare(
         if run.record.get("status") == "finished" and run.record.get("monitor") not in scores:
             notes[task].append(f"{run.folder} is left out: it has no {run.record.get('monitor')}")
             tasks[task] += []
-        elif run.record.get("status") != "finished" or not run.record.get("epochs"):
+        elif run.record.get("status") != "finished" or not (run.record.get("epochs") or run.needs_no_training):
             status = "trained nothing" if run.record.get("status") == "finished" else str(run.record.get("status"))
             notes[task].append(f"{run.folder} is left out: it is not a finished training run ({status})")
             tasks[task] += []
@@ -228,7 +261,7 @@ def _group_task(
     else:  # references alone are compared like strategies
         references = []
     first = baseline or "full"
-    groups.sort(key=lambda group: (group.label != first, group.strategy != first, group.label))
+    groups.sort(key=lambda g: (g.label != first, g.strategy != first, g.strategy, g.training_rows or 0, g.label))
     if first not in (groups[0].label, groups[0].strategy) and len(groups) > 1:
         notes.append(f"there is no baseline {first!r}; differences are to {groups[0].label}")
     monitor = str(comparable[0].record["monitor"])
@@ -289,18 +322,19 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
     """Add to each group its differences to the baseline and its notices, and to the comparison its notes."""
     if not comparison.groups:
         return
-    first, primary = comparison.groups[0], comparison.primary_metric
+    primary = comparison.primary_metric
     unit = comparison.unit(primary)
     comparison.margin = None if margin is None else unit.margin(margin)
     for name in comparison.scores():
-        for group in comparison.groups[1:]:
-            if (found := comparison.difference(group, first, name)) is not None:
+        for group in comparison.compared:
+            baseline = comparison.baseline_of(group)
+            if baseline and (found := comparison.difference(group, baseline, name)) is not None:
                 group.differences[name] = found
     family = {str(i): g.differences[primary] for i, g in enumerate(comparison.groups) if primary in g.differences}
     for i, judged in judge(family, comparison.margin).items():
         comparison.groups[int(i)].differences[primary] = judged
     if comparison.is_paired:
-        for group in comparison.groups[1:]:
+        for group in comparison.compared:
             group.notices += _pairing_notices(comparison, group)
     for group in comparison.groups:
         diverged = [run for run in group.runs if not is_usable(run, primary)]
@@ -313,7 +347,7 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
 
 def _pairing_notices(comparison: Comparison, group: RunGroup) -> list[str]:
     """Return notices on the runs that have no run of the same seed in the baseline, and the reverse."""
-    first, name = comparison.groups[0], comparison.primary_metric
+    first, name = comparison.baseline_of(group) or comparison.groups[0], comparison.primary_metric
     pairs = len(comparison.pairs(group, first, name)[0])
     notices = []
     alone = [(of, len(of.usable(name)) - pairs) for of in (group, first)]

@@ -1,4 +1,4 @@
-"""The figures of a comparison: learning curves, scores against costs, and scores within a budget.
+"""The figures of a comparison: learning curves, scores against costs, scores within a budget, and by training rows.
 
 Every strategy has a colour and a marker of its own, in a legend beside the axes, so that no text covers data. Colours
 are those of Okabe and Ito (2008), which colour-blind readers can distinguish.
@@ -15,6 +15,7 @@ import numpy as np
 from gpt2_pl.experiments.budgets import best_of, budget_costs, independent_trials
 from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import COSTS, budget_cost
+from gpt2_pl.experiments.learning_curves import Curve, curves, size_unit
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.trials import Trials
 from gpt2_pl.experiments.units import Unit
@@ -46,7 +47,8 @@ def _figures(comparison: Comparison) -> dict[str, Callable[[Comparison], Figure]
     if not comparison.groups:
         return {}
     budgets = {"budgets": _budgets} if budget_costs(comparison) else {}
-    return {"curves": _learning_curves, "costs": _costs, **budgets}
+    sizes = {"sizes": _sizes} if comparison.has_sizes else {}
+    return {"curves": _learning_curves, "costs": _costs, **budgets, **sizes}
 
 
 def plots(comparison: Comparison) -> dict[str, dict[str, bytes]]:
@@ -134,6 +136,32 @@ def _budgets(comparison: Comparison) -> Figure:
     figure.suptitle(f"{plain(comparison.task)}: score within a budget", fontsize=12)
     _add_legend(figure, axes[-1], *axes[:-1])
     return figure
+
+
+def _sizes(comparison: Comparison) -> Figure:
+    """Draw the primary metric by the number of training rows, with bands from the lowest to the highest seed."""
+    name = comparison.primary_metric
+    unit = comparison.unit(name)
+    figure, axes = _figure(1)
+    for i, curve in enumerate(curves(comparison)):
+        color, marker, line = _style(i)
+        _draw_curve(axes[0], _size_curve(curve, name, unit), color, marker=marker, linestyle=line,
+                    label=_label(curve.strategy, i))  # fmt: skip
+    for i, curve in enumerate(curves(comparison, references=True)):
+        label = f"{_label(curve.strategy, 0)} {_REFERENCE}"
+        _draw_curve(axes[0], _size_curve(curve, name, unit), _REFERENCE_COLOR, linestyle=_LINES[1 + i % 3], label=label)
+    _set_log_axis(axes[0], size_unit(comparison))
+    axes[0].set(
+        ylabel=_axis(name, unit), title=f"{plain(comparison.task)}: learning curves over {size_unit(comparison)}"
+    )
+    _add_legend(figure, axes[0])
+    return figure
+
+
+def _size_curve(curve: Curve, name: str, unit: Unit) -> tuple[list[float], list[list[float]]]:
+    """Return the numbers of rows, and the scores of all seeds with each of them."""
+    scores = [[_shown(unit, value) for value in group.usable_values(name)] for group in curve.groups.values()]
+    return [float(size) for size in curve.groups], scores
 
 
 def _draw_trials(axis: Axes, comparison: Comparison, trials: Trials, cost: str, i: int, label: str) -> None:

@@ -39,7 +39,7 @@ def _table(comparison: Comparison) -> str:
     for row in arms:
         cells = [*(row[i] for i in scores), *differences.get(row[0], ["", "", ""])]
         lines.append(" & ".join(escape(cell) for cell in cells) + r" \\")
-    caption = f"{comparison.task}: {heading(comparison.primary_metric)}, differences to {comparison.groups[0].label}."
+    caption = f"{comparison.task}: {heading(comparison.primary_metric)}, differences to {comparison.baseline_name}."
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escape(caption)}}}", r"\end{table}", ""]
     return "\n".join(lines)
 

@@ -91,7 +91,8 @@ def make_plan(
 def plan_title(comparison: Comparison, group: RunGroup, plan: Plan, score: str) -> str:
     """Return what a plan is about, as a line of text."""
     pilot_seeds = " + ".join(map(str, plan.pilot.num_seeds))
-    names = f"{group.label} against {comparison.groups[0].label}"
+    baseline = comparison.baseline_of(group) or comparison.groups[0]
+    names = f"{group.label} against {baseline.label}"
     return f"{names}, {heading(score)}, {plan.num_texts:,} texts; pilot of {pilot_seeds} seeds"
 
 

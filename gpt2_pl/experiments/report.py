@@ -9,6 +9,7 @@ import base64
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -28,6 +29,7 @@ from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
+from gpt2_pl.experiments.learning_curves import crossing_caption, crossing_table, crossings
 from gpt2_pl.experiments.reference_comparison import REFERENCE_CAPTION, reference_table
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.selection import MIN_ROWS
@@ -99,12 +101,13 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
     """Return the tables of a comparison with their captions."""
     if not comparison.groups:
         return []
-    baseline, budgets = comparison.groups[0].label, budget_costs(comparison)
+    baseline, budgets = comparison.baseline_name, budget_costs(comparison)
     tables = [
         (ARM_CAPTION.format(metric=heading(comparison.primary_metric)), arm_table(comparison)),
         (difference_caption(comparison), difference_table(comparison)),
         (selection_caption(comparison), selection_table(comparison)),
         (REFERENCE_CAPTION.format(metric=heading(comparison.primary_metric)), reference_table(comparison)),
+        (crossing_caption(comparison), crossing_table(comparison)),
         (
             EFFECT_CAPTION + " Seeds are not paired here." * comparison.is_paired,
             effect_table(comparison, factor_effects(comparison)),
@@ -221,6 +224,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "paired_seeds": comparison.is_paired,
         "rows_dropped": comparison.num_dropped,
         "notes": comparison.notes,
+        "crossings": [asdict(found) for found in crossings(comparison)],
         "groups": [
             {
                 "strategy": group.label,

@@ -44,6 +44,18 @@ class RunGroup:
     trials: Trials | None = None
     selections: list[Selection] = field(default_factory=list)
 
+    @property
+    def training_rows(self) -> int | None:
+        """Number of training rows; None if it is not known."""
+        rows = self.runs[0].flat.get("data.training_rows")
+        return rows if isinstance(rows, int) else None
+
+    @property
+    def shots(self) -> int | None:
+        """Number of training rows of each class, ``data.shots``; None without it."""
+        shots = self.runs[0].flat.get("data.shots")
+        return shots if isinstance(shots, int) else None
+
     def values(self, score: str) -> list[float]:
         """Return a score of every run that has it."""
         return [value for run in self.runs if (value := run.score(score)) is not None]
@@ -86,6 +98,18 @@ class RunGroup:
         return statistics.median(costs) if costs else None
 
 
+def deduplicate_seeds(runs: Sequence[Run], notes: list[str]) -> list[Run]:
+    """Return the first run of each seed; notes state whether repeated runs have the same scores."""
+    by_seed: dict[Any, Run] = {}
+    for run in sorted(runs, key=lambda run: (run.record.get("seed") or 0, str(run.folder))):
+        first = by_seed.setdefault(run.record.get("seed"), run)
+        if first is not run:
+            same = first.record["scores"] == run.record["scores"]
+            verdict = "the same scores to the last digit" if same else "OTHER SCORES"
+            notes.append(f"{run.folder} repeats {first.folder}, seed {run.record.get('seed')}: {verdict}")
+    return list(by_seed.values())
+
+
 def _shorten_value(value: Any) -> str:
     text = printable(value)
     return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[:_MAX_VALUE_CHARACTERS]}..."
@@ -101,6 +125,8 @@ def disambiguate_labels(groups: Sequence[RunGroup]) -> None:
         differing = [
             name for name in names if len({json.dumps(g.runs[0].flat.get(name), default=str) for g in same}) > 1
         ]
+        if "data.shots" in differing:  # which determines the number of rows
+            differing = [name for name in differing if name != "data.training_rows"]
         more = [f"{len(differing) - _MAX_SETTINGS} more"] if len(differing) > _MAX_SETTINGS else []
         for group in same:
             values = group.runs[0].flat

@@ -48,6 +48,7 @@ PAIRED = "Seeds are paired: every difference is the mean of those of two runs wi
 UNPAIRED = "Seeds are not paired. "
 _MIN_VALIDATIONS = 2  # to choose from
 _NOT_DECLARED = "needs --margin"
+_NO_CHEAPEST = {False: "not known", True: "see the learning curves"}
 
 
 def score_table(comparison: Comparison) -> Table:
@@ -92,7 +93,7 @@ def difference_table(comparison: Comparison) -> Table:
     headings = ["strategy", "difference", "95 % each", "verdict", "95 % all together", "p", "p (Holm)", "detectable"]
     headings += ["df", "variance: seeds"]
     cells = []
-    for group in comparison.groups[1:]:
+    for group in comparison.compared:
         if (found := group.differences.get(name)) is None:
             cells.append([group.label, "", "", _no_runs(comparison), *[""] * (len(headings) - 4)])
             continue
@@ -116,7 +117,7 @@ def secondary_table(comparison: Comparison) -> Table:
     found = dict.fromkeys(name for group in comparison.groups for name in group.differences)
     names = [name for name in found if name != comparison.primary_metric]
     cells = []
-    for group in comparison.groups[1:]:
+    for group in comparison.compared:
         cells.append([group.label, *(_described(group.differences.get(name)) for name in names)])
     return ["strategy", *map(heading, names)], cells if names else []
 
@@ -179,7 +180,7 @@ def summary_table(comparisons: list[Comparison]) -> Table:
     for comparison in comparisons:
         if comparison.groups:
             name, cheapest = comparison.primary_metric, comparison.cheapest()
-            none = _NOT_DECLARED if comparison.margin is None else "not known"
+            none = _NOT_DECLARED if comparison.margin is None else _NO_CHEAPEST[comparison.has_sizes]
             chosen = [_summary(comparison, group) for group in (comparison.groups[0], comparison.best())]
             chosen.append(none if cheapest is None else _summary(comparison, cheapest))
             cells.append([comparison.task, heading(name), *chosen, verdict_counts(comparison)])
@@ -189,7 +190,7 @@ def summary_table(comparisons: list[Comparison]) -> Table:
 def verdict_counts(comparison: Comparison) -> str:
     """Return how many strategies are better, worse, equivalent and so on, in words."""
     counts: dict[str, int] = {}
-    for group in comparison.groups[1:]:
+    for group in comparison.compared:
         found = group.differences.get(comparison.primary_metric)
         word = found.verdict.word if found is not None and found.verdict is not None else "not assessed"
         counts[word] = counts.get(word, 0) + 1
@@ -205,7 +206,7 @@ def difference_caption(comparison: Comparison) -> str:
     in_points = " in points," if unit.is_percent else ""
     sign = ", as ratios: below 1 is better" if unit.is_ratio else f",{in_points} positive if better"
     return DIFFERENCE_CAPTION.format(
-        metric=heading(name), baseline=comparison.groups[0].label, sign=sign, count=count,
+        metric=heading(name), baseline=comparison.baseline_name, sign=sign, count=count,
         plural="s" * (count != 1), margin=margin, pairing=PAIRED if comparison.is_paired else UNPAIRED,
         welch=" of the pairs" if comparison.is_paired else " of each strategy (Welch)",
     )  # fmt: skip

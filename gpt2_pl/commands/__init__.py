@@ -11,6 +11,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl archive RUN RUN ... --out FILE.tar.xz
        gpt2-pl verify RUN [--steps N|all]
        gpt2-pl export RUN --format hf|peft --out FOLDER
+       gpt2-pl merge "RUN + 0.5*RUN" --out FOLDER
        gpt2-pl configs [list | show NAME | copy NAME [FOLDER]]
 
   fit         train a model and, if there are test data, test its best checkpoint
@@ -28,6 +29,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   verify      repeat the first steps of a run and compare the weights bit for bit
   configs     list, print or copy the included configuration files
   export      convert a trained model for transformers or peft
+  merge       combine LoRA adapters of one base linearly into one adapter
 
 Configuration files and flags apply from left to right; later values override earlier ones:
 
@@ -70,6 +72,7 @@ _COMMANDS = (
     "verify",
     "configs",
     "export",
+    "merge",
 )
 
 
@@ -184,6 +187,7 @@ def filter_messages() -> None:
         "FSDP2-wrapped module .* returned a view",  # the view is not modified in place
         "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # commands differ in callbacks
         r"The number of training batches \(\d+\) is smaller than the logging interval",  # scores are logged per epoch
+        "Metric `SpearmanCorrcoef` will save all targets",  # two numbers for every row
         "SWA is currently only supported every epoch. Found LRSchedulerConfig",  # schedules have an interval of steps
         "You're using the WeightAveraging callback with a model that overrides the configure_model",  # never sharded
         "You're using the WeightAveraging callback, but loading a checkpoint outside the 'fit' stage",  # of averages

@@ -103,7 +103,7 @@ def export_hf(task: Task, folder: Path, run: Path, backbone: bool = False) -> No
             "nothing else was trained or added",
             key="format",
         )
-    head = None if backbone else _head(task)
+    head = None if backbone else task_head(task)
     merge(gpt2)
     end = _save_tokenizer(run, folder, gpt2.config.n_positions, gpt2.config.vocab_size)
     special = {} if end is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
@@ -156,13 +156,13 @@ def export_peft(task: Task, folder: Path, backbone: bool = False) -> None:
     if not task.base_is_frozen:
         message = f"the base was trained (train_base); an adapter cannot contain its weights{alternative}"
         raise InputError(message, key="train_base")
-    head = None if backbone else _head(task)
+    head = None if backbone else task_head(task)
     peft_format.save(gpt2, folder, task.base, head)
     if weights_sha256(gpt2) != task.base_digest:
         raise InputError(f"surgery changed weights of the base; an adapter cannot contain them{alternative}")
 
 
-def _head(task: Task) -> ClassificationHead | None:
+def task_head(task: Task) -> ClassificationHead | None:
     """Return the linear head of a task, or None if only the backbone has parameters.
 
     Raises:

@@ -149,6 +149,14 @@ class PeftAdapter(Surgery):
             if self._shift is not None:
                 head.linear.bias.copy_(score @ self._shift)
 
+    def stored_head(self) -> ClassificationHead | None:
+        """Return the saved head, after ``apply``; None if the adapter has none."""
+        if self._score is None:
+            return None
+        head = ClassificationHead(self._score.size(1), self._score.size(0))
+        self.load_head(head)
+        return head
+
     def _read(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
         from gpt2_pl.utils.hugging_face_schema import check_adapter
 

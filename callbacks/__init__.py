@@ -4,6 +4,7 @@ from gpt2_pl.callbacks.checkpointing import AtomicCheckpointIO, ResumableEarlySt
 from gpt2_pl.callbacks.end_of_training import EndOfTraining
 from gpt2_pl.callbacks.environment import Environment
 from gpt2_pl.callbacks.finetuning import DiscriminativeLR, GradualUnfreezing
+from gpt2_pl.callbacks.forgetting import Forgetting
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.progress import EpochLines, RunModelSummary, RunProgressBar
 from gpt2_pl.callbacks.reproducibility import Reproducibility
@@ -19,6 +20,7 @@ __all__ = [
     "EndOfTraining",
     "Environment",
     "EpochLines",
+    "Forgetting",
     "GradualUnfreezing",
     "ImageWriter",
     "NonFiniteLossGuard",

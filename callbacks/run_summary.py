@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.table import Table
 from torch import Tensor
 
+from gpt2_pl.callbacks.forgetting import Forgetting
 from gpt2_pl.callbacks.hyperparameters import log_settings
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.run_folder import run_folder
@@ -142,7 +143,8 @@ class RunSummary(Callback):
 
     def _write_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         self.scores.update(_of_split(trainer.callback_metrics, split))
-        self._finish(trainer, pl_module, "finished")
+        is_last = split == "test/" or not self.expects_test
+        self._finish(trainer, pl_module, "finished" if is_last else "trained")
 
     # Results
 
@@ -185,7 +187,9 @@ class RunSummary(Callback):
         """Return the content of metrics.json: times in seconds, sizes in bytes, all measured by process 0."""
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
-        metric_info: Any = pl_module.metric_info
+        metric_info: Any = {**pl_module.metric_info}
+        for callback in find_callbacks(trainer, Forgetting):
+            metric_info |= callback.metric_info
         cost = [throughput.record(trainer) for throughput in find_callbacks(trainer, Throughput)]
         return {
             "task": type(pl_module).__name__,
@@ -199,7 +203,7 @@ class RunSummary(Callback):
             "epochs": self.epochs,
             "parameters": {
                 "trainable": sum(layer["trainable"] for layer in self.layers)  # at the end of training
-                or sum(p.numel() for p in parameters if p.requires_grad),
+                or sum(p.numel() for p in parameters if p.requires_grad and trainer.max_epochs != 0),
                 "total": sum(p.numel() for p in parameters),
                 "layers": self.layers,
             },

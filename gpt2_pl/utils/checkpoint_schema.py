@@ -70,6 +70,8 @@ class CallbackState(Schema, extra="allow"):
     # PredictionWriter and NonFiniteLossGuard
     best: Score | None = None
     skipped: Count = 0
+    # Forgetting
+    initial: Score | None = None
     # EarlyStopping
     wait_count: Count = 0
     stopped_epoch: Count = 0
@@ -91,7 +93,7 @@ class CallbackState(Schema, extra="allow"):
 
 
 CALLBACKS = {  # names of classes whose states are checked
-    *("RunSummary", "Throughput", "PredictionWriter", "NonFiniteLossGuard"),
+    *("RunSummary", "Throughput", "PredictionWriter", "NonFiniteLossGuard", "Forgetting"),
     *("ResumableEarlyStopping", "EarlyStopping", "ResumableModelCheckpoint", "ModelCheckpoint"),
     *("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"),
 }

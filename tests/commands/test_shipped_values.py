@@ -9,7 +9,7 @@ from gpt2_pl.callbacks import DiscriminativeLR
 from gpt2_pl.optim import SlantedTriangular
 from gpt2_pl.surgery import LoRA
 from gpt2_pl.tasks import LanguageModel, PoemGenerator
-from gpt2_pl.tasks.classification import Classifier
+from gpt2_pl.tasks.pooled import PooledTask
 
 REVIEW = "Review: {sentence} Sentiment:"
 PAIR = "Sentence1: {sentence1}, Sentence2: {sentence2} → Are they paraphrases?"
@@ -60,7 +60,7 @@ def test_signature_defaults_equal_documented_values():
         (DiscriminativeLR, "decay", 0.95),
         (LoRA, "rank", 8),
         (LoRA, "alpha", 16),
-        (Classifier, "mean_weight", 0.7),
+        (PooledTask, "mean_weight", 0.7),
         (LanguageModel, "sequence_prefix", 50),
         (LanguageModel, "sequence_length", 100),
     ):

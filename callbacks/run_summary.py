@@ -187,7 +187,8 @@ class RunSummary(Callback):
         """Return the content of metrics.json: times in seconds, sizes in bytes, all measured by process 0."""
         parameters = list(pl_module.parameters())
         datamodule: Any = getattr(trainer, "datamodule", None)
-        metric_info: Any = {**pl_module.metric_info}
+        task: Any = pl_module
+        metric_info = {**task.metric_info}
         for callback in find_callbacks(trainer, Forgetting):
             metric_info |= callback.metric_info
         cost = [throughput.record(trainer) for throughput in find_callbacks(trainer, Throughput)]

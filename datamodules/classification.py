@@ -128,8 +128,8 @@ class TextClassification(LabelledText):
                 expected = f"at most {len(order)}, the number of training rows, or all"
                 raise InputError(key="data.demonstrations", value=self.demonstrations, expected=expected)
             order = order[: self.demonstrations]
-        assert self.trainer is not None
-        words, rows = self.trainer.lightning_module.label_words, self.rows["train"]
+        trainer: Any = self.trainer
+        words, rows = trainer.lightning_module.label_words, self.rows["train"]
         texts = [f"{self.template.fill(rows[int(n)])}{words[labels[n]]}{_EXAMPLE_END}" for n in order]
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
 

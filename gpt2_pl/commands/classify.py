@@ -100,7 +100,7 @@ def main(args: list[str]) -> None:
 
 def _predict(
     task: Any, ids: list[list[int]], batch_size: int, temperature: float, labels: Sequence[str]
-) -> Iterator[list[object]]:
+) -> Iterator[Sequence[object]]:
     """Yield the cells of every text: its class and probabilities, or its number if there are no classes."""
     if not labels:
         yield from ([float(f"{number:.7g}")] for number in predict_numbers(task, ids, batch_size))

@@ -134,15 +134,3 @@ def disambiguate_labels(groups: Sequence[RunGroup]) -> None:
                 f"{name.rpartition('.')[2]} {_shorten_value(values.get(name))}" for name in differing[:_MAX_SETTINGS]
             ]
             group.label = f"{label} ({', '.join(settings + more)})"
-
-
-def deduplicate_seeds(runs: Sequence[Run], notes: list[str]) -> list[Run]:
-    """Return the first run of each seed; notes state whether repeated runs have the same scores."""
-    by_seed: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.record.get("seed") or 0, str(run.folder))):
-        first = by_seed.setdefault(run.record.get("seed"), run)
-        if first is not run:
-            same = first.record["scores"] == run.record["scores"]
-            verdict = "the same scores to the last digit" if same else "OTHER SCORES"
-            notes.append(f"{run.folder} repeats {first.folder}, seed {run.record.get('seed')}: {verdict}")
-    return list(by_seed.values())

@@ -117,6 +117,8 @@ def spearman(labels: Floats, predictions: Floats) -> tuple[float, Floats]:
     N, columns = len(labels), (labels, predictions)
     x, y = (rankdata(column) for column in columns)
     theta, without = pearson(x, y)[0], np.empty(N)
+    if N == 1:
+        return theta, np.array([theta])
     step = max(1, _MAX_COUNTS // N)
     for start in range(0, N, step):
         removed = slice(start, start + step)
@@ -127,7 +129,7 @@ def spearman(labels: Floats, predictions: Floats) -> tuple[float, Floats]:
         a, b = fewer
         sums = [rest, a, b, a * a, a * b, b * b]
         without[removed] = _correlation(np.stack([one.sum(1) for one in sums], axis=-1))
-    return theta, N * theta - (N - 1) * (without if N > 1 else theta)
+    return theta, N * theta - (N - 1) * without
 
 
 def class_f1(counts: Floats) -> Floats:

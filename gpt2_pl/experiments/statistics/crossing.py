@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2_pl.experiments.statistics.contrast import Arm, Contrast, Floats, contrast
 
@@ -85,7 +86,7 @@ def _difference(x: Floats, first: Sequence[Arm], second: Sequence[Arm], position
     return contrast([arm for arm, _ in used], [weight for _, weight in used])
 
 
-def _set_around(positions: Floats, is_shown: Floats, position: float) -> tuple[float | None, float | None]:
+def _set_around(positions: Floats, is_shown: NDArray[np.bool_], position: float) -> tuple[float | None, float | None]:
     """Return the limits of the confidence set that contains a position; None for an open end."""
     i = int(np.searchsorted(positions, position))
     below = next((float(positions[j]) for j in range(i - 1, -1, -1) if is_shown[j]), None)

@@ -40,16 +40,16 @@ def main(args: list[str]) -> None:
     """
     parser = CommandParser(prog="gpt2-pl compare", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=RUNS_HELP)
-    out_help = "folder for report.md, .html, .csv, .json and .tex and the figures; without it they are not made"
+    out_help = "folder for report.md, .html, .csv, .json and .tex and the figures (default: no report is written)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out_help)
-    baseline_help = "the strategy that the others are compared with; default: full, or else the first"
-    parser.add_argument("--baseline", help=baseline_help)
+    baseline_help = "strategy that the others are compared with (default: full, or else the first)"
+    parser.add_argument("--baseline", metavar="NAME", help=baseline_help)
     margin_help = "difference in the primary metric that matters, decided before looking: points for a share, percent "
-    parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity")
+    parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity (default: none)")
     paired_help = "pair runs with the same seed; declare it only if a seed fixes the same data order or weights in both"
     parser.add_argument("--paired_seeds", action="store_true", help=f"{paired_help} strategies, and before looking")
     add_allow_missing_rows(parser)
-    check_help = "judge the claims of a YAML file; the status is 1 if one fails"
+    check_help = "judge the claims of a YAML file; the status is 1 if one fails (default: no claims)"
     parser.add_argument("--check", type=Path, metavar="FILE", help=check_help)
     given = parser.parse_args(args)
     with unpacked(given.runs) as given.runs:

@@ -41,11 +41,13 @@ def main(args: list[str]) -> None:
     parser = CommandParser(prog="gpt2-pl inspect", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run; two to compare their rows")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write")
-    parser.add_argument("--split", choices=("val", "test"), help="split of the rows; default: test if it has labels")
+    parser.add_argument(
+        "--split", choices=("val", "test"), help="split of the rows (default: test if it has labels, else val)"
+    )
     parser.add_argument("--rows", type=int, default=50, metavar="N", help="number of rows in each list")
     slice_help = "also the rows whose text matches a regular expression; can be given several times"
     parser.add_argument("--slice", action="append", metavar="NAME=REGEX", default=None, help=slice_help)
-    data_help = "data file of the rows, or of the true poems; default: that of the run's configuration"
+    data_help = "data file of the rows, or of the true poems (default: that of the run's configuration)"
     parser.add_argument("--data", metavar="FILE", help=data_help)
     column_help = "column of the data file, whose values are slices; can be given several times"
     parser.add_argument("--column", action="append", metavar="NAME", default=None, help=column_help)

@@ -46,6 +46,11 @@ class Outcome(Enum):
     FAILS = "fails"
     UNDECIDED = "undecided"
 
+    @property
+    def plural(self) -> str:
+        """What several claims do: ``hold``, ``fail`` or ``undecided``."""
+        return self.value.removesuffix("s")
+
 
 class JudgedClaim(NamedTuple):
     """Claim with what the runs say about it.
@@ -130,9 +135,11 @@ def judge_claims(
 
 def claim_lines(judged: Sequence[JudgedClaim]) -> Iterator[str]:
     """Yield a line for every claim, and one that counts them."""
+    counts = []
     for one in judged:
         yield f"{one.outcome.value}: {one.text} {one.figures}"
-    counts = (f"{sum(one.outcome is outcome for one in judged)} {outcome.value}" for outcome in Outcome)
+    for outcome, count in ((outcome, sum(one.outcome is outcome for one in judged)) for outcome in Outcome):
+        counts.append(f"{count} {outcome.plural if count != 1 else outcome.value}")
     yield f"claims: {', '.join(counts)}"
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2_pl import __version__
 from gpt2_pl.errors import printable
@@ -52,7 +52,11 @@ from gpt2_pl.experiments.tables import (
     summary_table,
 )
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 CROSSED = "; no row is scored by an epoch that it chose (half-splits)"
+_MAX_COLUMNS = 8  # of a table on the page that has fewer rows
 _MAX_TEXT = 1000  # characters of a run's text in one place
 
 
@@ -183,10 +187,11 @@ def page(comparisons: list[Comparison], images: Mapping[str, Mapping[str, bytes]
 
     environment = Environment(loader=PackageLoader("gpt2_pl.experiments", ""), autoescape=True)
     environment.filters["line"] = line
+    environment.filters["breakable"] = _breakable
     sections = []
     for comparison in comparisons:
         encoded = {name: base64.b64encode(png).decode() for name, png in images.get(comparison.task, {}).items()}
-        tables = _tables(comparison)
+        tables = [(caption, _fitting(table)) for caption, table in _tables(comparison)]
         groups = [*comparison.groups, *comparison.references]
         runs = [str(run.folder) for group in groups for run in group.runs]
         sections.append({"comparison": comparison, "about": about(comparison), "tables": tables, "images": encoded,
@@ -199,13 +204,31 @@ def page(comparisons: list[Comparison], images: Mapping[str, Mapping[str, bytes]
     )
 
 
+def _fitting(table: Table) -> Table:
+    """Return a table, transposed if it has many columns and fewer rows, so that it fits a narrow page."""
+    headings, cells = table
+    if len(headings) <= _MAX_COLUMNS or len(cells) + 1 >= len(headings):
+        return table
+    first, *rows = zip(headings, *cells, strict=True)
+    return list(first), [list(row) for row in rows]
+
+
+def _breakable(text: str) -> Markup:
+    """Permit line breaks after the dots and underscores of a long name, and none within ``5 points`` or ``3 %``."""
+    from markupsafe import Markup, escape
+
+    escaped = re.sub(r"(?<=[A-Za-z])([._])(?=[A-Za-z])", r"\1<wbr>", str(escape(text)))
+    return Markup(re.sub(r"(?<=[0-9±≥]) (?=[0-9%±])|(?<=[±≥≤]) ", "&nbsp;", escaped))
+
+
 def _dates(comparisons: list[Comparison]) -> str:
     """Return the number of runs, when their records were written, and the version of this library."""
     groups = [g for comparison in comparisons for g in (*comparison.groups, *comparison.references)]
     files = [run.folder / "metrics.json" for group in groups for run in group.runs]
     times = [datetime.fromtimestamp(file.stat().st_mtime) for file in files if file.is_file()]
-    between = f", finished {min(times):%Y-%m-%d} to {max(times):%Y-%m-%d}" if times else ""
-    return f"{len(files)} runs{between}; gpt2_pl {__version__}."
+    days = sorted({f"{time:%Y-%m-%d}" for time in times})
+    between = f", finished {' to '.join(dict.fromkeys([days[0], days[-1]]))}" if days else ""
+    return f"{len(files)} run{'s' * (len(files) != 1)}{between}; gpt2_pl {__version__}."
 
 
 # Data

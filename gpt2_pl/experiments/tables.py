@@ -20,8 +20,9 @@ SCORE_CAPTION = (
 )
 COST_CAPTION = "Costs are medians over seeds. Tuning is the search that chose the settings of a strategy."
 ARM_CAPTION = (
-    "{metric} of every strategy with its 95 % interval over new seeds and new texts (of one run: over new texts), its "
-    "standard deviation over seeds with the 95 % interval of that, and the collapsed runs: far below their strategy."
+    "The {metric} of every strategy with its 95 % interval over new seeds and new texts (of one run: over new texts), "
+    "its standard deviation over seeds with the 95 % interval of that, and the runs that collapsed: far below their "
+    "strategy."
 )
 DIFFERENCE_CAPTION = (
     "Differences in {metric} to {baseline}{sign}. Each has its 95 % interval over new seeds and new texts: variances "

@@ -108,8 +108,8 @@ class Task(Registered, OptimizedModule):
             folder = resolve_checkpoint_dir(base, "model.base")
             self.config = pretrained.read_config(folder, dropout)
             pretrained.validate_weights(folder, self.config)
-        else:
-            shape = config if isinstance(config, dict) else asdict(config)  # type: ignore[arg-type]
+        elif config is not None:
+            shape = config if isinstance(config, dict) else asdict(config)
             self.config = GPT2Config(**shape | ({} if dropout is None else {"dropout": dropout}))
         self.base = base
         self.base_digest: str | None = None

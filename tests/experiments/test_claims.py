@@ -87,7 +87,7 @@ def test_compare_command_with_a_false_claim_has_status_1(folder, tmp_path, capsy
     main(command)
     shown = " ".join(capsys.readouterr().out.split())
     assert "holds: lora is better than full in val/accuracy on ParaphraseDetector. [D = +" in shown
-    assert shown.endswith("claims: 1 holds, 0 fails, 1 undecided")
+    assert shown.endswith("claims: 1 holds, 0 fail, 1 undecided")
     file.write_text("claims:\n- {arm: lora, claim: worse}\n")
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--margin", "1"])

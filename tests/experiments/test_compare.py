@@ -20,6 +20,7 @@ from scipy import stats
 from gpt2_pl.commands import main
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.comparison import compare
+from gpt2_pl.experiments.report import page
 from gpt2_pl.experiments.run import Run
 
 CONFIG = ROOT / "configs"
@@ -106,7 +107,7 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
         *(f"report.{ending}" for ending in ("md", "html", "csv", "json", "tex")),
         *(f"ParaphraseDetector_{name}.{ending}" for name in ("curves", "costs") for ending in ("png", "pdf", "svg")),
     }
-    text, page = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
+    text, html = ((out / f"report.{ending}").read_text() for ending in ("md", "html"))
     assert all(len(line) <= 80 for line in shown.splitlines() if not line.startswith(str(out)))
     line = re.search(r"D = \+(\d\d\.\d) points \(95 % \+[\d.]+ to \+[\d.]+\), 3 \+ 3 seeds, 400 texts, df [\d.]+; "
                      r"variance: seeds \d+ %, texts \d+ %", text)  # fmt: skip
@@ -119,9 +120,9 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
     assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
     assert "| full | 3 |" in text
     assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text
-    assert page.count("data:image/png;base64,") == 2
-    assert page.count("<table>") == 6
-    assert 'src="http' not in page
+    assert html.count("data:image/png;base64,") == 2
+    assert html.count("<table>") == 6
+    assert 'src="http' not in html
     with (out / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6
@@ -131,7 +132,7 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
         found[0]["groups"][1]["scores"]["val/accuracy"]
     )
     main(command)
-    assert ((out / "report.md").read_text(), (out / "report.html").read_text()) == (text, page)
+    assert ((out / "report.md").read_text(), (out / "report.html").read_text()) == (text, html)
 
 
 def test_compare_command_invalid_run_folder_is_refused(runs, run, tmp_path, capsys):
@@ -348,3 +349,14 @@ def test_compare_runs_without_row_outcomes_have_welchs_interval_and_no_verdict(r
     assert found.line().endswith("these texts only")
     assert found.sentence().startswith("Not assessed: not all runs have outcomes of the same rows")
     assert math.isnan(found.p_adjusted)
+
+
+def test_page_turns_tables_of_many_columns_and_breaks_long_names(runs, tmp_path):
+    main(["compare", str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"])
+    shown = (tmp_path / "out/report.html").read_text()
+    tables = [re.findall(r"<th>(.*?)</th>", table) for table in shown.split("<table>")[1:]]
+    assert max(map(len, tables)) <= 8
+    assert ["strategy", "lora"] in tables  # the differences, of ten columns in the report as text
+    (comparison,) = compare([Run.read(folder) for folder in runs])
+    comparison.groups[1].label = "prefix_tuning<b>"
+    assert "prefix_<wbr>tuning&lt;b&gt;" in page([comparison], {})

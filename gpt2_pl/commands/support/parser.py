@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         """Add an argument whose help ends with its default, if there is one."""
-        if kwargs.get("default", argparse.SUPPRESS) != argparse.SUPPRESS:
+        if kwargs.get("default") not in (None, argparse.SUPPRESS):
             kwargs["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **kwargs)
 

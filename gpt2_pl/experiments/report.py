@@ -218,7 +218,7 @@ def _breakable(text: str) -> Markup:
     from markupsafe import Markup, escape
 
     escaped = re.sub(r"(?<=[A-Za-z])([._])(?=[A-Za-z])", r"\1<wbr>", str(escape(text)))
-    return Markup(re.sub(r"(?<=[0-9±≥]) (?=[0-9%±])|(?<=[±≥≤]) ", "&nbsp;", escaped))
+    return Markup(re.sub(r"(?<=[0-9±≥]) (?=[0-9%±])|(?<=[±≥≤]) |(?<=^&lt;) ", "&nbsp;", escaped))
 
 
 def _dates(comparisons: list[Comparison]) -> str:

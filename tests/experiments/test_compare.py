@@ -356,6 +356,7 @@ def test_page_turns_tables_of_many_columns_and_breaks_long_names(runs, tmp_path)
     shown = (tmp_path / "out/report.html").read_text()
     tables = [re.findall(r"<th>(.*?)</th>", table) for table in shown.split("<table>")[1:]]
     assert max(map(len, tables)) <= 8
+    assert "&lt;&nbsp;0.001" in shown
     assert ["strategy", "lora"] in tables  # the differences, of ten columns in the report as text
     (comparison,) = compare([Run.read(folder) for folder in runs])
     comparison.groups[1].label = "prefix_tuning<b>"

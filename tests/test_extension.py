@@ -52,7 +52,7 @@ def stars(run, base, data_flags, tmp_path, monkeypatch):
 
 
 def test_commands_external_task_strategies_data_and_callback_work(stars, tmp_path, files, capsys):
-    surgery = ["--model.surgery+=stars.surgery.BitFit", "--model.surgery+=stars.surgery.IA3"]
+    surgery = ["--model.surgery+=stars.surgery.TopBlocks", "--model.surgery+=stars.surgery.SSF"]
     folder = stars("fit", "--config=stars.yaml", *surgery, "--name=both", "--seed_everything=1")
     assert (tmp_path / "steps.txt").read_text() == "7"
     record = metrics(folder)
@@ -60,8 +60,9 @@ def test_commands_external_task_strategies_data_and_callback_work(stars, tmp_pat
     assert record["mode"] == "min"
     best, last = (folder / "checkpoints" / f"{kind}.ckpt" for kind in ("best", "last"))
     stored = torch.load(best, weights_only=True)["state_dict"]
-    kinds = {key.rpartition(".")[2] for key in stored if not key.startswith("head.")}
-    assert {kind[-5:] if kind.endswith("scale") else kind for kind in kinds} == {"bias", "scale"}
+    added = {f"gpt2.h.{i}.mlp.c_fc.scale" for i in range(2)}
+    assert stored.keys() >= added
+    assert all(key in added or key.startswith(("head.", "gpt2.h.1.")) for key in stored)
     assert record["parameters"]["trainable"] == sum(tensor.numel() for tensor in stored.values())
 
     stars("fit", "--config", folder / "config.yaml", "--ckpt_path", last, "--trainer.max_epochs=2")
@@ -97,7 +98,7 @@ def test_generate_and_export_external_language_model_adapter_works(stars, base, 
     text.write_text("a film of rain and light\n" * 60)
     flags = ["--data.tokenizer=null", f"--model.base={base}", f"--data.train_file={text}", f"--data.val_file={text}",
              "--data.max_length=32", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]  # fmt: skip
-    folder = stars("fit", "--config=task/text", *flags, "--model.surgery+=stars.surgery.IA3", "--name=text")
+    folder = stars("fit", "--config=task/text", *flags, "--model.surgery+=stars.surgery.SSF", "--name=text")
     (tmp_path / "prompts.txt").write_text("a film\n")
     out = tmp_path / "out.txt"
     stars("generate", folder, f"--prompt_file={tmp_path / 'prompts.txt'}", f"--out={out}", "--plugin=stars.surgery",
@@ -111,11 +112,11 @@ def test_generate_and_export_external_language_model_adapter_works(stars, base, 
 
 
 def test_sweep_and_compare_external_task_uses_its_metric(stars, tmp_path):
-    (tmp_path / "bitfit.yaml").write_text("model:\n  surgery+:\n  - class_path: stars.surgery.BitFit\n")
+    (tmp_path / "top.yaml").write_text("model:\n  surgery+:\n  - class_path: stars.surgery.TopBlocks\n")
     (tmp_path / "frozen.yaml").write_text("model:\n  train_base: false\n")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
         "name": "own", "seeds": [1], "tasks": {"stars": {"configs": ["stars.yaml"], "strategies": {
-            "bitfit": {"configs": ["bitfit.yaml"]}, "frozen": {"configs": ["frozen.yaml"]}}}},
+            "top": {"configs": ["top.yaml"]}, "frozen": {"configs": ["frozen.yaml"]}}}},
     }))  # fmt: skip
     status, _, errors = sweep(tmp_path, file="sweep.yaml")
     assert status == 0, errors

@@ -149,17 +149,24 @@ def export_peft(task: Task, folder: Path, backbone: bool = False) -> None:
     Raises:
         InputError: the format cannot represent the head or the adapter, or weights of the base have changed.
     """
-    from gpt2_pl.pretrained import weights_sha256
+    import torch
+
+    from gpt2_pl import pretrained
     from gpt2_pl.surgery import peft_format
 
-    gpt2, alternative = task.backbone, peft_format.other_format(task.backbone)
-    if not task.base_is_frozen:
-        message = f"the base was trained (train_base); an adapter cannot contain its weights{alternative}"
-        raise InputError(message, key="train_base")
+    gpt2 = task.backbone
+    _, stored = peft_format.find_kind(gpt2)
     head = None if backbone else task_head(task)
+    if task.base is None:
+        raise InputError("a peft adapter must have a pretrained base, which this run does not have; use --format hf")
+    base = pretrained.load(task.base).state_dict()
+    state = gpt2.state_dict()
+    if changed := [n for n in (gpt2.base_names & state.keys()) - stored if not torch.equal(state[n], base[n])]:
+        alternative = peft_format.other_format(gpt2)
+        raise InputError(
+            f"surgery changed {listing(changed)}, weights of the base, which peft's format cannot store{alternative}"
+        )
     peft_format.save(gpt2, folder, task.base, head)
-    if weights_sha256(gpt2) != task.base_digest:
-        raise InputError(f"surgery changed weights of the base; an adapter cannot contain them{alternative}")
 
 
 def task_head(task: Task) -> ClassificationHead | None:

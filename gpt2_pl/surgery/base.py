@@ -25,13 +25,12 @@ class Surgery(Registered, ABC):
     """Change of a GPT-2 before training: adapters, virtual tokens, or the selection of trainable parameters.
 
     Subclasses are usually dataclasses of their settings, which must be plain values. A minimal example trains only the
-    biases::
+    last block::
 
         @dataclass
-        class BitFit(Surgery):
+        class LastBlock(Surgery):
             def apply(self, model, tokenizer=None):
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(name.endswith("bias"))
+                model.h[-1].requires_grad_(True)
                 return model
 
     A task sets ``requires_grad`` of the published parameters to its ``train_base``, then applies its surgery in order.
@@ -42,9 +41,12 @@ class Surgery(Registered, ABC):
         freezes_base: whether ``apply`` freezes all parameters of the base, so that it also works without a task. A task
             undoes this freezing, so that such surgery can be combined with other surgery and ``train_base``. It must
             be False in surgery that selects which parameters of the base train.
+        selects_base: whether ``apply`` selects which parameters of the base train, and freezes the others. A task does
+            not combine it with ``train_base``.
     """
 
     freezes_base = False
+    selects_base = False
 
     @abstractmethod
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:

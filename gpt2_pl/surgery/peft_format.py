@@ -21,7 +21,7 @@ from gpt2_pl.errors import InputError, listing, require
 from gpt2_pl.heads import ClassificationHead
 from gpt2_pl.pretrained import write_folder
 from gpt2_pl.surgery.base import Surgery
-from gpt2_pl.surgery.peft_kinds import KINDS
+from gpt2_pl.surgery.peft_kinds import KINDS, Modules, PeftKind
 from gpt2_pl.utils.yaml_json import read_json
 
 if TYPE_CHECKING:
@@ -54,6 +54,32 @@ def fold_bias_into_ln_f(weight: Tensor, bias: Tensor) -> Tensor:
     return shift.to(weight.dtype)
 
 
+def find_kind(model: GPT2) -> tuple[PeftKind, frozenset[str]]:
+    """Return the type of the adapter of ``model``, and the names of the parameters of the base that it stores.
+
+    Raises:
+        InputError: the model has no adapter, several types of adapters, or parameters that no type stores.
+    """
+    present = {kind: _state_names(modules) for kind in KINDS if (modules := kind.modules(model))}
+    if foreign := model.state_dict().keys() - frozenset().union(*present.values()) - model.base_names:
+        raise InputError(f"peft's format cannot store {listing(foreign)}{other_format(model)}")
+    selected = frozenset().union(*(names for kind, names in present.items() if kind.selects_base))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if unstored := (trained & model.base_names) - selected:
+        cause = f"the base trains (train_base, or a surgery that selects its parameters): {listing(unstored)}"
+        raise InputError(f"{cause}; peft's format cannot store these{other_format(model)}", key="train_base")
+    if len(present) != 1:
+        *labels, last = (kind.label for kind in KINDS)
+        found = " and ".join(kind.label for kind in present) or "none of them"
+        raise InputError(f"a peft adapter must be {', '.join(labels)} or {last}, got {found}")
+    return next(iter(present)), selected
+
+
+def _state_names(modules: Modules) -> frozenset[str]:
+    """Return the names, in a model, of the tensors of some of its modules."""
+    return frozenset(f"{name}.{key}" for name, module in modules.items() for key in module.state_dict())
+
+
 def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: ClassificationHead | None = None) -> None:
     """Save the adapter of ``model`` in the format of ``peft``, to be loaded on the base.
 
@@ -68,15 +94,8 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         InputError: the model has no adapter, tensors that the format cannot store, several kinds of adapters, or an
             adapted embedding without a head (peft does not adapt the tied language-model head).
     """
-    present = {kind: modules for kind in KINDS if (modules := kind.modules(model))}
-    stored = {f"{name}.{key}" for modules in present.values() for name, m in modules.items() for key in m.state_dict()}
-    if foreign := model.state_dict().keys() - stored - model.base_names:
-        raise InputError(f"peft's format cannot store {listing(foreign)}{other_format(model)}")
-    if len(present) != 1:
-        *labels, last = (kind.label for kind in KINDS)
-        found = " and ".join(kind.label for kind in present) or "none of them"
-        raise InputError(f"a peft adapter must be {', '.join(labels)} or {last}, got {found}")
-    ((kind, modules),) = present.items()
+    kind, _ = find_kind(model)
+    modules = kind.modules(model)
     if "wte" in modules and head is None:
         raise InputError("peft cannot adapt the language-model head, which is tied to the adapted wte; use --format hf")
     tensors, specific = kind.write(model, modules)
@@ -90,9 +109,7 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
     if head is not None:
         weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
         tensors[f"{kind.root}score.weight"] = weight
-        tensors[f"{kind.root}transformer.ln_f.weight"] = model.ln_f.weight.detach()
-        tensors[f"{kind.root}transformer.ln_f.bias"] = model.ln_f.bias.detach() + fold_bias_into_ln_f(weight, bias)
-        config["modules_to_save"] = ["score", "ln_f"]
+        config["modules_to_save"] = ["score", *kind.write_shift(model, tensors, fold_bias_into_ln_f(weight, bias))]
     write_folder(Path(folder), _WEIGHTS, tensors, _CONFIG, config)
 
 
@@ -103,7 +120,9 @@ def other_format(model: GPT2) -> str:
 
 @dataclass
 class PeftAdapter(Surgery):
-    """Adapter for GPT-2 that ``peft`` saved: LoRA, DoRA, rsLoRA, a prefix or a soft prompt; it can be trained further.
+    """Adapter for GPT-2 that ``peft`` saved, of a type in :data:`~gpt2_pl.surgery.peft_kinds.KINDS`.
+
+    It can be trained further.
 
     Args:
         folder: the folder with adapter_config.json and adapter_model.safetensors.
@@ -124,7 +143,7 @@ class PeftAdapter(Surgery):
         self._shift: Tensor | None = None  # of the final layer norm's bias
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
-        """Add the saved adapter to ``model`` and freeze the published parameters; see :class:`Surgery`."""
+        """Add the saved adapter to ``model`` and freeze the other published parameters; see :class:`Surgery`."""
         config, tensors = self._read()
         self._score = tensors.pop("score.weight", None)
         if (shift := self._take_ln_f_shift(model, tensors)) is not None:
@@ -134,6 +153,7 @@ class PeftAdapter(Surgery):
         if tensors:
             raise InputError(f"{self.folder}: {_WEIGHTS} has the unexpected tensor {min(tensors)}")
         kind.insert(model, modules)
+        self.selects_base, self.freezes_base = kind.selects_base, not kind.selects_base
         return model
 
     def load_head(self, head: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Types of adapters in the format of ``peft``, a class for each: LoRA, prefixes and soft prompts."""
+"""Types of adapters in the format of ``peft``, a class for each: LoRA, prefixes, soft prompts and layer norms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.surgery.base import check_length, freeze_base
 from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, plain_layer
+from gpt2_pl.surgery.selection import select
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class PeftKind(ABC):
     Attributes:
         peft_type: the type in adapter_config.json.
         label: name of the adapter in error messages.
+        selects_base: whether the adapter consists of parameters of the base, which :meth:`insert` selects to train.
         root: path of the model of ``transformers`` inside a ``peft.PeftModel``, in the names of tensors.
     """
 
     peft_type: ClassVar[str]
     label: ClassVar[str]
     root: ClassVar[str] = "base_model.model."
+    selects_base: ClassVar[bool] = False
 
     @abstractmethod
     def modules(self, model: GPT2) -> Modules:
@@ -67,6 +70,21 @@ class PeftKind(ABC):
         Raises:
             InputError: there are no such tensors, or they do not fit the model.
         """
+
+    def write_shift(self, model: GPT2, tensors: Tensors, shift: Tensor) -> list[str]:
+        """Add the final layer norm, with a shift of its bias, to ``tensors``.
+
+        Args:
+            model: the GPT-2.
+            tensors: the tensors of the adapter, which are changed.
+            shift: (C,).
+
+        Returns:
+            The modules that ``peft`` then stores in addition to the adapter.
+        """
+        tensors[f"{self.root}transformer.ln_f.weight"] = model.ln_f.weight.detach()
+        tensors[f"{self.root}transformer.ln_f.bias"] = model.ln_f.bias.detach() + shift
+        return ["ln_f"]
 
     def insert(self, model: GPT2, modules: Modules) -> None:
         """Insert the modules that :meth:`read` returns into the GPT-2, and set what trains."""
@@ -252,4 +270,68 @@ class PromptKind(_VirtualTokens):
         return {self.name: Prompt(table).train(model.training)}
 
 
-KINDS: tuple[PeftKind, ...] = (LoRAKind(), PrefixKind(), PromptKind())
+class LayerNormKind(PeftKind):
+    """Trained layer norms of the base."""
+
+    peft_type = "LN_TUNING"
+    label = "layer norms"
+    selects_base = True
+
+    def modules(self, model: GPT2) -> Modules:
+        """Return the layer norms that train."""
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+        return {name: norm for name, norm in norms.items() if any(p.requires_grad for p in norm.parameters())}
+
+    def write(self, model: GPT2, modules: Modules) -> tuple[Tensors, dict[str, Any]]:
+        """Convert layer norms to their tensors; see :class:`PeftKind`."""
+        paths = {name: f"transformer.{name}" for name in modules}
+        tensors = {
+            f"{self.root}{paths[name]}.ln_tuning_layers.{key}": tensor
+            for name, norm in modules.items()
+            for key, tensor in norm.state_dict().items()
+        }
+        return tensors, {"target_modules": sorted(paths.values())}
+
+    def write_shift(self, model: GPT2, tensors: Tensors, shift: Tensor) -> list[str]:
+        """Shift the stored bias of the final layer norm, if it is part of the adapter; see :class:`PeftKind`."""
+        name = f"{self.root}transformer.ln_f.ln_tuning_layers.bias"
+        if name not in tensors:
+            return super().write_shift(model, tensors, shift)
+        tensors[name] = tensors[name] + shift
+        return []
+
+    def read(self, model: GPT2, config: AdapterConfig, tensors: Tensors, folder: str) -> Modules:
+        """Convert tensors to layer norms; see :class:`PeftKind`.
+
+        Raises:
+            InputError: a layer norm does not exist, or other surgery has selected it, or the tensors do not fit it.
+        """
+        modules: Modules = {}
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+        nothing_selected = all(parameter.requires_grad for parameter in model.parameters())
+        for path in sorted({name.rpartition(".ln_tuning_layers.")[0] for name in tensors if ".ln_tuning_" in name}):
+            name = path.removeprefix("transformer.")
+            stored: list[Any] = [tensors.pop(f"{path}.ln_tuning_layers.{key}", None) for key in ("weight", "bias")]
+            norm = norms.get(name)
+            if norm is None or any(tensor is None or tensor.shape != norm.weight.shape for tensor in stored):
+                raise InputError(f"{folder}: the adapter of {path} does not fit {norm or 'the model'}")
+            if norm.weight.requires_grad and not nothing_selected:
+                raise InputError(f"PeftAdapter {folder}: other surgery selects {name} already; use only one of them")
+            modules[name] = nn.LayerNorm(norm.normalized_shape, norm.eps, device=norm.weight.device)
+            with torch.no_grad():
+                modules[name].weight.copy_(stored[0])
+                modules[name].bias.copy_(stored[1])
+        if not modules:
+            raise InputError(f"{folder}: adapter_model.safetensors contains no layer norms")
+        return modules
+
+    def insert(self, model: GPT2, modules: Modules) -> None:
+        """Copy the values into the layer norms of the base, which train; see :class:`PeftKind`."""
+        for name, module in modules.items():
+            with torch.no_grad():
+                for own, stored in zip(model.get_submodule(name).parameters(), module.parameters(), strict=True):
+                    own.copy_(stored)
+        select(model, lambda name: name.rpartition(".")[0] in modules)
+
+
+KINDS: tuple[PeftKind, ...] = (LoRAKind(), PrefixKind(), PromptKind(), LayerNormKind())

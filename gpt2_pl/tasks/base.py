@@ -186,6 +186,9 @@ class Task(Registered, OptimizedModule):
         if name := _find_trained_adapted_weight(skeleton):
             cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
             raise InputError(f"{cause} and LoRA both train {name}; use only one of them", key="model.surgery")
+        if self.train_base and (selection := next((one for one in self.surgery if one.selects_base), None)):
+            cause = f"train_base: true (full fine-tuning) and {class_path(type(selection))} both select what trains"
+            raise InputError(f"{cause}; use only one of them", key="model.train_base")
         if self.train_base and self.base_is_frozen:
             rank_zero_warn(f"train_base: true has no effect: {names} freezes the whole base (see Surgery.freezes_base)")
         self.trains_blocks = any(name.startswith(("h.", "wte.", "wpe.")) for name in self.trained_names)

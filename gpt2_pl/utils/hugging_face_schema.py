@@ -32,7 +32,7 @@ _Pattern = Annotated[str, Field(max_length=200), _IS_SIMPLE]
 class AdapterConfig(Schema, extra="allow"):
     """The adapter_config.json of ``peft``; unknown keys of later versions must be null, false or empty."""
 
-    peft_type: Literal["LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
+    peft_type: Literal["LN_TUNING", "LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
     r: Size | None = None
     rank_pattern: dict[Text, Size] | None = None
     lora_alpha: _Alpha = 8

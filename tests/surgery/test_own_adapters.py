@@ -304,10 +304,10 @@ def test_guide_example_surgeries_train_merge_and_combine(base, tmp_path, monkeyp
     (tmp_path / "guide_mine.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)
     mine = importlib.import_module("guide_mine")
-    biases = built(base, [mine.BitFit()])
-    assert biases.trained_names == {name for name in biases.backbone.base_names if name.endswith("bias")}
-    task = built(base, [LoRA(rank=2), mine.IA3()])
-    assert {name.rpartition(".")[2] for name in task.trained_names} == {"lora_A", "lora_B", "scale"}
+    top = built(base, [mine.TopBlocks(1)])
+    assert top.trained_names == {name for name in top.backbone.base_names if name.startswith("h.1.")}
+    task = built(base, [LoRA(rank=2), mine.SSF()])
+    assert {name.rpartition(".")[2] for name in task.trained_names} == {"lora_A", "lora_B", "scale", "shift"}
     assert task.base_is_frozen
     with torch.no_grad():
         expected = task.backbone(IDS)

@@ -56,7 +56,7 @@ def import_class(path: str, key: str, source: str = "") -> None:
     """Import the module of a class that the user's configuration names; ignore a name without a module.
 
     Args:
-        path: path of the class, such as ``mine.BitFit``.
+        path: path of the class, such as ``mine.TopBlocks``.
         key: key of the class, for error messages.
         source: the file that names it, for error messages; empty for a flag.
 

@@ -1,4 +1,4 @@
-"""A strategy that trains biases, and an adapter that scales outputs."""
+"""A strategy that trains the last blocks, and an adapter that scales outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from gpt2_pl.surgery import Surgery
 
 
 @dataclass
-class BitFit(Surgery):
-    """Train the biases alone (Ben Zaken et al. 2022)."""
+class TopBlocks(Surgery):
+    """Train the last blocks alone."""
+
+    n: int = 1
 
     def apply(self, model, tokenizer=None):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith("bias"))
+        for block in model.h[-self.n :]:
+            block.requires_grad_(True)
         return model
 
 
@@ -36,8 +38,8 @@ class ScaledOutput(nn.Module):
 
 
 @dataclass
-class IA3(Surgery):
-    """Scale the first layer of every feed-forward network (after Liu et al. 2022)."""
+class SSF(Surgery):
+    """Scale the first layer of every feed-forward network (after Lian et al. 2022)."""
 
     def apply(self, model, tokenizer=None):
         for block in model.h:

@@ -7,7 +7,6 @@ scaling s is alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023).
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,31 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2_pl.errors import InputError, require
+from gpt2_pl.errors import require
 from gpt2_pl.kernels.dropout import dropout_unscaled
-from gpt2_pl.kernels.prepacked_linear import Linear, cast_to_autocast_dtype
+from gpt2_pl.kernels.prepacked_linear import cast_to_autocast_dtype
 from gpt2_pl.surgery.base import Surgery, freeze_base, merge, unmerge
-from gpt2_pl.utils.registry import class_path
+from gpt2_pl.surgery.targets import TARGETS, AdaptedLinear, Layers, chosen_blocks, plain_layer, target_layers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from gpt2_pl.model import GPT2
 
-# Maps a target to a layer of the block and a slice of its output (None: all of it); c_attn contains q, k and v. In
-# addition, `wte` is the token embedding.
-TARGETS: dict[str, tuple[str, int | None]] = {
-    "q": ("attn.c_attn", 0),
-    "k": ("attn.c_attn", 1),
-    "v": ("attn.c_attn", 2),
-    "c_attn": ("attn.c_attn", None),
-    "c_proj": ("attn.c_proj", None),
-    "c_fc": ("mlp.c_fc", None),
-    "mlp.c_proj": ("mlp.c_proj", None),
-}
 
-
-class LoRALinear(Linear):
+class LoRALinear(AdaptedLinear):
     """Linear layer W with a low-rank update: y = W x + b + s B A dropout(x).
 
     ``weight`` and ``bias`` are the parameters of the replaced layer, under the same names. A is (n r, in) and B
@@ -56,6 +43,8 @@ class LoRALinear(Linear):
         loraplus_lr_ratio: learning rate of B divided by that of A (LoRA+).
     """
 
+    surgery = "LoRA"
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -65,9 +54,7 @@ class LoRALinear(Linear):
         qkv_slices: list[int] | None = None,
         loraplus_lr_ratio: float = 1.0,
     ) -> None:
-        nn.Module.__init__(self)  # Linear.__init__ would create new parameters
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         self.rank, self.scaling, self.dropout, self.loraplus_lr_ratio = rank, scaling, dropout, loraplus_lr_ratio
         self.qkv_slices = qkv_slices
         n = 1 if qkv_slices is None else len(qkv_slices)
@@ -166,6 +153,8 @@ class LoRAEmbedding(nn.Embedding):
         loraplus_lr_ratio: learning rate of B divided by that of A (LoRA+).
     """
 
+    surgery = "LoRA"
+
     def __init__(self, embedding: nn.Embedding, rank: int, scaling: float, loraplus_lr_ratio: float = 1.0) -> None:
         nn.Module.__init__(self)  # Embedding.__init__ would create a new weight
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
@@ -187,28 +176,6 @@ class LoRAEmbedding(nn.Embedding):
 
 
 Adapter = LoRALinear | LoRAEmbedding
-
-
-def plain_layer(model: GPT2, path: str, surgery: str) -> nn.Module:
-    """Return the linear layer or token embedding at ``path``, if no other surgery has replaced it.
-
-    Args:
-        model: the GPT-2.
-        path: such as ``h.0.mlp.c_fc`` or ``wte``.
-        surgery: the name of the surgery that adapts the layer, for error messages.
-
-    Raises:
-        InputError: there is no layer at ``path``, or it is of another class.
-    """
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError as error:  # Another surgery may have replaced a part of the model.
-        raise InputError(f"{surgery}: there is no {path}: {error}") from None
-    if isinstance(layer, Adapter):
-        raise InputError(f"{surgery}: {path} has an adapter already; two LoRA surgeries target it")
-    if type(layer) not in (nn.Linear, Linear, nn.Embedding):
-        raise InputError(f"{surgery}: {path} must be a plain layer, got a {class_path(type(layer))}")
-    return layer
 
 
 @dataclass
@@ -240,7 +207,7 @@ class LoRA(Surgery):
     targets: list[str] = field(default_factory=lambda: ["c_attn"])
     use_rslora: bool = False
     use_dora: bool = False
-    layers: list[int] | int | str | None = None
+    layers: Layers = None
     loraplus_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -257,8 +224,8 @@ class LoRA(Surgery):
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add adapters to the target layers and freeze the published parameters; see :class:`Surgery`."""
         scaling = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-        chosen = self._chosen_layers()
-        paths = {f"h.{i}.{name}": t for i in self._chosen_blocks(len(model.h)) for name, t in chosen.items()}
+        blocks, layers = chosen_blocks(self.layers, len(model.h), "LoRA"), target_layers(self.targets, "LoRA")
+        paths = {f"h.{i}.{name}": qkv_slices for i in blocks for name, qkv_slices in layers.items()}
         adapts_wte = "wte" in self.targets
         for path in [*paths, *["wte"] * adapts_wte]:
             plain_layer(model, path, "LoRA")
@@ -271,29 +238,6 @@ class LoRA(Surgery):
             model.wte = LoRAEmbedding(model.wte, self.rank, scaling, self.loraplus_lr_ratio).train(model.wte.training)
         freeze_base(model)
         return model
-
-    def _chosen_layers(self) -> dict[str, list[int] | None]:
-        """Return the path within a block and the adapted slices (None: all) of every target layer."""
-        layers: dict[str, list[int] | None] = {}
-        for target in filter(TARGETS.__contains__, self.targets):
-            name, index = TARGETS[target]
-            slices = layers.get(name, [])
-            is_new = slices is not None and index not in slices and (index is not None or not slices)
-            require(is_new, "targets", self.targets, f"different layers, without {name} twice", "LoRA")
-            layers[name] = None if index is None else sorted([*(slices or []), index])
-        return layers
-
-    def _chosen_blocks(self, n: int) -> list[int]:
-        if self.layers is None:
-            return list(range(n))
-        expected, blocks = f"blocks from 0 to {n - 1}, such as '0-2,9-11'", set[int]()
-        for part in self.layers if isinstance(self.layers, list) else str(self.layers).split(","):
-            match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", str(part))
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (n, n)
-            require(last < n, "layers", self.layers, expected, "LoRA")
-            blocks.update(range(first, last + 1))
-        require(bool(blocks), "layers", self.layers, expected, "LoRA")
-        return sorted(blocks)
 
     @staticmethod
     def merge(model: GPT2) -> GPT2:

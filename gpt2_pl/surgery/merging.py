@@ -19,7 +19,8 @@ from torch import Tensor
 from gpt2_pl.errors import InputError, listing
 from gpt2_pl.model import GPT2
 from gpt2_pl.surgery.base import freeze_base
-from gpt2_pl.surgery.lora import LoRAEmbedding, LoRALinear, plain_layer
+from gpt2_pl.surgery.lora import LoRAEmbedding, LoRALinear
+from gpt2_pl.surgery.targets import plain_layer
 
 MAX_TERMS = 100
 _NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.I)

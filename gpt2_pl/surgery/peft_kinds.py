@@ -1,4 +1,4 @@
-"""Types of adapters in the format of ``peft``, a class for each: LoRA, prefixes, soft prompts and layer norms."""
+"""Types of adapters in the format of ``peft``, a class for each: LoRA, (IA)3, virtual tokens and layer norms."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.surgery.base import check_length, freeze_base
-from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear, plain_layer
+from gpt2_pl.surgery.ia3 import IA3Linear
+from gpt2_pl.surgery.lora import Adapter, DoRALinear, LoRAEmbedding, LoRALinear
 from gpt2_pl.surgery.selection import select
+from gpt2_pl.surgery.targets import plain_layer
 from gpt2_pl.surgery.virtual_tokens import Prefix, Prompt
 
 if TYPE_CHECKING:
@@ -182,6 +184,52 @@ class LoRAKind(PeftKind):
         return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
+class IA3Kind(PeftKind):
+    """(IA)3."""
+
+    peft_type = "IA3"
+    label = "IA3"
+
+    def modules(self, model: GPT2) -> Modules:
+        """Return the adapted layers."""
+        return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
+
+    def write(self, model: GPT2, modules: Modules) -> tuple[Tensors, dict[str, Any]]:
+        """Convert vectors to tensors (1, in) for inputs and (out, 1) for outputs; see :class:`PeftKind`."""
+        layers = {f"transformer.{name}": module for name, module in modules.items() if isinstance(module, IA3Linear)}
+        tensors = {
+            f"{self.root}{path}.ia3_l": layer.scale().unsqueeze(0 if layer.scales_input else 1)
+            for path, layer in layers.items()
+        }
+        return tensors, {
+            "target_modules": sorted(layers),
+            "feedforward_modules": sorted(path for path, layer in layers.items() if layer.scales_input),
+            "fan_in_fan_out": True,
+        }
+
+    def read(self, model: GPT2, config: AdapterConfig, tensors: Tensors, folder: str) -> Modules:
+        """Convert tensors to adapted layers; their shape tells whether they scale inputs; see :class:`PeftKind`.
+
+        Raises:
+            InputError: a layer does not exist or has an adapter already, or a tensor does not fit it.
+        """
+        modules: Modules = {}
+        for key in sorted(name for name in tensors if name.endswith(".ia3_l")):
+            path = key.removesuffix(".ia3_l")
+            layer: Any = plain_layer(model, path.removeprefix("transformer."), f"PeftAdapter {folder}")
+            stored = tensors.pop(key)
+            shapes = [] if isinstance(layer, nn.Embedding) else [(layer.out_features, 1), (1, layer.in_features)]
+            if tuple(stored.shape) not in shapes:
+                raise InputError(f"{folder}: the adapter of {path} does not fit {layer}")
+            module = IA3Linear(layer, scales_input=tuple(stored.shape) == shapes[1])
+            with torch.no_grad():
+                module.ia3_l.copy_(stored.flatten())
+            modules[path.removeprefix("transformer.")] = module.train(layer.training)
+        if not modules:
+            raise InputError(f"{folder}: adapter_model.safetensors contains no vectors of IA3")
+        return modules
+
+
 class _VirtualTokens(PeftKind):
     """Virtual tokens in front of the text.
 
@@ -317,10 +365,10 @@ class LayerNormKind(PeftKind):
                 raise InputError(f"{folder}: the adapter of {path} does not fit {norm or 'the model'}")
             if norm.weight.requires_grad and not nothing_selected:
                 raise InputError(f"PeftAdapter {folder}: other surgery selects {name} already; use only one of them")
-            modules[name] = nn.LayerNorm(norm.normalized_shape, norm.eps, device=norm.weight.device)
+            modules[name] = trained = nn.LayerNorm(norm.normalized_shape, norm.eps, device=norm.weight.device)
             with torch.no_grad():
-                modules[name].weight.copy_(stored[0])
-                modules[name].bias.copy_(stored[1])
+                trained.weight.copy_(stored[0])
+                trained.bias.copy_(stored[1])
         if not modules:
             raise InputError(f"{folder}: adapter_model.safetensors contains no layer norms")
         return modules
@@ -334,4 +382,4 @@ class LayerNormKind(PeftKind):
         select(model, lambda name: name.rpartition(".")[0] in modules)
 
 
-KINDS: tuple[PeftKind, ...] = (LoRAKind(), PrefixKind(), PromptKind(), LayerNormKind())
+KINDS: tuple[PeftKind, ...] = (LoRAKind(), IA3Kind(), PrefixKind(), PromptKind(), LayerNormKind())

@@ -18,7 +18,8 @@ from gpt2_pl.filesystem import resolve_checkpoint_dir
 from gpt2_pl.metrics import MetricInfo, RowOutputs
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import LinearWithWarmup, Schedule
-from gpt2_pl.surgery import Adapter, Surgery, build
+from gpt2_pl.surgery import LoRAEmbedding, Surgery, build
+from gpt2_pl.surgery.targets import AdaptedLinear
 from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks.fsdp import shard
 from gpt2_pl.tasks.optimization import OptimizedModule, OptimizerCallable, gpt2_layers
@@ -40,10 +41,10 @@ def _build_model(config: GPT2Config) -> GPT2:
         raise InputError(f"model.config: {message}", key="model.config") from None
 
 
-def _find_trained_adapted_weight(model: GPT2) -> str | None:
-    """Return the name of a weight that trains although LoRA adapts it, or None."""
-    adapters = ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
-    return next((f"{name}.weight" for name, adapter in adapters if adapter.weight.requires_grad), None)
+def _find_trained_adapted_weight(model: GPT2) -> tuple[str, str] | None:
+    """Return the name of a weight that trains although an adapter adapts it, and the adapter's surgery, or None."""
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear | LoRAEmbedding))
+    return next(((f"{name}.weight", layer.surgery) for name, layer in layers if layer.weight.requires_grad), None)
 
 
 class Task(Registered, OptimizedModule):
@@ -183,9 +184,10 @@ class Task(Registered, OptimizedModule):
             cause = f"with {names or 'train_base: false'} it would not train"
             advice = "give a trained GPT-2: --model.base FOLDER_OR_ID --model.config null"
             raise InputError(f"model.config is initialized at random, and {cause}; {advice}", key="model.config")
-        if name := _find_trained_adapted_weight(skeleton):
+        if found := _find_trained_adapted_weight(skeleton):
+            name, adapter = found
             cause = "train_base: true (full fine-tuning)" if self.train_base else "a surgery that unfreezes it"
-            raise InputError(f"{cause} and LoRA both train {name}; use only one of them", key="model.surgery")
+            raise InputError(f"{cause} and {adapter} both train {name}; use only one of them", key="model.surgery")
         if self.train_base and (selection := next((one for one in self.surgery if one.selects_base), None)):
             cause = f"train_base: true (full fine-tuning) and {class_path(type(selection))} both select what trains"
             raise InputError(f"{cause}; use only one of them", key="model.train_base")

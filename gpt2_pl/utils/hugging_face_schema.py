@@ -32,7 +32,7 @@ _Pattern = Annotated[str, Field(max_length=200), _IS_SIMPLE]
 class AdapterConfig(Schema, extra="allow"):
     """The adapter_config.json of ``peft``; unknown keys of later versions must be null, false or empty."""
 
-    peft_type: Literal["LN_TUNING", "LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
+    peft_type: Literal["IA3", "LN_TUNING", "LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
     r: Size | None = None
     rank_pattern: dict[Text, Size] | None = None
     lora_alpha: _Alpha = 8
@@ -48,7 +48,8 @@ class AdapterConfig(Schema, extra="allow"):
 
 _IGNORED_KEYS = {  # keys of peft with any value: they have no effect, or their effect is stored in the tensors
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
-    *("encoder_hidden_size", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern"),
+    *("encoder_hidden_size", "exclude_modules", "fan_in_fan_out", "feedforward_modules", "inference_mode"),
+    *("init_ia3_weights", "init_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save"),
     *("num_attention_heads", "num_layers", "num_virtual_tokens", "peft_version", "prefix_projection"),
     *("prompt_tuning_init", "prompt_tuning_init_text", "qalora_group_size", "revision", "target_modules", "task_type"),

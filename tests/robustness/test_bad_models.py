@@ -254,7 +254,7 @@ BAD_SETTINGS = {
     "rank_pattern": ({"a": 2.5},),
     "use_dora": ("x",),
     "use_rslora": (3,),
-    "peft_type": (3, "IA3", None),
+    "peft_type": (3, "VERA", None),
     "bias": ({"a": 1},),
     "kasa_config": ({"alpha": 1},),
     "of_the_future": (3,),

@@ -267,7 +267,7 @@ def test_dora_on_some_qkv_slices_leaves_the_others_unchanged(qkv_slices):
 def test_lora_refused_apply_leaves_the_model_unchanged():
     model = LoRA(layers=[2]).apply(gpt2())
     names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(InputError, match=r"h\.2\.attn\.c_attn has an adapter already"):
+    with pytest.raises(InputError, match=r"h\.2\.attn\.c_attn has an adapter of LoRA already"):
         LoRA(targets=["c_fc", "c_attn", "wte"]).apply(model)
     assert [name for name, _ in model.named_parameters()] == names
 

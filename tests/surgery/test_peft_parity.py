@@ -7,13 +7,21 @@ from torch import nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gpt2_pl.model import GPT2
-from gpt2_pl.surgery import LayerNormTuning, PeftAdapter
+from gpt2_pl.surgery import IA3, LayerNormTuning, PeftAdapter
 from gpt2_pl.surgery import peft_format as exchange
 from gpt2_pl.tasks import SentimentClassifier
 
 IDS = torch.randint(400, (4, 9), generator=torch.Generator().manual_seed(2))
-CASES = {
-    "layer norms": (LayerNormTuning(), lambda task: peft.LNTuningConfig(task_type=task)),
+
+
+def ia3(task):
+    return peft.IA3Config(task_type=task, fan_in_fan_out=True)
+
+
+CASES = {  # with the configuration of peft, and whether only keys and values are scaled, for which peft has no option
+    "layer norms": (LayerNormTuning(), lambda task: peft.LNTuningConfig(task_type=task), False),
+    "IA3": (IA3(), ia3, True),
+    "IA3 of all outputs": (IA3(targets=["c_attn", "mlp.c_proj"]), ia3, False),
 }
 
 
@@ -52,11 +60,15 @@ def stirred(model):
 
 
 def test_surgery_forward_gradients_and_20_steps_equal_peft(case, base, tmp_path):
-    surgery, config = case
+    surgery, config, keeps_q = case
     ours = surgery.apply(GPT2.from_pretrained(base, dropout=0.0))
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config("CAUSAL_LM")).eval()
     assert our_tensors(ours, tmp_path / "a").keys() == their_tensors(theirs).keys()
-    assert sum(p.numel() for p in trained(ours)) == sum(p.numel() for p in trained(theirs)) > 0
+    n_queries = 2 * 32 * keeps_q
+    assert sum(p.numel() for p in trained(ours)) == sum(p.numel() for p in trained(theirs)) - n_queries > 0
+    for name, parameter in theirs.named_parameters():
+        if keeps_q and "c_attn.ia3_l" in name:
+            parameter.register_hook(lambda gradient: gradient * (torch.arange(96) >= 32).unsqueeze(1))
     frozen = {name: p.clone() for name, p in ours.named_parameters() if not p.requires_grad}
     optimizers = [torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.0) for model in (ours, theirs)]
     for step in range(20):
@@ -80,7 +92,7 @@ def test_surgery_forward_gradients_and_20_steps_equal_peft(case, base, tmp_path)
 
 
 def test_classifier_saved_by_us_has_equal_logits_in_peft_and_read_again(case, base, tmp_path):
-    surgery, _ = case
+    surgery, _, _ = case
     task = SentimentClassifier(base=str(base), num_classes=3, surgery=[surgery], dropout=0.0)
     task.configure_model()
     stirred(task.eval())
@@ -99,7 +111,7 @@ def test_classifier_saved_by_us_has_equal_logits_in_peft_and_read_again(case, ba
 
 
 def test_adapter_saved_by_peft_has_equal_logits_here(case, base, tmp_path):
-    _, config = case
+    _, config, _ = case
     theirs = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config("CAUSAL_LM"))
     stirred(theirs.eval()).save_pretrained(tmp_path / "theirs")
     ours = PeftAdapter(str(tmp_path / "theirs")).apply(GPT2.from_pretrained(base)).eval()

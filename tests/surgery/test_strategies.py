@@ -284,7 +284,7 @@ def test_peft_adapter_unsupported_or_corrupt_is_refused(base, tmp_path, subtests
     config, content = file.read_bytes(), tensors.read_bytes()
     change = lambda **changes: json.dumps(json.loads(config) | changes).encode()  # noqa: E731
     for name, settings, stored, words in (
-        ("another type", change(peft_type="IA3"), content, "'IA3'"),
+        ("another type", change(peft_type="VERA"), content, "'VERA'"),
         ("biases", change(bias="all"), content, "'all'"),
         ("no magnitudes", change(use_dora=True), content, "c_attn"),
         ("short tensors", config, b"short", str(folder)),

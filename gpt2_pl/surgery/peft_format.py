@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gpt2_pl.errors import InputError, listing, require
 from gpt2_pl.heads import ClassificationHead
+from gpt2_pl.kernels.prepacked_linear import MergeableLayer
 from gpt2_pl.pretrained import write_folder
 from gpt2_pl.surgery.base import Surgery
 from gpt2_pl.surgery.peft_kinds import KINDS, Modules, PeftKind
@@ -114,8 +115,13 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
 
 
 def other_format(model: GPT2) -> str:
-    """Return the remedy for a model that peft's format cannot store; the other format stores no virtual tokens."""
-    return "; no format stores them together with virtual tokens" if model.n_virtual else "; use --format hf"
+    """Return the remedy for a model that peft's format cannot store."""
+    if model.n_virtual:
+        return "; no format stores them together with virtual tokens"
+    mergeable = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, MergeableLayer))
+    if all(name in model.base_names or name.startswith(mergeable) for name in model.state_dict()):
+        return "; use --format hf"
+    return "; only a checkpoint stores modules that cannot be merged"
 
 
 @dataclass

@@ -117,10 +117,10 @@ def built(base, surgery, cls=LanguageModel, **settings):
 
 NOT_FOR_PEFT = [  # with what peft's format does not hold, and whether the other format does
     ([LoRA(rank=2), IA3()], r"h\.0\.mlp\.c_fc\.layer\.bias, .*c_fc\.scale", True),
-    ([LoRA(rank=2), IA3(keeps=False)], r"h\.0\.mlp\.c_fc\.scale, h\.1\.mlp\.c_fc\.scale", True),
-    ([LoRA(rank=2), OutputScale()], r"\bscale", True),
+    ([LoRA(rank=2), IA3(keeps=False)], r"h\.0\.mlp\.c_fc\.scale, h\.1\.mlp\.c_fc\.scale.*only a checkpoint", False),
+    ([LoRA(rank=2), OutputScale()], r"\bscale.*only a checkpoint", False),
     ([PrefixTuning(3), IA3(keeps=False)], r"c_fc\.scale", False),
-    ([OutputScale()], r"\bscale", True),
+    ([OutputScale()], r"\bscale", False),
     ([LoRA(rank=2), Doubled()], "weights of the base", True),
 ]
 

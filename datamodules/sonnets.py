@@ -118,6 +118,14 @@ class Sonnets(TextData):
         self.prompt_lines = prompt_lines
         self.poems: dict[str, list[Poem]] = {}
 
+    def sources(self, split: str) -> list[str]:
+        """Return the first lines of every poem, the prompt."""
+        return [poem.opening(self.prompt_lines) for poem in self.poems[split]]
+
+    def targets(self, split: str) -> list[str]:
+        """Return the lines after the prompt of every poem."""
+        return [Poem(poem.number, poem.lines[self.prompt_lines :]).text for poem in self.poems[split]]
+
     def _encode(self, split: str) -> PoemDataset:
         key = f"data.{self._source_split(split)}_file"
         file = str(self.files[self._source_split(split)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import shlex
@@ -19,8 +18,10 @@ from numpy.typing import NDArray
 from gpt2_pl.commands import filter_messages, quiet_lightning
 from gpt2_pl.commands import main as run_command
 from gpt2_pl.commands.lightning_cli import GPT2CLI
+from gpt2_pl.commands.support import text_references
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.process import program
+from gpt2_pl.commands.support.reference_runs import reference_record, write_reference
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments import references
 from gpt2_pl.experiments.references import Texts
@@ -35,13 +36,19 @@ _DESCRIPTION = f"""{__doc__}
 majority predicts the fractions of the training labels, and mean their mean for labels that are numbers. bag_of_words is
 logistic or ridge regression on TF-IDF of words and word pairs. frozen_features is the same on the pooled features of
 the frozen base. random_init trains the network of the run from random weights, without surgery, with the other settings
-of the run. The others need a classifier or a regressor and have no seed. Each reference is a run folder that `gpt2-pl
-compare` reads together with the runs.
+of the run. The others need a classifier or a regressor and have no seed.
+
+For a task that generates texts, random_continuation is the target of a random training row, such as the last lines of
+another poem; copy_source repeats the given text; nearest_source is the target of the training row with the most similar
+given text by TF-IDF.
+
+Each reference is a run folder that `gpt2-pl compare` reads together with the runs.
 """
 _CONSTANTS = {True: "majority", False: "mean"}  # by whether labels are classes
 _MODELS = ("bag_of_words", "frozen_features")
 _DETERMINISTIC = (*_CONSTANTS.values(), *_MODELS)
-_NAMES = (*_DETERMINISTIC, "random_init")
+_NAMES = (*_DETERMINISTIC, *text_references.NAMES, "random_init")
+_MAX_DRAWS = 1000
 
 
 class _Setup(GPT2CLI):
@@ -75,33 +82,60 @@ def main(args: list[str]) -> None:
         args: arguments after the name of the command.
 
     Raises:
-        InputError: an argument is invalid, a folder exists, or the task of the run is neither a
-            classifier nor a regressor.
+        InputError: an argument is invalid, a folder exists, or the task of the run has no such reference.
     """
     parser = CommandParser(prog="gpt2-pl references", description=_DESCRIPTION)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run with the data and the settings")
-    only_help = f"reference to compute: {', '.join(_NAMES)}; can be given several times (default: those without a seed)"
+    only_help = f"reference to compute: {', '.join(_NAMES)}; repeatable (default: those of the task but random_init)"
     parser.add_argument("--only", metavar="NAME", action="append", choices=_NAMES, help=only_help)
     name_help = f"folder of the references below {RUNS} (default: references/NAME, with the name of the run)"
     parser.add_argument("--name", help=name_help)
+    draws_help = "number of draws of random_continuation, each a run with a seed of its own (default: 10)"
+    parser.add_argument("--draws", metavar="N", type=int, default=10, help=draws_help)
     options = parser.parse_args(args)
+    if not 1 <= options.draws <= _MAX_DRAWS:
+        raise InputError(key="draws", value=options.draws, expected=f"in [1, {_MAX_DRAWS:,}]")
     run = Run.read(options.run)
     if not run.record.get("scores"):
         raise InputError(f"RUN must be a finished run, got {options.run}", key="RUN", value=options.run)
     folder = RUNS / (options.name or f"references/{run.settings.get('name') or options.run.name}")
     chosen = None if options.only is None else list(dict.fromkeys(options.only))
-    for name in chosen or _DETERMINISTIC:
+    for name in chosen or _NAMES[:-1]:
         require_absent(folder / name / "version_0", "name")
     filter_messages()
     if chosen != ["random_init"]:
-        _compute(run, None if chosen is None else [name for name in chosen if name in _DETERMINISTIC], folder)
+        names = None if chosen is None else [name for name in chosen if name != "random_init"]
+        _compute_all(run, names, folder, options.draws)
     if chosen is not None and "random_init" in chosen:
         _train_random_init(run, folder / "random_init")
     compare = shlex.join([*program(), "compare", str(options.run), str(folder), "--out", "FOLDER"])
     print(printable(f"compare them: {compare}"))
 
 
-def _compute(run: Run, names: list[str] | None, folder: Path) -> None:
+def _compute_all(run: Run, names: list[str] | None, folder: Path, num_draws: int) -> None:
+    """Compute references without training, by default all that suit the task.
+
+    Raises:
+        InputError: the task of the run has no such reference.
+    """
+    from gpt2_pl.tasks.protocols import ScoredGenerator, SourceTargetData
+
+    setup = _set_up(run)
+    generates = isinstance(setup.model, ScoredGenerator) and isinstance(setup.datamodule, SourceTargetData)
+    of_texts = [name for name in names or () if name in text_references.NAMES]
+    if generates and len(of_texts) == len(names or ()):
+        names = of_texts or list(text_references.NAMES)
+        text_references.compute(run, setup.model, setup.datamodule, names, folder, num_draws)
+    elif of_texts and not generates:
+        message = (
+            f"{of_texts[0]} needs a task that generates targets for sources, got a run of {run.record.get('task')}"
+        )
+        raise InputError(message, key="only", value=of_texts[0])
+    else:
+        _compute(run, setup, None if names is None else [n for n in names if n in _DETERMINISTIC], folder)
+
+
+def _compute(run: Run, setup: _Setup, names: list[str] | None, folder: Path) -> None:
     """Compute deterministic references, by default all that suit the labels, and write a run folder for each.
 
     Raises:
@@ -109,7 +143,6 @@ def _compute(run: Run, names: list[str] | None, folder: Path) -> None:
     """
     from gpt2_pl.tasks.protocols import ClassificationRows, FeatureClassifier, FeaturePredictor, LabelledRows
 
-    setup = _set_up(run)
     data: Any = setup.datamodule
     task: Any = setup.model
     is_classifier = isinstance(task, FeatureClassifier) and isinstance(data, ClassificationRows)
@@ -210,16 +243,7 @@ def _record(
         of_split = _scores(rows.labels, predictions[split])
         described = run.record.get("metrics") or of_split
         scores |= {f"{split}/{metric}": value for metric, value in of_split.items() if metric in described}
-    shared = ("task", "configs", "monitor", "mode", "primary", "metrics", "base", "data", "device", "processes")
-    return {
-        "status": "finished",
-        "reference": name,
-        **{key: run.record[key] for key in shared if key in run.record},
-        "scores": {**scores, "best_epoch": 1},
-        "epochs": [{"epoch": 1, **scores}],
-        "parameters": {"trainable": 0, "total": 0, "layers": []},
-        **cost,
-    }
+    return reference_record(run, name, scores, cost)
 
 
 def _scores(labels: NDArray[Any], predictions: Floats) -> dict[str, float]:
@@ -240,17 +264,13 @@ def _write(
     labels: list[str] | None,
 ) -> None:
     """Write the folder of a reference as a run leaves it."""
-    folder.mkdir(parents=True)
     outcomes = ["loss", "mae"] if labels is None else [f"p({name})" for name in labels]
-    for split, rows in splits.items():
-        with atomic_write(folder / f"predictions_{split}.csv") as file:
-            table = csv.writer(file)
-            table.writerow(["row", "text", "label", "prediction", *outcomes])
-            table.writerows(_table_rows(rows, predictions[split], labels))
-    with atomic_write(folder / "config.yaml") as file:
-        file.write((run.folder / "config.yaml").read_text(encoding="utf-8"))
-    with atomic_write(folder / "metrics.json") as file:
-        json.dump(record, file, indent=2)
+    columns = ["row", "text", "label", "prediction", *outcomes]
+    tables = {
+        f"predictions_{split}.csv": (columns, _table_rows(rows, predictions[split], labels))
+        for split, rows in splits.items()
+    }
+    write_reference(folder, run, record, tables, {})
 
 
 def _table_rows(rows: _Split, predictions: Floats, labels: list[str] | None) -> Iterator[list[object]]:

@@ -72,7 +72,8 @@ def comparable_runs(
         InputError: too many rows are missing.
     """
     keys = {id(run): json.dumps(run.comparison_key(split), sort_keys=True) for run in runs}
-    (most_common, _), *_ = Counter(keys.values()).most_common(1)
+    trained = [run for run in runs if not run.record.get("reference")] or runs
+    (most_common, _), *_ = Counter(keys[id(run)] for run in trained).most_common(1)
     shared = json.loads(most_common)
     comparable = []
     for run in runs:

@@ -214,9 +214,8 @@ def compare(
     failed: dict[str, list[Run]] = defaultdict(list)
     for run in unique_runs.values():
         task = str(run.record.get("task"))
-        scores = run.record.get("scores") or {}
-        if run.record.get("status") == "finished" and run.record.get("monitor") not in scores:
-            notes[task].append(f"{run.folder} is left out: it has no {run.record.get('monitor')}")
+        is_finished, is_reference = run.record.get("status") == "finished", bool(run.record.get("reference"))
+        if is_finished and not is_reference and not _with_monitor([run], notes[task]):
             tasks[task] += []
         elif run.record.get("status") != "finished" or not (run.record.get("epochs") or run.needs_no_training):
             status = "trained nothing" if run.record.get("status") == "finished" else str(run.record.get("status"))
@@ -242,9 +241,11 @@ def compare(
 def _group_task(
     task: str, runs: list[Run], notes: list[str], baseline: str | None, allow_missing_rows: bool
 ) -> Comparison:
+    if not (trained := [run for run in runs if not run.record.get("reference")]):
+        trained = runs = _with_monitor(runs, notes)
     if not runs:
         return Comparison(task, "", "", {}, [], notes)
-    split = compared_split(runs, notes)
+    split = compared_split(trained, notes)
     comparable, shared, num_dropped = comparable_runs(runs, split, notes, allow_missing_rows)
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in comparable:
@@ -255,7 +256,7 @@ def _group_task(
         group.trials = find_trials(group.runs[0])
         groups.append(group)
     disambiguate_labels(groups)
-    references = [group for group in groups if group.runs[0].record.get("reference")]
+    references = sorted((g for g in groups if g.runs[0].record.get("reference")), key=lambda group: group.label)
     if len(references) < len(groups):
         groups = [group for group in groups if group not in references]
     else:  # references alone are compared like strategies
@@ -268,6 +269,13 @@ def _group_task(
     comparison = Comparison(task, monitor, split, shared, groups, notes, None, references, num_dropped)
     use_crossed_scores(comparison)
     return comparison
+
+
+def _with_monitor(runs: Sequence[Run], notes: list[str]) -> list[Run]:
+    """Return the runs that have the score that selects the best epoch; notes name the others."""
+    found = [run for run in runs if run.record.get("monitor") in (run.record.get("scores") or {})]
+    notes += [f"{run.folder} is left out: it has no {run.record.get('monitor')}" for run in runs if run not in found]
+    return found
 
 
 def use_crossed_scores(comparison: Comparison) -> None:

@@ -25,6 +25,7 @@ Texts = Sequence[tuple[str, ...]]
 _CS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # inverse strengths of the L2 penalty; cross-validation chooses one
 _NUM_FOLDS = 5
 _MAX_ITERATIONS = 2000
+_BLOCK = 256  # rows whose similarities are in memory at a time
 
 
 def majority(labels: NDArray[np.integer], num_rows: int, num_classes: int) -> Floats:
@@ -109,6 +110,41 @@ def linear_model(
     std = np.where(std > 0, std, 1.0)
     scaled = {split: (of_split - mean) / std for split, of_split in features.items()}
     return _fit_and_predict("frozen_features", (train_features - mean) / std, labels, scaled, num_classes)
+
+
+def random_continuation(targets: Sequence[str], num_rows: int, seed: int) -> list[str]:
+    """Return the target of a random training row for every row, drawn with replacement.
+
+    Args:
+        targets: targets of the training rows.
+        num_rows: number of rows.
+        seed: seed of the draws.
+    """
+    return [targets[i] for i in np.random.default_rng(seed).integers(len(targets), size=num_rows)]
+
+
+def nearest_source(train_sources: Sequence[str], targets: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Return the target of the training row with the most similar source for every row.
+
+    The similarity is the cosine of TF-IDF vectors of words; of equally similar rows the first counts.
+
+    Args:
+        train_sources: sources of the N training rows.
+        targets: targets of the N training rows.
+        sources: sources of the M rows.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    with _scikit_learn("nearest_source"):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\S+")
+    train = vectorizer.fit_transform(train_sources)  # rows have norm 1, so that products are cosines
+    found: list[str] = []
+    for start in range(0, len(sources), _BLOCK):
+        products = vectorizer.transform(sources[start : start + _BLOCK]) @ train.T
+        found += [targets[i] for i in products.toarray().argmax(1)]
+    return found
 
 
 def _fit_and_predict(

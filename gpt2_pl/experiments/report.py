@@ -30,7 +30,12 @@ from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
 from gpt2_pl.experiments.learning_curves import crossing_caption, crossing_table, crossings
-from gpt2_pl.experiments.reference_comparison import REFERENCE_CAPTION, reference_table
+from gpt2_pl.experiments.reference_comparison import (
+    REFERENCE_CAPTION,
+    TEXT_REFERENCE_CAPTION,
+    reference_table,
+    text_reference_table,
+)
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.selection import MIN_ROWS
 from gpt2_pl.experiments.tables import (
@@ -111,6 +116,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         (difference_caption(comparison), difference_table(comparison)),
         (selection_caption(comparison), selection_table(comparison)),
         (REFERENCE_CAPTION.format(metric=heading(comparison.primary_metric)), reference_table(comparison)),
+        (TEXT_REFERENCE_CAPTION, text_reference_table(comparison)),
         (crossing_caption(comparison), crossing_table(comparison)),
         (
             EFFECT_CAPTION + " Seeds are not paired here." * comparison.is_paired,

@@ -17,12 +17,21 @@ from numpy.typing import NDArray
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.statistics.contrast import Floats
-from gpt2_pl.experiments.statistics.contributions import class_f1, from_confusion, from_sums, pearson, spearman
+from gpt2_pl.experiments.statistics.contributions import (
+    class_f1,
+    from_confusion,
+    from_distinct,
+    from_sums,
+    pearson,
+    spearman,
+)
 from gpt2_pl.text.metrics import chrf_of_counts
 
 Positions = NDArray[np.intp]
 """Indices of rows in a table."""
 
+_OF_ALL = "distinct"  # scores whose counts of a row depend on the other rows
+_COUNTED = ("chrf", _OF_ALL)  # scores that are computed from counts of every row
 _MAX_CLASSES = 200  # limits the confusion counts, K * K
 _CORRELATIONS = {"pearson": pearson, "spearman": spearman}  # metrics of numbers that are no means over rows
 
@@ -92,8 +101,9 @@ class RowTable:
         return RowScores(self.digest, self.compute(self.columns), share)
 
     def select(self, positions: Positions, digest: str) -> RowTable:
-        """Return the table of some rows, whose digest is ``digest``."""
-        return RowTable(digest, {name: column[positions] for name, column in self.columns.items()}, self.compute)
+        """Return the table of some rows, whose digest is ``digest``, without scores that need all rows."""
+        columns = {name: column[positions] for name, column in self.columns.items() if not name.startswith(_OF_ALL)}
+        return RowTable(digest, columns, self.compute)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,18 +179,20 @@ def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowTable:
         raise ValueError("it has no rows")
     number = "poem" if "poem" in rows[0] else "row"
     keys = [(row[number], row["n_tokens"], *([row["text"]] if "text" in row else [])) for row in rows]
-    columns = {"loss": np.array([(float(row["loss"]), float(int(row["n_tokens"]))) for row in rows])}
-    n_tokens = columns["loss"][:, 1]
-    if n_tokens.min() < 0 or n_tokens.sum() == 0:
+    n_tokens = [float(int(row["n_tokens"])) for row in rows]
+    if min(n_tokens) < 0 or sum(n_tokens) == 0:
         raise ValueError("its numbers of tokens must be at least 0, and one of them above 0")
+    columns = {}
+    if "loss" in rows[0]:  # reference baselines of generated texts have none
+        columns["loss"] = np.array([(float(row["loss"]), n) for row, n in zip(rows, n_tokens, strict=True)])
     for name in metrics:
-        if name.startswith("chrf") and f"{name}_counts" in rows[0]:
+        if name.startswith(_COUNTED) and f"{name}_counts" in rows[0]:
             columns[name] = np.array([[float(int(count)) for count in row[f"{name}_counts"].split()] for row in rows])
         elif name in rows[0] and name not in columns:
             columns[name] = np.array([(float(row[name]), 1.0) for row in rows])
     if "cluster" in rows[0]:
         _, cluster = np.unique([row["cluster"] for row in rows], return_inverse=True)
-        columns = {name: _sums(values, cluster) for name, values in columns.items()}
+        columns = {name: _sums(values, cluster) for name, values in columns.items() if not name.startswith(_OF_ALL)}
     return RowTable(hashlib.sha256(str(keys).encode()).hexdigest()[:12], columns, partial(_loss_scores, split))
 
 
@@ -192,16 +204,20 @@ def _sums(values: Floats, cluster: NDArray[np.intp]) -> Floats:
 
 
 def _loss_scores(split: str, columns: Columns) -> dict[str, RowScore]:
-    """Return loss and perplexity per token, chrF, and the means of other columns."""
-    with np.errstate(invalid="ignore", divide="ignore"):  # a run may diverge
-        loss = RowScore(*from_sums(columns["loss"], _ratio))
-    scores = {"loss": loss, "perplexity": loss}
+    """Return loss and perplexity per token, chrF, distinct-n, and the means of other columns."""
+    scores = {}
     for name, sums in columns.items():
         if name.startswith("chrf"):
             scores[name] = RowScore(*from_sums(sums, chrf_of_counts))
-        elif name != "loss":
-            is_of_rows = bool((sums[:, 1] == 1).all())
-            scores[name] = _mean(sums[:, 0]) if is_of_rows else RowScore(*from_sums(sums, _ratio))
+        elif name.startswith(_OF_ALL):
+            scores[name] = RowScore(*from_distinct(sums))
+        elif name == "loss" or (sums[:, 1] != 1).any():
+            with np.errstate(invalid="ignore", divide="ignore"):  # a run may diverge
+                scores[name] = RowScore(*from_sums(sums, _ratio))
+        else:
+            scores[name] = _mean(sums[:, 0])
+    if "loss" in scores:
+        scores["perplexity"] = scores["loss"]
     return {f"{split}/{name}": score for name, score in scores.items()}
 
 

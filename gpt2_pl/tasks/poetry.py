@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -9,8 +10,8 @@ from gpt2_pl.errors import require
 from gpt2_pl.generation import validate_sampling
 from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.tasks.language_modeling import LanguageModel
-from gpt2_pl.tasks.protocols import PoemData, RowTable
-from gpt2_pl.text.metrics import chrf, chrf_counts, chrf_signature, distinct, seq_rep, words
+from gpt2_pl.tasks.protocols import PoemData, RowTable, ScoredTexts
+from gpt2_pl.text.metrics import chrf, chrf_counts, chrf_signature, distinct, distinct_counts, seq_rep, words
 from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, rhyme_share, split_lines
 
 
@@ -113,8 +114,7 @@ class PoemGenerator(LanguageModel):
     def row_table(self, split: str) -> RowTable | None:
         """Return the number of scored tokens and the sum of their losses, in nats, of every poem.
 
-        After a test there are also the scores of the generated poem, and for each chrF the counts from which it is
-        computed; see :func:`~gpt2_pl.text.metrics.chrf_counts`.
+        After a test there are also the scores of the generated poem; see :func:`poem_outcomes`.
         """
         outcomes, data = self.outcomes.rows(), self.datamodule
         if not isinstance(data, PoemData):
@@ -129,9 +129,33 @@ class PoemGenerator(LanguageModel):
         )
         return RowTable("losses", ["poem", "n_tokens", "loss", *generated], rows)
 
+    def score_texts(self, data: Any, split: str, texts: Sequence[str]) -> ScoredTexts:
+        """Score completions of all poems of a split as if they had been generated.
+
+        Args:
+            data: the datamodule of the poems.
+            split: the split.
+            texts: the text after the first ``prompt_lines`` lines of each poem.
+
+        Returns:
+            The scores of :func:`poem_scores`, and what every poem adds to them.
+        """
+        poems, n, n_tokens = data.poems[split], data.prompt_lines, data.encoded[split].n_targets.tolist()
+        completed = [
+            Poem(poem.number, split_lines(poem.opening(n) + text)) for poem, text in zip(poems, texts, strict=True)
+        ]
+        outcomes = poem_outcomes(completed, poems, n)
+        columns = [[str(poem.number) for poem in poems], n_tokens, *outcomes.values()]
+        table = RowTable("losses", ["poem", "n_tokens", *outcomes], list(zip(*columns, strict=True)))
+        return ScoredTexts(poem_scores(completed, poems, n), table, _samples(completed))
+
     def samples(self, split: str) -> dict[str, str]:
         """Return the poems that were generated in an evaluation, each after its number."""
-        return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in self.generated}
+        return _samples(self.generated)
+
+
+def _samples(poems: list[Poem]) -> dict[str, str]:
+    return {f"poem_{poem.number}": f"{poem.number}\n\n{poem.text}" for poem in poems}
 
 
 def poem_outcomes(generated: list[Poem], true: list[Poem], n_prompt_lines: int) -> dict[str, list[str]]:
@@ -143,8 +167,9 @@ def poem_outcomes(generated: list[Poem], true: list[Poem], n_prompt_lines: int) 
         n_prompt_lines: as in :func:`poem_scores`.
 
     Returns:
-        The values of every poem, by name: ``seq_rep_4``, ``lines`` and ``rhyme``, and the counts ``chrf_counts`` and
-        ``chrf_whole_poem_counts``, separated by spaces.
+        The values of every poem, by name: ``seq_rep_4``, ``lines`` and ``rhyme``, and counts, separated by spaces:
+        ``chrf_counts`` and ``chrf_whole_poem_counts`` of :func:`~gpt2_pl.text.metrics.chrf_counts`, and
+        ``distinct_1_counts`` and ``distinct_2_counts`` of :func:`~gpt2_pl.text.metrics.distinct_counts`.
     """
     completions = [["\n".join(poem.lines[n_prompt_lines:]) for poem in poems] for poems in (generated, true)]
     wholes = [[poem.text for poem in poems] for poems in (generated, true)]
@@ -152,6 +177,9 @@ def poem_outcomes(generated: list[Poem], true: list[Poem], n_prompt_lines: int) 
         f"{name}_counts": [" ".join(map(str, chrf_counts(*pair))) for pair in zip(*pairs, strict=True)]
         for name, pairs in (("chrf", completions), ("chrf_whole_poem", wholes))
     }
+    for n in (1, 2):
+        counts = distinct_counts([words(completion) for completion in completions[0]], n)
+        outcomes[f"distinct_{n}_counts"] = [" ".join(map(str, of_poem)) for of_poem in counts]
     outcomes["seq_rep_4"] = [f"{seq_rep(words(completion), 4):.6f}" for completion in completions[0]]
     outcomes["lines"] = [str(len(poem.lines)) for poem in generated]
     with suppress(ImportError):  # The pronouncing dictionary is an optional dependency.

@@ -120,6 +120,32 @@ class ClassificationRows(LabelledRows, LabelledData, Protocol):
 
 
 @runtime_checkable
+class SourceTargetData(Protocol):
+    """Rows with a given source and a target that is generated from it; ``gpt2-pl references`` uses it.
+
+    The source of a poem is its first lines, its target the other lines.
+    """
+
+    max_length: int | None  #: largest number of tokens of a row; None for the model's
+
+    def has_split(self, split: str) -> bool:
+        """Return whether there are data for a split."""
+        ...
+
+    def setup(self, stage: str) -> None:
+        """Read the splits of a stage."""
+        ...
+
+    def sources(self, split: str) -> Sequence[str]:
+        """Return the source of every row of a split."""
+        ...
+
+    def targets(self, split: str) -> Sequence[str]:
+        """Return the target of every row of a split."""
+        ...
+
+
+@runtime_checkable
 class PoemData(TokenizedData, Protocol):
     """Poems whose first lines are the prompt."""
 
@@ -195,6 +221,37 @@ class TextGenerator(Protocol):
         self, tokenizer: Any, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, **settings: Any
     ) -> list[list[int]]:
         """Return the tokens that continue each prompt."""
+        ...
+
+
+class ScoredTexts(NamedTuple):
+    """Scores of generated texts.
+
+    Args:
+        scores: the scores by name, such as ``chrf``.
+        table: what every row adds to the scores, as :meth:`Task.row_table() <gpt2_pl.tasks.Task.row_table>` returns it,
+            without losses.
+        samples: the texts, as :meth:`Task.samples() <gpt2_pl.tasks.Task.samples>` returns them.
+    """
+
+    scores: dict[str, float]
+    table: RowTable
+    samples: dict[str, str]
+
+
+@runtime_checkable
+class ScoredGenerator(TextGenerator, Protocol):
+    """Task that generates targets for sources and scores them; ``gpt2-pl references`` uses it."""
+
+    samples_name: str  #: name of the file of generated texts, without the split
+
+    @property
+    def max_length(self) -> int:
+        """Largest number of tokens in a text."""
+        ...
+
+    def score_texts(self, data: Any, split: str, texts: Sequence[str]) -> ScoredTexts:
+        """Score one text for every row of a split of :class:`SourceTargetData` as if the task had generated it."""
         ...
 
 

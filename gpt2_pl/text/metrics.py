@@ -37,6 +37,28 @@ def distinct(texts: Sequence[Words], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def distinct_counts(texts: Sequence[Words], n: int) -> list[tuple[int, int, int]]:
+    """Return what each text adds to the counts from which :func:`distinct` is computed, for all texts or without one.
+
+    Args:
+        texts: words or token ids of each text.
+        n: length of the n-grams.
+
+    Returns:
+        For each text the number of its n-grams, of those distinct ones that no earlier text has, and of those distinct
+        ones that no other text has.
+    """
+    grams = [ngrams(tokens, n) for tokens in texts]
+    num_texts = Counter(gram for of_text in grams for gram in set(of_text))
+    seen: set[object] = set()
+    counts = []
+    for of_text in grams:
+        kinds = set(of_text)
+        counts.append((len(of_text), len(kinds - seen), sum(num_texts[gram] == 1 for gram in kinds)))
+        seen |= kinds
+    return counts
+
+
 def seq_rep(tokens: Words, n: int) -> float:
     """Compute seq-rep-n (Welleck et al. 2020), the fraction of repeated n-grams of a text.
 

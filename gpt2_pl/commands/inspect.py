@@ -60,8 +60,10 @@ def main(args: list[str]) -> None:
     require_writable(options.out / "index.html", "out")
     runs = [_read_run(folder) for folder in options.runs]
     created = time.strftime("%Y-%m-%d %H:%M %Z")
-    if (split := _poem_split(runs[0], options.split)) is not None:
+    if (split := _text_split(runs[0], options.split, "poems_{}.txt")) is not None:
         inspection, note = _inspect_poems(runs, split, options, created), None
+    elif (split := _text_split(runs[0], options.split, "losses_{}.csv")) is not None:
+        inspection, note = _inspect_contexts(runs, split, options, created), None
     else:
         inspection, note = _inspect_rows(runs, patterns, options, created)
     names = write(inspection, options.out)
@@ -226,32 +228,58 @@ def _configured_file(run: Run, split: str) -> tuple[str, str]:
     return file, f"data.{key}"
 
 
-# Poems
+# Generated poems and contexts
 
 
-def _poem_split(run: Run, split: str | None) -> str | None:
-    """Return the split of a run's generated poems; None if it has none, or has predictions."""
+def _text_split(run: Run, split: str | None, file: str) -> str | None:
+    """Return the split of a file of a run, whose name has {} for it; None without one, or if there are predictions."""
     splits = SPLITS if split is None else (split,)
     if any((run.folder / f"predictions_{name}.csv").exists() for name in splits):
         return None
-    found = [name for name in splits if (run.folder / f"poems_{name}.txt").exists()]
+    found = [name for name in splits if (run.folder / file.format(name)).exists()]
     return found[0] if found else None
 
 
+def _refuse_slices(runs: Sequence[Run], options: argparse.Namespace, what: str) -> None:
+    if options.slice or options.column:
+        key = "slice" if options.slice else "column"
+        raise InputError(f"--slice and --column require predictions, and {runs[0].folder} has {what}", key=key)
+
+
+def _inspect_contexts(runs: Sequence[Run], split: str, options: argparse.Namespace, created: str) -> Inspection:
+    from gpt2_pl.experiments.inspection.losses import inspect_losses, read_losses
+
+    _refuse_slices(runs, options, "losses of contexts")
+    tables = [read_losses(run.folder / f"losses_{split}.csv") for run in runs]
+    return inspect_losses(runs, split, tables, options.rows, created)
+
+
 def _inspect_poems(runs: Sequence[Run], split: str, options: argparse.Namespace, created: str) -> Inspection:
-    if len(runs) > 1 or options.slice or options.column:
-        key = "RUN" if len(runs) > 1 else "slice" if options.slice else "column"
-        message = "a second run, --slice and --column require predictions"
-        raise InputError(f"{message}, and {runs[0].folder} has poems", key=key)
+    _refuse_slices(runs, options, "poems")
     from gpt2_pl.datamodules.sonnets import read_poems
-    from gpt2_pl.experiments.inspection.poems import inspect_poems, match
+    from gpt2_pl.experiments.inspection.poems import inspect_poems, inspect_two, match
 
     run = runs[0]
-    generated = read_poems(str(run.folder / f"poems_{split}.txt"), "RUN")
     file, key = (options.data, "data") if options.data is not None else _configured_file(run, split)
-    poems = match(generated, read_poems(file, key), file)
+    true = read_poems(file, key)
+    matched = [match(read_poems(str(one.folder / f"poems_{split}.txt"), "RUN"), true, file) for one in runs]
     num_given = _data_settings(run).get("prompt_lines", 3)
     if not isinstance(num_given, int) or num_given < 0:
         expected = "a number of lines"
         raise InputError(key="data.prompt_lines", value=num_given, expected=expected, source=run.folder / "config.yaml")
-    return inspect_poems(run, split, poems, num_given, options.rows, created)
+    if len(runs) == 1:
+        return inspect_poems(run, split, matched[0], num_given, options.rows, created)
+    seconds = {poem.number: poem for poem, _ in matched[1]}
+    if seconds.keys() != {poem.number for poem, _ in matched[0]}:
+        message = f"{runs[1].folder} must have the poems of {run.folder}, poems_{split}.txt"
+        raise InputError(message, key="RUN", value=runs[1].folder)
+    poems = [(poem, seconds[poem.number], other) for poem, other in matched[0]]
+    losses = [_poem_losses(one.folder / f"losses_{split}.csv") for one in runs]
+    return inspect_two(runs, split, poems, losses, num_given, options.rows, created)
+
+
+def _poem_losses(file: Path) -> dict[int, float]:
+    """Return the loss per token of every poem; empty for references, which have none."""
+    from gpt2_pl.experiments.inspection.losses import has_losses, read_losses
+
+    return {row.number: row.loss for row in read_losses(file)} if has_losses(file) else {}

@@ -56,6 +56,7 @@ class Pair(NamedTuple):
         scores: their scores.
         generated, true: lines of the texts.
         given: number of first lines that were the prompt.
+        second: lines of the text of a second run; empty without one.
     """
 
     heading: str
@@ -63,6 +64,7 @@ class Pair(NamedTuple):
     generated: Sequence[str]
     true: Sequence[str]
     given: int
+    second: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

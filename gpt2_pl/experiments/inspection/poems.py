@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpt2_pl.errors import InputError
@@ -104,3 +105,72 @@ def inspect_poems(
         summary.append(f"  lowest chrF: poem {poem.number}, {worst.chrf:.1f}")
     inspection.summary = [str(run.folder), f"  {about['task']}, {run.strategy}, {split}, {len(scored)} poems", *summary]
     return inspection
+
+
+def inspect_two(
+    runs: Sequence[Run],
+    split: str,
+    poems: Sequence[tuple[Poem, Poem, Poem]],
+    losses: Sequence[Mapping[int, float]],
+    num_given: int,
+    count: int,
+    created: str,
+) -> Inspection:
+    """Inspect the poems of two runs; those whose chrF differs most come first.
+
+    Args:
+        runs: the two runs.
+        split: split of the poems.
+        poems: the poem of each run and the true poem.
+        losses: loss per token of the true poems by number, of each run; without those that are not known.
+        num_given: number of first lines that were the prompt.
+        count: number of poems that are shown.
+        created: date of the page.
+
+    Returns:
+        The inspection.
+    """
+    scored = []
+    for first, second, true in poems:
+        a, b = (PoemScores.of(poem.lines[num_given:], true.lines[num_given:]).chrf for poem in (first, second))
+        known = [of_run.get(true.number, math.nan) for of_run in losses]
+        scored.append(([a, b, b - a, *known, known[1] - known[0]], first, second, true))
+    scored.sort(key=lambda item: -abs(item[0][2]))
+    means = [sum(item[0][i] for item in scored) / len(scored) for i in range(6)]
+    names = ["chrF (first)", "chrF (second)", "chrF difference", "loss (first)", "loss (second)", "loss difference"]
+    facts = [["run", str(runs[0].folder)], ["run (second)", str(runs[1].folder)], ["split", split]]
+    facts += [["poems", f"{len(scored):,}"], ["given lines", str(num_given)]]
+    facts += [[f"mean {name}", _number(mean)] for name, mean in zip(names, means, strict=True)]
+    title = f"Inspection of {runs[0].folder} and {runs[1].folder}"
+    columns = [Column("", "name"), Column("", "name")]
+    inspection = Inspection(title, Table(columns, [*facts, ["page created", created]]))
+    table: list[Sequence[object]] = [["poem", *names, "first", "second", "true"]]
+    cells, pairs = [], []
+    for values, first, second, true in scored[:count]:
+        table.append([true.number, *values, *(" / ".join(poem.lines) for poem in (first, second, true))])
+        shown = [_number(value) for value in values]
+        cells.append([str(true.number), *shown])
+        text = f"chrF {shown[0]} and {shown[1]}, loss per token {shown[3]} and {shown[4]}"
+        pairs.append(Pair(f"Poem {true.number}", text, first.lines, true.lines, num_given, second.lines))
+    inspection.tables["rows.csv"] = table
+    explanation = (
+        f"chrF is that of the generated lines after the first {num_given}, which were given (in italics). The loss is "
+        "that of the true lines, in nats per token. Differences are second minus first."
+    )
+    caption = f"{len(cells)} of {len(scored)} poems, the largest difference in chrF first"
+    scores_table = Table([Column(heading) for heading in ("poem", *names)], cells, caption)
+    inspection.sections = [
+        Section("Poems on which the runs differ", [explanation], tables=[scores_table]),
+        Section("Poems", pairs=pairs),
+    ]
+    inspection.summary = [f"{name}: {value}" for name, value in facts]
+    worst, _, _, true = scored[0]
+    inspection.summary.append(
+        f"largest chrF difference: poem {true.number}, {_number(worst[0])} and {_number(worst[1])}"
+    )
+    return inspection
+
+
+def _number(value: float) -> str:
+    """Return a number with two decimals; empty if it is not known."""
+    return "" if math.isnan(value) else f"{value:.2f}"

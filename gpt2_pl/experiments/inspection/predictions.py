@@ -65,7 +65,7 @@ def predictions_file(folder: Path, split: str | None) -> tuple[Path, str]:
         file = folder / f"predictions_{name}.csv"
         if not file.exists():
             continue
-        with _reading(file) as lines:
+        with reading(file) as lines:
             if "label" in next(csv.reader(lines), []):
                 return file, name
         unlabeled = file
@@ -76,7 +76,7 @@ def predictions_file(folder: Path, split: str | None) -> tuple[Path, str]:
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[Any]:
+def reading(file: Path) -> Iterator[Any]:
     """Open a file of predictions; errors of its content name it.
 
     Raises:
@@ -112,7 +112,7 @@ def read_predictions(file: Path) -> Predictions | NumericPredictions:
     Raises:
         InputError: the file is missing, too large or broken, has no rows, or has neither probabilities nor numbers.
     """
-    with _reading(file) as lines:
+    with reading(file) as lines:
         records = csv.reader(lines, strict=True)
         header = next(records, [])
         if missing := [name for name in _COLUMNS if name not in header]:
@@ -121,10 +121,10 @@ def read_predictions(file: Path) -> Predictions | NumericPredictions:
             raise ValueError("its columns must have different names")
         classes = [name for name in header if name.startswith("p(") and name.endswith(")")]
         parse = _read_classes if classes else _read_numbers
-        return parse(_cells(records, header, [*_COLUMNS, *classes]), [name[2:-1] for name in classes])
+        return parse(cells_of(records, header, [*_COLUMNS, *classes]), [name[2:-1] for name in classes])
 
 
-def _cells(records: Iterator[list[str]], header: list[str], columns: list[str]) -> Iterator[tuple[int, list[str]]]:
+def cells_of(records: Iterator[list[str]], header: list[str], columns: list[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the row number and the cells of the other columns of every record.
 
     Raises:

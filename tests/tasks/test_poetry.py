@@ -176,7 +176,7 @@ def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
     check_metrics(metrics(folder), "metrics.json")
     assert {"test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
     of_rows = Run.read(folder).row_scores["test"].scores
-    names = {"loss", "perplexity", "chrf", "chrf_whole_poem", "seq_rep_4", "lines", "rhyme"}
+    names = {"loss", "perplexity", "chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "seq_rep_4", "lines", "rhyme"}
     assert set(of_rows) == {f"test/{name}" for name in names}
     for name, of_row in of_rows.items():
         value = math.exp(of_row.value) if name == "test/perplexity" else of_row.value

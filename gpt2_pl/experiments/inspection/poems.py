@@ -172,5 +172,5 @@ def inspect_two(
 
 
 def _number(value: float) -> str:
-    """Return a number with two decimals; empty if it is not known."""
-    return "" if math.isnan(value) else f"{value:.2f}"
+    """Return a number with two decimals; an en dash if it is not known."""
+    return "\u2013" if math.isnan(value) else f"{value:.2f}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.common_rows import comparable_runs
+from gpt2_pl.experiments.comparison_notes import family_notes, pairing_notices
 from gpt2_pl.experiments.differences import Difference, compare_arms, disagreeing_rows, is_usable, judge, matched
 from gpt2_pl.experiments.levels import reliability_notices
 from gpt2_pl.experiments.run import Run
@@ -28,8 +29,6 @@ _DEFAULT_METRICS: dict[str, dict[str, Any]] = {  # for runs whose metrics.json d
     **{name: {"higher_is_better": False} for name in ("loss", "perplexity")},
     **{name: {"percent": True} for name in ("accuracy", "macro_f1", "f1", "precision", "recall")},
 }
-_MIN_PAIRS = 2
-_FEW_SEEDS, _MANY_ARMS = 3, 5  # with so few seeds and so many arms only very large differences can be shown
 
 
 @dataclass
@@ -116,18 +115,19 @@ class Comparison:
             sizes[group.strategy].add(group.training_rows)
         return sum(len(of_strategy - {None}) > 1 for of_strategy in sizes.values()) > 1
 
+    def is_baseline(self, group: RunGroup) -> bool:
+        """Return whether a group is the baseline, or with several numbers of training rows one of its strategy."""
+        return group is self.groups[0] or (self.has_sizes and group.strategy == self.groups[0].strategy)
+
     def baseline_of(self, group: RunGroup) -> RunGroup | None:
-        """Return the baseline of a group; None for a baseline itself.
+        """Return the baseline of a group; None for a baseline itself, and without one.
 
         With several numbers of training rows, it is the group of the baseline's strategy with as many rows.
         """
-        first = self.groups[0]
-        if not self.has_sizes:
-            return None if group is first else first
-        if group.strategy == first.strategy:
+        if self.is_baseline(group):
             return None
-        of_first = (g for g in self.groups if g.strategy == first.strategy)
-        return next((g for g in of_first if g.training_rows == group.training_rows), None)
+        of_first = (g for g in self.groups if self.is_baseline(g))
+        return next((g for g in of_first if not self.has_sizes or g.training_rows == group.training_rows), None)
 
     @property
     def baseline_name(self) -> str:
@@ -343,50 +343,11 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
         comparison.groups[int(i)].differences[primary] = judged
     if comparison.is_paired:
         for group in comparison.compared:
-            group.notices += _pairing_notices(comparison, group)
+            group.notices += pairing_notices(comparison, group)
     for group in comparison.groups:
         diverged = [run for run in group.runs if not is_usable(run, primary)]
         group.notices += reliability_notices(group.usable(primary), [*group.failed, *diverged], primary, unit)
         for run in group.runs:
             comparison.notes += [f"{run.folder}: {text}" for text in disagreeing_rows(run)]
-    comparison.notes += _family_notes(comparison)
+    comparison.notes += family_notes(comparison)
     comparison.notes += tuning_notes({group.label: group.trials for group in comparison.groups})
-
-
-def _pairing_notices(comparison: Comparison, group: RunGroup) -> list[str]:
-    """Return notices on the runs that have no run of the same seed in the baseline, and the reverse."""
-    first, name = comparison.baseline_of(group) or comparison.groups[0], comparison.primary_metric
-    pairs = len(comparison.pairs(group, first, name)[0])
-    notices = []
-    alone = [(of, len(of.usable(name)) - pairs) for of in (group, first)]
-    if any(count for _, count in alone):
-        which = " and ".join(f"{count} of {of.label}" for of, count in alone if count)
-        notices.append(f"runs without a partner of the same seed are left out of the differences: {which}")
-    if pairs < _MIN_PAIRS:
-        seeds = f"{pairs or 'no'} seed{'s' * (pairs != 1)}"
-        expected = f"--paired_seeds needs at least {_MIN_PAIRS}"
-        notices.append(f"{group.label} and {first.label} have {seeds} in common; {expected}")
-    return notices
-
-
-def _family_notes(comparison: Comparison) -> list[str]:
-    """Return notes on what the comparisons of a task cannot show."""
-    notes, primary = [], comparison.primary_metric
-    family = comparison.family
-    num_seeds = min((min(group.differences[primary].contrast.num_seeds) for group in family), default=0)
-    if family and num_seeds <= _FEW_SEEDS and len(family) >= _MANY_ARMS:
-        notes.append(
-            f"With {num_seeds} seeds and {len(family)} comparisons only very large differences can be shown; 5 seeds "
-            "raise the power two- to fourfold."
-        )
-    seeds = {count for group in family for count in group.differences[primary].contrast.num_seeds}
-    if seeds and max(seeds) >= 2 * min(seeds):
-        notes.append(f"Strategies have {min(seeds)} to {max(seeds)} seeds; equal numbers make intervals more reliable.")
-    epochs = {len(run.record["epochs"]) for group in comparison.groups for run in group.runs}
-    if comparison.is_optimistic and len(epochs) > 1:
-        notes.append(
-            f"Runs chose among {min(epochs)} to {max(epochs)} epochs; more epochs to choose from make a score more "
-            "optimistic. A test file, or save_predictions: every_epoch in all runs, gives scores of rows that did not "
-            "choose."
-        )
-    return notes

@@ -32,6 +32,7 @@ _LINES = ("-", "--", ":", "-.")
 _REFERENCE_COLOR = "#666666"
 _REFERENCE = "(reference)"
 _PALE = 0.4  # opacity of imprecise estimates
+_MAX_TICKS = 8  # of the sizes of the training set
 _MAX_LEGEND = 24  # further strategies are drawn without an entry in the legend
 _MAX_LABEL = 34  # characters of a strategy in the legend
 _DPI = 150
@@ -151,6 +152,10 @@ def _sizes(comparison: Comparison) -> Figure:
         label = f"{_label(curve.strategy, 0)} {_REFERENCE}"
         _draw_curve(axes[0], _size_curve(curve, name, unit), _REFERENCE_COLOR, linestyle=_LINES[1 + i % 3], label=label)
     _set_log_axis(axes[0], size_unit(comparison))
+    tried = sorted({size for curve in curves(comparison) for size in curve.groups})
+    if len(tried) <= _MAX_TICKS:
+        axes[0].set_xticks(tried, [f"{size:,}" for size in tried], minor=False)
+        axes[0].minorticks_off()
     axes[0].set(
         ylabel=_axis(name, unit), title=f"{plain(comparison.task)}: learning curves over {size_unit(comparison)}"
     )

@@ -89,7 +89,7 @@ def _group_lines(comparison: Comparison, group: RunGroup) -> list[tuple[int, str
         spread = spread_interval(group.usable_values(name))
         text += f", sd over seeds {unit.format_score(std)} ({interval_text(comparison, name, spread)})"
     costs = [_COST_NAMES[cost].format(cost_text(group, cost)) for cost in _COSTS if group.cost(cost) is not None]
-    baseline = " (baseline)" if group not in comparison.compared else ""
+    baseline = " (baseline)" if comparison.is_baseline(group) else ""
     lines = [(0, f"{group.label}{baseline}: {text}"), (2, ", ".join(costs))]
     if (found := group.differences.get(name)) is not None:
         p = f"; p {p_text(found.contrast.p_value())}, Holm {p_text(found.p_adjusted)}" if found.is_tested else ""

@@ -91,6 +91,30 @@ def test_compare_writes_curves_and_crossings(runs, tmp_path, capsys):
     assert found["low"] < found["point"] < found["high"]
 
 
+def test_runs_that_train_nothing_are_compared_at_no_cost(runs, tmp_path):
+    generator = np.random.default_rng(1)
+    for size in SIZES:
+        for seed in (1, 2, 3):
+            run = sized_run(
+                tmp_path / f"runs/context_{size}_{seed}", "in_context", seed, generator.random(800) < 0.55, size
+            )
+            settings = yaml.safe_load((run / "config.yaml").read_text())
+            settings["trainer"]["max_epochs"] = 0
+            (run / "config.yaml").write_text(yaml.safe_dump(settings))
+            record = json.loads((run / "metrics.json").read_text())
+            del record["scores"]["best_epoch"]
+            record["parameters"]["trainable"] = 0
+            (run / "metrics.json").write_text(json.dumps({**record, "epochs": []}))
+    main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    (content,) = json.loads((tmp_path / "out/report.json").read_text())
+    costs = {group["strategy"]: group["cost"]["trainable"] for group in content["groups"]}
+    assert costs["in_context (shots 16)"] == 0
+    assert ["full", "in_context"] in [found["strategies"] for found in content["crossings"]]
+    (run / "config.yaml").write_text((runs[0] / "config.yaml").read_text())  # an evaluation of a checkpoint
+    (comparison,) = compare([Run.read(run), Run.read(runs[0])])
+    assert "it is not a finished training run (trained nothing)" in comparison.notes[0]
+
+
 def test_curves_without_shots_count_rows_and_leave_out_ambiguous_groups(tmp_path):
     right = np.arange(100) % 3 > 0
     made = [

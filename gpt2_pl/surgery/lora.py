@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2022), with rsLoRA, DoRA and LoRA+.
+"""Low-rank adaptation (LoRA, Hu et al. 2022), with rsLoRA, DoRA, PiSSA and LoRA+.
 
 An adapted layer computes ``y = W x + b + s * B A dropout(x)`` with A (r, in) and B (out, r). B starts at zero. The
 scaling s is alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,20 +63,24 @@ class LoRALinear(AdaptedLinear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(rows, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def zero_padded_B(self) -> Tensor:
-        """Return B as a block matrix (out, n r) that multiplies the full output of A."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (n r, in), and B as a block matrix (out, n r) that multiplies the full output of A."""
+        return self.lora_A, self._zero_padded(self.lora_B)
+
+    def _zero_padded(self, B: Tensor) -> Tensor:
         if self.qkv_slices is None:
-            return self.lora_B
+            return B
         height = self.out_features // 3
-        padded = self.lora_B.new_zeros(self.out_features, len(self.qkv_slices) * self.rank)
+        padded = B.new_zeros(self.out_features, len(self.qkv_slices) * self.rank)
         for i, index in enumerate(self.qkv_slices):
-            block = self.lora_B[i * height : (i + 1) * height]
+            block = B[i * height : (i + 1) * height]
             padded[index * height : (index + 1) * height, i * self.rank : (i + 1) * self.rank] = block
         return padded
 
     def delta_weight(self) -> Tensor:
         """Return the weight update s B A, (out, in)."""
-        return self.scaling * self.zero_padded_B() @ self.lora_A
+        A, B = self.factors()
+        return self.scaling * B @ A
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (out, in) and bias (out,) of the equivalent plain layer."""
@@ -96,7 +100,7 @@ class LoRALinear(AdaptedLinear):
     def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
         """Compute W x + b + B low_rank: (N, in) and (N, n r) -> (N, out)."""
         output = self.affine(x, self.bias)
-        B = self.zero_padded_B().to(output.dtype)
+        B = self.factors()[1].to(output.dtype)
         return output.addmm_(low_rank, B.T.contiguous())  # contiguous B^T makes the backward pass faster on a CPU
 
 
@@ -136,8 +140,70 @@ class DoRALinear(LoRALinear):
     def _add_low_rank(self, x: Tensor, low_rank: Tensor) -> Tensor:
         with torch.no_grad():
             norm = torch.linalg.vector_norm(self.weight + self.delta_weight(), dim=1)
-        output = self.affine(x, None) + F.linear(low_rank, self.zero_padded_B())
+        output = self.affine(x, None) + F.linear(low_rank, self.factors()[1])
         return output * self.dora_scale(norm) + self.bias
+
+
+class PiSSALinear(LoRALinear):
+    """LoRA whose A and B start at the principal singular part of W (PiSSA, Meng et al. 2024, eqs. 2 to 4).
+
+    y = W_res x + b + s B A dropout(x), where s B_0 A_0 is the best approximation of W of rank r, W_res = W - s B_0 A_0
+    is the frozen residual, and B_0, A_0 are the initial values of B and A. The residual is stored as the base's weight
+    W and the buffers ``initial_A`` and ``initial_B``, and the layer is computed as W x + b + s [B, -B_0] [A; A_0] x,
+    an update of rank 2 r of the unchanged base. Slices of the output are factorized separately.
+
+    Args:
+        linear: the layer to adapt; see :class:`LoRALinear`. Factors of a weight on the meta device are not computed.
+        args: positional arguments of :class:`LoRALinear`.
+        kwargs: keyword arguments of :class:`LoRALinear`.
+    """
+
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def __init__(self, linear: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        super().__init__(linear, *args, **kwargs)
+        with torch.no_grad():
+            if not self.weight.is_meta:
+                slices = self.weight.chunk(1 if self.qkv_slices is None else 3)
+                parts = [principal_factors(slices[i] / self.scaling, self.rank) for i in self.qkv_slices or [0]]
+                self.lora_A.copy_(torch.cat([A for A, _ in parts]))
+                self.lora_B.copy_(torch.cat([B for _, B in parts]))
+        self.register_buffer("initial_A", self.lora_A.detach().clone())
+        self.register_buffer("initial_B", self.lora_B.detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return [A; A_0] (2 n r, in) and [B, -B_0] (out, 2 n r)."""
+        A, B = super().factors()
+        return torch.cat((A, self.initial_A)), torch.cat((B, -self._zero_padded(self.initial_B)), dim=1)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """Compute s A dropout(x) and s A_0 x: (N, in) -> (N, 2 n r)."""
+        return torch.cat((super()._low_rank(x), F.linear(x, self.initial_A) * self.scaling), dim=1)
+
+
+def principal_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best approximation B A of a matrix W of rank r, with its singular values divided equally.
+
+    For W = U S V^T, A = sqrt(S_r) V_r^T and B = U_r sqrt(S_r). The singular vectors are computed as eigenvectors of the
+    smaller one of W^T W and W W^T in double precision, which takes less time than a singular value decomposition.
+
+    Args:
+        weight: (out, in).
+        rank: r, at most the smaller size of ``weight``.
+
+    Returns:
+        A (r, in) and B (out, r).
+    """
+    if weight.size(0) < weight.size(1):
+        A, B = principal_factors(weight.T, rank)
+        return B.T, A.T
+    W = weight.double()
+    V = torch.linalg.eigh(W.T @ W).eigenvectors[:, -rank:].flip(1)  # (in, r), by descending singular value
+    US = W @ V
+    root = torch.linalg.vector_norm(US, dim=0).sqrt()
+    tiny = torch.finfo(torch.float32).tiny
+    return (root.unsqueeze(1) * V.T).to(weight.dtype), (US / root.clamp_min(tiny)).to(weight.dtype)
 
 
 class LoRAEmbedding(nn.Embedding):
@@ -191,6 +257,9 @@ class LoRA(Surgery):
             ``layers``, has no dropout and does not support DoRA.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
         use_dora: weight-decomposed adaptation (Liu et al. 2024).
+        init: initial values: ``kaiming``, random A and B = 0, or ``pissa``, the principal singular part of the weight
+            (Meng et al. 2024), which then trains while the residual is frozen. ``pissa`` supports neither ``wte`` nor
+            DoRA, and the rank must not exceed the sizes of the weight.
         layers: the blocks to adapt, as numbers from 0 or as ranges such as ``"0-2,9-11"``; by default all.
         loraplus_lr_ratio: learning rate of B divided by that of A, above 0 (LoRA+, Hayou et al. 2024).
 
@@ -207,6 +276,7 @@ class LoRA(Surgery):
     targets: list[str] = field(default_factory=lambda: ["c_attn"])
     use_rslora: bool = False
     use_dora: bool = False
+    init: Literal["kaiming", "pissa"] = "kaiming"
     layers: Layers = None
     loraplus_lr_ratio: float = 1.0
 
@@ -220,6 +290,9 @@ class LoRA(Surgery):
         require(are_targets and bool(self.targets), "targets", self.targets, f"a list of {', '.join(known)}", "LoRA")
         supports_dora = not self.use_dora or "wte" not in self.targets
         require(supports_dora, "use_dora", self.use_dora, "false with the target wte", "LoRA")
+        require(self.init in ("kaiming", "pissa"), "init", self.init, "'kaiming' or 'pissa'", "LoRA")
+        supports_pissa = self.init == "kaiming" or not (self.use_dora or "wte" in self.targets)
+        require(supports_pissa, "init", self.init, "'kaiming' with use_dora and with the target wte", "LoRA")
 
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:
         """Add adapters to the target layers and freeze the published parameters; see :class:`Surgery`."""
@@ -229,9 +302,12 @@ class LoRA(Surgery):
         adapts_wte = "wte" in self.targets
         for path in [*paths, *["wte"] * adapts_wte]:
             plain_layer(model, path, "LoRA")
+        limit = model.config.n_embd  # the smaller size of every weight and slice
+        fits = self.init == "kaiming" or self.rank <= limit
+        require(fits, "rank", self.rank, f"at most n_embd = {limit} with init 'pissa'", "LoRA")
         for path, qkv_slices in paths.items():
             linear: Any = model.get_submodule(path)
-            kind = DoRALinear if self.use_dora else LoRALinear
+            kind = DoRALinear if self.use_dora else PiSSALinear if self.init == "pissa" else LoRALinear
             adapted = kind(linear, self.rank, scaling, self.dropout, qkv_slices, self.loraplus_lr_ratio)
             model.set_submodule(path, adapted.train(linear.training))
         if adapts_wte:

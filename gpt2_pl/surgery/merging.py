@@ -19,7 +19,7 @@ from torch import Tensor
 from gpt2_pl.errors import InputError, listing
 from gpt2_pl.model import GPT2
 from gpt2_pl.surgery.base import freeze_base
-from gpt2_pl.surgery.lora import LoRAEmbedding, LoRALinear
+from gpt2_pl.surgery.lora import LoRAEmbedding, LoRALinear, PiSSALinear
 from gpt2_pl.surgery.targets import plain_layer
 
 MAX_TERMS = 100
@@ -99,7 +99,9 @@ def lora_changes(model: GPT2, name: str) -> dict[str, LowRank]:
     Raises:
         InputError: the model has no LoRA, or other parameters than those of the base and of LoRA.
     """
-    adapters: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m) in (LoRALinear, LoRAEmbedding)}
+    adapters: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if type(m) in (LoRALinear, PiSSALinear, LoRAEmbedding)
+    }
     known = {f"{path}.{key}" for path, module in adapters.items() for key in module.state_dict()}
     if foreign := model.state_dict().keys() - known - model.base_names:
         raise InputError(f"{name} has {listing(foreign)}; only LoRA adapters without DoRA can be merged")
@@ -107,8 +109,8 @@ def lora_changes(model: GPT2, name: str) -> dict[str, LowRank]:
         raise InputError(f"{name} has no LoRA adapter")
     changes = {}
     for path, module in adapters.items():
-        B = module.lora_B if isinstance(module, LoRAEmbedding) else module.zero_padded_B()
-        changes[path] = LowRank(module.scaling * B.detach().double(), module.lora_A.detach().double())
+        A, B = (module.lora_A, module.lora_B) if isinstance(module, LoRAEmbedding) else module.factors()
+        changes[path] = LowRank(module.scaling * B.detach().double(), A.detach().double())
     return changes
 
 

@@ -116,7 +116,7 @@ class LoRAKind(PeftKind):
         for name, module in zip(modules, adapters, strict=True):
             path = f"transformer.{name}"
             is_embedding = isinstance(module, LoRAEmbedding)
-            stored = [module.lora_A, module.lora_B if isinstance(module, LoRAEmbedding) else module.zero_padded_B()]
+            stored = [module.lora_A, module.lora_B] if isinstance(module, LoRAEmbedding) else [*module.factors()]
             if isinstance(module, DoRALinear):
                 norm = torch.linalg.vector_norm(module.weight + module.delta_weight(), dim=1)
                 stored.append(module.dora_scale(norm) * norm)

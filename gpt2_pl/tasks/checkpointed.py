@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.model import GPT2Config
-from gpt2_pl.surgery import Surgery
+from gpt2_pl.surgery import Surgery, build
 from gpt2_pl.surgery.base import is_plain
 from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks import checkpoint as checkpoints
@@ -162,7 +162,8 @@ class CheckpointedModule(LightningModule):
     def _check_stored_surgery(self, stored: list[dict[str, Any]]) -> None:
         """Check that the settings of surgery in a checkpoint are those of this model, apart from training settings."""
         own = [surgery.settings() for surgery in self.surgery]
-        trained, current = ([_drop_keys(one, _TRAINING_ONLY) for one in settings] for settings in (stored, own))
+        complete = [build(settings).settings() for settings in stored]  # with later arguments' defaults
+        trained, current = ([_drop_keys(one, _TRAINING_ONLY) for one in settings] for settings in (complete, own))
         if trained != current:
             message = f"model.surgery must be that of the checkpoint, {trained}, got {current}"
             raise InputError(message, key="model.surgery")

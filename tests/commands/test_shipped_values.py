@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from gpt2_pl.callbacks import DiscriminativeLR
 from gpt2_pl.optim import SlantedTriangular
-from gpt2_pl.surgery import LoRA
+from gpt2_pl.surgery import BottleneckAdapter, LoRA
 from gpt2_pl.tasks import LanguageModel, PoemGenerator
 from gpt2_pl.tasks.pooled import PooledTask
 
@@ -23,6 +23,9 @@ FILES = {
     "strategy/lora_attention": {**RANK8, "LoRA.targets": ["q", "v"]},
     "strategy/lora_plus": {**RANK8, "LoRA.loraplus_lr_ratio": 16},
     "strategy/dora": {**RANK8, "LoRA.use_dora": True},
+    "strategy/pissa": {"LoRA.rank": 8, "LoRA.init": "pissa"},
+    "strategy/adapter_houlsby": {"BottleneckAdapter.placement": "houlsby", "BottleneckAdapter.reduction": 16},
+    "strategy/adapter_pfeiffer": {"BottleneckAdapter.placement": "pfeiffer", "BottleneckAdapter.reduction": 16},
     "strategy/hard_prompt": {"data.template": PAIR},
     "strategy/verbalizer": {"data.template": PAIR, "model.label_words": [" no", " yes"]},
     "strategy/unlikelihood": {"model.unlikelihood": 1.0},
@@ -61,6 +64,8 @@ def test_signature_defaults_equal_documented_values():
         (LoRA, "rank", 8),
         (LoRA, "alpha", 16),
         (PooledTask, "mean_weight", 0.7),
+        (LoRA, "init", "kaiming"),
+        (BottleneckAdapter, "placement", "pfeiffer"),
         (LanguageModel, "sequence_prefix", 50),
         (LanguageModel, "sequence_length", 100),
     ):

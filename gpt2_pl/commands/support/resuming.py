@@ -47,7 +47,7 @@ def _immutable_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _immutable_surgery(surgery: dict[str, Any]) -> dict[str, Any]:
-    arguments = surgery.get("init_args") or {}
+    arguments = build(surgery).settings()["init_args"]  # with the defaults of arguments that a file leaves out
     return {**surgery, "init_args": {k: v for k, v in arguments.items() if k not in _MUTABLE_SURGERY_ARGUMENTS}}
 
 

@@ -150,7 +150,7 @@ def _compute(run: Run, setup: _Setup, names: list[str] | None, folder: Path) -> 
         wanted = ", ".join(names or _MODELS)
         message = f"{wanted} need a classifier or a regressor of rows, got a run of {run.record.get('task')}"
         raise InputError(message, key="only", value=names)
-    names = [_CONSTANTS[is_classifier], *_MODELS] if names is None else names
+    names = _suitable(task, is_classifier) if names is None else names
     if (other := _CONSTANTS[not is_classifier]) in names:
         message = (
             f"{other} does not suit the labels of a run of {run.record.get('task')}; use {_CONSTANTS[is_classifier]}"
@@ -187,6 +187,15 @@ def _compute(run: Run, setup: _Setup, names: list[str] | None, folder: Path) -> 
         _write(folder / name / "version_0", run, record, evaluated, predictions, data.labels if is_classifier else None)
         shown = (f"{key} {value:.4f}" for key, value in record["scores"].items() if "/" in key)
         print(printable(f"{name}: {', '.join(shown)}"), flush=True)
+
+
+def _suitable(task: Any, is_classifier: bool) -> list[str]:
+    """Return the deterministic references that suit a task; without a pretrained base there are no features."""
+    names = [_CONSTANTS[is_classifier], *_MODELS]
+    if task.base is None:
+        names.remove("frozen_features")
+        print("frozen_features is left out: the run has no pretrained base")
+    return names
 
 
 def _set_up(run: Run) -> _Setup:

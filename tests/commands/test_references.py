@@ -217,3 +217,16 @@ def test_bag_of_words_of_numbers_equals_ridge_regression_with_chosen_penalty():
     assert any(np.allclose(predicted, expected, atol=1e-3) for expected in by_penalty.values())
     assert np.corrcoef(predicted, labels[90:])[0, 1] > 0.8
     assert mean_label(labels[:90], 2).tolist() == [mean, mean]
+
+
+def test_references_run_without_base_leaves_out_frozen_features(run, capsys):
+    shape = "{vocab_size: 300, n_positions: 64, n_embd: 16, n_layer: 1, n_head: 2}"
+    flags = ["--data.n_train=200", "--data.vocab_size=300", f"--model.config={shape}", "--trainer.max_epochs=1"]
+    folder = run("fit", "--config=quickstart", *flags)
+    main(["references", str(folder)])
+    assert "frozen_features is left out: the run has no pretrained base" in capsys.readouterr().out
+    written = sorted(path.name for path in (folder.parents[1] / "references/quickstart").iterdir())
+    assert written == ["bag_of_words", "majority"]
+    assert "frozen_features needs a pretrained base" in refused(
+        run, capsys, "references", folder, "--only=frozen_features", "--name=x"
+    )

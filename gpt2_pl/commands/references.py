@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gpt2_pl.commands import filter_messages, quiet_lightning
 from gpt2_pl.commands import main as run_command
+from gpt2_pl.commands.compare import print_lines
 from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.commands.support import text_references
 from gpt2_pl.commands.support.parser import CommandParser
@@ -186,7 +187,7 @@ def _compute(run: Run, setup: _Setup, names: list[str] | None, folder: Path) -> 
         record = _record(run, name, evaluated, predictions, {"seconds": seconds, "cpu_seconds": cpu_seconds})
         _write(folder / name / "version_0", run, record, evaluated, predictions, data.labels if is_classifier else None)
         shown = (f"{key} {value:.4f}" for key, value in record["scores"].items() if "/" in key)
-        print(printable(f"{name}: {', '.join(shown)}"), flush=True)
+        print_lines([f"{name}: {', '.join(shown)}"])
 
 
 def _suitable(task: Any, is_classifier: bool) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_pl.commands.compare import print_lines
 from gpt2_pl.commands.support.reference_runs import reference_record, write_reference
-from gpt2_pl.errors import InputError, printable
+from gpt2_pl.errors import InputError
 from gpt2_pl.experiments import references
 from gpt2_pl.experiments.run import Run
 
@@ -61,7 +62,7 @@ def compute(run: Run, task: Any, data: Any, names: list[str], folder: Path, num_
             samples = {f"{task.samples_name}_{_SPLIT}.txt": "\n".join(found.samples.values())}
             write_reference(folder / name / f"version_{draw}", run, record, table, samples)
             drawn.append(scores)
-        print(printable(_line(name, drawn)), flush=True)
+        print_lines([_line(name, drawn)])
 
 
 def _line(name: str, drawn: list[dict[str, float]]) -> str:

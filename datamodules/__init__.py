@@ -6,6 +6,7 @@ from gpt2_pl.datamodules.paraphrase import QuoraPairs
 from gpt2_pl.datamodules.regression import STSB, TextRegression
 from gpt2_pl.datamodules.sentiment import IMDB, SST5
 from gpt2_pl.datamodules.sonnets import Sonnets
+from gpt2_pl.datamodules.source_target import SourceTargetPairs, WebNLG
 from gpt2_pl.datamodules.synthetic import ToyPairs, ToySentiment
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "STSB",
     "QuoraPairs",
     "Sonnets",
+    "SourceTargetPairs",
     "TextClassification",
     "TextCorpus",
     "TextRegression",
     "ToyPairs",
     "ToySentiment",
+    "WebNLG",
 ]

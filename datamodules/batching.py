@@ -165,6 +165,27 @@ def _global_batch_sizes(n_rows: int, batch_size: int, world_size: int) -> list[i
     return [len(part) for part in np.array_split(np.empty(n_rows), min(n_full + 1, n_rows // world_size))]
 
 
+class TargetTokenDataset(TokenDataset):
+    """Token ids of rows and the target of each token.
+
+    Args:
+        values: token ids of all rows, concatenated.
+        offsets: (N + 1,); row n is ``values[offsets[n]:offsets[n + 1]]``.
+        targets: the next token of each value; -100 where it is not predicted.
+    """
+
+    def __init__(self, values: NDArray[Any], offsets: NDArray[Any], targets: NDArray[Any]) -> None:
+        super().__init__(values, offsets)
+        self.targets = targets
+        self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
+
+    def batch(self, rows: Rows) -> Batch:
+        """Collate rows as :class:`TokenDataset` does, with ``targets`` (B, T), -100 at padding."""
+        batch = super().batch(rows)
+        targets = TokenDataset(self.targets, self.offsets).batch(rows)["input_ids"]
+        return {**batch, "targets": targets.masked_fill(batch["attention_mask"] == 0, -100)}
+
+
 class PackedTokenDataset(TokenDataset):
     """Contexts of T tokens cut from one token stream, for next-token prediction; the last context may be shorter.
 

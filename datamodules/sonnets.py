@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_pl.datamodules.base import TextData
-from gpt2_pl.datamodules.batching import Batch, Rows, TokenDataset
+from gpt2_pl.datamodules.batching import TargetTokenDataset
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import read_text
 from gpt2_pl.text.poems import Poem
@@ -47,27 +47,6 @@ def read_poems(file: str, key: str) -> list[Poem]:
         if not poem.lines:
             raise InputError(f"{key}: {file}: poem {poem.number} has no lines", key=key)
     return list(poems.values())
-
-
-class PoemDataset(TokenDataset):
-    """Token ids of poems and the target of each token.
-
-    Args:
-        values: token ids of all poems, concatenated.
-        offsets: (N + 1,); poem n is ``values[offsets[n]:offsets[n + 1]]``.
-        targets: the next token of each value; -100 where it is not predicted.
-    """
-
-    def __init__(self, values: NDArray[Any], offsets: NDArray[Any], targets: NDArray[Any]) -> None:
-        super().__init__(values, offsets)
-        self.targets = targets
-        self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
-
-    def batch(self, rows: Rows) -> Batch:
-        """Collate poems as :class:`TokenDataset` does, with ``targets`` (B, T), -100 at padding."""
-        batch = super().batch(rows)
-        targets = TokenDataset(self.targets, self.offsets).batch(rows)["input_ids"]
-        return {**batch, "targets": targets.masked_fill(batch["attention_mask"] == 0, -100)}
 
 
 class Sonnets(TextData):
@@ -126,14 +105,14 @@ class Sonnets(TextData):
         """Return the lines after the prompt of every poem."""
         return [Poem(poem.number, poem.lines[self.prompt_lines :]).text for poem in self.poems[split]]
 
-    def _encode(self, split: str) -> PoemDataset:
+    def _encode(self, split: str) -> TargetTokenDataset:
         key = f"data.{self._source_split(split)}_file"
         file = str(self.files[self._source_split(split)])
         poems = read_poems(file, key)
         self.poems[split] = [poems[i] for i in self._split_indices(split, len(poems))]
         encoded = [self._encode_poem(poem, split, f"{key}: {file}") for poem in self.poems[split]]
         ids, targets = zip(*encoded, strict=True)
-        return PoemDataset(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), np.concatenate(targets))
+        return TargetTokenDataset(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), np.concatenate(targets))
 
     def _encode_poem(self, poem: Poem, split: str, source: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Encode a poem.

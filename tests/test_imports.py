@@ -120,7 +120,7 @@ def test_cli_help_takes_less_than_two_seconds_of_the_processor():
 
 CONCRETE = {
     *("Classifier", "SentimentClassifier", "ParaphraseDetector", "TextRegressor", "PooledTask"),
-    *("LanguageModel", "PoemGenerator"),
+    *("LanguageModel", "PoemGenerator", "DataToText"),
 }
 
 

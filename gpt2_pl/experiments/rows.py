@@ -26,12 +26,14 @@ from gpt2_pl.experiments.statistics.contributions import (
     spearman,
 )
 from gpt2_pl.text.metrics import chrf_of_counts
+from gpt2_pl.text.overlap import bleu_of_counts
 
 Positions = NDArray[np.intp]
 """Indices of rows in a table."""
 
 _OF_ALL = "distinct"  # scores whose counts of a row depend on the other rows
-_COUNTED = ("chrf", _OF_ALL)  # scores that are computed from counts of every row
+_OF_COUNTS = {"chrf": chrf_of_counts, "bleu": bleu_of_counts}  # scores of sums of counts of every row
+_COUNTED = (*_OF_COUNTS, _OF_ALL)
 _MAX_CLASSES = 200  # limits the confusion counts, K * K
 _CORRELATIONS = {"pearson": pearson, "spearman": spearman}  # metrics of numbers that are no means over rows
 
@@ -187,13 +189,20 @@ def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowTable:
         columns["loss"] = np.array([(float(row["loss"]), n) for row, n in zip(rows, n_tokens, strict=True)])
     for name in metrics:
         if name.startswith(_COUNTED) and f"{name}_counts" in rows[0]:
-            columns[name] = np.array([[float(int(count)) for count in row[f"{name}_counts"].split()] for row in rows])
+            columns[name] = _counts([row[f"{name}_counts"] for row in rows])
         elif name in rows[0] and name not in columns:
-            columns[name] = np.array([(float(row[name]), 1.0) for row in rows])
+            columns[name] = np.array([(float(row[name]), 1.0) if row[name] else (0.0, 0.0) for row in rows])
     if "cluster" in rows[0]:
         _, cluster = np.unique([row["cluster"] for row in rows], return_inverse=True)
         columns = {name: _sums(values, cluster) for name, values in columns.items() if not name.startswith(_OF_ALL)}
     return RowTable(hashlib.sha256(str(keys).encode()).hexdigest()[:12], columns, partial(_loss_scores, split))
+
+
+def _counts(cells: Sequence[str]) -> Floats:
+    """Return the counts (N, F) of every row; a row without counts does not belong to the group of the score."""
+    counts = [[float(int(count)) for count in cell.split()] for cell in cells]
+    zeros = [0.0] * max(map(len, counts))
+    return np.array([of_row or zeros for of_row in counts])
 
 
 def _sums(values: Floats, cluster: NDArray[np.intp]) -> Floats:
@@ -204,11 +213,12 @@ def _sums(values: Floats, cluster: NDArray[np.intp]) -> Floats:
 
 
 def _loss_scores(split: str, columns: Columns) -> dict[str, RowScore]:
-    """Return loss and perplexity per token, chrF, distinct-n, and the means of other columns."""
+    """Return loss and perplexity per token, BLEU, chrF, distinct-n, and the means of other columns."""
     scores = {}
     for name, sums in columns.items():
-        if name.startswith("chrf"):
-            scores[name] = RowScore(*from_sums(sums, chrf_of_counts))
+        of_counts = next((of_counts for key, of_counts in _OF_COUNTS.items() if name.startswith(key)), None)
+        if of_counts is not None:
+            scores[name] = RowScore(*from_sums(sums, of_counts))
         elif name.startswith(_OF_ALL):
             scores[name] = RowScore(*from_distinct(sums))
         elif name == "loss" or (sums[:, 1] != 1).any():

@@ -155,6 +155,29 @@ class PoemData(TokenizedData, Protocol):
 
 
 @runtime_checkable
+class ReferencedData(TokenizedData, Protocol):
+    """Sources with references, which :class:`~gpt2_pl.tasks.DataToText` generates targets for."""
+
+    eval_batch_size: int  #: number of sources in a batch
+
+    def text(self, split: str, row: int) -> str:
+        """Return the text of a source."""
+        ...
+
+    def prompts(self, split: str) -> Sequence[list[int]]:
+        """Return the token ids of the text before the target of every source."""
+        ...
+
+    def references(self, split: str) -> Sequence[Sequence[str]]:
+        """Return the references of every source."""
+        ...
+
+    def is_seen(self, split: str) -> Sequence[bool | None]:
+        """Return for every source whether its category occurs in training; None if this is not known."""
+        ...
+
+
+@runtime_checkable
 class TextPredictor(Protocol):
     """Task that predicts something for every text."""
 

@@ -67,6 +67,21 @@ def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return scores
 
 
+def chrf(texts: Sequence[str], references: References) -> float:
+    """Compute corpus chrF like :func:`gpt2_pl.text.metrics.chrf`, with the best of several references of each text.
+
+    Args:
+        texts: the texts to score.
+        references: the references of each text.
+
+    Returns:
+        The score, from 0 to 100.
+    """
+    from sacrebleu.metrics import CHRF
+
+    return float(CHRF().corpus_score(texts, _streams(references)).score)
+
+
 def best_chrf_counts(text: str, references: Sequence[str]) -> list[int]:
     """Return :func:`~gpt2_pl.text.metrics.chrf_counts` of a text and the reference with the highest chrF."""
     counts = [chrf_counts(text, reference) for reference in references]
@@ -74,7 +89,7 @@ def best_chrf_counts(text: str, references: Sequence[str]) -> list[int]:
 
 
 def signatures(references: References) -> dict[str, str]:
-    """Return sacrebleu's signatures of ``bleu`` and ``chrf``: their settings and version, to be reported with scores.
+    """Return sacrebleu's signatures of :func:`bleu` and :func:`chrf`, to be reported with the scores.
 
     Args:
         references: the references of the scored texts.

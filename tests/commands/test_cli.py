@@ -27,7 +27,7 @@ TINY = [
 ]
 
 
-LANGUAGE_MODELS = ("text", "sonnets")
+LANGUAGE_MODELS = ("text", "sonnets", "data_to_text")
 MEANINGLESS = {  # what a strategy asks for and a task does not have
     **{("text", strategy): key for strategy, key in {
         "linear_probe": "head_dropout", "ulmfit": "pooling", "multi_sample_dropout": "pooling",
@@ -46,7 +46,7 @@ def tasks_of(strategy):
         classifiers = () if "unlikelihood" in strategy else ("quora",)
     else:
         classifiers = (("sst5", "imdb", "quora")[i % 3],)
-    return [*classifiers, *(() if "text" in refused else (LANGUAGE_MODELS[i % 2],))]
+    return [*classifiers, *(() if "text" in refused else (LANGUAGE_MODELS[i % 3],))]
 
 
 @pytest.fixture
@@ -54,7 +54,11 @@ def one_step(base, data_flags, pair_flags, poem_flags):
     """Return the command that trains a task with a strategy for one step."""
 
     def command(task, strategy):
-        own = {"text": ["--data.column=sentence"], "sonnets": ["--data.prompt_lines=1"]}.get(task, [])
+        own = {
+            "text": ["--data.column=sentence"],
+            "sonnets": ["--data.prompt_lines=1"],
+            "data_to_text": ["--data.template={sentiment}\n{sentence}", "--model.max_new_tokens=4"],
+        }.get(task, [])
         if strategy == "sequence_unlikelihood" and task in LANGUAGE_MODELS:
             own += ["--model.sequence_prefix=8", "--model.sequence_length=8"]
         files = {"quora": pair_flags, "sonnets": poem_flags}.get(task, data_flags)

@@ -15,18 +15,27 @@ from lightning.pytorch.cli import LightningCLI
 
 from gpt2_pl import tasks
 from gpt2_pl.commands.lightning_cli import GPT2CLI
-from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, PoemGenerator, SentimentClassifier, Task, TextRegressor
+from gpt2_pl.tasks import (
+    DataToText,
+    LanguageModel,
+    ParaphraseDetector,
+    PoemGenerator,
+    SentimentClassifier,
+    Task,
+    TextRegressor,
+)
 from gpt2_pl.tasks.checkpoint import arguments
 from gpt2_pl.tasks.classification import Classifier
 from gpt2_pl.utils.registry import class_path
 
-TASKS = (SentimentClassifier, ParaphraseDetector, TextRegressor, LanguageModel, PoemGenerator)
+TASKS = (SentimentClassifier, ParaphraseDetector, TextRegressor, LanguageModel, PoemGenerator, DataToText)
 DATA = {
     SentimentClassifier: "gpt2_pl.datamodules.IMDB",
     ParaphraseDetector: "gpt2_pl.datamodules.QuoraPairs",
     TextRegressor: "gpt2_pl.datamodules.STSB",
     LanguageModel: "gpt2_pl.datamodules.TextCorpus",
     PoemGenerator: "gpt2_pl.datamodules.Sonnets",
+    DataToText: "gpt2_pl.datamodules.WebNLG",
 }
 LIGHTNING = {"pytorch-lightning_version": "2.6.6"}
 SHAPE = {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "dropout": 0.1}

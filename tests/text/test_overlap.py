@@ -9,7 +9,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from gpt2_pl.experiments.statistics.contributions import from_sums
 from gpt2_pl.text.metrics import chrf_of_counts, words
-from gpt2_pl.text.overlap import best_chrf_counts, bleu, bleu_counts, bleu_of_counts, rouge_l, signatures
+from gpt2_pl.text.overlap import best_chrf_counts, bleu, bleu_counts, bleu_of_counts, chrf, rouge_l, signatures
 
 WORDS = ["the", "airport", "of", "Aarhus", "serves", "Denmark", "is", "25.0", "metres", ",", "high", "city"]
 
@@ -31,10 +31,14 @@ def streams(references):
 @pytest.mark.parametrize("seed", range(4))
 def test_counts_without_a_row_give_sacrebleus_score_of_the_other_rows(seed):
     texts, references = corpus(seed)
-    for metric, count, score in ((BLEU(), bleu_counts, bleu_of_counts), (CHRF(), best_chrf_counts, chrf_of_counts)):
+    for metric, corpus_score, count, score in (
+        (BLEU(), bleu, bleu_counts, bleu_of_counts),
+        (CHRF(), chrf, best_chrf_counts, chrf_of_counts),
+    ):
         counts = np.array([count(text, refs) for text, refs in zip(texts, references, strict=True)], dtype=float)
         value, contributions = from_sums(counts, score)
         assert value == pytest.approx(metric.corpus_score(texts, streams(references)).score, abs=1e-9)
+        assert corpus_score(texts, references) == pytest.approx(value, abs=1e-9)
         for i in range(len(texts)):
             others = [(text, refs) for j, (text, refs) in enumerate(zip(texts, references, strict=True)) if j != i]
             rest = metric.corpus_score([text for text, _ in others], streams([refs for _, refs in others])).score

@@ -137,10 +137,15 @@ class SourceTargetPairs(TextData):
         if split == "predict":
             ids = [np.array(prompt) for prompt in prompts]
             return _dataset([(row, np.full(len(row), -100)) for row in ids])
-        many = split == "train" and self.train_references == "all"
-        pairs = [(i, text) for i, row in enumerate(rows) for text in (row.references if many else row.references[:1])]
+        pairs = self._pairs(split)
         targets = self._encode_texts([self._space + text for _, text in pairs])
         return _dataset([self._row(prompts[i], target, limit) for (i, _), target in zip(pairs, targets, strict=True)])
+
+    def _pairs(self, split: str) -> list[tuple[int, str]]:
+        """Return the source and the reference of every row of tokens."""
+        many = split == "train" and self.train_references == "all"
+        rows = enumerate(self.rows[split])
+        return [(i, text) for i, row in rows for text in (row.references if many else row.references[:1])]
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         encodings: list[Encoding] = self.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -184,6 +189,14 @@ class SourceTargetPairs(TextData):
     def text(self, split: str, row: int) -> str:
         """Return the texts of a source's template fields, separated by `` | ``."""
         return " | ".join(self.rows[split][row].texts.values())
+
+    def sources(self, split: str) -> list[str]:
+        """Return the text before the target of every row of tokens."""
+        return [self.prompt.fill(self.rows[split][i].texts).strip() for i, _ in self._pairs(split)]
+
+    def targets(self, split: str) -> list[str]:
+        """Return the target of every row of tokens."""
+        return [text for _, text in self._pairs(split)]
 
     def prompts(self, split: str) -> list[list[int]]:
         """Return the token ids of the text before the target of every source."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from gpt2_pl.beam_search import validate_beams
 from gpt2_pl.errors import require
 from gpt2_pl.metrics import MetricInfo
-from gpt2_pl.tasks.language_modeling import LanguageModel
-from gpt2_pl.tasks.protocols import ReferencedData, RowTable
+from gpt2_pl.tasks.language_modeling import MAX_TEXT, LanguageModel
+from gpt2_pl.tasks.protocols import ReferencedData, RowTable, ScoredTexts
 from gpt2_pl.text.overlap import best_chrf_counts, bleu, bleu_counts, chrf, rouge_l, signatures
 
 _SCORES = ("bleu", "chrf", "rouge_l")
@@ -150,22 +150,51 @@ class DataToText(LanguageModel):
         table = super().row_table(split)
         if table is None or not self.is_scored:
             return table
-        texts, references = list(self.generated.values()), [data.references(split)[i] for i in rows]
-        outcomes = text_outcomes(texts, references, [data.is_seen(split)[i] for i in rows])
-        lists = [json.dumps(list(of_text), ensure_ascii=False) for of_text in references]
-        columns = {"generated": texts, "references": lists, **outcomes}
+        columns = _generated_columns(data, split, self.generated)
         added = zip(*columns.values(), strict=True)
         cells = ([*row, *more] for row, more in zip(table.rows, added, strict=True))
         return RowTable(table.name, [*table.columns, *columns], cells)
 
+    def score_texts(self, data: Any, split: str, texts: Sequence[str]) -> ScoredTexts:
+        """Score one target for every source of a split as if they had been generated.
+
+        Args:
+            data: the datamodule of the sources.
+            split: their split.
+            texts: the targets.
+
+        Returns:
+            The scores of :func:`text_scores`, and what every target adds to them.
+        """
+        targets, n_tokens = dict(enumerate(texts)), data.encoded[split].n_targets.tolist()
+        columns = {
+            "row": [data.row_number(split, i) for i in targets],
+            "n_tokens": n_tokens,
+            "text": [data.text(split, i)[:MAX_TEXT] for i in targets],
+            **_generated_columns(data, split, targets),
+        }
+        table = RowTable("losses", list(columns), list(zip(*columns.values(), strict=True)))
+        scores = text_scores(texts, data.references(split), data.is_seen(split))
+        return ScoredTexts(scores, table, self._samples(data, split, targets))
+
     def samples(self, split: str) -> dict[str, str]:
         """Return the first generated targets, each after its source and before its first reference."""
-        data: Any = self.datamodule
+        return self._samples(self.datamodule, split, self.generated)
+
+    def _samples(self, data: Any, split: str, targets: dict[int, str]) -> dict[str, str]:
         found = {}
-        for i, text in list(self.generated.items())[: self.num_samples]:
+        for i, text in list(targets.items())[: self.num_samples]:
             lines = [data.text(split, i), f"generated: {text}", f"reference: {data.references(split)[i][0]}"]
             found[f"text_{data.row_number(split, i)}"] = "\n".join(lines) + "\n"
         return found
+
+
+def _generated_columns(data: ReferencedData, split: str, targets: dict[int, str]) -> dict[str, list[str]]:
+    """Return the columns of targets in the table of rows; ``targets`` are by the index of their source."""
+    references = [data.references(split)[i] for i in targets]
+    lists = [json.dumps(list(of_text), ensure_ascii=False) for of_text in references]
+    outcomes = text_outcomes(list(targets.values()), references, [data.is_seen(split)[i] for i in targets])
+    return {"generated": list(targets.values()), "references": lists, **outcomes}
 
 
 def text_outcomes(

@@ -24,7 +24,7 @@ from gpt2_pl.text.poems import decode_vocab
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 
 Batch = dict[str, Any]
-_MAX_TEXT = 1000  # characters of a row's text in the table of rows
+MAX_TEXT = 1000  # characters of a row's text in the table of rows
 
 
 class Perplexity(WeightedMean):
@@ -257,7 +257,7 @@ class LanguageModel(Task):
         if clusters is not None:
             cells["cluster"] = clusters.__getitem__
         if isinstance(data, RowData):
-            cells["text"] = lambda i: data.text(split, i)[:_MAX_TEXT]
+            cells["text"] = lambda i: data.text(split, i)[:MAX_TEXT]
         columns = (outcomes[key].tolist() for key in ("row", "n_tokens", "loss"))
         rows = (
             [data.row_number(split, i) if isinstance(data, RowData) else i + 1, n, f"{loss:.6f}"]

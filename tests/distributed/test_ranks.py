@@ -20,7 +20,7 @@ from helpers.configs import CONFIGS, STRATEGIES
 from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.text.tokenizer import train_tokenizer
 
-TASKS = ("imdb", "quora", "sonnets", "text")
+TASKS = ("imdb", "quora", "sonnets", "text", "data_to_text")
 # What a strategy is of, where it is not of every task.
 OF = {
     "hard_prompt": ("quora",), "verbalizer": ("quora",), "unlikelihood": ("sonnets", "text"), "ulmfit_lm": ("text",),
@@ -78,6 +78,12 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
             "--model.num_val_samples=1",
             "--model.max_new_tokens=5",
         ],
+        "data_to_text": [
+            *flags(files),
+            "--data.template={sentence}\n{sentiment}",
+            "--data.train_fraction=0.465",
+            "--model.max_new_tokens=3",
+        ],
         "text": [f"--data.{split}_file={files[split]}" for split in ("train", "val")]
         + ["--data.column=sentence", "--data.max_length=24"],
     }
@@ -111,8 +117,9 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
         [("imdb/stages+lora", "fsdp", 2)],
         [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("quora/prefix_tuning+lora_embedding", "fsdp", 2)],
         [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
+        [("data_to_text/prefix_tuning+lora", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
     ],
-    ids=["unfreezing", "unfreezing of LoRA", "prefix and embedding", "poems"],
+    ids=["unfreezing", "unfreezing of LoRA", "prefix and embedding", "poems", "data-to-text"],
 )
 def test_fit_several_processes_equal_one(cases, differences):
     assert differences(cases) == {}

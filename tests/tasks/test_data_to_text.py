@@ -140,6 +140,37 @@ def test_commands_generate_the_same_targets_for_new_sources(fitted_run, data, ru
     assert [row["text"].removeprefix(row["prompt"]).strip() for row in written] == [row["generated"] for row in rows]
 
 
+def test_references_are_runs_on_the_same_rows(fitted_run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["references", str(fitted_run), "--name=refs", "--draws=2"])
+    run, test = Run.read(fitted_run), [json.loads(line) for line in data["test"].read_text().splitlines()]
+    first = {row["source"]: row["target"] for row in map(json.loads, reversed(data["train"].read_text().splitlines()))}
+    found = {}
+    for file in (tmp_path / "lightning_logs/refs").glob("*/*/metrics.json"):
+        reference, rows = Run.read(file.parent), read(file.parent / "losses_test.csv")
+        assert reference.comparison_key("test") == run.comparison_key("test")
+        found[f"{file.parts[-3]} {file.parts[-2]}"] = texts = [row["generated"] for row in rows]
+        expected = sacrebleu.corpus_bleu(texts, list(zip(*(row["references"] for row in test), strict=True))).score
+        assert reference.score("test/bleu") == pytest.approx(expected)
+        assert reference.row_scores["test"].scores["test/bleu"].value == pytest.approx(expected)
+    assert found["copy_source version_0"] == [row["source"] for row in test]
+    assert set(found["nearest_source version_0"]) <= set(first.values())
+    draws = [found[f"random_continuation version_{i}"] for i in range(2)]
+    assert draws[0] != draws[1]
+    assert {text for texts in draws for text in texts} <= set(first.values())
+
+
+def test_inspect_shows_generated_texts_and_references(fitted_run, tmp_path):
+    main(["inspect", str(fitted_run), "--out", str(tmp_path / "one")])
+    main(["inspect", str(fitted_run), str(fitted_run), "--out", str(tmp_path / "two")])
+    rows, shown = read(fitted_run / "losses_test.csv"), read(tmp_path / "one/rows.csv")
+    worst = max(rows, key=lambda row: float(row["loss"]) / int(row["n_tokens"]))
+    assert [shown[0][key] for key in ("text", "generated")] == [worst["text"], worst["generated"]]
+    assert json.loads(worst["references"])[0] in shown[0]["references"]
+    assert worst["generated"] in (tmp_path / "one/index.html").read_text()
+    assert read(tmp_path / "two/rows.csv")[0]["generated (second)"] in {row["generated"] for row in rows}
+
+
 def test_data_to_text_limited_test_generates_evaluated_rows_only(base, data):
     task = DataToText(base=str(base), num_beams=2, max_new_tokens=3)
     tested = trainer(limit_test_batches=1)

@@ -23,12 +23,16 @@ class RowLoss(NamedTuple):
         num_tokens: number of its targets.
         loss: mean loss of its targets, in nats.
         text: start of its text; empty if the table has none.
+        generated: generated text; empty if the table has none.
+        references: its references, as the table has them.
     """
 
     number: int
     num_tokens: int
     loss: float
-    text: str
+    text: str = ""
+    generated: str = ""
+    references: str = ""
 
 
 def has_losses(file: Path) -> bool:
@@ -51,12 +55,13 @@ def read_losses(file: Path) -> list[RowLoss]:
         records = csv.reader(lines, strict=True)
         header = next(records, [])
         number = "poem" if "poem" in header else "row"
-        columns = [number, "n_tokens", "loss", *(["text"] if "text" in header else [])]
+        texts = [name for name in ("text", "generated", "references") if name in header]
+        columns = [number, "n_tokens", "loss", *texts]
         if missing := [name for name in columns if name not in header]:
             raise ValueError(f"it has no column {missing[0]}")
         found = [
-            RowLoss(i, int(n), float(loss) / int(n), "".join(text))
-            for i, (n, loss, *text) in cells_of(records, header, columns)
+            RowLoss(i, int(n), float(loss) / int(n), **dict(zip(texts, cells, strict=True)))
+            for i, (n, loss, *cells) in cells_of(records, header, columns)
             if int(n) > 0
         ]
         if not found:
@@ -93,14 +98,18 @@ def inspect_losses(
     differences = losses[-1] - losses[0]
     order = np.argsort(-(losses[0] if len(runs) == 1 else np.abs(differences)), kind="stable")
     names = ["loss"] if len(runs) == 1 else ["loss (first)", "loss (second)", "second minus first"]
-    table: list[Sequence[object]] = [["row", "tokens", *names, "text"]]
+    texts = {"text": [row.text for row in rows]}
+    if any(row.generated for of_run in tables for row in of_run):
+        for i, of_run in enumerate(tables):
+            texts[f"generated{' (second)' * i}"] = [row.generated for row in of_run]
+        texts["references"] = [row.references for row in rows]
+    table: list[Sequence[object]] = [["row", "tokens", *names, *texts]]
     cells = []
     for i in order[:count].tolist():
         values = losses[:, i].tolist() + ([float(differences[i])] if len(runs) > 1 else [])
-        table.append([rows[i].number, rows[i].num_tokens, *values, rows[i].text])
-        cells.append(
-            [str(rows[i].number), str(rows[i].num_tokens), *(f"{value:.3f}" for value in values), rows[i].text]
-        )
+        row, shown = rows[i], [of_row[i] for of_row in texts.values()]
+        table.append([row.number, row.num_tokens, *values, *shown])
+        cells.append([str(row.number), str(row.num_tokens), *(f"{value:.3f}" for value in values), *shown])
     kind = "with the highest loss" if len(runs) == 1 else "on which the losses differ most"
     facts = [[f"run{' (second)' * i}", str(run.folder)] for i, run in enumerate(runs)]
     facts += [["task", str(runs[0].record.get("task"))], ["split", split], ["rows", f"{len(rows):,}"]]
@@ -110,9 +119,9 @@ def inspect_losses(
     title = f"Inspection of {' and '.join(str(run.folder) for run in runs)}"
     inspection = Inspection(title, Table(columns, [*facts, ["page created", created]]))
     inspection.tables["rows.csv"] = table
-    headings = [Column("row"), Column("tokens"), *map(Column, names), Column("text", "text")]
+    headings = [Column("row"), Column("tokens"), *map(Column, names), *(Column(name, "text") for name in texts)]
     caption = f"{len(cells)} of {len(rows):,} rows"
-    explanation = "Losses are means over the predicted tokens of a row, in nats. The text is the start of these tokens."
+    explanation = "Losses are means over the predicted tokens of a row, in nats. The text is the start of the row."
     inspection.sections = [Section(f"Rows {kind}", [explanation], tables=[Table(headings, cells, caption)])]
     inspection.summary = [f"{name}: {value}" for name, value in facts]
     if len(runs) > 1:

@@ -210,12 +210,15 @@ class TextData(LightningDataModule):
         end = int(min(first + self.trainer.accumulate_grad_batches, self.trainer.num_training_batches))
         return slice(first, max(end, i + 1))  # outside training, a loader may be iterated beyond num_training_batches
 
+    def _training_rows(self) -> TokenDataset:
+        return self.encoded["train"]
+
     def train_dataloader(self) -> TrainingLoader:
         """Return shuffled batches, which depend only on the seed (``seed_everything``) and the epoch."""
         rank, world_size = self._rank_and_world_size()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         loader = TrainingLoader(
-            self.encoded["train"], self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
+            self._training_rows(), self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
         )
         loader.reshuffles = not getattr(self.trainer, "overfit_batches", 0)
         return loader

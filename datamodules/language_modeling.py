@@ -13,9 +13,9 @@ import tokenizers
 from numpy.typing import NDArray
 
 from gpt2_pl import __version__
-from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import PackedTokenDataset
 from gpt2_pl.datamodules.cache import cached_file
+from gpt2_pl.datamodules.pairs import Continuation, PairData
 from gpt2_pl.datamodules.readers import FileRows, read_file, read_hub
 from gpt2_pl.datamodules.rows import Row, RowSource, batches, require_columns
 from gpt2_pl.errors import InputError, shorten
@@ -45,7 +45,7 @@ class TextFile(FileRows):
             raise self.error(f" is not UTF-8 text: {error}") from None
 
 
-class TextCorpus(TextData):
+class TextCorpus(PairData):
     """Datamodule of text files or of a column of texts, for :class:`~gpt2_pl.tasks.LanguageModel`.
 
     A ``.txt`` file is one text. CSV, TSV, JSON lines and Parquet files and hub datasets have one text per row, in
@@ -201,6 +201,13 @@ class TextCorpus(TextData):
         middles = rows.ends - rows.n_targets // 2  # the targets of a context are the tokens up to its end, included
         clusters: list[int] = np.searchsorted(ends, middles).tolist()
         return clusters if len(set(clusters)) > 1 else None
+
+    def continuations(self, split: str, prompt_tokens: int, max_tokens: int) -> list[Continuation]:
+        """Return the first tokens of every context and those after them; shorter contexts are left out."""
+        dataset = cast(PackedTokenDataset, self.encoded[split])
+        ends = np.minimum(dataset.ends + 1, dataset.starts + prompt_tokens + max_tokens)
+        contexts = (dataset.values[start:end].tolist() for start, end in zip(dataset.starts, ends, strict=True))
+        return [(ids[:prompt_tokens], ids[prompt_tokens:]) for ids in contexts if len(ids) > prompt_tokens]
 
     @property
     def perplexity_note(self) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import TargetTokenDataset
+from gpt2_pl.datamodules.pairs import Continuation, PairData
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import read_text
 from gpt2_pl.text.poems import Poem
@@ -49,7 +49,7 @@ def read_poems(file: str, key: str) -> list[Poem]:
     return list(poems.values())
 
 
-class Sonnets(TextData):
+class Sonnets(PairData):
     """Datamodule of poems that are continued from their first lines.
 
     In a file, the number of a poem is on a separate line before it. Training predicts every line; validation and test
@@ -114,6 +114,13 @@ class Sonnets(TextData):
         ids, targets = zip(*encoded, strict=True)
         return TargetTokenDataset(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), np.concatenate(targets))
 
+    def _encode_parts(self, poem: Poem) -> tuple[list[int], list[int]]:
+        """Return the tokens of the first lines of a poem, the prompt, and of the lines after them."""
+        opening = poem.opening(self.prompt_lines)
+        rest = poem.text[len(opening) :]
+        prompt, continuation = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
+        return prompt, continuation
+
     def _encode_poem(self, poem: Poem, split: str, source: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Encode a poem.
 
@@ -132,9 +139,7 @@ class Sonnets(TextData):
         if split != "train" and len(poem.lines) <= n:
             message = f"{name} must have more than {n} lines (data.prompt_lines), got {len(poem.lines)}"
             raise InputError(message, key="data.prompt_lines", source=source)
-        opening = poem.opening(n)
-        rest = poem.text[len(opening) :]
-        prompt, continuation = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
+        prompt, continuation = self._encode_parts(poem)
         if not prompt or (split != "train" and not continuation):
             lines = f"{'lines after the ' if prompt else ''}first {n} lines of {name}"
             raise InputError(f"the tokenizer gives no token for the {lines}", key="data.tokenizer", source=source)
@@ -147,6 +152,16 @@ class Sonnets(TextData):
                 expected = f"at least the {len(prompt)} tokens of the first {n} lines of {name}"
                 raise InputError(key="data.max_length", value=max_length, expected=expected, source=source)
         return ids[:-1], targets
+
+    def continuations(self, split: str, prompt_tokens: int, max_tokens: int) -> list[Continuation]:
+        """Return the first lines of every poem, and the lines after them with the end of text."""
+        found = []
+        for poem in self.poems[split]:
+            prompt, rest = self._encode_parts(poem)
+            if rest:
+                room = max(0, self._max_length() + 1 - len(prompt))
+                found.append((prompt, [*rest, self._end_of_text][:room]))
+        return [(prompt, rest) for prompt, rest in found if rest]
 
     @property
     def perplexity_note(self) -> str:

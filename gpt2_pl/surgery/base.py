@@ -43,10 +43,13 @@ class Surgery(Registered, ABC):
             be False in surgery that selects which parameters of the base train.
         selects_base: whether ``apply`` selects which parameters of the base train, and freezes the others. A task does
             not combine it with ``train_base``.
+        loads_weights: whether ``apply`` adds weights that were trained before. The reference of
+            :class:`~gpt2_pl.tasks.DPO` then includes them.
     """
 
     freezes_base = False
     selects_base = False
+    loads_weights = False
 
     @abstractmethod
     def apply(self, model: GPT2, tokenizer: Tokenizer | None = None) -> GPT2:

@@ -140,6 +140,7 @@ class PeftAdapter(Surgery):
     """
 
     freezes_base = True
+    loads_weights = True
 
     folder: str
     digest: str | None = None

@@ -6,11 +6,13 @@ import inspect
 import itertools
 import struct
 import zipfile
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from functools import cache
 from os import PathLike
 from pathlib import Path, PurePath
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +104,20 @@ def _is_plain_type(annotation: Any) -> bool:
     return origin is Literal or annotation in (bool, int, float, str, None, type(None))
 
 
+def _field_type(annotation: Any) -> Any:
+    """Return the type of a hyperparameter in a schema; a dataclass of settings becomes a schema of its fields."""
+    from pydantic import create_model
+
+    from gpt2_pl.utils.schema import Schema
+
+    settings: Any
+    for settings in filter(is_dataclass, (annotation, *get_args(annotation))):
+        types = get_type_hints(settings)
+        fields: Any = {field.name: (_field_type(types[field.name]), None) for field in dataclass_fields(settings)}
+        return create_model(settings.__name__, __base__=Schema, **fields) | None
+    return annotation if _is_plain_type(annotation) else Any
+
+
 @cache
 def _hyperparameter_schema(task: type) -> type[Schema]:
     """Create the schema of a task's hyperparameters from the signature of its class."""
@@ -111,7 +127,7 @@ def _hyperparameter_schema(task: type) -> type[Schema]:
 
     annotations = arguments(task)
     keys = annotations.keys() - Hyperparameters.model_fields.keys() - {*CODE_ARGUMENTS}
-    fields: Any = {key: (annotations[key] if _is_plain_type(annotations[key]) else Any, None) for key in keys}
+    fields: Any = {key: (_field_type(annotations[key]), None) for key in keys}
     return create_model(task.__name__, __base__=Hyperparameters, **fields)
 
 

@@ -19,6 +19,8 @@ from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_lo
 from gpt2_pl.metrics import MetricInfo, RowOutputs, SplitMetrics, WeightedMean, finite
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.dpo import DPO
+from gpt2_pl.tasks.preferences import PreferenceHooks, Preferences
 from gpt2_pl.tasks.protocols import ClusteredData, RowData, RowTable, TokenizedData
 from gpt2_pl.text.poems import decode_vocab
 from gpt2_pl.text.tokenizer import END_OF_TEXT
@@ -35,7 +37,7 @@ class Perplexity(WeightedMean):
         return super().compute().exp()
 
 
-class LanguageModel(Task):
+class LanguageModel(PreferenceHooks, Task):
     """Language model whose head is tied to the token embedding.
 
     Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each token,
@@ -56,6 +58,9 @@ class LanguageModel(Task):
             continuation is decoded greedily, and the tokens of its repeated 4-grams are made less likely.
         sequence_prefix: number of tokens of a text that such a step continues; all tokens of a shorter text.
         sequence_length: number of tokens that such a step decodes.
+        dpo: train with direct preference optimization on pairs of continuations instead; see
+            :class:`~gpt2_pl.tasks.DPO`. No dropout is applied, the metrics of training are those of the preferred
+            continuations, and ``val/dpo_loss`` selects the best checkpoint if there are validation pairs.
         **kwargs: arguments of :class:`~gpt2_pl.tasks.base.Task`.
 
     Raises:
@@ -65,7 +70,9 @@ class LanguageModel(Task):
     metric_info: ClassVar[dict[str, MetricInfo]] = {
         "loss": MetricInfo(higher_is_better=False, shown=True),
         "perplexity": MetricInfo(higher_is_better=False, shown=True),
-        **dict.fromkeys(("unlikelihood", "sequence_unlikelihood"), MetricInfo(higher_is_better=False)),
+        **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "dpo_loss"), MetricInfo(higher_is_better=False)),
+        "reward_accuracy": MetricInfo(percent=True),
+        "reward_margin": MetricInfo(),
     }
     primary = "test/perplexity"
     fixed_length_batches: ClassVar[bool] = True
@@ -78,6 +85,7 @@ class LanguageModel(Task):
         sequence_unlikelihood: float = 0.0,
         sequence_prefix: int = 50,
         sequence_length: int = 100,
+        dpo: DPO | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -96,6 +104,10 @@ class LanguageModel(Task):
         self.sequence_unlikelihood = sequence_unlikelihood
         self.sequence_prefix, self.sequence_length = sequence_prefix, sequence_length
         self._ignored_ids: list[int] | None = None
+        for key in ("unlikelihood", "sequence_unlikelihood"):
+            is_alone = dpo is None or getattr(self, key) == 0.0
+            require(is_alone, f"model.{key}", getattr(self, key), "0 with model.dpo")
+        self.use_preferences(DPO(**dpo) if isinstance(dpo, dict) else dpo)
         self.metrics = SplitMetrics(lambda: {"loss": WeightedMean(), "perplexity": Perplexity()})
         self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every evaluated row
 
@@ -123,6 +135,8 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss; see :meth:`~gpt2_pl.tasks.base.Task.mean_loss`."""
+        if self.preferences is not None:
+            return self._preference_step(self.preferences, batch, batch_idx)
         self.decoded_last_step = self._is_sequence_step()
         if self.decoded_last_step:
             return self._sequence_step(batch, batch_idx)
@@ -137,6 +151,17 @@ class LanguageModel(Task):
         else:
             total, n_targets = self._step(batch, "train")
         loss, mean = self.mean_loss(total, n_targets, batch, batch_idx, "targets")
+        self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        return loss
+
+    def _preference_step(self, preferences: Preferences, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the mean DPO loss of pairs; the other metrics are those of the preferred continuations."""
+        losses, log_probs = preferences.losses(self, batch, "train")
+        self.log_scores("train", {**self.metrics.of("train"), **preferences.metrics.of("train")})
+        n_targets = (batch["targets"][::2] != IGNORE_INDEX).sum(1)
+        nll = -log_probs[:, 0] * (n_targets if preferences.settings.average_log_probs else 1)
+        self._update_metrics("train", nll.sum(), n_targets.sum())
+        loss, mean = self.mean_loss(losses.sum(), len(losses), batch, batch_idx)
         self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         return loss
 
@@ -233,6 +258,10 @@ class LanguageModel(Task):
             for i, row in zip(rows, text.tolist(), strict=True):
                 new[i] = list(takewhile(lambda token: token != end, row[longest:]))
         return [new[i] for i in range(len(prompts))]
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """Return further arguments of :meth:`continue_prompts` for texts of this task."""
+        return {}
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         """Update the metrics of a split and the table of rows with a batch."""

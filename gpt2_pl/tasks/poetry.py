@@ -86,7 +86,7 @@ class PoemGenerator(LanguageModel):
         data = self.datamodule
         openings = [poem.opening(data.prompt_lines) for poem in poems]
         prompts = [data.tokenizer.encode(opening, add_special_tokens=False).ids for opening in openings]
-        settings["stopping_criteria"] = MaxLinesCriteria(data.tokenizer, self.config.vocab_size)
+        settings.update(self.sampling_settings())
         new: list[list[int]] = []
         for start in range(0, len(poems), data.eval_batch_size):
             part = slice(start, start + data.eval_batch_size)
@@ -94,8 +94,13 @@ class PoemGenerator(LanguageModel):
             new += self.continue_prompts(data.tokenizer, prompts[part], seeds, self.max_new_tokens, **settings)
         return list(zip(prompts, new, strict=True))
 
+    def sampling_settings(self) -> dict[str, Any]:
+        """Return the criterion that ends a poem at its 14th line."""
+        return {"stopping_criteria": MaxLinesCriteria(self.datamodule.tokenizer, self.config.vocab_size)}
+
     def on_validation_epoch_end(self) -> None:
         """Generate a few validation poems."""
+        super().on_validation_epoch_end()
         if not self.trainer.sanity_checking and isinstance(self.datamodule, PoemData):
             self.generated = self.generate_poems(self.datamodule.poems["val"][: self.num_val_samples])
 

@@ -5,7 +5,7 @@ Tasks use the protocols of datamodules; commands and callbacks use those of task
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import get_annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -142,6 +142,31 @@ class SourceTargetData(Protocol):
 
     def targets(self, split: str) -> Sequence[str]:
         """Return the target of every row of a split."""
+        ...
+
+
+@runtime_checkable
+class PreferenceData(TokenizedData, Protocol):
+    """Texts that are divided into a prompt and a continuation, and pairs of continuations of a prompt."""
+
+    def continuations(self, split: str, prompt_tokens: int, max_tokens: int) -> list[tuple[list[int], list[int]]]:
+        """Return the tokens of the prompt and of the continuation of each text."""
+        ...
+
+    def read_pairs(self, file: str, key: str) -> list[tuple[list[int], list[int], list[int]]]:
+        """Return the tokens of the prompt and of the preferred and the rejected continuation of each row of a file."""
+        ...
+
+    def use_pairs(self, split: str, pairs: Sequence[tuple[list[int], list[int], list[int]]]) -> Any:
+        """Set the pairs of a split; those of ``train`` are trained on."""
+        ...
+
+    def cached_texts(self, key: Any, draw: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """Return drawn texts from a cache, or draw them."""
+        ...
+
+    def pair_dataloader(self, split: str) -> Any:
+        """Return a dataloader that yields each pair of a split once."""
         ...
 
 

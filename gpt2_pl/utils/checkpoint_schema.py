@@ -157,6 +157,7 @@ class Checkpoint(Schema, extra="allow"):
     surgery: list[SurgerySettings] | None = None
     prompt_spec: PromptSpec | None = None
     digests: dict[Name, Name] | None = None
+    pairs: Name | None = None
     epoch: Count | None = None
     global_step: Count | None = None
     callbacks: dict[Text, dict[str, Any]] | None = None

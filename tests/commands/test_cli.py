@@ -34,6 +34,7 @@ MEANINGLESS = {  # what a strategy asks for and a task does not have
         "mixed_pooling": "pooling", "hard_prompt": "template", "verbalizer": "head",
     }.items()},
     ("sst5", "unlikelihood"): "unlikelihood", ("imdb", "sequence_unlikelihood"): "unlikelihood",
+    ("sst5", "dpo"): "dpo",
     ("sst5", "hard_prompt"): "sentence1", ("sst5", "verbalizer"): "5 words", ("imdb", "verbalizer"): "sentence1",
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ def tasks_of(strategy):
     refused = {task for task, name in MEANINGLESS if name == strategy}
     i = [path.stem for path in STRATEGIES].index(strategy)
     if refused & {"sst5", "imdb"}:
-        classifiers = () if "unlikelihood" in strategy else ("quora",)
+        classifiers = () if "unlikelihood" in strategy or strategy == "dpo" else ("quora",)
     else:
         classifiers = (("sst5", "imdb", "quora")[i % 3],)
     return [*classifiers, *(() if "text" in refused else (LANGUAGE_MODELS[i % 3],))]
@@ -61,6 +62,8 @@ def one_step(base, data_flags, pair_flags, poem_flags):
         }.get(task, [])
         if strategy == "sequence_unlikelihood" and task in LANGUAGE_MODELS:
             own += ["--model.sequence_prefix=8", "--model.sequence_length=8"]
+        if strategy == "dpo" and task in LANGUAGE_MODELS:
+            own += ["--model.dpo.prompt_tokens=8", "--model.dpo.max_new_tokens=8"]
         files = {"quora": pair_flags, "sonnets": poem_flags}.get(task, data_flags)
         configs = [
             f"--config={CONFIGS}/{name}.yaml" for name in (f"task/{task}", f"strategy/{strategy}", "trainer/debug")

@@ -20,7 +20,7 @@ from gpt2_pl.errors import InputError
 FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "sweep")
 BENEATH = {  # what a strategy's file lies over
     **dict.fromkeys(("hard_prompt", "verbalizer"), "quora"),
-    **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "ulmfit_lm"), "text"),
+    **dict.fromkeys(("unlikelihood", "sequence_unlikelihood", "dpo", "ulmfit_lm"), "text"),
 }
 
 

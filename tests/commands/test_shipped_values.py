@@ -29,6 +29,7 @@ FILES = {
     "strategy/hard_prompt": {"data.template": PAIR},
     "strategy/verbalizer": {"data.template": PAIR, "model.label_words": [" no", " yes"]},
     "strategy/unlikelihood": {"model.unlikelihood": 1.0},
+    "strategy/dpo": {"model.beta": 0.1},
     "strategy/multi_sample_dropout": {"model.num_dropout_samples": 5},
     "task/sst5": {"SST5.template": REVIEW},
     "task/imdb": {"IMDB.template": REVIEW},

@@ -24,7 +24,7 @@ TASKS = ("imdb", "quora", "sonnets", "text", "data_to_text")
 # What a strategy is of, where it is not of every task.
 OF = {
     "hard_prompt": ("quora",), "verbalizer": ("quora",), "unlikelihood": ("sonnets", "text"), "ulmfit_lm": ("text",),
-    "sequence_unlikelihood": ("sonnets", "text"),
+    "sequence_unlikelihood": ("sonnets", "text"), "dpo": ("sonnets", "text"),
     **dict.fromkeys(("multi_sample_dropout", "mixed_pooling", "ulmfit", "linear_probe"), ("imdb", "quora")),
 }  # fmt: skip
 NAMES = [path.stem for path in STRATEGIES]
@@ -59,6 +59,7 @@ trainer:
     - {class_path: gpt2_pl.callbacks.DiscriminativeLR, init_args: {decay: 0.7}}
 early_stopping_patience: null
 """
+PAIRS = ["--model.dpo.prompt_tokens=10", "--model.dpo.max_new_tokens=10"]
 SEQUENCES = ["--model.sequence_unlikelihood=0.5", "--model.sequence_prefix=20", "--model.sequence_length=20"]
 
 
@@ -97,7 +98,8 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
             strategies = [stages if part == "stages" else f"{CONFIGS}/strategy/{part}.yaml"
                           for part in strategy.removesuffix("+sequences").split("+")]  # fmt: skip
             configs = [f"--config={file}" for file in (f"{CONFIGS}/task/{task}.yaml", *strategies)]
-            arguments = [*configs, *common, *data[task], *(SEQUENCES if "+sequences" in strategy else [])]
+            arguments = [*configs, *common, *data[task], *(SEQUENCES if "+sequences" in strategy else []),
+                         *(PAIRS if "dpo" in strategy else [])]  # fmt: skip
             lines.append(json.dumps({"name": case, "arguments": arguments, "trainer": trainer, "world": world,
                                      "resume": resume}))  # fmt: skip
         command = [ROOT / "tests/helpers/torchrun_equivalence.py", tmp_path / "runs"]
@@ -118,8 +120,9 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
         [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("quora/prefix_tuning+lora_embedding", "fsdp", 2)],
         [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
         [("data_to_text/prefix_tuning+lora", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
+        [("sonnets/dpo+prefix_tuning", "ddp", 2), ("sonnets/dpo", "fsdp", 2)],
     ],
-    ids=["unfreezing", "unfreezing of LoRA", "prefix and embedding", "poems", "data-to-text"],
+    ids=["unfreezing", "unfreezing of LoRA", "prefix and embedding", "poems", "data-to-text", "pairs"],
 )
 def test_fit_several_processes_equal_one(cases, differences):
     assert differences(cases) == {}

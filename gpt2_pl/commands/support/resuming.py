@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,20 @@ def check_same_settings(file: Path, settings: dict[str, Any]) -> None:
     content = read_yaml(file)
     saved = _immutable_settings(content if isinstance(content, dict) else {})
     current = _immutable_settings(settings)
+    for key, former, value in _differences(saved, current):
+        expected = f"{former}, as in the resumed run ({file})"
+        message = f"{key} must be {expected}, got {value}; start a new run without ckpt_path to change it"
+        raise InputError(message, key=key, value=value, expected=expected)
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield key, saved and current value of the settings that differ; paths of files may differ."""
     for key in saved.keys() & current.keys():
-        if saved[key] != current[key]:
-            expected = f"{saved[key]}, as in the resumed run ({file})"
-            message = f"{key} must be {expected}, got {current[key]}; start a new run without ckpt_path to change it"
-            raise InputError(message, key=key, value=current[key], expected=expected)
+        pair = saved[key], current[key]
+        if all(isinstance(value, dict) and "class_path" not in value for value in pair):
+            yield from _differences(*pair, f"{path}{key}.")
+        elif pair[0] != pair[1] and not key.endswith("_file"):
+            yield f"{path}{key}", *pair
 
 
 def with_hyperparameters(line: CommandLine, checkpoint: str) -> list[str]:

@@ -25,15 +25,15 @@ from gpt2_pl.experiments.statistics.contributions import (
     pearson,
     spearman,
 )
-from gpt2_pl.text.metrics import chrf_of_counts
-from gpt2_pl.text.overlap import bleu_of_counts
+from gpt2_pl.text.metrics import CHRF_ORDER, chrf_of_counts
+from gpt2_pl.text.overlap import BLEU_ORDER, bleu_of_counts
 
 Positions = NDArray[np.intp]
 """Indices of rows in a table."""
 
 _OF_ALL = "distinct"  # scores whose counts of a row depend on the other rows
 _OF_COUNTS = {"chrf": chrf_of_counts, "bleu": bleu_of_counts}  # scores of sums of counts of every row
-_COUNTED = (*_OF_COUNTS, _OF_ALL)
+_NUM_COUNTS = {"chrf": 3 * CHRF_ORDER, "bleu": 2 + 2 * BLEU_ORDER, _OF_ALL: 3}  # counts of a row
 _MAX_CLASSES = 200  # limits the confusion counts, K * K
 _CORRELATIONS = {"pearson": pearson, "spearman": spearman}  # metrics of numbers that are no means over rows
 
@@ -188,21 +188,25 @@ def _read_losses(file: Path, split: str, metrics: Sequence[str]) -> RowTable:
     if "loss" in rows[0]:  # reference baselines of generated texts have none
         columns["loss"] = np.array([(float(row["loss"]), n) for row, n in zip(rows, n_tokens, strict=True)])
     for name in metrics:
-        if name.startswith(_COUNTED) and f"{name}_counts" in rows[0]:
-            columns[name] = _counts([row[f"{name}_counts"] for row in rows])
+        num_counts = next((n for key, n in _NUM_COUNTS.items() if name.startswith(key)), None)
+        if num_counts is not None and f"{name}_counts" in rows[0]:
+            columns[name] = np.array([_counts(row[f"{name}_counts"], num_counts) for row in rows])
         elif name in rows[0] and name not in columns:
-            columns[name] = np.array([(float(row[name]), 1.0) if row[name] else (0.0, 0.0) for row in rows])
+            columns[name] = np.array([(float(row[name]), 1.0) if row[name] != "" else (0.0, 0.0) for row in rows])
     if "cluster" in rows[0]:
         _, cluster = np.unique([row["cluster"] for row in rows], return_inverse=True)
         columns = {name: _sums(values, cluster) for name, values in columns.items() if not name.startswith(_OF_ALL)}
     return RowTable(hashlib.sha256(str(keys).encode()).hexdigest()[:12], columns, partial(_loss_scores, split))
 
 
-def _counts(cells: Sequence[str]) -> Floats:
-    """Return the counts (N, F) of every row; a row without counts does not belong to the group of the score."""
-    counts = [[float(int(count)) for count in cell.split()] for cell in cells]
-    zeros = [0.0] * max(map(len, counts))
-    return np.array([of_row or zeros for of_row in counts])
+def _counts(cell: str, num_counts: int) -> list[float]:
+    """Return the counts of a row; an empty cell is that of a row that the score leaves out, and has zeros."""
+    if cell == "":
+        return [0.0] * num_counts
+    counts = [float(int(count)) for count in str(cell).split()]
+    if len(counts) != num_counts:
+        raise ValueError(f"a row must have {num_counts} counts, got {len(counts)}")
+    return counts
 
 
 def _sums(values: Floats, cluster: NDArray[np.intp]) -> Floats:

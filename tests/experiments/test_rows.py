@@ -8,6 +8,7 @@ from sklearn.metrics import f1_score
 from torch import tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
+from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.rows import classification_scores, read_row_table
 
 
@@ -71,6 +72,24 @@ def test_losses_of_clusters_are_deleted_together(tmp_path):
         assert scores[f"val/{name}"].contributions == pytest.approx([7 * value - 6 * other for other in without])
     (tmp_path / "losses_val.csv").write_text(f"row,n_tokens,loss,cluster,rhyme,text\n{rows.replace('x 3', 'y')}")
     assert read_row_table(tmp_path, "val", ()).digest != table.digest
+
+
+def test_counts_of_text_scores_are_summed_and_checked(tmp_path):
+    file, counts = tmp_path / "losses_test.csv", "3 3 2 1 0 0 3 2 1 0"
+    header = "row,n_tokens,loss,bleu_counts,bleu_seen_counts,rouge_l_seen\n"
+    file.write_text(f"{header}1,2,3.0,{counts},{counts},0.5\n2,2,3.0,5 4 5 4 3 2 5 4 3 2,,\n")
+    metrics = ["bleu", "bleu_seen", "rouge_l_seen"]
+    scores = read_row_table(tmp_path, "test", metrics).scores().scores
+    assert scores["test/bleu"].value == pytest.approx(100 * (7 / 8 * 5 / 6 * 3 / 4 * 1) ** 0.25)
+    assert scores["test/bleu_seen"].value == 0.0  # a text of three words has no 4-gram
+    assert scores["test/rouge_l_seen"].value == 0.5
+    for wrong in ("1 2 3", "3 3 2 1 0 0 3 2 1 x"):
+        file.write_text(f"{header}1,2,3.0,{wrong},{counts},0.5\n")
+        with pytest.raises(InputError, match=r"losses_test\.csv is broken"):
+            read_row_table(tmp_path, "test", metrics)
+    file.write_text(f"{header}1,2,3.0\n")
+    with pytest.raises(InputError, match=r"losses_test\.csv is broken"):
+        read_row_table(tmp_path, "test", metrics)
 
 
 def test_outcome_columns_of_other_tasks_are_means_over_rows(tmp_path):

@@ -141,11 +141,8 @@ class DataToText(LanguageModel):
         to the scores; see :func:`text_outcomes`. In prediction it has the source and the target of every row.
         """
         data: Any = self.datamodule
-        if not isinstance(data, ReferencedData) or (split == "predict" and not self.is_scored):
-            return super().row_table(split) if split != "predict" else None
-        rows = list(self.generated)
         if split == "predict":
-            cells = ([data.row_number(split, i), data.text(split, i), self.generated[i]] for i in rows)
+            cells = ([data.row_number(split, i), data.text(split, i), text] for i, text in self.generated.items())
             return RowTable("texts", ["row", "source", "target"], cells)
         table = super().row_table(split)
         if table is None or not self.is_scored:

@@ -34,6 +34,8 @@ class PoemGenerator(LanguageModel):
         line_length_bias: favour line ends and punctuation in long lines.
         max_new_tokens: largest number of new tokens of a poem, which also ends at its 14th line.
         num_val_samples: number of validation poems that are generated after every epoch.
+        num_test_samples: number of samples of each test poem. Its scores are means over its samples, and the counts
+            of chrF and distinct-n, which is computed for each set of samples, are summed.
         **kwargs: arguments of :class:`~gpt2_pl.tasks.language_modeling.LanguageModel`.
 
     Raises:
@@ -56,32 +58,40 @@ class PoemGenerator(LanguageModel):
         line_length_bias: bool = True,
         max_new_tokens: int = 220,
         num_val_samples: int = 2,
+        num_test_samples: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         validate_sampling(temperature, max_new_tokens, top_p=top_p)
         require(num_val_samples >= 0, "model.num_val_samples", num_val_samples, "at least 0")
         self.temperature, self.top_p, self.line_length_bias = temperature, top_p, line_length_bias
+        require(num_test_samples >= 1, "model.num_test_samples", num_test_samples, "at least 1")
         self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples
+        self.num_test_samples = num_test_samples
         self.generated: list[Poem] = []
+        self.outcomes_of_poems: dict[str, list[str]] = {}  # scores of the generated test poems
         self.score_signatures: dict[str, str] = {}  # score -> sacrebleu's signature of its computation
 
-    def generate_poems(self, poems: list[Poem]) -> list[Poem]:
-        """Generate completions of poems; the random seed of each is its number.
+    def generate_poems(self, poems: list[Poem], sample: int = 0) -> list[Poem]:
+        """Generate completions of poems; the random seed of each is its number, plus a million for each sample.
 
         Args:
             poems: the poems; their first ``prompt_lines`` lines (of the datamodule) are the prompts.
+            sample: index of the sample.
 
         Returns:
             The generated poems, with the prompts.
         """
         bias = [LineLengthProcessor(self.datamodule.tokenizer, self.config.vocab_size)] if self.line_length_bias else []
-        texts = self._generate_tokens(poems, logits_processors=bias, temperature=self.temperature, top_p=self.top_p)
+        sampling = {"logits_processors": bias, "temperature": self.temperature, "top_p": self.top_p}
+        texts = self._generate_tokens(poems, sample, **sampling)
         decode = self.datamodule.tokenizer.decode
         lines = (split_lines(decode([*prompt, *new], skip_special_tokens=False)) for prompt, new in texts)
         return [Poem(poem.number, new_lines) for poem, new_lines in zip(poems, lines, strict=True)]
 
-    def _generate_tokens(self, poems: list[Poem], **settings: Any) -> list[tuple[list[int], list[int]]]:
+    def _generate_tokens(
+        self, poems: list[Poem], sample: int = 0, **settings: Any
+    ) -> list[tuple[list[int], list[int]]]:
         """Return the tokens of every poem's prompt and of its generated continuation."""
         data = self.datamodule
         openings = [poem.opening(data.prompt_lines) for poem in poems]
@@ -90,7 +100,7 @@ class PoemGenerator(LanguageModel):
         new: list[list[int]] = []
         for start in range(0, len(poems), data.eval_batch_size):
             part = slice(start, start + data.eval_batch_size)
-            seeds = [poem.number for poem in poems[part]]
+            seeds = [poem.number + 10**6 * sample for poem in poems[part]]  # numbers have up to six digits
             new += self.continue_prompts(data.tokenizer, prompts[part], seeds, self.max_new_tokens, **settings)
         return list(zip(prompts, new, strict=True))
 
@@ -109,9 +119,11 @@ class PoemGenerator(LanguageModel):
         if not isinstance(self.datamodule, PoemData):
             return
         poems, n_prompt_lines = self.datamodule.poems["test"], self.datamodule.prompt_lines
-        self.generated = self.generate_poems(poems)
+        sets = [self.generate_poems(poems, i) for i in range(self.num_test_samples)]
+        self.generated = sets[0]
+        self.outcomes_of_poems = combine_outcomes([poem_outcomes(one, poems, n_prompt_lines) for one in sets])
         greedy = self._generate_tokens(poems, temperature=0.0)
-        scores = poem_scores(self.generated, poems, n_prompt_lines)
+        scores = sample_scores(sets, poems, n_prompt_lines)
         self.score_signatures = dict.fromkeys(("test/chrf", "test/chrf_whole_poem"), chrf_signature())
         scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
@@ -126,7 +138,7 @@ class PoemGenerator(LanguageModel):
             return None
         poems, generated = data.poems[split], {}
         if split == "test" and [poem.number for poem in self.generated] == [poem.number for poem in poems]:
-            generated = poem_outcomes(self.generated, poems, data.prompt_lines)
+            generated = self.outcomes_of_poems
         columns = (outcomes[key].tolist() for key in ("row", "n_tokens", "loss"))
         rows = (
             [poems[i].number, n, f"{loss:.6f}", *(values[i] for values in generated.values())]
@@ -217,4 +229,42 @@ def poem_scores(generated: list[Poem], true: list[Poem], n_prompt_lines: int) ->
     }
     with suppress(ImportError):  # The pronouncing dictionary is an optional dependency.
         scores["rhyme"] = sum(rhyme_share(poem.lines, n_prompt_lines) for poem in generated) / n
+    return scores
+
+
+def combine_outcomes(sets: list[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """Combine the outcomes of several samples of the same poems: sums of counts, and means of other values.
+
+    Args:
+        sets: outcomes of :func:`poem_outcomes`, one for each set of samples.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    combined = {}
+    for name in sets[0]:
+        samples = zip(*(outcomes[name] for outcomes in sets), strict=True)  # of each poem
+        if name.endswith("_counts"):
+            counts = (zip(*(map(int, text.split()) for text in texts), strict=True) for texts in samples)
+            combined[name] = [" ".join(str(sum(values)) for values in of_poem) for of_poem in counts]
+        else:
+            combined[name] = [f"{sum(map(float, texts)) / len(texts):.6f}" for texts in samples]
+    return combined
+
+
+def sample_scores(sets: list[list[Poem]], true: list[Poem], n_prompt_lines: int) -> dict[str, float]:
+    """Compare several sets of generated poems with the true poems.
+
+    Args:
+        sets: generated poems, a sample of each true poem in each set.
+        true: as in :func:`poem_scores`.
+        n_prompt_lines: as in :func:`poem_scores`.
+
+    Returns:
+        The scores of :func:`poem_scores` of all samples; distinct n-grams are counted in each set by itself.
+    """
+    scores = poem_scores([poem for poems in sets for poem in poems], true * len(sets), n_prompt_lines)
+    for n in (1, 2) if len(sets) > 1 else ():
+        texts = ([words("\n".join(poem.lines[n_prompt_lines:])) for poem in poems] for poems in sets)
+        counts = [count for one in texts for count in distinct_counts(one, n)]
+        scores[f"distinct_{n}"] = sum(count[1] for count in counts) / max(1, sum(count[0] for count in counts))
     return scores

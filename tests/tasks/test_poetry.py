@@ -1,5 +1,6 @@
 """Sonnets and PoemGenerator: file format, targets and generated poems, against transformers and sacrebleu."""
 
+import csv
 import json
 import math
 import re
@@ -17,8 +18,10 @@ from gpt2_pl import GPT2, GPT2Config
 from gpt2_pl.datamodules import Sonnets
 from gpt2_pl.datamodules.sonnets import read_poems
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.rows import read_row_table
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.tasks import PoemGenerator
+from gpt2_pl.tasks.poetry import poem_scores
 from gpt2_pl.text import metrics as scores
 from gpt2_pl.text.poems import LineLengthProcessor, rhyme_share, split_lines
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
@@ -284,3 +287,27 @@ def test_fit_sonnets_token_and_sequence_unlikelihood_are_trained(run, long_base,
                        "--config", CONFIG / "strategy/prefix_tuning.yaml"))["epochs"]  # fmt: skip
     assert any("train/sequence_unlikelihood" in epoch for epoch in both)
     assert all(epoch["train/loss"] > 0 for epoch in both)
+
+
+def test_poem_generator_several_samples_have_means_of_their_scores(long_base, poem_files, tmp_path):
+    """The scores are those of single samples; the first sample is that of a run with one."""
+    data = Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=600)
+    task = PoemGenerator(base=str(long_base), num_test_samples=3, max_new_tokens=40)
+    tested = trainer()
+    found = tested.test(task, data, verbose=False)[0]
+    poems = data.poems["test"]
+    sets = [task.generate_poems(poems, sample) for sample in range(3)]
+    assert task.generated == sets[0] == task.generate_poems(poems)
+    assert sets[0] != sets[1] != sets[2]
+    alone = [poem_scores(samples, poems, 3) for samples in sets]
+    for name in ("seq_rep_4", "lines"):
+        assert found[f"test/{name}"] == pytest.approx(np.mean([score[name] for score in alone]))
+    texts = [["\n".join(poem.lines[3:]) for poem in of] for of in ([*sets[0], *sets[1], *sets[2]], poems * 3)]
+    assert found["test/chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts[0], [texts[1]]).score, abs=1e-4)
+    assert found["test/distinct_1"] == pytest.approx(np.mean([score["distinct_1"] for score in alone]), abs=0.02)
+    with (tmp_path / "losses_test.csv").open("w", newline="") as file:
+        table = task.row_table("test")
+        csv.writer(file).writerows([table.columns, *table.rows])
+    scores = read_row_table(tmp_path, "test", list(task.metric_info)).scores().scores
+    for name in ("chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "seq_rep_4", "lines"):
+        assert scores[f"test/{name}"].value == pytest.approx(found[f"test/{name}"], rel=1e-5), name

@@ -27,7 +27,7 @@ def run_to_resume(checkpoint: Path, root: Path) -> Path | None:
 # Settings that may change when a run is resumed: locations, speed, outputs and decisions.
 _MUTABLE_ON_RESUME = {
     *("base", "config", "tokenizer", "compile", "activation_checkpointing", "batch_size", "eval_batch_size"),
-    *("num_val_samples", "temperature", "top_p", "line_length_bias", "max_new_tokens", "threshold"),
+    *("num_val_samples", "num_test_samples", "temperature", "top_p", "line_length_bias", "max_new_tokens", "threshold"),
 }
 _MUTABLE_SURGERY_ARGUMENTS = {"folder", "dropout", "loraplus_lr_ratio", "init_text"}
 _STRATEGIES = ("gpt2_pl.callbacks.DiscriminativeLR", "gpt2_pl.callbacks.GradualUnfreezing")

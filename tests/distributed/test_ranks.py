@@ -121,8 +121,17 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
         [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
         [("data_to_text/prefix_tuning+lora", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
         [("sonnets/dpo+prefix_tuning", "ddp", 2), ("sonnets/dpo", "fsdp", 2)],
+        [("imdb/bitfit+ia3+adapter_houlsby", "ddp", 2)],
     ],
-    ids=["unfreezing", "unfreezing of LoRA", "prefix and embedding", "poems", "data-to-text", "pairs"],
+    ids=[
+        "unfreezing",
+        "unfreezing of LoRA",
+        "prefix and embedding",
+        "poems",
+        "data-to-text",
+        "pairs",
+        "scales and biases",
+    ],
 )
 def test_fit_several_processes_equal_one(cases, differences):
     assert differences(cases) == {}

@@ -71,7 +71,7 @@ class TextClassification(LabelledText):
     def _parse_label(self, row: Row, column: str, source: str, number: int) -> int:
         return parse_label(row, column, self.labels, source, number)
 
-    def _training_rows(self, labels: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
+    def _chosen_rows(self, labels: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
         """Draw the shots or balance the classes; a row is drawn with its fields in all their orders."""
         if self.shots is not None:
             drawn = draw_shots(labels, rows[rows < num_rows], self.shots, self.labels, run_seed())

@@ -114,7 +114,7 @@ class LabelledText(TextData):
             InputError: the value is not a label.
         """
 
-    def _training_rows(self, labels: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
+    def _chosen_rows(self, labels: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
         """Return the rows to train on, in ascending order; a subclass may leave out or repeat some.
 
         Args:
@@ -175,7 +175,7 @@ class LabelledText(TextData):
             rows = rows[np.array([key not in val_keys for key in train_keys], dtype=bool)]
         if split == "train":
             assert encoded.labels is not None
-            rows = self._training_rows(encoded.labels, rows, n)
+            rows = self._chosen_rows(encoded.labels, rows, n)
         if not np.array_equal(rows, np.arange(len(encoded))):
             encoded, texts = encoded.select(rows), texts.select(rows)
         self.rows[split] = texts

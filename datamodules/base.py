@@ -210,7 +210,7 @@ class TextData(LightningDataModule):
         end = int(min(first + self.trainer.accumulate_grad_batches, self.trainer.num_training_batches))
         return slice(first, max(end, i + 1))  # outside training, a loader may be iterated beyond num_training_batches
 
-    def _training_rows(self) -> TokenDataset:
+    def _loaded_rows(self) -> TokenDataset:
         return self.encoded["train"]
 
     def train_dataloader(self) -> TrainingLoader:
@@ -218,7 +218,7 @@ class TextData(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         loader = TrainingLoader(
-            self._training_rows(), self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
+            self._loaded_rows(), self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
         )
         loader.reshuffles = not getattr(self.trainer, "overfit_batches", 0)
         return loader

@@ -161,8 +161,8 @@ class PairData(TextData):
         """Return batches with every pair of a split once, on exactly one process."""
         return EvaluationLoader(self.pairs[split], self.eval_batch_size, *self._rank_and_world_size())
 
-    def _training_rows(self) -> TokenDataset:
-        return self.pairs.get("train", super()._training_rows())
+    def _loaded_rows(self) -> TokenDataset:
+        return self.pairs.get("train", super()._loaded_rows())
 
     def description(self) -> dict[str, Any]:
         """Return the data section of the run record, with the number and the digest of the pairs of each split."""

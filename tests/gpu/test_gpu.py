@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, metrics
 from transformers import GPT2LMHeadModel
 
-from gpt2_pl import GPT2, GPT2Config, generate
+from gpt2_pl import GPT2, GPT2Config, beam_search, generate
 from gpt2_pl.heads import last_token_index
 from gpt2_pl.losses import cross_entropy, unlikelihood_cross_entropy
 from gpt2_pl.surgery import LoRA, PrefixTuning
@@ -104,6 +104,17 @@ def test_generate_on_gpu_equals_cpu(model, settings, surgery):
     given = {"max_new_tokens": 50, "seed": [1, 2, 3], **settings}
     here = generate(model, ids, mask, **given)
     assert torch.equal(generate(model.cuda(), ids.cuda(), mask.cuda(), **given).cpu(), here)
+
+
+@pytest.mark.parametrize("surgery", [None, LoRA(rank=4), PrefixTuning(length=5)])
+def test_beam_search_on_gpu_equals_cpu(model, surgery):
+    adapt(model, surgery)
+    model.eval()
+    ids, mask = (t[:3, :40] for t in padded("left"))
+    given = {"num_beams": 4, "max_new_tokens": 30, "eos_token_id": 7}
+    here = beam_search(model, ids, mask, **given)
+    there = beam_search(model.cuda(), ids.cuda(), mask.cuda(), **given)
+    torch.testing.assert_close(there.scores.cpu(), here.scores, atol=1e-3, rtol=1e-3)
 
 
 def test_generate_in_evaluation_mode_replays_a_cuda_graph(model):

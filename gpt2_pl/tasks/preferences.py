@@ -100,6 +100,8 @@ class Preferences(nn.Module):
             dataset = data.use_pairs(split, pairs)
             computed = self._reference(task, split) if computes else None
             dataset.reference = trainer.strategy.broadcast(computed)
+        if task.device_mesh is not None:
+            task.backbone.reshard()  # The optimizer must get the sharded parameters.
         self.digest = data.pairs["train"].digest
         self._is_ready = True
 
@@ -148,6 +150,8 @@ class Preferences(nn.Module):
             return [texts[i] for i in range(len(prompts))]
 
         if task.device_mesh is not None:
+            with torch.no_grad(), forward_context(task):  # FSDP must not create its buffers in inference mode.
+                task.backbone(torch.zeros(1, 1, dtype=torch.long, device=task.device))
             return draw()
         # The samples depend on the batches only by rounding in 16 bits, but they must be the same in a resumed run.
         weights = sorted(tensor_digests(task.backbone.state_dict()).items())

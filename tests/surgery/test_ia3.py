@@ -15,13 +15,16 @@ IDS = torch.randint(400, (3, 11), generator=torch.Generator().manual_seed(5))
 
 @pytest.fixture(scope="module")
 def sharp(tmp_path_factory):
-    """A base whose attention depends on the queries, unlike that of newly initialized weights."""
+    """A base whose attention depends on the queries and whose biases are not zero, unlike new weights."""
     folder = tmp_path_factory.mktemp("sharp")
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2))
     with torch.no_grad():
         for block in model.h:
             block.attn.c_attn.weight.mul_(10)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
 
@@ -78,8 +81,8 @@ def test_ia3_untrained_does_not_change_hidden_states(base):
         assert torch.equal(model(IDS), plain(IDS))
 
 
-def test_ia3_merge_unmerge_and_export_preserve_outputs(base, tmp_path):
-    task = LanguageModel(base=str(base), surgery=[IA3(), LoRA(targets=["c_fc"]), PrefixTuning(3)], dropout=0.0)
+def test_ia3_merge_unmerge_and_export_preserve_outputs(sharp, base, tmp_path):
+    task = LanguageModel(base=str(sharp), surgery=[IA3(), LoRA(targets=["c_fc"]), PrefixTuning(3)], dropout=0.0)
     task.configure_model()
     with torch.no_grad():
         for name, parameter in task.backbone.named_parameters():

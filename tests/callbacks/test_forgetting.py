@@ -71,6 +71,18 @@ def test_forgetting_is_in_the_tables_of_compare_and_changes_no_weight(run, base,
     assert "base perplexity" in (tmp_path / "report/report.md").read_text()
 
 
+def test_forgetting_of_a_language_model_that_is_not_trained_equals_transformers(run, base, text):
+    files = [f"--data.{split}_file={text}" for split in ("train", "val")]
+    folder = run("fit", "--config=task/text", f"--model.base={base}", *files, "--trainer.max_epochs=0",
+                 "--trainer.callbacks+=gpt2_pl.callbacks.Forgetting", f"--trainer.callbacks.file={text}",
+                 "--trainer.precision=32-true")  # fmt: skip
+    tokens = load_tokenizer(base).encode(text.read_text(encoding="utf-8")).ids
+    scores = metrics(folder)["scores"]
+    expected = perplexity(GPT2LMHeadModel.from_pretrained(base).eval(), tokens, 64)
+    assert scores["val/base_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert "val/initial_base_perplexity" not in scores
+
+
 def test_forgetting_file_or_number_out_of_range_is_refused(run, base, data_flags, text, capsys, tmp_path):
     missing = arguments(base, data_flags, tmp_path / "none.txt")
     assert names(refused(run, capsys, *missing), "trainer.callbacks.file")

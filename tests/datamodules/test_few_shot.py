@@ -143,6 +143,8 @@ def test_fit_without_epochs_scores_the_verbalizer_in_context(run, capsys, base, 
     assert {"val/accuracy", "test/accuracy"} <= record["scores"].keys()
     assert record["data"]["demonstrations"] == {"val": 2.0, "test": 2.0}
     assert (folder / "predictions_test.csv").is_file()
+    validated = metrics(run("validate", *args[1:]))
+    assert validated["scores"] == {name: value for name, value in record["scores"].items() if name.startswith("val/")}
 
 
 def test_fit_without_epochs_refuses_a_random_head(run, capsys, base, rows):

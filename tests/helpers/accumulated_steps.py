@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 
 from gpt2_pl import GPT2Config
 from gpt2_pl.callbacks import NonFiniteLossGuard
-from gpt2_pl.datamodules import IMDB, Sonnets, TextCorpus
+from gpt2_pl.datamodules import IMDB, Sonnets, TextCorpus, TextRegression
 from gpt2_pl.losses import IGNORE_INDEX
-from gpt2_pl.tasks import LanguageModel, PoemGenerator, SentimentClassifier, Task
+from gpt2_pl.tasks import LanguageModel, PoemGenerator, SentimentClassifier, Task, TextRegressor
 from gpt2_pl.tasks.fsdp import FSDP2Strategy
 
 V = 400
@@ -109,8 +109,9 @@ def poisonable(kind: type[Task]) -> type[Task]:
 
 
 def make(task: str, **options: Any) -> Task:
-    """A task of one of the kinds ``classifier``, ``text``, ``poems``."""
-    kinds: dict[str, type[Task]] = {"classifier": SentimentClassifier, "text": LanguageModel, "poems": PoemGenerator}
+    """A task of one of the kinds ``classifier``, ``regressor``, ``text``, ``poems``."""
+    kinds: dict[str, type[Task]] = {"classifier": SentimentClassifier, "regressor": TextRegressor,
+                                    "text": LanguageModel, "poems": PoemGenerator}  # fmt: skip
     if task == "classifier":
         options["num_classes"] = 2
     return poisonable(kinds[task])(config=SHAPE, optimizer=Recorder, **options)  # type: ignore[arg-type]
@@ -125,7 +126,7 @@ def foreign(task: str, sizes: list[list[int]], rank: int, world: int) -> DataLoa
         ids = torch.randint(V, (len(lengths), T + 1), generator=generator)
         mask = (torch.arange(T) < torch.tensor(lengths).unsqueeze(1)).long()
         batch = {"input_ids": ids[:, :-1] * mask, "attention_mask": mask}
-        if task == "classifier":
+        if task in ("classifier", "regressor"):
             batch["labels"] = torch.randint(2, (len(lengths),), generator=generator)
         else:
             batch["targets"] = ids[:, 1:].masked_fill(mask == 0, IGNORE_INDEX)
@@ -182,7 +183,7 @@ def fit(
     if isinstance(data, list):
         trainer.fit(module, foreign(task, data, rank, world), ckpt_path=ckpt_path)
     else:
-        kinds: dict[str, Any] = {"classifier": IMDB, "text": TextCorpus, "poems": Sonnets}
+        kinds: dict[str, Any] = {"classifier": IMDB, "regressor": TextRegression, "text": TextCorpus, "poems": Sonnets}
         trainer.fit(module, datamodule=kinds[task](**data), ckpt_path=ckpt_path, weights_only=True)
     return steps
 
@@ -219,6 +220,8 @@ def one_batch(task: str, batches: list[Batch], options: dict[str, Any] | None = 
     module.train()
     if task == "classifier":
         F.cross_entropy(module(batch)[0], batch["labels"]).backward()
+    elif task == "regressor":
+        F.mse_loss(module(batch)[0], batch["labels"].float()).backward()
     else:
         logits = module.backbone.logits(module.backbone(batch["input_ids"]))
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE_INDEX)

@@ -25,6 +25,12 @@ def own(files, base, poem_files, tmp_path):
     shared = {"tokenizer": str(base), "batch_size": 7}
     return {
         "classifier": {"train_file": str(files["train"]), "val_file": str(files["val"]), **shared},
+        "regressor": {
+            "train_file": str(files["train"]),
+            "val_file": str(files["val"]),
+            "label_column": "sentiment",
+            **shared,
+        },
         "text": {"train_file": str(text), "val_file": str(text), "max_length": 9, **shared, "batch_size": 4},
         "poems": {"train_file": str(poem_files["train"]), **shared, "batch_size": 3},
     }
@@ -38,8 +44,8 @@ def assert_equal_to_one_batch(task, steps, options=None, n=None, clip=None, clos
 
 @pytest.mark.parametrize(
     ("task", "options"),
-    [("classifier", None), ("text", None), ("text", {"unlikelihood": 0.7})],
-    ids=["classifier", "text", "unlikelihood"],
+    [("classifier", None), ("regressor", None), ("text", None), ("text", {"unlikelihood": 0.7})],
+    ids=["classifier", "regressor", "text", "unlikelihood"],
 )
 def test_optimizer_step_of_batches_without_counts_equals_one_batch(task, options):
     for accumulate, n in ((1, 4), (3, 2), (8, 1)):
@@ -50,6 +56,7 @@ def test_optimizer_step_of_batches_without_counts_equals_one_batch(task, options
     ("task", "options", "accumulate"),
     [
         ("classifier", None, 3),
+        ("regressor", None, 3),
         ("text", None, 4),
         ("text", {"unlikelihood": 1.0}, 4),
         ("poems", {"unlikelihood": 1.0}, 2),

@@ -141,6 +141,10 @@ def test_compare_inspect_and_references_read_runs_of_a_regressor(trained, run, f
     assert names(refused(run, capsys, "classify", second, "--input=x.csv", "--out=y.csv", "--calibrated"), "calib")
 
 
+def test_regression_without_classes_refuses_shots_in_one_line(run, flags, capsys):
+    assert "TextRegression has no argument 'shots'" in refused(run, capsys, "fit", *flags, "--data.shots=4")
+
+
 @pytest.mark.parametrize("label", ["", "six", "nan", "inf", "-0.1", "5.01"])
 def test_number_out_of_range_names_file_and_row(base, tmp_path, label):
     file = tmp_path / "test.csv"

@@ -125,7 +125,9 @@ class PoemGenerator(LanguageModel):
         greedy = self._generate_tokens(poems, temperature=0.0)
         scores = sample_scores(sets, poems, n_prompt_lines)
         self.score_signatures = dict.fromkeys(("test/chrf", "test/chrf_whole_poem"), chrf_signature())
-        scores["greedy_seq_rep_4"] = sum(seq_rep(new, 4) for _, new in greedy) / len(greedy)
+        repeated = [seq_rep(new, 4) for _, new in greedy]
+        scores["greedy_seq_rep_4"] = sum(repeated) / len(repeated)
+        self.outcomes_of_poems["greedy_seq_rep_4"] = [f"{share:.6f}" for share in repeated]
         self.log_dict({f"test/{name}": float(value) for name, value in scores.items()}, sync_dist=True)
 
     def row_table(self, split: str) -> RowTable | None:

@@ -179,7 +179,18 @@ def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
     check_metrics(metrics(folder), "metrics.json")
     assert {"test/distinct_1", "test/seq_rep_4", "test/greedy_seq_rep_4"} <= set(account)
     of_rows = Run.read(folder).row_scores["test"].scores
-    names = {"loss", "perplexity", "chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "seq_rep_4", "lines", "rhyme"}
+    names = {
+        "loss",
+        "perplexity",
+        "chrf",
+        "chrf_whole_poem",
+        "distinct_1",
+        "distinct_2",
+        "seq_rep_4",
+        "lines",
+        "rhyme",
+        "greedy_seq_rep_4",
+    }
     assert set(of_rows) == {f"test/{name}" for name in names}
     for name, of_row in of_rows.items():
         value = math.exp(of_row.value) if name == "test/perplexity" else of_row.value
@@ -309,5 +320,5 @@ def test_poem_generator_several_samples_have_means_of_their_scores(long_base, po
         table = task.row_table("test")
         csv.writer(file).writerows([table.columns, *table.rows])
     scores = read_row_table(tmp_path, "test", list(task.metric_info)).scores().scores
-    for name in ("chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "seq_rep_4", "lines"):
+    for name in ("chrf", "chrf_whole_poem", "distinct_1", "distinct_2", "seq_rep_4", "lines", "greedy_seq_rep_4"):
         assert scores[f"test/{name}"].value == pytest.approx(found[f"test/{name}"], rel=1e-5), name

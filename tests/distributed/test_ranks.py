@@ -71,6 +71,7 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
     data = {
         # the last batch of an epoch has a row for every process: what is smaller waits for the next epoch
         "imdb": [*flags(files), "--data.max_length=80", "--data.train_fraction=0.465"],
+        "sst5_regression": [*flags(files), "--data.max_length=80", "--data.train_fraction=0.465"],
         "quora": [*flags(pair_files), "--data.max_length=80", "--data.train_fraction=0.465"],
         # nine poems of everything: four processes want a row each
         "sonnets": [
@@ -115,7 +116,7 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 @pytest.mark.parametrize(
     "cases",
     [
-        [("imdb/stages", "ddp", 2)],
+        [("imdb/stages", "ddp", 2), ("sst5_regression/lora", "ddp", 2)],
         [("imdb/stages+lora", "fsdp", 2)],
         [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("quora/prefix_tuning+lora_embedding", "fsdp", 2)],
         [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
@@ -124,7 +125,7 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
         [("imdb/bitfit+ia3+adapter_houlsby", "ddp", 2)],
     ],
     ids=[
-        "unfreezing",
+        "unfreezing and regression",
         "unfreezing of LoRA",
         "prefix and embedding",
         "poems",

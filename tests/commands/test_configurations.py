@@ -65,11 +65,11 @@ def found_in(settings, path):
 
 
 def cases():
-    """The deepest key of every file that no earlier file has."""
+    """The deepest key of every file that no earlier file has; not a whole section, which following flags need."""
     seen = set()
     for file in FILES:
         paths = sorted(places(yaml.safe_load(file.read_text())), key=len, reverse=True)
-        path = next((path for path in paths if path[-1] not in seen), paths[0])
+        path = next((path for path in paths if len(path) > 1 and path[-1] not in seen), paths[0])
         seen.add(path[-1])
         yield file, path
 

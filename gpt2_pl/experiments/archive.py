@@ -25,7 +25,7 @@ _MAX_BYTES, _MAX_FILES = 2**31, 200_000  # of an unpacked archive
 
 
 def write_archive(folders: Iterable[Path], file: Path) -> int:
-    """Archive the records of ended runs; equal records give an equal file.
+    """Archive the records of ended runs; equal records of equal times give an equal file.
 
     The searches and the pretraining runs of a sweep are archived with it.
 
@@ -58,7 +58,8 @@ def write_archive(folders: Iterable[Path], file: Path) -> int:
     ):
         for name in _similar_together(members):
             info = tarfile.TarInfo(name)
-            info.size = members[name].stat().st_size
+            status = members[name].stat()
+            info.size, info.mtime = status.st_size, int(status.st_mtime)
             with members[name].open("rb") as content:
                 archive.addfile(info, content)
     return num_runs

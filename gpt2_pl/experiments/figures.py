@@ -218,7 +218,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 def _set_log_axis(axis: Axes, label: str) -> None:
     """Make the horizontal axis logarithmic, with a label and few ticks."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axis.margins(x=0.1)
     axis.set_xlabel(label)
@@ -226,8 +226,12 @@ def _set_log_axis(axis: Axes, label: str) -> None:
         return
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0,) if high > 300 * low else (1.0, 3.0), numticks=8))
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if high < 10 * low:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    else:
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0,) if high > 300 * low else (1.0, 3.0), numticks=8))
+    thousands = EngFormatter(sep="")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1 else thousands(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 

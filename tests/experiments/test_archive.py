@@ -65,6 +65,7 @@ def test_write_archive_twice_gives_equal_files_and_tar_unpacks_the_records(swept
     originals = [path for part in ("s", "s.search") for path in (swept / part).glob("**/*") if path.is_file()]
     assert {swept / name for name in kept} == {path for path in originals if path.suffix != ".ckpt"}
     assert all((tmp_path / "out" / name).read_bytes() == (swept / name).read_bytes() for name in kept)
+    assert all(int((tmp_path / "out" / name).stat().st_mtime) == int((swept / name).stat().st_mtime) for name in kept)
 
 
 def test_write_archive_unfinished_run_is_left_out(tmp_path):

@@ -12,7 +12,7 @@ from helpers.runs import fake_run
 
 from gpt2_pl.commands import main
 from gpt2_pl.experiments.comparison import compare
-from gpt2_pl.experiments.figures import _budgets, _costs, _learning_curves, _style, plots
+from gpt2_pl.experiments.figures import _budgets, _costs, _learning_curves, _set_log_axis, _style, plots
 from gpt2_pl.experiments.latex import escape, latex
 from gpt2_pl.experiments.run import Run
 
@@ -73,6 +73,20 @@ def test_learning_curves_show_means_with_a_band_and_references(comparison):
     np.testing.assert_allclose(axes.lines[0].get_ydata(), 100 * np.array(expected))
     assert len(axes.collections) == len(comparison.groups)
     assert any(line.get_label() == "bag_of_words (reference)" for line in axes.lines)
+
+
+def test_log_axis_of_one_decade_has_few_plain_ticks():
+    from matplotlib.figure import Figure
+
+    for low, high in ((0.02, 0.055), (3.0, 8.0), (0.2, 3.0)):
+        axis = Figure().subplots()
+        axis.plot([low, high], [0.0, 1.0])
+        _set_log_axis(axis, "CPU minutes")
+        limits = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if limits[0] <= tick <= limits[1]]
+        labels = axis.xaxis.get_major_formatter().format_ticks(ticks)
+        assert 2 <= len(labels) <= 5
+        assert [float(label) for label in labels] == pytest.approx(ticks)
 
 
 def test_figure_styles_of_strategies_differ():

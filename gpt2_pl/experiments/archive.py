@@ -7,11 +7,14 @@ named relative to ``lightning_logs``. Unpacked there, they are runs that are com
 from __future__ import annotations
 
 import lzma
+import os
+import re
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import atomic_write, require_file
@@ -107,13 +110,29 @@ def unpack(file: Path, folder: Path) -> None:
         with tarfile.open(path, "r:xz") as archive:
             for count, member in enumerate(archive, start=1):
                 num_bytes += member.size
-                if not member.isreg():
+                target, content = folder / _safe_name(member.name, file), archive.extractfile(member)
+                if not member.isreg() or content is None:
                     raise InputError(f"{file}: {member.name[:200]!r} must be a regular file", key="RUN")
                 if num_bytes > _MAX_BYTES or count > _MAX_FILES:
                     raise InputError(f"{file} must have at most {_MAX_FILES:,} files and 2 GiB unpacked", key="RUN")
-                archive.extract(member, folder, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("xb") as out:
+                    shutil.copyfileobj(content, out)
+                os.utime(target, (member.mtime, member.mtime))
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, OverflowError, KeyError) as error:
         raise InputError(f"{file} cannot be unpacked: {' '.join(str(error).split())[:200]}", key="RUN") from None
+
+
+def _safe_name(name: str, file: Path) -> PurePosixPath:
+    """Return the name of a member as a relative path.
+
+    Raises:
+        InputError: it could denote a file outside the folder into which the archive is unpacked.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or re.search(r"[\\\0]|^[A-Za-z]:", name):
+        raise InputError(f"{file}: {name[:200]!r} must be a relative path without ..", key="RUN")
+    return path
 
 
 def _with_preparations(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ What each text adds to a corpus score is a list of counts, so that the score wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,8 +104,11 @@ def signatures(references: References) -> dict[str, str]:
     return found
 
 
-def _streams(references: References) -> list[list[str | None]]:
-    """Return the references as sacrebleu reads them: a list of the first ones, of the second ones, and so on."""
+def _streams(references: References) -> list[list[Any]]:
+    """Return the references as sacrebleu reads them: a list of the first ones, of the second ones, and so on.
+
+    A text with fewer references than others has None in their places, which sacrebleu permits but does not annotate.
+    """
     most = max(map(len, references))
     return [[of_text[i] if i < len(of_text) else None for of_text in references] for i in range(most)]
 

@@ -4,7 +4,6 @@ import io
 import shutil
 import subprocess
 import tarfile
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -110,27 +109,27 @@ def packed(file, *members):
         ("a/metrics.json", tarfile.FIFOTYPE, b""),
         ("a/metrics.json", tarfile.CHRTYPE, b""),
         ("a" * 5000, tarfile.REGTYPE, b"{}"),
-        ("a\0b", tarfile.REGTYPE, b"{}"),
+        ("..", tarfile.REGTYPE, b"{}"),
+        ("C:/metrics.json", tarfile.REGTYPE, b"{}"),
+        ("..\\metrics.json", tarfile.REGTYPE, b"{}"),
     ],
 )
 def test_unpack_hostile_member_writes_nothing_outside(member, tmp_path):
     file = packed(tmp_path / "bad.tar.xz", member)
     folder = tmp_path / "deep/below"
     folder.mkdir(parents=True)
-    try:
+    with pytest.raises(InputError, match=r"bad\.tar\.xz") as caught:
         unpack(file, folder)
-    except InputError as error:
-        assert "bad.tar.xz" in str(error)
-        assert len(str(error)) < 600
+    assert len(str(caught.value)) < 600
     assert {path for path in tmp_path.glob("**/*") if path.is_file() and folder not in path.parents} == {file}
     assert not any(path.is_symlink() for path in folder.glob("**/*"))
 
 
-def test_unpack_absolute_name_is_placed_below_the_folder_or_refused(tmp_path):
+def test_unpack_absolute_name_is_refused(tmp_path):
     target = tmp_path / "absolute.json"
     file = packed(tmp_path / "bad.tar.xz", (str(target), tarfile.REGTYPE, b"{}"))
     (tmp_path / "below").mkdir()
-    with suppress(InputError):
+    with pytest.raises(InputError, match="must be a relative path"):
         unpack(file, tmp_path / "below")
     assert not target.exists()
 
@@ -141,12 +140,12 @@ def test_unpack_too_large_or_broken_archive_is_refused(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(archive, name, limit)
             with pytest.raises(InputError, match=r"a\.tar\.xz must have at most"):
-                unpack(file, tmp_path)
+                unpack(file, tmp_path / name)
     whole = file.read_bytes()
     for content in (b"", b"no archive", whole[: len(whole) // 2], whole[:40] + bytes(40) + whole[80:]):
         file.write_bytes(content)
         with pytest.raises(InputError, match=r"a\.tar\.xz cannot be unpacked"):
-            unpack(file, tmp_path)
+            unpack(file, tmp_path / "below")
     with pytest.raises(InputError, match="there is no file"):
         unpack(tmp_path / "none.tar.xz", tmp_path)
 

@@ -46,18 +46,16 @@ def main(args: list[str]) -> None:
     parser.add_argument("--baseline", metavar="NAME", help=baseline_help)
     margin_help = "difference in the primary metric that matters, decided before looking: points for a share, percent "
     parser.add_argument("--margin", type=float, metavar="M", help=f"{margin_help}for a perplexity (default: none)")
-    paired_help = "pair runs with the same seed; declare it only if a seed fixes the same data order or weights in both"
-    parser.add_argument("--paired_seeds", action="store_true", help=f"{paired_help} strategies, and before looking")
-    add_allow_missing_rows(parser)
+    add_row_options(parser)
     check_help = "judge the claims of a YAML file; the status is 1 if one fails (default: no claims)"
     parser.add_argument("--check", type=Path, metavar="FILE", help=check_help)
     given = parser.parse_args(args)
-    with unpacked(given.runs) as given.runs:
-        _compare_runs(given)
+    with unpacked(given.runs) as folders:
+        _compare_runs(folders, given)
 
 
-def _compare_runs(given: argparse.Namespace) -> None:
-    """Compare the runs of the command's options, and write the report.
+def _compare_runs(folders: list[Path], given: argparse.Namespace) -> None:
+    """Compare the runs below folders, and write the report.
 
     Raises:
         InputError: a run, the margin, the baseline or the file of claims is invalid.
@@ -66,7 +64,7 @@ def _compare_runs(given: argparse.Namespace) -> None:
     if given.out is not None:
         require_writable(given.out / "report.md", "out")
     claims = None if given.check is None else read_claims(given.check)
-    runs, notes = read_runs(given.runs)
+    runs, notes = read_runs(folders, given.runs)
     comparisons = compare(
         runs,
         given.baseline,
@@ -86,16 +84,22 @@ def _compare_runs(given: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def add_allow_missing_rows(parser: CommandParser) -> None:
-    """Add the option that permits to compare runs that lack many rows of others."""
+def add_row_options(parser: CommandParser) -> None:
+    """Add the options on which runs and rows are compared with which."""
+    paired = "pair runs with the same seed; declare it only if a seed fixes the same data order or weights in both"
+    parser.add_argument("--paired_seeds", action="store_true", help=f"{paired} strategies, and before looking")
     text = "compare also if more than 1 %% of the rows are not in all runs; only rows of all runs are compared"
     parser.add_argument("--allow_missing_rows", action="store_true", help=text)
 
 
-def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: list[Path], shown: list[Path] | None = None) -> tuple[list[Run], list[str]]:
     """Read run folders, and the run folders below folders.
 
     Trials of searches and pretraining runs below a folder are left out, because a sweep runs them to prepare others.
+
+    Args:
+        paths: run folders, and folders that contain some.
+        shown: the path that reports show for each of them, such as that of an archive; by default ``paths``.
 
     Returns:
         The runs, and a note if runs were left out.
@@ -103,19 +107,19 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     Raises:
         InputError: there is no run folder, or one is invalid.
     """
-    folders: list[Path] = []
+    folders: dict[Path, str] = {}
     left_out: dict[Path, str] = {}
-    for path in paths:
+    for path, name in zip(paths, shown or paths, strict=True):
         found = run_folders(path)
         roles = {folder: role for folder in found if (role := _preparation(folder, path)) is not None}
         if len(roles) == len(found):
             expected = f"a run folder, or a folder with other runs than {_counted(roles.values())}"
-            raise InputError(key="RUN", value=str(path), expected=expected)
-        folders += [folder for folder in found if folder not in roles]
+            raise InputError(key="RUN", value=str(name), expected=expected)
+        folders |= {folder: str(name / folder.relative_to(path)) for folder in found if folder not in roles}
         left_out |= roles
     counted = _counted(role for folder, role in left_out.items() if folder not in folders)
     notes = [f"{counted} are left out, because they prepare other runs"] if counted else []
-    return [Run.read(folder) for folder in folders], notes
+    return [Run.read(folder, shown) for folder, shown in folders.items()], notes
 
 
 def _preparation(folder: Path, below: Path) -> str | None:

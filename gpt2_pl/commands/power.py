@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from gpt2_pl.commands.compare import RUNS_HELP, add_allow_missing_rows, print_lines, read_runs
+from gpt2_pl.commands.compare import RUNS_HELP, add_row_options, print_lines, read_runs
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.archive import unpacked
@@ -40,7 +40,7 @@ def main(args: list[str]) -> None:
         "--seeds", type=int, metavar="N", help="planned seeds of each strategy, beside 3, 4, 5, 8, 10 and 15"
     )
     parser.add_argument("--texts", type=int, metavar="M", help="planned number of texts (default: that of the runs)")
-    add_allow_missing_rows(parser)
+    add_row_options(parser)
     given = parser.parse_args(args)
     if not 0 < given.difference < math.inf:
         raise InputError(key="difference", value=given.difference, expected="above 0")
@@ -57,8 +57,10 @@ def _plan(paths: list[Path], given: argparse.Namespace) -> None:
     Raises:
         InputError: a run is invalid, or no runs give a plan.
     """
-    runs, notes = read_runs(paths)
-    comparisons = compare(runs, given.baseline, allow_missing_rows=given.allow_missing_rows)
+    runs, notes = read_runs(paths, given.runs)
+    comparisons = compare(
+        runs, given.baseline, allow_missing_rows=given.allow_missing_rows, paired_seeds=given.paired_seeds
+    )
     _require_metric(given.metric, comparisons)
     seeds = SEEDS if given.seeds is None else (*SEEDS, given.seeds)
     num_plans = 0

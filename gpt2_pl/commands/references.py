@@ -91,7 +91,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--only", metavar="NAME", action="append", choices=_NAMES, help=only_help)
     name_help = f"folder of the references below {RUNS} (default: references/NAME, with the name of the run)"
     parser.add_argument("--name", help=name_help)
-    draws_help = "number of draws of random_continuation, each a run with a seed of its own (default: 10)"
+    draws_help = "number of draws of random_continuation, each a run with a seed of its own"
     parser.add_argument("--draws", metavar="N", type=int, default=10, help=draws_help)
     options = parser.parse_args(args)
     if not 1 <= options.draws <= _MAX_DRAWS:

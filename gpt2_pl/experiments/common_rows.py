@@ -29,8 +29,8 @@ class CommonRows:
         ids: the rows, in the order of most runs.
         positions: for each digest of a table, the indices of the rows in the table.
         num_total: number of rows that any of the runs has.
-        lacking: for the folder of each run that lacks rows of others, their number.
-        other: for the folder of each run of other data the reason: a row has another text or label than in most runs,
+        lacking: for the path of each run that lacks rows of others, their number.
+        other: for the path of each run of other data the reason: a row has another text or label than in most runs,
             or no row is the same. The numbers do not include these runs.
     """
 
@@ -83,11 +83,11 @@ def comparable_runs(
         else:
             other = [name for name, value in json.loads(keys[id(run)]).items() if value != shared[name]]
             difference = f"other {', '.join(other)} than most ({run.comparison_key(split)[other[0]]})"
-            notes.append(f"{run.folder} is left out: {difference}")
+            notes.append(f"{run.path} is left out: {difference}")
     rows = find_common_rows(comparable, split)
     if rows is not None:
         notes += [f"{folder} is left out: {reason}" for folder, reason in rows.other.items()]
-        comparable = [run for run in comparable if str(run.folder) not in rows.other]
+        comparable = [run for run in comparable if run.path not in rows.other]
         _require_few_lost(rows, split, allow_missing_rows)
         _keep(comparable, split, rows, notes)
     _keep_in_other_splits(comparable, split, notes, allow_missing_rows)
@@ -126,7 +126,7 @@ def find_common_rows(runs: Sequence[Run], split: str) -> CommonRows | None:
     reasons = {digest: _reason(rows, most) for digest, rows in contents.items()}
     same = {digest: rows for digest, rows in contents.items() if not reasons[digest]}
     every = set().union(*same.values())
-    of_runs = [(str(run.folder), run.row_scores[split].digest) for run in runs]
+    of_runs = [(run.path, run.row_scores[split].digest) for run in runs]
     ids = tuple(row for row in most if all(row in rows for rows in same.values()))
     places = {digest: {row: i for i, row in enumerate(rows)} for digest, rows in same.items()}
     return CommonRows(

@@ -219,7 +219,7 @@ def compare(
             tasks[task] += []
         elif run.record.get("status") != "finished" or not (run.record.get("epochs") or run.needs_no_training):
             status = "trained nothing" if run.record.get("status") == "finished" else str(run.record.get("status"))
-            notes[task].append(f"{run.folder} is left out: it is not a finished training run ({status})")
+            notes[task].append(f"{run.path} is left out: it is not a finished training run ({status})")
             tasks[task] += []
             if status == "failed":
                 failed[task].append(run)
@@ -274,7 +274,7 @@ def _group_task(
 def _with_monitor(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     """Return the runs that have the score that selects the best epoch; notes name the others."""
     found = [run for run in runs if run.record.get("monitor") in (run.record.get("scores") or {})]
-    notes += [f"{run.folder} is left out: it has no {run.record.get('monitor')}" for run in runs if run not in found]
+    notes += [f"{run.path} is left out: it has no {run.record.get('monitor')}" for run in runs if run not in found]
     return found
 
 
@@ -348,6 +348,6 @@ def _add_differences(comparison: Comparison, margin: float | None) -> None:
         diverged = [run for run in group.runs if not is_usable(run, primary)]
         group.notices += reliability_notices(group.usable(primary), [*group.failed, *diverged], primary, unit)
         for run in group.runs:
-            comparison.notes += [f"{run.folder}: {text}" for text in disagreeing_rows(run)]
+            comparison.notes += [f"{run.path}: {text}" for text in disagreeing_rows(run)]
     comparison.notes += family_notes(comparison)
     comparison.notes += tuning_notes({group.label: group.trials for group in comparison.groups})

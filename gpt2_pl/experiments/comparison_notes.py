@@ -31,6 +31,8 @@ def pairing_notices(comparison: Comparison, group: RunGroup) -> list[str]:
 def family_notes(comparison: Comparison) -> list[str]:
     """Return notes on what the comparisons of a task cannot show."""
     notes, primary = [], comparison.primary_metric
+    if comparison.is_paired and not comparison.compared:
+        notes.append("--paired_seeds has no effect: there is one strategy.")
     family = comparison.family
     num_seeds = min((min(group.differences[primary].contrast.num_seeds) for group in family), default=0)
     if family and num_seeds <= _FEW_SEEDS and len(family) >= _MANY_ARMS:

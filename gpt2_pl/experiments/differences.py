@@ -264,7 +264,8 @@ def _notices(found: Contrast, arms: Sequence[Arm], names: tuple[str, str]) -> tu
     """Return the notices of a difference from rows."""
     notices = []
     if min(found.num_seeds) == 2:
-        notices.append(f"{'2 pairs of' if len(found.num_seeds) == 1 else '2'} seeds: interval very wide by necessity")
+        seeds = "2 pairs of seeds" if len(found.num_seeds) == 1 else "2 seeds"
+        notices.append(f"{seeds} estimate the variance over seeds poorly")
     for arm, name in zip(arms, names, strict=True):
         if len(arm.scores) > 1 and (arm.contributions == arm.contributions[0]).all():
             notices.append(f"seeds have no effect in {name} (deterministic?)")

@@ -90,10 +90,11 @@ def make_plan(
 
 def plan_title(comparison: Comparison, group: RunGroup, plan: Plan, score: str) -> str:
     """Return what a plan is about, as a line of text."""
-    pilot_seeds = " + ".join(map(str, plan.pilot.num_seeds))
+    counts = plan.pilot.num_seeds
+    pilot_seeds = f"{counts[0]} pairs of seeds" if len(counts) == 1 else f"{' + '.join(map(str, counts))} seeds"
     baseline = comparison.baseline_of(group) or comparison.groups[0]
     names = f"{group.label} against {baseline.label}"
-    return f"{names}, {heading(score)}, {plan.num_texts:,} texts; pilot of {pilot_seeds} seeds"
+    return f"{names}, {heading(score)}, {plan.num_texts:,} texts; pilot of {pilot_seeds}"
 
 
 def plan_table(plan: Plan, seeds: Iterable[int]) -> str:

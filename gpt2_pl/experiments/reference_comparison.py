@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,9 @@ TEXT_REFERENCE_CAPTION = (
     "and new texts. The first row of a score is that of the texts, of random ones the mean ± standard deviation over "
     "draws. Below: the interval is below 0. Not shown to be above: it includes 0."
 )
+
+
+_WORDS = ("above", "not shown to be above", "below")
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,42 @@ def text_reference_table(comparison: Comparison) -> tuple[list[str], list[list[s
 
     Strategies are compared with them in all scores of the split that they have and that have a direction.
     """
-    references = [one for one in comparison.references if not one.usable(comparison.primary_metric)]
+    references = _text_references(comparison)
     cells = []
+    for name, _ in _text_scores(comparison):
+        shown = name.partition("/")[2].replace("_", " ")
+        cells += [[shown, *row] for row in _rows(comparison, name, references)]
+    return ["score", "strategy", *(reference.label for reference in references)], cells
+
+
+def _text_references(comparison: Comparison) -> list[RunGroup]:
+    """Return the references without the primary metric."""
+    return [one for one in comparison.references if not one.usable(comparison.primary_metric)]
+
+
+def _text_scores(comparison: Comparison) -> list[tuple[str, list[RunGroup]]]:
+    """Return the scores of the compared split that texts have and that have a direction, and the texts that do."""
+    found = []
     for name in comparison.scores():
         has_direction = comparison.metric(name).get("higher_is_better", True) is not None
-        if name.startswith(f"{comparison.split}/") and has_direction and any(one.usable(name) for one in references):
-            shown = name.partition("/")[2].replace("_", " ")
-            cells += [[shown, *row] for row in _rows(comparison, name, references)]
-    return ["score", "strategy", *(reference.label for reference in references)], cells
+        references = [one for one in _text_references(comparison) if one.usable(name)]
+        if name.startswith(f"{comparison.split}/") and has_direction and references:
+            found.append((name, references))
+    return found
+
+
+def placements(comparison: Comparison, group: RunGroup) -> list[str]:
+    """Return for every score that references have which of them a strategy is above and below, as lines of text."""
+    primary, lines = comparison.primary_metric, []
+    references = [one for one in comparison.references if one.usable(primary)]
+    scores = [(primary, references), *_text_scores(comparison)]
+    for name, with_score in scores:
+        labels: dict[str, list[str]] = defaultdict(list)
+        for reference in with_score:
+            labels[mark(comparison, group, reference, name).word].append(reference.label)
+        found = [f"{word} {', '.join(labels[word])}" for word in _WORDS if labels[word]]
+        lines += [f"{name.partition('/')[2].replace('_', ' ')}: {'; '.join(found)}"] if found else []
+    return lines
 
 
 def _rows(comparison: Comparison, name: str, references: list[RunGroup]) -> list[list[str]]:

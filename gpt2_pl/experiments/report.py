@@ -199,7 +199,7 @@ def page(comparisons: list[Comparison], images: Mapping[str, Mapping[str, bytes]
         encoded = {name: base64.b64encode(png).decode() for name, png in images.get(comparison.task, {}).items()}
         tables = [(caption, _fitting(table)) for caption, table in _tables(comparison)]
         groups = [*comparison.groups, *comparison.references]
-        runs = [str(run.folder) for group in groups for run in group.runs]
+        runs = [run.path for group in groups for run in group.runs]
         sections.append({"comparison": comparison, "about": about(comparison), "tables": tables, "images": encoded,
                          "notes": notes(comparison), "runs": runs})  # fmt: skip
     summary = summary_table(comparisons) if any(comparison.groups for comparison in comparisons) else None
@@ -258,7 +258,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "strategy": group.label,
                 "notices": group.notices,
-                "runs": [str(run.folder) for run in group.runs],
+                "runs": [run.path for run in group.runs],
                 "scores": {name: group.values(name) for name in comparison.scores()},
                 "differences": {name: _difference_as_json(found) for name, found in group.differences.items()},
                 "cost": {name: group.cost(name) for name in COSTS},
@@ -306,5 +306,5 @@ def write_csv(comparisons: list[Comparison], writer: Any) -> None:
                 costs = [RunGroup(group.label, [run]).cost(name) for name in COSTS]
                 values = ["" if (score := run.score(name)) is None else score for name in scores]
                 seed = run.record.get("seed")
-                names = (_csv_text(comparison.task), _csv_text(group.label), seed, _csv_text(run.folder))
+                names = (_csv_text(comparison.task), _csv_text(group.label), seed, _csv_text(run.path))
                 writer.writerow([*names, *values, *costs])

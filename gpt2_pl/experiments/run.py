@@ -41,6 +41,7 @@ class Run:
             :mod:`gpt2_pl.experiments.selection`.
         kept: for each split the rows that are compared, if runs have different rows; see
             :mod:`gpt2_pl.experiments.common_rows`.
+        shown: path that reports show; None for ``folder``.
     """
 
     folder: Path
@@ -48,10 +49,15 @@ class Run:
     settings: dict[str, Any]
     crossed: dict[str, RowScore] = field(default_factory=dict)
     kept: dict[str, KeptRows] = field(default_factory=dict)
+    shown: str | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path, shown: str | None = None) -> Run:
         """Read the record and the settings of a run.
+
+        Args:
+            folder: path of the run's folder.
+            shown: path that reports show; by default ``folder``. A run in an archive is unpacked elsewhere.
 
         Raises:
             InputError: a file is missing or invalid.
@@ -72,7 +78,12 @@ class Run:
             json.dumps(settings, ensure_ascii=False, sort_keys=True, default=str).encode()
         except (TypeError, ValueError) as error:  # keys of several types, lone surrogates
             raise InputError(f"{file} cannot be compared: {error}") from None
-        return cls(folder, record, settings)
+        return cls(folder, record, settings, shown=shown)
+
+    @property
+    def path(self) -> str:
+        """Path of the run as reports show it."""
+        return str(self.folder) if self.shown is None else self.shown
 
     @property
     def strategy(self) -> str:

@@ -106,7 +106,7 @@ def deduplicate_seeds(runs: Sequence[Run], notes: list[str]) -> list[Run]:
         if first is not run:
             same = first.record["scores"] == run.record["scores"]
             verdict = "the same scores to the last digit" if same else "OTHER SCORES"
-            notes.append(f"{run.folder} repeats {first.folder}, seed {run.record.get('seed')}: {verdict}")
+            notes.append(f"{run.path} repeats {first.path}, seed {run.record.get('seed')}: {verdict}")
     return list(by_seed.values())
 
 

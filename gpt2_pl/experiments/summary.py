@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.levels import score_interval, spread_interval
+from gpt2_pl.experiments.reference_comparison import placements
 from gpt2_pl.experiments.report import about, line
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.tables import (
@@ -96,4 +97,5 @@ def _group_lines(comparison: Comparison, group: RunGroup) -> list[tuple[int, str
         detectable = f" Could have shown: {detectable_text(found)}." if found.detectable is not None else ""
         lines += [(2, f"{found.line()}{p}"), (2, f"{found.sentence()}{detectable}")]
         lines += [(2, f"notice: {notice}") for notice in found.notices]
+    lines += [(2, f"references by {placed}") for placed in placements(comparison, group)]
     return [*lines, *((2, f"notice: {notice}") for notice in group.notices)]

@@ -250,7 +250,10 @@ def cost_text(group: RunGroup, name: str) -> str:
     value, (_, divisor, digits) = group.cost(name), COSTS[name]
     if value is None:
         return ""
-    return f"{value / divisor:.2e}" if digits is None else f"{value / divisor:,.{digits}f}"
+    if digits is None:
+        return f"{value / divisor:.2e}"
+    least = 10.0**-digits
+    return f"< {least:g}" if 0 < value / divisor < least / 2 else f"{value / divisor:,.{digits}f}"
 
 
 def _best_seed(comparison: Comparison, group: RunGroup) -> str:

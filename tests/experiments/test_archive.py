@@ -1,5 +1,6 @@
 """Archives of the records of runs: what they keep, and what is done with them."""
 
+import csv
 import io
 import shutil
 import subprocess
@@ -49,6 +50,13 @@ def test_compare_archive_prints_what_it_prints_of_the_folder(swept, capsys):
     shutil.rmtree(swept / "s.search")
     note = "note: 2 search trials are left out, because they prepare other runs"
     assert printed(capsys, swept / "s.tar.xz").replace(note, "").split() == of_folder.split()
+    report = swept / "report"
+    main(["compare", str(swept / "s.tar.xz"), f"--out={report}"])
+    capsys.readouterr()
+    rows = csv.DictReader((report / "report.csv").read_text().splitlines())
+    assert sorted(row["run"] for row in rows) == sorted(
+        str(swept / f"s.tar.xz/s/quora/{strategy}/seed_{seed}") for strategy in ("full", "lora") for seed in (1, 2)
+    )
     main(["power", str(swept / "s.tar.xz"), "--difference", "1"])
     assert "lora against full" in capsys.readouterr().out
 

@@ -22,6 +22,8 @@ from gpt2_pl.errors import InputError
 from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.report import page
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.run_group import RunGroup
+from gpt2_pl.experiments.tables import cost_text
 
 CONFIG = ROOT / "configs"
 
@@ -361,3 +363,10 @@ def test_page_turns_tables_of_many_columns_and_breaks_long_names(runs, tmp_path)
     (comparison,) = compare([Run.read(folder) for folder in runs])
     comparison.groups[1].label = "prefix_tuning<b>"
     assert "prefix_<wbr>tuning&lt;b&gt;" in page([comparison], {})
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0.0"), (2.9, "< 0.1"), (3.1, "0.1"), (90, "1.5")])
+def test_cost_text_small_cost_is_not_zero(tmp_path, seconds, text):
+    run = Run.read(fake_run(tmp_path / "run", "full", 1, np.ones(10, bool)))
+    run.record["cpu_seconds"] = seconds
+    assert cost_text(RunGroup("full", [run]), "cpu_seconds") == text

@@ -140,7 +140,7 @@ def test_detectable_difference_is_that_of_a_plan_with_the_same_seeds():
     ("runs", "baseline", "reason", "notice"),
     [
         (A[:1], B, "one seed", None),
-        (A[:2], B, "", "2 seeds: interval very wide by necessity"),
+        (A[:2], B, "", "2 seeds estimate the variance over seeds poorly"),
         ((A[0], A[0]), B, "", "seeds have no effect in arm (deterministic?)"),
         ((A[0],) * 2, (A[0],) * 2, "identical on all 8 rows (for these weights, new texts may differ by ±36.9 points)",
          None),

@@ -1,11 +1,14 @@
 """Inspection of classifiers: cross-fitted calibration and macro F1 against loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.predicted_rows import write_rows, write_run
 
 from gpt2_pl.experiments.error_analysis import Predictions
 from gpt2_pl.experiments.inspection.calibration import CalibrationScores, calibrate, cross_fit
+from gpt2_pl.experiments.inspection.classification import temperature_text
 from gpt2_pl.experiments.inspection.predictions import read_predictions
 from gpt2_pl.experiments.inspection.summary import class_scores, macro_f1
 
@@ -29,6 +32,17 @@ def test_calibration_of_validation_rows_never_scores_a_row_with_its_own_temperat
     assert calibration.scaled_scores.loss == pytest.approx(total / 80, rel=1e-4)
     assert calibration.scores == CalibrationScores.of(rows)
     assert np.array_equal(cross_fit(rows)[0].probabilities.argmax(1), rows.probabilities.argmax(1))
+
+
+def test_temperature_text_raised_loss_is_stated(folder):
+    """Validation rows that are all wrong ask for the highest temperature; rows that are all right suffer from it."""
+    rows = read_predictions(folder / "predictions_val.csv")
+    right = replace(rows, labels=rows.probabilities.argmax(1))
+    wrong = replace(rows, labels=rows.probabilities.argmin(1))
+    for test, validation, raises in ((right, wrong, True), (right, right, False)):
+        calibration = calibrate(test, validation, is_validation=False)
+        assert (calibration.scaled_scores.loss > calibration.scores.loss) == raises
+        assert ("raises the loss of these rows" in temperature_text(calibration, "test")) == raises
 
 
 def test_macro_f1_equals_a_loop_over_classes(folder):

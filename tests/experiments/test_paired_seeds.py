@@ -100,6 +100,17 @@ def test_arms_with_fewer_than_two_common_seeds_are_not_assessed(tmp_path, capsys
     assert "probe and full have no seeds in common" in " ".join(capsys.readouterr().out.split())
 
 
+def test_paired_seeds_of_one_strategy_are_noted(tmp_path):
+    (comparison,) = compare(write_runs(tmp_path, outcomes({"full": (0.6, (0, 1))})), paired_seeds=True)
+    assert comparison.notes == ["--paired_seeds has no effect: there is one strategy."]
+
+
+def test_power_paired_seeds_plans_pairs(tmp_path, capsys):
+    write_runs(tmp_path, outcomes({"full": (0.6, (0, 1, 2)), "lora": (0.5, (0, 1, 2, 3))}))
+    main(["power", str(tmp_path), "--difference=1", "--paired_seeds"])
+    assert "pilot of 3 pairs of seeds" in " ".join(capsys.readouterr().out.split())
+
+
 def test_references_without_seeds_stay_as_they_are_and_others_are_paired(tmp_path):
     seeds = {"full": (0.6, (0, 1, 2)), "lora": (0.5, (0, 1, 2)), "majority": (0.4, (0,)), "random_init": (0.4, (2, 1))}
     made = outcomes(seeds)

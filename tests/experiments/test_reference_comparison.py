@@ -11,6 +11,7 @@ from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.reference_comparison import mark, reference_table
 from gpt2_pl.experiments.report import markdown
 from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.summary import summary
 
 N = 800
 
@@ -65,6 +66,10 @@ def test_report_references_are_in_a_table_and_not_in_the_family(comparison):
     assert cells[0][column] == "60.0"
     assert cells[2][column].endswith("not shown to be above")
     assert cells[3][column].endswith(" below")
+    printed = summary([comparison], width=200)
+    assert "references by accuracy: above bag_of_words, majority" in printed
+    assert "references by accuracy: above majority; not shown to be above bag_of_words" in printed
+    assert "references by accuracy: above majority; below bag_of_words" in printed
     report = markdown([comparison], {})
     assert "reference baselines" in report
     assert "| (score) |" in report

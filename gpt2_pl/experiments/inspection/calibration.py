@@ -85,6 +85,11 @@ class Calibration:
     num_fitted: int
 
     @property
+    def raises_loss(self) -> bool:
+        """Whether scaling raises the loss of the inspected rows."""
+        return self.scaled_scores is not None and self.scaled_scores.loss > self.scores.loss
+
+    @property
     def is_cross_fitted(self) -> bool:
         """Whether the temperatures were fitted on halves of the inspected rows."""
         return len(self.temperatures) > 1

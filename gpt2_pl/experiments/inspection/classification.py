@@ -218,15 +218,16 @@ def temperature_text(calibration: Calibration, split: str) -> str:
     values = " and ".join(f"{temperature:.3g}" for temperature in calibration.temperatures)
     if any(abs(math.log(temperature)) > _EXTREME for temperature in calibration.temperatures):
         values += ", the limit of the search: the confidence says nothing about the errors"
+    raised = " It raises the loss of these rows, so do not use it." if calibration.raises_loss else ""
     if not calibration.is_cross_fitted:
         return (
             f"The temperature was fitted on the {calibration.num_fitted:,} validation rows ({values}). Logits are "
-            "divided by it; predictions do not change. A temperature above 1 lowers the confidence."
+            f"divided by it; predictions do not change. A temperature above 1 lowers the confidence.{raised}"
         )
     name = "validation" if split == "val" else split
     text = (
         f"The {name} rows were halved at random, and each half was scaled by the temperature fitted on the other half "
-        f"({values}), so that no row is scored with a temperature that was fitted on it."
+        f"({values}), so that no row is scored with a temperature that was fitted on it.{raised}"
     )
     if calibration.stored is None:
         return f"{text} No temperature is stored with the run: it has no predictions of validation rows."

@@ -186,6 +186,7 @@ def summary(
         how = "2-fold" if calibration.is_cross_fitted else "of the validation rows"
         values = " and ".join(f"{temperature:.3g}" for temperature in calibration.temperatures)
         lines.append(f"  temperature {values} ({how}): ECE {percent(after.error)}, loss {after.loss:.3f}")
+        lines += ["  notice: this temperature raises the loss of these rows"] if calibration.raises_loss else []
     lines += ["Most frequent confusions"] if pairs else []
     for pair in pairs[:3]:
         names = f"{one_line(pair.label, 24)} as {one_line(pair.prediction, 24)}"

@@ -29,6 +29,7 @@ from gpt2_pl.experiments.comparison import Comparison
 from gpt2_pl.experiments.costs import COSTS
 from gpt2_pl.experiments.differences import LEVEL, Difference
 from gpt2_pl.experiments.factors import EFFECT_CAPTION, effect_table, factor_effects
+from gpt2_pl.experiments.hybrids import Interaction, hybrid_caption, hybrid_table, interactions
 from gpt2_pl.experiments.learning_curves import crossing_caption, crossing_table, crossings
 from gpt2_pl.experiments.reference_comparison import (
     REFERENCE_CAPTION,
@@ -117,6 +118,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Table]]:
         (selection_caption(comparison), selection_table(comparison)),
         (REFERENCE_CAPTION.format(metric=heading(comparison.primary_metric)), reference_table(comparison)),
         (TEXT_REFERENCE_CAPTION, text_reference_table(comparison)),
+        (hybrid_caption(comparison), hybrid_table(comparison)),
         (crossing_caption(comparison), crossing_table(comparison)),
         (
             EFFECT_CAPTION + " Seeds are not paired here." * comparison.is_paired,
@@ -254,6 +256,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "rows_dropped": comparison.num_dropped,
         "notes": comparison.notes,
         "crossings": [asdict(found) for found in crossings(comparison)],
+        "interactions": [_interaction_as_json(found) for found in interactions(comparison)],
         "groups": [
             {
                 "strategy": group.label,
@@ -267,6 +270,13 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             for group in comparison.groups
         ],
     }
+
+
+def _interaction_as_json(found: Interaction) -> dict[str, Any]:
+    """Return an interaction on its internal scale: a fraction for shares, a logarithm for perplexities."""
+    low, high = found.contrast.interval(LEVEL)
+    names = dict(zip(("hybrid", "first", "second"), (group.label for group in found.groups), strict=True))
+    return {**names, "interaction": found.contrast.estimate, "low": low, "high": high, "p_holm": found.p_adjusted}
 
 
 def _difference_as_json(found: Difference) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 
 from gpt2_pl.experiments.comparison import Comparison
+from gpt2_pl.experiments.hybrids import interactions
 from gpt2_pl.experiments.levels import score_interval, spread_interval
 from gpt2_pl.experiments.reference_comparison import placements
 from gpt2_pl.experiments.report import about, line
@@ -76,6 +77,8 @@ def _comparison_lines(comparison: Comparison) -> list[tuple[int, str]]:
         pairing = "seeds paired" if comparison.is_paired else "seeds not paired"
         family = f"{count} comparison{'s' * (count != 1)}, Holm's correction; {pairing}; margin: {margin}"
         lines.append((0, f"{verdict_counts(comparison)} ({family})"))
+    baseline, unit = comparison.groups[0].label, comparison.unit(name)
+    lines += [(0, one.sentence(unit, baseline)) for one in interactions(comparison)]
     return [*lines, *((0, f"note: {note}") for note in comparison.notes)]
 
 

@@ -25,11 +25,11 @@ def config_path(name: str, key: str = "config") -> Path:
     """Return the configuration file that a name stands for; a file of the user's own comes first.
 
     Args:
-        name: a file, or a included configuration with or without ``configs/`` and ``.yaml``, such as ``task/sst5``.
+        name: a file, or an included configuration with or without ``configs/`` and ``.yaml``, such as ``task/sst5``.
         key: the option that holds the name, for error messages.
 
     Raises:
-        InputError: there is neither such a file nor such a included configuration.
+        InputError: there is neither such a file nor such an included configuration.
     """
     plain = name.removeprefix("configs/").removesuffix(".yaml")
     included = packaged_configs()

@@ -41,7 +41,9 @@ def main(args: list[str]) -> None:
         SystemExit: the sweep was stopped (status 130), or a run failed (status 1).
     """
     parser = CommandParser(prog="gpt2-pl sweep", description=__doc__)
-    parser.add_argument("file", metavar="FILE", type=Path, help="YAML file of the sweep; see configs/sweep")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="YAML file of the sweep, or an included one, such as sweep/example"
+    )
     parallel_help = "number of runs at the same time (default: max_parallel of FILE, else one per GPU)"
     parser.add_argument("--max_parallel", type=int, metavar="N", help=parallel_help)
     parser.add_argument("--dry_run", action="store_true", help="print the state of all runs without running any")

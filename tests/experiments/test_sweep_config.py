@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -157,6 +158,28 @@ def test_sweep_dry_run_prints_commands_and_runs_nothing(file, tmp_path, capsys):
     assert len(lines) == 4
     assert all(line.startswith("to do    gpt2-pl fit --config=") for line in lines)
     assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}
+
+
+def test_sweep_included_file_is_found_by_name_in_any_folder(tmp_path, monkeypatch, capsys):
+    for variable in ("GPT2_PL_SHARED", "GPT2_PL_DATA"):
+        monkeypatch.setenv(variable, "/data")
+    monkeypatch.chdir(tmp_path)
+    for name in ("example", "gpt2", "results"):
+        main(["sweep", f"sweep/{name}", "--dry_run"])
+        assert len(capsys.readouterr().out.splitlines()) > 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "results"])
+def test_sweep_included_file_has_valid_settings_of_every_run(name, monkeypatch, capsys):
+    for variable in ("GPT2_PL_SHARED", "GPT2_PL_DATA"):
+        monkeypatch.setenv(variable, "/data")
+    firsts = [one.runs()[0] for one in SweepConfig.read(Path(f"sweep/{name}")).experiments]
+    for one in dict.fromkeys(run for first in firsts for run in (first.base, first) if run is not None):
+        with pytest.raises(SystemExit) as end:
+            main([*one.command(), "--print_config"])
+        assert not end.value.code, (one.folder, capsys.readouterr().err)
 
 
 BROKEN = {

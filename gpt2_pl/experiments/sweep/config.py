@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from gpt2_pl.configs import config_path
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.experiments.sweep.run import SweepRun
-from gpt2_pl.filesystem import require_file
 from gpt2_pl.utils.yaml_json import read_yaml
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class SweepConfig:
 
     @classmethod
     def read(cls, file: Path) -> SweepConfig:
-        """Read a sweep file.
+        """Read a sweep file, or an included one by name, such as ``sweep/example``.
 
         Raises:
             InputError: the file is invalid; the message names the file, the key and valid values.
@@ -108,7 +107,7 @@ class SweepConfig:
         from gpt2_pl.experiments.sweep.schema import SweepFile
         from gpt2_pl.utils.schema import validate
 
-        content = read_yaml(require_file(file, "sweep"))
+        content = read_yaml(config_path(str(file), "sweep"))
         if isinstance(content, dict):
             content = {"name": file.stem, **content}
         top = validate(SweepFile, content, str(file))

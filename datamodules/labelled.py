@@ -281,7 +281,7 @@ class LabelledText(TextData):
         return self.rows[split][row][_NUMBER]
 
     def text(self, split: str, row: int) -> str:
-        """Return the original texts of a row's template fields, separated by `` | ``."""
+        """Return the original texts of a row's template fields, separated by ``|``."""
         return " | ".join(self.rows[split][row][field].strip() for field in self.template.fields)
 
     def prompt_spec(self) -> dict[str, Any]:

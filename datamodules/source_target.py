@@ -187,7 +187,7 @@ class SourceTargetPairs(TextData):
         return self.rows[split][row].number
 
     def text(self, split: str, row: int) -> str:
-        """Return the texts of a source's template fields, separated by `` | ``."""
+        """Return the texts of a source's template fields, separated by ``|``."""
         return " | ".join(self.rows[split][row].texts.values())
 
     def sources(self, split: str) -> list[str]:

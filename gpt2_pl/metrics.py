@@ -112,8 +112,9 @@ class SplitMetrics(nn.ModuleDict):
 def finite(losses: Tensor, split: str) -> tuple[Tensor, Tensor]:
     """Return losses and their weights for a mean, with weight 0 for losses that are not finite in training.
 
-    A loss that is not finite stops training, or its step is skipped; see :mod:`gpt2_pl.callbacks.non_finite_loss`. In
-    validation and test such losses keep their weight, so that the mean is not finite either.
+    A loss that is not finite stops training, or its step is skipped; see
+    :class:`~gpt2_pl.callbacks.NonFiniteLossGuard`. In validation and test such losses keep their weight, so that
+    the mean is not finite either.
 
     Args:
         losses: any shape.

@@ -10,7 +10,8 @@ from helpers.configs import ROOT
 
 from gpt2_pl.configs import packaged_configs
 
-PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+FILES = ("README.md", "SECURITY.md", "CONTRIBUTING.md")
+PAGES = [ROOT / name for name in FILES] + sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
 
@@ -70,6 +71,15 @@ def test_guide_lists_every_configuration():
         names = [name for name in packaged_configs() if name.partition("/")[0] in kinds]
         assert len(names) > 5
         assert [name for name in names if f"`{name}`" not in text and f"`{name.partition('/')[2]}`" not in text] == []
+
+
+def test_every_strategy_has_a_page_that_the_index_and_the_overview_link():
+    names = {name.partition("/")[2] for name in packaged_configs() if name.startswith("strategy/")}
+    folder = ROOT / "docs" / "strategies"
+    assert {page.stem for page in folder.glob("*.md")} - {"index"} == names
+    assert set(re.findall(r"^\w+$", TEXTS[folder / "index.md"], re.M)) == names
+    assert set(re.findall(r"\(strategies/(\w+)\.md\)", TEXTS[ROOT / "docs" / "strategies.md"])) == names
+    assert [name for name in names if f"```{{strategy}} {name}\n" not in TEXTS[folder / f"{name}.md"]] == []
 
 
 def test_speed_tables_equal_the_recorded_measurements(monkeypatch):

@@ -383,3 +383,4 @@ class LayerNormKind(PeftKind):
 
 
 KINDS: tuple[PeftKind, ...] = (LoRAKind(), IA3Kind(), PrefixKind(), PromptKind(), LayerNormKind())
+"""Types of adapters that are read and written in the format of ``peft``."""

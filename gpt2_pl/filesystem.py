@@ -28,7 +28,7 @@ from gpt2_pl.errors import (
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # in a pretrained folder
 _IS_WINDOWS, _RENAME_ATTEMPTS = os.name == "nt", 20
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def require_file(path: str | Path, key: str) -> Path:
@@ -210,7 +210,7 @@ def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base"
         folder = Path(path_or_id).expanduser()
         if folder.is_dir():
             return folder
-        is_id = bool(_HUB_ID.fullmatch(str(path_or_id))) and not folder.exists()
+        is_id = bool(HUB_ID.fullmatch(str(path_or_id))) and not folder.exists()
     except (OSError, RuntimeError):  # a name that is too long, an unknown ~user
         is_id = False
     advice = f"give the path of a folder with config.json and {WEIGHTS}"

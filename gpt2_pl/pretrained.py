@@ -220,7 +220,11 @@ def hf_config(config: GPT2Config) -> dict[str, Any]:
 
 
 def save(
-    model: GPT2, folder: str | os.PathLike[str], score: Tensor | None = None, settings: dict[str, Any] | None = None
+    model: GPT2,
+    folder: str | os.PathLike[str],
+    score: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Save ``model`` in float32 as a folder that ``transformers`` loads: config.json and model.safetensors.
 
@@ -231,7 +235,8 @@ def save(
         folder: the folder to write.
         score: the weight (K, C) of a linear head on the last token. With it the folder is loaded as
             ``GPT2ForSequenceClassification``, otherwise as ``GPT2LMHeadModel``.
-        settings: additional entries of config.json, such as ``id2label``.
+        score_bias: the bias (K,) of a head that ``settings`` name a class for; that of transformers has none.
+        settings: additional entries of config.json, such as ``id2label``, which replace others.
 
     Raises:
         InputError: the tensors of the model are not those of a plain GPT-2 of its shape.
@@ -241,10 +246,13 @@ def save(
         f"transformer.{name}": tensor.t() if name.endswith(_TRANSPOSED) else tensor
         for name, tensor in model.state_dict().items()
     }
-    config = {**hf_config(model.config), **(settings or {})}
+    config = hf_config(model.config)
     if score is not None:
         state["score.weight"] = score
         config["architectures"] = ["GPT2ForSequenceClassification"]
+    if score_bias is not None:
+        state["score.bias"] = score_bias
+    config |= settings or {}
     write_folder(Path(folder), WEIGHTS, state, "config.json", config)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.commands.export import atomic_directory, task_head
+from gpt2_pl.commands.export import atomic_directory
+from gpt2_pl.commands.support.exported_task import task_head, task_pooling
 from gpt2_pl.commands.support.parser import CommandParser
 from gpt2_pl.commands.support.plugins import import_plugin
 from gpt2_pl.commands.support.trained_model import load_task
@@ -124,7 +125,8 @@ def _load_run(folder: Path, base: str | None, needs_head: bool) -> _Adapter:
     task: Any = load_task(options)[0]
     if task.base is None or not task.base_is_frozen or weights_sha256(task.backbone) != task.base_digest:
         raise InputError(f"{folder} has trained weights of its base; only adapters of a frozen base can be merged")
-    return _Adapter(task.backbone, task.base, task.base_digest, task_head(task) if needs_head else None)
+    head = task_head(task) if needs_head and task_pooling(task) == "last" else None
+    return _Adapter(task.backbone, task.base, task.base_digest, head)
 
 
 def _load_peft(folder: Path, base: str | None, needs_head: bool) -> _Adapter:

@@ -77,7 +77,7 @@ def line(text: object) -> str:
     return printable(words if len(words) <= _MAX_TEXT else f"{words[:_MAX_TEXT]}...")
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Escape a text for Markdown: no HTML, code, link or image, and no new cell or line."""
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"([\\|`])", r"\\\1", line(text)))
     return text.replace("](", "]\\(")
@@ -150,7 +150,7 @@ def notes(comparison: Comparison) -> list[str]:
 def markdown_table(table: Table) -> list[str]:
     """Return the lines of a Markdown table."""
     headings, cells = table
-    escaped = [[_markdown_text(cell) for cell in row] for row in (headings, *cells)]
+    escaped = [[markdown_text(cell) for cell in row] for row in (headings, *cells)]
     escaped.insert(1, ["---"] * len(headings))
     return [f"| {' | '.join(row)} |" for row in escaped]
 
@@ -172,12 +172,12 @@ def markdown(comparisons: list[Comparison], images: Mapping[str, Mapping[str, st
 
 
 def _markdown_section(comparison: Comparison, images: Mapping[str, str]) -> str:
-    task = _markdown_text(comparison.task)
-    lines = [f"## {task}", "", _markdown_text(about(comparison)), ""]
+    task = markdown_text(comparison.task)
+    lines = [f"## {task}", "", markdown_text(about(comparison)), ""]
     for caption, table in _tables(comparison):
-        lines += [_markdown_text(caption), "", *markdown_table(table), ""]
+        lines += [markdown_text(caption), "", *markdown_table(table), ""]
     lines += [f"![{task}: {name}]({file})" for name, file in images.items()]
-    lines += ["", *(f"- {_markdown_text(note)}" for note in notes(comparison))]
+    lines += ["", *(f"- {markdown_text(note)}" for note in notes(comparison))]
     return "\n".join(lines) + "\n"
 
 

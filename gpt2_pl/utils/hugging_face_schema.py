@@ -81,7 +81,7 @@ def check_adapter(content: Any, where: str) -> AdapterConfig:
 class PretrainedConfig(Schema, extra="allow"):
     """The config.json of a GPT-2 in Hugging Face's format; its other keys do not affect the model."""
 
-    model_type: Literal["gpt2"] = "gpt2"
+    model_type: Literal["gpt2", "gpt2_pooled"] = "gpt2"  # the latter: a GPT-2 with a head of this library
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
     layer_norm_epsilon: Annotated[float, Field(ge=1e-5, le=1e-5)] = 1e-5
     tie_word_embeddings: Literal[True] = True

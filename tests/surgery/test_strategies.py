@@ -364,7 +364,6 @@ def test_export_unsupported_combination_is_refused_without_output(done, run, bas
         ("full", ["--format=peft"], ["train_base", "--format hf"]),
         ("full", ["--format=hf", "--ckpt_path=/nowhere.ckpt"], ["/nowhere.ckpt"]),
         ("full", ["--format=hf", f"--base={base}"], ["--base"]),  # the checkpoint holds all weights
-        ("ulmfit", ["--format=hf"], ["pooling", "'concat'", "--backbone"]),
     ):
         with subtests.test(strategy, args=args):
             line = refused(run, capsys, "export", runs[strategy], "--out", out, *args)

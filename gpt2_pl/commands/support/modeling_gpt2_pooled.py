@@ -40,7 +40,8 @@ class PooledGPT2ForSequenceClassification(GPT2PreTrainedModel):
     def __init__(self, config: PooledGPT2Config) -> None:
         super().__init__(config)
         self.transformer = GPT2Model(config)
-        self.score = nn.Linear(config.n_embd * (3 if config.pooling == "concat" else 1), config.num_labels)
+        width = config.n_embd * (3 if config.pooling == "concat" else 1)
+        self.score = nn.Linear(width, config.num_labels or 1)
         self.post_init()
 
     def forward(

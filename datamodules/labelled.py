@@ -18,6 +18,7 @@ from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.datamodules.readers import read_file, read_hub
 from gpt2_pl.datamodules.rows import Row, RowSource, batches, parse_text, require_columns
 from gpt2_pl.errors import InputError, printable
+from gpt2_pl.text.normalization import Step
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +45,9 @@ class LabelledText(TextData):
         columns: column of each template field whose name differs from the column's.
         label_column: column of the labels.
         template: text of a row, with ``{field}`` as the placeholder of a column's text.
+        normalize: steps that change a text before it is inserted into the template: ``lowercase``, and
+            ``space_punctuation``, which puts a space before every ``.``, ``?``, ``,`` and ``'``, and replaces runs of
+            white space by one space. Checkpoints store them, so that ``classify`` changes new texts in the same way.
         tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
         max_length: maximum number of tokens in a row; defaults to the context length of the model. Longer texts are
             truncated; the rest of the template is not.
@@ -85,6 +89,7 @@ class LabelledText(TextData):
         split_seed: int = 0,
         quoting: bool | None = None,
         on_invalid_row: Literal["error", "skip"] = "error",
+        normalize: list[Step] | None = None,
     ) -> None:
         if isinstance(train_file, list) and not train_file:
             raise InputError(key="data.train_file", value=train_file, expected="a file or a list of files")
@@ -93,7 +98,7 @@ class LabelledText(TextData):
         super().__init__(files, hub_id, tokenizer, *sizes, val_fraction, train_fraction, split_seed)
         self.columns = dict(columns or {})
         self.label_column = label_column
-        self.template = Template(template)
+        self.template = Template(template, normalize or ())
         self.hub_config, self.quoting = hub_config, quoting
         self.skip_bad = on_invalid_row == "skip"
         self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
@@ -183,7 +188,7 @@ class LabelledText(TextData):
 
     def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
         """Return a key that is equal for rows with the same texts."""
-        return tuple(row[field].strip() for field in self.template.fields)
+        return tuple(self.template.normalizer(row[field]) for field in self.template.fields)
 
     def _encode_source(
         self, source: RowSource, permutation: dict[str, str], labeled: bool
@@ -210,7 +215,7 @@ class LabelledText(TextData):
         labels, max_length = self._label_values if labeled else None, self._max_length()
         tokenizer = self.tokenizer.to_str()
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
-        key += [label_column, labels, max_length, tokenizer, self.skip_bad]
+        key += [label_column, labels, max_length, tokenizer, self.skip_bad, self.template.normalizer.steps]
         schema, read = _schema(fields, self.LABEL_TYPE), source.read(columns, self.skip_bad)
         examples = (self._parse_row(source, number, row, fields, label_column) for number, row in read)
         rows = cached("rows", key, schema, lambda: self._encode_batches(source.name, examples, schema))
@@ -288,8 +293,8 @@ class LabelledText(TextData):
         """Return the prompt format, which checkpoints store to classify new rows.
 
         Returns:
-            ``template``, ``columns`` (possible column names of each template field), ``max_length`` and ``quoting``;
-            of a classifier also ``labels``.
+            ``template``, ``normalize``, ``columns`` (possible column names of each template field), ``max_length`` and
+            ``quoting``; of a classifier also ``labels``.
         """
         columns = {
             field: list(dict.fromkeys([self.columns.get(field, field), field, *self.ALIASES.get(field, ())]))
@@ -297,6 +302,7 @@ class LabelledText(TextData):
         }
         return {
             "template": self.template.text,
+            "normalize": self.template.normalizer.steps,
             "columns": columns,
             "max_length": self._max_length(),
             "quoting": self.quoting,

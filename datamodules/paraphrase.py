@@ -71,4 +71,4 @@ class QuoraPairs(TextClassification):
         return permutations
 
     def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
-        return frozenset(row[field].strip() for field in self.template.fields)  # independent of the order
+        return frozenset(map(self.template.normalizer, map(row.__getitem__, self.template.fields)))  # in any order

@@ -7,6 +7,7 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from gpt2_pl.errors import InputError, shorten
+from gpt2_pl.text.normalization import Normalizer
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -17,15 +18,18 @@ class Template:
 
     Args:
         text: the template, in the syntax of ``str.format``; ``{{`` and ``}}`` are literal braces.
+        normalize: steps of :class:`~gpt2_pl.text.normalization.Normalizer`, which the values of the fields pass.
 
     Attributes:
         fields: names of the fields, without duplicates, in order of occurrence.
 
     Raises:
-        InputError: the template has no field, a field is not a plain name, or braces do not match.
+        InputError: the template has no field, a field is not a plain name, braces do not match, or a step does not
+            exist.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, normalize: Sequence[str] = ()) -> None:
+        self.normalizer = Normalizer(normalize)
         try:
             parts = list(Formatter().parse(text))
         except ValueError as error:
@@ -41,8 +45,8 @@ class Template:
                 raise InputError(message, key="template")
 
     def fill(self, row: Mapping[str, str]) -> str:
-        """Return the text of one row; values are stripped of surrounding white space."""
-        return self.text.format(**{field: row[field].strip() for field in self.fields})
+        """Return the text of one row; values are normalized, and stripped of surrounding white space."""
+        return self.text.format(**{field: self.normalizer(row[field]) for field in self.fields})
 
     def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
         """Return the token ids of each row's text, truncated to ``max_length``.
@@ -80,7 +84,7 @@ class Template:
         for literal, field in self._parts:
             start += len(literal)
             if field is not None:
-                end = start + len(row[field].strip())
+                end = start + len(self.normalizer(row[field]))
                 if start == end or (
                     encoding.char_to_token(start) is None
                     and not any(first < end and last > start for first, last in encoding.offsets)
@@ -92,7 +96,7 @@ class Template:
     def _truncate(self, row: Mapping[str, str], tokenizer: Tokenizer, max_length: int) -> list[int]:
         # Values are cut as text, at the end of one of their tokens, and the filled template is encoded again.
         # Cutting token ids instead could produce a sequence that no text is encoded to.
-        texts = {field: row[field].strip() for field in self.fields}
+        texts = {field: self.normalizer(row[field]) for field in self.fields}
         ends = {
             field: [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
             for field, text in texts.items()

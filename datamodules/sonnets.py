@@ -163,6 +163,10 @@ class Sonnets(PairData):
                 found.append((prompt, [*rest, self._end_of_text][:room]))
         return [(prompt, rest) for prompt, rest in found if rest]
 
+    def prompt_spec(self) -> dict[str, Any]:
+        """Return the number of lines of the prompt, which checkpoints store to complete new poems."""
+        return {"prompt_lines": self.prompt_lines}
+
     @property
     def perplexity_note(self) -> str:
         """Definition of the perplexity in validation and test, displayed with its values."""

@@ -210,6 +210,11 @@ class SourceTargetPairs(TextData):
         """Return for every source whether its category occurs in training; None if this is not known."""
         return [row.is_seen for row in self.rows[split]]
 
+    def prompt_spec(self) -> dict[str, Any]:
+        """Return the template, its target and its columns, which checkpoints store to generate new targets."""
+        columns = {field: list(dict.fromkeys([self.columns.get(field, field), field])) for field in self.prompt.fields}
+        return {"template": self.template, "target": self.target, "columns": columns, "quoting": self.quoting}
+
     @property
     def perplexity_note(self) -> str:
         """Definition of the perplexity in validation and test, displayed with its values."""

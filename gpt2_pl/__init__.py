@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt2_pl.beam_search import beam_search
     from gpt2_pl.generation import generate
+    from gpt2_pl.inference.loading import load
     from gpt2_pl.model import GPT2, GPT2Config
     from gpt2_pl.optim import AdamW
 
 __version__ = "0.1.0"
-__all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "beam_search", "generate"]
+__all__ = ["GPT2", "AdamW", "GPT2Config", "__version__", "beam_search", "generate", "load"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CHECKOUT_PACKAGES = {f"gpt2_pl.{name}": _ROOT / name for name in ("datamodules", "callbacks", "configs")}
@@ -44,6 +45,7 @@ _LAZY_IMPORTS = {
     "AdamW": "gpt2_pl.optim",
     "beam_search": "gpt2_pl.beam_search",
     "generate": "gpt2_pl.generation",
+    "load": "gpt2_pl.inference.loading",
 }
 
 

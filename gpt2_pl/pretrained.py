@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt2_pl.errors import InputError, listing
+from gpt2_pl.errors import InputError, listing, require
 from gpt2_pl.filesystem import WEIGHTS, WEIGHTS_INDEX, atomic_write, resolve_checkpoint_dir
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.utils.yaml_json import read_json
@@ -115,6 +115,36 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
                         yield name, tensors.get_slice(stored)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a valid safetensors file: {error}") from None
+
+
+def load_head(folder: str | os.PathLike[str]) -> tuple[Tensor, Tensor] | None:
+    """Load the head of a classifier or regressor from a folder's weight files.
+
+    Args:
+        folder: a local Hugging Face folder.
+
+    Returns:
+        The weight (K, C) and the bias (K,) of the head, a zero bias if none is stored; None for a model without a head.
+
+    Raises:
+        InputError: a file cannot be read, or the head is not a matrix, or not finite.
+    """
+    found: dict[str, Tensor] = {}
+    for file in _weight_files(Path(folder)):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in tensors.offset_keys() if name.startswith("score.")}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a valid safetensors file: {error}") from None
+    if not found:
+        return None
+    for name, tensor in found.items():
+        is_valid = name in ("score.weight", "score.bias") and tensor.is_floating_point() and tensor.isfinite().all()
+        require(bool(is_valid), name, tensor, "finite floating-point numbers of the weight or bias of a head", folder)
+    weight = found.get("score.weight")
+    if weight is None or weight.dim() != 2 or not len(weight):
+        raise InputError(key="score.weight", value=weight, expected="a matrix (classes, features)", source=folder)
+    return weight.float(), found.get("score.bias", weight.new_zeros(len(weight))).float()
 
 
 def validate_weights(folder: str | os.PathLike[str], config: GPT2Config) -> None:

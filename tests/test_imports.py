@@ -12,6 +12,7 @@ from conftest import ROOT
 LAYERS = [  # each may import from those below; names of one line do not import each other
     ["__main__"],
     ["commands"],
+    ["inference"],
     ["datamodules", "callbacks"],
     ["tasks", "experiments"],
     ["surgery"],

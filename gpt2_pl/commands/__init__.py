@@ -1,8 +1,9 @@
 """Entry point of the command line.
 
 usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
-       gpt2-pl classify RUN --input FILE --out FILE
-       gpt2-pl generate RUN --prompt_file FILE --out FILE
+       gpt2-pl classify RUN --text TEXT | --input FILE --out FILE
+       gpt2-pl generate RUN --prompt TEXT | --prompt_file FILE --out FILE
+       gpt2-pl chat RUN
        gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER] [--check FILE.yaml]
        gpt2-pl power RUN RUN ... --difference D
        gpt2-pl references RUN
@@ -18,8 +19,9 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   validate    evaluate a checkpoint on the validation set
   test        evaluate a checkpoint on the test set
   predict     write the class probabilities of unlabeled rows
-  classify    classify every row of a file with a trained model
+  classify    classify texts or every row of a file with a trained model
   generate    continue prompts with a trained language model
+  chat        type texts, and see their classes or continuations
   compare     compare runs: differences with intervals and verdicts, costs, figures
   power       plan an experiment: what numbers of seeds and texts can show
   references  compute baselines for the data of a run, such as a bag of words
@@ -63,6 +65,7 @@ _COMMANDS = (
     *_TRAINER_COMMANDS,
     "classify",
     "generate",
+    "chat",
     "compare",
     "power",
     "references",

@@ -1,32 +1,30 @@
-"""Classify every row of a file with the model of a run, or predict a number for every row with a regressor.
+"""Classify texts with the model of a run or of an exported folder, or predict a number for each with a regressor.
 
-Rows are streamed, so that files may exceed the memory.
+Rows of a file are streamed, so that files may exceed the memory.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2_pl.commands.support.display import show
+from gpt2_pl.commands.support.output import DELIMITERS, STANDARD_OUTPUT, row_writer
 from gpt2_pl.commands.support.parser import CommandParser, check_batches
-from gpt2_pl.errors import InputError, printable
-from gpt2_pl.filesystem import atomic_write
+from gpt2_pl.errors import InputError, printable, require
 
 if TYPE_CHECKING:
     from gpt2_pl.datamodules.rows import RowSource
-    from gpt2_pl.tasks.protocols import NumberPredictor, TextClassifier
+    from gpt2_pl.inference.input_rows import InputRow
+    from gpt2_pl.inference.predictor import Prediction, Predictor
 
 _CHUNK_BATCHES = 64  # number of batches that are read, sorted by length and written together
-InputRow = tuple[int, dict[str, str]]  # number of a row in its file, from 1, and its texts by template field
-_DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": None}  # by the extension of the output file
 
 
 def main(args: list[str]) -> None:
@@ -36,86 +34,57 @@ def main(args: list[str]) -> None:
         args: arguments after the name of the command.
 
     Raises:
-        InputError: an argument, the checkpoint or a row is invalid.
+        InputError: an argument, the model or a row is invalid.
     """
     options = _parse_arguments(args)
-    temperature = _read_temperature(options.run) if options.calibrated else 1.0
 
     import torch
 
     from gpt2_pl.commands.support.settings import best_precision
-    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task, require_protocol
-    from gpt2_pl.datamodules.prompt_template import Template
-    from gpt2_pl.datamodules.readers import read_file
-    from gpt2_pl.tasks.protocols import NumberPredictor, TextClassifier
+    from gpt2_pl.commands.support.trained_model import load_predictor
+    from gpt2_pl.inference.input_rows import read_rows, select_columns
 
-    task, checkpoint = load_task(options)
-    is_regressor = isinstance(task, NumberPredictor)
-    if not is_regressor:
-        require_protocol(task, TextClassifier, checkpoint)
-    elif options.calibrated:
-        raise InputError(
-            key="calibrated", value=True, expected=f"used with a classifier; {options.run} has a regressor"
-        )
-    spec = complete_prompt_spec(task, checkpoint)
-    template = Template(spec["template"])
-    tokenizer = load_run_tokenizer(options.run, task.config.vocab_size)
-    skip = options.on_invalid_row == "skip"
-    quoting = spec.get("quoting") if options.quoting is None else options.quoting == "true"
-    source = read_file(options.input, "input", quoting)
-    columns = select_columns(source, spec["columns"])
-    counts = Counter(row is None for row in read_rows(source, columns, skip))  # all rows are checked before the first
-    if not counts[False]:
-        raise source.error(" has no valid rows")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = (options.precision or best_precision("auto")) == "bf16-mixed"
-    task.to(device).eval()
+    predictor = load_predictor(options, options.precision or best_precision("auto"))
+    predictor.require_prediction()
+    if options.calibrated and predictor.is_regressor:
+        expected = f"used with a classifier; {options.run} has a regressor"
+        raise InputError(key="calibrated", value=True, expected=expected)
     torch.backends.cuda.enable_cudnn_sdp(False)  # batches have many different lengths
-    rows = (row for row in read_rows(source, columns, skip) if row is not None)
-    labels = [] if is_regressor else spec["labels"]
-    names = ["row", *template.fields, "prediction", *(f"p({label})" for label in labels)]
-    n_classified = 0
-    with (
-        writer(options.out, names) as write,
-        torch.inference_mode(),
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-    ):
-        for chunk in _chunks(rows, counts[False], _CHUNK_BATCHES * options.batch_size):
-            ids = template.encode([fields for _, fields in chunk], tokenizer, spec["max_length"])
-            empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
-            if empty is not None and not skip:
-                raise InputError(template.no_token(empty[1]), source=f"{source.name}, row {empty[0]}")
-            encoded = [(row, row_ids) for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
-            n_classified += len(encoded)
-            predicted = _predict(task, [row_ids for _, row_ids in encoded], options.batch_size, temperature, labels)
-            for ((number, fields), _), cells in zip(encoded, predicted, strict=True):
-                write([number, *fields.values(), *cells])
-        if not n_classified:
+    skip = options.on_invalid_row == "skip"
+    with ExitStack() as stack:
+        source, possible = _open_source(options, predictor, stack)
+        columns = select_columns(source, possible, options.keep)
+        rows = read_rows(source, columns, skip, options.keep)
+        counts = Counter(row is None for row in rows)  # all rows are checked before the first
+        if not counts[False]:
             raise source.error(" has no valid rows")
-    n_skipped = counts.total() - n_classified
-    skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
-    print(printable(f"{options.out}: {n_classified} rows{skipped}"))
-
-
-def _predict(
-    task: Any, ids: list[list[int]], batch_size: int, temperature: float, labels: Sequence[str]
-) -> Iterator[Sequence[object]]:
-    """Yield the cells of every text: its class and probabilities, or its number if there are no classes."""
-    if not labels:
-        yield from ([float(f"{number:.7g}")] for number in predict_numbers(task, ids, batch_size))
-        return
-    for prediction, probabilities in classify(task, ids, batch_size, temperature):
-        yield [labels[prediction], *(round(probability, 6) for probability in probabilities)]
+        valid = (row for row in read_rows(source, columns, skip, options.keep) if row is not None)
+        chunks = _chunks(valid, counts[False], _CHUNK_BATCHES * options.batch_size, options.out)
+        predicted = _predicted(predictor, chunks, source, skip, options.batch_size)
+        n = show(predicted, predictor.labels) if options.out is None else _write(predicted, predictor, options)
+    if options.out not in (None, STANDARD_OUTPUT):
+        n_skipped = counts.total() - n
+        skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
+        print(printable(f"{options.out}: {n} rows{skipped}"))
 
 
 def _parse_arguments(args: list[str]) -> Namespace:
     parser = CommandParser(prog="gpt2-pl classify", description=__doc__)
     add = parser.add_argument
-    parser.add_run()
-    input_help = "CSV, TSV, JSON lines or Parquet file with the columns of the training data, without labels"
-    add("--input", required=True, metavar="FILE", help=input_help)
-    parser.add_output("FILE", f"output file, {', '.join(_DELIMITERS)}")
+    parser.add_run("folder of the run or of an exported model, or a hub id")
+    text_help = "classify this text; for a template of several fields, one text for each; can be given several times"
+    add("--text", nargs="+", action="append", metavar="TEXT", help=text_help)
+    input_help = "CSV, TSV, JSON lines or Parquet file with the columns of the training data, without labels; - for "
+    add("--input", metavar="FILE", help=f"{input_help}standard input")
+    add("--lines", action="store_true", help="every line of the input is a text")
+    out_help = f"output file, {', '.join(DELIMITERS)}; - for standard output"
+    parser.add_output("FILE", out_help, required=False)
+    add("--json", action="store_true", help="write JSON lines to standard output")
+    keep_help = "copy this column of the input to the output, such as id; can be given several times"
+    add("--keep", action="append", default=[], metavar="COLUMN", help=keep_help)
+    add("--labels", choices=("names", "numbers"), default="names", help="how a predicted class is written")
+    columns_help = "columns of the output, in this order, each with a new name if it has one (default: all)"
+    add("--columns", nargs="+", metavar="NAME[=NEW]", help=columns_help)
     add("--batch_size", type=int, default=64, metavar="N", help="rows per batch")
     quoting_help = "whether double quotes enclose values in CSV and TSV files (default: as in training)"
     add("--quoting", choices=("true", "false"), help=quoting_help)
@@ -126,186 +95,114 @@ def _parse_arguments(args: list[str]) -> Namespace:
     calibrated_help = "scale the probabilities by the temperature of RUN/calibration.json, which gpt2-pl inspect writes"
     add("--calibrated", action="store_true", help=calibrated_help)
     options = parser.parse_args(args)
-    check_batches(options, _DELIMITERS)
-    if options.calibrated and options.ckpt_path is not None:
-        expected = "the best checkpoint (no --ckpt_path), for which the temperature was fitted"
-        raise InputError(key="ckpt_path", value=options.ckpt_path, expected=f"with --calibrated {expected}")
+    _check_arguments(options)
     return options
 
 
-def _read_temperature(run: Path) -> float:
-    """Return the temperature that was fitted on the validation rows of a run.
+def _check_arguments(options: Namespace) -> None:
+    """Check that the arguments fit each other, and set the output if it is standard output.
 
     Raises:
-        InputError: the run has no valid temperature.
+        InputError: they do not.
     """
-    from gpt2_pl.experiments.inspection.calibration import CALIBRATION_FILE
-    from gpt2_pl.utils.run_schema import CalibrationRecord
-    from gpt2_pl.utils.schema import validate
-    from gpt2_pl.utils.yaml_json import read_json
+    require((options.text is None) != (options.input is None), "input", options.input, "given, or else --text")
+    if options.json:
+        require(options.out in (None, STANDARD_OUTPUT), "json", True, "used without --out, or with --out -")
+        options.out = STANDARD_OUTPUT
+    if options.out is None:
+        if options.input is not None:
+            raise InputError("--out is required with --input; --out - writes to standard output", key="out")
+        for key in ("columns", "keep"):
+            require(not getattr(options, key), key, getattr(options, key), "used with --out or --json")
+    if options.text is not None:
+        require(not options.keep, "keep", options.keep, "used with --input")
+    require(not options.lines or options.input is not None, "lines", True, "used with --input")
+    check_batches(options, DELIMITERS)
+    if options.calibrated and options.ckpt_path is not None:
+        expected = "the best checkpoint (no --ckpt_path), for which the temperature was fitted"
+        raise InputError(key="ckpt_path", value=options.ckpt_path, expected=f"with --calibrated {expected}")
 
-    file = run / CALIBRATION_FILE
-    if not file.is_file():
-        message = f"{file} does not exist; write it with: gpt2-pl inspect {run} --out FOLDER"
-        raise InputError(message, key="calibrated", value=True)
-    return validate(CalibrationRecord, read_json(file), str(file)).temperature
+
+def _open_source(
+    options: Namespace, predictor: Predictor, stack: ExitStack
+) -> tuple[RowSource, dict[str, Sequence[str]]]:
+    """Open the rows, and return them with the possible columns of each field.
+
+    Raises:
+        InputError: the file is missing or cannot be read, or the texts do not fit the template.
+    """
+    from gpt2_pl.inference.input_rows import GivenTexts, open_input
+
+    prompt = predictor.prompt
+    if options.text is not None:
+        return GivenTexts(prompt.rows(options.text), "text"), {field: [field] for field in prompt.fields}
+    quoting = prompt.quoting if options.quoting is None else options.quoting == "true"
+    if options.lines and len(prompt.fields) > 1:
+        expected = f"used with a template of one field; this one has {', '.join(prompt.fields)}"
+        raise InputError(key="lines", value=True, expected=expected)
+    column = prompt.fields[0] if options.lines else None
+    return stack.enter_context(open_input(options.input, quoting, column)), dict(prompt.columns)
 
 
-def _chunks(rows: Iterator[InputRow], n_rows: int, size: int) -> Iterator[list[InputRow]]:
-    """Yield rows in lists of ``size``, with a progress bar if standard output is a terminal."""
+def _chunks(rows: Iterator[InputRow], n_rows: int, size: int, out: Path | None) -> Iterator[list[InputRow]]:
+    """Yield rows in lists of ``size``, with a progress bar if standard output is a terminal that shows no rows."""
     from rich.progress import track
 
-    is_hidden = not sys.stdout.isatty()
+    is_hidden = out in (None, STANDARD_OUTPUT) or not sys.stdout.isatty()
     for _ in track(range(0, n_rows, size), "Classifying", transient=True, disable=is_hidden):
         yield list(islice(rows, size))
 
 
-def complete_prompt_spec(task: TextClassifier | NumberPredictor, checkpoint: Path) -> dict[str, Any]:
-    """Return the prompt format of a checkpoint, which is complete and fits its model.
-
-    Args:
-        task: the classifier or regressor of the checkpoint.
-        checkpoint: path of the checkpoint, for error messages.
+def _predicted(
+    predictor: Predictor, chunks: Iterable[list[InputRow]], source: RowSource, skip: bool, batch_size: int
+) -> Iterator[tuple[InputRow, Prediction]]:
+    """Yield the rows that have tokens, with their predictions.
 
     Raises:
-        InputError: the prompt format is missing, incomplete, or does not fit the model.
+        InputError: a row has no token, and is not to be skipped, or all rows are skipped.
     """
-    from gpt2_pl.datamodules.prompt_template import Template
-
-    spec: dict[str, Any] = task.prompt_spec or {}
-    fault, num_classes = "", getattr(task, "num_classes", None)
-    required = ("template", "columns", "max_length", *(() if num_classes is None else ("labels",)))
-    if missing := [key for key in required if spec.get(key) is None]:
-        fault = f"prompt_spec.{missing[0]} is missing"
-    elif set(Template(spec["template"]).fields) != spec["columns"].keys() or not all(spec["columns"].values()):
-        fault = "prompt_spec.columns must name a column for each template field"
-    elif num_classes not in (None, len(spec.get("labels") or [])):
-        fault = f"prompt_spec must have {num_classes} labels"
-    elif not 1 <= spec["max_length"] <= task.max_length:
-        fault = f"prompt_spec must have a max_length of 1 to {task.max_length}"
-    if fault:
-        raise InputError(f"{checkpoint} cannot be used to classify: {fault}", key="prompt_spec")
-    return spec
+    is_empty = True
+    for chunk in chunks:
+        ids = predictor.prompt.encode([row.texts for row in chunk], predictor.tokenizer)
+        empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
+        if empty is not None and not skip:
+            raise InputError(predictor.prompt.no_token(empty.texts), source=f"{source.name}, row {empty.number}")
+        rows = [row for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
+        is_empty = is_empty and not rows
+        yield from zip(rows, predictor.predict_ids([row_ids for row_ids in ids if row_ids], batch_size), strict=True)
+    if is_empty:
+        raise source.error(" has no valid rows")
 
 
-def select_columns(source: RowSource, columns: dict[str, list[str]]) -> dict[str, str]:
-    """Return the column of each template field: the first one that exists of its possible names.
+def _write(predicted: Iterable[tuple[InputRow, Prediction]], predictor: Predictor, options: Namespace) -> int:
+    """Write a row for every prediction, and return their number."""
+    probabilities = [f"p({label})" for label in predictor.labels]
+    names = ["row", *options.keep, *predictor.prompt.fields, "prediction", *probabilities]
+    pick, names = _select(names, options.columns)
+    n = 0
+    with row_writer(options.out, names, options.json) as write:
+        for row, prediction in predicted:
+            is_number = options.labels == "numbers" and prediction.index is not None
+            value = prediction.index if is_number else prediction.value
+            probability = (round(p, 6) for p in prediction.probabilities)
+            write(pick([row.number, *row.kept, *row.texts.values(), value, *probability]))
+            n += 1
+    return n
+
+
+def _select(names: list[str], columns: list[str] | None) -> tuple[Callable[[list[Any]], list[Any]], list[str]]:
+    """Return a function that selects the values of the chosen columns of a row, and the names of these columns.
 
     Raises:
-        InputError: a column is missing.
+        InputError: a column does not exist, or two columns have the same name.
     """
-    from gpt2_pl.datamodules.rows import require_columns
-
-    existing = source.columns
-    selected = {field: next((name for name in names if name in existing), names[0]) for field, names in columns.items()}
-    require_columns(source, list(selected.values()), keys="data.columns in training")
-    return selected
-
-
-def read_rows(source: RowSource, columns: dict[str, str], skip: bool) -> Iterator[InputRow | None]:
-    """Yield the rows of a source.
-
-    Args:
-        source: the rows.
-        columns: column of each template field.
-        skip: whether to yield None for an invalid row instead of raising an error.
-
-    Raises:
-        InputError: a row is invalid.
-    """
-    from gpt2_pl.datamodules.rows import parse_text
-
-    for number, row in source.read(list(dict.fromkeys(columns.values())), skip):
-        valid: InputRow | None = None
-        try:
-            if not isinstance(row, str):
-                valid = number, {key: parse_text(row, column, source.name, number) for key, column in columns.items()}
-        except InputError:
-            if not skip:
-                raise
-        yield valid
-
-
-def _batches(task: TextClassifier | NumberPredictor, ids: list[list[int]], size: int) -> Iterator[tuple[Any, Any]]:
-    """Yield row indices and batches of texts of similar length, on the device of a task."""
-    import numpy as np
-    import torch
-
-    from gpt2_pl.datamodules.batching import TokenDataset, evaluation_batches
-
-    offsets = np.cumsum([0, *map(len, ids)])
-    rows = TokenDataset(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
-    for indices in evaluation_batches(rows.lengths, size):
-        batch = {key: tensor.to(task.device) for key, tensor in rows.batch(indices).items()}
-        yield torch.from_numpy(indices), batch
-
-
-def predict_numbers(task: NumberPredictor, ids: list[list[int]], batch_size: int) -> list[float]:
-    """Predict the number of every text in batches of similar length.
-
-    Args:
-        task: the regressor.
-        ids: token ids of each text, at least one per text.
-        batch_size: number of texts in a batch.
-
-    Returns:
-        The numbers in the order of the texts.
-    """
-    import torch
-
-    numbers = torch.empty(len(ids))
-    for indices, batch in _batches(task, ids, batch_size):
-        numbers[indices] = task.predict_number(batch).float().cpu()
-    return numbers.tolist()
-
-
-def classify(
-    task: TextClassifier, ids: list[list[int]], batch_size: int, temperature: float = 1.0
-) -> list[tuple[int, list[float]]]:
-    """Classify texts in batches of similar length.
-
-    Args:
-        task: the classifier.
-        ids: token ids of each text, at least one per text.
-        batch_size: number of texts in a batch.
-        temperature: number that logits are divided by; it does not change the predicted classes.
-
-    Returns:
-        The class index and the probabilities of all classes for each text, in the order of the texts.
-    """
-    import torch
-
-    probabilities = torch.empty(len(ids), task.num_classes)
-    for indices, batch in _batches(task, ids, batch_size):
-        probabilities[indices] = task.predict_proba(batch).float().cpu()
-    predicted = task.predict_class(probabilities).tolist()
-    if temperature != 1.0:
-        smallest = torch.finfo(torch.float32).tiny
-        probabilities = (probabilities.clamp_min(smallest).log() / temperature).softmax(-1)
-    return list(zip(predicted, probabilities.tolist(), strict=True))
-
-
-@contextmanager
-def writer(out: Path, names: list[str]) -> Iterator[Callable[[list[Any]], object]]:
-    """Open an output file and provide a function that writes the values of a row to it.
-
-    Args:
-        out: the file, which appears when all rows are written; its extension determines the format.
-        names: names of the columns.
-
-    Yields:
-        A function of the values in the order of the columns.
-    """
-    delimiter = _DELIMITERS[out.suffix.lower()]
-    with atomic_write(out) as file:
-        if delimiter is None:
-
-            def write_object(values: list[Any]) -> None:
-                row = dict(zip(names, values, strict=True))
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-            yield write_object
-        else:
-            table = csv.writer(file, delimiter=delimiter)
-            table.writerow(names)
-            yield table.writerow
+    indices, chosen = list(range(len(names))), list(names)
+    if columns is not None:
+        indices, chosen = [], []
+        for column in columns:
+            name, _, new = (column, "", "") if column in names else column.rpartition("=")
+            require(name in names, "columns", column, f"one of {', '.join(names)}, with =NEW for a new name")
+            indices.append(names.index(name))
+            chosen.append(new or name)
+    require(len(set(chosen)) == len(chosen), "columns", chosen, "different names; rename some with --columns NAME=NEW")
+    return lambda values: [values[i] for i in indices], chosen

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gpt2_pl.commands.support.parser import CommandParser
-from gpt2_pl.commands.support.trained_model import similar_run
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.archive import unpacked
 from gpt2_pl.experiments.claims import Outcome, claim_lines, judge_claims, read_claims
@@ -23,6 +22,7 @@ from gpt2_pl.experiments.report import as_json, file_name, markdown, page, write
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.summary import summary, wrap_lines
 from gpt2_pl.filesystem import atomic_write, require_writable
+from gpt2_pl.inference.loading import similar_run
 
 RUNS_HELP = "run folders, folders that contain some, or archives of gpt2-pl archive"
 _PREPARATIONS = {".search": "search trial", ".pretrain": "pretraining run"}  # by the ending of a sweep's folder

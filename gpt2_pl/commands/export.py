@@ -23,9 +23,10 @@ from gpt2_pl.commands.support.exported_task import (
     task_settings,
 )
 from gpt2_pl.commands.support.parser import CommandParser
-from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
+from gpt2_pl.commands.support.trained_model import load_task
 from gpt2_pl.errors import InputError, listing, printable, require
 from gpt2_pl.filesystem import atomic_write, require_absent, reraise_disk_full
+from gpt2_pl.inference.loading import load_run_tokenizer
 from gpt2_pl.text.tokenizer import END_OF_TEXT
 from gpt2_pl.utils.registry import class_path
 
@@ -185,6 +186,7 @@ def _write_card(task: Task, folder: Path, checkpoint: Path, options: Namespace) 
         num_parameters=sum(parameter.numel() for parameter in task.parameters()),
         labels=class_names(task, head),
         template=prompt.get("template"),
+        normalize=prompt.get("normalize", ()),
         max_length=prompt.get("max_length"),
         threshold=None if head is None else decision_threshold(task),
         code=code,

@@ -1,26 +1,25 @@
-"""Continue prompts with the language model of a run."""
+"""Continue prompts with the language model of a run, of an exported folder or of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2_pl.commands.support.output import STANDARD_OUTPUT, json_line, open_output
 from gpt2_pl.commands.support.parser import CommandParser, check_batches, require_extension
-from gpt2_pl.errors import InputError, printable, shorten
-from gpt2_pl.filesystem import atomic_write, read_text, require_file
+from gpt2_pl.errors import InputError, printable, require
+from gpt2_pl.filesystem import read_text, require_file
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from gpt2_pl.inference.prompts import Text
 
-    from gpt2_pl.tasks.protocols import TextGenerator
-
-_SEED_STRIDE = 1_000_003  # prompt i has the generator seed * _SEED_STRIDE + i, independent of the other prompts
 _EXTENSIONS = (".txt", ".jsonl")
-_SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": 0.9, "seed": 0}  # options of sampling, and their defaults
-_BEAMS = {"length_penalty": 1.0}  # options that require --num_beams
+_SAMPLING = ("temperature", "top_k", "top_p")  # options of sampling, as is --seed
+_BEAMS = ("length_penalty",)  # options that require --num_beams
+_SHARED = ("repetition_penalty", "no_repeat_ngram_size")
 
 
 def main(args: list[str]) -> None:
@@ -30,59 +29,67 @@ def main(args: list[str]) -> None:
         args: arguments after the name of the command.
 
     Raises:
-        InputError: an argument, a prompt or the checkpoint is invalid.
+        InputError: an argument, a prompt or the model is invalid.
     """
     options = _parse_arguments(args)
 
-    import torch
+    from rich.progress import track
 
-    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
+    from gpt2_pl.commands.support.trained_model import load_predictor
+    from gpt2_pl.inference.loading import require_protocol
     from gpt2_pl.tasks.protocols import TextGenerator
-    from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, Poem, split_lines
 
     settings = _decoding_settings(options)
-    prompts, numbers = read_prompts(options.prompt_file, options.poems)
-    task, _ = load_task(options, TextGenerator)
-    vocab_size = task.config.vocab_size
-    tokenizer = load_run_tokenizer(options.run, vocab_size)
-    task.eval().to(
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
-    )
+    prompts, numbers, where = _given_prompts(options)
+    predictor = load_predictor(options, "bf16-true" if options.precision == "bf16" else "32-true")
+    require_protocol(predictor.task, TextGenerator, predictor.source)
+    predictor.prompt.is_poem |= options.poems
     if options.compile:
-        for block in task.backbone.h:
+        for block in predictor.task.backbone.h:
             block.compile(dynamic=True)
-    if numbers is not None:
-        bias = [] if options.no_line_length_bias else [LineLengthProcessor(tokenizer, vocab_size)]
-        settings |= {"stopping_criteria": MaxLinesCriteria(tokenizer, vocab_size), "logits_processors": bias}
-    ids = _encode_prompts(prompts, tokenizer, task.max_length, options.prompt_file)
-    texts = _continue(task, tokenizer, ids, options, settings)
-    if numbers is not None:
-        texts = [Poem(number, split_lines(text)).text for number, text in zip(numbers, texts, strict=True)]
-    _write(options.out, prompts, texts, numbers)
-    print(printable(f"{options.out}: {len(texts)} texts"))
+    is_shown = options.out == STANDARD_OUTPUT
+    texts = predictor.generate(
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed or 0,
+        line_length_bias=False if options.no_line_length_bias else None,
+        as_is=options.as_is,
+        where=where,
+        track=lambda batches: track(batches, "Generating", transient=True, disable=is_shown),
+        **settings,
+    )
+    _write(options, prompts, texts, numbers)
+    if not is_shown:
+        print(printable(f"{options.out}: {len(texts)} texts"))
 
 
 def _parse_arguments(args: list[str]) -> Namespace:
     parser = CommandParser(prog="gpt2-pl generate", description=__doc__)
     add = parser.add_argument
-    parser.add_run()
+    parser.add_run("folder of the run or of an exported or pretrained model, or a hub id, such as gpt2")
+    prompt_help = (
+        "continue this prompt; for a template of several fields, one text for each; can be given several times"
+    )
+    add("--prompt", nargs="+", action="append", metavar="TEXT", help=prompt_help)
     add(
         "--prompt_file",
-        required=True,
         metavar="FILE",
-        help="UTF-8 text (.txt) with one prompt per line, JSON lines (.jsonl) with the key `prompt`, or, with --poems, "
-        "numbered poems (.txt) that consist of their first lines",
+        help="UTF-8 text (.txt) with one prompt per line, JSON lines (.jsonl) with the key `prompt` or the fields of "
+        "the template, or, with --poems, numbered poems (.txt) that consist of their first lines; - for standard input",
     )
-    parser.add_output("FILE", "output file, .txt or .jsonl")
-    add("--max_new_tokens", type=int, default=220, metavar="N", help="tokens per prompt at most")
-    add("--num_beams", type=int, metavar="N", help="search for the most probable text with N beams (default: sample)")
+    parser.add_output("FILE", "output file, .txt or .jsonl; - for standard output", required=False)
+    add("--json", action="store_true", help="write JSON lines to standard output")
+    limit_help = "tokens per prompt at most (default: that of the task, or 220)"
+    add("--max_new_tokens", type=int, metavar="N", help=limit_help)
+    beams_help = "search for the most probable text with N beams (default: as the task does, or sample)"
+    add("--num_beams", type=int, metavar="N", help=beams_help)
     length_help = "exponent of the length by which the log-probability of a beam is divided (default: 1.0)"
     add("--length_penalty", type=float, metavar="A", help=length_help)
-    temperature_help = "0 for greedy decoding (default: 1.0)"
+    temperature_help = "0 for greedy decoding (default: that of the task, or 1.0)"
     add("--temperature", type=float, metavar="T", help=temperature_help)
     add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
-    top_p_help = "sample from the most likely tokens with a total probability of P (default: 0.9)"
+    top_p_help = "sample from the most likely tokens with a total probability of P (default: that of the task, or 0.9)"
     add("--top_p", type=float, metavar="P", help=top_p_help)
     penalty_help = "penalty of tokens that have occurred; 1.0 applies no penalty"
     add("--repetition_penalty", type=float, default=1.0, metavar="PENALTY", help=penalty_help)
@@ -91,49 +98,73 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--seed", type=int, help="seed of sampling; each prompt has its own generator (default: 0)")
     add("--batch_size", type=int, default=16, metavar="N", help="prompts per batch")
     add("--poems", action="store_true", help="read numbered poems and complete them")
-    bias_help = "with --poems, do not make line ends likelier in long lines"
+    bias_help = "for poems, do not make line ends likelier in long lines"
     add("--no_line_length_bias", action="store_true", help=bias_help)
+    as_is_help = "continue prompts as they are, without the template of the task, and not as poems"
+    add("--as_is", action="store_true", help=as_is_help)
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights")
     add("--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts")
     options = parser.parse_args(args)
+    is_one = (options.prompt is None) != (options.prompt_file is None)
+    require(is_one, "prompt", options.prompt, "given, or else --prompt_file")
+    require(not (options.poems and options.as_is), "as_is", True, "used without --poems")
+    if options.json or (options.out is None and options.prompt is not None):
+        require(options.out in (None, STANDARD_OUTPUT), "json", True, "used without --out, or with --out -")
+        options.out = STANDARD_OUTPUT
+    if options.out is None:
+        raise InputError("--out is required with --prompt_file; --out - writes to standard output", key="out")
     check_batches(options, _EXTENSIONS)
     return options
 
 
 def _decoding_settings(options: Namespace) -> dict[str, Any]:
-    """Return the settings of beam search if there are beams, else of sampling, and set the options' defaults.
+    """Return the settings of decoding that are given.
 
     Raises:
-        InputError: a setting is out of range, or belongs to the other way of decoding.
+        InputError: a setting is out of range, or belongs to another way of decoding.
     """
     from gpt2_pl.beam_search import validate_beams
     from gpt2_pl.decoding import validate_processors
     from gpt2_pl.generation import validate_sampling
 
-    processors = {key: getattr(options, key) for key in ("repetition_penalty", "no_repeat_ngram_size")}
+    processors = {key: getattr(options, key) for key in _SHARED}
     validate_processors(**processors)
-    is_search = options.num_beams is not None
-    for key in _SAMPLING if is_search else _BEAMS:
+    is_search, limit = options.num_beams is not None, 1 if options.max_new_tokens is None else options.max_new_tokens
+    for key in (*_SAMPLING, "seed") if is_search else _BEAMS:
         if getattr(options, key) is not None:
             conflict = f"--num_beams searches for the most probable text and does not sample; leave out --{key}"
             raise InputError(conflict if is_search else f"--{key} requires --num_beams", key=key)
-    for key, default in (_BEAMS | _SAMPLING).items():
-        if getattr(options, key) is None:
-            setattr(options, key, default)
+    keys = ("num_beams", *_BEAMS) if is_search else _SAMPLING
+    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     if is_search:
-        beams = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
-        validate_beams(**beams, max_new_tokens=options.max_new_tokens)
-        return beams | processors
-    sampling = {key: getattr(options, key) for key in ("temperature", "top_k", "top_p")}
-    validate_sampling(**sampling, max_new_tokens=options.max_new_tokens)
-    return sampling | processors
+        validate_beams(**given, max_new_tokens=limit)
+    else:
+        validate_sampling(**{"temperature": 1.0, **given}, max_new_tokens=limit)
+    return given | processors
 
 
-def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
+def _given_prompts(options: Namespace) -> tuple[Sequence[Text], list[int] | None, str]:
+    """Return the prompts, the numbers of poems or None, and what error messages call a prompt.
+
+    Raises:
+        InputError: the file of prompts is invalid.
+    """
+    from gpt2_pl.inference.input_rows import STANDARD_STREAM, copied_input
+
+    if options.prompt is not None:
+        return options.prompt, None, "prompt"
+    if options.prompt_file != STANDARD_STREAM:
+        return *read_prompts(options.prompt_file, options.poems), f"prompt_file: {options.prompt_file}, prompt"
+    with copied_input("prompt_file", ".txt", "{") as copy:
+        return *read_prompts(copy, options.poems), "standard input, prompt"
+
+
+def read_prompts(file: str, poems: bool) -> tuple[list[Any], list[int] | None]:
     """Read the prompts of a file.
 
     Args:
-        file: ``.txt`` with one prompt per line, or ``.jsonl`` with the key ``prompt``.
+        file: ``.txt`` with one prompt per line, or ``.jsonl`` with the key ``prompt``, or with texts by field or
+            column.
         poems: whether the file contains numbered poems, each of which is a prompt.
 
     Returns:
@@ -158,61 +189,28 @@ def read_prompts(file: str, poems: bool) -> tuple[list[str], list[int] | None]:
     return [line for _, line in lines], None
 
 
-def _parse_prompt(line: str, where: str) -> str:
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        prompt = json.loads(line)["prompt"]
-        if isinstance(prompt, str) and prompt.encode():  # lone surrogates raise UnicodeError, which is a ValueError
-            return prompt
+def _parse_prompt(line: str, where: str) -> str | dict[str, str]:
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):
+        content = json.loads(line)
+        given = content.get("prompt", content)
+        texts = [given] if isinstance(given, str) else list(given.values())
+        # Lone surrogates raise UnicodeError, which is a ValueError.
+        if texts and all(isinstance(text, str) and text.encode() for text in texts):
+            return given
     raise InputError(f'{where} must be a JSON object with text in the key "prompt"', key="prompt")
 
 
-def _encode_prompts(prompts: list[str], tokenizer: Tokenizer, max_length: int, file: str) -> list[list[int]]:
-    """Return the token ids of each prompt.
-
-    Raises:
-        InputError: a prompt has no token, or leaves no room for a new one.
-    """
-    ids = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]  # as in training
-    for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True), start=1):
-        where = f"prompt_file: {file}, prompt {number}"
-        if not prompt_ids:
-            raise InputError(f"{where}: the tokenizer of the run gives no token for {shorten(prompt)}", key="prompt")
-        if len(prompt_ids) >= max_length:
-            expected = f"have at most {max_length - 1} tokens, which leaves room for one new token"
-            raise InputError(f"{where} must {expected}, got {len(prompt_ids)}", key="prompt")
-    return ids
-
-
-def _continue(
-    task: TextGenerator, tokenizer: Tokenizer, ids: list[list[int]], options: Namespace, settings: dict[str, Any]
-) -> list[str]:
-    """Return each prompt with its continuation; prompts of similar length are generated together."""
-    from rich.progress import track
-
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    texts = [""] * len(ids)
-    for start in track(range(0, len(order), options.batch_size), "Generating", transient=True):
-        batch = order[start : start + options.batch_size]
-        continuations = task.continue_prompts(
-            tokenizer,
-            [ids[i] for i in batch],
-            seeds=[(options.seed * _SEED_STRIDE + i) % 2**63 for i in batch],
-            max_new_tokens=options.max_new_tokens,
-            **settings,
-        )
-        for i, new_ids in zip(batch, continuations, strict=True):
-            texts[i] = tokenizer.decode([*ids[i], *new_ids], skip_special_tokens=False)
-    return texts
-
-
-def _write(out: Path, prompts: list[str], texts: list[str], numbers: list[int] | None) -> None:
+def _write(options: Namespace, prompts: Sequence[Any], texts: list[str], numbers: list[int] | None) -> None:
     """Write texts as JSON lines, as numbered poems, or as text with a blank line after each."""
-    with atomic_write(out) as file:
-        if out.suffix.lower() == ".jsonl":
+    with open_output(options.out) as file:
+        if options.json or options.out.suffix.lower() == ".jsonl":
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+                given = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
                 number = {} if numbers is None else {"number": numbers[i]}
-                file.write(json.dumps({"prompt": prompt, "text": text, **number}, ensure_ascii=False) + "\n")
+                file.write(json_line({"prompt": given, "text": text, **number}))
         elif numbers is not None:
             file.write("\n".join(f"{number}\n\n{text}" for number, text in zip(numbers, texts, strict=True)))
+        elif options.prompt is not None:  # for reading
+            file.write("\n".join(f"{text.rstrip()}\n" for text in texts))
         else:
             file.writelines(f"{text}\n\n" for text in texts)

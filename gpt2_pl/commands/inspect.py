@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.support.parser import CommandParser
-from gpt2_pl.commands.support.trained_model import similar_run
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.error_analysis import Predictions
 from gpt2_pl.experiments.inspection.calibration import Calibration, calibrate, store_temperature
@@ -27,6 +26,7 @@ from gpt2_pl.experiments.inspection.regression import inspect_numbers
 from gpt2_pl.experiments.inspection.summary import Subject
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.filesystem import require_writable
+from gpt2_pl.inference.loading import similar_run
 
 if TYPE_CHECKING:
     from gpt2_pl.datamodules.rows import RowSource

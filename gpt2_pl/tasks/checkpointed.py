@@ -174,8 +174,8 @@ class CheckpointedModule(LightningModule):
         if not prompt_spec or not isinstance(self.datamodule, PromptedData):
             return
         current = self.datamodule.prompt_spec()
-        for key in ("template", "labels"):
-            if (trained := prompt_spec.get(key)) != (own := current.get(key)):
+        for key in ("template", "labels", "normalize"):
+            if (trained := prompt_spec.get(key) or None) != (own := current.get(key) or None):
                 message = f"data.{key} must be {trained!r}, as in the checkpoint, got {own!r}"
                 raise InputError(message, key=f"data.{key}")
 

@@ -69,6 +69,7 @@ class DataToText(LanguageModel):
         require(is_period, "model.score_every_n_epochs", score_every_n_epochs, "null or at least 1")
         self.beams = {"num_beams": num_beams, "length_penalty": length_penalty}
         self.max_new_tokens, self.num_samples = max_new_tokens, num_samples
+        self.decoding = {**self.beams, "max_new_tokens": max_new_tokens}
         self.score_every_n_epochs = score_every_n_epochs
         self.generated: dict[int, str] = {}  # targets of the last evaluation by row
         self.is_scored = False  # whether they are those of all rows

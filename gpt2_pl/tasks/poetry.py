@@ -68,6 +68,7 @@ class PoemGenerator(LanguageModel):
         require(num_test_samples >= 1, "model.num_test_samples", num_test_samples, "at least 1")
         self.max_new_tokens, self.num_val_samples = max_new_tokens, num_val_samples
         self.num_test_samples = num_test_samples
+        self.decoding = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         self.generated: list[Poem] = []
         self.outcomes_of_poems: dict[str, list[str]] = {}  # scores of the generated test poems
         self.score_signatures: dict[str, str] = {}  # score -> sacrebleu's signature of its computation

@@ -12,7 +12,20 @@ from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from gpt2_pl.utils.run_schema import Layer
-from gpt2_pl.utils.schema import Count, EpochScores, Figure, Name, Rate, Schema, Score, Scores, Size, Text, expect
+from gpt2_pl.utils.schema import (
+    Count,
+    EpochScores,
+    Figure,
+    Name,
+    PromptSpec,
+    Rate,
+    Schema,
+    Score,
+    Scores,
+    Size,
+    Text,
+    expect,
+)
 
 _LIGHTNING_VERSION = re.compile(r"([2-9]|[1-9]\d)(\.\d{1,9}){1,4}((a|b|rc|\.?dev|\.?post)\d{1,9})?(\+[a-z0-9]+)?", re.A)
 _IS_VERSION = expect(lambda text: bool(_LIGHTNING_VERSION.fullmatch(text)), "a version of Lightning from 2.0 on")
@@ -40,16 +53,6 @@ class BaseReference(Schema):
     path: Text | None = None
     digest: Name | None = None
     complete: bool | None = None
-
-
-class PromptSpec(Schema, extra="allow"):
-    """Prompt template and class names of a classifier; a user's datamodule may add keys."""
-
-    template: Text | None = None
-    labels: list[Text] | None = None
-    columns: dict[Text, list[Text]] | None = None
-    max_length: Count | None = None
-    quoting: bool | None = None
 
 
 class CallbackState(Schema, extra="allow"):

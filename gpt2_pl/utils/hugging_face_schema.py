@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.utils.schema import Rate, Schema, Size, Text, expect, validate
+from gpt2_pl.utils.schema import PromptSpec, Rate, Schema, Size, Text, expect, validate
 
 
 def _is_simple_pattern(pattern: str) -> bool:
@@ -97,6 +97,16 @@ class PretrainedConfig(Schema, extra="allow"):
     resid_pdrop: Rate = 0.1
     embd_pdrop: Rate = 0.1
     attn_pdrop: Rate = 0.1
+
+
+class ExportedTask(Schema, extra="allow"):
+    """The keys of config.json that describe the task of a model, as ``gpt2-pl export`` writes them."""
+
+    id2label: dict[Annotated[str, Field(max_length=10)], Text] | None = None
+    decision_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    pooling: Literal["last", "mean", "max", "mix", "concat"] = "last"
+    mean_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
+    prompt: PromptSpec | None = None
 
 
 class ShardIndex(Schema, extra="allow"):

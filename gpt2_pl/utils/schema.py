@@ -111,3 +111,16 @@ EpochScores = Annotated[
         "scores of an epoch and its number, epoch, from 0",
     ),
 ]
+
+
+class PromptSpec(Schema, extra="allow"):
+    """Prompt format of a task: template and class names of a classifier; a user's datamodule may add keys."""
+
+    template: Text | None = None
+    target: Text | None = None
+    normalize: Annotated[list[Name], Field(max_length=100)] | None = None
+    labels: list[Text] | None = None
+    columns: dict[Text, list[Text]] | None = None
+    max_length: Count | None = None
+    quoting: bool | None = None
+    prompt_lines: Count | None = None

@@ -15,12 +15,13 @@ from helpers.refusals import names, refused
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
 
+import gpt2_pl
 from gpt2_pl.commands import main
 from gpt2_pl.commands.export import export_hf, export_peft
 from gpt2_pl.commands.support.model_card import ExportedModel
-from gpt2_pl.commands.support.trained_model import load, load_run_tokenizer
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
+from gpt2_pl.inference.loading import load_checkpoint, load_run_tokenizer
 from gpt2_pl.model import GPT2
 from gpt2_pl.surgery import LoRA
 from gpt2_pl.tasks import SentimentClassifier
@@ -73,7 +74,7 @@ def executed(folder):
 
 def task_and_ids(run):
     """Return the task of a run and the token ids that it gives the texts of the example."""
-    task = load(run / "checkpoints/best.ckpt").eval()
+    task = load_checkpoint(run / "checkpoints/best.ckpt").eval()
     template = Template(task.prompt_spec["template"])
     row = dict(zip(template.fields, TEXTS, strict=False))
     tokenizer = load_run_tokenizer(run, task.config.vocab_size)
@@ -91,6 +92,11 @@ def test_card_example_of_classifier_gives_the_probabilities_of_its_task(kind, do
     with torch.no_grad():
         expected = task.predict_proba(batch(ids))[0]
     torch.testing.assert_close(executed(out)["probabilities"], expected, atol=1e-6, rtol=1e-5)
+    loaded = gpt2_pl.load(out)
+    texts = [TEXTS[: len(loaded.prompt.fields)]]
+    found = loaded.predict_proba(texts)[0]
+    torch.testing.assert_close(torch.tensor(found), expected.double(), atol=1e-5, rtol=1e-4)
+    assert loaded.predict(texts) == [loaded.labels[int(task.predict_class(expected.unsqueeze(0)))]]
     config = json.loads((out / "config.json").read_text())
     labels = ["negative", "positive"] if kind in ("last", "concat") else ["not_duplicate", "duplicate"]
     assert list(config["id2label"].values()) == labels
@@ -121,7 +127,7 @@ def test_card_example_of_peft_adapter_gives_the_probabilities_of_its_task(done, 
 def test_card_example_of_language_model_gives_the_probabilities_of_its_task(done, tmp_path):
     out = export(done("language model"), tmp_path / "out", "--format=hf")
     variables = executed(out)
-    task = load(done("language model") / "checkpoints/best.ckpt").eval()
+    task = load_checkpoint(done("language model") / "checkpoints/best.ckpt").eval()
     ids = load_run_tokenizer(done("language model"), 400).encode("It was", add_special_tokens=False).ids
     with torch.no_grad():
         expected = task.backbone.logits(task.backbone(torch.tensor([ids])))[0, -1].softmax(-1)
@@ -215,7 +221,7 @@ def test_peft_export_of_another_pooling_is_refused(base, tmp_path):
 def test_code_in_an_exported_folder_is_not_run_by_this_library(done, tmp_path):
     out = export(done("concat"), tmp_path / "out", "--format=hf")
     (out / "modeling_gpt2_pooled.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    own = load(done("concat") / "checkpoints/best.ckpt").backbone
+    own = load_checkpoint(done("concat") / "checkpoints/best.ckpt").backbone
     for name, tensor in GPT2.from_pretrained(out).state_dict().items():
         assert torch.equal(tensor, own.state_dict()[name]), name
     SentimentClassifier(base=str(out), num_classes=2).configure_model()

@@ -207,7 +207,8 @@ def test_generate_beams_with_sampling_flags_are_refused(trained, prompts, run, c
 
 
 def test_generate_beams_write_the_best_beam_of_every_prompt(trained, prompts, tmp_path):
-    from gpt2_pl.commands.support.trained_model import load_run_tokenizer, load_task
+    from gpt2_pl.commands.support.trained_model import load_task
+    from gpt2_pl.inference.loading import load_run_tokenizer
 
     command = ["generate", str(trained["text"]), "--prompt_file", str(prompts), "--max_new_tokens=8"]
     flags = {"greedy": ["--temperature=0"], "one": ["--num_beams=1"], "three": ["--num_beams=3", "--length_penalty=0"]}
@@ -244,8 +245,8 @@ def test_classify_bad_row_1001_leaves_no_output_file(trained, run, capsys, tmp_p
 
 @pytest.mark.parametrize("command", ["classify", "generate", "export"])
 def test_commands_failure_in_the_middle_leaves_no_output_file(command, trained, prompts, run, tmp_path, monkeypatch):
-    import gpt2_pl.commands.classify
     import gpt2_pl.pretrained
+    from gpt2_pl.inference.predictor import Predictor
     from gpt2_pl.tasks import LanguageModel
 
     def breaks(*args, **kwargs):
@@ -253,9 +254,9 @@ def test_commands_failure_in_the_middle_leaves_no_output_file(command, trained, 
 
     rows = tmp_path / "rows.csv"
     rows.write_text("sentence\n" + "fine\n" * 200)
-    calls = iter([gpt2_pl.commands.classify.classify])
+    calls = iter([Predictor.predict_ids])
     later = lambda *args: next(calls, breaks)(*args)  # noqa: E731
-    monkeypatch.setattr(gpt2_pl.commands.classify, "classify", later)
+    monkeypatch.setattr(Predictor, "predict_ids", later)
     monkeypatch.setattr(LanguageModel, "continue_prompts", breaks)
     monkeypatch.setattr(gpt2_pl.pretrained, "save", breaks)
     place = tmp_path / "place"

@@ -76,7 +76,7 @@ def test_commands_ctrl_c_is_one_line_and_leaves_no_files(command, finished, run,
     )
     checkpoint = folder / "checkpoints/best.ckpt"
     moment, args = {
-        "classify": ("gpt2_pl.commands.classify.classify", [folder, "--input", rows, "--out", "o.csv"]),
+        "classify": ("gpt2_pl.inference.predictor.Predictor.predict_ids", [folder, "--input", rows, "--out", "o.csv"]),
         "compare": ("gpt2_pl.commands.compare.plots", [folder, "--out", "o"]),
         "export": ("gpt2_pl.pretrained.save_file", [folder, "--format", "hf", "--out", "o"]),
         "test": ("gpt2_pl.tasks.SentimentClassifier.test_step",

@@ -207,7 +207,7 @@ OUT_OF_MEMORY = [
     ("fit", "gpt2_pl.tasks.SentimentClassifier.training_step", torch.empty),
     ("fit", "gpt2_pl.datamodules.synthetic.ToySentiment.setup", bytearray),
     ("test", "gpt2_pl.tasks.SentimentClassifier.test_step", torch.empty),
-    ("classify", "gpt2_pl.commands.classify.classify", torch.empty),
+    ("classify", "gpt2_pl.inference.predictor.Predictor.predict_ids", torch.empty),
     ("compare", "gpt2_pl.commands.compare.plots", bytearray),
     ("export", "gpt2_pl.commands.export.export_hf", torch.empty),
 ]

@@ -137,6 +137,9 @@ def test_commands_generate_the_same_targets_for_new_sources(fitted_run, data, ru
     flags = [f"--num_beams={BEAMS}", "--length_penalty=0.8", "--max_new_tokens=12"]
     run("generate", fitted_run, "--prompt_file", prompts, "--out", tmp_path / "out.jsonl", *flags)
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in written] == [row["generated"] for row in rows]
+    run("generate", fitted_run, "--prompt_file", prompts, "--out", tmp_path / "as_is.jsonl", "--as_is")
+    written = [json.loads(line) for line in (tmp_path / "as_is.jsonl").read_text().splitlines()]  # with the run's beams
     assert [row["text"].removeprefix(row["prompt"]).strip() for row in written] == [row["generated"] for row in rows]
 
 

@@ -240,7 +240,7 @@ def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
     assert in_training
     assert not any(in_training)
     run("generate", folder, "--prompt_file", lines, "--out", tmp_path / "c.jsonl", "--temperature", "0",
-        "--max_new_tokens", "5")  # fmt: skip
+        "--max_new_tokens", "5", "--as_is")  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["the plot is", "the camera"]
     ids = reference.generate(torch.tensor([tokenizer.encode("the plot is").ids]), max_new_tokens=5, do_sample=False)

@@ -96,14 +96,15 @@ def decision_threshold(task: Task) -> float | None:
 
 
 def task_prompt(task: Task, run: Path) -> dict[str, Any]:
-    """Return the template of the training data, with its columns and its largest number of tokens if it has them."""
+    """Return the prompt format of the training data: the template and what belongs to it, or the lines of a poem."""
     template = (read_record(run).get("data") or {}).get("template")  # of data whose checkpoints have no prompt
     spec = task.prompt_spec or {"template": template}
+    keys = ("template", "target", "normalize", "columns", "max_length", "prompt_lines")
     try:
-        Template(spec["template"])
+        Template(spec["template"], spec.get("normalize") or ())
     except (InputError, KeyError, TypeError):  # a user's data may have another template, or none
-        return {}
-    return {key: spec[key] for key in ("template", "columns", "max_length") if spec.get(key) is not None}
+        keys = ("prompt_lines",)
+    return {key: spec[key] for key in keys if spec.get(key)}
 
 
 def read_record(run: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from gpt2_pl.experiments.report import markdown_table, markdown_text
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.units import Unit
 from gpt2_pl.filesystem import HUB_ID
+from gpt2_pl.text.normalization import STEPS, Normalizer
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -63,6 +65,7 @@ class ExportedModel:
         num_parameters: number of parameters, with those of the base.
         labels: class names; empty for a regressor, None for a language model.
         template: prompt template; None without one.
+        normalize: steps that normalize the texts of its fields.
         max_length: largest number of tokens of a training row; None if it is not known.
         threshold: smallest probability of class 1 that the task classifies as class 1; None without a threshold.
         code: file with the class of the model, which only ``trust_remote_code`` runs; None for a class of the library.
@@ -75,6 +78,7 @@ class ExportedModel:
     num_parameters: int
     labels: Sequence[str] | None = None
     template: str | None = None
+    normalize: Sequence[str] = ()
     max_length: int | None = None
     threshold: float | None = None
     code: str | None = None
@@ -114,7 +118,8 @@ class ExportedModel:
         if labels is None:
             return loading + _GENERATE.format(text=self._opening())
         fields = Template(self.template or "{text}").fields
-        values = ", ".join(f"{key}={_TEXTS[i % len(_TEXTS)]!r}" for i, key in enumerate(fields))
+        texts = map(Normalizer(self.normalize), _TEXTS)
+        values = ", ".join(f"{key}={text!r}" for key, text in zip(fields, cycle(texts), strict=False))
         stored = repr(self.template) if is_peft else 'model.config.prompt["template"]'
         predicting = _PREDICT.format(template=stored if self.template else '"{text}"', values=values)
         return loading + predicting + (_CLASSIFY.format() if labels else _REGRESS)
@@ -218,6 +223,9 @@ class ModelCard:
             limit = "" if model.max_length is None else f" Rows had at most {model.max_length} tokens;"
             rest = f"{limit} of longer ones, the texts were shortened and the words of the template kept."
             lines += ["The template of every text:", _fenced(model.template), rest.strip()]
+            if model.normalize:
+                steps = " and ".join(STEPS[step] for step in model.normalize)
+                lines.append(f"Texts are normalized before they are inserted, as in the example: {steps}.")
         if model.threshold is not None and model.labels:
             name = markdown_text(model.labels[1])
             lines.append(f"The prediction is {name} if its probability is at least {model.threshold:.4g}.")

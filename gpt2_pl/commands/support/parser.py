@@ -28,8 +28,8 @@ class CommandParser(argparse.ArgumentParser):
             kwargs["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **kwargs)
 
-    def add_run(self) -> None:
-        """Add the run whose model is used, and the modules with classes that its checkpoint names."""
+    def add_run(self, text: str = "folder of the run") -> None:
+        """Add the run whose model is used, with its description, and the modules that its checkpoint needs."""
         self.add_argument(
             "--plugin",
             metavar="MODULE",
@@ -37,11 +37,15 @@ class CommandParser(argparse.ArgumentParser):
             help="module with the task or surgery of the checkpoint, such as mine for mine.py in the working "
             "directory; can be given several times",
         )
-        self.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+        self.add_argument("run", metavar="RUN", type=Path, help=text)
 
-    def add_output(self, metavar: str, text: str) -> None:
+    def add_output(self, metavar: str, text: str, required: bool = True) -> None:
         """Add the output file or folder, with its description, and the checkpoint and the base of the model."""
-        self.add_argument("--out", type=Path, required=True, metavar=metavar, help=f"{text}; it must not exist")
+        self.add_argument("--out", type=Path, required=required, metavar=metavar, help=f"{text}; it must not exist")
+        self.add_checkpoint()
+
+    def add_checkpoint(self) -> None:
+        """Add the checkpoint and the base of the model."""
         self.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
         self.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
 
@@ -56,13 +60,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_batches(options: argparse.Namespace, extensions: Collection[str]) -> None:
-    """Check the output file and the batch size of a command.
+    """Check the output file of a command, unless it is standard output, and the batch size.
 
     Raises:
         InputError: the file exists, cannot be written or has another extension; or the batch size is below 1.
     """
-    require_absent(options.out)
-    require_extension(options.out, "out", extensions)
+    if options.out not in (None, Path("-")):
+        require_absent(options.out)
+        require_extension(options.out, "out", extensions)
     require(options.batch_size >= 1, "batch_size", options.batch_size, "at least 1")
 
 

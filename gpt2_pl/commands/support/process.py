@@ -161,6 +161,10 @@ class Interrupts:
 
         sys.unraisablehook = raise_again
 
+    def reset(self) -> None:
+        """Count from the first Ctrl-C again, after a command has handled one and continues."""
+        self._count = 0
+
     def rearm(self) -> None:
         """Handle SIGINT again, after a library has ignored it, as Lightning does at the first Ctrl-C."""
         if self._pid == os.getpid() and threading.current_thread() is threading.main_thread():

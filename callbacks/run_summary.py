@@ -64,10 +64,12 @@ class RunSummary(Callback):
         self.expects_test = False
         self.has_trained = self._fitting = False
         self._val_metrics: Scores = {}  # of the current epoch
+        self.software: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Determine whether a checkpoint will be loaded for training or for an evaluation."""
+        """Determine whether a checkpoint will be loaded for training or for an evaluation, and which code runs."""
         self._fitting, self.has_trained = stage == "fit", False
+        self.software = self.software or _software()
 
     # Resuming
 
@@ -218,8 +220,7 @@ class RunSummary(Callback):
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "base": {"path": pl_module.base, "digest": pl_module.base_digest, **provenance(str(pl_module.base))},
             "data": datamodule.description() if hasattr(datamodule, "description") else None,
-            "code": code_digests(),
-            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+            **self.software,
         }
 
     def table(self, pl_module: LightningModule) -> Table:
@@ -244,6 +245,12 @@ class RunSummary(Callback):
         for row in _layer_rows(self.layers):
             table.add_row(*row)
         return table
+
+
+def _software() -> dict[str, Any]:
+    """Return the digests of the code that is imported now, which may be edited later, and the versions of packages."""
+    versions = {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+    return {"code": code_digests(), "versions": versions}
 
 
 def _goodness(pl_module: LightningModule, scores: Mapping[str, float]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import require_file
 
-KINDS = ("task", "strategy", "trainer", "sweep")  # subfolders; files beside them are whole runs
+KINDS = ("task", "strategy", "trainer", "sweep", "course/cs224n")  # subfolders; files beside them are whole runs
 _ROOT = Path(__file__).parent
 
 

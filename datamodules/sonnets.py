@@ -53,13 +53,14 @@ class Sonnets(PairData):
     """Datamodule of poems that are continued from their first lines.
 
     In a file, the number of a poem is on a separate line before it. Training predicts every line; validation and test
-    predict the lines after the prompt. Batches contain ``input_ids``, ``attention_mask`` and ``targets`` (B, T), padded
+    predict the lines after the prompt. If no poem of the test file has lines after the prompt, the poems are completed
+    but not scored. Batches contain ``input_ids``, ``attention_mask`` and ``targets`` (B, T), padded
     on the right, and ``row`` (B,).
 
     Args:
         train_file: file with complete poems for training.
         val_file: file with complete poems for validation; by default, a fraction of the training poems.
-        test_file: file with complete poems for testing.
+        test_file: file with complete poems for testing, or with the first lines of poems alone.
         prompt_lines: number of lines at the start of a poem that are the prompt.
         tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
         max_length: maximum number of tokens in a poem; defaults to the context length of the model. Longer poems are
@@ -72,7 +73,7 @@ class Sonnets(PairData):
 
     Raises:
         InputError: an argument is out of range; in ``prepare_data``, a file is invalid, or a poem has no lines after
-            the prompt.
+            the prompt although others have.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Sonnets(PairData):
             raise InputError(key="data.prompt_lines", value=prompt_lines, expected="at least 1")
         self.prompt_lines = prompt_lines
         self.poems: dict[str, list[Poem]] = {}
+        self.unscored: set[str] = set()  #: splits whose poems have no lines after the prompt
 
     def sources(self, split: str) -> list[str]:
         """Return the first lines of every poem, the prompt."""
@@ -110,6 +112,8 @@ class Sonnets(PairData):
         file = str(self.files[self._source_split(split)])
         poems = read_poems(file, key)
         self.poems[split] = [poems[i] for i in self._split_indices(split, len(poems))]
+        if split == "test" and all(len(poem.lines) <= self.prompt_lines for poem in poems):
+            self.unscored.add(split)
         encoded = [self._encode_poem(poem, split, f"{key}: {file}") for poem in self.poems[split]]
         ids, targets = zip(*encoded, strict=True)
         return TargetTokenDataset(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), np.concatenate(targets))
@@ -136,11 +140,12 @@ class Sonnets(PairData):
             InputError: nothing of the poem can be predicted.
         """
         n, name = self.prompt_lines, f"poem {poem.number}"
-        if split != "train" and len(poem.lines) <= n:
+        is_scored = split not in ("train", *self.unscored)
+        if is_scored and len(poem.lines) <= n:
             message = f"{name} must have more than {n} lines (data.prompt_lines), got {len(poem.lines)}"
             raise InputError(message, key="data.prompt_lines", source=source)
         prompt, continuation = self._encode_parts(poem)
-        if not prompt or (split != "train" and not continuation):
+        if not prompt or (is_scored and not continuation):
             lines = f"{'lines after the ' if prompt else ''}first {n} lines of {name}"
             raise InputError(f"the tokenizer gives no token for the {lines}", key="data.tokenizer", source=source)
         max_length = self._max_length()
@@ -148,7 +153,7 @@ class Sonnets(PairData):
         targets = ids[1:].copy()
         if split != "train":
             targets[: len(prompt) - 1] = -100
-            if (targets == -100).all():
+            if is_scored and (targets == -100).all():
                 expected = f"at least the {len(prompt)} tokens of the first {n} lines of {name}"
                 raise InputError(key="data.max_length", value=max_length, expected=expected, source=source)
         return ids[:-1], targets

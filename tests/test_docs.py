@@ -48,7 +48,7 @@ def test_page_flags_are_arguments_of_public_classes(key, package):
 
 
 def test_page_configurations_exist():
-    names, known = matches(r"--config (\w+(?:/\w+)?)(?![\w/.])"), {*packaged_configs(), "CONFIG", "RUN"}
+    names, known = matches(r"--config (\w+(?:/\w+)*)(?![\w/.])"), {*packaged_configs(), "CONFIG", "RUN"}
     assert names
     assert {pair for pair in names if pair[1] not in known} == set()
 

@@ -182,8 +182,8 @@ def _write(predicted: Iterable[tuple[InputRow, Prediction]], predictor: Predicto
     n = 0
     with row_writer(options.out, names, options.json) as write:
         for row, prediction in predicted:
-            is_number = options.labels == "numbers" and prediction.index is not None
-            value = prediction.index if is_number else prediction.value
+            is_number = options.labels == "numbers" and prediction.class_index is not None
+            value = prediction.class_index if is_number else prediction.value
             probability = (round(p, 6) for p in prediction.probabilities)
             write(pick([row.number, *row.kept, *row.texts.values(), value, *probability]))
             n += 1

@@ -13,7 +13,10 @@ from gpt2_pl.configs import KINDS, config_path, description, packaged_configs
 from gpt2_pl.errors import require
 from gpt2_pl.filesystem import require_absent
 
-_TITLES = {"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sweep": "Sweeps", "": "Whole runs"}
+_TITLES = {
+    **{"task": "Tasks", "strategy": "Strategies", "trainer": "Trainers", "sweep": "Sweeps"},
+    **{"course/cs224n": 'CS224N\'s project "Build GPT-2"', "": "Whole runs"},
+}
 
 
 def main(args: list[str]) -> None:

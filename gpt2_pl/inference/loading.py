@@ -122,7 +122,7 @@ def similar_run(run: Path) -> str:
     return "" if near is None else f"; did you mean {run.with_name(near)}?"
 
 
-def require_protocol(task: object, protocol: type, checkpoint: Path) -> None:
+def require_protocol(task: object, protocol: type, checkpoint: str | Path) -> None:
     """Check that the task of a checkpoint implements a protocol.
 
     Raises:

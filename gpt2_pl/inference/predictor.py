@@ -34,12 +34,12 @@ class Prediction(NamedTuple):
 
     Args:
         value: name of the class, or the number of a regressor.
-        index: index of the class; None for a number.
+        class_index: index of the class; None for a number.
         probabilities: probability of each class; empty for a number.
     """
 
     value: str | float
-    index: int | None = None
+    class_index: int | None = None
     probabilities: Sequence[float] = ()
 
 

@@ -34,6 +34,7 @@ class PromptFormat:
         columns: possible names of the column of each field in a file.
         max_length: maximum number of tokens; None for the model's.
         quoting: whether double quotes enclose values in delimited files; None if this is not known.
+        prompt_lines: number of first lines of a poem that are its prompt in training; None without poems.
         is_poem: whether a prompt is the first lines of a poem.
 
     Raises:
@@ -49,7 +50,8 @@ class PromptFormat:
         self.columns: dict[str, list[str]] = spec.get("columns") or {field: [field] for field in self.fields}
         self.max_length: int | None = spec.get("max_length")
         self.quoting: bool | None = spec.get("quoting")
-        self.is_poem = spec.get("prompt_lines") is not None
+        self.prompt_lines: int | None = spec.get("prompt_lines")
+        self.is_poem = self.prompt_lines is not None
 
     def rows(self, texts: Sequence[Text], name: str = "text") -> list[dict[str, str]]:
         """Return the text of each field of the template, for every given text.
@@ -110,8 +112,9 @@ class PromptFormat:
             return [self.template.fill(row) for row in self.rows(prompts, name)]
         texts: list[str] = []
         for number, prompt in enumerate(prompts, start=1):
-            is_single = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) == 1
-            text: Any = prompt[0] if is_single else prompt
+            text: Any = prompt
+            if isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) == 1:
+                text = prompt[0]
             require(isinstance(text, str), f"{name} {number}", prompt, 'one text (in JSON lines, that of "prompt")')
             require(len(text) <= _MAX_CHARACTERS, f"{name} {number}", prompt, _LENGTH)
             require(not _SURROGATE.search(text), f"{name} {number}", prompt, "UTF-8 text")

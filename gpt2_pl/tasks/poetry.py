@@ -115,9 +115,21 @@ class PoemGenerator(LanguageModel):
         if not self.trainer.sanity_checking and isinstance(self.datamodule, PoemData):
             self.generated = self.generate_poems(self.datamodule.poems["val"][: self.num_val_samples])
 
+    def _is_scored(self, split: str) -> bool:
+        """Return whether the poems of a split have lines after the prompt, which their scores need."""
+        return split not in getattr(self.datamodule, "unscored", ())
+
+    def _evaluation_step(self, batch: dict[str, Any], split: str) -> None:
+        """Update the metrics of a split with a batch, if it has any."""
+        if self._is_scored(split):
+            super()._evaluation_step(batch, split)
+
     def on_test_epoch_end(self) -> None:
-        """Generate and score every test poem."""
+        """Generate every test poem, and score it if its true lines are known."""
         if not isinstance(self.datamodule, PoemData):
+            return
+        if not self._is_scored("test"):
+            self.generated = self.generate_poems(self.datamodule.poems["test"])
             return
         poems, n_prompt_lines = self.datamodule.poems["test"], self.datamodule.prompt_lines
         sets = [self.generate_poems(poems, i) for i in range(self.num_test_samples)]
@@ -136,9 +148,10 @@ class PoemGenerator(LanguageModel):
 
         After a test there are also the scores of the generated poem; see :func:`poem_outcomes`.
         """
-        outcomes, data = self.outcomes.rows(), self.datamodule
-        if not isinstance(data, PoemData):
+        data = self.datamodule
+        if not isinstance(data, PoemData) or not self._is_scored(split):
             return None
+        outcomes = self.outcomes.rows()
         poems, generated = data.poems[split], {}
         if split == "test" and [poem.number for poem in self.generated] == [poem.number for poem in poems]:
             generated = self.outcomes_of_poems

@@ -29,6 +29,8 @@ def beneath(file, base, flags):
     task = (
         [] if file.parent.name != "strategy" else ["--config", CONFIGS / f"task/{BENEATH.get(file.stem, 'sst5')}.yaml"]
     )
+    if file.stem in ("last_linear_layer", "full_model"):
+        task = ["--config", file.with_name("sst.yaml")]
     if file.parent.name == "trainer":
         task = ["--config", CONFIGS / "quickstart.yaml"]
     quick = file.stem.startswith("quickstart") or file.parent.name == "trainer"

@@ -133,6 +133,9 @@ def test_sonnets_openings_without_room_for_more_lines_are_refused(poem_files, lo
     file = tmp_path / "openings.txt"
     file.write_text("132\n\na\nb\nc\n")
     with pytest.raises(InputError, match=r"openings\.txt: poem 132 .* got 3"):
+        Sonnets(val_file=str(file), tokenizer=str(long_base)).setup()
+    file.write_text("131\n\na\nb\nc\nd\n132\n\na\nb\nc\n")
+    with pytest.raises(InputError, match=r"openings\.txt: poem 132 .* got 3"):
         Sonnets(test_file=str(file), tokenizer=str(long_base)).setup()
     with pytest.raises(InputError, match=r"data\.max_length.* poem \d+, got 20"):
         Sonnets(test_file=str(poem_files["test"]), tokenizer=str(long_base), max_length=20).setup()

@@ -49,9 +49,9 @@ def describe(prediction: Prediction, labels: Sequence[str]) -> list[str]:
         prediction: the prediction.
         labels: names of the classes.
     """
-    if prediction.index is None:
+    if prediction.class_index is None:
         return [f"{prediction.value:g}"]
-    order = sorted(range(len(labels)), key=lambda i: (i != prediction.index, -prediction.probabilities[i]))
+    order = sorted(range(len(labels)), key=lambda i: (i != prediction.class_index, -prediction.probabilities[i]))
     shown = order[:_SHOWN_CLASSES]
     names = [one_line(labels[i], 30) for i in shown]
     width = max(map(len, names))

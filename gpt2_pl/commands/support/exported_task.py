@@ -99,7 +99,7 @@ def task_prompt(task: Task, run: Path) -> dict[str, Any]:
     """Return the prompt format of the training data: the template and what belongs to it, or the lines of a poem."""
     template = (read_record(run).get("data") or {}).get("template")  # of data whose checkpoints have no prompt
     spec = task.prompt_spec or {"template": template}
-    keys = ("template", "target", "normalize", "columns", "max_length", "prompt_lines")
+    keys: tuple[str, ...] = ("template", "target", "normalize", "columns", "max_length", "prompt_lines")
     try:
         Template(spec["template"], spec.get("normalize") or ())
     except (InputError, KeyError, TypeError):  # a user's data may have another template, or none

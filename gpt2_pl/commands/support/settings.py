@@ -7,7 +7,7 @@ import os
 import pydoc
 import re
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins import Precision
@@ -154,7 +154,7 @@ def _has_precision(plugins: Any) -> bool:
     return any(inspect.isclass(cls) and issubclass(cls, Precision) for cls in classes)
 
 
-def best_precision(accelerator: Any) -> str:
+def best_precision(accelerator: Any) -> Literal["bf16-mixed", "32-true"]:
     """Return ``bf16-mixed`` if the hardware can multiply bfloat16 matrices, else ``32-true``."""
     capable = False
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():

@@ -39,6 +39,8 @@ def compute(run: Run, task: Any, data: Any, names: list[str], folder: Path, num_
     data.max_length = data.max_length or task.max_length
     for stage in ("fit", _SPLIT):
         data.setup(stage)
+    if not any(target.strip() for target in data.targets(_SPLIT)):
+        raise InputError(f"{', '.join(names)} need test rows with a target, and none has one", key="data.test_file")
     pairs = zip(data.sources("train"), data.targets("train"), strict=True)
     train = [(source, target) for source, target in pairs if target.strip()]
     if not train:

@@ -18,6 +18,7 @@ from gpt2_pl.losses import cross_entropy
 from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.protocols import TokenizedData
+from gpt2_pl.utils.registry import class_path
 
 _CHARACTERS_PER_TOKEN = 16  # read from the file for every token that is scored, at most
 
@@ -55,7 +56,8 @@ class Forgetting(Callback):
         self._tokens: Tensor | None = None
 
     def check(self, used: Sequence[Callback], model: LightningModule) -> None:
-        """Check that the file exists, before anything is loaded."""
+        """Check the module, and that the file exists, before anything is loaded."""
+        _require_task(model)
         require_file(self.file, "trainer.callbacks.file")
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,16 +84,16 @@ class Forgetting(Callback):
 
     def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """Compute the perplexity of the text; all processes compute all of it."""
-        assert isinstance(pl_module, Task)
+        task = _require_task(pl_module)
         if self._tokens is None:
             self._tokens = self._read(trainer)
-        model, was_training = pl_module.backbone, pl_module.backbone.training
+        model, was_training = task.backbone, task.backbone.training
         total = torch.zeros((), dtype=torch.float64)
         model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for inputs, targets in _batches(self._tokens, pl_module.max_length, self.batch_size):
-                targets = targets.to(pl_module.device)
-                total += cross_entropy(model(inputs.to(pl_module.device)), model.head_weight, targets)[0].double().cpu()
+            for inputs, targets in _batches(self._tokens, task.max_length, self.batch_size):
+                targets = targets.to(task.device)
+                total += cross_entropy(model(inputs.to(task.device)), model.head_weight, targets)[0].double().cpu()
         model.train(was_training)
         return float((total / (len(self._tokens) - 1)).exp())
 
@@ -112,6 +114,18 @@ class Forgetting(Callback):
         ids = data.tokenizer.encode(text, add_special_tokens=False).ids[: self.max_tokens]
         require(len(ids) >= 2, "trainer.callbacks.file", self.file, "a text with at least two tokens")
         return torch.tensor(ids)
+
+
+def _require_task(module: LightningModule) -> Task:
+    """Return a module that is a task.
+
+    Raises:
+        InputError: it is another module, which has no GPT-2 to score the text with.
+    """
+    if not isinstance(module, Task):
+        message = f"Forgetting requires a task, a subclass of gpt2_pl.tasks.Task, got {class_path(type(module))}"
+        raise InputError(message, key="trainer.callbacks")
+    return module
 
 
 def _batches(tokens: Tensor, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

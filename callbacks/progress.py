@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from rich.text import Text
 from gpt2_pl.callbacks.run_summary import RunSummary
 from gpt2_pl.utils.trainer import find_callbacks
 
+_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # the trainer's
 BAR_WIDTH = 20  # characters; all columns of the bar then fit 80 characters
 
 
@@ -84,11 +86,31 @@ class _TimeColumn(ProgressColumn):
 
 
 class RunProgressBar(RichProgressBar):
-    """Rich progress bar in 80 columns, with epochs counted from 1 and the remaining time of the run."""
+    """Rich progress bar in 80 columns, with epochs counted from 1 and the remaining time of the run.
+
+    Messages of the trainer are printed above the bar.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = RunClock()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Direct the trainer's messages to the console of the bar."""
+        super().setup(trainer, pl_module, stage)
+        _LOG.addFilter(self._print_above)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the bar."""
+        _LOG.removeFilter(self._print_above)
+        super().teardown(trainer, pl_module, stage)
+
+    def _print_above(self, record: logging.LogRecord) -> bool:
+        """Print a message above the bar while there is one; return whether it remains to be logged."""
+        if self.progress is None or not self.progress.live.is_started:
+            return True
+        self.progress.console.print(record.getMessage(), markup=False, highlight=False)
+        return False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

@@ -11,6 +11,7 @@ from gpt2_pl.datamodules.few_shot import draw_shots, in_turn, prepend, run_seed,
 from gpt2_pl.datamodules.labelled import LabelledText
 from gpt2_pl.datamodules.rows import Row, parse_label
 from gpt2_pl.errors import InputError
+from gpt2_pl.tasks.protocols import WordClassifier
 
 _EXAMPLE_END = "\n"  # after the label word of an example in the prompt
 
@@ -97,7 +98,7 @@ class TextClassification(LabelledText):
 
     def _check_demonstrations(self) -> None:
         key, trainer = "data.demonstrations", self.trainer
-        if getattr(getattr(trainer, "lightning_module", None), "label_words", None) is None:
+        if self._label_words() is None:
             message = f"{key} requires model.head verbalizer, whose label words answer the examples"
             raise InputError(message, key=key, value=self.demonstrations)
         if not self.has_split("train"):
@@ -105,6 +106,11 @@ class TextClassification(LabelledText):
         if trainer is not None and trainer.state.fn == "fit" and trainer.max_epochs != 0:
             message = f"{key} requires an evaluation without training: trainer.max_epochs 0, or gpt2-pl validate"
             raise InputError(message, key=key, value=self.demonstrations)
+
+    def _label_words(self) -> list[str] | None:
+        """Return the words of the classes of the trainer's task; None if it has none."""
+        task = None if self.trainer is None else self.trainer.lightning_module
+        return task.label_words if isinstance(task, WordClassifier) else None
 
     def _encode(self, split: str) -> TokenDataset:
         encoded = super()._encode(split)
@@ -128,8 +134,8 @@ class TextClassification(LabelledText):
                 expected = f"at most {len(order)}, the number of training rows, or all"
                 raise InputError(key="data.demonstrations", value=self.demonstrations, expected=expected)
             order = order[: self.demonstrations]
-        trainer: Any = self.trainer
-        words, rows = trainer.lightning_module.label_words, self.rows["train"]
+        words, rows = self._label_words(), self.rows["train"]
+        assert words is not None  # checked before
         texts = [f"{self.template.fill(rows[int(n)])}{words[labels[n]]}{_EXAMPLE_END}" for n in order]
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
 

@@ -39,6 +39,7 @@ Configuration files and flags apply from left to right; later values override ea
 
   gpt2-pl fit --config quickstart
   gpt2-pl fit --config task/sst5 --config strategy/linear_probe --model.base gpt2
+  gpt2-pl fit --task sst5 --strategy linear_probe --model.base gpt2    # the same
   gpt2-pl test --config RUN/config.yaml --ckpt_path RUN/checkpoints/best.ckpt
 
 FILE is a path or the name of an included configuration (`gpt2-pl configs` lists them).
@@ -58,6 +59,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpt2_pl.commands.support.process import interrupts, output_failure, set_up_process
+from gpt2_pl.commands.support.terminal import wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -137,11 +139,12 @@ def _main(args: list[str]) -> None:
             _import_command(args[0]).main(args[1:])
     except Exception as error:
         del reserve
-        _exit_with_error(error)
+        _exit_with_error(error, args[0])
 
 
-def _exit_with_error(error: Exception) -> NoReturn:
+def _exit_with_error(error: Exception, command: str) -> NoReturn:
     """Exit with a one-line message if the cause of an error is known; otherwise it is a defect and is raised again."""
+    from gpt2_pl.commands.support.parser import with_dashes
     from gpt2_pl.errors import InputError, RunError, causes, describe_failure, is_interrupt
 
     if is_interrupt(error):
@@ -151,8 +154,10 @@ def _exit_with_error(error: Exception) -> NoReturn:
 
         traceback.print_exception(error)
     for cause in causes(error):  # the parser wraps the errors of classes
-        if isinstance(cause, InputError | RunError):
-            _fail(str(cause), 2 if isinstance(cause, InputError) else 1)
+        if isinstance(cause, InputError):
+            _fail(str(cause) if command in _TRAINER_COMMANDS else with_dashes(cause))
+        if isinstance(cause, RunError):
+            _fail(str(cause), 1)
     if (failure := describe_failure(error)) is not None:
         _fail(failure, 1)
     reason = str(error).partition("\n")[0]
@@ -166,8 +171,8 @@ def _exit_with_error(error: Exception) -> NoReturn:
 def _fail(message: str, status: int = 2) -> NoReturn:
     from gpt2_pl.errors import InputError
 
-    text = InputError(message)  # which escapes and shortens it
-    print(f"gpt2-pl: error: {text}", file=sys.stderr, flush=True)
+    text = wrapped(f"gpt2-pl: error: {InputError(message)}", sys.stderr)  # an error escapes and shortens its message
+    print(text, file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gpt2_pl.commands.support.parser import CommandParser
+from gpt2_pl.commands.support.terminal import Progress, track
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.archive import unpacked
 from gpt2_pl.experiments.claims import Outcome, claim_lines, judge_claims, read_claims
@@ -64,14 +65,16 @@ def _compare_runs(folders: list[Path], given: argparse.Namespace) -> None:
     if given.out is not None:
         require_writable(given.out / "report.md", "out")
     claims = None if given.check is None else read_claims(given.check)
-    runs, notes = read_runs(folders, given.runs)
-    comparisons = compare(
-        runs,
-        given.baseline,
-        given.margin,
-        allow_missing_rows=given.allow_missing_rows,
-        paired_seeds=given.paired_seeds,
-    )
+    with Progress("Reading runs", total=2) as progress:
+        runs, notes = read_runs(folders, given.runs)
+        progress.advance(description=f"Comparing {len(runs)} runs")
+        comparisons = compare(
+            runs,
+            given.baseline,
+            given.margin,
+            allow_missing_rows=given.allow_missing_rows,
+            paired_seeds=given.paired_seeds,
+        )
     comparisons[0].notes[:0] = notes
     judged = [] if claims is None else judge_claims(claims, comparisons, given.check)
     _print(summary(comparisons, _terminal_width()))
@@ -158,7 +161,8 @@ def _write_files(comparisons: list[Comparison], out: Path) -> None:
     }
     with atomic_write(out / "report.md") as file:
         file.write(markdown(comparisons, links))
-    images = {comparison.task: plots(comparison) for comparison in comparisons}
+    drawn = track(comparisons, "Drawing figures", len(comparisons))
+    images = {comparison.task: plots(comparison) for comparison in drawn}
     for comparison in comparisons:
         for name, formats in images[comparison.task].items():
             for kind, content in formats.items():

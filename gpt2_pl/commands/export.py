@@ -23,6 +23,7 @@ from gpt2_pl.commands.support.exported_task import (
     task_settings,
 )
 from gpt2_pl.commands.support.parser import CommandParser
+from gpt2_pl.commands.support.terminal import Progress
 from gpt2_pl.commands.support.trained_model import load_task
 from gpt2_pl.errors import InputError, listing, printable, require
 from gpt2_pl.filesystem import atomic_write, require_absent, reraise_disk_full
@@ -51,13 +52,16 @@ def main(args: list[str]) -> None:
     require_absent(options.out)
     if options.push_to_hub is not None:
         hub.check(options.push_to_hub)
-    task, checkpoint = load_task(options)
-    with atomic_directory(options.out) as folder:
-        if options.format == "hf":
-            export_hf(task, folder, options.run, options.backbone)
-        else:
-            export_peft(task, folder, options.backbone, options.run)
-        _write_card(task, folder, checkpoint, options)
+    with Progress("Loading the checkpoint", total=3) as progress:
+        task, checkpoint = load_task(options)
+        progress.advance(description="Writing the model")
+        with atomic_directory(options.out) as folder:
+            if options.format == "hf":
+                export_hf(task, folder, options.run, options.backbone)
+            else:
+                export_peft(task, folder, options.backbone, options.run)
+            progress.advance(description="Writing the model card")
+            _write_card(task, folder, checkpoint, options)
     print(printable(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}"))
     if options.push_to_hub is not None:
         print(hub.push(options.out, options.push_to_hub, options.private))

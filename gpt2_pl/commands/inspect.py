@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.support.parser import CommandParser
+from gpt2_pl.commands.support.terminal import Progress
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.experiments.error_analysis import Predictions
 from gpt2_pl.experiments.inspection.calibration import Calibration, calibrate, store_temperature
@@ -58,20 +59,26 @@ def main(args: list[str]) -> None:
         raise InputError(key="RUN", value=len(options.runs), expected="one or two run folders")
     patterns = _patterns(options.slice or ())
     require_writable(options.out / "index.html", "out")
-    runs = [_read_run(folder) for folder in options.runs]
-    created = time.strftime("%Y-%m-%d %H:%M %Z")
-    if (split := _text_split(runs[0], options.split, "poems_{}.txt")) is not None:
-        inspection, note = _inspect_poems(runs, split, options, created), None
-    elif (split := _text_split(runs[0], options.split, "losses_{}.csv")) is not None:
-        inspection, note = _inspect_contexts(runs, split, options, created), None
-    else:
-        inspection, note = _inspect_rows(runs, patterns, options, created)
-    names = write(inspection, options.out)
+    with Progress("Inspecting rows", total=2) as progress:
+        inspection, note = _inspect(patterns, options)
+        progress.advance(description="Writing the page")
+        names = write(inspection, options.out)
     for line in map(printable, inspection.summary):
         print(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 4]} ...")
     notes = [note] if note else []
     for line in (*notes, f"{options.out}: {', '.join(names)}"):
         print(textwrap.fill(printable(line), _WIDTH, subsequent_indent="  ", break_long_words=False))
+
+
+def _inspect(patterns: Mapping[str, str], options: argparse.Namespace) -> tuple[Inspection, str | None]:
+    """Inspect the rows, poems or contexts of the runs; also return where the temperature was stored."""
+    runs = [_read_run(folder) for folder in options.runs]
+    created = time.strftime("%Y-%m-%d %H:%M %Z")
+    if (split := _text_split(runs[0], options.split, "poems_{}.txt")) is not None:
+        return _inspect_poems(runs, split, options, created), None
+    if (split := _text_split(runs[0], options.split, "losses_{}.csv")) is not None:
+        return _inspect_contexts(runs, split, options, created), None
+    return _inspect_rows(runs, patterns, options, created)
 
 
 def _read_run(folder: Path) -> Run:

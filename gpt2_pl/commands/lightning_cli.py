@@ -5,6 +5,11 @@ replace keys of earlier ones, and flags do so too:
 
   gpt2-pl fit --config task/sst5 --config strategy/lora --config trainer/cpu --data.batch_size 32
 
+--task X and --strategy X are short for --config task/X and --config strategy/X, and --lr X for
+--model.optimizer.init_args.lr X:
+
+  gpt2-pl fit --task sst5 --strategy lora --lr 1e-4
+
 To choose, and to see the options of what is chosen:
 
   gpt2-pl configs                        list tasks, strategies and trainers
@@ -52,6 +57,7 @@ from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
 from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
 from gpt2_pl.commands.support.settings import check_logging, complete_settings, restore_counts
+from gpt2_pl.commands.support.terminal import wrapped
 from gpt2_pl.commands.support.training_checks import (
     check_optimizer,
     check_processes,
@@ -387,4 +393,4 @@ class GPT2CLI(LightningCLI):
 def _print_message(message: str) -> None:
     """Print a message in the first process of a run."""
     if rank() == 0:
-        print(f"gpt2-pl: {printable(message)}", file=sys.stderr)
+        print(wrapped(f"gpt2-pl: {printable(message)}", sys.stderr), file=sys.stderr)

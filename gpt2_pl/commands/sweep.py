@@ -226,7 +226,10 @@ class _Sweep:
         all_runs = [run for _, runs in rows for run in runs]
         n_finished = sum(run.finished for run in all_runs)
         minutes = (time.monotonic() - self.start_time) / 60
-        table = Table(title=f"{self.config.name}: {n_finished} of {len(all_runs)} runs finished, {minutes:.0f} minutes")
+        done = sum(run.finished for run in self.submitted.intersection(all_runs))  # in these minutes
+        left = f", about {minutes * (len(all_runs) - n_finished) / done:.0f} left" if done else ""
+        title = f"{self.config.name}: {n_finished} of {len(all_runs)} runs finished, {minutes:.0f} minutes{left}"
+        table = Table(title=title)
         versions = list(dict.fromkeys(run.version for run in all_runs))
         for column in ("task", "strategy", *versions):
             table.add_column(column.replace("_", " "))

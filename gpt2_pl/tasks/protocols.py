@@ -244,6 +244,13 @@ class TextClassifier(TextPredictor, Protocol):
 
 
 @runtime_checkable
+class WordClassifier(Protocol):
+    """Task whose classes may be words; data with demonstrations use it."""
+
+    label_words: list[str] | None  #: word of each class; None for classes without words
+
+
+@runtime_checkable
 class FeatureClassifier(TextClassifier, Protocol):
     """Classifier of pooled hidden states; ``gpt2-pl references`` uses it."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt2_pl.callbacks import PredictionWriter, ResumableModelCheckpoint, RunSummary, run_folder
 from gpt2_pl.commands.support.process import program
+from gpt2_pl.commands.support.terminal import wrapped
 from gpt2_pl.errors import printable
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.averaging import blocks_resuming
@@ -129,16 +132,21 @@ def print_report(
 
 
 def _print_folder(console: Any, trainer: Trainer, folder: Path, command: str, can_test: bool, note: str) -> None:
-    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
-    done = printable(f"\n{command} finished: {folder}{note}\n  {files}", keep="\n")
-    console.print(done, soft_wrap=True, highlight=False, markup=False)
+    names = {re.sub(r"^events\.out\.tfevents\..+", "events.out.*", path.name) for path in folder.iterdir()}
+    files = ", ".join(sorted(name for name in names if not name.startswith(".")))
+    for line in printable(f"\n{command} finished: {folder}{note}\n  {files}", keep="\n").split("\n"):
+        print(wrapped(line, sys.stdout))
     checkpoints = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     if (best := next(filter(Path.is_file, checkpoints), None)) is not None:
-        console.print(f"Checkpoint:   {best.stat().st_size / 1e6:.1f} MB", highlight=False)
+        print(f"Checkpoint:   {best.stat().st_size / 1e6:.1f} MB")
         again = [*program(), "test" if can_test else "validate", "--config", f"{folder}/config.yaml"]
-        scoring = shlex.join([*again, "--ckpt_path", str(best)])
-        console.print(f"Evaluate:     {printable(scoring)}", soft_wrap=True, highlight=False, markup=False)
+        _print_command("Evaluate:     ", shlex.join([*again, "--ckpt_path", str(best)]))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            board = shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
-            console.print(f"TensorBoard:  {printable(board)}", soft_wrap=True, markup=False)
+            _print_command("TensorBoard:  ", shlex.join(["tensorboard", "--logdir", str(logger.save_dir)]))
+
+
+def _print_command(title: str, command: str) -> None:
+    """Print a command, with backslashes at the ends of its lines if it is too long for the terminal."""
+    text = f"{title}{printable(command)}"
+    print(text if "'" in command else wrapped(text, sys.stdout, end=" \\"))  # a quoted blank must not be broken

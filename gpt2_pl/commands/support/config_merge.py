@@ -52,6 +52,9 @@ def _parse_value(key: str, text: str) -> Any:
     return text if "#" in text and isinstance(value, str | None) else value
 
 
+SHORT_FORMS = ("task", "strategy", "lr")
+"""Flags that stand for others: ``--task X`` for ``--config task/X``, ``--lr X`` for the optimizer's learning rate."""
+_LEARNING_RATE = "model.optimizer.init_args.lr"
 _WITHOUT_VALUE = ("help", "print_config", "print_shtab")  # flags that may have no value
 
 
@@ -93,17 +96,22 @@ class CommandLine:
         key = flag.removeprefix("--")
         if text is None and key.rpartition(".")[2] not in _WITHOUT_VALUE:
             raise InputError(f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", key=key)
+        if flag == "--lr":
+            flag, key = f"--{_LEARNING_RATE}", _LEARNING_RATE
         if flag == "--plugin":
             self.plugins.append(str(text))
         elif flag == "--config":
             self._add_config(str(text))
+        elif key in SHORT_FORMS:
+            name = str(text)
+            self._add_config(name if "/" in name or name.endswith(".yaml") else f"{key}/{name}", key)
         else:
             self.arguments.append(flag if text is None else f"{flag}={text}")
             value = None if text is None else _parse_value(key, text)
             self.sources.append(Source(key, dict(_flatten(value, key))))
 
-    def _add_config(self, name: str) -> None:
-        file = config_path(name)
+    def _add_config(self, name: str, key: str = "config") -> None:
+        file = config_path(name, key)
         self.arguments.append(f"--config={file}")
         content = read_yaml(file)
         check_shape(name, content)

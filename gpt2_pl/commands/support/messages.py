@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gpt2_pl.commands.support.config_merge import CommandLine
+from gpt2_pl.commands.support.config_merge import SHORT_FORMS, CommandLine
 from gpt2_pl.errors import InputError, did_you_mean
 from gpt2_pl.tasks.checkpoint import arguments
 
@@ -74,8 +74,11 @@ def _explain_option(message: str, line: CommandLine, parser: ArgumentParser) -> 
     pattern = r"unrecognized arguments: (?:.* )?--([^\s=]+)|.* does not accept option '(.+?)'"
     if match := re.match(pattern, message):
         key = match[1] or match[2]
-        kind = f"option --{key}" if match[1] else f"key {key}"
-        message = f"unknown {kind}{did_you_mean(key, names)}"
+        if match[1]:
+            options = [f"--{name}" for name in names.union(SHORT_FORMS)]
+            message = f"unknown option --{key}{did_you_mean(f'--{key}', options)}"
+        else:
+            message = f"unknown key {key}{did_you_mean(key, names)}"
         return InputError(message, key=key, source=_file_of_key(line, key, ""))
     if "are required" in message and "Parser key" not in message:
         return InputError(f"{' '.join(message.split())}; {_TASK_FIRST}", key="config")

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from gpt2_pl.errors import InputError, did_you_mean, require
 from gpt2_pl.filesystem import require_absent
@@ -17,16 +17,30 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         **kwargs: arguments of ``argparse.ArgumentParser``.
+
+    Attributes:
+        options: names of the options of the command that was parsed last, with dashes.
     """
+
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        """Add an argument whose help ends with its default, if there is one."""
-        if kwargs.get("default") not in (None, argparse.SUPPRESS):
-            kwargs["help"] += " (default: %(default)s)"
+        """Add an argument whose help ends with its default, or with ``(required)``."""
+        default, text = kwargs.get("default"), kwargs.get("help", "")
+        if default is not None and default is not argparse.SUPPRESS:
+            kwargs["help"] = f"{text} (default: %(default)s)"
+        elif names[0].startswith("--") and "(default" not in text:
+            absent = "no" if kwargs.get("action") == "store_true" else "none"
+            kwargs["help"] = f"{text} (required)" if kwargs.get("required") else f"{text} (default: {absent})"
         return super().add_argument(*names, **kwargs)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse arguments, and keep the names of the options for :func:`with_dashes`."""
+        CommandParser.options = frozenset(self._option_string_actions)
+        return super().parse_known_args(*args, **kwargs)
 
     def add_run(self, text: str = "folder of the run") -> None:
         """Add the run whose model is used, with its description, and the modules that its checkpoint needs."""
@@ -57,6 +71,13 @@ class CommandParser(argparse.ArgumentParser):
         elif match := re.match(r"argument (\S+): (?:invalid choice: '(.+?)' \(choose from (.+)\))?", message):
             near, key = did_you_mean(match[2] or "", re.findall(r"[\w.-]+", match[3] or "")), match[1]
         raise InputError(f"{message}{near} ({self.prog} --help lists all options)", key=key.removeprefix("--"))
+
+
+def with_dashes(error: InputError) -> str:
+    """Return the message of an error; the name of an option at its start is preceded by dashes."""
+    text = str(error)
+    is_option = f"--{error.key}" in CommandParser.options and re.match(rf"{re.escape(error.key)}\b", text)
+    return f"--{text}" if is_option else text
 
 
 def check_batches(options: argparse.Namespace, extensions: Collection[str]) -> None:

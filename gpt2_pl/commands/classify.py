@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2_pl.commands.support.display import show
 from gpt2_pl.commands.support.output import DELIMITERS, STANDARD_OUTPUT, row_writer
 from gpt2_pl.commands.support.parser import CommandParser, check_batches
+from gpt2_pl.commands.support.terminal import track
 from gpt2_pl.errors import InputError, printable, require
 
 if TYPE_CHECKING:
@@ -145,11 +146,10 @@ def _open_source(
 
 
 def _chunks(rows: Iterator[InputRow], n_rows: int, size: int, out: Path | None) -> Iterator[list[InputRow]]:
-    """Yield rows in lists of ``size``, with a progress bar if standard output is a terminal that shows no rows."""
-    from rich.progress import track
-
-    is_hidden = out in (None, STANDARD_OUTPUT) or not sys.stdout.isatty()
-    for _ in track(range(0, n_rows, size), "Classifying", transient=True, disable=is_hidden):
+    """Yield rows in lists of ``size``, with a progress bar unless the rows are shown on the terminal."""
+    is_shown = out in (None, STANDARD_OUTPUT) and sys.stdout.isatty()
+    starts = range(0, n_rows, size)
+    for _ in starts if is_shown else track(starts, "Classifying", len(starts)):
         yield list(islice(rows, size))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.support.output import STANDARD_OUTPUT, json_line, open_output
 from gpt2_pl.commands.support.parser import CommandParser, check_batches, require_extension
+from gpt2_pl.commands.support.terminal import track
 from gpt2_pl.errors import InputError, printable, require
 from gpt2_pl.filesystem import read_text, require_file
 
@@ -33,8 +34,6 @@ def main(args: list[str]) -> None:
     """
     options = _parse_arguments(args)
 
-    from rich.progress import track
-
     from gpt2_pl.commands.support.trained_model import load_predictor
     from gpt2_pl.inference.loading import require_protocol
     from gpt2_pl.tasks.protocols import TextGenerator
@@ -56,7 +55,7 @@ def main(args: list[str]) -> None:
         line_length_bias=False if options.no_line_length_bias else None,
         as_is=options.as_is,
         where=where,
-        track=lambda batches: track(batches, "Generating", transient=True, disable=is_shown),
+        track=lambda batches: track(batches, "Generating", len(batches)),
         **settings,
     )
     _write(options, prompts, texts, numbers)

@@ -52,7 +52,7 @@ def _nearest(name: str, plain: str, included: Iterable[str]) -> str | None:
         beside = [str(file) for file in path.expanduser().parent.glob("*.yaml")] if not path.is_dir() else []
     except (OSError, RuntimeError, ValueError):
         return None
-    leaves = {known.rpartition("/")[2]: known for known in included}
+    leaves = {known.rpartition("/")[2]: known for known in included if not known.startswith("course/")}
     for typed, known in ((name, {file: file for file in beside}), (plain, {n: n for n in included}), (plain, leaves)):
         if close := get_close_matches(typed, known, 1, cutoff=0.75):
             return known[close[0]]

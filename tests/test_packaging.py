@@ -76,7 +76,7 @@ def test_wheel_contains_one_package_with_all_sources_and_configurations(wheel):
     assert found == {*expected, (wheel / "gpt2_pl" / "py.typed").relative_to(wheel / "gpt2_pl")}
 
 
-@pytest.fixture(params=["checkout", "wheel"])
+@pytest.fixture(params=[pytest.param("checkout", marks=pytest.mark.slow), "wheel"])
 def library(request):
     return ROOT if request.param == "checkout" else request.getfixturevalue("wheel")
 

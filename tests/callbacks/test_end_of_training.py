@@ -86,7 +86,13 @@ def wholes():
     return {}
 
 
-@pytest.mark.parametrize(("end", "settings"), CONTINUED.values(), ids=CONTINUED)
+QUICK = ("accumulated", "before a validation", "stopped, several rates")
+ENDED = [
+    pytest.param(*case, marks=[] if name in QUICK else pytest.mark.slow, id=name) for name, case in CONTINUED.items()
+]
+
+
+@pytest.mark.parametrize(("end", "settings"), ENDED)
 def test_fit_ended_within_epoch_resumes_bitwise(end, settings, run, wholes):
     if str(settings) not in wholes:
         whole = run(*TINY, *settings, "--name=whole")

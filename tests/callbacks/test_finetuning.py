@@ -198,6 +198,7 @@ def test_finetuning_callbacks_duplicate_or_frozen_blocks_are_refused(make, toy_b
             )
 
 
+@pytest.mark.slow
 def test_gradual_unfreezing_compiled_blocks_graph_count_is_bounded(monkeypatch):
     """Compile block by block: a block is frozen, the lowest trainable one, or above it: three graphs for any number of
     stages, and three more for the last block, which reads one position."""

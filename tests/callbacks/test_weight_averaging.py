@@ -38,7 +38,11 @@ def equal_weights(one, two):
 
 
 @pytest.mark.parametrize(
-    ("averaging", "stopped"), [(EMA, "--trainer.max_steps=9"), (EVERY_THIRD, STOP)], ids=["ema", "every third step"]
+    ("averaging", "stopped"),
+    [
+        pytest.param(EMA, "--trainer.max_steps=9", marks=pytest.mark.slow, id="ema"),
+        pytest.param(EVERY_THIRD, STOP, id="every third step"),
+    ],
 )
 def test_weight_averaging_resumed_ends_as_if_not_stopped(averaging, stopped, run):
     expected = state(run(*TINY, averaging))
@@ -84,7 +88,7 @@ def test_ema_with_frozen_base_averages_only_trained_weights(base, tmp_path):
             assert torch.equal(parameter, record.steps[0][name])
 
 
-@pytest.mark.parametrize("strategy", ["lora", "prompt_tuning"])
+@pytest.mark.parametrize("strategy", ["lora", pytest.param("prompt_tuning", marks=pytest.mark.slow)])
 def test_ema_with_frozen_base_resumes_bitwise_and_scores_equal(strategy, run, base, data_flags):
     settings = [
         "fit", "--config", CONFIGS / "task/imdb.yaml", "--config", CONFIGS / f"strategy/{strategy}.yaml",

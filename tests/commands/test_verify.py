@@ -117,6 +117,7 @@ def test_verify_invalid_steps_or_record_is_refused(copied, capsys, run):
     assert "no weight_digests.json" in refused(run, capsys, "verify", copied)
 
 
+@pytest.mark.slow
 def test_verify_two_processes_is_bitwise_equal(tmp_path, base, data_flags):
     flags = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=3"]
     task = [f"--config={CONFIGS}/task/imdb.yaml", f"--model.base={base}", "--early_stopping_patience=null"]

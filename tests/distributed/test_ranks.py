@@ -117,22 +117,19 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
     "cases",
     [
         [("imdb/stages", "ddp", 2), ("sst5_regression/lora", "ddp", 2)],
-        [("imdb/stages+lora", "fsdp", 2)],
-        [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("quora/prefix_tuning+lora_embedding", "fsdp", 2)],
-        [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
-        [("data_to_text/prefix_tuning+lora", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
-        [("sonnets/dpo+prefix_tuning", "ddp", 2), ("sonnets/dpo", "fsdp", 2)],
-        [("imdb/bitfit+ia3+adapter_houlsby", "ddp", 2)],
+        [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("imdb/stages+lora", "fsdp", 2)],
+        [("sonnets/dpo+prefix_tuning", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
+        pytest.param(
+            [("quora/prefix_tuning+lora_embedding", "fsdp", 2), ("imdb/bitfit+ia3+adapter_houlsby", "ddp", 2)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [("sonnets/unlikelihood+sequences", "ddp", 2), ("sonnets/unlikelihood+sequences", "fsdp", 2)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([("sonnets/dpo", "fsdp", 2)], marks=pytest.mark.slow),
     ],
-    ids=[
-        "unfreezing and regression",
-        "unfreezing of LoRA",
-        "prefix and embedding",
-        "poems",
-        "data-to-text",
-        "pairs",
-        "scales and biases",
-    ],
+    ids=["regression", "four processes", "pairs", "scales and biases", "poems", "sharded pairs"],
 )
 def test_fit_several_processes_equal_one(cases, differences):
     assert differences(cases) == {}

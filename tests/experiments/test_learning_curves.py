@@ -147,7 +147,7 @@ def test_cross_interval_ends_where_the_contrast_includes_zero():
 
 def test_cross_sets_cover_the_true_point_in_95_of_100_worlds():
     generator = np.random.default_rng(7)
-    true, worlds, covered, found = math.exp(0.1 / 0.065 * math.log(4)), 300, 0, 0
+    true, worlds, covered, found = math.exp(0.1 / 0.065 * math.log(4)), 150, 0, 0
     for _ in range(worlds):
         arms = {name: [arm(generator, shares(size)[name], 0.01, 60) for size in SIZES] for name in ("full", "lora")}
         points = cross(SIZES, arms["full"], arms["lora"]).points

@@ -288,6 +288,11 @@ class TrainingLoader:
         """The loader itself, because Lightning calls ``set_epoch`` on a loader's sampler."""
         return self
 
+    @property
+    def dataset(self) -> TokenDataset:
+        """The rows, whose number Lightning's BatchSizeFinder reads."""
+        return self.rows
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
         self.epoch = epoch if self.reshuffles else 0

@@ -59,6 +59,7 @@ from gpt2_pl.commands.support.run_dir import RunTensorBoardLogger, SaveRunConfig
 from gpt2_pl.commands.support.settings import check_logging, complete_settings, restore_counts
 from gpt2_pl.commands.support.terminal import wrapped
 from gpt2_pl.commands.support.training_checks import (
+    FINDERS,
     check_optimizer,
     check_processes,
     check_training,
@@ -231,7 +232,7 @@ class GPT2CLI(LightningCLI):
                 callback.check(used, self.model)
         check_processes(self.trainer)
         if self.subcommand == "fit":
-            check_training(self.trainer, self.model)
+            check_training(self.trainer, self.model, resumes=self.checkpoint is not None)
         if self.checkpoint is None and self.subcommand != "fit":
             self._warn_if_untrained()
         stated, actual = self.line.last("model.num_classes"), getattr(self.datamodule, "num_classes", None)
@@ -361,6 +362,7 @@ class GPT2CLI(LightningCLI):
         trainer, tested = self.trainer, self.tested
         if trainer.interrupted:
             return
+        callbacks_of(trainer)[:] = [one for one in callbacks_of(trainer) if not isinstance(one, FINDERS)]
         if trainer.max_epochs == 0:
             score_untrained(trainer, self.model, self.datamodule, self.can_test)
             self._report("\n  trainer.max_epochs is 0: the model has not been trained")

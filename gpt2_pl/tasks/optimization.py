@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -20,6 +21,7 @@ from gpt2_pl.optim import NamedParameters, Schedule, parameter_groups
 from gpt2_pl.surgery import Adapter
 from gpt2_pl.tasks.accumulation import StepMean, accumulation_scheduler, scheduled_steps
 from gpt2_pl.tasks.checkpointed import CheckpointedModule
+from gpt2_pl.utils.trainer import find_callbacks
 
 Closure = Callable[[], Any] | None
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -57,6 +59,20 @@ class OptimizedModule(CheckpointedModule):
     make_optimizer: OptimizerCallable
     schedule: Schedule
     trained_names: frozenset[str]
+    _found_rate: float | None = None  # of a LearningRateFinder
+    _total_steps: int = 1
+
+    @property
+    def lr(self) -> float | None:
+        """Base learning rate that Lightning's LearningRateFinder has set; None before.
+
+        Parameter groups keep the ratios of their rates to it, such as those of LoRA+ and DiscriminativeLR.
+        """
+        return self._found_rate
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self._found_rate = rate
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,8 +121,8 @@ class OptimizedModule(CheckpointedModule):
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}", key="model.optimizer") from None
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
-        total = self._n_steps()
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        self._total_steps = self._n_steps()
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _n_steps(self) -> int:
@@ -143,10 +159,32 @@ class OptimizedModule(CheckpointedModule):
             message = f"trainer.max_epochs or trainer.max_steps must be a number above 0, {reason}"
             raise InputError(message, key="trainer.max_epochs")
 
+    def _use_found_values(self) -> bool:
+        """Use the rate of a LearningRateFinder, and count the steps with the batches of a BatchSizeFinder.
+
+        Returns:
+            Whether the trainer has one of these callbacks.
+        """
+        finders = find_callbacks(self.trainer, LearningRateFinder)
+        if finders and self.lr is not None:
+            for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+                factor = self.lr / scheduler.optimizer.defaults["lr"]
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                    group["initial_lr"] = rate
+        if find_callbacks(self.trainer, BatchSizeFinder):
+            self._total_steps = self._n_steps()
+            return True
+        return bool(finders)
+
     def _set_resumed_rates(self) -> None:
-        """Compute the learning rates of a resumed run, because the stored ones belong to the former length."""
+        """Compute the learning rates of a resumed run, because the stored ones belong to the former length.
+
+        Those of a run whose rate or batch size was found before its start are computed as well.
+        """
+        changed = self._use_found_values() or self.trainer.ckpt_path is not None
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            if isinstance(scheduler, LambdaLR) and self.trainer.ckpt_path is not None:
+            if isinstance(scheduler, LambdaLR) and changed:
                 rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
                 scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -27,8 +27,6 @@ UNUSABLE = [  # settings, and parts of the line
     (["--trainer.max_steps=0"], ["trainer.max_steps", "0"]),
     (["--trainer.limit_train_batches=0"], ["trainer.limit_train_batches", "0"]),
     ([callback("BackboneFinetuning")], ["gpt2_pl.callbacks.GradualUnfreezing"]),
-    ([callback("LearningRateFinder")], ["LearningRateFinder", "attribute"]),
-    ([callback("BatchSizeFinder")], ["BatchSizeFinder", "batch size"]),
     ([callback("ModelPruning", pruning_fn="l1_unstructured", amount=0.1)], ["ModelPruning", "weights"]),
     ([callback("ModelCheckpoint", filename="best")], ["checkpoints/best.ckpt"]),
     ([callback("ModelCheckpoint", save_last="link")], ["checkpoints/last.ckpt"]),

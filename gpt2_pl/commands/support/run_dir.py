@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from gpt2_pl.callbacks import RunSummary
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
 from gpt2_pl.commands.support.process import interrupts
+from gpt2_pl.commands.support.training_checks import FINDERS
+from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import atomic_write
+from gpt2_pl.utils.trainer import find_callbacks
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
@@ -63,6 +69,10 @@ class SaveRunConfig(SaveConfigCallback):
         self.config.version = None  # it belongs to this call, not to the settings of the run
         if trainer.state.fn == "fit":
             self.config.ckpt_path = None
+            if any(find_callbacks(trainer, finder) for finder in FINDERS):
+                _set_found_values(self.config, trainer, pl_module)
+                for summary in find_callbacks(trainer, RunSummary):
+                    summary.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=True))
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,3 +98,23 @@ class SaveRunConfig(SaveConfigCallback):
         if folder is not None and tokenizer is not None:
             with atomic_write(folder / "tokenizer.json") as file:
                 file.write(tokenizer.to_str())
+
+
+def _set_found_values(config: Any, trainer: Trainer, module: LightningModule) -> None:
+    """Replace finders of Lightning in a configuration by the values that they found, so that it repeats the run.
+
+    Raises:
+        InputError: the configuration has no optimizer whose learning rate could be set.
+    """
+    for finder in find_callbacks(trainer, BatchSizeFinder):
+        name = finder._batch_arg_name
+        config.data.init_args[name] = getattr(trainer.datamodule, name)
+    if find_callbacks(trainer, LearningRateFinder) and (rate := getattr(module, "lr", None)) is not None:
+        optimizer = config.model.init_args.get("optimizer")
+        if not hasattr(optimizer, "init_args"):
+            raise InputError("LearningRateFinder requires model.optimizer, whose rate it sets", key="model.optimizer")
+        optimizer.init_args.lr = rate
+    names = {finder.__name__ for finder in FINDERS}
+    config.trainer.callbacks = [
+        one for one in config.trainer.callbacks if one.class_path.rpartition(".")[2] not in names
+    ]

@@ -17,13 +17,12 @@ from gpt2_pl.tasks import Task
 from gpt2_pl.tasks.base import OptimizerCallable
 from gpt2_pl.utils.trainer import callbacks_of
 
+FINDERS = (callbacks.LearningRateFinder, callbacks.BatchSizeFinder)
 _UNSUPPORTED: dict[type[callbacks.Callback], str] = {
     callbacks.BaseFinetuning: (
         "adds parameters to the optimizer during training, which a checkpoint cannot resume; use "
         "gpt2_pl.callbacks.GradualUnfreezing"
     ),
-    callbacks.LearningRateFinder: "sets an attribute that tasks do not have; give --model.optimizer.init_args.lr",
-    callbacks.BatchSizeFinder: "changes the batch size after the schedule is computed; give --data.batch_size",
     callbacks.ModelPruning: "replaces weights by masked ones, which checkpoints of this library do not store",
 }
 
@@ -48,7 +47,7 @@ def needs_training(model: Any) -> bool:
     return is_random and all(type(surgery).load_head is Surgery.load_head for surgery in model.surgery)
 
 
-def check_training(trainer: Trainer, model: Task) -> None:
+def check_training(trainer: Trainer, model: Task, resumes: bool = False) -> None:
     """Check that a trainer has something to train and that its settings and callbacks support tasks.
 
     With ``trainer.max_epochs: 0``, a task that needs no training is only evaluated.
@@ -56,6 +55,7 @@ def check_training(trainer: Trainer, model: Task) -> None:
     Args:
         trainer: the trainer before its start.
         model: the task.
+        resumes: whether a checkpoint is resumed.
 
     Raises:
         InputError: they do not; the message names the setting.
@@ -69,6 +69,10 @@ def check_training(trainer: Trainer, model: Task) -> None:
     endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and has_timer)
     model.check_schedule(endless and trainer.max_steps == -1)
     for callback in used:
+        if resumes and isinstance(callback, FINDERS):
+            advice = "resume a run with the config.yaml of its folder, which has the value that was found"
+            message = f"trainer.callbacks: {type(callback).__name__} searches at the start of training; {advice}"
+            raise InputError(message, key="trainer.callbacks")
         if reason := _unsuitable(callback, trainer):
             raise InputError(f"trainer.callbacks: {type(callback).__name__} {reason}", key="trainer.callbacks")
 

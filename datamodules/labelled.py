@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Cached columns in addition to the template fields; their names contain blanks, so that they never equal a field.
 _NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label", "reason to skip"
 _CACHE_FORMAT = 8  # part of every cache key; increment it when the cached contents change
+_KEPT = "kept {}"  # a column that is copied to the file of predictions
+_WRITTEN = ("row", "text", "label", "prediction")  # other columns of the file of predictions
 _BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # limits of the rows that are encoded together
 
 
@@ -48,6 +50,7 @@ class LabelledText(TextData):
         normalize: steps that change a text before it is inserted into the template: ``lowercase``, and
             ``space_punctuation``, which puts a space before every ``.``, ``?``, ``,`` and ``'``, and replaces runs of
             white space by one space. Checkpoints store them, so that ``classify`` changes new texts in the same way.
+        keep: columns of ``predict_file`` that are copied to the file of predictions, such as ``[id]``.
         tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
         max_length: maximum number of tokens in a row; defaults to the context length of the model. Longer texts are
             truncated; the rest of the template is not.
@@ -90,6 +93,7 @@ class LabelledText(TextData):
         quoting: bool | None = None,
         on_invalid_row: Literal["error", "skip"] = "error",
         normalize: list[Step] | None = None,
+        keep: list[str] | None = None,
     ) -> None:
         if isinstance(train_file, list) and not train_file:
             raise InputError(key="data.train_file", value=train_file, expected="a file or a list of files")
@@ -101,6 +105,10 @@ class LabelledText(TextData):
         self.template = Template(template, normalize or ())
         self.hub_config, self.quoting = hub_config, quoting
         self.skip_bad = on_invalid_row == "skip"
+        self.keep = list(keep or ())
+        if len({*self.keep, *_WRITTEN}) < len(self.keep) + len(_WRITTEN):
+            expected = f"different columns, and none of {', '.join(_WRITTEN)}"
+            raise InputError(key="data.keep", value=self.keep, expected=expected)
         self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
         self.skipped: dict[str, int] = {}  # number of invalid rows in each source
 
@@ -208,16 +216,18 @@ class LabelledText(TextData):
         """
         fields = {field: self.column(name, source.columns) for field, name in permutation.items()}
         label_column = self.column(self.label_column, source.columns) if labeled else None
-        columns = [column for column in dict.fromkeys([*fields.values(), label_column]) if column is not None]
-        require_columns(source, columns)
+        kept = [] if labeled else self.keep
+        columns = [column for column in dict.fromkeys([*fields.values(), label_column, *kept]) if column is not None]
+        require_columns(source, columns, keys="data.columns, data.label_column and data.keep")
         if len(set(fields.values())) < len(fields):
             raise InputError(key="data.columns", value=fields, expected="a different column to each template field")
         labels, max_length = self._label_values if labeled else None, self._max_length()
         tokenizer = self.tokenizer.to_str()
         key = [_CACHE_FORMAT, __version__, tokenizers.__version__, source.fingerprint, self.template.text, fields]
         key += [label_column, labels, max_length, tokenizer, self.skip_bad, self.template.normalizer.steps]
-        schema, read = _schema(fields, self.LABEL_TYPE), source.read(columns, self.skip_bad)
-        examples = (self._parse_row(source, number, row, fields, label_column) for number, row in read)
+        key += [kept]
+        schema, read = _schema(fields, self.LABEL_TYPE, kept), source.read(columns, self.skip_bad)
+        examples = (self._parse_row(source, number, row, fields, label_column, kept) for number, row in read)
         rows = cached("rows", key, schema, lambda: self._encode_batches(source.name, examples, schema))
         encoded, valid = _token_rows(rows), np.flatnonzero(rows.data.column(_REASON).is_null())
         if len(valid) < len(rows):
@@ -225,7 +235,7 @@ class LabelledText(TextData):
             encoded, rows = encoded.select(valid), rows.select(valid)
         if not labeled:
             encoded.labels = None
-        return encoded, rows.select_columns([*fields, _NUMBER])
+        return encoded, rows.select_columns([*fields, *map(_KEPT.format, kept), _NUMBER])
 
     def _encode_batches(self, source: str, examples: Iterable[Row], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Add the token ids to rows of :meth:`_parse_row`; skipped rows have a reason in place of texts and tokens."""
@@ -247,9 +257,15 @@ class LabelledText(TextData):
         return sum(len(example.get(field, "")) for field in self.template.fields)
 
     def _parse_row(
-        self, source: RowSource, number: int, row: Row | str, fields: dict[str, str], label_column: str | None
+        self,
+        source: RowSource,
+        number: int,
+        row: Row | str,
+        fields: dict[str, str],
+        label_column: str | None,
+        kept: Sequence[str],
     ) -> Row:
-        """Return the number, the texts by field and the label of a row, or the reason to skip it."""
+        """Return the number, the texts by field, the label and the kept values of a row, or the reason to skip it."""
         example: Row = {_NUMBER: number, _LABEL: self.NO_LABEL}
         if isinstance(row, str):
             return {**example, _REASON: row}
@@ -261,7 +277,8 @@ class LabelledText(TextData):
             if not self.skip_bad:
                 raise
             return {**example, _REASON: str(error).removeprefix(printable(f"{source.name}, "))}
-        return {**example, **texts}
+        values = {_KEPT.format(column): "" if row[column] is None else str(row[column]) for column in kept}
+        return {**example, **texts, **values}
 
     def _warn_skipped(self, source: RowSource, reasons: list[str], total: int) -> None:
         """Warn once per source about skipped rows.
@@ -280,6 +297,14 @@ class LabelledText(TextData):
         self.skipped[source.name] = len(reasons)
         if len(reasons) == total:
             raise source.error(" has no valid rows")
+
+    def kept_columns(self, split: str) -> list[str]:
+        """Return the columns that are copied to the file of predictions of a split."""
+        return self.keep if split == "predict" else []
+
+    def kept_values(self, split: str, row: int) -> list[str]:
+        """Return the values of a row in the columns that are copied."""
+        return [self.rows[split][row][_KEPT.format(column)] for column in self.kept_columns(split)]
 
     def row_number(self, split: str, row: int) -> int:
         """Return the number of a row in its file, from 1."""
@@ -313,10 +338,10 @@ class LabelledText(TextData):
         return {**super().description(), "hub_id": self.hub_id, **self.prompt_spec(), "skipped": self.skipped}
 
 
-def _schema(fields: Iterable[str], label_type: str) -> pa.Schema:
+def _schema(fields: Iterable[str], label_type: str, kept: Iterable[str]) -> pa.Schema:
     import pyarrow as pa
 
-    texts = [(field, pa.large_string()) for field in fields]
+    texts = [(field, pa.large_string()) for field in (*fields, *map(_KEPT.format, kept))]
     tokens = (_TOKENS, pa.large_list(pa.int32()))
     return pa.schema(
         [(_NUMBER, pa.int64()), *texts, tokens, (_LABEL, pa.type_for_alias(label_type)), (_REASON, pa.large_string())]

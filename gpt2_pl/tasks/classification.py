@@ -190,5 +190,5 @@ class Classifier(PooledTask):
                 probabilities = (f"{p:.6f}" for p in probability)
                 yield [*source, *([names[label]] if has_labels else []), names[prediction], *probabilities]
 
-        header = ["row", "text", *(["label"] if has_labels else []), "prediction", *(f"p({name})" for name in names)]
-        return RowTable("predictions", header, rows())
+        header = [*self._source_columns(split), *(["label"] if has_labels else []), "prediction"]
+        return RowTable("predictions", [*header, *(f"p({name})" for name in names)], rows())

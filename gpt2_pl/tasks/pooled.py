@@ -14,7 +14,7 @@ from gpt2_pl.heads import ClassificationHead, Pooling, last_token_index, pool
 from gpt2_pl.metrics import RowOutputs, SplitMetrics
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
-from gpt2_pl.tasks.protocols import ReadableData, RowData
+from gpt2_pl.tasks.protocols import KeepingData, ReadableData, RowData
 
 Batch = dict[str, Any]
 
@@ -166,8 +166,15 @@ class PooledTask(Task):
         """Free the features."""
         self.features = {}
 
+    def _source_columns(self, split: str) -> list[str]:
+        """Return the names of the cells of :meth:`_source_cells`."""
+        kept = self.datamodule.kept_columns(split) if isinstance(self.datamodule, KeepingData) else ()
+        return ["row", *kept, "text"]
+
     def _source_cells(self, split: str, row: int) -> list[object]:
-        """Return the number of a row in its file and its text; without a file, its number and no text."""
-        if not isinstance(self.datamodule, RowData):
-            return [row + 1, ""]
-        return [self.datamodule.row_number(split, row), self.datamodule.text(split, row)]
+        """Return the number of a row in its file, its kept values and its text; without a file, number and no text."""
+        data = self.datamodule
+        kept = data.kept_values(split, row) if isinstance(data, KeepingData) else ()
+        if not isinstance(data, RowData):
+            return [row + 1, *kept, ""]
+        return [data.row_number(split, row), *kept, data.text(split, row)]

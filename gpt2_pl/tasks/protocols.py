@@ -67,6 +67,19 @@ class RowData(Protocol):
 
 
 @runtime_checkable
+class KeepingData(Protocol):
+    """Data with columns that are copied to the file of predictions."""
+
+    def kept_columns(self, split: str) -> Sequence[str]:
+        """Return the names of the columns."""
+        ...
+
+    def kept_values(self, split: str, row: int) -> Sequence[object]:
+        """Return the values of a row in these columns."""
+        ...
+
+
+@runtime_checkable
 class ClusteredData(Protocol):
     """Data that know which rows belong together, such as contexts that are cut from one text.
 

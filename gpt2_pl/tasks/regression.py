@@ -93,7 +93,7 @@ class TextRegressor(PooledTask):
                 yield [*self._source_cells(split, row), *(f"{number:.7g}" for number in numbers)]
 
         outcome_names = ["label", "prediction", "loss", "mae"] if has_labels else ["prediction"]
-        return RowTable("predictions", ["row", "text", *outcome_names], rows())
+        return RowTable("predictions", [*self._source_columns(split), *outcome_names], rows())
 
 
 def _make_metrics() -> dict[str, Metric]:

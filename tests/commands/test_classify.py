@@ -59,9 +59,12 @@ def test_classify_any_file_format_equals_predict(trained, run, tmp_path, capsys)
     rows[3]["sentence1"] = 'with "quotes", commas and é'
     rows[5]["sentence2"] = "so long that it must be cut " * 9
     published = [{"question1": row["sentence1"], "question2": row["sentence2"]} for row in rows]
+    with_ids = [{**row, "id": f"{'x' if i else ''}{i}"} for i, row in enumerate(rows)]
     predicted = run("predict", "--config", trained / "config.yaml", "--ckpt_path", trained / "checkpoints/best.ckpt",
-                    f"--data.predict_file={write(tmp_path / 'plain.csv', rows)}")  # fmt: skip
+                    f"--data.predict_file={write(tmp_path / 'plain.csv', with_ids)}", "--data.keep=[id]")  # fmt: skip
     expected = table(predicted / "predictions_predict.csv")
+    assert list(expected[0])[:3] == ["row", "id", "text"]
+    assert [row["id"] for row in expected] == [row["id"] for row in with_ids]
     for ending, out in ((".csv", "o.csv"), (".tsv", "o.jsonl"), (".jsonl", "o.tsv"), (".parquet", "sub/o.csv")):
         capsys.readouterr()
         main(["classify", str(trained), f"--input={write(tmp_path / f'new{ending}', published)}",

@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt2_pl.errors import shorten
+from gpt2_pl.filesystem import atomic_write
+
+# TensorBoard opens on the first two groups of tags in the order of their characters, and the HPARAMS page has columns
+# for the first five tags.
+_EPOCH_GROUP, _FINAL_GROUP = "Epoch", "Final"
 
 
 def log_settings(trainer: Trainer, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
@@ -23,27 +29,48 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any], scores: Mapping[
     values = {key: value for key, value in flatten_dict(settings) if value is not None}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            _write_hparams(Path(logger.log_dir) / "final", values, scores, trainer.global_step)
+            _write_hparams(logger, values, scores, trainer.global_step)
         elif not scores:
             logger.log_hyperparams(values)
 
 
-def _write_hparams(folder: Path, settings: dict[str, Any], scores: Mapping[str, float], step: int) -> None:
-    """Write a row of TensorBoard's HPARAMS page as a run of its own, which is finished if it has scores.
+def _write_hparams(logger: TensorBoardLogger, settings: dict[str, Any], scores: Mapping[str, float], step: int) -> None:
+    """Write hparams.yaml and a row of TensorBoard's HPARAMS page, which is finished if it has scores.
 
-    torch's ``add_hparams`` also writes the experiment's keys, and then the page shows the keys and scores of that run
-    alone.
+    torch's ``add_hparams`` would write a run of its own, and also the experiment's keys; the page would then show the
+    keys and scores of that run alone.
     """
-    from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
     _, start, end = hparams(settings, {})
-    with SummaryWriter(str(folder)) as writer:
-        writer._get_file_writer().add_summary(start)
-        for name, value in scores.items():
-            writer.add_scalar(f"hp/{name.replace('/', '_')}", value, step)
-        if scores:
-            writer._get_file_writer().add_summary(end)
+    writer = logger.experiment
+    writer._get_file_writer().add_summary(start)
+    with atomic_write(Path(logger.log_dir) / "hparams.yaml") as file:
+        yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
+    for name, value in scores.items():
+        writer.add_scalar(f"{_FINAL_GROUP}/{name.replace('/', '_')}", value, step)
+    if scores:
+        writer._get_file_writer().add_summary(end)
+    writer.flush()
+
+
+def log_epoch(trainer: Trainer, scores: Mapping[str, float], monitor: str) -> None:
+    """Log the losses and the monitored score of an epoch as TensorBoard's first charts.
+
+    Call this on the first process only.
+
+    Args:
+        trainer: the trainer.
+        scores: scores of the epoch, such as ``val/accuracy``.
+        monitor: name of the monitored score.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for name in dict.fromkeys(("train/loss", "val/loss", monitor)):
+                split, _, metric = name.partition("/")
+                if name in scores:
+                    tag = f"{_EPOCH_GROUP}/{metric}_{split}"
+                    logger.experiment.add_scalar(tag, scores[name], trainer.global_step)
 
 
 def flatten_dict(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

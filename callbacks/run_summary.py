@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gpt2_pl.callbacks.forgetting import Forgetting
-from gpt2_pl.callbacks.hyperparameters import log_settings
+from gpt2_pl.callbacks.hyperparameters import log_epoch, log_settings
 from gpt2_pl.callbacks.non_finite_loss import NonFiniteLossGuard
 from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.callbacks.throughput import Throughput
@@ -101,6 +101,8 @@ class RunSummary(Callback):
         self.epochs.append({"epoch": epoch, **scores, **self._val_metrics})
         self._val_metrics = {}
         self._log_layers(trainer, pl_module)
+        if trainer.is_global_zero:
+            log_epoch(trainer, self.epochs[-1], str(getattr(pl_module, "monitor", "val/loss")))
         self._write(trainer, pl_module, "running")
 
     def _log_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -269,23 +269,34 @@ def test_fit_two_tasks_hparams_page_shows_final_scores(run, tmp_path):
 
     small = ["--data.n_train=64", "--trainer.max_epochs=1"]
     one = run("fit", "--config", CONFIGS / "quickstart.yaml", *small)
-    two = run("fit", "--config", CONFIGS / "quickstart_pairs.yaml", *small, "--seed_everything=5")
+    two = run("fit", "--config", CONFIGS / "quickstart_pairs.yaml", *small, "--seed_everything=5", "--name=문장 쌍")
     events = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "lightning_logs"))
     events.Reload()
     board = Context(TBContext(data_provider=data_provider.MultiplexerDataProvider(events, str(tmp_path))))
     contents = board.hparams_metadata(RequestContext(), "")
     page = board.experiment_from_metadata(RequestContext(), "", True, contents, [])
     scores = {metric.name.tag for metric in page.metric_infos}
-    assert {"hp/test_accuracy", "hp/val_macro_f1", "hp/test_f1"} <= scores
-    assert not {"val/accuracy", "train/loss"} & scores
+    assert {"Final/test_accuracy", "Final/val_macro_f1", "Final/test_f1"} <= scores
+    first = [metric.name.tag for metric in page.metric_infos[:5]]  # those that the page shows
+    assert first[:3] == ["Epoch/accuracy_val", "Epoch/loss_train", "Epoch/loss_val"]
+    assert first[3:] == ["Final/test_accuracy", "Final/test_f1"]
     differing = {info.name for info in page.hparam_infos if info.differs}
     assert {"model", "data", "seed_everything"} <= differing
     assert len(contents) == 2
     for folder in (one, two):
-        final = EventAccumulator(str(folder / "final")).Reload()
+        assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "checkpoints"]
+        board = EventAccumulator(str(folder)).Reload()
         for name, value in metrics(folder)["scores"].items():
             if "/" in name:
-                assert final.Scalars(f"hp/{name.replace('/', '_')}")[-1].value == pytest.approx(value)
+                assert board.Scalars(f"Final/{name.replace('/', '_')}")[-1].value == pytest.approx(value)
+        assert board.Scalars("Epoch/loss_val")[-1].value == pytest.approx(metrics(folder)["epochs"][-1]["val/loss"])
+        assert "epoch" not in board.Tags()["scalars"]
+        settings = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+        assert settings["seed_everything"] == yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"]
+        assert settings["model"].startswith("gpt2_pl.tasks.")
+        assert all(isinstance(value, str | int | float) for value in settings.values())
+    assert settings["name"] == "문장 쌍"
+    assert "문장 쌍" in (two / "hparams.yaml").read_text(encoding="utf-8")
 
 
 def test_run_folder_simultaneous_runs_take_different_versions(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class RunTensorBoardLogger(TensorBoardLogger):
         """
         self.folder.take()
         return super().experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics without the number of the epoch, which has no chart of its own."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
 class SaveRunConfig(SaveConfigCallback):

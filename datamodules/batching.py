@@ -290,7 +290,13 @@ class TrainingLoader:
 
     @property
     def dataset(self) -> TokenDataset:
-        """The rows, whose number Lightning's BatchSizeFinder reads."""
+        """The rows, whose number Lightning's BatchSizeFinder reads; there is no such attribute with overfit_batches.
+
+        Raises:
+            AttributeError: the loader does not reshuffle; Lightning would replace the sampler of its rows.
+        """
+        if not self.reshuffles:
+            raise AttributeError("dataset")
         return self.rows
 
     def set_epoch(self, epoch: int) -> None:

@@ -8,11 +8,13 @@ import torch
 from conftest import WORDS
 from helpers.refusals import refusal
 from helpers.saved_runs import saved_run
+from helpers.trainers import trainer
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
 import gpt2_pl
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules import IMDB, QuoraPairs, Sonnets, SourceTargetPairs, TextCorpus, TextRegression
+from gpt2_pl.errors import InputError
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import (
     DataToText,
@@ -46,6 +48,13 @@ def reviews(base, files, tmp_path_factory):
                 normalize=["lowercase", "space_punctuation"])  # fmt: skip
     task = perturb(SentimentClassifier(base=str(base), num_classes=2, surgery=[LoRA(rank=2)]))
     return saved_run(tmp_path_factory.mktemp("reviews"), task, data)
+
+
+def test_checkpoint_of_normalized_texts_is_refused_for_data_without(reviews, base, files):
+    data = IMDB(val_file=str(files["val"]), tokenizer=str(base), max_length=40, template="Say: {sentence} So:")
+    task = SentimentClassifier(base=str(base), num_classes=2, surgery=[LoRA(rank=2)])
+    with pytest.raises(InputError, match=r"data\.normalize must be"):
+        trainer().validate(task, data, ckpt_path=str(reviews / "checkpoints/best.ckpt"), verbose=False)
 
 
 def probabilities(model, tokenizer, texts):
@@ -139,7 +148,7 @@ def test_generate_poems_completes_the_first_lines(base, poem_files, tmp_path):
     assert poem.endswith("\n")
     (plain,) = model.generate(["the first line"], temperature=0, as_is=True, max_new_tokens=5)
     assert plain.startswith("the first line")
-    with pytest.raises(gpt2_pl.errors.InputError, match="lacks"):
+    with pytest.raises(InputError, match="lacks"):
         model.predict(["a"])
 
 

@@ -53,8 +53,8 @@ def test_page_configurations_exist():
     assert {pair for pair in names if pair[1] not in known} == set()
 
 
-def test_readme_layout_names_existing_files_and_every_module_of_the_model():
-    tree = re.search(r"\n    cli\.py .*?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[0]
+def test_layout_names_existing_files_and_every_module_of_the_model():
+    tree = re.search(r"\n    cli\.py .*?\n\n", TEXTS[ROOT / "docs" / "architecture.md"], re.S)[0]
     folders, paths = [ROOT], set()
     for line in tree.strip("\n").splitlines():
         depth = (len(line) - len(line.lstrip())) // 2 - 2

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT
@@ -53,6 +54,11 @@ def imported(file):
 
 def test_import_layers_cover_every_part_of_the_library():
     assert {part for part, _ in sources()} == LEVEL.keys()
+
+
+def test_drawing_of_the_architecture_shows_the_layers():
+    drawing = ElementTree.parse(ROOT / "docs" / "architecture.svg").getroot()
+    assert [[text.text for text in row.findall("{*}text[@class='part']")] for row in drawing.findall("{*}g")] == LAYERS
 
 
 def test_import_within_library_is_from_a_lower_layer():

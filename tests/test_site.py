@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from helpers.configs import ROOT
 
+from gpt2_pl.commands import _COMMANDS, _TRAINER_COMMANDS
 from gpt2_pl.configs import packaged_configs
 
 pytestmark = pytest.mark.site
@@ -118,6 +119,12 @@ def test_site_key_tables_have_every_argument_of_public_classes(package, pages):
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         named = {one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
         assert named - found[public] == set() or getattr(cls, "_is_protocol", False), public
+
+
+def test_site_shows_the_help_of_every_command(pages):
+    commands = [name for name in _COMMANDS if name not in _TRAINER_COMMANDS]
+    text = pages[SITE / "reference" / "commands.html"].text
+    assert [name for name in commands if f"usage: gpt2-pl {name}" not in text] == []
 
 
 def read_keys():

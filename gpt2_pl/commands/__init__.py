@@ -210,6 +210,7 @@ def filter_messages() -> None:
         *("Tip: ", "TPU available", "Detected KeyboardInterrupt"),
         "You're using the WeightAveraging callback, but saving a checkpoint outside",
         "Found current_model_state in the checkpoint",
+        *("Restoring states from the checkpoint path at", "Loaded model weights from the checkpoint at"),
     )
     trainer_log.addFilter(lambda record: not any(text in record.getMessage() for text in ignored_records))
     import_module("lightning.pytorch")

@@ -113,7 +113,8 @@ def _set_found_values(config: Any, trainer: Trainer, module: LightningModule) ->
     """
     for finder in find_callbacks(trainer, BatchSizeFinder):
         name = finder._batch_arg_name
-        config.data.init_args[name] = getattr(trainer.datamodule, name)
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        config.data.init_args[name] = getattr(datamodule, name)
     if find_callbacks(trainer, LearningRateFinder) and (rate := getattr(module, "lr", None)) is not None:
         optimizer = config.model.init_args.get("optimizer")
         if not hasattr(optimizer, "init_args"):

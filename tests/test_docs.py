@@ -12,7 +12,10 @@ from gpt2_pl.configs import packaged_configs
 
 FILES = ("README.md", "SECURITY.md", "CONTRIBUTING.md")
 PAGES = [ROOT / name for name in FILES] + sorted((ROOT / "docs").rglob("*.md"))
-TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+NOTEBOOKS = {page: json.loads(page.read_text(encoding="utf-8")) for page in sorted((ROOT / "docs").rglob("*.ipynb"))}
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES} | {
+    page: "\n".join("".join(cell["source"]) for cell in notebook["cells"]) for page, notebook in NOTEBOOKS.items()
+}
 
 
 def arguments(package: str) -> set[str]:
@@ -80,6 +83,15 @@ def test_every_strategy_has_a_page_that_the_index_and_the_overview_link():
     assert set(re.findall(r"^\w+$", TEXTS[folder / "index.md"], re.M)) == names
     assert set(re.findall(r"\(strategies/(\w+)\.md\)", TEXTS[ROOT / "docs" / "strategies.md"])) == names
     assert [name for name in names if f"```{{strategy}} {name}\n" not in TEXTS[folder / f"{name}.md"]] == []
+
+
+def test_notebooks_are_listed_and_have_no_outputs():
+    """The build of the site executes them, so that it shows what the library of that day prints."""
+    listed = re.findall(r"^\w+$", TEXTS[ROOT / "docs" / "tutorials" / "index.md"], re.M)
+    assert sorted(listed) == [page.stem for page in NOTEBOOKS]
+    cells = [cell for notebook in NOTEBOOKS.values() for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 50
+    assert [cell["source"] for cell in cells if cell["outputs"] or cell["execution_count"]] == []
 
 
 def test_speed_tables_equal_the_recorded_measurements(monkeypatch):

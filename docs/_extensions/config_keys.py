@@ -14,10 +14,12 @@ import re
 
 import jsonargparse
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.util.docutils import SphinxDirective
 
 from gpt2_pl.commands import main
 
+HEADER = ("key", "type", "default", "meaning")
 HIDDEN = "==SUPPRESS=="
 
 
@@ -57,7 +59,7 @@ def yaml_value(value) -> str:
     return repr(value) if isinstance(value, str) and (not text.strip() or "\n" in text) else text
 
 
-def table(rows, header=("key", "type", "default", "meaning")) -> list[str]:
+def table(rows, header=HEADER) -> list[str]:
     """Return the lines of a table in reStructuredText."""
     lines = [".. list-table::", "   :header-rows: 1", "   :class: keys", ""]
     for row in [header, *rows]:
@@ -93,14 +95,17 @@ class ConfigKeys(SphinxDirective):
 
 
 class ClassKeys(SphinxDirective):
-    """Table of the arguments of one class."""
+    """Table of the arguments of one class, with the option ``brief`` without their descriptions."""
 
     required_arguments = 1
+    option_spec = {"brief": directives.flag}
 
     def run(self):
         """Return the table."""
         module, _, name = self.arguments[0].rpartition(".")
-        return self.parse_text_to_nodes("\n".join(table(arguments(getattr(importlib.import_module(module), name)))))
+        rows = arguments(getattr(importlib.import_module(module), name))
+        lines = table([row[:3] for row in rows], HEADER[:3]) if "brief" in self.options else table(rows)
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
 class SchemaKeys(SphinxDirective):
@@ -120,7 +125,7 @@ class SchemaKeys(SphinxDirective):
             )
             for key, field in fields.items()
         ]
-        return self.parse_text_to_nodes("\n".join(table(rows, ("key", "type", "default"))))
+        return self.parse_text_to_nodes("\n".join(table(rows, HEADER[:3])))
 
 
 class CommandHelp(SphinxDirective):

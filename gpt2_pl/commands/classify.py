@@ -78,11 +78,11 @@ def _parse_arguments(args: list[str]) -> Namespace:
     input_help = "CSV, TSV, JSON lines or Parquet file with the columns of the training data, without labels; - for "
     add("--input", metavar="FILE", help=f"{input_help}standard input")
     add("--lines", action="store_true", help="every line of the input is a text")
-    out_help = f"output file, {', '.join(DELIMITERS)}; - for standard output"
+    out_help = f"output file, {', '.join(DELIMITERS)}, or - for standard output"
     parser.add_output("FILE", out_help, required=False)
     add("--json", action="store_true", help="write JSON lines to standard output")
     keep_help = "copy this column of the input to the output, such as id; can be given several times"
-    add("--keep", action="append", default=[], metavar="COLUMN", help=keep_help)
+    add("--keep", action="append", metavar="COLUMN", help=keep_help)
     add("--labels", choices=("names", "numbers"), default="names", help="how a predicted class is written")
     columns_help = "columns of the output, in this order, each with a new name if it has one (default: all)"
     add("--columns", nargs="+", metavar="NAME[=NEW]", help=columns_help)
@@ -91,11 +91,12 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--quoting", choices=("true", "false"), help=quoting_help)
     invalid_help = "whether a row that cannot be read or has no text is an error or skipped"
     add("--on_invalid_row", choices=("error", "skip"), default="error", help=invalid_help)
-    precision_help = "default: bf16-mixed if the hardware supports bfloat16, else 32-true"
+    precision_help = "numeric precision (default: bf16-mixed if the hardware supports bfloat16, else 32-true)"
     add("--precision", choices=("bf16-mixed", "32-true"), help=precision_help)
     calibrated_help = "scale the probabilities by the temperature of RUN/calibration.json, which gpt2-pl inspect writes"
     add("--calibrated", action="store_true", help=calibrated_help)
     options = parser.parse_args(args)
+    options.keep = options.keep or []
     _check_arguments(options)
     return options
 
@@ -106,7 +107,8 @@ def _check_arguments(options: Namespace) -> None:
     Raises:
         InputError: they do not.
     """
-    require((options.text is None) != (options.input is None), "input", options.input, "given, or else --text")
+    if (options.text is None) == (options.input is None):
+        raise InputError("give either --text TEXT or --input FILE", key="input")
     if options.json:
         require(options.out in (None, STANDARD_OUTPUT), "json", True, "used without --out, or with --out -")
         options.out = STANDARD_OUTPUT

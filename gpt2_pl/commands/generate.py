@@ -77,7 +77,7 @@ def _parse_arguments(args: list[str]) -> Namespace:
         help="UTF-8 text (.txt) with one prompt per line, JSON lines (.jsonl) with the key `prompt` or the fields of "
         "the template, or, with --poems, numbered poems (.txt) that consist of their first lines; - for standard input",
     )
-    parser.add_output("FILE", "output file, .txt or .jsonl; - for standard output", required=False)
+    parser.add_output("FILE", "output file, .txt or .jsonl, or - for standard output", required=False)
     add("--json", action="store_true", help="write JSON lines to standard output")
     limit_help = "tokens per prompt at most (default: that of the task, or 220)"
     add("--max_new_tokens", type=int, metavar="N", help=limit_help)
@@ -104,8 +104,8 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights")
     add("--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts")
     options = parser.parse_args(args)
-    is_one = (options.prompt is None) != (options.prompt_file is None)
-    require(is_one, "prompt", options.prompt, "given, or else --prompt_file")
+    if (options.prompt is None) == (options.prompt_file is None):
+        raise InputError("give either --prompt TEXT or --prompt_file FILE", key="prompt")
     require(not (options.poems and options.as_is), "as_is", True, "used without --poems")
     if options.json or (options.out is None and options.prompt is not None):
         require(options.out in (None, STANDARD_OUTPUT), "json", True, "used without --out, or with --out -")

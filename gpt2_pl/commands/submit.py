@@ -78,7 +78,7 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--dev", metavar="FILE", help="development file (default: data.val_file of the run)")
     test_help = "test file without labels, or with the first lines of poems (default: data.predict_file of the run, or "
     add("--test", metavar="FILE", help=f"{test_help}data.test_file)")
-    add("--splits", nargs="+", choices=tuple(_SPLITS), default=list(_SPLITS), help="files to predict")
+    add("--splits", nargs="+", choices=tuple(_SPLITS), help="files to predict (default: both)")
     datasets = tuple(_DATASETS.values())
     add("--dataset", choices=datasets, help="dataset, part of the names of files (default: by the data of the run)")
     mode_help = "mode of a sentiment classifier, part of the names of files (default: by what the run trained)"
@@ -86,7 +86,9 @@ def _parse_arguments(args: list[str]) -> Namespace:
     labels_help = 'labels of paraphrases: the ids of the tokens "yes" and "no" of GPT-2, or 1 and 0'
     add("--paraphrase_labels", choices=("token_ids", "numbers"), default="token_ids", help=labels_help)
     add("--seed", type=int, default=0, help="seed of poems")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    options.splits = options.splits or list(_SPLITS)
+    return options
 
 
 def _data_settings(options: Namespace) -> dict[str, Any]:

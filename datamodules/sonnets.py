@@ -53,14 +53,14 @@ class Sonnets(PairData):
     """Datamodule of poems that are continued from their first lines.
 
     In a file, the number of a poem is on a separate line before it. Training predicts every line; validation and test
-    predict the lines after the prompt. If no poem of the test file has lines after the prompt, the poems are completed
-    but not scored. Batches contain ``input_ids``, ``attention_mask`` and ``targets`` (B, T), padded
+    predict the lines after the prompt. If every poem of the test file is a prompt alone, the poems are completed but
+    not scored. Batches contain ``input_ids``, ``attention_mask`` and ``targets`` (B, T), padded
     on the right, and ``row`` (B,).
 
     Args:
         train_file: file with complete poems for training.
         val_file: file with complete poems for validation; by default, a fraction of the training poems.
-        test_file: file with complete poems for testing, or with the first lines of poems alone.
+        test_file: file with complete poems for testing, or with the first ``prompt_lines`` lines of poems.
         prompt_lines: number of lines at the start of a poem that are the prompt.
         tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
         max_length: maximum number of tokens in a poem; defaults to the context length of the model. Longer poems are
@@ -112,7 +112,7 @@ class Sonnets(PairData):
         file = str(self.files[self._source_split(split)])
         poems = read_poems(file, key)
         self.poems[split] = [poems[i] for i in self._split_indices(split, len(poems))]
-        if split == "test" and all(len(poem.lines) <= self.prompt_lines for poem in poems):
+        if split == "test" and all(len(poem.lines) == self.prompt_lines for poem in poems):
             self.unscored.add(split)
         encoded = [self._encode_poem(poem, split, f"{key}: {file}") for poem in self.poems[split]]
         ids, targets = zip(*encoded, strict=True)

@@ -37,7 +37,6 @@ nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_execution_in_temp = True  # notebooks write files
-nb_merge_streams = True
 
 # Reference
 autodoc_member_order = "bysource"

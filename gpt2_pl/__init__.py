@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2_pl.beam_search import beam_search
+    from gpt2_pl.beams import beam_search
     from gpt2_pl.generation import generate
     from gpt2_pl.inference.loading import load
     from gpt2_pl.model import GPT2, GPT2Config
@@ -43,7 +43,7 @@ _LAZY_IMPORTS = {
     "GPT2": "gpt2_pl.model",
     "GPT2Config": "gpt2_pl.model",
     "AdamW": "gpt2_pl.optim",
-    "beam_search": "gpt2_pl.beam_search",
+    "beam_search": "gpt2_pl.beams",
     "generate": "gpt2_pl.generation",
     "load": "gpt2_pl.inference.loading",
 }

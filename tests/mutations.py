@@ -105,8 +105,8 @@ MUTATIONS: list[tuple[str, str, str, str]] = [  # file, a line's part, what it b
     ("gpt2_pl/decoding.py", "self.position_ids += 1", "pass", "generation"),
     ("gpt2_pl/decoding.py", "self.mask[..., :start] = True", "pass", "generation"),
     ("gpt2_pl/decoding.py", "= prompt_mask.bool()[:, None, None]", "= True", "generation"),
-    ("gpt2_pl/beam_search.py", "max(length, 1) ** self.length_penalty", "length", "beam_search"),
-    ("gpt2_pl/beam_search.py", "finished.add(candidates[:, :K], sums[:, :K].masked_fill(~ended[:, :K]", "finished.add(candidates, sums.masked_fill(~ended", "beam_search"),
+    ("gpt2_pl/beams.py", "max(length, 1) ** self.length_penalty", "length", "beam_search"),
+    ("gpt2_pl/beams.py", "finished.add(candidates[:, :K], sums[:, :K].masked_fill(~ended[:, :K]", "finished.add(candidates, sums.masked_fill(~ended", "beam_search"),
     ("gpt2_pl/kv_cache.py", "part.copy_(part[rows])", "pass", "beam_search"),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from test_generation import NEW, SURGERY, prompts, sharp_model, tiny_vocabulary
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import generate
-from gpt2_pl.beam_search import beam_search
+from gpt2_pl.beams import beam_search
 
 END = 7
 
@@ -72,7 +72,7 @@ def test_beam_search_equals_transformers(settings, model, tmp_path, monkeypatch)
             **theirs,
         )
         for recorded in (False, True):  # on a CPU, the pass that a GPU records
-            monkeypatch.setattr("gpt2_pl.beam_search.supports_cuda_graph", lambda *_, r=recorded: r)
+            monkeypatch.setattr("gpt2_pl.beams.supports_cuda_graph", lambda *_, r=recorded: r)
             ours = {"num_beams": 4, "max_new_tokens": NEW, "eos_token_id": END, **settings}
             found = beam_search(model, ids, given, **ours)
             assert texts(found.ids.flatten(0, 1)) == texts(expected.sequences)

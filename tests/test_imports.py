@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from conftest import ROOT
 
+import gpt2_pl
+
 LAYERS = [  # each may import from those below; names of one line do not import each other
     ["__main__"],
     ["commands"],
@@ -17,7 +19,7 @@ LAYERS = [  # each may import from those below; names of one line do not import 
     ["datamodules", "callbacks"],
     ["tasks", "experiments"],
     ["surgery"],
-    ["generation", "beam_search", "pretrained"],
+    ["generation", "beams", "pretrained"],
     ["decoding"],
     ["model", "text"],
     ["kv_cache", "heads", "losses", "metrics", "optim"],
@@ -90,6 +92,11 @@ def test_package_in_checkout_contains_mapped_folders_and_no_other_root_files():
         assert importlib.util.find_spec(f"gpt2_pl.{name}") is None, name
     for mapped in MAPPED:
         assert importlib.util.find_spec(f"gpt2_pl.{mapped}").origin == str(ROOT / mapped / "__init__.py")
+
+
+def test_public_names_of_the_package_are_no_modules():
+    """A module of the same name would replace a function once it is imported."""
+    assert {file.stem for file in (ROOT / "gpt2_pl").iterdir()}.isdisjoint(gpt2_pl.__all__)
 
 
 def test_main_help_version_or_no_arguments_does_not_import_torch():

@@ -122,7 +122,7 @@ def _decoding_settings(options: Namespace) -> dict[str, Any]:
     Raises:
         InputError: a setting is out of range, or belongs to another way of decoding.
     """
-    from gpt2_pl.beam_search import validate_beams
+    from gpt2_pl.beams import validate_beams
     from gpt2_pl.decoding import validate_processors
     from gpt2_pl.generation import validate_sampling
 

@@ -198,7 +198,7 @@ class Predictor:
             track: returns the elements of a sequence and shows how many have been taken.
             on_text: is called with every new piece of text of a single prompt, unless beams are searched.
             **settings: arguments of :func:`~gpt2_pl.generation.generate` or, with ``num_beams``, of
-                :func:`~gpt2_pl.beam_search.beam_search`. Without any of ``num_beams``, ``temperature``, ``top_k`` and
+                :func:`~gpt2_pl.beams.beam_search`. Without any of ``num_beams``, ``temperature``, ``top_k`` and
                 ``top_p``, they are those of the task, or temperature 1 and top-p 0.9.
 
         Returns:
@@ -239,7 +239,7 @@ class Predictor:
         Raises:
             InputError: a setting is out of range.
         """
-        from gpt2_pl.beam_search import validate_beams
+        from gpt2_pl.beams import validate_beams
         from gpt2_pl.decoding import validate_processors
         from gpt2_pl.generation import validate_sampling
 

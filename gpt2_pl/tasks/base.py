@@ -84,7 +84,7 @@ class Task(Registered, OptimizedModule):
     #: Whether the last training step read other tokens than those of its batch.
     decoded_last_step: bool = False
     #: Settings with which the task generates texts, for ``generate``: arguments of
-    #: :func:`~gpt2_pl.generation.generate`, or of :func:`~gpt2_pl.beam_search.beam_search` with ``num_beams``.
+    #: :func:`~gpt2_pl.generation.generate`, or of :func:`~gpt2_pl.beams.beam_search` with ``num_beams``.
     decoding: Mapping[str, Any] = {}
     #: Name, without the split, of the file that :meth:`samples` are written to.
     samples_name: ClassVar[str] = "samples"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gpt2_pl.beam_search import validate_beams
+from gpt2_pl.beams import validate_beams
 from gpt2_pl.errors import require
 from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.tasks.language_modeling import MAX_TEXT, LanguageModel
@@ -33,7 +33,7 @@ class DataToText(LanguageModel):
     Args:
         num_beams: number of beams; 1 is greedy decoding.
         length_penalty: exponent of the length by which the log-probability of a beam is divided; see
-            :func:`~gpt2_pl.beam_search.beam_search`.
+            :func:`~gpt2_pl.beams.beam_search`.
         max_new_tokens: largest number of tokens of a target.
         num_samples: number of targets that are logged after every validation and after the test.
         score_every_n_epochs: number of epochs from one validation in which all targets are generated and scored to the

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_pl.beam_search import beam_search
+from gpt2_pl.beams import beam_search
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.generation import generate
 from gpt2_pl.losses import IGNORE_INDEX, cross_entropy, sequence_unlikelihood_loss, unlikelihood_cross_entropy
@@ -226,7 +226,7 @@ class LanguageModel(PreferenceHooks, Task):
             prompts: token ids of each prompt.
             seeds: random seed of each prompt; beam search draws no random numbers.
             max_new_tokens: largest number of new tokens of each prompt; the context may leave room for fewer.
-            **settings: arguments of :func:`~gpt2_pl.beam_search.beam_search` if ``num_beams`` is among them, else of
+            **settings: arguments of :func:`~gpt2_pl.beams.beam_search` if ``num_beams`` is among them, else of
                 :func:`~gpt2_pl.generation.generate`.
 
         Returns:

@@ -47,15 +47,15 @@ class Interaction:
     p_adjusted: float = math.nan
 
     def sentence(self, unit: Unit, baseline: str) -> str:
-        """Return the interaction in words."""
+        """Return the interaction in words; it is shown if the corrected p-value is below 5 %."""
         _, first, second = (group.label for group in self.groups)
         by = "by a factor of " if unit.is_ratio else "by "
         of_second, of_baseline = (
             f"{by}{unit.format_difference(found.estimate, found.num_texts)}{unit.word}"
             for found in (self.combined, self.alone)
         )
-        low, high = self.contrast.interval(LEVEL)
-        result = "worse than their sum" if high < 0 else "better than their sum" if low > 0 else "no interaction shown"
+        word = "better" if self.contrast.estimate > 0 else "worse"
+        result = f"{word} than their sum" if self.p_adjusted < 1 - LEVEL else "no interaction shown"
         return f"{first} changes {second} {of_second} and {baseline} {of_baseline}: {result}."
 
 
@@ -69,6 +69,8 @@ def interactions(comparison: Comparison) -> list[Interaction]:
         One for every hybrid and every way to split it in two strategies that were run as well, with outcomes of the
         same rows and two seeds or more each; empty for sweeps over settings or numbers of rows.
     """
+    if not comparison.groups:
+        return []
     name, found = comparison.primary_metric, []
     baseline = comparison.groups[0]
     for groups in _hybrids(comparison):

@@ -64,3 +64,22 @@ def test_interactions_three_parts_give_every_split_that_was_run(tmp_path):
 def test_interactions_missing_part_or_single_seed_gives_none(tmp_path):
     assert interactions(write(tmp_path / "a", {"full": 0.5, "lora": 0.6, "lora+llrd": 0.6})) == []
     assert interactions(write(tmp_path / "b", dict.fromkeys(CELLS, 0.5), seeds=(1,))) == []
+
+
+def test_sentence_shown_by_the_uncorrected_interval_alone_is_no_interaction(tmp_path):
+    """Three strategies and their three pairs: Holm's correction triples the smallest p-value."""
+    shares = dict.fromkeys(("full", "a", "b", "c", "a+c", "b+c"), 0.5) | {"a+b": 0.455}
+    comparison = write(tmp_path, shares)
+    found = interactions(comparison)
+    assert len(found) == 3
+    unit = comparison.unit(comparison.primary_metric)
+    for one in found:
+        assert ("no interaction shown" in one.sentence(unit, "full")) == (one.p_adjusted >= 0.05)
+    below = [one for one in found if one.contrast.interval()[1] < 0 and one.p_adjusted >= 0.05]
+    assert below, [(one.contrast.interval(), one.p_adjusted) for one in found]
+
+
+def test_interactions_without_comparable_runs_are_none(tmp_path):
+    comparison = write(tmp_path, {"full": 0.5})
+    comparison.groups = []
+    assert interactions(comparison) == []

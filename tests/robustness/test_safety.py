@@ -101,7 +101,7 @@ def test_commands_unwritable_output_is_refused_before_any_work(run, capsys, tmp_
             ["export", "x", "--format", "hf", "--out", place],
             ["compare", source, "--out", place],
         ):
-            assert "error: out: " in refused(run, capsys, *command), (command[0], place[:20])
+            assert "error: --out: " in refused(run, capsys, *command), (command[0], place[:20])
     assert sorted(tmp_path.rglob("*")) == before
 
 

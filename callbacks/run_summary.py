@@ -26,7 +26,7 @@ from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.callbacks.throughput import Throughput
 from gpt2_pl.callbacks.writers import goodness, log_text
 from gpt2_pl.errors import RunError
-from gpt2_pl.filesystem import atomic_write
+from gpt2_pl.filesystem import atomic_write, hub_id
 from gpt2_pl.pretrained import provenance
 from gpt2_pl.tasks.protocols import LayeredModule
 from gpt2_pl.utils.digests import code_digests
@@ -220,7 +220,12 @@ class RunSummary(Callback):
             "processes": trainer.world_size,
             "precision": str(trainer.precision),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "base": {"path": pl_module.base, "digest": pl_module.base_digest, **provenance(str(pl_module.base))},
+            "base": {
+                "path": pl_module.base,
+                "hub_id": None if pl_module.base is None else hub_id(pl_module.base),
+                "digest": pl_module.base_digest,
+                **provenance(str(pl_module.base)),
+            },
             "data": datamodule.description() if hasattr(datamodule, "description") else None,
             **self.software,
         }

@@ -196,6 +196,15 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
                 part.unlink(missing_ok=True)
 
 
+def hub_id(path_or_id: str | os.PathLike[str]) -> str | None:
+    """Return an id of the Hugging Face hub; None for a path that exists, and for what cannot be an id."""
+    try:
+        is_id = bool(HUB_ID.fullmatch(str(path_or_id))) and not Path(path_or_id).expanduser().exists()
+    except (OSError, RuntimeError):  # a name that is too long, an unknown ~user
+        is_id = False
+    return str(path_or_id) if is_id else None
+
+
 def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base") -> Path:
     """Return the local folder of a pretrained GPT-2; download it if it is a hub id.
 
@@ -206,15 +215,12 @@ def resolve_checkpoint_dir(path_or_id: str | os.PathLike[str], key: str = "base"
     Raises:
         InputError: there is no such folder, and the hub id does not exist or cannot be downloaded.
     """
-    try:
+    with suppress(OSError, RuntimeError):  # a name that is too long, an unknown ~user
         folder = Path(path_or_id).expanduser()
         if folder.is_dir():
             return folder
-        is_id = bool(HUB_ID.fullmatch(str(path_or_id))) and not folder.exists()
-    except (OSError, RuntimeError):  # a name that is too long, an unknown ~user
-        is_id = False
     advice = f"give the path of a folder with config.json and {WEIGHTS}"
-    if not is_id:
+    if hub_id(path_or_id) is None:
         raise InputError(f"{key}: there is no folder {str(path_or_id)[:200]}; {advice}", key=key)
     from huggingface_hub import snapshot_download
 

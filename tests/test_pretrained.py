@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, pretrained
 from gpt2_pl.errors import InputError
+from gpt2_pl.filesystem import hub_id
 
 
 @pytest.fixture
@@ -34,6 +35,14 @@ def test_from_pretrained_sharded_folder_equals_single_file_and_digest(base, tmp_
     with torch.no_grad():
         many.ln_f.bias[0] += 1e-3
     assert pretrained.weights_sha256(one) != pretrained.weights_sha256(many)
+
+
+def test_hub_id_is_none_for_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("models/mine") == "models/mine"
+    (tmp_path / "models/mine").mkdir(parents=True)
+    for path in ("models/mine", tmp_path / "mine", "a/b/c", "a" * 5000, "~nobody-here/model"):
+        assert hub_id(path) is None, path
 
 
 def test_from_pretrained_parameters_do_not_share_larger_storages(base):

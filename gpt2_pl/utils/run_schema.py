@@ -47,6 +47,7 @@ class Base(Schema):
     """Pretrained base of a run, its origin and the time that its pretraining took."""
 
     path: Text | None = None
+    hub_id: Text | None = None
     digest: Name | None = None
     origin: Name | None = None
     recipe: Text | None = None

@@ -181,7 +181,7 @@ def _write_card(task: Task, folder: Path, checkpoint: Path, options: Namespace) 
     from gpt2_pl.experiments.run import Run
 
     head = None if options.backbone else task_head(task)
-    prompt = task_prompt(task, options.run)
+    prompt, base = task_prompt(task, head, options.run), read_record(options.run).get("base") or {}
     code = POOLED_CODE if (folder / POOLED_CODE).exists() else None
     model = ExportedModel(
         name=options.push_to_hub or options.out.name,
@@ -190,11 +190,13 @@ def _write_card(task: Task, folder: Path, checkpoint: Path, options: Namespace) 
         num_parameters=sum(parameter.numel() for parameter in task.parameters()),
         labels=class_names(task, head),
         template=prompt.get("template"),
+        target=prompt.get("target"),
         normalize=prompt.get("normalize", ()),
         max_length=prompt.get("max_length"),
         threshold=None if head is None else decision_threshold(task),
         code=code,
-        base=task.base or (read_record(options.run).get("base") or {}).get("path"),
+        base=task.base or base.get("path"),
+        hub_base=base.get("hub_id"),
     )
     run = None
     with suppress(InputError):  # a run without a readable record

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt2_pl import pretrained
+from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, SentimentClassifier, Task, TextRegressor
 from gpt2_pl.utils.yaml_json import read_json
@@ -63,9 +64,13 @@ def load_exported(folder: Path) -> Task:
         require(tuple(tensor.shape) == shape, f"score.{name}", tensor, f"of shape {shape}", folder)
         with torch.no_grad():
             parameter.copy_(tensor)
-    prompt = {"template": f"{{{_DEFAULT_FIELD}}}", "max_length": task.max_length} | prompt
-    columns = {"columns": {_DEFAULT_FIELD: [_DEFAULT_FIELD, "sentence"]}} if "columns" not in prompt else {}
-    task.prompt_spec = prompt | columns | ({"labels": labels} if labels else {})
+    default: dict[str, Any] = {"max_length": task.max_length}
+    if "template" not in prompt:
+        names = [_DEFAULT_FIELD, "sentence"]
+        default |= {"template": f"{{{_DEFAULT_FIELD}}}", "columns": {_DEFAULT_FIELD: names}}
+    elif "columns" not in prompt:
+        default["columns"] = {field: [field] for field in Template(prompt["template"]).fields}
+    task.prompt_spec = default | prompt | ({"labels": labels} if labels else {})
     return task
 
 

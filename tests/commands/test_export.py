@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import gpt2_pl
 from gpt2_pl.commands import main
 from gpt2_pl.commands.export import export_hf, export_peft
 from gpt2_pl.commands.support.model_card import ExportedModel
+from gpt2_pl.commands.support.model_card import ModelCard as Card
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
 from gpt2_pl.inference.loading import load_checkpoint, load_run_tokenizer
@@ -231,11 +233,40 @@ def test_code_in_an_exported_folder_is_not_run_by_this_library(done, tmp_path):
         AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
 
 
-def test_backbone_export_of_verbalizer_is_a_language_model(done, tmp_path):
-    out = export(done("verbalizer"), tmp_path / "out", "--format=hf", "--backbone")
-    GPT2LMHeadModel.from_pretrained(out)
-    assert "id2label" not in json.loads((out / "config.json").read_text())
-    assert "AutoModelForCausalLM" in card(out)
+@pytest.mark.parametrize("kind", ["verbalizer", "last"])
+def test_backbone_export_of_classifier_continues_texts_without_its_template(kind, done, tmp_path):
+    out = export(done(kind), tmp_path / "out", "--format=hf", "--backbone")
+    variables = executed(out)
+    assert isinstance(variables["model"], GPT2LMHeadModel)
+    assert 'tokenizer("It was"' in card(out).replace("'", '"')
+    assert not {"id2label", "prompt"} & json.loads((out / "config.json").read_text()).keys()
+    (text,) = gpt2_pl.load(out).generate(["a fine film"], max_new_tokens=3)
+    assert text.startswith("a fine film")
+
+
+def test_card_example_of_data_to_text_has_the_template_up_to_its_target():
+    model = ExportedModel("m", "transformers", "T", 1, template="Say: {class}\n{target}", target="target")
+    assert repr(f"Say: {TEXTS[0]}\n") in model.example(".")
+
+
+def test_card_of_template_with_keyword_and_without_length_or_data_is_valid():
+    model = ExportedModel("m", "transformers", "T", 1, labels=["a", "b"], template="{class}")
+    compile(model.example("."), "README.md", "exec")
+    described = Card(model, SimpleNamespace(record={"data": None, "scores": {"test/accuracy": 0.5}}))
+    assert described.metadata().eval_results[0].dataset_name == "unknown"
+    assert "of longer ones" not in Card(model).render()
+
+
+@pytest.mark.parametrize("hub_id", [None, "gpt2"])
+def test_card_names_only_a_base_of_the_hub(hub_id, done, tmp_path):
+    folder = shutil.copytree(done("last"), tmp_path / "run")
+    record = metrics(folder)
+    assert record["base"]["hub_id"] is None
+    record["base"] |= {"path": "models/mine", "hub_id": hub_id}
+    (folder / "metrics.json").write_text(json.dumps(record))
+    out = export(folder, tmp_path / "out", "--format=hf")
+    assert ModelCard.load(out / "README.md").data.base_model == hub_id
+    assert f"| base | {hub_id or 'a local GPT-2'}" in card(out)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -45,7 +45,7 @@ def perturb(task):
 def reviews(base, files, tmp_path_factory):
     """A classifier with an adapter whose texts are normalized."""
     data = IMDB(val_file=str(files["val"]), tokenizer=str(base), max_length=40, template="Say: {sentence} So:",
-                normalize=["lowercase", "space_punctuation"])  # fmt: skip
+                normalize=["lowercase", "space_punctuation"], quoting=False)  # fmt: skip
     task = perturb(SentimentClassifier(base=str(base), num_classes=2, surgery=[LoRA(rank=2)]))
     return saved_run(tmp_path_factory.mktemp("reviews"), task, data)
 
@@ -74,6 +74,7 @@ def test_predict_proba_of_run_and_export_equals_transformers(reviews, tmp_path):
     assert np.ptp(expected[:, 0]) > 1e-3
     for folder in (reviews, tmp_path / "hf"):
         model = gpt2_pl.load(folder)
+        assert model.prompt.quoting is False
         np.testing.assert_allclose(model.predict_proba(texts), expected, atol=2e-5)
         assert model.predict(texts, batch_size=2) == [model.labels[i] for i in expected.argmax(1)]
         np.testing.assert_allclose(model.predict_proba(TEXTS)[[0, 1, 3]], expected, atol=2e-5)  # one is truncated
@@ -203,6 +204,9 @@ def test_load_of_changed_head_or_class_names_is_refused(reviews, tmp_path):
     ):
         file.write_text(json.dumps(config | change))
         assert words in str(refusal(gpt2_pl.load, tmp_path / "hf")), change
+    file.write_text(json.dumps(config | {"prompt": {"template": "{title}: {body}"}}))
+    model = gpt2_pl.load(tmp_path / "hf")
+    assert model.predict([{"title": "a", "body": "film"}]) == model.predict([("a", "film")])
     assert "base" in str(refusal(lambda: gpt2_pl.load(tmp_path / "hf", base="gpt2")))
     assert "there is no folder" in str(refusal(gpt2_pl.load, tmp_path / "nowhere"))
 

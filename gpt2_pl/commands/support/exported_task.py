@@ -75,7 +75,7 @@ def task_settings(task: Task, head: ClassificationHead | None, run: Path) -> dic
         run: folder of the run.
     """
     settings: dict[str, Any] = {}
-    if prompt := task_prompt(task, run):
+    if prompt := task_prompt(task, head, run):
         settings["prompt"] = prompt
     labels = class_names(task, head)
     if labels is None:
@@ -95,16 +95,22 @@ def decision_threshold(task: Task) -> float | None:
     return None if threshold is None else float(threshold)
 
 
-def task_prompt(task: Task, run: Path) -> dict[str, Any]:
-    """Return the prompt format of the training data: the template and what belongs to it, or the lines of a poem."""
+def task_prompt(task: Task, head: ClassificationHead | None, run: Path) -> dict[str, Any]:
+    """Return the prompt format of the training data: the template and what belongs to it, or the lines of a poem.
+
+    Without the head of a classifier or regressor, the model continues texts as they are: its template is left out.
+    That of a data-to-text model, which has a target, is kept.
+    """
     template = (read_record(run).get("data") or {}).get("template")  # of data whose checkpoints have no prompt
     spec = task.prompt_spec or {"template": template}
-    keys: tuple[str, ...] = ("template", "target", "normalize", "columns", "max_length", "prompt_lines")
+    keys: tuple[str, ...] = ("template", "target", "normalize", "columns", "max_length", "quoting", "prompt_lines")
+    if head is None and spec.get("target") is None:
+        keys = ("prompt_lines",)
     try:
         Template(spec["template"], spec.get("normalize") or ())
     except (InputError, KeyError, TypeError):  # a user's data may have another template, or none
         keys = ("prompt_lines",)
-    return {key: spec[key] for key in keys if spec.get(key)}
+    return {key: spec[key] for key in keys if spec.get(key) is not None}
 
 
 def read_record(run: Path) -> dict[str, Any]:

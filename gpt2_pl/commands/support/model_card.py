@@ -19,7 +19,6 @@ from gpt2_pl.experiments.levels import score_interval
 from gpt2_pl.experiments.report import markdown_table, markdown_text
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.units import Unit
-from gpt2_pl.filesystem import HUB_ID
 from gpt2_pl.text.normalization import STEPS, Normalizer
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ name = {name}
 model = {model_class}.from_pretrained(name{arguments}).eval()
 """
 _PREDICT = """\
-text = {template}.format({values})
+text = {template}.format(**{values})
 with torch.no_grad():
     logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
 """
@@ -65,11 +64,13 @@ class ExportedModel:
         num_parameters: number of parameters, with those of the base.
         labels: class names; empty for a regressor, None for a language model.
         template: prompt template; None without one.
+        target: field of the template that the model generates; None for a classifier or regressor.
         normalize: steps that normalize the texts of its fields.
         max_length: largest number of tokens of a training row; None if it is not known.
         threshold: smallest probability of class 1 that the task classifies as class 1; None without a threshold.
         code: file with the class of the model, which only ``trust_remote_code`` runs; None for a class of the library.
         base: path or hub id of the pretrained base; None for a model that was trained from random weights.
+        hub_base: hub id of the base; None for a local base.
     """
 
     name: str
@@ -78,22 +79,19 @@ class ExportedModel:
     num_parameters: int
     labels: Sequence[str] | None = None
     template: str | None = None
+    target: str | None = None
     normalize: Sequence[str] = ()
     max_length: int | None = None
     threshold: float | None = None
     code: str | None = None
     base: str | None = None
+    hub_base: str | None = None
 
     @property
     def auto_class(self) -> str:
         """Name of the class that loads the folder."""
         task = "CausalLM" if self.labels is None else "SequenceClassification"
         return f"Auto{'Peft' if self.library == 'peft' else ''}ModelFor{task}"
-
-    @property
-    def hub_base(self) -> str | None:
-        """Hub id of the base; None for a local base."""
-        return self.base if self.base and HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None
 
     def example(self, name: str) -> str:
         """Return Python code that loads the model and computes its probabilities.
@@ -119,18 +117,17 @@ class ExportedModel:
             return loading + _GENERATE.format(text=self._opening())
         fields = Template(self.template or "{text}").fields
         texts = map(Normalizer(self.normalize), _TEXTS)
-        values = ", ".join(f"{key}={text!r}" for key, text in zip(fields, cycle(texts), strict=False))
+        values = repr(dict(zip(fields, cycle(texts), strict=False)))
         stored = repr(self.template) if is_peft else 'model.config.prompt["template"]'
         predicting = _PREDICT.format(template=stored if self.template else '"{text}"', values=values)
         return loading + predicting + (_CLASSIFY.format() if labels else _REGRESS)
 
     def _opening(self) -> str:
-        """Return the prompt of the example of a language model: a template up to its last field, the target."""
-        if self.template is None:
+        """Return the prompt of the example of a language model: that of a data-to-text model is its template."""
+        if self.template is None or self.target is None:
             return _PROMPT
-        *fields, target = Template(self.template).fields
-        opening = self.template[: self.template.rindex("{" + target + "}")].rstrip(" ")
-        return opening.format(**dict.fromkeys(fields, _TEXTS[0]))
+        opening = self.template.rpartition("{" + self.target + "}")[0].rstrip(" ")
+        return opening.format(**dict.fromkeys(Template(self.template).fields, _TEXTS[0]))
 
 
 @dataclass(frozen=True)
@@ -217,12 +214,13 @@ class ModelCard:
         lines = [_fenced(model.example(name), "python")]
         if model.code is not None:
             lines.append(f"`trust_remote_code=True` runs `{model.code}` of this folder; read it first.")
-        if model.library == "peft" and model.hub_base is None:
+        if model.library == "peft" and model.base != model.hub_base:
             lines.append("`adapter_config.json` names the base by a local path; change it to where the base is.")
         if model.template is not None and model.labels is not None:
-            limit = "" if model.max_length is None else f" Rows had at most {model.max_length} tokens;"
-            rest = f"{limit} of longer ones, the texts were shortened and the words of the template kept."
-            lines += ["The template of every text:", _fenced(model.template), rest.strip()]
+            lines += ["The template of every text:", _fenced(model.template)]
+            if model.max_length is not None:
+                limit = f"Rows had at most {model.max_length} tokens"
+                lines.append(f"{limit}; of longer ones, the texts were shortened and the words of the template kept.")
             if model.normalize:
                 steps = " and ".join(STEPS[step] for step in model.normalize)
                 lines.append(f"Texts are normalized before they are inserted, as in the example: {steps}.")
@@ -236,7 +234,7 @@ class ModelCard:
         files = data.get("files") or {}
         names = files.get("test") or files.get("val") or files.get("train") or data.get("hub_id") or data.get("class")
         names = names if isinstance(names, list) else [names]
-        return ", ".join(Path(str(one)).name if files else str(one) for one in names) or "unknown"
+        return ", ".join(Path(str(one)).name if files else str(one) for one in names if one is not None) or "unknown"
 
     def _training(self) -> tuple[list[str], list[list[str]]]:
         """Return a table of the base, the data with their digests, and the settings that results depend on."""

@@ -43,7 +43,10 @@ def load(
     """
     from gpt2_pl.inference.predictor import Predictor
 
-    folder = Path(source).expanduser()
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError:  # an unknown ~user
+        raise InputError(f"RUN: there is no folder {source}", key="RUN", value=str(source)) from None
     if ckpt_path is None and _is_pretrained(folder):
         from gpt2_pl.inference.exported import load_exported
         from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size

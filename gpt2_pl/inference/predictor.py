@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": 0.9}  # the default way of decoding
+_BEAMS = ("num_beams", "length_penalty", "early_stopping")
 MAX_NEW_TOKENS = 220  # by default
 _SEED_STRIDE = 1_000_003  # prompt i has the generator seed * _SEED_STRIDE + i, independent of the other prompts
 
@@ -60,12 +61,15 @@ class Predictor:
         prompt: prompt format of the training data.
 
     Raises:
-        InputError: the task has no prompt format that fits it, or cannot be used to predict.
+        InputError: the task has no prompt format that fits it, or cannot be used to predict; or the precision is
+            unknown.
     """
 
     def __init__(
         self, task: Task, tokenizer: Tokenizer, source: str, precision: Precision = "32-true", temperature: float = 1.0
     ) -> None:
+        precisions = get_args(Precision)
+        require(precision in precisions, "precision", precision, f"one of {', '.join(precisions)}")
         self.tokenizer, self.source, self.temperature = tokenizer, source, temperature
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.task: Any = task.to(self.device, torch.bfloat16 if precision == "bf16-true" else torch.float32).eval()
@@ -198,8 +202,8 @@ class Predictor:
             track: returns the elements of a sequence and shows how many have been taken.
             on_text: is called with every new piece of text of a single prompt, unless beams are searched.
             **settings: arguments of :func:`~gpt2_pl.generation.generate` or, with ``num_beams``, of
-                :func:`~gpt2_pl.beams.beam_search`. Without any of ``num_beams``, ``temperature``, ``top_k`` and
-                ``top_p``, they are those of the task, or temperature 1 and top-p 0.9.
+                :func:`~gpt2_pl.beams.beam_search`. Without ``num_beams``, those that are not given are the task's, or
+                temperature 1 and top-p 0.9. ``temperature``, ``top_k`` or ``top_p`` replace the task's beam search.
 
         Returns:
             Each prompt with its continuation, or the target of each source.
@@ -210,6 +214,7 @@ class Predictor:
         """
         require_protocol(self.task, TextGenerator, self.source)
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        require(isinstance(seed, int), "seed", seed, "an integer")
         ids = self.prompt_ids(prompts, where, as_is)
         limit, settings = self.decoding(max_new_tokens, settings)
         if self.prompt.is_poem and not as_is:
@@ -237,7 +242,7 @@ class Predictor:
             The maximum number of tokens of a continuation, and the settings.
 
         Raises:
-            InputError: a setting is out of range.
+            InputError: a setting is out of range, or belongs to another way of decoding.
         """
         from gpt2_pl.beams import validate_beams
         from gpt2_pl.decoding import validate_processors
@@ -247,12 +252,16 @@ class Predictor:
         own_limit = own.pop("max_new_tokens", MAX_NEW_TOKENS)
         limit = own_limit if max_new_tokens is None else max_new_tokens
         given = {key: value for key, value in settings.items() if value is not None}
-        if not given.keys() & {"num_beams", *SAMPLING}:
+        is_sampling = not given.keys().isdisjoint(SAMPLING)
+        if "num_beams" not in given and not (is_sampling and "num_beams" in own):
             given = own | given
         processors = ("repetition_penalty", "no_repeat_ngram_size")
         validate_processors(**{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **_of(given, *processors)})
-        if "num_beams" in given:
-            validate_beams(max_new_tokens=limit, **_of(given, "num_beams", "length_penalty"))
+        is_search = "num_beams" in given
+        for key, value in _of(given, *(SAMPLING if is_search else _BEAMS)).items():
+            raise InputError(key=key, value=value, expected=f"used with{'out' if is_search else ''} num_beams")
+        if is_search:
+            validate_beams(max_new_tokens=limit, **_of(given, *_BEAMS))
             return limit, given
         given = SAMPLING | given
         validate_sampling(max_new_tokens=limit, **_of(given, *SAMPLING))

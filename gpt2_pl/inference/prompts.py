@@ -63,8 +63,7 @@ class PromptFormat:
         Raises:
             InputError: a text is blank or too long, or does not fit the template.
         """
-        if isinstance(texts, str | Mapping):
-            raise InputError(key=f"{name}s", value=texts, expected=f"a list, such as [{name}]")
+        _require_list(texts, name)
         return [self._row(text, f"{name} {number}") for number, text in enumerate(texts, start=1)]
 
     def _row(self, text: Text, where: str) -> dict[str, str]:
@@ -106,10 +105,11 @@ class PromptFormat:
             as_is: whether prompts are returned as they are.
 
         Raises:
-            InputError: a prompt is not a text or too long, or does not fit the template.
+            InputError: the prompts are not a list; or a prompt is not a text or too long, or does not fit the template.
         """
         if self.template is not None and not as_is:
             return [self.template.fill(row) for row in self.rows(prompts, name)]
+        _require_list(prompts, name)
         texts: list[str] = []
         for number, prompt in enumerate(prompts, start=1):
             text: Any = prompt
@@ -120,6 +120,11 @@ class PromptFormat:
             require(not _SURROGATE.search(text), f"{name} {number}", prompt, "UTF-8 text")
             texts.append(Poem(0, split_lines(text)).text if self.is_poem and not as_is else text)
         return texts
+
+
+def _require_list(texts: Sequence[Text], name: str) -> None:
+    """Check that texts are not a single text."""
+    require(not isinstance(texts, str | Mapping), f"{name}s", texts, f"a list, such as [{name}]")
 
 
 def complete_prompt_spec(task: TextPredictor, source: str) -> dict[str, Any]:

@@ -142,13 +142,17 @@ def test_generate_of_pretrained_folder_equals_greedy_transformers(base):
 
 def test_generate_poems_completes_the_first_lines(base, poem_files, tmp_path):
     data = Sonnets(val_file=str(poem_files["val"]), tokenizer=str(base), max_length=60)
-    run = saved_run(tmp_path, perturb(PoemGenerator(base=str(base), max_new_tokens=20)), data)
-    model = gpt2_pl.load(run)
+    task = perturb(PoemGenerator(base=str(base), temperature=1.2, top_p=0.95, max_new_tokens=20))
+    model = gpt2_pl.load(saved_run(tmp_path, task, data))
     (poem,) = model.generate(["  the first line\n\n  and the second\n"], seed=4)
     assert split_lines(poem)[:2] == ["the first line", "and the second"]
     assert poem.endswith("\n")
     (plain,) = model.generate(["the first line"], temperature=0, as_is=True, max_new_tokens=5)
     assert plain.startswith("the first line")
+    sampling = {"temperature": 1.2, "top_p": 0.95, "top_k": None}
+    assert model.decoding(None, {"top_p": 0.8}) == (20, sampling | {"top_p": 0.8})
+    assert model.decoding(3, {"top_k": 5}) == (3, sampling | {"top_k": 5})
+    assert model.decoding(3, {"num_beams": 2}) == (3, {"num_beams": 2})
     with pytest.raises(InputError, match="lacks"):
         model.predict(["a"])
 
@@ -164,6 +168,7 @@ def test_generate_of_sources_fills_the_template_and_uses_the_beams_of_the_task(b
     new = task.eval().continue_prompts(model.tokenizer, ids, [0, 0], 8, num_beams=3, length_penalty=0.5)
     expected = [model.tokenizer.decode(row).strip() for row in new]
     assert model.generate(sources) == model.generate([{"source": text} for text in sources]) == expected
+    assert model.decoding(None, {"top_p": 0.8})[1] == {"temperature": 1.0, "top_k": None, "top_p": 0.8}
     whole = model.generate([f"{source}\n" for source in sources], as_is=True)
     assert [text.removeprefix(f"{source}\n").strip() for text, source in zip(whole, sources, strict=True)] == expected
 
@@ -182,10 +187,17 @@ def test_predictor_invalid_texts_are_refused(reviews, base):
     assert "batch_size" in str(refusal(lambda: model.predict(["a"], batch_size=0)))
     assert "lacks" in str(refusal(model.generate, ["a"]))
     pretrained = gpt2_pl.load(base)
+    assert "a list" in str(refusal(pretrained.generate, "abc"))
     cases = (([("a", "b")], "prompt 1"), ([{"text": "a"}], "prompt 1"), (["so long " * 90], "at most 63"))
     for prompts, words in cases:
         assert words in str(refusal(pretrained.generate, prompts)), prompts
-    assert "top_p" in str(refusal(lambda: pretrained.generate(["a"], top_p=2.0)))
+    for key, settings in (
+        ("top_p", {"top_p": 2.0}),
+        ("length_penalty", {"length_penalty": 2.0}),
+        ("temperature", {"num_beams": 2, "temperature": 0.5}),
+        ("seed", {"seed": 1.5}),
+    ):
+        assert refusal(lambda settings: pretrained.generate(["a"], **settings), settings).key == key
 
 
 def test_load_of_changed_head_or_class_names_is_refused(reviews, tmp_path):
@@ -209,6 +221,8 @@ def test_load_of_changed_head_or_class_names_is_refused(reviews, tmp_path):
     assert model.predict([{"title": "a", "body": "film"}]) == model.predict([("a", "film")])
     assert "base" in str(refusal(lambda: gpt2_pl.load(tmp_path / "hf", base="gpt2")))
     assert "there is no folder" in str(refusal(gpt2_pl.load, tmp_path / "nowhere"))
+    assert "there is no folder ~nouser" in str(refusal(gpt2_pl.load, "~nouser/x"))
+    assert "bf16-mixed" in str(refusal(lambda: gpt2_pl.load(reviews, precision="bf16")))
 
 
 def test_load_of_language_model_run_continues_texts(base, files, tmp_path):

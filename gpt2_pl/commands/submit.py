@@ -56,9 +56,9 @@ def main(args: list[str]) -> None:
         require_absent(out)
     skip = (data.get("init_args") or {}).get("on_invalid_row") == "skip"
     contents = {
-        split: _poems(predictor, file, options)
+        split: _poems(predictor, file, split, options)
         if is_poems
-        else _predictions(predictor, file, dataset, options.paraphrase_labels, skip)
+        else _table(_predictions(predictor, file, split, dataset, skip), dataset, options.paraphrase_labels)
         for split, file in inputs.items()
     }
     for split, out in outputs.items():
@@ -133,11 +133,12 @@ def _file_name(dataset: str, mode: str, split: str) -> str:
     return f"{mode}-{dataset}-{split}-out.csv"
 
 
-def _predictions(predictor: Predictor, file: str, dataset: str, paraphrase_labels: str, skip: bool) -> str:
-    """Return the content of a file of predicted classes.
+def _predictions(predictor: Predictor, file: str, split: str, dataset: str, skip: bool) -> list[tuple[str, Prediction]]:
+    """Return the id of every row of a file with its prediction.
 
     Raises:
-        InputError: a row of ``file`` is invalid and not skipped, or the number of classes is not that of the dataset.
+        InputError: a row of ``file`` has no id, or is invalid and not skipped; or the number of classes is not that of
+            the dataset.
     """
     from gpt2_pl.datamodules.readers import read_file
     from gpt2_pl.inference.input_rows import read_rows, select_columns
@@ -145,17 +146,21 @@ def _predictions(predictor: Predictor, file: str, dataset: str, paraphrase_label
     predictor.require_prediction()
     n_classes = 5 if dataset == "sst" else 2
     require(len(predictor.labels) == n_classes, "the number of classes", len(predictor.labels), f"{n_classes}")
-    source = read_file(file, "file", predictor.prompt.quoting)
-    columns = select_columns(source, predictor.prompt.columns, ["id"])
+    source = read_file(file, split, predictor.prompt.quoting)
+    require("id" in source.columns, split, file, "a file with the column id")
+    columns = select_columns(source, predictor.prompt.columns)
     rows = [row for row in read_rows(source, columns, skip, ["id"]) if row is not None]
     ids = predictor.prompt.encode([row.texts for row in rows], predictor.tokenizer)
     known = [(row, row_ids) for row, row_ids in zip(rows, ids, strict=True) if row_ids or not skip]
     for row, row_ids in known:
+        where = f"{source.name}, row {row.number}"
         if not row_ids:
-            raise InputError(predictor.prompt.no_token(row.texts), source=f"{source.name}, row {row.number}")
+            raise InputError(predictor.prompt.no_token(row.texts), source=where)
+        has_id = row.kept[0] is not None and bool(str(row.kept[0]).strip())
+        require(has_id, "id", row.kept[0], "a text or number", where)
     predictions = predictor.predict_ids([row_ids for _, row_ids in known], 64)
     names = [str(row.kept[0]).strip().lower() for row, _ in known]
-    return _table(list(zip(names, predictions, strict=True)), dataset, paraphrase_labels)
+    return list(zip(names, predictions, strict=True))
 
 
 def _table(predictions: Sequence[tuple[str, Prediction]], dataset: str, paraphrase_labels: str) -> str:
@@ -170,7 +175,7 @@ def _table(predictions: Sequence[tuple[str, Prediction]], dataset: str, paraphra
     return header + "".join(line.format(name, index if labels is None else labels[index]) for name, index in indices)
 
 
-def _poems(predictor: Predictor, file: str, options: Namespace) -> str:
+def _poems(predictor: Predictor, file: str, split: str, options: Namespace) -> str:
     """Return the content of a file of completed poems, each after its place in the input file, from 0.
 
     Raises:
@@ -180,7 +185,7 @@ def _poems(predictor: Predictor, file: str, options: Namespace) -> str:
 
     n_lines = predictor.prompt.prompt_lines
     require(n_lines is not None, "RUN", str(options.run), "a run that completes poems")
-    openings = [poem.opening(n_lines or 0) for poem in read_poems(file, "file")]
+    openings = [poem.opening(n_lines or 0) for poem in read_poems(file, split)]
     poems = predictor.generate(openings, seed=options.seed)
     numbered = (f"\n{place}\n{poem.rstrip()}\n\n" for place, poem in enumerate(poems))
     return "--Generated Sonnets-- \n\n" + "".join(numbered)

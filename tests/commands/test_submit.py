@@ -119,11 +119,15 @@ def test_submit_invalid_runs_and_files_are_refused(run, base, files, tmp_path, c
     data = SST5(val_file=str(files["val"]), tokenizer=str(base))
     made = submit_run(tmp_path / "run", SentimentClassifier(base=str(base)), data, val_file=str(files["val"]))
     command = ["submit", made, "--format=cs224n"]
+    no_id = tmp_path / "no_id.jsonl"
+    no_id.write_text('{"id": "a", "sentence": "the plot"}\n{"id": null, "sentence": "a film"}\n')
     for args, words in (
         ([], "--test is required"),
         (["--splits=dev", "--dataset=quora"], "number of classes"),
         (["--splits=dev", "--dataset=sonnets"], "completes poems"),
-        (["--splits=dev", "--dev=nowhere.csv"], "nowhere.csv"),
+        (["--splits=dev", "--dev=nowhere.csv"], "--dev: there is no file nowhere.csv"),
+        (["--splits=dev", f"--dev={files['val']}"], "--dev must be a file with the column id"),
+        (["--splits=dev", f"--dev={no_id}"], f"{no_id}, row 2: id must be"),
         (["--format=other"], "format"),
     ):
         assert words in refused(run, capsys, *command, *args), args

@@ -41,7 +41,7 @@ def main(args: list[str]) -> None:
     if predictor.is_generator:
         predictor.decoding(options.max_new_tokens, settings)
     elif predictor.labels or predictor.is_regressor:
-        for key, value in settings.items() | {("max_new_tokens", options.max_new_tokens)}:
+        for key, value in {"max_new_tokens": options.max_new_tokens, **settings}.items():
             if value is not None:
                 raise InputError(key=key, value=value, expected="used with a model that generates texts")
     else:
@@ -54,18 +54,11 @@ def main(args: list[str]) -> None:
 
 def _parse_arguments(args: list[str]) -> Namespace:
     parser = CommandParser(prog="gpt2-pl chat", description=__doc__)
-    add = parser.add_argument
     parser.add_run("folder of the run or of an exported or pretrained model, or a hub id, such as gpt2")
     parser.add_checkpoint()
-    calibrated_help = "scale the probabilities by the temperature of RUN/calibration.json, which gpt2-pl inspect writes"
-    add("--calibrated", action="store_true", help=calibrated_help)
-    add("--max_new_tokens", type=int, metavar="N", help="tokens at most (default: that of the task, or 220)")
-    temperature_help = "0 for greedy decoding (default: that of the task, or 1.0)"
-    add("--temperature", type=float, metavar="T", help=temperature_help)
-    add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
-    top_p_help = "sample from the most likely tokens with a total probability of P (default: that of the task, or 0.9)"
-    add("--top_p", type=float, metavar="P", help=top_p_help)
-    add("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_calibrated()
+    parser.add_sampling()
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser.parse_args(args)
 
 
@@ -112,13 +105,24 @@ def _typed_texts(predictor: Predictor) -> Iterator[list[str]]:
     names = [f"{field}> " for field in fields] if len(fields) > 1 else ["> "]
     with suppress(EOFError):
         while True:
-            values = [_typed_line(name) for name in names]
-            while predictor.prompt.is_poem and values[-1].strip():
-                values.append(_typed_line("| "))
-            if predictor.prompt.is_poem:
-                values = ["\n".join(values)]
+            values = [_typed_poem()] if predictor.prompt.is_poem else [_typed_line(name) for name in names]
             if all(value.strip() for value in values):
                 yield values
+
+
+def _typed_poem() -> str:
+    """Return the lines that are typed up to a blank line or the end of input.
+
+    Raises:
+        EOFError: the input ends before the first line.
+    """
+    lines = [_typed_line("> ")]
+    try:
+        while lines[-1].strip():
+            lines.append(_typed_line("| "))
+    except EOFError:
+        print()
+    return "\n".join(lines)
 
 
 def _typed_line(prompt: str) -> str:

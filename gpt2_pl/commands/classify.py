@@ -62,7 +62,11 @@ def main(args: list[str]) -> None:
         valid = (row for row in read_rows(source, columns, skip, options.keep) if row is not None)
         chunks = _chunks(valid, counts[False], _CHUNK_BATCHES * options.batch_size, options.out)
         predicted = _predicted(predictor, chunks, source, skip, options.batch_size)
-        n = show(predicted, predictor.labels) if options.out is None else _write(predicted, predictor, options)
+        if options.out is None:
+            numbers = [str(index) for index in range(len(predictor.labels))]
+            n = show(predicted, numbers if options.labels == "numbers" else predictor.labels)
+        else:
+            n = _write(predicted, predictor, options)
     if options.out not in (None, STANDARD_OUTPUT):
         n_skipped = counts.total() - n
         skipped = f"; {n_skipped} invalid rows are skipped" if n_skipped else ""
@@ -93,8 +97,7 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--on_invalid_row", choices=("error", "skip"), default="error", help=invalid_help)
     precision_help = "numeric precision (default: bf16-mixed if the hardware supports bfloat16, else 32-true)"
     add("--precision", choices=("bf16-mixed", "32-true"), help=precision_help)
-    calibrated_help = "scale the probabilities by the temperature of RUN/calibration.json, which gpt2-pl inspect writes"
-    add("--calibrated", action="store_true", help=calibrated_help)
+    parser.add_calibrated()
     options = parser.parse_args(args)
     options.keep = options.keep or []
     _check_arguments(options)
@@ -118,7 +121,9 @@ def _check_arguments(options: Namespace) -> None:
         for key in ("columns", "keep"):
             require(not getattr(options, key), key, getattr(options, key), "used with --out or --json")
     if options.text is not None:
-        require(not options.keep, "keep", options.keep, "used with --input")
+        defaults: dict[str, object] = {"keep": [], "quoting": None, "on_invalid_row": "error"}
+        for key, value in defaults.items():
+            require(getattr(options, key) == value, key, getattr(options, key), "used with --input")
     require(not options.lines or options.input is not None, "lines", True, "used with --input")
     check_batches(options, DELIMITERS)
     if options.calibrated and options.ckpt_path is not None:
@@ -177,9 +182,17 @@ def _predicted(
 
 
 def _write(predicted: Iterable[tuple[InputRow, Prediction]], predictor: Predictor, options: Namespace) -> int:
-    """Write a row for every prediction, and return their number."""
+    """Write a row for every prediction, and return their number.
+
+    Raises:
+        InputError: a chosen column does not exist, or two columns have the same name.
+    """
     probabilities = [f"p({label})" for label in predictor.labels]
     names = ["row", *options.keep, *predictor.prompt.fields, "prediction", *probabilities]
+    if options.columns is None:
+        clashes = [name for name in options.keep if names.count(name) > 1]
+        expected = "columns with different names than the rest of the output; rename some with --columns NAME=NEW"
+        require(not clashes, "keep", clashes, expected)
     pick, names = _select(names, options.columns)
     n = 0
     with row_writer(options.out, names, options.json) as write:

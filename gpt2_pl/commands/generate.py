@@ -43,6 +43,8 @@ def main(args: list[str]) -> None:
     predictor = load_predictor(options, "bf16-true" if options.precision == "bf16" else "32-true")
     require_protocol(predictor.task, TextGenerator, predictor.source)
     predictor.prompt.is_poem |= options.poems
+    is_poem = predictor.prompt.is_poem and not options.as_is
+    require(is_poem or not options.no_line_length_bias, "no_line_length_bias", True, "used with poems")
     if options.compile:
         for block in predictor.task.backbone.h:
             block.compile(dynamic=True)
@@ -79,17 +81,11 @@ def _parse_arguments(args: list[str]) -> Namespace:
     )
     parser.add_output("FILE", "output file, .txt or .jsonl, or - for standard output", required=False)
     add("--json", action="store_true", help="write JSON lines to standard output")
-    limit_help = "tokens per prompt at most (default: that of the task, or 220)"
-    add("--max_new_tokens", type=int, metavar="N", help=limit_help)
+    parser.add_sampling()
     beams_help = "search for the most probable text with N beams (default: as the task does, or sample)"
     add("--num_beams", type=int, metavar="N", help=beams_help)
     length_help = "exponent of the length by which the log-probability of a beam is divided (default: 1.0)"
     add("--length_penalty", type=float, metavar="A", help=length_help)
-    temperature_help = "0 for greedy decoding (default: that of the task, or 1.0)"
-    add("--temperature", type=float, metavar="T", help=temperature_help)
-    add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens (default: all)")
-    top_p_help = "sample from the most likely tokens with a total probability of P (default: that of the task, or 0.9)"
-    add("--top_p", type=float, metavar="P", help=top_p_help)
     penalty_help = "penalty of tokens that have occurred; 1.0 applies no penalty"
     add("--repetition_penalty", type=float, default=1.0, metavar="PENALTY", help=penalty_help)
     ngram_help = "do not repeat n-grams of this size; 0 allows all"

@@ -5,10 +5,14 @@ import io
 import json
 import signal
 import sys
+from datetime import date
+from decimal import Decimal
 
+import pyarrow
 import pytest
 from helpers.refusals import refused
 from helpers.saved_runs import saved_run
+from pyarrow import parquet
 
 import gpt2_pl
 from gpt2_pl.commands import main
@@ -59,6 +63,8 @@ def test_classify_text_displays_classes_in_80_columns_without_control_characters
     assert "\x1b" not in shown
     found = {line.split()[0]: float(line.split()[1]) for line in lines[1:]}
     assert found == {name: round(p, 4) for name, p in zip(("negative", "positive"), probabilities, strict=True)}
+    numbers = output(capsys, "classify", runs["reviews"], "--precision=32-true", "--labels=numbers", "--text", text)
+    assert sorted(line.split()[0] for line in numbers.splitlines()[1:]) == ["0", "1"]
 
 
 def test_classify_pairs_as_json_equals_predictor(runs, capsys):
@@ -109,6 +115,15 @@ def test_classify_file_keeps_columns_in_every_format(runs, tmp_path, capsys):
     assert [json.loads(line)["id"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == ["7", "8"]
 
 
+def test_classify_parquet_to_json_keeps_dates_and_decimals_as_text(runs, tmp_path, capsys):
+    source = tmp_path / "in.parquet"
+    kept = {"day": date(2026, 1, 2), "price": Decimal("1.50")}
+    parquet.write_table(pyarrow.Table.from_pylist([{"sentence": "the plot", **kept}]), source)
+    keep = [arg for name in kept for arg in ("--keep", name)]
+    row = json.loads(output(capsys, "classify", runs["reviews"], "--input", source, "--json", *keep))
+    assert {name: row[name] for name in kept} == {name: str(value) for name, value in kept.items()}
+
+
 def test_classify_contradictory_arguments_are_refused(runs, typed, run, capsys, tmp_path):
     source = tmp_path / "in.csv"
     source.write_text("sentence,prediction\na,b\n")
@@ -118,10 +133,12 @@ def test_classify_contradictory_arguments_are_refused(runs, typed, run, capsys, 
         (["--input", source], "--out -"),
         (["--text", "a", "b"], "1 text, sentence"),
         (["--text", "a", "--columns", "row"], "columns"),
+        (["--text", "a", "--quoting", "true"], "quoting"),
+        (["--text", "a", "--on_invalid_row", "skip"], "on_invalid_row"),
         (["--input", source, "--out=-", "--columns", "nothing"], "nothing"),
         (["--input", source, "--out=-", "--columns", "row=x", "prediction=x"], "different names"),
         (["--input", source, "--out=-", "--keep", "nothing"], "nothing"),
-        (["--input", source, "--out=-", "--keep", "prediction"], "different names"),
+        (["--input", source, "--out=-", "--keep", "prediction"], "--keep must be columns"),
         (["--input", source, "--out=x.csv", "--json"], "json"),
         (["--text", "a \udce9"], "UTF-8"),
         (["--text", " "], "non-empty"),
@@ -157,6 +174,8 @@ def test_generate_prompt_of_poem_run_is_a_poem(runs, capsys, run):
                         (["--prompt_file", "x"], "--out"), (["--prompt", "a", "b"], "prompt 1")):  # fmt: skip
         assert words in refused(run, capsys, "generate", runs["poems"], *args), args
     assert "lacks" in refused(run, capsys, "generate", runs["reviews"], "--prompt", "a")
+    bias = ["--prompt", "a", "--no_line_length_bias"]
+    assert "used with poems" in refused(run, capsys, "generate", runs["poems"], *bias, "--as_is")
 
 
 def test_chat_answers_every_text_until_the_end_of_input(runs, base, typed, capsys):
@@ -166,12 +185,13 @@ def test_chat_answers_every_text_until_the_end_of_input(runs, base, typed, capsy
     assert [line.split()[0] for line in lines if line.startswith("  ")].count("positive") == 2
     typed("how do I\na clock\n")
     assert "  duplicate" in output(capsys, "chat", runs["pairs"])
-    typed("a day\na night\n\n")
     model = gpt2_pl.load(runs["poems"])
     (poem,) = model.generate(["a day\na night"])
-    shown = output(capsys, "chat", runs["poems"])
     poem = printable(poem, keep="\n\t").removeprefix("a day\na night\n")
-    assert "".join(poem.split()) in "".join(shown.split())
+    for end in ("\n\n", "\n"):  # a blank line, the end of input
+        typed(f"a day\na night{end}")
+        shown = output(capsys, "chat", runs["poems"])
+        assert "".join(poem.split()) in "".join(shown.split())
     typed("a film\nthe\n")
     shown = output(capsys, "chat", base, "--max_new_tokens=5", "--temperature=0")
     for text in gpt2_pl.load(base).generate(["a film", "the"], max_new_tokens=5, temperature=0):

@@ -70,5 +70,5 @@ def row_writer(
 
 
 def json_line(content: dict[str, Any]) -> str:
-    """Return a JSON object on one line, with the line end."""
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    """Return a JSON object on one line, with the line end; dates and decimal numbers are strings, as in CSV."""
+    return json.dumps(content, ensure_ascii=False, default=str) + "\n"

@@ -63,6 +63,20 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: that of the best epoch)")
         self.add_argument("--base", help="new path or hub id of the pretrained base, if it has moved since training")
 
+    def add_calibrated(self) -> None:
+        """Add the option that scales class probabilities."""
+        text = "scale the probabilities by the temperature of RUN/calibration.json, which gpt2-pl inspect writes"
+        self.add_argument("--calibrated", action="store_true", help=text)
+
+    def add_sampling(self) -> None:
+        """Add the length of continuations and the options of sampling, without its seed."""
+        add, own = self.add_argument, "(default: that of the task, or"
+        add("--max_new_tokens", type=int, metavar="N", help=f"tokens per prompt at most {own} 220)")
+        add("--temperature", type=float, metavar="T", help=f"0 for greedy decoding {own} 1.0)")
+        add("--top_k", type=int, metavar="K", help=f"sample from the K most likely tokens {own} all)")
+        top_p_help = f"sample from the most likely tokens with a total probability of P {own} 0.9)"
+        add("--top_p", type=float, metavar="P", help=top_p_help)
+
     def error(self, message: str) -> NoReturn:
         """Raise an InputError with the message and the nearest option or choice to an unknown one."""
         near = key = ""

@@ -322,7 +322,7 @@ class GPT2CLI(LightningCLI):
 
     def _plain_settings(self, skip_none: bool) -> dict[str, Any]:
         """Return the configuration of the run as plain values."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=skip_none))[self.subcommand]
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=skip_none, skip_validation=True))[self.subcommand]
 
     # Running
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import gpt2_pl
@@ -44,16 +45,22 @@ def first_difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> 
 
 def code_digests() -> dict[str, str]:
     """Return the digest of the source code of this library and of every module that the user named, by package."""
-    library = Path(gpt2_pl.__file__).parent
-    root = library.parent if gpt2_pl.IS_CHECKOUT else library
-    parts = [root / part for part in ("gpt2_pl", "datamodules", "callbacks")] if gpt2_pl.IS_CHECKOUT else [library]
-    sources = {"gpt2_pl": _digest(parts)}
+    sources = {"gpt2_pl": _library_digest()}
     for name in sorted(PACKAGES):
         file = getattr(sys.modules.get(name), "__file__", None)
         if file is not None:
             path = Path(file)
             sources[name] = _digest([path.parent if path.name == "__init__.py" else path])
     return sources
+
+
+@cache
+def _library_digest() -> str:
+    """Return the digest of this library when it was first asked for: later changes of its files are not imported."""
+    library = Path(gpt2_pl.__file__).parent
+    root = library.parent if gpt2_pl.IS_CHECKOUT else library
+    parts = [root / part for part in ("gpt2_pl", "datamodules", "callbacks")] if gpt2_pl.IS_CHECKOUT else [library]
+    return _digest(parts)
 
 
 def _digest(paths: list[Path]) -> str:

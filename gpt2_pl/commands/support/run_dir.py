@@ -82,7 +82,7 @@ class SaveRunConfig(SaveConfigCallback):
         if folder is not None and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / self.config_filename) as file:
-                file.write(self.parser.dump(self.config, skip_none=False))
+                file.write(self.parser.dump(self.config, skip_none=False, skip_validation=True))
             self.save_config(trainer, pl_module, str(trainer.state.fn))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

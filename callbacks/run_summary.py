@@ -222,7 +222,7 @@ class RunSummary(Callback):
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "base": {
                 "path": pl_module.base,
-                "hub_id": None if pl_module.base is None else hub_id(pl_module.base),
+                "hub_id": None if pl_module.base is None else hub_id(str(pl_module.base)),
                 "digest": pl_module.base_digest,
                 **provenance(str(pl_module.base)),
             },

@@ -263,7 +263,7 @@ def _parse_references(row: Row, column: str, where: str) -> tuple[str, ...]:
     """Return the references in a column of a row, a text or a list of texts.
 
     Raises:
-        InputError: there is none, or one of them is not text or is blank.
+        InputError: the value is neither a text nor a list of texts, the list is empty, or a text is blank.
     """
     value = row[column]
     texts = value if isinstance(value, list) else [value]

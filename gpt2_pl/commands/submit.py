@@ -111,7 +111,7 @@ def _input_file(options: Namespace, data: dict[str, Any], split: str) -> str:
     """Return the file of a split: the option's, or that of the run's data.
 
     Raises:
-        InputError: there is none.
+        InputError: neither the option nor the run names a file of the split.
     """
     given = getattr(options, split)
     own = [(data.get("init_args") or {}).get(key) for key in _SPLITS[split]]

@@ -34,6 +34,7 @@ class TextData(LightningDataModule):
         val_fraction: fraction of the training data used for validation if there is no validation set, in (0, 1).
         train_fraction: fraction of the remaining training data to use, in (0, 1].
         split_seed: seed of ``val_fraction`` and ``train_fraction``.
+        steps_per_epoch: optimizer steps in an epoch; None for those of one pass over the training rows.
 
     Raises:
         InputError: an argument is out of range.
@@ -52,9 +53,11 @@ class TextData(LightningDataModule):
         val_fraction: float,
         train_fraction: float = 1.0,
         split_seed: int = 0,
+        steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        sizes["steps_per_epoch"] = steps_per_epoch
         for key, size in sizes.items():
             if size is not None and size < 1:
                 raise InputError(key=f"data.{key}", value=size, expected="at least 1")
@@ -68,6 +71,7 @@ class TextData(LightningDataModule):
         self.max_length = max_length
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.train_fraction, self.split_seed = val_fraction, train_fraction, split_seed
+        self.steps_per_epoch = steps_per_epoch
         self._tokenizer: Tokenizer | None = None
         self.encoded: dict[str, TokenDataset] = {}
 
@@ -220,6 +224,8 @@ class TextData(LightningDataModule):
         loader = TrainingLoader(
             self._loaded_rows(), self.batch_size, seed, rank, world_size, self._next_batch, self._step_batches
         )
+        if self.steps_per_epoch is not None:
+            loader.batches_per_epoch = self.steps_per_epoch * getattr(self.trainer, "accumulate_grad_batches", 1)
         loader.reshuffles = not getattr(self.trainer, "overfit_batches", 0)
         return loader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -266,6 +267,7 @@ class TrainingLoader:
     Attributes:
         epoch: epoch of the next iteration.
         reshuffles: whether every epoch has a new order; if False, all epochs have the batches of the first.
+        batches_per_epoch: number of batches in an epoch, cut from consecutive passes over the rows; None for one pass.
     """
 
     def __init__(
@@ -282,6 +284,7 @@ class TrainingLoader:
         self.rank, self.world_size, self.next_batch, self.step_batches = rank, world_size, next_batch, step_batches
         self.epoch = 0
         self.reshuffles = True
+        self.batches_per_epoch: int | None = None
 
     @property
     def sampler(self) -> TrainingLoader:
@@ -304,13 +307,28 @@ class TrainingLoader:
         self.epoch = epoch if self.reshuffles else 0
 
     def __len__(self) -> int:
+        return self._batches_per_pass if self.batches_per_epoch is None else self.batches_per_epoch
+
+    @property
+    def _batches_per_pass(self) -> int:
         size = self.batch_size * self.world_size
         n_full, rest = divmod(len(self.rows), size)
         return n_full + (rest >= self.world_size)
 
+    def _epoch_batches(self) -> list[Rows]:
+        """Return the global batches of the current epoch."""
+        start, per_pass = self.epoch * len(self), self._batches_per_pass
+        first, last = start // per_pass, (start + len(self) - 1) // per_pass
+        passes = [
+            training_batches(self.rows.lengths, self.batch_size, self.seed, i, self.world_size)
+            for i in range(first, last + 1)
+        ]
+        offset = start - first * per_pass
+        return list(itertools.chain(*passes))[offset : offset + len(self)]
+
     def __iter__(self) -> Iterator[Batch]:
         # This is a generator: the epoch is read at the first `next`, after Lightning has called `set_epoch`.
-        batches = training_batches(self.rows.lengths, self.batch_size, self.seed, self.epoch, self.world_size)
+        batches = self._epoch_batches()
         for i in range(self.next_batch(), len(batches)):
             rows, step = batches[i], np.concatenate(batches[self.step_batches(i)])
             counts = {"global_rows": len(rows), "step_rows": len(step)}

@@ -60,6 +60,9 @@ class LabelledText(TextData):
             Training rows with the same texts as a validation row are dropped.
         train_fraction: fraction of the remaining training rows to use, sampled once with ``split_seed``, in (0, 1].
         split_seed: seed of ``val_fraction`` and ``train_fraction``.
+        steps_per_epoch: optimizer steps in an epoch, after which a checkpoint is written; None for those of one pass
+            over the training rows. Epochs are cut from consecutive passes: a long epoch repeats the rows, each pass in
+            a new order, and a short one is followed by the rest of its pass.
         quoting: whether double quotes enclose values in delimited files; defaults to True except for MRPC files.
         on_invalid_row: ``error`` or ``skip``. A row is invalid if it has no text, has an invalid label, is not UTF-8,
             has too many or too few values, or is not a JSON object. metrics.json counts skipped rows.
@@ -94,12 +97,13 @@ class LabelledText(TextData):
         on_invalid_row: Literal["error", "skip"] = "error",
         normalize: list[Step] | None = None,
         keep: list[str] | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         if isinstance(train_file, list) and not train_file:
             raise InputError(key="data.train_file", value=train_file, expected="a file or a list of files")
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
         sizes = (max_length, batch_size, eval_batch_size)
-        super().__init__(files, hub_id, tokenizer, *sizes, val_fraction, train_fraction, split_seed)
+        super().__init__(files, hub_id, tokenizer, *sizes, val_fraction, train_fraction, split_seed, steps_per_epoch)
         self.columns = dict(columns or {})
         self.label_column = label_column
         self.template = Template(template, normalize or ())

@@ -103,6 +103,7 @@ class ToyRows(TextClassification):
         eval_batch_size: rows per process and step in validation, test and prediction.
         shots: number of training rows of each class.
         demonstrations: number of training rows that precede every evaluated text in its prompt, or ``all``.
+        steps_per_epoch: optimizer steps in an epoch; None for those of one pass over the training rows.
 
     Raises:
         InputError: ``n_train`` is less than 8, or an argument of the base class is invalid.
@@ -125,6 +126,7 @@ class ToyRows(TextClassification):
         eval_batch_size: int = 64,
         shots: int | None = None,
         demonstrations: int | Literal["all"] | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__(
             label_column=self.LABEL_COLUMN,
@@ -136,6 +138,7 @@ class ToyRows(TextClassification):
             eval_batch_size=eval_batch_size,
             shots=shots,
             demonstrations=demonstrations,
+            steps_per_epoch=steps_per_epoch,
         )
         if n_train < 8:
             raise InputError(key="data.n_train", value=n_train, expected="at least 8")

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import metrics
 from helpers.refusals import names, refused
 from helpers.row_files import write
 
 from gpt2_pl.datamodules import QuoraPairs, TextClassification
+from gpt2_pl.datamodules.batching import TokenDataset, TrainingLoader, training_batches
 from gpt2_pl.datamodules.few_shot import draw_shots, in_turn, shuffled_classes
 from gpt2_pl.errors import InputError
 
@@ -61,7 +63,7 @@ def test_shots_with_swapped_pairs_draw_both_orders_of_a_pair(base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "key"),
     [({"shots": 0}, "data.shots"), ({"shots": 2, "balance": "oversample"}, "data.balance"),
-     ({"demonstrations": 0}, "data.demonstrations")],
+     ({"demonstrations": 0}, "data.demonstrations"), ({"steps_per_epoch": 0}, "data.steps_per_epoch")],
 )  # fmt: skip
 def test_shots_or_demonstrations_out_of_range_are_refused(options, key):
     with pytest.raises(InputError, match=key):
@@ -84,6 +86,44 @@ def test_draw_shots_equals_a_loop_over_classes():
     assert drawn.tolist() == sorted(expected)
     turns = in_turn(shuffled_classes(labels, rows, 3, 5))
     assert labels[turns].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+# Steps in an epoch
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("per_epoch", [1, 2, 7])
+def test_training_loader_batches_per_epoch_cuts_consecutive_passes(per_epoch, world_size):
+    lengths = np.random.default_rng(0).integers(1, 9, 11)
+    rows = TokenDataset(np.arange(lengths.sum()), np.concatenate([[0], lengths.cumsum()]))
+    passes = [batch for i in range(6) for batch in training_batches(lengths, 2, 3, i, world_size)]
+    loader = TrainingLoader(rows, 2, seed=3, world_size=world_size)
+    loader.batches_per_epoch = per_epoch
+    seen = []
+    for epoch in range(12 // per_epoch):
+        loader.set_epoch(epoch)
+        batches = [batch["row"].tolist() for batch in loader]
+        assert len(batches) == len(loader) == per_epoch
+        seen += batches
+    assert seen == [batch[::world_size].tolist() for batch in passes[: len(seen)]]
+
+
+def test_steps_per_epoch_counts_optimizer_steps_with_accumulated_batches(run):
+    options = ["--config=quickstart", "--data.n_train=8", "--data.batch_size=3", "--data.steps_per_epoch=4"]
+    record = metrics(run("fit", *options, "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=2"))
+    assert record["status"] == "finished"
+    assert (record["steps"], len(record["epochs"])) == (8, 2)
+
+
+def test_steps_per_epoch_run_resumed_within_a_pass_is_bitwise_equal(run):
+    options = ["fit", "--config=quickstart", "--data.n_train=12", "--data.batch_size=4", "--data.steps_per_epoch=2"]
+    options += ["--model.schedule={class_path: gpt2_pl.optim.ConstantWithWarmup, init_args: {warmup: 0}}"]
+    whole = run(*options, "--trainer.max_epochs=4", "--name=whole")
+    part = run(*options, "--trainer.max_steps=5", "--name=part")
+    resumed = run(*options, "--trainer.max_epochs=4", f"--ckpt_path={part}/checkpoints/last.ckpt", "--name=resumed")
+    ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, resumed)]
+    assert ends[0]["global_step"] == 8
+    assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
 
 
 # Demonstrations

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from gpt2_pl.datamodules.batching import EvaluationLoader, TokenDataset, TrainingLoader
+from gpt2_pl.datamodules.prompt_template import truncation
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPLITS = ("train", "val", "test", "predict")
+_SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 
 
 class TextData(LightningDataModule):
@@ -74,6 +77,7 @@ class TextData(LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self._tokenizer: Tokenizer | None = None
         self.encoded: dict[str, TokenDataset] = {}
+        self._noted: set[str] = set()  # what this object has warned of
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -118,6 +122,8 @@ class TextData(LightningDataModule):
         for split in self.encoded:
             self._check_num_rows(split)
             self._check_limit(split)
+        for split in self.encoded:
+            self._warn_of_truncation(split)
 
     def setup(self, stage: str | None = None) -> None:
         """Encode the splits of a stage.
@@ -191,8 +197,25 @@ class TextData(LightningDataModule):
             "files": {split: file for split, file in self.files.items() if file is not None},
             "rows": {split: len(rows) for split, rows in self.encoded.items()},
             "digests": {split: rows.digest for split, rows in self.encoded.items()},
+            "truncated": self.truncated,
             "batch_size": self.batch_size,
         }
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Number of truncated texts of each split; empty for data without texts of their own length."""
+        rows = self.encoded.items()
+        return {split: int(one.truncated.sum()) for split, one in rows if one.truncated is not None}
+
+    def _warn_of_truncation(self, split: str) -> None:
+        if n := self.truncated.get(split, 0):
+            self._warn_once(truncation(n, len(self.encoded[split]), self._max_length(), f"{_SPLIT_NAMES[split]} texts"))
+
+    def _warn_once(self, message: str) -> None:
+        """Warn in the first process, unless this object has done so with the same message."""
+        if message not in self._noted:
+            self._noted.add(message)
+            rank_zero_warn(message)
 
     # Batches
 

@@ -25,6 +25,7 @@ class TokenDataset:
         values: token ids of all rows, concatenated.
         offsets: (N + 1,); row n is ``values[offsets[n]:offsets[n + 1]]``.
         labels: (N,) class indices; None for unlabeled rows.
+        truncated: (N,) whether the text of each row was longer and is truncated; None for rows that are not texts.
 
     Attributes:
         lengths: (N,) number of tokens in each row.
@@ -33,8 +34,14 @@ class TokenDataset:
 
     n_targets: NDArray[Any] | None = None
 
-    def __init__(self, values: NDArray[Any], offsets: NDArray[Any], labels: NDArray[Any] | None = None) -> None:
-        self.values, self.offsets, self.labels = values, offsets, labels
+    def __init__(
+        self,
+        values: NDArray[Any],
+        offsets: NDArray[Any],
+        labels: NDArray[Any] | None = None,
+        truncated: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.values, self.offsets, self.labels, self.truncated = values, offsets, labels, truncated
         self.lengths = np.diff(offsets)
 
     def __len__(self) -> int:
@@ -58,17 +65,20 @@ class TokenDataset:
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], lengths.cumsum()])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
-        return TokenDataset(self.values[index], offsets, None if self.labels is None else self.labels[rows])
+        labels, truncated = (None if array is None else array[rows] for array in (self.labels, self.truncated))
+        return TokenDataset(self.values[index], offsets, labels, truncated)
 
     @staticmethod
     def concatenate(parts: Sequence[TokenDataset]) -> TokenDataset:
-        """Concatenate the rows of several datasets; either all or none of them have labels."""
+        """Concatenate the rows of several datasets; either all or none of them have labels, or ``truncated``."""
         if len(parts) == 1:
             return parts[0]
         lengths = np.concatenate([part.lengths for part in parts])
         values = np.concatenate([part.values[part.offsets[0] : part.offsets[-1]] for part in parts])
-        labels = [part.labels for part in parts if part.labels is not None]
-        return TokenDataset(values, np.concatenate([[0], lengths.cumsum()]), np.concatenate(labels) if labels else None)
+        columns = ([part.labels for part in parts], [part.truncated for part in parts])
+        known = ([array for array in arrays if array is not None] for arrays in columns)
+        labels, truncated = (np.concatenate(arrays) if arrays else None for arrays in known)
+        return TokenDataset(values, np.concatenate([[0], lengths.cumsum()]), labels, truncated)
 
     def batch(self, rows: Rows) -> Batch:
         """Collate rows to tensors, padded on the right to the longest row.
@@ -173,12 +183,33 @@ class TargetTokenDataset(TokenDataset):
         values: token ids of all rows, concatenated.
         offsets: (N + 1,); row n is ``values[offsets[n]:offsets[n + 1]]``.
         targets: the next token of each value; -100 where it is not predicted.
+        truncated: as in :class:`TokenDataset`.
     """
 
-    def __init__(self, values: NDArray[Any], offsets: NDArray[Any], targets: NDArray[Any]) -> None:
-        super().__init__(values, offsets)
+    def __init__(
+        self,
+        values: NDArray[Any],
+        offsets: NDArray[Any],
+        targets: NDArray[Any],
+        truncated: NDArray[np.bool_] | None = None,
+    ) -> None:
+        super().__init__(values, offsets, truncated=truncated)
         self.targets = targets
         self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[tuple[NDArray[Any], NDArray[Any]]], truncated: Sequence[bool] | None = None
+    ) -> TargetTokenDataset:
+        """Return a dataset of the token ids and the targets of each row.
+
+        Args:
+            rows: token ids (T,) and targets (T,) of each row.
+            truncated: whether the text of each row is truncated; None for rows that never are.
+        """
+        ids, targets = map(np.concatenate, zip(*rows, strict=True))
+        offsets = np.cumsum([0, *(len(row) for row, _ in rows)])
+        return cls(ids, offsets, targets, None if truncated is None else np.array(truncated, dtype=bool))
 
     def batch(self, rows: Rows) -> Batch:
         """Collate rows as :class:`TokenDataset` does, with ``targets`` (B, T), -100 at padding."""
@@ -207,7 +238,7 @@ class PackedTokenDataset(TokenDataset):
         self.ends = np.minimum(self.starts + context, n_inputs)
         self.lengths = self.ends - self.starts
         self.n_targets: NDArray[Any] = np.diff(self.ends, prepend=0)
-        self.labels = None
+        self.labels = self.truncated = None
 
     def row(self, n: int) -> NDArray[Any]:
         """Return the input tokens of a context."""

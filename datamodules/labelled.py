@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 # Cached columns in addition to the template fields; their names contain blanks, so that they never equal a field.
 _NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label", "reason to skip"
-_CACHE_FORMAT = 8  # part of every cache key; increment it when the cached contents change
+_TRUNCATED = "is truncated"
+_CACHE_FORMAT = 9  # part of every cache key; increment it when the cached contents change
 _KEPT = "kept {}"  # a column that is copied to the file of predictions
 _WRITTEN = ("row", "text", "label", "prediction")  # other columns of the file of predictions
 _BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # limits of the rows that are encoded together
@@ -115,6 +116,7 @@ class LabelledText(TextData):
             raise InputError(key="data.keep", value=self.keep, expected=expected)
         self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
         self.skipped: dict[str, int] = {}  # number of invalid rows in each source
+        self.dropped_duplicates: int | None = None  # training rows that equal a validation row of data.val_fraction
 
     # Labels
 
@@ -189,7 +191,9 @@ class LabelledText(TextData):
                 self.encoded["val"] = self._encode("val")
             val_keys = {self._dedup_key(row) for row in self.rows["val"].select_columns(self.template.fields)}
             train_keys = map(self._dedup_key, texts.select(rows).select_columns(self.template.fields))
-            rows = rows[np.array([key not in val_keys for key in train_keys], dtype=bool)]
+            is_own = np.array([key not in val_keys for key in train_keys], dtype=bool)
+            self._note_duplicates(len(np.unique(rows[~is_own] % n)))
+            rows = rows[is_own]
         if split == "train":
             assert encoded.labels is not None
             rows = self._chosen_rows(encoded.labels, rows, n)
@@ -197,6 +201,13 @@ class LabelledText(TextData):
             encoded, texts = encoded.select(rows), texts.select(rows)
         self.rows[split] = texts
         return encoded
+
+    def _note_duplicates(self, n: int) -> None:
+        """Record and say how many training rows are dropped because a validation row has the same texts."""
+        self.dropped_duplicates = n
+        if n:
+            rows = "row has" if n == 1 else "rows have"
+            self._warn_once(f"{n:,} training {rows} the texts of a validation row (data.val_fraction): dropped")
 
     def _dedup_key(self, row: Mapping[str, str]) -> Hashable:
         """Return a key that is equal for rows with the same texts."""
@@ -247,10 +258,10 @@ class LabelledText(TextData):
 
         for batch in batches(examples, self._n_characters, _BATCH_ROWS, _BATCH_CHARACTERS):
             valid = [example for example in batch if _REASON not in example]
-            encoded = self.template.encode(valid, self.tokenizer, self._max_length())
-            for example, ids in zip(valid, encoded, strict=True):
+            encoded = self.template.encode_or_truncate(valid, self.tokenizer, self._max_length())
+            for example, ids, is_truncated in zip(valid, *encoded, strict=True):
                 if ids:
-                    example[_TOKENS] = ids
+                    example[_TOKENS], example[_TRUNCATED] = ids, is_truncated
                     continue
                 example[_REASON] = f"row {example[_NUMBER]}: {self.template.no_token(example)}"
                 if not self.skip_bad:
@@ -338,20 +349,22 @@ class LabelledText(TextData):
         }
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record, with the hub dataset, the prompt format and the skipped rows."""
-        return {**super().description(), "hub_id": self.hub_id, **self.prompt_spec(), "skipped": self.skipped}
+        """Return the data section of the run record, with the hub dataset, the prompt format and rows left out."""
+        left_out = {"skipped": self.skipped, "dropped_duplicates": self.dropped_duplicates}
+        return {**super().description(), "hub_id": self.hub_id, **self.prompt_spec(), **left_out}
 
 
 def _schema(fields: Iterable[str], label_type: str, kept: Iterable[str]) -> pa.Schema:
     import pyarrow as pa
 
     texts = [(field, pa.large_string()) for field in (*fields, *map(_KEPT.format, kept))]
-    tokens = (_TOKENS, pa.large_list(pa.int32()))
+    tokens = [(_TOKENS, pa.large_list(pa.int32())), (_TRUNCATED, pa.bool_())]
     return pa.schema(
-        [(_NUMBER, pa.int64()), *texts, tokens, (_LABEL, pa.type_for_alias(label_type)), (_REASON, pa.large_string())]
+        [(_NUMBER, pa.int64()), *texts, *tokens, (_LABEL, pa.type_for_alias(label_type)), (_REASON, pa.large_string())]
     )
 
 
 def _token_rows(rows: Dataset) -> TokenDataset:
     column = rows.data.column(_TOKENS).combine_chunks()
-    return TokenDataset(column.values.to_numpy(), column.offsets.to_numpy(), np.asarray(rows.data.column(_LABEL)))
+    labels, truncated = np.asarray(rows.data.column(_LABEL)), np.asarray(rows.data.column(_TRUNCATED).fill_null(False))
+    return TokenDataset(column.values.to_numpy(), column.offsets.to_numpy(), labels, truncated)

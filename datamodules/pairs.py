@@ -18,6 +18,7 @@ from gpt2_pl import __version__
 from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import Batch, EvaluationLoader, Rows, TargetTokenDataset, TokenDataset
 from gpt2_pl.datamodules.cache import cached_file
+from gpt2_pl.datamodules.prompt_template import truncation
 from gpt2_pl.datamodules.readers import read_file
 from gpt2_pl.datamodules.rows import parse_text, require_columns
 from gpt2_pl.errors import InputError
@@ -86,6 +87,7 @@ class PairData(TextData):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pairs: dict[str, PairDataset] = {}
+        self._truncated_pairs: dict[str, int] = {}  # number of pairs with a truncated text, by option of the file
 
     @abstractmethod
     def continuations(self, split: str, prompt_tokens: int, max_tokens: int) -> list[Continuation]:
@@ -115,7 +117,8 @@ class PairData(TextData):
         """
         source, limit, end = read_file(file, key), self._max_length(), self._end_of_text
         require_columns(source, COLUMNS, keys=key)
-        pairs = []
+        pairs: list[Pair] = []
+        n_truncated = 0
         for number, row in source.read(COLUMNS):
             assert isinstance(row, dict)
             texts = [parse_text(row, column, source.name, number) for column in COLUMNS]
@@ -125,7 +128,11 @@ class PairData(TextData):
             chosen, rejected = ([*answer, end][: limit + 1 - len(prompt)] for answer in answers)
             if chosen == rejected:
                 raise source.error(f", row {number}: chosen and rejected must differ within {limit} tokens")
+            n_truncated += any(len(prompt) + len(answer) > limit for answer in answers)
             pairs.append((prompt, chosen, rejected))
+        self._truncated_pairs[key.rpartition(".")[2]] = n_truncated
+        if n_truncated:
+            self._warn_once(truncation(n_truncated, len(pairs), limit, f"pairs of {source.name}"))
         return pairs
 
     def use_pairs(self, split: str, pairs: Sequence[Pair]) -> PairDataset:
@@ -168,3 +175,8 @@ class PairData(TextData):
         """Return the data section of the run record, with the number and the digest of the pairs of each split."""
         pairs = {split: {"rows": len(pairs), "digest": pairs.digest} for split, pairs in self.pairs.items()}
         return {**super().description(), **({"pairs": pairs} if pairs else {})}
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Number of truncated texts of each split, and of pairs with a truncated text of each file of pairs."""
+        return {**super().truncated, **self._truncated_pairs}

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 
+def truncation(n: int, total: int, max_length: int, texts: str = "texts") -> str:
+    """Return the sentence that says how many texts are truncated.
+
+    Args:
+        n: number of truncated texts.
+        total: number of texts.
+        max_length: maximum number of tokens of a text.
+        texts: what the texts are called.
+    """
+    verb = "is" if n == 1 else "are"
+    limit = f"{max_length:,} tokens (data.max_length)"
+    return f"{n:,} of {total:,} {texts} {verb} longer than {limit} and {verb} truncated"
+
+
 class Template:
     """Prompt template with one ``{field}`` per column, such as ``Review: {sentence} Sentiment:``.
 
@@ -65,13 +79,20 @@ class Template:
         Raises:
             InputError: the template leaves no room for text.
         """
+        return self.encode_or_truncate(rows, tokenizer, max_length)[0]
+
+    def encode_or_truncate(
+        self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_length: int
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Return the token ids of each row's text as :meth:`encode` does, and whether they are truncated."""
         ids: list[list[int]] = []
+        truncated: list[bool] = []
         for row, encoding in zip(rows, tokenizer.encode_batch([self.fill(row) for row in rows]), strict=True):
-            if not self._covers_fields(row, encoding):
-                ids.append([])
-            else:
-                ids.append(encoding.ids if len(encoding) <= max_length else self._truncate(row, tokenizer, max_length))
-        return ids
+            has_tokens = self._covers_fields(row, encoding)
+            truncated.append(has_tokens and len(encoding) > max_length)
+            whole = encoding.ids if has_tokens else []
+            ids.append(self._truncate(row, tokenizer, max_length) if truncated[-1] else whole)
+        return ids, truncated
 
     def no_token(self, row: Mapping[str, str]) -> str:
         """Return the error message for a row without token ids."""

@@ -136,10 +136,12 @@ class SourceTargetPairs(TextData):
         self._prompt_ids[split] = prompts
         if split == "predict":
             ids = [np.array(prompt) for prompt in prompts]
-            return _dataset([(row, np.full(len(row), -100)) for row in ids])
+            return TargetTokenDataset.of_rows([(row, np.full(len(row), -100)) for row in ids])
         pairs = self._pairs(split)
         targets = self._encode_texts([self._space + text for _, text in pairs])
-        return _dataset([self._row(prompts[i], target, limit) for (i, _), target in zip(pairs, targets, strict=True)])
+        texts = [(prompts[i], target) for (i, _), target in zip(pairs, targets, strict=True)]
+        truncated = [len(prompt) + len(target) > limit for prompt, target in texts]
+        return TargetTokenDataset.of_rows([self._row(*text, limit) for text in texts], truncated)
 
     def _pairs(self, split: str) -> list[tuple[int, str]]:
         """Return the source and the reference of every row of tokens."""
@@ -251,12 +253,6 @@ def _grouped(rows: Iterable[SourceRow]) -> list[SourceRow]:
         first = groups.get(key)
         groups[key] = row if first is None else replace(first, references=first.references + row.references)
     return list(groups.values())
-
-
-def _dataset(rows: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> TargetTokenDataset:
-    """Return a dataset of rows of token ids and targets."""
-    ids, targets = zip(*rows, strict=True)
-    return TargetTokenDataset(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), np.concatenate(targets))
 
 
 def _parse_references(row: Row, column: str, where: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
@@ -91,7 +92,9 @@ def _talk(predictor: Predictor, options: Namespace, settings: dict[str, Any]) ->
             print()
             return
         try:
-            _answer(predictor, text, options, settings, options.seed + number)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)  # the same sentence for every long text
+                _answer(predictor, text, options, settings, options.seed + number)
         except InputError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:

@@ -163,22 +163,23 @@ def _chunks(rows: Iterator[InputRow], n_rows: int, size: int, out: Path | None) 
 def _predicted(
     predictor: Predictor, chunks: Iterable[list[InputRow]], source: RowSource, skip: bool, batch_size: int
 ) -> Iterator[tuple[InputRow, Prediction]]:
-    """Yield the rows that have tokens, with their predictions.
+    """Yield the rows that have tokens, with their predictions, and warn of truncated ones after the last.
 
     Raises:
         InputError: a row has no token, and is not to be skipped, or all rows are skipped.
     """
-    is_empty = True
+    n_truncated = n_rows = 0
     for chunk in chunks:
-        ids = predictor.prompt.encode([row.texts for row in chunk], predictor.tokenizer)
+        ids, n = predictor.prompt.encode([row.texts for row in chunk], predictor.tokenizer)
         empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
         if empty is not None and not skip:
             raise InputError(predictor.prompt.no_token(empty.texts), source=f"{source.name}, row {empty.number}")
         rows = [row for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
-        is_empty = is_empty and not rows
+        n_truncated, n_rows = n_truncated + n, n_rows + len(rows)
         yield from zip(rows, predictor.predict_ids([row_ids for row_ids in ids if row_ids], batch_size), strict=True)
-    if is_empty:
+    if not n_rows:
         raise source.error(" has no valid rows")
+    predictor.prompt.warn_of_truncation(n_truncated, n_rows)
 
 
 def _write(predicted: Iterable[tuple[InputRow, Prediction]], predictor: Predictor, options: Namespace) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.datamodules.prompt_template import Template
+from gpt2_pl.datamodules.prompt_template import Template, truncation
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.tasks.protocols import TextPredictor
 from gpt2_pl.text.poems import Poem, split_lines
@@ -85,11 +86,21 @@ class PromptFormat:
             require(len(value) <= _MAX_CHARACTERS, where, value, _LENGTH)
         return row
 
-    def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[list[int]]:
-        """Return the token ids of every row of texts; an empty list for a row with a text without tokens."""
+    def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
+        """Return the token ids of every row of texts and the number of truncated rows.
+
+        A row with a text without tokens has an empty list.
+        """
         assert self.template is not None
         assert self.max_length is not None
-        return self.template.encode(rows, tokenizer, self.max_length)
+        ids, truncated = self.template.encode_or_truncate(rows, tokenizer, self.max_length)
+        return ids, sum(truncated)
+
+    def warn_of_truncation(self, n: int, total: int) -> None:
+        """Warn that ``n`` of ``total`` texts are truncated, if any are."""
+        if n:
+            assert self.max_length is not None
+            warnings.warn(truncation(n, total, self.max_length), stacklevel=3)
 
     def no_token(self, row: Mapping[str, str]) -> str:
         """Return the error message for a row of texts without token ids."""

@@ -63,6 +63,8 @@ class DataDescription(Schema, extra="allow"):
     hub_id: Text | None = None
     rows: dict[Name, Count | None] | None = None
     labels: list[Text] | None = None
+    truncated: dict[Name, Count] | None = None
+    dropped_duplicates: Count | None = None
 
 
 class MetricDescription(Schema):

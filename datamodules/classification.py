@@ -84,9 +84,11 @@ class TextClassification(LabelledText):
         return {**super().prompt_spec(), "labels": self.labels}
 
     def description(self) -> dict[str, Any]:
-        """Return the data section of the run record, with the mean number of demonstrations in a prompt."""
+        """Return the data section of the run record, with the numbers of rows of each class and of demonstrations."""
+        labels = {split: rows.labels for split, rows in self.encoded.items() if rows.labels is not None}
+        counts = {split: np.bincount(one, minlength=self.num_classes).tolist() for split, one in labels.items()}
         used = {"demonstrations": self.mean_demonstrations} if self.mean_demonstrations else {}
-        return {**super().description(), **used}
+        return {**super().description(), "class_counts": counts, **used}
 
     # Demonstrations
 

@@ -20,7 +20,7 @@ from gpt2_pl.experiments.comparison import Comparison, compare
 from gpt2_pl.experiments.figures import plot_names, plots
 from gpt2_pl.experiments.latex import latex
 from gpt2_pl.experiments.report import as_json, file_name, markdown, page, write_csv
-from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.run import Run, counted_runs
 from gpt2_pl.experiments.summary import summary, wrap_lines
 from gpt2_pl.filesystem import atomic_write, require_writable
 from gpt2_pl.inference.loading import similar_run
@@ -67,7 +67,7 @@ def _compare_runs(folders: list[Path], given: argparse.Namespace) -> None:
     claims = None if given.check is None else read_claims(given.check)
     with Progress("Reading runs", total=2) as progress:
         runs, notes = read_runs(folders, given.runs)
-        progress.advance(description=f"Comparing {len(runs)} runs")
+        progress.advance(description=f"Comparing {counted_runs(runs)}")
         comparisons = compare(
             runs,
             given.baseline,

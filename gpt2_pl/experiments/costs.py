@@ -24,6 +24,16 @@ BUDGETS = ("gpu_seconds", "cpu_seconds", "training_flops")
 """Costs that add up over the trials of a search, so that a budget can limit them."""
 
 
+def format_cost(value: float, name: str) -> str:
+    """Format a cost in the unit of its heading; one that would be rounded to 0 is ``< 0.1`` or the like."""
+    _, divisor, digits = COSTS[name]
+    amount = value / divisor
+    if digits is None:
+        return f"{amount:.2e}"
+    least = 10.0**-digits
+    return f"< {least:g}" if 0 < amount < least / 2 else f"{amount:,.{digits}f}"
+
+
 def record_cost(record: Mapping[str, Any], name: str) -> float | None:
     """Return a cost of a run.
 

@@ -57,12 +57,19 @@ class Effect:
         named = [f"{factor}: {level}, not {reference}" for factor, level, reference in parts]
         return " x ".join(named)
 
+    def interval_text(self, unit: Unit) -> str:
+        """Format the interval; empty without an estimate."""
+        if self.contrast is None:
+            return ""
+        reach = float(len(self.factors))  # an interaction is a difference of differences
+        return unit.format_interval(self.contrast.interval(LEVEL), self.contrast.num_texts, reach)
+
     def sentence(self, unit: Unit) -> str:
         """Return the effect as a sentence with its interval."""
         if self.contrast is None or not self.contrast.has_interval:
             return f"{self.name}: cannot be estimated ({self.reason or 'no spread'})."
         amount = unit.format_difference(self.contrast.estimate, self.contrast.num_texts) + unit.word
-        interval = unit.format_interval(self.contrast.interval(LEVEL), self.contrast.num_texts)
+        interval = self.interval_text(unit)
         if len(self.factors) == 1:
             return f"{self.levels[0]} instead of {self.references[0]} changes the score by {amount} ({interval})."
         one, other = self.levels
@@ -155,7 +162,7 @@ def effect_table(comparison: Comparison, effects: list[Effect]) -> tuple[list[st
             rows.append([effect.name, "", "", "", effect.reason or "no spread"])
             continue
         estimate = unit.format_difference(found.estimate, found.num_texts)
-        interval = unit.format_interval(found.interval(LEVEL), found.num_texts)
+        interval = effect.interval_text(unit)
         p = "" if math.isnan(effect.p_adjusted) else f"{effect.p_adjusted:.3g}"
         rows.append([effect.name, estimate, interval, p, effect.sentence(unit)])
     return ["effect", "estimate", "95 %", "p (Holm)", "in words"], rows

@@ -123,7 +123,7 @@ def hybrid_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for one in interactions(comparison):
         hybrid, first, second = (group.label for group in one.groups)
         estimate = unit.format_difference(one.contrast.estimate, one.contrast.num_texts)
-        interval = unit.format_interval(one.contrast.interval(LEVEL), one.contrast.num_texts)
+        interval = unit.format_interval(one.contrast.interval(LEVEL), one.contrast.num_texts, reach=2.0)
         sentence = one.sentence(unit, baseline)
         rows.append([hybrid, f"{first} and {second}", estimate, interval, p_text(one.p_adjusted), sentence])
     return ["hybrid", "parts", "interaction", "95 %", "p (Holm)", "in words"], rows

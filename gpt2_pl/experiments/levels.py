@@ -16,6 +16,7 @@ from gpt2_pl.experiments.units import Unit
 
 COLLAPSE = 0.10
 """A share that is this much below the median of its arm is that of a collapsed run."""
+_MAX_STD = 0.5  # of a share
 _MAX_LISTED = 6  # collapsed runs in a notice
 
 
@@ -28,7 +29,7 @@ def score_interval(runs: Sequence[Run], score: str, unit: Unit) -> tuple[float, 
         unit: unit of the score.
 
     Returns:
-        The limits, lower first, in the unit of the score; None if the runs do not give an interval.
+        The limits, lower first, in the unit of the score, shares from 0 to 1; None if the runs do not give an interval.
     """
     if not runs:
         return None
@@ -48,13 +49,17 @@ def score_interval(runs: Sequence[Run], score: str, unit: Unit) -> tuple[float, 
         limits = limits and (limits[0] + shift, limits[1] + shift)
     if limits is None:
         return None
-    low, high = sorted(unit.external(limit) for limit in limits)
+    low, high = sorted(unit.limit_score(unit.external(limit)) for limit in limits)
     return low, high
 
 
-def spread_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the interval of the standard deviation over seeds; None for fewer than two scores."""
-    return std_interval(statistics.stdev(values), len(values), LEVEL) if len(values) > 1 else None
+def spread_interval(values: Sequence[float], unit: Unit) -> tuple[float, float] | None:
+    """Return the interval of the standard deviation over seeds, for shares at most 0.5; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    limits = std_interval(statistics.stdev(values), len(values), LEVEL)
+    low, high = (min(limit, _MAX_STD) if unit.is_percent else limit for limit in limits)
+    return low, high
 
 
 def collapsed(runs: Sequence[Run], score: str, unit: Unit) -> list[Run]:
@@ -77,9 +82,13 @@ def collapsed(runs: Sequence[Run], score: str, unit: Unit) -> list[Run]:
 
 
 def _majority_share(run: Run, score: str) -> float:
+    """Return the accuracy of the majority class, the most frequent class of the training rows; -inf if not known."""
     of_split = run.compared_rows(score.partition("/")[0])
-    share = None if of_split is None else of_split.majority_share
-    return -math.inf if share is None else share
+    counts = ((run.record.get("data") or {}).get("class_counts") or {}).get("train")
+    if of_split is None or of_split.label_shares is None or not counts:
+        return -math.inf
+    majority = int(np.argmax(counts))
+    return of_split.label_shares[majority] if majority < len(of_split.label_shares) else 0.0
 
 
 def reliability_notices(usable: Sequence[Run], failed: Sequence[Run], score: str, unit: Unit) -> list[str]:

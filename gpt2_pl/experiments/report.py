@@ -37,6 +37,7 @@ from gpt2_pl.experiments.reference_comparison import (
     reference_table,
     text_reference_table,
 )
+from gpt2_pl.experiments.run import counted_runs
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.selection import MIN_ROWS
 from gpt2_pl.experiments.tables import (
@@ -57,6 +58,7 @@ from gpt2_pl.experiments.tables import (
     selection_table,
     summary_table,
 )
+from gpt2_pl.experiments.units import Unit
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -230,13 +232,14 @@ def _breakable(text: str) -> Markup:
 
 
 def _dates(comparisons: list[Comparison]) -> str:
-    """Return the number of runs, when their records were written, and the version of this library."""
+    """Return the numbers of runs and references, when their records were written, and the version of this library."""
     groups = [g for comparison in comparisons for g in (*comparison.groups, *comparison.references)]
-    files = [run.folder / "metrics.json" for group in groups for run in group.runs]
+    runs = [run for group in groups for run in group.runs]
+    files = [run.folder / "metrics.json" for run in runs]
     times = [datetime.fromtimestamp(file.stat().st_mtime) for file in files if file.is_file()]
     days = sorted({f"{time:%Y-%m-%d}" for time in times})
     between = f", finished {' to '.join(dict.fromkeys([days[0], days[-1]]))}" if days else ""
-    return f"{len(files)} run{'s' * (len(files) != 1)}{between}; gpt2_pl {__version__}."
+    return f"{counted_runs(runs)}{between}; gpt2_pl {__version__}."
 
 
 # Data
@@ -256,7 +259,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "rows_dropped": comparison.num_dropped,
         "notes": comparison.notes,
         "crossings": [asdict(found) for found in crossings(comparison)],
-        "interactions": [_interaction_as_json(found) for found in interactions(comparison)],
+        "interactions": [
+            _interaction_as_json(found, comparison.unit(comparison.primary_metric))
+            for found in interactions(comparison)
+        ],
         "groups": [
             {
                 "strategy": group.label,
@@ -272,9 +278,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _interaction_as_json(found: Interaction) -> dict[str, Any]:
+def _interaction_as_json(found: Interaction, unit: Unit) -> dict[str, Any]:
     """Return an interaction on its internal scale: a fraction for shares, a logarithm for perplexities."""
-    low, high = found.contrast.interval(LEVEL)
+    low, high = unit.limit_difference(found.contrast.interval(LEVEL), reach=2.0)
     names = dict(zip(("hybrid", "first", "second"), (group.label for group in found.groups), strict=True))
     return {**names, "interaction": found.contrast.estimate, "low": low, "high": high, "p_holm": found.p_adjusted}
 
@@ -282,13 +288,14 @@ def _interaction_as_json(found: Interaction) -> dict[str, Any]:
 def _difference_as_json(found: Difference) -> dict[str, Any]:
     """Return a difference on its internal scale: a fraction for shares, a logarithm for perplexities."""
     contrast = found.contrast
-    low, high = contrast.interval(LEVEL)
+    low, high = found.unit.limit_difference(contrast.interval(LEVEL))
+    low_together, high_together = found.unit.limit_difference(found.together)
     numbers = {
         "difference": contrast.estimate,
         "low": low,
         "high": high,
-        "low_together": found.together[0],
-        "high_together": found.together[1],
+        "low_together": low_together,
+        "high_together": high_together,
         "df": contrast.df,
         "p": contrast.p_value(),
         "p_holm": found.p_adjusted,

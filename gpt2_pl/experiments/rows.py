@@ -63,13 +63,13 @@ class RowScores:
     Args:
         digest: digest of the texts and labels of the rows; runs of equal digests were scored on the same rows.
         scores: the scores by name, such as ``val/accuracy``.
-        majority_share: share of the most frequent label, the accuracy of predicting it for every row; None for rows
-            without classes or of one class.
+        label_shares: share of every class up to the last that occurs, the accuracy of predicting it for every row; None
+            for rows without classes or of one class.
     """
 
     digest: str
     scores: dict[str, RowScore]
-    majority_share: float | None = None
+    label_shares: list[float] | None = None
 
 
 Columns = Mapping[str, NDArray[Any]]
@@ -96,11 +96,11 @@ class RowTable:
 
     def scores(self) -> RowScores:
         """Return the scores of all rows."""
-        share = None
+        shares = None
         labels = self.columns.get("label")
         if labels is not None and labels.dtype.kind == "i" and len(np.unique(labels)) > 1:
-            share = float(np.bincount(labels).max() / len(labels))
-        return RowScores(self.digest, self.compute(self.columns), share)
+            shares = (np.bincount(labels) / len(labels)).tolist()
+        return RowScores(self.digest, self.compute(self.columns), shares)
 
     def select(self, positions: Positions, digest: str) -> RowTable:
         """Return the table of some rows, whose digest is ``digest``, without scores that need all rows."""

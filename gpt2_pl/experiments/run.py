@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,14 @@ _LOCATION_KEYS = re.compile(  # locations, hardware and displays, which do not a
 
 _MAX_KEY_CHARACTERS = 1000  # of a dotted key
 _MAX_EXPONENT = 700.0  # of a floating-point number
+
+
+def counted_runs(runs: Iterable[Run]) -> str:
+    """Return the numbers of runs and of references among them, such as ``4 runs and 2 references``."""
+    is_reference = [run.record.get("reference") is not None for run in runs]
+    counts = {"run": is_reference.count(False), "reference": is_reference.count(True)}
+    parts = [f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n]
+    return " and ".join(parts) or "0 runs"
 
 
 @dataclass(eq=False)

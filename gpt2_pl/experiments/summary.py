@@ -19,6 +19,7 @@ from gpt2_pl.experiments.tables import (
     p_text,
     verdict_counts,
 )
+from gpt2_pl.experiments.units import NO_DIFFERENCE
 
 _MIN_WIDTH = 40
 _COSTS = ("trials", "trainable", "training_flops", "cpu_seconds", "gpu_seconds", "peak_memory_bytes")
@@ -82,6 +83,12 @@ def _comparison_lines(comparison: Comparison) -> list[tuple[int, str]]:
     return [*lines, *((0, f"note: {note}") for note in comparison.notes)]
 
 
+def _detectable(size: str) -> str:
+    """Return the difference that could have been shown as a sentence; empty if it is not known."""
+    shown = "No difference could have been shown." if size == NO_DIFFERENCE else f"Could have shown: {size}."
+    return f" {shown}" if size else ""
+
+
 def _group_lines(comparison: Comparison, group: RunGroup) -> list[tuple[int, str]]:
     name = comparison.primary_metric
     unit, usable, std = comparison.unit(name), group.usable(name), group.std(name)
@@ -90,14 +97,14 @@ def _group_lines(comparison: Comparison, group: RunGroup) -> list[tuple[int, str
     text += f" (95 % {interval_text(comparison, name, limits)})" if limits is not None else ""
     text += f", {len(usable)} seed{'s' * (len(usable) != 1)}"
     if std is not None:
-        spread = spread_interval(group.usable_values(name))
+        spread = spread_interval(group.usable_values(name), unit)
         text += f", sd over seeds {unit.format_score(std)} ({interval_text(comparison, name, spread)})"
     costs = [_COST_NAMES[cost].format(cost_text(group, cost)) for cost in _COSTS if group.cost(cost) is not None]
     baseline = " (baseline)" if comparison.is_baseline(group) else ""
     lines = [(0, f"{group.label}{baseline}: {text}"), (2, ", ".join(costs))]
     if (found := group.differences.get(name)) is not None:
         p = f"; p {p_text(found.contrast.p_value())}, Holm {p_text(found.p_adjusted)}" if found.is_tested else ""
-        detectable = f" Could have shown: {detectable_text(found)}." if found.detectable is not None else ""
+        detectable = _detectable(detectable_text(found))
         lines += [(2, f"{found.line()}{p}"), (2, f"{found.sentence()}{detectable}")]
         lines += [(2, f"notice: {notice}") for notice in found.notices]
     lines += [(2, f"references by {placed}") for placed in placements(comparison, group)]

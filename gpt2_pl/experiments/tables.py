@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gpt2_pl.experiments.comparison import Comparison
-from gpt2_pl.experiments.costs import COSTS
+from gpt2_pl.experiments.costs import COSTS, format_cost
 from gpt2_pl.experiments.differences import Difference
 from gpt2_pl.experiments.levels import collapse_text, score_interval, spread_interval
 from gpt2_pl.experiments.run_group import RunGroup
@@ -83,7 +83,7 @@ def arm_table(comparison: Comparison) -> Table:
         row = [group.label, str(len(usable)), "" if (mean := group.mean(name)) is None else unit.format_score(mean)]
         row.append(interval_text(comparison, name, score_interval(usable, name, unit)))
         row.append("" if std is None else unit.format_score(std))
-        row.append(interval_text(comparison, name, spread_interval(values)))
+        row.append(interval_text(comparison, name, spread_interval(values, unit)))
         cells.append([*row, collapse_text(usable, name, unit)])
     return headings, cells
 
@@ -241,19 +241,13 @@ def p_text(p: float) -> str:
 
 
 def detectable_text(found: Difference) -> str:
-    """Format the detectable difference; empty if it is not known."""
+    """Format the detectable difference; empty if it is not known, ``none`` if it is larger than any can be."""
     return "" if found.detectable is None else found.unit.format_rounded_up(found.detectable)
 
 
 def cost_text(group: RunGroup, name: str) -> str:
     """Format a cost; empty if it is not known."""
-    value, (_, divisor, digits) = group.cost(name), COSTS[name]
-    if value is None:
-        return ""
-    if digits is None:
-        return f"{value / divisor:.2e}"
-    least = 10.0**-digits
-    return f"< {least:g}" if 0 < value / divisor < least / 2 else f"{value / divisor:,.{digits}f}"
+    return "" if (value := group.cost(name)) is None else format_cost(value, name)
 
 
 def _best_seed(comparison: Comparison, group: RunGroup) -> str:
@@ -279,5 +273,5 @@ def _summary(comparison: Comparison, group: RunGroup) -> str:
         interval = f" ({found.interval_text()})" if found.contrast.has_interval else ""
         text += f", {found.estimate_text()}{interval}"
     share = (group.cost("trainable") or 0.0) / (first.cost("total") or math.inf)
-    minutes = group.cost("cpu_seconds")
-    return f"{text}; {share:.1%} of the parameters" + ("" if minutes is None else f", {minutes / 60:.1f} CPU minutes")
+    minutes = cost_text(group, "cpu_seconds")
+    return f"{text}; {share:.1%} of the parameters" + (f", {minutes} CPU minutes" if minutes else "")

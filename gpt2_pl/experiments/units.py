@@ -10,6 +10,8 @@ import numpy as np
 from gpt2_pl.experiments.statistics.contrast import Floats
 
 _MAX_EXPONENT = 700.0  # of a floating-point number
+NO_DIFFERENCE = "none"
+"""Text of a difference that is impossible."""
 _MANY_TEXTS = 500  # from here on differences in points have two decimals
 
 
@@ -56,6 +58,22 @@ class Unit:
         """Convert a difference on the internal scale to an amount; the inverse of :meth:`margin`."""
         return 100 * (_exp(difference) - 1.0) if self.is_ratio else 100 * difference if self.is_percent else difference
 
+    def limit_score(self, score: float) -> float:
+        """Return the nearest possible score: from 0 to 1 for shares."""
+        return min(max(score, 0.0), 1.0) if self.is_percent else score
+
+    def limit_difference(self, limits: tuple[float, float], reach: float = 1.0) -> tuple[float, float]:
+        """Return the limits of an interval within the possible differences: from -1 to 1 for shares.
+
+        Args:
+            limits: the limits, on the internal scale; NaN without an interval.
+            reach: largest possible difference of shares; 2 for a difference of differences.
+        """
+        if not self.is_percent:
+            return limits
+        low, high = np.clip(limits, -reach, reach).tolist()
+        return low, high
+
     def format_amount(self, difference: float, digits: int = 3) -> str:
         """Format the size of a difference, such as ``1 point``, ``2.3 %`` or ``0.12``."""
         number = f"{self.amount(difference):.{digits}g}"
@@ -64,7 +82,12 @@ class Unit:
         return f"{number} %" if self.is_ratio else number
 
     def format_rounded_up(self, difference: float) -> str:
-        """Format the size of a difference, rounded up to 0.1 point or percent, or to two digits."""
+        """Format the size of a difference, rounded up to 0.1 point or percent, or to two digits.
+
+        A share cannot differ by more than 100 points, so that a greater size is ``none``.
+        """
+        if self.is_percent and difference > 1.0:
+            return NO_DIFFERENCE
         amount = self.amount(difference)
         step = 0.1 if self.is_ratio or self.is_percent else 10.0 ** (math.floor(math.log10(amount)) - 1)
         rounded = step * math.ceil(amount / step - 1e-9)
@@ -82,9 +105,10 @@ class Unit:
             text = f"{difference:+.3g}"
         return text.replace("-", "+") if not text.strip("+-0.") else text  # no negative zero
 
-    def format_interval(self, limits: tuple[float, float], num_texts: int) -> str:
-        """Format the limits of a difference, the lower number first."""
-        low, high = sorted(limits, key=lambda limit: self.sign * limit if self.is_ratio else limit)
+    def format_interval(self, limits: tuple[float, float], num_texts: int, reach: float = 1.0) -> str:
+        """Format the limits of a difference, the lower number first; see :meth:`limit_difference`."""
+        possible = self.limit_difference(limits, reach)
+        low, high = sorted(possible, key=lambda limit: self.sign * limit if self.is_ratio else limit)
         return f"{self.format_difference(low, num_texts)} to {self.format_difference(high, num_texts)}"
 
     @property

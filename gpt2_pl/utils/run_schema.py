@@ -64,6 +64,7 @@ class DataDescription(Schema, extra="allow"):
     rows: dict[Name, Count | None] | None = None
     labels: list[Text] | None = None
     truncated: dict[Name, Count] | None = None
+    class_counts: dict[Name, list[Count]] | None = None
     dropped_duplicates: Count | None = None
 
 

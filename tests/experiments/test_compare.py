@@ -23,7 +23,7 @@ from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.report import page
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.run_group import RunGroup
-from gpt2_pl.experiments.tables import cost_text
+from gpt2_pl.experiments.tables import cost_text, summary_table
 
 CONFIG = ROOT / "configs"
 
@@ -370,3 +370,5 @@ def test_cost_text_small_cost_is_not_zero(tmp_path, seconds, text):
     run = Run.read(fake_run(tmp_path / "run", "full", 1, np.ones(10, bool)))
     run.record["cpu_seconds"] = seconds
     assert cost_text(RunGroup("full", [run]), "cpu_seconds") == text
+    ((*_, baseline, _, _, _),) = summary_table([*compare([run])])[1]
+    assert baseline.endswith(f", {text} CPU minutes")

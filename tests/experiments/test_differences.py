@@ -11,12 +11,16 @@ from sklearn.metrics import f1_score
 
 from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.differences import Difference, compare_arms, judge
-from gpt2_pl.experiments.levels import score_interval, spread_interval
+from gpt2_pl.experiments.latex import latex
+from gpt2_pl.experiments.levels import collapsed, score_interval, spread_interval
+from gpt2_pl.experiments.report import as_json
 from gpt2_pl.experiments.rows import RowScores, classification_scores
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.statistics.contrast import Arm, contrast, difference
 from gpt2_pl.experiments.statistics.intervals import bootstrap_t_interval
 from gpt2_pl.experiments.statistics.power import Pilot, detectable_difference
+from gpt2_pl.experiments.summary import summary
+from gpt2_pl.experiments.tables import difference_table
 from gpt2_pl.experiments.units import Unit
 
 POINTS = Unit(True, True)
@@ -203,9 +207,39 @@ def test_score_intervals_are_wilsons_for_one_run_and_over_seeds_for_more():
     several = in_memory(np.ones(8, int), rows.astype(int))
     expected = contrast([Arm(rows.mean(1), rows.astype(float))], [1.0]).interval()
     assert score_interval(several, "val/accuracy", POINTS) == pytest.approx(expected)
-    low, high = spread_interval([1.0, 2.0, 3.0])
+    low, high = spread_interval([1.0, 2.0, 3.0], Unit())
     assert (low, high) == pytest.approx((0.52, 6.28), abs=0.005)
-    assert spread_interval([1.0]) is None
+    assert spread_interval([1.0], Unit()) is None
+
+
+def test_intervals_of_shares_with_two_seeds_stay_within_possible_shares(tmp_path):
+    far = [[True] * 8, [True] * 2 + [False] * 6]
+    runs, baseline = (write(tmp_path, name, rows) for name, rows in (("lora", far), ("full", far[::-1])))
+    found = judge({"lora": find(runs, baseline)}, None)["lora"]
+    assert found.contrast.interval()[1] > 1.0  # by the formula
+    assert (found.interval_text(), found.together_text()) == ("-100.0 to +100.0", "-100.0 to +100.0")
+    assert score_interval(runs, "val/accuracy", POINTS) == (0.0, 1.0)
+    assert spread_interval([1.0, 0.25], POINTS)[1] == 0.5
+    loss, low = Unit(False), -3.0
+    assert loss.limit_difference((low, 5.0)) == (low, 5.0)
+    assert loss.limit_score(low) == low
+    assert POINTS.format_interval((-3.0, 1.5), 10, reach=2.0) == "-200.0 to +150.0"
+    assert np.isnan(POINTS.limit_difference((np.nan, np.nan))).all()
+
+
+def test_reports_of_impossible_differences_say_that_none_could_have_been_shown(tmp_path):
+    far = [[True] * 8, [True] * 2 + [False] * 6]
+    runs = [run for name in ("full", "lora") for run in write(tmp_path, name, far)]
+    comparisons = compare(runs)
+    text = " ".join(summary(comparisons).split())
+    assert "No difference could have been shown." in text
+    assert "0.0 to 100.0" in text
+    (found,) = (group.differences["val/accuracy"] for group in comparisons[0].compared)
+    assert found.detectable > 1.0
+    written = as_json(comparisons[0])["groups"][1]["differences"]["val/accuracy"]
+    assert (written["low"], written["high"], written["low_together"]) == (-1.0, 1.0, -1.0)
+    assert "100.0 to $+$100.0" in latex(comparisons)
+    assert difference_table(comparisons[0])[1][0][7] == "none"
 
 
 @pytest.mark.parametrize("is_skewed", [False, True])
@@ -221,6 +255,16 @@ def test_score_interval_of_one_run_of_losses_is_that_of_their_mean(tmp_path, is_
     for name, unit, convert in (("loss", Unit(False), float), ("perplexity", Unit(False, False, True), np.exp)):
         limits = score_interval([run], f"val/{name}", unit)
         assert limits == pytest.approx(tuple(map(convert, expected)))
+
+
+def test_collapsed_runs_are_below_the_majority_class_of_the_training_rows(tmp_path):
+    run = Run.read(fake_run(tmp_path / "full", "full", 1, [True] * 3 + [False] * 5))
+    text = (run.folder / "predictions_val.csv").read_text().replace("yes,no,0.5,0.5\n", "no,yes,0.5,0.5\n", 2)
+    (run.folder / "predictions_val.csv").write_text(text)  # two of eight rows are "no", and three are right
+    for counts, is_collapsed in (({"train": [9, 1]}, False), ({"train": [1, 9]}, True), ({}, False)):
+        record = {**run.record, "data": {**run.record["data"], "class_counts": counts}}
+        again = Run(run.folder, record, run.settings)
+        assert collapsed([again], "val/accuracy", POINTS) == [again] * is_collapsed
 
 
 def test_failed_and_collapsed_runs_are_counted_and_collapsed_ones_kept(tmp_path):

@@ -9,8 +9,8 @@ from scipy import stats
 
 from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.reference_comparison import mark, reference_table
-from gpt2_pl.experiments.report import markdown
-from gpt2_pl.experiments.run import Run
+from gpt2_pl.experiments.report import markdown, page
+from gpt2_pl.experiments.run import Run, counted_runs
 from gpt2_pl.experiments.summary import summary
 
 N = 800
@@ -54,6 +54,12 @@ def test_mark_deterministic_reference_has_no_variance_over_seeds(comparison):
     reference = words.runs[0].row_scores["val"].scores["val/accuracy"].contributions
     texts_only = stats.ttest_rel(np.mean(rows, 0), reference)
     assert contrast.standard_error >= abs(difference / texts_only.statistic) * (1 - 1e-9)
+
+
+def test_report_counts_references_apart_from_runs(comparison):
+    text = page([comparison], {})
+    assert "9 runs and 2 references, finished" in text
+    assert counted_runs(comparison.groups[0].runs[:1]) == "1 run"
 
 
 def test_report_references_are_in_a_table_and_not_in_the_family(comparison):

@@ -101,11 +101,11 @@ def test_outcome_columns_of_other_tasks_are_means_over_rows(tmp_path):
     assert list(scores["val/mae"].contributions) == [1.0, 0.5]
 
 
-def test_majority_share_is_that_of_the_most_frequent_label(tmp_path):
-    for labels, share in (("aab", 2 / 3), ("aaa", None)):
+def test_label_shares_are_those_of_the_classes_in_their_order(tmp_path):
+    for labels, shares in (("bba", [1 / 3, 2 / 3]), ("aaa", None)):
         rows = "".join(f"{i},x{i},{label},a,0.5,0.5\n" for i, label in enumerate(labels))
         (tmp_path / "predictions_val.csv").write_text(f"row,text,label,prediction,p(a),p(b)\n{rows}")
-        assert read_row_table(tmp_path, "val", ()).scores().majority_share == share
+        assert read_row_table(tmp_path, "val", ()).scores().label_shares == shares
 
 
 def test_contributions_of_two_hundred_classes_take_less_than_three_seconds():

@@ -100,7 +100,7 @@ def test_fit_scores_and_tables_of_a_regressor_agree(trained):
     for name, value in expected.items():
         assert record["scores"][f"test/{name}"] == pytest.approx(value, abs=1e-4)
         assert of_rows.scores[f"test/{name}"].value == pytest.approx(value, abs=1e-4)
-    assert of_rows.majority_share is None
+    assert of_rows.label_shares is None
     assert {name: one.value for name, one in regression_scores(label, prediction).items()} == pytest.approx(expected)
 
 

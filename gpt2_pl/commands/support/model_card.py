@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gpt2_pl import __version__
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
-from gpt2_pl.experiments.costs import record_cost
+from gpt2_pl.experiments.costs import format_cost, record_cost
 from gpt2_pl.experiments.levels import score_interval
 from gpt2_pl.experiments.report import markdown_table, markdown_text
 from gpt2_pl.experiments.run import Run
@@ -282,20 +282,16 @@ class ModelCard:
     def _costs(self) -> tuple[list[str], list[list[str]]]:
         if self.run is None or not self.record.get("parameters"):
             return ["", ""], []
-        formats = {
-            "trainable": ("trained parameters", "{:,.0f}", 1.0),
-            "seconds": ("minutes of training", "{:,.1f}", 60.0),
-            "cpu_seconds": ("CPU minutes", "{:,.1f}", 60.0),
-            "gpu_seconds": ("GPU minutes", "{:,.1f}", 60.0),
-            "training_flops": ("floating-point operations", "{:.2e}", 1.0),
-            "peak_memory_bytes": ("peak memory, GB", "{:.2f}", 1e9),
+        headings = {
+            "trainable": "trained parameters",
+            "seconds": "minutes of training",
+            "cpu_seconds": "CPU minutes",
+            "gpu_seconds": "GPU minutes",
+            "training_flops": "floating-point operations",
+            "peak_memory_bytes": "peak memory, GB",
         }
-        costs = {name: record_cost(self.record, name) for name in formats}
-        rows = [
-            [formats[name][0], formats[name][1].format(cost / formats[name][2])]
-            for name, cost in costs.items()
-            if cost is not None
-        ]
+        costs = {name: record_cost(self.record, name) for name in headings}
+        rows = [[headings[name], format_cost(cost, name)] for name, cost in costs.items() if cost is not None]
         return ["", ""], rows
 
     def _licence(self) -> str:

@@ -13,6 +13,8 @@ from gpt2_pl.callbacks.run_folder import run_folder
 from gpt2_pl.errors import printable
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.base import Task
+from gpt2_pl.tasks.protocols import PredictionForm
+from gpt2_pl.utils.columns import choose_columns
 from gpt2_pl.utils.plots import png
 
 VALIDATIONS = "validations/step_{step}"
@@ -78,12 +80,15 @@ class PredictionWriter(Callback):
         folder = run_folder(trainer)
         if table is None or folder is None or not trainer.is_global_zero:
             return
+        data: Any = getattr(trainer, "datamodule", None)
+        chosen = data.predict_columns if split == "predict" and isinstance(data, PredictionForm) else None
+        pick, names = choose_columns(table.columns, chosen, "data.predict_columns")
         file_name = folder / subfolder / f"{table.name}_{split}.csv"
         file_name.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file_name) as file:
             writer = csv.writer(file)
-            writer.writerow(table.columns)
-            writer.writerows(table.rows)
+            writer.writerow(names)
+            writer.writerows(map(pick, table.rows))
         self.wrote = True
 
 

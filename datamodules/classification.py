@@ -31,6 +31,7 @@ class TextClassification(LabelledText):
         demonstrations: number of training rows with their label words that precede every evaluated text in its prompt
             (Brown et al. 2020), or ``all``: of the classes in turn, drawn with ``seed_everything``. They need a
             verbalizer, and no training. If the prompt is too long for the model, the last of them are left out.
+        predict_labels: how ``gpt2-pl predict`` writes a class: its name, or its number from 0.
         **kwargs: arguments of :class:`~gpt2_pl.datamodules.labelled.LabelledText`.
 
     Raises:
@@ -44,6 +45,7 @@ class TextClassification(LabelledText):
         balance: Literal["oversample", "undersample"] | None = None,
         shots: int | None = None,
         demonstrations: int | Literal["all"] | None = None,
+        predict_labels: Literal["names", "numbers"] = "names",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,12 +60,16 @@ class TextClassification(LabelledText):
         if isinstance(demonstrations, int) and demonstrations < 1:
             raise InputError(key="data.demonstrations", value=demonstrations, expected="at least 1, or all")
         self.balance, self.shots, self.demonstrations = balance, shots, demonstrations
+        self.predict_labels = predict_labels
         self.mean_demonstrations: dict[str, float] = {}  # mean number of examples in a prompt, by split
 
     @property
     def num_classes(self) -> int:
         """The number of classes."""
         return len(self.labels)
+
+    def _written_columns(self) -> list[str]:
+        return [*super()._written_columns(), *(f"p({label})" for label in self.labels)]
 
     @property
     def _label_values(self) -> list[Any]:

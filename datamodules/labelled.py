@@ -19,6 +19,7 @@ from gpt2_pl.datamodules.readers import read_file, read_hub
 from gpt2_pl.datamodules.rows import Row, RowSource, batches, parse_text, require_columns
 from gpt2_pl.errors import InputError, printable
 from gpt2_pl.text.normalization import Step
+from gpt2_pl.utils.columns import check_kept, choose_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +53,8 @@ class LabelledText(TextData):
             ``space_punctuation``, which puts a space before every ``.``, ``?``, ``,`` and ``'``, and replaces runs of
             white space by one space. Checkpoints store them, so that ``classify`` changes new texts in the same way.
         keep: columns of ``predict_file`` that are copied to the file of predictions, such as ``[id]``.
+        predict_columns: columns of the file of predictions, in this order, each with a new name if it has one, such as
+            ``[id, prediction=label]``; defaults to all.
         tokenizer: folder or hub id of the tokenizer; on the command line it defaults to that of the pretrained base.
         max_length: maximum number of tokens in a row; defaults to the context length of the model. Longer texts are
             truncated; the rest of the template is not.
@@ -75,6 +78,7 @@ class LabelledText(TextData):
     ALIASES: ClassVar[dict[str, tuple[str, ...]]] = {}  # other names of a field or label column in published datasets
     LABEL_TYPE: ClassVar[str] = "int64"  # Arrow's name of the type of a label
     NO_LABEL: ClassVar[float] = -1  # of a row without a label
+    predict_labels: Literal["names", "numbers"] = "names"
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class LabelledText(TextData):
         on_invalid_row: Literal["error", "skip"] = "error",
         normalize: list[Step] | None = None,
         keep: list[str] | None = None,
+        predict_columns: list[str] | None = None,
         steps_per_epoch: int | None = None,
     ) -> None:
         if isinstance(train_file, list) and not train_file:
@@ -111,9 +116,8 @@ class LabelledText(TextData):
         self.hub_config, self.quoting = hub_config, quoting
         self.skip_bad = on_invalid_row == "skip"
         self.keep = list(keep or ())
-        if len({*self.keep, *_WRITTEN}) < len(self.keep) + len(_WRITTEN):
-            expected = f"different columns, and none of {', '.join(_WRITTEN)}"
-            raise InputError(key="data.keep", value=self.keep, expected=expected)
+        self.predict_columns = None if predict_columns is None else list(predict_columns)
+        check_kept(self.keep, _WRITTEN, "data.keep")
         self.rows: dict[str, Dataset] = {}  # texts and row numbers of each split
         self.skipped: dict[str, int] = {}  # number of invalid rows in each source
         self.dropped_duplicates: int | None = None  # training rows that equal a validation row of data.val_fraction
@@ -312,6 +316,17 @@ class LabelledText(TextData):
         self.skipped[source.name] = len(reasons)
         if len(reasons) == total:
             raise source.error(" has no valid rows")
+
+    def prepare_data(self) -> None:
+        """Check and encode all data of the run, and that the columns to write exist."""
+        written = self._written_columns()
+        check_kept(self.keep, written, "data.keep")
+        choose_columns([*self.keep, *written], self.predict_columns, "data.predict_columns")
+        super().prepare_data()
+
+    def _written_columns(self) -> list[str]:
+        """Return the columns of the file of predictions without those that are copied."""
+        return ["row", "text", "prediction"]
 
     def kept_columns(self, split: str) -> list[str]:
         """Return the columns that are copied to the file of predictions of a split."""

@@ -8,17 +8,18 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpt2_pl.commands.support.display import show
 from gpt2_pl.commands.support.output import DELIMITERS, STANDARD_OUTPUT, row_writer
 from gpt2_pl.commands.support.parser import CommandParser, check_batches
 from gpt2_pl.commands.support.terminal import track
 from gpt2_pl.errors import InputError, printable, require
+from gpt2_pl.utils.columns import check_kept, choose_columns
 
 if TYPE_CHECKING:
     from gpt2_pl.datamodules.rows import RowSource
@@ -54,6 +55,7 @@ def main(args: list[str]) -> None:
     skip = options.on_invalid_row == "skip"
     with ExitStack() as stack:
         source, possible = _open_source(options, predictor, stack)
+        check_kept(options.keep, _written_columns(predictor), "keep")
         columns = select_columns(source, possible, options.keep)
         rows = read_rows(source, columns, skip, options.keep)
         counts = Counter(row is None for row in rows)  # all rows are checked before the first
@@ -182,19 +184,20 @@ def _predicted(
     predictor.prompt.warn_of_truncation(n_truncated, n_rows)
 
 
+def _written_columns(predictor: Predictor) -> list[str]:
+    """Return the columns of the output without those that are copied."""
+    return ["row", *predictor.prompt.fields, "prediction", *(f"p({label})" for label in predictor.labels)]
+
+
 def _write(predicted: Iterable[tuple[InputRow, Prediction]], predictor: Predictor, options: Namespace) -> int:
     """Write a row for every prediction, and return their number.
 
     Raises:
-        InputError: a chosen column does not exist, or two columns have the same name.
+        InputError: a chosen column does not exist, or two columns have the same name; see
+            :mod:`gpt2_pl.utils.columns`.
     """
-    probabilities = [f"p({label})" for label in predictor.labels]
-    names = ["row", *options.keep, *predictor.prompt.fields, "prediction", *probabilities]
-    if options.columns is None:
-        clashes = [name for name in options.keep if names.count(name) > 1]
-        expected = "columns with different names than the rest of the output; rename some with --columns NAME=NEW"
-        require(not clashes, "keep", clashes, expected)
-    pick, names = _select(names, options.columns)
+    names = _written_columns(predictor)
+    pick, names = choose_columns([*names[:1], *options.keep, *names[1:]], options.columns, "columns")
     n = 0
     with row_writer(options.out, names, options.json) as write:
         for row, prediction in predicted:
@@ -204,21 +207,3 @@ def _write(predicted: Iterable[tuple[InputRow, Prediction]], predictor: Predicto
             write(pick([row.number, *row.kept, *row.texts.values(), value, *probability]))
             n += 1
     return n
-
-
-def _select(names: list[str], columns: list[str] | None) -> tuple[Callable[[list[Any]], list[Any]], list[str]]:
-    """Return a function that selects the values of the chosen columns of a row, and the names of these columns.
-
-    Raises:
-        InputError: a column does not exist, or two columns have the same name.
-    """
-    indices, chosen = list(range(len(names))), list(names)
-    if columns is not None:
-        indices, chosen = [], []
-        for column in columns:
-            name, _, new = (column, "", "") if column in names else column.rpartition("=")
-            require(name in names, "columns", column, f"one of {', '.join(names)}, with =NEW for a new name")
-            indices.append(names.index(name))
-            chosen.append(new or name)
-    require(len(set(chosen)) == len(chosen), "columns", chosen, "different names; rename some with --columns NAME=NEW")
-    return lambda values: [values[i] for i in indices], chosen

@@ -15,7 +15,7 @@ from gpt2_pl.errors import InputError, require
 from gpt2_pl.heads import Verbalizer, classification_loss
 from gpt2_pl.metrics import MetricInfo, RowOutputs, SplitMetrics, WeightedMean, finite
 from gpt2_pl.tasks.pooled import Batch, PooledTask
-from gpt2_pl.tasks.protocols import LabelledData, RowTable, TokenizedData
+from gpt2_pl.tasks.protocols import LabelledData, PredictionForm, RowTable, TokenizedData
 from gpt2_pl.utils.plots import confusion_image
 
 
@@ -181,14 +181,16 @@ class Classifier(PooledTask):
         """Return the prediction and the class probabilities of every row, with its number, text and label."""
         outcomes, names = self.outcomes.rows(), self._label_names()
         predictions = self.predict_class(outcomes["probability"], split)
-        has_labels = split != "predict"
+        has_labels, data = split != "predict", self.datamodule
+        is_numbers = not has_labels and isinstance(data, PredictionForm) and data.predict_labels == "numbers"
+        shown = range(self.num_classes) if is_numbers else names
 
         def rows() -> Iterator[list[object]]:
             columns = (outcomes[key].tolist() for key in ("row", "label", "probability"))
             for row, label, probability, prediction in zip(*columns, predictions.tolist(), strict=True):
                 source = self._source_cells(split, row)
                 probabilities = (f"{p:.6f}" for p in probability)
-                yield [*source, *([names[label]] if has_labels else []), names[prediction], *probabilities]
+                yield [*source, *([names[label]] if has_labels else []), shown[prediction], *probabilities]
 
         header = [*self._source_columns(split), *(["label"] if has_labels else []), "prediction"]
         return RowTable("predictions", [*header, *(f"p({name})" for name in names)], rows())

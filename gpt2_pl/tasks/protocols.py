@@ -80,6 +80,14 @@ class KeepingData(Protocol):
 
 
 @runtime_checkable
+class PredictionForm(Protocol):
+    """Data that choose what is written of predicted rows."""
+
+    predict_columns: Sequence[str] | None  #: columns in their order, each with ``=NEW`` if renamed; None for all
+    predict_labels: str  #: ``names`` or ``numbers``: how a predicted class is written
+
+
+@runtime_checkable
 class ClusteredData(Protocol):
     """Data that know which rows belong together, such as contexts that are cut from one text.
 

@@ -131,6 +131,39 @@ def test_classify_invalid_input_is_refused_without_output_or_skipped(trained, cl
     assert [row["row"] for row in table(tmp_path / "stray_out.csv")] == ["1", "3"]
 
 
+def test_predict_chooses_columns_and_numbers_as_classify_does(trained, run, tmp_path, capsys):
+    rows = [
+        {"id": f"x{i}", "p(duplicate)": 1, **{k: row[k] for k in ("sentence1", "sentence2")}}
+        for i, row in enumerate(toy_pairs(9, 9))
+    ]
+    source, out = write(tmp_path / "new.csv", rows), tmp_path / "out.csv"
+    predict = ["predict", "--config", trained / "config.yaml", "--ckpt_path", trained / "checkpoints/best.ckpt",
+               f"--data.predict_file={source}"]  # fmt: skip
+    chosen = ["id", "prediction=label", "p(duplicate)"]
+    folder = run(*predict, "--data.keep=[id]", "--data.predict_labels=numbers", f"--data.predict_columns={chosen}")
+    main(["classify", str(trained), "--input", str(source), "--out", str(out), "--keep", "id", "--labels", "numbers",
+          "--columns", *chosen])  # fmt: skip
+    found, expected = table(folder / "predictions_predict.csv"), table(out)
+    assert list(found[0]) == list(expected[0]) == ["id", "label", "p(duplicate)"]
+    assert [(row["id"], row["label"]) for row in found] == [(row["id"], row["label"]) for row in expected]
+    assert {row["label"] for row in found} <= {"0", "1"}
+    for key, value, word in (
+        ("predict_columns", "[id, predicton]", "predicton"),
+        ("predict_columns", "[id, prediction=id]", "different names"),
+        ("keep", "[prediction]", "'prediction'"),
+        ("keep", "[id, id]", "twice"),
+        ("keep", "['p(duplicate)']", "'p(duplicate)'"),
+    ):
+        keep = [] if key == "keep" else ["--data.keep=[id]"]
+        line = refused(run, capsys, *predict, *keep, f"--data.{key}={value}")
+        assert f"data.{key} must be" in line
+        assert word in line
+        assert not list(tmp_path.glob("lightning_logs/*/version_1"))
+    line = refused(run, capsys, "classify", trained, "--input", source, "--out", tmp_path / "other.csv",
+                   "--keep", "prediction", "--columns", "row", "prediction=x")  # fmt: skip
+    assert "--keep must be other columns of the file, and 'prediction'" in line
+
+
 def test_classify_calibrated_scales_probabilities_and_keeps_predictions(trained, classify, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run")
     source = write(tmp_path / "new.csv", [{"sentence1": f"a {i}", "sentence2": "b"} for i in range(9)])

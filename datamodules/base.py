@@ -88,7 +88,9 @@ class TextData(LightningDataModule):
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.tokenizer_source is None:
-            message = "data.tokenizer is missing; give a folder or hub id, usually that of the pretrained base"
+            message = (
+                "data.tokenizer is missing, and there is no model.base whose tokenizer is used; give a folder or hub id"
+            )
             raise InputError(message, key="data.tokenizer")
         return load_tokenizer(self.tokenizer_source, "data.tokenizer")
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gpt2_pl.datamodules.batching import TokenDataset
 from gpt2_pl.datamodules.few_shot import draw_shots, in_turn, prepend, run_seed, shuffled_classes
 from gpt2_pl.datamodules.labelled import LabelledText
-from gpt2_pl.datamodules.rows import Row, parse_label
-from gpt2_pl.errors import InputError
+from gpt2_pl.datamodules.rows import LabelError, Row, RowSource, parse_label
+from gpt2_pl.errors import InputError, listing, shorten
 from gpt2_pl.tasks.protocols import WordClassifier
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MAX_LABEL, _MAX_LISTED = 60, 8  # characters of a value, and number of values, in an error message
 _EXAMPLE_END = "\n"  # after the label word of an example in the prompt
 
 
@@ -77,6 +81,19 @@ class TextClassification(LabelledText):
 
     def _parse_label(self, row: Row, column: str, source: str, number: int) -> int:
         return parse_label(row, column, self.labels, source, number)
+
+    def _encode_source(
+        self, source: RowSource, permutation: dict[str, str], labeled: bool
+    ) -> tuple[TokenDataset, Dataset]:
+        try:
+            return super()._encode_source(source, permutation, labeled)
+        except LabelError as error:
+            column = self.column(self.label_column, source.columns)
+            rows = (row for _, row in source.read([column], skip_bad=True) if isinstance(row, dict))
+            found = {str(row[column]).strip()[:_MAX_LABEL] for row in rows if row[column] is not None}
+            values = listing(map(shorten, found), _MAX_LISTED)
+            advice = f"data.labels must name the classes, and data.label_column their column, whose values are {values}"
+            raise InputError(f"{error}; {advice}", key="data.labels", value=self.labels) from None
 
     def _chosen_rows(self, labels: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
         """Draw the shots or balance the classes; a row is drawn with its fields in all their orders."""

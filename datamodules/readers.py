@@ -44,6 +44,8 @@ class FileRows(RowSource):
         self.path, self.quoting = require_file(file, key), quoting
         super().__init__(str(self.path), key)
         self._status = self._find_status()
+        if self.path.stat().st_size == 0:
+            raise self.error(" is empty")
 
     def _find_status(self) -> tuple[int, int, int]:
         status = self.path.stat()

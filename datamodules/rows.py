@@ -157,6 +157,10 @@ def parse_text(row: Mapping[str, Any], column: str, source: str, number: int) ->
     return text
 
 
+class LabelError(InputError):
+    """Error of a label that is neither the name nor the index of a class."""
+
+
 def parse_label(row: Mapping[str, Any], column: str, names: Sequence[str], source: str, number: int) -> int:
     """Return the class index of the label in a column of a row.
 
@@ -171,7 +175,7 @@ def parse_label(row: Mapping[str, Any], column: str, names: Sequence[str], sourc
         number: number of the row, from 1 without the header, for error messages.
 
     Raises:
-        InputError: the value is neither a class name nor a class index.
+        LabelError: the value is neither a class name nor a class index.
     """
     value = row[column]
     text = str(value).strip() if isinstance(value, str | int | float) else ""
@@ -185,7 +189,7 @@ def parse_label(row: Mapping[str, Any], column: str, names: Sequence[str], sourc
             return candidates.index(label)
     expected = f"{'' if has_numeric_names else f'0 to {len(names) - 1} or '}one of {', '.join(names)}"
     message = f"the label in {column!r} must be {expected}, got {shorten(value)}"
-    raise InputError(message, key=column, source=f"{source}, row {number}")
+    raise LabelError(message, key=column, source=f"{source}, row {number}")
 
 
 def parse_number(row: Mapping[str, Any], column: str, limits: tuple[float, float], source: str, number: int) -> float:

@@ -23,6 +23,7 @@ from gpt2_pl.errors import (
     error_number,
     is_full,
     is_interrupt,
+    nearest,
 )
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"  # in a pretrained folder
@@ -52,10 +53,20 @@ def require_file(path: str | Path, key: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # the last two: an unknown ~user, a null character
         if isinstance(error, OSError) and error.errno not in _NO_SUCH_FILE:
             raise InputError(f"{key}: {shown} cannot be read: {error.strerror}", key=key) from None
-        raise InputError(f"{key}: there is no file {shown}", key=key) from None
+        raise InputError(f"{key}: there is no file {shown}{_near_file(Path(path))}", key=key) from None
     if not is_regular:
         raise InputError(f"{key}: {shown} is not a regular file", key=key)
     return file
+
+
+def _near_file(path: Path) -> str:
+    """Return a hint ``"; did you mean FILE?"`` with the file of the most similar name in the same folder, or ``""``."""
+    try:
+        names = [entry.name for entry in os.scandir(path.parent.expanduser()) if entry.is_file()]
+    except (OSError, RuntimeError, ValueError):  # see require_file
+        return ""
+    near = nearest(path.name, names)
+    return "" if near is None else f"; did you mean {path.with_name(near)}?"
 
 
 def read_text(path: str | Path, key: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from gpt2_pl.commands.support.display import show
 from gpt2_pl.commands.support.output import DELIMITERS, STANDARD_OUTPUT, row_writer
-from gpt2_pl.commands.support.parser import CommandParser, check_batches
+from gpt2_pl.commands.support.parser import CommandParser, check_batches, require_one
 from gpt2_pl.commands.support.terminal import track
 from gpt2_pl.errors import InputError, printable, require
 from gpt2_pl.utils.columns import check_kept, choose_columns
@@ -112,8 +112,7 @@ def _check_arguments(options: Namespace) -> None:
     Raises:
         InputError: they do not.
     """
-    if (options.text is None) == (options.input is None):
-        raise InputError("give either --text TEXT or --input FILE", key="input")
+    require_one(options, "input", "text")
     if options.json:
         require(options.out in (None, STANDARD_OUTPUT), "json", True, "used without --out, or with --out -")
         options.out = STANDARD_OUTPUT

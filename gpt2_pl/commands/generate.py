@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gpt2_pl.commands.support.output import STANDARD_OUTPUT, json_line, open_output
-from gpt2_pl.commands.support.parser import CommandParser, check_batches, require_extension
+from gpt2_pl.commands.support.parser import CommandParser, check_batches, require_extension, require_one
 from gpt2_pl.commands.support.terminal import track
 from gpt2_pl.errors import InputError, printable, require
 from gpt2_pl.filesystem import read_text, require_file
@@ -100,8 +100,7 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights")
     add("--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts")
     options = parser.parse_args(args)
-    if (options.prompt is None) == (options.prompt_file is None):
-        raise InputError("give either --prompt TEXT or --prompt_file FILE", key="prompt")
+    require_one(options, "prompt", "prompt_file")
     require(not (options.poems and options.as_is), "as_is", True, "used without --poems")
     if options.json or (options.out is None and options.prompt is not None):
         require(options.out in (None, STANDARD_OUTPUT), "json", True, "used without --out, or with --out -")

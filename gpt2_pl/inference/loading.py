@@ -131,10 +131,20 @@ def require_protocol(task: object, protocol: type, checkpoint: str | Path) -> No
     Raises:
         InputError: the task lacks a member.
     """
-    if not isinstance(task, protocol):
-        from gpt2_pl.tasks.protocols import lacks
+    if isinstance(task, protocol):
+        return
+    from gpt2_pl.tasks.protocols import NumberPredictor, TextClassifier, TextGenerator, lacks
+    from gpt2_pl.utils.registry import class_path
 
-        raise InputError(f"{checkpoint}: {lacks(task, protocol)}", key="RUN")
+    name, is_predictor = class_path(type(task)), isinstance(task, NumberPredictor | TextClassifier)
+    if protocol in (NumberPredictor, TextClassifier) and isinstance(task, TextGenerator) and not is_predictor:
+        message = f"{name} generates texts and does not classify; use gpt2-pl generate, or generate() in Python"
+    elif protocol is TextGenerator and is_predictor:
+        what = "classes" if isinstance(task, TextClassifier) else "numbers"
+        message = f"{name} predicts {what} and generates no texts; use gpt2-pl classify, or predict() in Python"
+    else:
+        message = lacks(task, protocol)
+    raise InputError(f"{checkpoint}: {message}", key="RUN")
 
 
 def load_checkpoint(checkpoint: Path, base: str | None = None) -> Task:

@@ -127,6 +127,7 @@ class PromptFormat:
             if isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) == 1:
                 text = prompt[0]
             require(isinstance(text, str), f"{name} {number}", prompt, 'one text (in JSON lines, that of "prompt")')
+            require(as_is or bool(text.strip()), f"{name} {number}", prompt, "a text that is not blank (or use as_is)")
             require(len(text) <= _MAX_CHARACTERS, f"{name} {number}", prompt, _LENGTH)
             require(not _SURROGATE.search(text), f"{name} {number}", prompt, "UTF-8 text")
             texts.append(Poem(0, split_lines(text)).text if self.is_poem and not as_is else text)

@@ -69,9 +69,12 @@ def find_kind(model: GPT2) -> tuple[PeftKind, frozenset[str]]:
     if unstored := (trained & model.base_names) - selected:
         cause = f"the base trains (train_base, or a surgery that selects its parameters): {listing(unstored)}"
         raise InputError(f"{cause}; peft's format cannot store these{other_format(model)}", key="train_base")
+    *labels, last = (kind.label for kind in KINDS)
+    if not present:
+        has = f"peft's format has {', '.join(labels)} or {last}"
+        raise InputError(f"the run has no adapter; {has}; export the whole model with --format hf", key="format")
     if len(present) != 1:
-        *labels, last = (kind.label for kind in KINDS)
-        found = " and ".join(kind.label for kind in present) or "none of them"
+        found = " and ".join(kind.label for kind in present)
         raise InputError(f"a peft adapter must be {', '.join(labels)} or {last}, got {found}")
     return next(iter(present)), selected
 

@@ -251,7 +251,8 @@ class Task(Registered, OptimizedModule):
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer with more tokens than the GPT-2's vocabulary."""
         where = f"model.base {self.base}" if self.base else "model.config"
-        validate_vocab_size(tokenizer, self.config.vocab_size, where, "data.tokenizer")
+        rule = None if self.base else "increase model.config.vocab_size, or give another data.tokenizer"
+        validate_vocab_size(tokenizer, self.config.vocab_size, where, "data.tokenizer", rule)
 
     def train(self, mode: bool = True) -> Task:
         """Set training mode; a GPT-2 without trained parameters stays in evaluation mode, without dropout."""

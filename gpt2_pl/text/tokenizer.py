@@ -215,7 +215,7 @@ def _check_encoding(tokenizer: Tokenizer) -> None:
         raise ValueError("it makes no token of any text")
 
 
-def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: str) -> None:
+def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: str, rule: str | None = None) -> None:
     """Check that a model has all tokens of a tokenizer.
 
     Args:
@@ -223,6 +223,7 @@ def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: 
         vocab_size: vocabulary size of the model.
         where: the source of ``vocab_size``, for the error message.
         key: the option of the tokenizer, for the error message.
+        rule: what must be changed; by default, that the tokenizer must be that of the base.
 
     Raises:
         InputError: a token id of the vocabulary, or of a special token that is added to texts, is not below
@@ -232,7 +233,7 @@ def validate_vocab_size(tokenizer: Tokenizer, vocab_size: int, where: str, key: 
     max_id = max(tokenizer.encode("a").ids, default=0)  # of a special token of every text
     if max(needed, max_id + 1) > vocab_size:
         found = f"has {needed} tokens" if needed > vocab_size else f"gives a text the id {max_id}"
-        rule = f"{key} must be the tokenizer that the base was trained with"
+        rule = rule or f"{key} must be the tokenizer that the base was trained with"
         raise InputError(f"the tokenizer {found} and {where} has vocab_size {vocab_size}: {rule}", key=key)
 
 

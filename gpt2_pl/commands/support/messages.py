@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gpt2_pl.commands.support.config_merge import SHORT_FORMS, CommandLine
-from gpt2_pl.errors import InputError, did_you_mean
+from gpt2_pl.errors import InputError, did_you_mean, nearest
 from gpt2_pl.tasks.checkpoint import arguments
 
 _IGNORED_LINE = re.compile(
@@ -95,6 +95,12 @@ def _explain_arguments(problem: Problem, line: CommandLine) -> InputError | None
         source = _file_of_key(line, f"{key}.{option}", "")
         message = f"{key}: {class_path} has no argument {option!r}{near}"
         return InputError(message, key=f"{key}.{option}", source=source)
+    if match := re.match(r"unrecognized arguments: --([^\s=]+)", text):
+        option, cls = match[1], pydoc.locate(class_path or str(line.last(f"{key}.class_path")))
+        first, dot, rest = option.partition(".")
+        near = nearest(first, arguments(cls)) if inspect.isclass(cls) else None
+        hint = "" if near is None else f"; did you mean --{key}.{near}{dot}{rest}?"
+        return InputError(f"unknown option --{key}.{option}{hint}", key=f"{key}.{option}")
     if match := re.search(r"following arguments are required: (.+)", text):
         first = match[1].partition(",")[0]
         message = f"{key}: {class_path} needs {match[1]}, as in --{key}.{first} VALUE"

@@ -94,6 +94,19 @@ def with_dashes(error: InputError) -> str:
     return f"--{text}" if is_option else text
 
 
+def require_one(options: argparse.Namespace, first: str, second: str) -> None:
+    """Check that exactly one of two options is given.
+
+    Raises:
+        InputError: neither or both are.
+    """
+    given = [key for key in (first, second) if getattr(options, key) is not None]
+    if len(given) != 1:
+        problem = "are both given; leave one of them out" if given else "is missing; give one of them"
+        joined = "and" if given else "or"
+        raise InputError(f"--{first} {joined} --{second} {problem}", key=first)
+
+
 def check_batches(options: argparse.Namespace, extensions: Collection[str]) -> None:
     """Check the output file of a command, unless it is standard output, and the batch size.
 

@@ -42,11 +42,10 @@ def main(args: list[str]) -> None:
 
     import torch
 
-    from gpt2_pl.commands.support.settings import best_precision
     from gpt2_pl.commands.support.trained_model import load_predictor
     from gpt2_pl.inference.input_rows import read_rows, select_columns
 
-    predictor = load_predictor(options, options.precision or best_precision("auto"))
+    predictor = load_predictor(options, options.precision)
     predictor.require_prediction()
     if options.calibrated and predictor.is_regressor:
         expected = f"used with a classifier; {options.run} has a regressor"
@@ -97,8 +96,8 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--quoting", choices=("true", "false"), help=quoting_help)
     invalid_help = "whether a row that cannot be read or has no text is an error or skipped"
     add("--on_invalid_row", choices=("error", "skip"), default="error", help=invalid_help)
-    precision_help = "numeric precision (default: bf16-mixed if the hardware supports bfloat16, else 32-true)"
-    add("--precision", choices=("bf16-mixed", "32-true"), help=precision_help)
+    precision_help = "32-true is float32; bf16-mixed multiplies in bfloat16, which some hardware does faster"
+    add("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help=precision_help)
     parser.add_calibrated()
     options = parser.parse_args(args)
     options.keep = options.keep or []

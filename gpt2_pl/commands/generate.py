@@ -40,7 +40,7 @@ def main(args: list[str]) -> None:
 
     settings = _decoding_settings(options)
     prompts, numbers, where = _given_prompts(options)
-    predictor = load_predictor(options, "bf16-true" if options.precision == "bf16" else "32-true")
+    predictor = load_predictor(options, options.precision)
     require_protocol(predictor.task, TextGenerator, predictor.source)
     predictor.prompt.is_poem |= options.poems
     is_poem = predictor.prompt.is_poem and not options.as_is
@@ -97,7 +97,8 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--no_line_length_bias", action="store_true", help=bias_help)
     as_is_help = "continue prompts as they are, without the template of the task, and not as poems"
     add("--as_is", action="store_true", help=as_is_help)
-    add("--precision", choices=("bf16", "fp32"), default="fp32", help="type of the weights")
+    precision_help = "type of the weights: float32, or bfloat16"
+    add("--precision", choices=("32-true", "bf16-true"), default="32-true", help=precision_help)
     add("--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts")
     options = parser.parse_args(args)
     require_one(options, "prompt", "prompt_file")

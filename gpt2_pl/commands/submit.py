@@ -36,7 +36,6 @@ def main(args: list[str]) -> None:
     """
     options = _parse_arguments(args)
 
-    from gpt2_pl.commands.support.settings import best_precision
     from gpt2_pl.commands.support.trained_model import load_predictor
     from gpt2_pl.inference.loading import best_checkpoint
 
@@ -48,7 +47,7 @@ def main(args: list[str]) -> None:
         message = f"the data of {options.run} are not those of the course; give --dataset"
         raise InputError(message, key="dataset", value=data.get("class_path"))
     is_poems = dataset == "sonnets"
-    predictor = load_predictor(options, "32-true" if is_poems else best_precision("auto"))
+    predictor = load_predictor(options)
     mode = options.mode or _MODES[bool(predictor.task.trained_names)]
     inputs = {split: _input_file(options, data, split) for split in options.splits}
     outputs = {split: options.out / _file_name(dataset, mode, split) for split in options.splits}

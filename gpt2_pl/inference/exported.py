@@ -10,6 +10,8 @@ import torch
 from gpt2_pl import pretrained
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError, require
+from gpt2_pl.filesystem import resolve_checkpoint_dir
+from gpt2_pl.surgery.peft_format import ADAPTER_CONFIG, PeftAdapter
 from gpt2_pl.tasks import LanguageModel, ParaphraseDetector, SentimentClassifier, Task, TextRegressor
 from gpt2_pl.utils.yaml_json import read_json
 
@@ -34,23 +36,86 @@ def load_exported(folder: Path) -> Task:
     Raises:
         InputError: a file is invalid, or the head does not fit the model or the names of the classes.
     """
+    file = folder / "config.json"
+    config, head = _read_task(file), pretrained.load_head(folder)
+    task = _make_task(config, None if head is None else len(head[0]), file, {"base": str(folder)})
+    if head is None:
+        return task
+    weight, bias = head
+    linear = task.head.linear
+    for name, tensor, parameter in (("weight", weight, linear.weight), ("bias", bias, linear.bias)):
+        shape = tuple(parameter.shape)
+        require(tuple(tensor.shape) == shape, f"score.{name}", tensor, f"of shape {shape}", folder)
+        with torch.no_grad():
+            parameter.copy_(tensor)
+    return task
+
+
+def load_adapter(folder: Path, base: str | None = None) -> Task:
+    """Load an adapter in peft's format with its base as a task, on the CPU.
+
+    Args:
+        folder: folder that ``gpt2-pl export --format peft`` or ``peft`` has written.
+        base: path or hub id of the base; defaults to the one that adapter_config.json names.
+
+    Returns:
+        A task as :func:`load_exported` returns it, with the prompt and the classes of task.json if there is one.
+
+    Raises:
+        InputError: the base cannot be found, a file is invalid, or the adapter does not fit the base.
+    """
+    adapter = PeftAdapter(str(folder))
+    config, n_labels = adapter.describe()
+    found = base or config.base_model_name_or_path
+    if found is None:
+        message = f"{folder / ADAPTER_CONFIG} names no base; give its path or hub id (base, --base)"
+        raise InputError(message, key="base")
+    try:
+        resolve_checkpoint_dir(found)
+    except InputError as error:
+        hint = (
+            ""
+            if base is not None
+            else f"; {folder / ADAPTER_CONFIG} names this base: give its new place (base, --base)"
+        )
+        raise InputError(f"{error}{hint}", key="base", value=found) from None
+    file = folder / "task.json"
+    task = _read_task(file) if file.is_file() else _task_schema()()
+    return _make_task(task, n_labels, file, {"base": found, "surgery": [adapter]})
+
+
+def _task_schema() -> type[ExportedTask]:
     from gpt2_pl.utils.hugging_face_schema import ExportedTask
+
+    return ExportedTask
+
+
+def _read_task(file: Path) -> ExportedTask:
+    """Return the description of the task in a config.json or task.json."""
     from gpt2_pl.utils.schema import validate
 
-    file = folder / "config.json"
-    config = validate(ExportedTask, read_json(file), str(file))
+    return validate(_task_schema(), read_json(file), str(file))
+
+
+def _make_task(config: ExportedTask, n_labels: int | None, file: Path, settings: dict[str, Any]) -> Any:
+    """Return a task with its prompt, whose model is built.
+
+    Args:
+        config: description of the task.
+        n_labels: number of outputs of the head; None without a head.
+        file: the file of the description, for error messages.
+        settings: arguments of the task that define its model.
+    """
     prompt: dict[str, Any] = config.prompt.model_dump(exclude_none=True) if config.prompt is not None else {}
-    head = pretrained.load_head(folder)
-    settings: dict[str, Any] = {"base": str(folder), "dropout": 0.0}
+    settings |= {"dropout": 0.0}
     task: Any
-    if head is None:
+    if n_labels is None:
         task = LanguageModel(**settings)
         task.configure_model()
         task.prompt_spec = prompt or None
         return task
-    weight, bias = head
     settings |= {"pooling": config.pooling, "mean_weight": config.mean_weight, "head_dropout": 0.0}
-    labels = _labels(config, len(weight), str(file))
+    labels = _labels(config, n_labels, str(file))
     if not labels:
         task = TextRegressor(**settings)
     elif config.decision_threshold is not None and len(labels) == 2:
@@ -58,12 +123,6 @@ def load_exported(folder: Path) -> Task:
     else:
         task = SentimentClassifier(num_classes=len(labels), **settings)
     task.configure_model()
-    linear = task.head.linear
-    for name, tensor, parameter in (("weight", weight, linear.weight), ("bias", bias, linear.bias)):
-        shape = tuple(parameter.shape)
-        require(tuple(tensor.shape) == shape, f"score.{name}", tensor, f"of shape {shape}", folder)
-        with torch.no_grad():
-            parameter.copy_(tensor)
     default: dict[str, Any] = {"max_length": task.max_length}
     if "template" not in prompt:
         names = [_DEFAULT_FIELD, "sentence"]

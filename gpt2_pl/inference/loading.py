@@ -28,10 +28,10 @@ def load(
     """Load a trained model to predict from texts.
 
     Args:
-        source: folder of a run; or a Hugging Face folder or hub id, such as one that ``gpt2-pl export --format hf`` has
-            written, or ``gpt2``.
+        source: folder of a run; a Hugging Face folder or hub id, such as one that ``gpt2-pl export --format hf`` has
+            written, or ``gpt2``; or the folder of an adapter that ``gpt2-pl export --format peft`` or peft has written.
         ckpt_path: checkpoint of the run; defaults to that of the best epoch.
-        base: new path or hub id of the run's pretrained base, if it has moved since training.
+        base: new path or hub id of the pretrained base of the run or adapter, if it has moved since training.
         calibrated: whether class probabilities are scaled by the temperature that ``gpt2-pl inspect`` has fitted.
         precision: ``bf16-mixed`` computes in bfloat16 with weights in float32, ``bf16-true`` has weights in bfloat16.
 
@@ -57,6 +57,18 @@ def load(
         found = _resolve(folder, source)
         task = load_exported(found)
         tokenizer = load_tokenizer(found, "RUN")
+        validate_vocab_size(tokenizer, task.config.vocab_size, "the model", "RUN's tokenizer.json")
+        return Predictor(task, tokenizer, str(source), precision)
+    if ckpt_path is None and (folder / "adapter_config.json").is_file():
+        from gpt2_pl.inference.exported import load_adapter
+        from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
+
+        if calibrated:
+            raise InputError(
+                key="calibrated", value=True, expected=f"used with the folder of a run; {source} is not one"
+            )
+        task = load_adapter(folder, base)
+        tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else str(task.base), "RUN")
         validate_vocab_size(tokenizer, task.config.vocab_size, "the model", "RUN's tokenizer.json")
         return Predictor(task, tokenizer, str(source), precision)
     checkpoint = best_checkpoint(folder) if ckpt_path is None else Path(ckpt_path)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
     from gpt2_pl.utils.hugging_face_schema import AdapterConfig
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def fold_bias_into_ln_f(weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def save(model: GPT2, folder: str | os.PathLike[str], base: str | None, head: Cl
         weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
         tensors[f"{kind.root}score.weight"] = weight
         config["modules_to_save"] = ["score", *kind.write_shift(model, tensors, fold_bias_into_ln_f(weight, bias))]
-    write_folder(Path(folder), _WEIGHTS, tensors, _CONFIG, config)
+    write_folder(Path(folder), _WEIGHTS, tensors, ADAPTER_CONFIG, config)
 
 
 def other_format(model: GPT2) -> str:
@@ -187,19 +187,27 @@ class PeftAdapter(Surgery):
         self.load_head(head)
         return head
 
+    def describe(self) -> tuple[AdapterConfig, int | None]:
+        """Return the adapter_config.json, and the number of outputs of the saved head; None without a head."""
+        config, tensors = self._read()
+        score = tensors.get("score.weight")
+        return config, None if score is None else len(score)
+
     def _read(self) -> tuple[AdapterConfig, dict[str, Tensor]]:
         from gpt2_pl.utils.hugging_face_schema import check_adapter
 
         folder = Path(self.folder).expanduser()
         try:
-            config = check_adapter(read_json(folder / _CONFIG), str(folder / _CONFIG))
+            config = check_adapter(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
             stored = load_file(folder / _WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} is not a peft adapter that is supported: {error}") from None
         for name, tensor in stored.items():
             if tensor.dim() == 0 or 0 in tensor.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise InputError(f"{folder / _WEIGHTS}: {name} must contain finite floating-point numbers")
-        digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (_CONFIG, _WEIGHTS))).hexdigest()
+        digest = hashlib.sha256(
+            b"".join((folder / name).read_bytes() for name in (ADAPTER_CONFIG, _WEIGHTS))
+        ).hexdigest()
         if self.digest not in (None, digest):
             raise InputError(f"{folder}: the adapter has changed since it was trained on; restore its files")
         self.digest = digest

@@ -32,6 +32,7 @@ _Pattern = Annotated[str, Field(max_length=200), _IS_SIMPLE]
 class AdapterConfig(Schema, extra="allow"):
     """The adapter_config.json of ``peft``; unknown keys of later versions must be null, false or empty."""
 
+    base_model_name_or_path: Text | None = None
     peft_type: Literal["IA3", "LN_TUNING", "LORA", "PREFIX_TUNING", "PROMPT_TUNING"]
     r: Size | None = None
     rank_pattern: dict[Text, Size] | None = None
@@ -47,7 +48,7 @@ class AdapterConfig(Schema, extra="allow"):
 
 
 _IGNORED_KEYS = {  # keys of peft with any value: they have no effect, or their effect is stored in the tensors
-    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("auto_mapping", "corda_config", "ensure_weight_tying", "eva_config"),
     *("encoder_hidden_size", "exclude_modules", "fan_in_fan_out", "feedforward_modules", "inference_mode"),
     *("init_ia3_weights", "init_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save"),

@@ -12,6 +12,7 @@ from conftest import ROOT, flags
 from helpers import forked
 from helpers.refusals import names, refused
 
+import gpt2_pl
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules.synthetic import toy_pairs
 
@@ -250,3 +251,11 @@ def test_classify_row_without_tokens_is_refused_by_number_or_skipped(trained, cl
     assert "in.csv" in line
     assert names(line, "input")
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_classify_equals_predict_in_python_bit_for_bit(trained, tmp_path, capsys):
+    rows = [{k: row[k] for k in ("sentence1", "sentence2")} for row in toy_pairs(9, 9)]
+    source, out = write(tmp_path / "new.csv", rows), tmp_path / "out.csv"
+    main(["classify", str(trained), "--input", str(source), "--out", str(out)])
+    expected = gpt2_pl.load(trained).predict_proba([tuple(row.values()) for row in rows])
+    assert [row["p(duplicate)"] for row in table(out)] == [str(round(p, 6)) for p in expected[:, 1].tolist()]

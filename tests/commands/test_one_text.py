@@ -173,7 +173,9 @@ def test_generate_prompt_of_poem_run_is_a_poem(runs, capsys, run):
     for args, words in (([], "prompt_file"), (["--prompt", "a", "--as_is", "--poems"], "as_is"),
                         (["--prompt_file", "x"], "--out"), (["--prompt", "a", "b"], "prompt 1")):  # fmt: skip
         assert words in refused(run, capsys, "generate", runs["poems"], *args), args
-    assert "generates no texts; use gpt2-pl classify" in refused(run, capsys, "generate", runs["reviews"], "--prompt", "a")
+    assert "generates no texts; use gpt2-pl classify" in refused(
+        run, capsys, "generate", runs["reviews"], "--prompt", "a"
+    )
     bias = ["--prompt", "a", "--no_line_length_bias"]
     assert "used with poems" in refused(run, capsys, "generate", runs["poems"], *bias, "--as_is")
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS
+from helpers.perturbed import perturb
 from helpers.refusals import refusal
 from helpers.saved_runs import saved_run
 from helpers.trainers import trainer
@@ -29,16 +30,6 @@ from gpt2_pl.text.tokenizer import load_tokenizer
 
 TEXTS = ["A fine film", "the plot is a mess", "so long " * 60, "It's bad, isn't it?"]
 PAIRS = [("how do I fix a clock", "how can I repair a clock"), ("a", "the film")]
-
-
-def perturb(task):
-    """Make every weight that trains matter, as after training."""
-    task.configure_model()
-    torch.manual_seed(3)
-    for parameter in task.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    return task
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +144,7 @@ def test_generate_poems_completes_the_first_lines(base, poem_files, tmp_path):
     assert model.decoding(None, {"top_p": 0.8}) == (20, sampling | {"top_p": 0.8})
     assert model.decoding(3, {"top_k": 5}) == (3, sampling | {"top_k": 5})
     assert model.decoding(3, {"num_beams": 2}) == (3, {"num_beams": 2})
-    with pytest.raises(InputError, match="lacks"):
+    with pytest.raises(InputError, match="does not classify; use gpt2-pl generate"):
         model.predict(["a"])
 
 
@@ -185,7 +176,7 @@ def test_predictor_invalid_texts_are_refused(reviews, base):
     ):
         assert words in str(refusal(model.predict, texts)), texts
     assert "batch_size" in str(refusal(lambda: model.predict(["a"], batch_size=0)))
-    assert "lacks" in str(refusal(model.generate, ["a"]))
+    assert "generates no texts" in str(refusal(model.generate, ["a"]))
     pretrained = gpt2_pl.load(base)
     assert "a list" in str(refusal(pretrained.generate, "abc"))
     cases = (([("a", "b")], "prompt 1"), ([{"text": "a"}], "prompt 1"), (["so long " * 90], "at most 63"))

@@ -30,7 +30,7 @@ _LOAD = """\
 import torch
 from {library} import {model_class}{tokenizer}
 
-name = {name}
+name = {name}{place}
 {classes}tokenizer = AutoTokenizer.from_pretrained(name)
 model = {model_class}.from_pretrained(name{arguments}).eval()
 """
@@ -110,6 +110,7 @@ class ExportedModel:
             model_class=self.auto_class,
             tokenizer=tokenizer,
             name=json.dumps(name),
+            place="  # this folder: run the example in it, or give its path" if name == "." else "",
             classes=classes,
             arguments=arguments,
         )

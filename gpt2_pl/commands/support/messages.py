@@ -98,8 +98,8 @@ def _explain_arguments(problem: Problem, line: CommandLine) -> InputError | None
     if match := re.match(r"unrecognized arguments: --([^\s=]+)", text):
         option, cls = match[1], pydoc.locate(class_path or str(line.last(f"{key}.class_path")))
         first, dot, rest = option.partition(".")
-        near = nearest(first, arguments(cls)) if inspect.isclass(cls) else None
-        hint = "" if near is None else f"; did you mean --{key}.{near}{dot}{rest}?"
+        meant = nearest(first, arguments(cls)) if inspect.isclass(cls) else None
+        hint = "" if meant is None else f"; did you mean --{key}.{meant}{dot}{rest}?"
         return InputError(f"unknown option --{key}.{option}{hint}", key=f"{key}.{option}")
     if match := re.search(r"following arguments are required: (.+)", text):
         first = match[1].partition(",")[0]

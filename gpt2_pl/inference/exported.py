@@ -31,7 +31,8 @@ def load_exported(folder: Path) -> Task:
 
     Returns:
         A classifier, which decides by a threshold if the folder has one, a regressor or a language model, with the
-        prompt of the folder. A classifier or regressor without a prompt reads the text alone.
+        prompt of the folder. A classifier or regressor without a prompt reads the text alone. A language model
+        generates texts with the settings of the task that was exported.
 
     Raises:
         InputError: a file is invalid, or the head does not fit the model or the names of the classes.
@@ -113,6 +114,8 @@ def _make_task(config: ExportedTask, n_labels: int | None, file: Path, settings:
         task = LanguageModel(**settings)
         task.configure_model()
         task.prompt_spec = prompt or None
+        task.decoding = {} if config.decoding is None else config.decoding.model_dump(exclude_unset=True)
+        task.line_length_bias = config.line_length_bias
         return task
     settings |= {"pooling": config.pooling, "mean_weight": config.mean_weight, "head_dropout": 0.0}
     labels = _labels(config, n_labels, str(file))

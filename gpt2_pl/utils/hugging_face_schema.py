@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gpt2_pl.errors import InputError, printable
-from gpt2_pl.utils.schema import PromptSpec, Rate, Schema, Size, Text, expect, validate
+from gpt2_pl.utils.schema import Count, PromptSpec, Rate, Schema, Size, Text, expect, validate
 
 
 def _is_simple_pattern(pattern: str) -> bool:
@@ -100,6 +100,20 @@ class PretrainedConfig(Schema, extra="allow"):
     attn_pdrop: Rate = 0.1
 
 
+class Decoding(Schema):
+    """Settings with which an exported model generates texts; null switches a setting off."""
+
+    max_new_tokens: Size | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_k: Size | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    num_beams: Size | None = None
+    length_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    no_repeat_ngram_size: Count | None = None
+
+
 class ExportedTask(Schema, extra="allow"):
     """The keys of config.json that describe the task of a model, as ``gpt2-pl export`` writes them."""
 
@@ -108,6 +122,8 @@ class ExportedTask(Schema, extra="allow"):
     pooling: Literal["last", "mean", "max", "mix", "concat"] = "last"
     mean_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
     prompt: PromptSpec | None = None
+    decoding: Decoding | None = None
+    line_length_bias: bool = True  # of poems
 
 
 class ShardIndex(Schema, extra="allow"):

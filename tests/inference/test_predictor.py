@@ -149,6 +149,23 @@ def test_generate_poems_completes_the_first_lines(base, poem_files, tmp_path):
         model.predict(["a"])
 
 
+@pytest.mark.parametrize("kind", ["poems", "targets"])
+def test_generate_of_exported_folder_decodes_as_the_task_of_the_run(kind, base, poem_files, tmp_path):
+    if kind == "poems":
+        data = Sonnets(val_file=str(poem_files["val"]), tokenizer=str(base), max_length=60)
+        settings = {"temperature": 1.2, "top_p": None, "line_length_bias": False, "max_new_tokens": 20}
+        task = PoemGenerator(base=str(base), **settings)
+    else:
+        (tmp_path / "rows.jsonl").write_text('{"source": "a film", "target": "the film"}\n')
+        data = SourceTargetPairs(val_file=str(tmp_path / "rows.jsonl"), tokenizer=str(base), max_length=50)
+        task = DataToText(base=str(base), num_beams=3, length_penalty=0.5, max_new_tokens=8)
+    run = saved_run(tmp_path / "run", perturb(task), data)
+    main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "hf")])
+    model, exported = gpt2_pl.load(run), gpt2_pl.load(tmp_path / "hf")
+    assert exported.decoding(None, {}) == model.decoding(None, {})
+    assert exported.generate(["a film"], seed=2) == model.generate(["a film"], seed=2)
+
+
 def test_generate_of_sources_fills_the_template_and_uses_the_beams_of_the_task(base, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"source": f"a {w}", "target": f"the {w}"}) + "\n" for w in ("film", "plot")))

@@ -67,7 +67,7 @@ def class_names(task: Task, head: ClassificationHead | None) -> list[str] | None
 
 
 def task_settings(task: Task, head: ClassificationHead | None, run: Path) -> dict[str, Any]:
-    """Return what a user of an exported model needs of its task: the prompt, the classes and the threshold.
+    """Return what a user of an exported model needs of its task: prompt, decoding, classes and threshold.
 
     Args:
         task: the trained task.
@@ -77,6 +77,10 @@ def task_settings(task: Task, head: ClassificationHead | None, run: Path) -> dic
     settings: dict[str, Any] = {}
     if prompt := task_prompt(task, head, run):
         settings["prompt"] = prompt
+    if head is None and (decoding := _decoding(task)):
+        settings["decoding"] = decoding
+    if head is None and not getattr(task, "line_length_bias", True):
+        settings["line_length_bias"] = False
     labels = class_names(task, head)
     if labels is None:
         return settings
@@ -87,6 +91,13 @@ def task_settings(task: Task, head: ClassificationHead | None, run: Path) -> dic
     if (threshold := decision_threshold(task)) is not None:
         settings["decision_threshold"] = threshold
     return settings
+
+
+def _decoding(task: Task) -> dict[str, Any]:
+    """Return the settings with which a task generates texts; a user's task may have others than this library knows."""
+    from gpt2_pl.utils.hugging_face_schema import Decoding
+
+    return {key: value for key, value in task.decoding.items() if key in Decoding.model_fields}
 
 
 def decision_threshold(task: Task) -> float | None:

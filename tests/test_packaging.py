@@ -69,7 +69,7 @@ def wheel(tmp_path_factory):
 def test_wheel_contains_one_package_with_all_sources_and_configurations(wheel):
     assert {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")} == {"gpt2_pl"}
     own = ROOT / "gpt2_pl"
-    expected = {path.relative_to(own) for ext in ("py", "jinja") for path in own.rglob(f"*.{ext}")}
+    expected = {path.relative_to(own) for ext in ("py", "jinja", "css") for path in own.rglob(f"*.{ext}")}
     for folder in ("datamodules", "callbacks", "configs"):
         expected |= {path.relative_to(ROOT) for ext in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{ext}")}
     found = {path.relative_to(wheel / "gpt2_pl") for path in (wheel / "gpt2_pl").rglob("*.*") if path.is_file()}

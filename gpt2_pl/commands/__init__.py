@@ -4,6 +4,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
        gpt2-pl classify RUN --text TEXT | --input FILE --out FILE
        gpt2-pl generate RUN --prompt TEXT | --prompt_file FILE --out FILE
        gpt2-pl chat RUN
+       gpt2-pl demo RUN [RUN]
        gpt2-pl submit RUN --format cs224n
        gpt2-pl compare RUN RUN ... [--margin M] [--out FOLDER] [--check FILE.yaml]
        gpt2-pl power RUN RUN ... --difference D
@@ -23,6 +24,7 @@ usage: gpt2-pl COMMAND --config FILE [--config FILE ...] [--KEY VALUE ...]
   classify    classify texts or every row of a file with a trained model
   generate    continue prompts with a trained language model
   chat        type texts, and see their classes or continuations
+  demo        try a model, or two side by side, on a page in the browser
   submit      write the prediction files that a course asks for
   compare     compare runs: differences with intervals and verdicts, costs, figures
   power       plan an experiment: what numbers of seeds and texts can show
@@ -70,6 +72,7 @@ _COMMANDS = (
     "classify",
     "generate",
     "chat",
+    "demo",
     "submit",
     "compare",
     "power",

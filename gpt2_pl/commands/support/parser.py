@@ -44,6 +44,11 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_run(self, text: str = "folder of the run") -> None:
         """Add the run whose model is used, with its description, and the modules that its checkpoint needs."""
+        self.add_plugin()
+        self.add_argument("run", metavar="RUN", type=Path, help=text)
+
+    def add_plugin(self) -> None:
+        """Add the modules that a checkpoint needs."""
         self.add_argument(
             "--plugin",
             metavar="MODULE",
@@ -51,7 +56,6 @@ class CommandParser(argparse.ArgumentParser):
             help="module with the task or surgery of the checkpoint, such as mine for mine.py in the working "
             "directory; can be given several times",
         )
-        self.add_argument("run", metavar="RUN", type=Path, help=text)
 
     def add_output(self, metavar: str, text: str, required: bool = True) -> None:
         """Add the output file or folder, with its description, and the checkpoint and the base of the model."""

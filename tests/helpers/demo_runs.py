@@ -12,8 +12,8 @@ from gpt2_pl.tasks import (
     SentimentClassifier,
     TextRegressor,
 )
+from helpers.perturbed import perturb
 from helpers.saved_runs import saved_run
-from helpers.tasks import perturb
 
 GIVEN = {"max_new_tokens": None, "temperature": None, "top_k": None, "top_p": None, "seed": 0}  # the command's defaults
 

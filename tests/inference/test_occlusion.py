@@ -4,9 +4,9 @@ import re
 
 import pytest
 from conftest import WORDS
+from helpers.perturbed import perturb
 from helpers.refusals import refusal
 from helpers.saved_runs import saved_run
-from helpers.tasks import perturb
 
 import gpt2_pl
 from gpt2_pl.datamodules import IMDB, QuoraPairs, TextRegression

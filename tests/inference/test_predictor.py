@@ -9,7 +9,6 @@ from conftest import WORDS
 from helpers.perturbed import perturb
 from helpers.refusals import refusal
 from helpers.saved_runs import saved_run
-from helpers.tasks import perturb
 from helpers.trainers import trainer
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 

@@ -115,7 +115,10 @@ def _export(run: DemoRun, folder: Path, number: int) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name).strip("-.") or "model"
     name = f"{name}-{number}" if (folder / name).exists() else name
     (folder / name).mkdir(parents=True)
-    source = run.source if (run.source / "tokenizer.json").is_file() else resolve_checkpoint_dir(str(run.source), "RUN")
+    source = run.source
+    if not (source / "tokenizer.json").is_file():  # a hub id, or an adapter with the tokenizer of its base
+        is_adapter = (source / "adapter_config.json").is_file()
+        source = resolve_checkpoint_dir(str(run.predictor.task.base if is_adapter else source), "RUN")
     try:
         export_hf(run.predictor.task.cpu(), folder / name, source)
     except InputError as error:

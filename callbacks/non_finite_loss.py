@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from typing import Any, Literal
 
 import torch
@@ -40,6 +42,9 @@ class NonFiniteLossGuard(Callback):
         self.on_non_finite_loss = on_non_finite_loss
         self.skipped = 0
         self._batch: Any = None
+        self._unread: deque[_Unread] = (
+            deque()
+        )  # losses of recorded steps, which are read when the GPU has computed them
         self._fitting = False
         self._n_finite = 0  # batches of this step that are not skipped
         self._saved_grads: dict[Tensor, Tensor] | None = None  # gradients before the backward pass of a skipped batch
@@ -48,9 +53,15 @@ class NonFiniteLossGuard(Callback):
         """Record whether the stage is training, because checkpoints are also loaded for evaluation."""
         self._fitting = stage == "fit"
         self._n_finite, self._saved_grads = 0, None
+        self._unread.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of skipped batches."""
+        """Return the number of skipped batches.
+
+        Raises:
+            RunError: the loss of a recorded step is not finite.
+        """
+        self._read(0)
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -63,7 +74,16 @@ class NonFiniteLossGuard(Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Check the loss; before a batch that is skipped, save the accumulated gradients."""
+        """Check the loss; before a batch that is skipped, save the accumulated gradients.
+
+        The loss of a recorded step, which changes nothing if its loss is not finite, is read two steps later, when the
+        GPU has computed it.
+        """
+        if isinstance(pl_module, Task) and pl_module.recorded_step is not None:
+            self._n_finite += 1
+            self._unread.append(_Unread(loss.detach(), _position(trainer), self._batch, trainer))
+            self._read(2)
+            return
         is_finite = bool(torch.isfinite(loss.detach()))
         if trainer.world_size > 1:
             is_finite = trainer.strategy.reduce_boolean_decision(is_finite, all=True)
@@ -71,7 +91,7 @@ class NonFiniteLossGuard(Callback):
             self._n_finite += 1
             return
         if self.on_non_finite_loss == "error":
-            raise RunError(self._format_message(trainer, loss))
+            raise RunError(_format_message(trainer, loss.item(), _position(trainer), self._batch))
         self.skipped += 1
         self._saved_grads = {p: p.grad.clone() for p in _parameters(trainer) if p.grad is not None}
         if isinstance(pl_module, Task):
@@ -102,20 +122,74 @@ class NonFiniteLossGuard(Callback):
             optimizer.zero_grad(set_to_none=True)
         self._n_finite = 0
 
-    def _format_message(self, trainer: Trainer, loss: Tensor) -> str:
-        rows = self._batch["row"].tolist() if isinstance(self._batch, dict) and "row" in self._batch else []
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if isinstance(datamodule, RowData):
-            rows = [datamodule.row_number("train", row) for row in rows]
-        shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        checkpoint = "no checkpoint was saved"
-        if (folder := run_folder(trainer)) is not None and (last := folder / "checkpoints/last.ckpt").is_file():
-            checkpoint = f"the last checkpoint is {last}"
-        where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}"
-        return (
-            f"the loss is {loss.item()} at {where}, rows {shown}; {checkpoint}; try a lower learning rate, or skip "
-            "such batches with --on_non_finite_loss skip"
-        )
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the losses of the last recorded steps."""
+        self._read(0)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the losses of the last recorded steps."""
+        self._read(0)
+
+    def _read(self, num_unread: int) -> None:
+        """Check the losses of recorded steps except the last ones.
+
+        Args:
+            num_unread: number of steps that are not read yet.
+        """
+        while len(self._unread) > num_unread:
+            step = self._unread.popleft()
+            if math.isfinite(loss := step.read()):
+                continue
+            if self.on_non_finite_loss == "error":
+                self._unread.clear()
+                raise RunError(_format_message(step.trainer, loss, step.position, step.batch))
+            self.skipped += 1
+
+
+class _Unread:
+    """Loss that is being copied from the GPU.
+
+    Args:
+        loss: a scalar.
+        position: epoch and step.
+        batch: the batch of the step.
+        trainer: the trainer.
+    """
+
+    def __init__(self, loss: Tensor, position: str, batch: Any, trainer: Trainer) -> None:
+        self.position, self.batch, self.trainer = position, batch, trainer
+        self._event = None
+        if loss.device.type != "cuda":
+            self._loss = loss.clone()
+            return
+        self._loss = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def read(self) -> float:
+        """Return the loss, after waiting for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._loss.item()
+
+
+def _position(trainer: Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}"
+
+
+def _format_message(trainer: Trainer, loss: float, position: str, batch: Any) -> str:
+    rows = batch["row"].tolist() if isinstance(batch, dict) and "row" in batch else []
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if isinstance(datamodule, RowData):
+        rows = [datamodule.row_number("train", row) for row in rows]
+    shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+    checkpoint = "no checkpoint was saved"
+    if (folder := run_folder(trainer)) is not None and (last := folder / "checkpoints/last.ckpt").is_file():
+        checkpoint = f"the last checkpoint is {last}"
+    return (
+        f"the loss is {loss} at {position}, rows {shown}; {checkpoint}; try a lower learning rate, or skip "
+        "such batches with --on_non_finite_loss skip"
+    )
 
 
 def _parameters(trainer: Trainer) -> list[Tensor]:

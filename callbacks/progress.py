@@ -13,14 +13,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar, Timer
 from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn
 from rich import get_console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn
+from rich.progress import Task as BarTask
 from rich.table import Column, Table
 from rich.text import Text
 
 from gpt2_pl.callbacks.run_summary import RunSummary
+from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.trainer import find_callbacks
 
 _LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # the trainer's
+MIN_UPDATE_INTERVAL = 0.1  # seconds between two updates of the bar in training
 BAR_WIDTH = 20  # characters; all columns of the bar then fit 80 characters
 
 
@@ -77,7 +80,7 @@ class _TimeColumn(ProgressColumn):
         super().__init__()
         self.clock, self.trainer = clock, trainer
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: BarTask) -> Text:
         """Render the column."""
         elapsed = task.finished_time if task.finished else task.elapsed
         left = self.clock.seconds_left(self.trainer) if self.trainer.state.fn == "fit" else task.time_remaining
@@ -94,6 +97,7 @@ class RunProgressBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self.clock = RunClock()
+        self._updated = 0.0  # when the bar was updated last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Direct the trainer's messages to the console of the bar."""
@@ -123,10 +127,21 @@ class RunProgressBar(RichProgressBar):
         batches, time_left = BatchesProcessedColumn(style=""), _TimeColumn(self.clock, trainer)
         return [description, BarColumn(bar_width=BAR_WIDTH), batches, time_left]
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar, at most ten times a second: it takes time, and waits for the loss of the step."""
+        now = time.monotonic()
+        if now - self._updated >= MIN_UPDATE_INTERVAL or trainer.is_last_batch:
+            self._updated = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Return the metrics that the bar shows, without the version number."""
         metrics = super().get_metrics(trainer, pl_module)
-        return {name.replace("train/loss_step", "loss"): value for name, value in metrics.items() if name != "v_num"}
+        loss = pl_module.last_loss if isinstance(pl_module, Task) else None
+        shown = {} if loss is None else {"loss": loss.item()}
+        return {**shown, **{name: value for name, value in metrics.items() if name != "v_num"}}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {epoch_number(current_epoch, self.trainer)}".ljust(len(self.validation_description))

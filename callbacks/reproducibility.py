@@ -21,4 +21,22 @@ class Reproducibility(Callback):
         """Seed torch for this batch."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         entropy = [seed % 2**63, trainer.current_epoch, batch_idx, trainer.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        _seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1), pl_module.device.type)
+
+
+def _seed(seed: int, device: str) -> None:
+    """Seed the generators of the CPU and of a kind of device, like :func:`torch.manual_seed`.
+
+    For kinds of device that are not in use, ``torch.manual_seed`` formats the Python stack, which takes as long as all
+    callbacks of a batch.
+
+    Args:
+        seed: in [0, 2^63).
+        device: ``cpu``, ``cuda``, ...
+    """
+    if device not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    for generator in torch.cuda.default_generators if device == "cuda" else ():
+        generator.manual_seed(seed)

@@ -284,7 +284,8 @@ class TrainingLoader:
 
     Lightning calls ``set_epoch`` on ``sampler`` at the start of an epoch. Each batch also contains counts over all
     processes: ``global_rows`` and ``global_tokens`` of the batch and ``step_rows`` of all batches in its optimizer
-    step. If the rows have targets, it contains ``global_targets`` and ``step_targets`` as well.
+    step. If the rows have targets, it contains ``global_targets`` and ``step_targets`` as well. ``full_rows`` is the
+    number of rows per process of every batch but the smaller one.
 
     Args:
         rows: tokenized rows.
@@ -362,7 +363,7 @@ class TrainingLoader:
         batches = self._epoch_batches()
         for i in range(self.next_batch(), len(batches)):
             rows, step = batches[i], np.concatenate(batches[self.step_batches(i)])
-            counts = {"global_rows": len(rows), "step_rows": len(step)}
+            counts = {"global_rows": len(rows), "step_rows": len(step), "full_rows": self.batch_size}
             counts["global_tokens"] = int(self.rows.lengths[rows].sum())
             if (n_targets := self.rows.n_targets) is not None:
                 counts.update(global_targets=int(n_targets[rows].sum()), step_targets=int(n_targets[step].sum()))

@@ -93,6 +93,63 @@ class WeightedMean(Metric):
         return self.total / self.weight
 
 
+class ConfusionScore(Metric):
+    """Score that is a function of the confusion matrix.
+
+    Unlike the metrics of torchmetrics, which call ``torch.bincount``, an update does not wait for a GPU.
+
+    Args:
+        num_classes: number of classes K.
+        score: maps the confusion matrix (K, K) of counts, with one row per label and one column per prediction, to the
+            score.
+        class_index: class whose score is returned, if ``score`` returns one for each class; None for all.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, num_classes: int, score: Callable[[Tensor], Tensor], class_index: int | None = None) -> None:
+        super().__init__()
+        self.num_classes, self.score, self.class_index = num_classes, score, class_index
+        self.add_state("counts", default=torch.zeros(num_classes**2, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Count predicted classes and labels, two tensors (B,) of class indices."""
+        cells = label * self.num_classes + prediction
+        self.counts.index_add_(0, cells, torch.ones_like(cells))
+
+    def compute(self) -> Tensor:
+        """Return the score of all rows."""
+        scores = self.score(self.counts.view(self.num_classes, self.num_classes))
+        return scores if self.class_index is None else scores[self.class_index]
+
+
+def accuracy(counts: Tensor) -> Tensor:
+    """Return the share of correct predictions, given the confusion matrix (K, K)."""
+    return counts.diagonal().sum() / counts.sum()
+
+
+def precision(counts: Tensor) -> Tensor:
+    """Return the share of each class's predictions that are correct (K,), 0 without predictions."""
+    return counts.diagonal() / counts.sum(0).clamp(min=1)
+
+
+def recall(counts: Tensor) -> Tensor:
+    """Return the share of each class's rows that are predicted (K,), 0 without rows."""
+    return counts.diagonal() / counts.sum(1).clamp(min=1)
+
+
+def f1(counts: Tensor) -> Tensor:
+    """Return the F1 of each class (K,), 0 for a class without rows and predictions."""
+    return 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clamp(min=1)
+
+
+def macro_f1(counts: Tensor) -> Tensor:
+    """Return the mean F1 of the classes that have rows or predictions, given the confusion matrix (K, K)."""
+    present = counts.sum(0) + counts.sum(1) > 0
+    return f1(counts).sum() / present.sum().clamp(min=1)
+
+
 class SplitMetrics(nn.ModuleDict):
     """Metrics of the training, validation and test split.
 

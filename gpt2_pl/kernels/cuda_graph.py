@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gpt2_pl import kernels
 
+Output = TypeVar("Output")
 MIN_CALLS = 16  # number of calls from which capturing pays off
 
 
@@ -39,12 +41,14 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def cuda_graph(function: Callable[[], Tensor], state: Sequence[Tensor]) -> Callable[[], Tensor]:
+def cuda_graph(function: Callable[[], Output], state: Sequence[Tensor], pool: Any = None) -> Callable[[], Output]:
     """Capture ``function`` and return a callable that replays it.
 
     Args:
         function: reads and writes tensors in place; their addresses and shapes must not change.
         state: the tensors on the GPU that ``function`` writes. They are restored after the warm-up calls.
+        pool: memory pool of graphs that are never replayed at the same time, from ``torch.cuda.graph_pool_handle()``;
+            None for an own pool.
 
     Returns:
         A callable that replays the graph and returns the output, which the next call overwrites.
@@ -59,12 +63,12 @@ def cuda_graph(function: Callable[[], Tensor], state: Sequence[Tensor]) -> Calla
                 function()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             output = function()
     for tensor, value in zip(state, saved, strict=True):
         tensor.copy_(value)
 
-    def replay() -> Tensor:
+    def replay() -> Output:
         graph.replay()
         return output
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,6 +26,9 @@ from gpt2_pl.tasks.optimization import OptimizedModule, OptimizerCallable, gpt2_
 from gpt2_pl.tasks.protocols import RowTable, TokenizedData
 from gpt2_pl.text.tokenizer import validate_vocab_size
 from gpt2_pl.utils.registry import Registered, class_path
+
+if TYPE_CHECKING:
+    from gpt2_pl.tasks.recorded_step import RecordedStep
 
 
 def _build_model(config: GPT2Config) -> GPT2:
@@ -83,6 +86,10 @@ class Task(Registered, OptimizedModule):
     fixed_length_batches: ClassVar[bool] = False
     #: Whether the last training step read other tokens than those of its batch.
     decoded_last_step: bool = False
+    #: Mean loss of the last training batch, a scalar on its device; None before the first.
+    last_loss: Tensor | None = None
+    #: The steps of a training that are replayed from CUDA graphs; None for ordinary steps.
+    recorded_step: RecordedStep | None = None
     #: Settings with which the task generates texts, for ``generate``: arguments of
     #: :func:`~gpt2_pl.generation.generate`, or of :func:`~gpt2_pl.beams.beam_search` with ``num_beams``.
     decoding: Mapping[str, Any] = {}
@@ -362,6 +369,20 @@ class Task(Registered, OptimizedModule):
             self._logged.add(split)
             for name, metric in metrics.items():
                 self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def log_step_loss(self, loss: Tensor) -> None:
+        """Log ``train/loss_step`` in the steps that loggers record, every ``log_every_n_steps``.
+
+        The progress bar reads the loss of the last step when it is drawn, because ``log`` takes as long as some layers
+        of a small GPT-2, and its value would be copied from the GPU in every step.
+
+        Args:
+            loss: mean loss of a batch, a scalar.
+        """
+        self.last_loss = loss.detach()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self.log("train/loss_step", self.last_loss, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_start(self) -> None:
         """Start the scores of a new epoch."""

@@ -9,11 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.heads import Verbalizer, classification_loss
-from gpt2_pl.metrics import MetricInfo, RowOutputs, SplitMetrics, WeightedMean, finite
+from gpt2_pl.metrics import (
+    ConfusionScore,
+    MetricInfo,
+    RowOutputs,
+    SplitMetrics,
+    WeightedMean,
+    accuracy,
+    finite,
+    macro_f1,
+)
 from gpt2_pl.tasks.pooled import Batch, PooledTask
 from gpt2_pl.tasks.protocols import LabelledData, PredictionForm, RowTable, TokenizedData
 from gpt2_pl.utils.plots import confusion_image
@@ -109,18 +117,20 @@ class Classifier(PooledTask):
         assert self.head is not None
         return self.head(features)
 
-    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
-        """Compute the loss of every row (B,) and the probabilities (B, K), and update the split's metrics."""
+    def compute_losses(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """Compute the loss of every row (B,) and the class probabilities (B, K)."""
         logits = self(batch, split).float()
         losses = classification_loss(logits, batch["labels"], self.label_smoothing, self.average)
-        probability = logits.detach().mean(0).softmax(-1)
-        prediction = self.predict_class(probability, split)
+        return losses, logits.detach().mean(0).softmax(-1)
+
+    def update_scores(self, losses: Tensor, outputs: Tensor, batch: Batch, split: str) -> None:
+        """Update the metrics of a split with losses (B,) and class probabilities (B, K), and log them."""
+        prediction = self.predict_class(outputs, split)
         finite_losses = finite(losses.detach(), split)
         metrics = self.metrics.of(split)
         for name, metric in metrics.items():
             metric.update(*(finite_losses if name == "loss" else (prediction, batch["labels"])))
         self.log_scores(split, {name: metric for name, metric in metrics.items() if name != "confusion"})
-        return losses, probability
 
     def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
         """Return the predicted class (B,) for class probabilities (B, K).
@@ -133,17 +143,15 @@ class Classifier(PooledTask):
 
     def _make_metrics(self) -> dict[str, Metric]:
         """Create the metrics of one split; ``loss`` is updated with losses, the others with predictions and labels."""
-        K = self.num_classes
-        unchecked: dict[str, Any] = {"validate_args": False}  # Checking labels would synchronize a GPU in every step.
         return {
             "loss": WeightedMean(),
-            "accuracy": MulticlassAccuracy(K, average="micro", **unchecked),
-            "macro_f1": MulticlassF1Score(K, average="macro", **unchecked),
-            "confusion": MulticlassConfusionMatrix(K, **unchecked),
+            "accuracy": ConfusionScore(self.num_classes, accuracy),
+            "macro_f1": ConfusionScore(self.num_classes, macro_f1),
+            "confusion": ConfusionScore(self.num_classes, torch.clone),
         }
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        _, probability = self._step(batch, split)
+        probability = self._step(batch, split)
         self.outcomes.update(row=self._row_numbers(batch), label=batch["labels"], probability=probability)
 
     def predict_proba(self, batch: Batch) -> Tensor:

@@ -151,7 +151,7 @@ class LanguageModel(PreferenceHooks, Task):
         else:
             total, n_targets = self._step(batch, "train")
         loss, mean = self.mean_loss(total, n_targets, batch, batch_idx, "targets")
-        self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        self.log_step_loss(mean)
         return loss
 
     def _preference_step(self, preferences: Preferences, batch: Batch, batch_idx: int) -> Tensor:
@@ -162,7 +162,7 @@ class LanguageModel(PreferenceHooks, Task):
         nll = -log_probs[:, 0] * (n_targets if preferences.settings.average_log_probs else 1)
         self._update_metrics("train", nll.sum(), n_targets.sum())
         loss, mean = self.mean_loss(losses.sum(), len(losses), batch, batch_idx)
-        self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        self.log_step_loss(mean)
         return loss
 
     def _is_sequence_step(self) -> bool:

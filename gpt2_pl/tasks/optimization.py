@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -26,6 +28,33 @@ from gpt2_pl.utils.trainer import find_callbacks
 Closure = Callable[[], Any] | None
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 Unit = Literal["rows", "targets"]
+
+
+@contextmanager
+def joined_groups(optimizer: Optimizer) -> Iterator[None]:
+    """Replace parameter groups with equal settings by one group, for one step of PyTorch's Adam or AdamW.
+
+    Both update all parameters of a group in a few calls. Parameters are updated one by one, so that the result is the
+    same. Other optimizers may compute something over a group and are not changed.
+
+    Args:
+        optimizer: its groups are restored at the end.
+    """
+    groups = optimizer.param_groups
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for group in groups:
+            values = (group[name] for name in optimizer.defaults)
+            settings = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+            if settings in joined:
+                joined[settings]["params"] += group["params"]
+            else:
+                joined[settings] = {**group, "params": list(group["params"])}
+        optimizer.param_groups = list(joined.values())
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
 
 
 def gpt2_layers(model: GPT2) -> dict[str, NamedParameters]:
@@ -78,6 +107,7 @@ class OptimizedModule(CheckpointedModule):
         super().__init__()
         self.gpt2: GPT2 | None = None
         self._step_mean = StepMean()
+        self._update_context = ExitStack()  # from clipping to the end of the optimizer step
 
     @property
     def backbone(self) -> GPT2:
@@ -217,7 +247,8 @@ class OptimizedModule(CheckpointedModule):
                         parameter.grad.mul_(factor)
             return loss
 
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        with ExitStack() as self._update_context:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad()
         self._step_mean.clear()
 
@@ -225,6 +256,8 @@ class OptimizedModule(CheckpointedModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients; with a fused optimizer too if there is no gradient scaler (bf16).
+
+        Parameter groups with equal settings are then updated together; see :func:`joined_groups`.
 
         Lightning rejects fused optimizers with any mixed precision, because they unscale gradients themselves.
         """
@@ -234,6 +267,7 @@ class OptimizedModule(CheckpointedModule):
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._update_context.enter_context(joined_groups(optimizer))  # Lightning updates the weights next.
 
     def mean_loss(
         self, total: Tensor, count: int | Tensor, batch: dict[str, Any], batch_idx: int, unit: Unit = "rows"
@@ -255,13 +289,19 @@ class OptimizedModule(CheckpointedModule):
         Returns:
             The loss that ``training_step`` returns, and the mean over the batch, for logging.
         """
-        trainer = self.trainer
-        if batch_idx % trainer.accumulate_grad_batches == 0:  # Lightning sets the gradients to zero here.
-            self._step_mean.clear()
+        weight = self.loss_weight(count, batch, batch_idx, unit)
         everywhere = batch.get(f"global_{unit}")
-        weight = self._step_mean.weight(trainer, count, everywhere, batch.get(f"step_{unit}"))
-        mean = total.detach() * (trainer.world_size / everywhere if everywhere else 1.0 / count)
+        mean = total.detach() * (self.trainer.world_size / everywhere if everywhere else 1.0 / count)
         return total * weight, mean
+
+    def loss_weight(
+        self, count: int | Tensor, batch: dict[str, Any], batch_idx: int, unit: Unit = "rows"
+    ) -> float | Tensor:
+        """Return the factor of the sum of the losses of a batch in :meth:`mean_loss`; arguments as there."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # Lightning sets the gradients to zero here.
+            self._step_mean.clear()
+        everywhere, announced = batch.get(f"global_{unit}"), batch.get(f"step_{unit}")
+        return self._step_mean.weight(self.trainer, count, everywhere, announced)
 
     def leave_out_batch(self) -> None:
         """Remove the last batch of :meth:`mean_loss` from the mean, because its gradient is not used."""

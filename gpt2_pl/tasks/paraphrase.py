@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryF1Score, BinaryPrecision, BinaryRecall
 
 from gpt2_pl.errors import require
-from gpt2_pl.metrics import MetricInfo, best_threshold
+from gpt2_pl.metrics import ConfusionScore, MetricInfo, best_threshold, f1, precision, recall
 from gpt2_pl.tasks.classification import Classifier
 
 
@@ -50,8 +49,8 @@ class ParaphraseDetector(Classifier):
         self.register_buffer("decision_threshold", torch.tensor(0.5 if self.tuned_for else cast(float, threshold)))
 
     def _make_metrics(self) -> dict[str, Metric]:
-        kinds = {"f1": BinaryF1Score, "precision": BinaryPrecision, "recall": BinaryRecall}
-        return {**super()._make_metrics(), **{name: kind(validate_args=False) for name, kind in kinds.items()}}
+        of_class_1 = {score.__name__: ConfusionScore(2, score, class_index=1) for score in (f1, precision, recall)}
+        return {**super()._make_metrics(), **of_class_1}
 
     def predict_class(self, probability: Tensor, split: str | None = None) -> Tensor:
         """Return the predicted class (B,): 1 if its probability reaches the threshold."""

@@ -6,8 +6,10 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
 
 from gpt2_pl.errors import require
 from gpt2_pl.heads import ClassificationHead, Pooling, last_token_index, pool
@@ -15,6 +17,7 @@ from gpt2_pl.metrics import RowOutputs, SplitMetrics
 from gpt2_pl.model import GPT2
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.tasks.protocols import KeepingData, ReadableData, RowData
+from gpt2_pl.tasks.recorded_step import RecordedStep, reason_not_to_record
 
 Batch = dict[str, Any]
 
@@ -32,6 +35,10 @@ class PooledTask(Task):
         mean_weight: weight of the mean in ``mix``, in [0, 1].
         head_dropout: dropout rate before the linear layer, in [0, 1); by default that of the GPT-2.
         num_dropout_samples: number of dropout masks per row (multi-sample dropout).
+        cuda_graphs: whether training steps are replayed from CUDA graphs where that is possible: on one GPU, with
+            ``torch.optim.AdamW`` and ``fused: true``, without gradient accumulation and hooks. Texts are then padded to
+            lengths that are multiples of 8, and a loss that is not finite is reported up to two steps later; its step
+            changes nothing.
         **kwargs: arguments of :class:`~gpt2_pl.tasks.base.Task`.
 
     Raises:
@@ -47,9 +54,11 @@ class PooledTask(Task):
         mean_weight: float = 0.7,
         head_dropout: float | None = None,
         num_dropout_samples: int = 1,
+        cuda_graphs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.cuda_graphs = cuda_graphs
         require(0.0 <= mean_weight <= 1.0, "model.mean_weight", mean_weight, "in [0, 1]")
         is_rate = head_dropout is None or 0.0 <= head_dropout < 1.0
         require(is_rate, "model.head_dropout", head_dropout, "null or in [0, 1)")
@@ -110,19 +119,69 @@ class PooledTask(Task):
         return self.features[split][batch["row"]] if split in self.features else self.encode(batch)
 
     @abstractmethod
-    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
-        """Compute the loss (B,) and the outputs of every row, and update the metrics of the split."""
+    def compute_losses(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """Compute the loss (B,) and the outputs of every row."""
+
+    @abstractmethod
+    def update_scores(self, losses: Tensor, outputs: Tensor, batch: Batch, split: str) -> None:
+        """Update the metrics of a split with the result of :meth:`compute_losses`, and log them."""
+
+    def _step(self, batch: Batch, split: str) -> Tensor:
+        """Update the metrics of a split with a batch, and return the outputs of every row."""
+        losses, outputs = self.compute_losses(batch, split)
+        self.update_scores(losses, outputs, batch, split)
+        return outputs
 
     @abstractmethod
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         """Update the metrics and the row outputs of a split with a batch."""
 
+    def on_train_start(self) -> None:
+        """Record the steps as CUDA graphs if they can be."""
+        super().on_train_start()
+        self.recorded_step = None
+        if reason_not_to_record(self) is None:
+            parameters = [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
+            self.recorded_step = RecordedStep(
+                lambda batch: self.compute_losses(batch, "train"), parameters, self.device
+            )
+
+    def on_train_end(self) -> None:
+        """Free the recorded steps."""
+        super().on_train_end()
+        self.recorded_step = None
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss; see :meth:`~gpt2_pl.tasks.base.Task.mean_loss`."""
-        losses, _ = self._step(batch, "train")
-        loss, mean = self.mean_loss(losses.sum(), len(losses), batch, batch_idx)
-        self.log("train/loss_step", mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=len(losses))
+        B = len(batch["labels"])
+        if self.recorded_step is None:
+            losses, outputs = self.compute_losses(batch, "train")
+            loss, mean = self.mean_loss(losses.sum(), B, batch, batch_idx)
+        else:
+            weight = float(self.loss_weight(B, batch, batch_idx))
+            is_full = batch.get("full_rows", B) == B  # a smaller batch at the end of an epoch is not worth recording
+            losses, outputs = self.recorded_step.forward_backward(batch, weight, is_full)
+            loss, mean = losses.sum() * weight, losses.mean()
+        self.update_scores(losses, outputs, batch, "train")
+        self.log_step_loss(mean)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients; a recorded step has already computed them."""
+        if self.recorded_step is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.recorded_step.assign_gradients()
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients; a recorded step updates the weights as well, and leaves no gradients."""
+        if self.recorded_step is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            by_value = (gradient_clip_algorithm or "norm") == GradClipAlgorithmType.VALUE
+            self.recorded_step.update(optimizer, gradient_clip_val or 0.0, by_value)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the validation metrics with a batch."""

@@ -54,20 +54,22 @@ class TextRegressor(PooledTask):
         assert self.head is not None
         return self.head(self.pooled(batch, split)).squeeze(-1).float()
 
-    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
-        """Compute the squared error and the prediction of every row (B,), and update the split's metrics."""
-        predictions, labels = self(batch, split), batch["labels"].float()
-        losses = (predictions - labels).square().mean(0)
-        prediction = predictions.detach().mean(0)
-        counted = prediction.nan_to_num() if split == "train" else prediction  # its loss stops training, or is skipped
+    def compute_losses(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """Compute the squared error and the prediction of every row, both (B,)."""
+        predictions = self(batch, split)
+        losses = (predictions - batch["labels"].float()).square().mean(0)
+        return losses, predictions.detach().mean(0)
+
+    def update_scores(self, losses: Tensor, outputs: Tensor, batch: Batch, split: str) -> None:
+        """Update the metrics of a split with squared errors (B,) and predictions (B,), and log them."""
+        counted = outputs.nan_to_num() if split == "train" else outputs  # its loss stops training, or is skipped
         metrics = self.metrics.of(split)
         for name, metric in metrics.items():
-            metric.update(*(finite(losses.detach(), split) if name == "loss" else (counted, labels)))
+            metric.update(*(finite(losses.detach(), split) if name == "loss" else (counted, batch["labels"].float())))
         self.log_scores(split, metrics)
-        return losses, prediction
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        _, prediction = self._step(batch, split)
+        prediction = self._step(batch, split)
         self.outcomes.update(row=self._row_numbers(batch), label=batch["labels"].float(), prediction=prediction)
 
     def predict_number(self, batch: Batch) -> Tensor:

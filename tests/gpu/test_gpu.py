@@ -6,12 +6,17 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import ROOT, metrics
+from helpers.trainers import trainer
+from lightning.pytorch import Callback
 from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, beam_search, generate
+from gpt2_pl.callbacks import NonFiniteLossGuard, Reproducibility
+from gpt2_pl.datamodules import ToySentiment
 from gpt2_pl.heads import last_token_index
 from gpt2_pl.losses import cross_entropy, unlikelihood_cross_entropy
 from gpt2_pl.surgery import LoRA, PrefixTuning
+from gpt2_pl.tasks import SentimentClassifier
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -132,3 +137,59 @@ def test_fit_on_gpu_lowers_validation_loss(run):
     losses = [epoch["val/loss"] for epoch in metrics(folder)["epochs"]]
     assert losses[-1] < losses[0]
     assert metrics(folder)["scores"]["test/accuracy"] > 0.5
+
+
+class Steps(Callback):
+    """Keep the losses of a run, and reject waits for the GPU in the steps after the first ones."""
+
+    def __init__(self, records=None, forbids_waits=False):
+        self.losses, self.records, self.forbids_waits = [], records, forbids_waits
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.records is not None:
+            pl_module.recorded_step._records = self.records
+        if self.forbids_waits and batch_idx == 20:  # every shape is recorded
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def fit_recorded(records, surgery=(), cuda_graphs=True, dropout=0.1, forbids_waits=False, **settings):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=2, dropout=dropout)
+    task = SentimentClassifier(
+        config=config, num_classes=3, surgery=list(surgery), train_base=True, cuda_graphs=cuda_graphs,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True),
+    )  # fmt: skip
+    steps = Steps(records if cuda_graphs else None, forbids_waits)
+    run = trainer(
+        accelerator="gpu", devices=1, max_epochs=2, limit_val_batches=0, gradient_clip_val=1.0,
+        callbacks=[Reproducibility(), NonFiniteLossGuard(), steps], **settings,
+    )  # fmt: skip
+    run.fit(task, ToySentiment(n_train=700, vocab_size=300, batch_size=16))
+    return torch.stack(steps.losses).tolist(), [p.detach().cpu() for p in task.parameters()]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"precision": "bf16-mixed"}, {"surgery": [PrefixTuning(length=3)]},
+], ids=["float32", "bf16", "prefix"])  # fmt: skip
+def test_recorded_steps_on_gpu_are_bitwise_equal_to_called_ones(settings):
+    (losses, weights), (expected, others) = (fit_recorded(records, **settings) for records in (True, False))
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    again, _ = fit_recorded(True, **settings)
+    assert again == losses
+
+
+def test_recorded_steps_on_gpu_equal_ordinary_steps_without_dropout():
+    recorded, _ = fit_recorded(True, dropout=0.0)
+    ordinary, _ = fit_recorded(True, dropout=0.0, cuda_graphs=False)
+    assert recorded == pytest.approx(ordinary, rel=1e-3)
+
+
+def test_recorded_steps_on_gpu_wait_for_nothing():
+    fit_recorded(True, forbids_waits=True)

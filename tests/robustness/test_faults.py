@@ -1,6 +1,7 @@
 """Killed and terminated processes, full disks, and non-finite losses."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ from helpers.faults import QUICK, faults
 from lightning.pytorch import Callback
 from torch import nn
 
-from gpt2_pl.callbacks import NonFiniteLossGuard
+from gpt2_pl.callbacks.non_finite_loss import _format_message
 from gpt2_pl.commands.lightning_cli import GPT2CLI
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.metrics import finite
@@ -206,11 +207,10 @@ class Poison(Callback):
 
 
 def test_message_of_a_non_finite_loss_has_the_numbers_of_rows_in_their_file():
-    guard = NonFiniteLossGuard()
-    guard._batch = {"row": torch.tensor([0, 2])}
+    batch = {"row": torch.tensor([0, 2])}
     data = SimpleNamespace(row_number=lambda split, row: {"train": 10}[split] * row + 1, text=lambda split, row: "")
     trainer = SimpleNamespace(datamodule=data, current_epoch=0, global_step=0, callbacks=[], loggers=[])
-    assert "rows 1, 21; no checkpoint was saved" in guard._format_message(trainer, torch.tensor(torch.nan))
+    assert "rows 1, 21; no checkpoint was saved" in _format_message(trainer, math.nan, "step 1", batch)
 
 
 def test_fit_non_finite_loss_stops_and_names_the_place(run, capsys, monkeypatch):

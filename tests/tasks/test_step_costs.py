@@ -1,0 +1,148 @@
+"""What a training step does besides the model: waits for the device, optimizer calls, logging and seeding."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers.trainers import trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt2_pl import kernels
+from gpt2_pl.callbacks import NonFiniteLossGuard, Reproducibility, RunProgressBar
+from gpt2_pl.callbacks.reproducibility import _seed
+from gpt2_pl.datamodules import ToySentiment
+from gpt2_pl.model import GPT2Config
+from gpt2_pl.tasks import SentimentClassifier
+from gpt2_pl.tasks.optimization import joined_groups
+
+CONFIG = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.1)
+READS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique")  # wait for a GPU
+
+
+class CountReads(TorchDispatchMode, Callback):
+    """Count the operations of each training step that would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_train_batch_start(self, *args):
+        self.steps.append(Counter())
+
+    def on_validation_start(self, *args):
+        self.steps.append(Counter())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.steps and func.overloadpacket.__name__ in READS:
+            self.steps[-1][func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_training_step_reads_one_value_from_the_device(monkeypatch):
+    """Only the guard reads the loss; the metrics, the progress bar and the loggers read nothing."""
+    monkeypatch.setattr("gpt2_pl.callbacks.progress.MIN_UPDATE_INTERVAL", 60.0)
+    count = CountReads()
+    data = ToySentiment(n_train=96, vocab_size=300, batch_size=16)
+    callbacks = [count, NonFiniteLossGuard(), Reproducibility(), RunProgressBar()]
+    enabled = kernels.set_enabled(False)  # kernels for CPUs read numbers, which are on the CPU
+    try:
+        with count:
+            run = trainer(max_epochs=1, callbacks=callbacks, gradient_clip_val=1.0, enable_progress_bar=True)
+            run.fit(SentimentClassifier(config=CONFIG, num_classes=3), data)
+    finally:
+        kernels.set_enabled(enabled)
+    # the first step draws the bar and the last one ends the epoch
+    assert count.steps[1:5] == [Counter({"_local_scalar_dense": 1})] * 4
+
+
+@pytest.mark.parametrize("make", [
+    lambda groups: torch.optim.AdamW(groups, lr=1e-2, fused=True),
+    lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=[0.9, 0.99], fused=False, foreach=False),
+    lambda groups: torch.optim.Adam(groups, lr=1e-2),
+    lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+])  # fmt: skip
+def test_joined_groups_step_is_bitwise_equal_and_restores_the_groups(make):
+    steps = {}
+    for joins in (True, False):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(6)]
+        decays, rates = (0.0, 0.1, 0.1, 0.0, 0.1, 0.1), (1e-2, 1e-2, 1e-2, 1e-2, 1e-3, 1e-2)
+        groups = zip(weights, decays, rates, strict=True)
+        optimizer = make(
+            [{"params": [w], "weight_decay": d, "lr": r, "name": str(i)} for i, (w, d, r) in enumerate(groups)]
+        )
+        before = optimizer.param_groups
+        for _ in range(5):
+            for weight in weights:
+                weight.grad = torch.randn(3, 4)
+            if joins:
+                with joined_groups(optimizer):
+                    expected = 6 if isinstance(optimizer, torch.optim.SGD) else 3
+                    assert len(optimizer.param_groups) == expected
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert optimizer.param_groups is before
+        assert [group["params"][0] is weight for group, weight in zip(before, weights, strict=True)] == [True] * 6
+        steps[joins] = weights
+    assert all(torch.equal(one, two) for one, two in zip(*steps.values(), strict=True))
+
+
+class Groups(Callback):
+    """The number of parameter groups that callbacks see."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.sizes.append(len(optimizer.param_groups))
+
+
+def test_fit_steps_of_adamw_join_groups_only_in_the_update(tmp_path):
+    sizes, groups = [], Groups()
+
+    def adamw(groups):
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        optimizer.register_step_post_hook(lambda opt, *_: sizes.append(len(opt.param_groups)))
+        return optimizer
+
+    data = ToySentiment(n_train=64, vocab_size=300, batch_size=16)
+    run = trainer(max_epochs=1, limit_val_batches=0, gradient_clip_val=1.0, callbacks=[groups])
+    run.fit(SentimentClassifier(config=CONFIG, num_classes=3, optimizer=adamw), data)
+    assert sizes == [2] * 4  # with and without weight decay
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert {len(state["param_groups"]), *groups.sizes} == {len(run.optimizers[0].param_groups)}
+    assert len(state["param_groups"]) > 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_loss_is_logged_every_n_steps(accumulate):
+    logged = []
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics, step):
+            logged.extend([(step, metrics["train/loss_step"])] if "train/loss_step" in metrics else [])
+
+    losses = {}
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (batch_idx + 1) % accumulate == 0:
+                losses[trainer.global_step - 1] = pl_module.last_loss.item()
+
+    data = ToySentiment(n_train=96, vocab_size=300, batch_size=16 // accumulate)
+    settings = {"max_epochs": 1, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    trainer(**settings, callbacks=[Losses()], logger=Logger()).fit(
+        SentimentClassifier(config=CONFIG, num_classes=3), data
+    )
+    assert logged == [(step, pytest.approx(losses[step])) for step in (1, 3, 5)]
+
+
+def test_seed_draws_the_numbers_of_manual_seed():
+    torch.manual_seed(2**62 + 5)
+    expected = torch.rand(5)
+    _seed(2**62 + 5, "cpu")
+    assert torch.equal(torch.rand(5), expected)

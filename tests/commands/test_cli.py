@@ -108,18 +108,18 @@ def test_fit_quickstart_reaches_documented_accuracy(run):
 def test_fit_quickstart_learns_and_writes_run_files(run, capsys, drawn_images):
     """Shorter than the quickstart is: negations, without which 0.67 can be reached, are learned in part."""
     shape = "{vocab_size: 512, n_positions: 64, n_embd: 48, n_layer: 3, n_head: 4, dropout: 0.0}"
-    short = ["--data.n_train=1500", "--data.batch_size=16", "--trainer.max_epochs=3", f"--model.config={shape}"]
+    short = ["--data.n_train=1500", "--data.batch_size=16", "--trainer.max_epochs=5", f"--model.config={shape}"]
     folder = run("fit", "--config", CONFIGS / "quickstart.yaml", *short, "--model.optimizer.lr=2e-3")
     account = metrics(folder)
     assert account["scores"]["test/accuracy"] >= 0.7
-    assert len(account["epochs"]) == 3
+    assert len(account["epochs"]) == 5
     assert account["parameters"]["total"] == account["parameters"]["trainable"] > 100_000
     assert account["seed"] == 1
     assert 10**7 < account["peak_memory_bytes"] < 10**11
     texts = [f"Review: {row['sentence']} Sentiment:" for row in toy_reviews(2250, 0)[:1500]]
     tokens = sum(len(encoding.ids) for encoding in load_tokenizer(folder).encode_batch(texts))
     assert account["tokens_per_second"] == pytest.approx(account["examples_per_second"] * tokens / 1500)
-    assert account["seconds"] > 3 * tokens / account["tokens_per_second"] > 0.1 * account["seconds"]
+    assert account["seconds"] > 5 * tokens / account["tokens_per_second"] > 0.1 * account["seconds"]
     assert account["versions"].pop("python") == platform.python_version()
     assert {"torch", "lightning", "transformers", "tokenizers"} <= set(account["versions"])
     assert account["versions"] == {name: version(name) for name in account["versions"]}

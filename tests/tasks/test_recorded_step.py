@@ -151,7 +151,7 @@ class Reason(Callback):
     ({}, {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1)}, "the optimizer is not torch.optim.AdamW"),
     ({}, {"optimizer": lambda groups: torch.optim.AdamW(groups)}, "the optimizer is not torch.optim.AdamW"),
     ({"strategy": "ddp"}, {}, "several processes train"),
-], ids=str)  # fmt: skip
+], ids=["none", "option", "checkpointing", "batches", "profiler", "anomalies", "SGD", "not fused", "ddp"])  # fmt: skip
 def test_reason_not_to_record_names_what_prevents_it(settings, task_settings, reason, monkeypatch):
     monkeypatch.setattr(recorded_step, "_is_on_gpu", lambda task: True)
     watch = Reason()

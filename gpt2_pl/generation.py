@@ -18,11 +18,13 @@ from gpt2_pl.decoding import (
     validate_processors,
 )
 from gpt2_pl.errors import require
-from gpt2_pl.kernels.cuda_graph import supports_cuda_graph
+from gpt2_pl.kernels.cuda_graph import cuda_graph, supports_cuda_graph
 from gpt2_pl.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from gpt2_pl.model import GPT2
+
+CHECK_INTERVAL = {"cuda": 8}  # number of tokens after which a device is asked whether all rows have ended; else 1
 
 
 def generate(
@@ -65,6 +67,7 @@ def generate(
             may change a draw. None uses torch's default generator.
         logits_processors: change the logits before temperature, top-k and top-p, in inference mode.
         stopping_criteria: maps ids (B, N) and mask (B, N) to booleans (B,), True for rows that end, in inference mode.
+            On a GPU it may be called up to seven times after all rows have ended, so that few tokens wait for the GPU.
 
     Returns:
         (B, T + new): the prompts, padded on the left, followed by the generated tokens.
@@ -83,12 +86,14 @@ def generate(
     processors = [*builtin_processors(repetition_penalty, no_repeat_ngram_size), *logits_processors]
     cache = KVCache(len(model.h), model.n_virtual + T + max_new_tokens)
     captures = supports_cuda_graph(model, max_new_tokens)
+    choose = TokenChoice(temperature, top_k, top_p, captures)
+    check_interval = CHECK_INTERVAL.get(ids.device.type, 1)
     with decoding_mode(model, max_new_tokens) as head:
         for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures), start=T):
             for process in processors:
                 logits = process(logits, ids[:, :n], mask[:, :n])
             draws = None if uniform is None else uniform[:, n - T]
-            chosen, exhausted = _choose_tokens(logits, draws, temperature, top_k, top_p)
+            chosen, exhausted = choose(logits, draws)
             done |= exhausted
             ids[:, n] = torch.where(done, pad_token_id, chosen)
             mask[:, n] = (~done).long()
@@ -96,9 +101,44 @@ def generate(
                 done |= chosen == eos_token_id
             if stopping_criteria is not None:
                 done |= stopping_criteria(ids[:, : n + 1], mask[:, : n + 1])
-            if bool(done.all()):
-                return ids[:, : n + int(mask[:, n].any())]
-    return ids
+            if (n - T + 1) % check_interval == 0 and bool(done.all()):
+                break
+    num_new = int(mask[:, T : n + 1].any(0).sum())  # the last columns are empty if all rows ended before
+    return ids[:, : T + num_new]
+
+
+class TokenChoice:
+    """Choice of the next token of every row, captured as a CUDA graph on a GPU.
+
+    Args:
+        temperature: as in :func:`generate`.
+        top_k: as in :func:`generate`.
+        top_p: as in :func:`generate`.
+        captures: whether the choice is called with tensors of one shape, and captured on a GPU.
+    """
+
+    def __init__(self, temperature: float, top_k: int | None, top_p: float | None, captures: bool) -> None:
+        self._settings, self._captures = (temperature, top_k, top_p), captures
+        self._inputs: list[Tensor] = []  # logits (B, V) and, for sampling, random numbers (B,)
+        self._choose: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose tokens as :func:`_choose_tokens` does; the next call may overwrite the result."""
+        if not self._captures:
+            return _choose_tokens(logits, uniform, *self._settings)
+        inputs = [logits] if uniform is None else [logits, uniform]
+        if self._choose is None:
+            self._inputs = [tensor.clone() for tensor in inputs]
+            choose = self._choose_from_inputs
+            self._choose = cuda_graph(choose, self._inputs) if logits.device.type == "cuda" else choose
+        for target, source in zip(self._inputs, inputs, strict=True):
+            target.copy_(source)
+        return self._choose()
+
+    def _choose_from_inputs(self) -> tuple[Tensor, Tensor]:
+        logits, uniform = (*self._inputs, None)[:2]
+        assert logits is not None
+        return _choose_tokens(logits, uniform, *self._settings)
 
 
 def _choose_tokens(

@@ -7,7 +7,7 @@ import torch
 from conftest import peft_puts_virtual_tokens
 from transformers import GPT2LMHeadModel
 
-from gpt2_pl import GPT2, GPT2Config, generate
+from gpt2_pl import GPT2, GPT2Config, generate, generation
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.text.poems import LineLengthProcessor, MaxLinesCriteria, split_lines
 from gpt2_pl.text.tokenizer import load_tokenizer
@@ -167,6 +167,31 @@ def test_generate_rows_stop_independently_at_end_of_text(model):
         expected = new[: new.index(end) + 1] if end in new else new
         assert row[4 : 4 + len(expected)] == expected
         assert set(row[4 + len(expected) :]) <= {59}
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 0.0}, {"seed": 3}, {"seed": [3, 4, 5], "top_p": 0.9}, {"seed": 5, "top_k": 7, "top_p": 0.8},
+    {"seed": 3, "repetition_penalty": 1.3}, {"seed": 3, "no_repeat_ngram_size": 1},
+], ids=str)  # fmt: skip
+def test_generate_on_a_gpu_chooses_from_a_graph_and_asks_rarely_whether_rows_ended(settings, model, monkeypatch):
+    """The tensors that a GPU uses, without capturing them, and steps after the end of all rows, give the same texts."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [1, 2, 3]])
+    plain = generate(model, ids, max_new_tokens=30, **settings)
+    ends = plain[:, [9, 4, 11]].diagonal().tolist()
+    for end in ends:
+        expected = generate(model, ids, max_new_tokens=30, eos_token_id=end, **settings)
+        with monkeypatch.context() as patch:
+            patch.setitem(generation.CHECK_INTERVAL, "cpu", 8)
+            patch.setattr(generation, "supports_cuda_graph", lambda *_: True)
+            assert torch.equal(generate(model, ids, max_new_tokens=30, eos_token_id=end, **settings), expected)
+
+    def stop(ids, mask):
+        return mask.sum(1) > torch.tensor([8, 9, 10])  # all rows end early
+
+    expected = generate(model, ids, max_new_tokens=30, stopping_criteria=stop, **settings)
+    assert expected.size(1) == 11
+    monkeypatch.setitem(generation.CHECK_INTERVAL, "cpu", 8)
+    assert torch.equal(generate(model, ids, max_new_tokens=30, stopping_criteria=stop, **settings), expected)
 
 
 def test_generate_invalid_arguments_are_refused(model):

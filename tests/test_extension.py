@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
@@ -15,6 +16,9 @@ from conftest import ROOT, metrics
 from helpers.sweeps import sweep
 from transformers import GPT2LMHeadModel, GPT2Model
 
+import gpt2_pl
+from gpt2_pl.commands import demo
+from gpt2_pl.commands.support.demo_answers import Worker
 from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.surgery import Surgery
@@ -78,6 +82,11 @@ def test_commands_external_task_strategies_data_and_callback_work(stars, tmp_pat
     plugins = ["--plugin=stars.task", "--plugin=stars.surgery"]
     stars("classify", folder, f"--input={files['test']}", f"--out={tmp_path / 'out.jsonl'}", *plugins)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 35
+    (shown,) = demo.load_runs(demo._parse_arguments([str(folder), *plugins]))
+    with contextlib.closing(Worker()) as worker:
+        *_, answer = shown.answers(["a film"], {}, worker)
+    predicted = gpt2_pl.load(folder).predict(["a film"])[0]
+    assert f'<p class="verdict" role="status">{predicted}</p>' in answer
     export = ["export", folder, "--format=hf", f"--out={tmp_path / 'hf'}", *plugins]
     capsys.readouterr()
     with pytest.raises(SystemExit):

@@ -302,6 +302,22 @@ def test_export_writes_a_space_that_answers_as_the_runs(runs, tmp_path, capsys):
         process.communicate()
 
 
+@pytest.mark.parametrize("form", ["hf", "peft", "base"])
+def test_export_of_exported_and_pretrained_folders_keeps_their_answers(form, runs, base, tmp_path, capsys):
+    source = base
+    if form != "base":
+        source = tmp_path / form
+        main(["export", str(runs["reviews"]), f"--format={form}", f"--out={source}"])
+    if form == "peft":
+        (source / "tokenizer.json").unlink()  # that of its base
+    main(["demo", str(source), "--export", str(tmp_path / "space")])
+    model, found = gpt2_pl.load(source), gpt2_pl.load(tmp_path / "space" / "models" / source.name)
+    if form == "base":
+        assert found.generate(["a film"], seed=2) == model.generate(["a film"], seed=2)
+    else:
+        assert found.predict_proba(["a film"])[0] == pytest.approx(model.predict_proba(["a film"])[0], abs=1e-5)
+
+
 def test_export_of_a_prefix_names_the_reason(runs, run, capsys, tmp_path):
     line = refused(run, capsys, "demo", runs["prefix"], "--export", tmp_path / "space")
     assert "a prefix or soft prompt cannot be merged into the weights" in line

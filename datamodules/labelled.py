@@ -237,7 +237,9 @@ class LabelledText(TextData):
         label_column = self.column(self.label_column, source.columns) if labeled else None
         kept = [] if labeled else self.keep
         columns = [column for column in dict.fromkeys([*fields.values(), label_column, *kept]) if column is not None]
-        require_columns(source, columns, keys="data.columns, data.label_column and data.keep")
+        require_columns(source, list(fields.values()), keys="data.columns")
+        require_columns(source, [label_column] if label_column is not None else [], keys="data.label_column")
+        require_columns(source, kept, keys="data.keep")
         if len(set(fields.values())) < len(fields):
             raise InputError(key="data.columns", value=fields, expected="a different column to each template field")
         labels, max_length = self._label_values if labeled else None, self._max_length()

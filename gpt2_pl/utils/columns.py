@@ -27,10 +27,11 @@ def choose_columns(names: Sequence[str], columns: Sequence[str] | None, key: str
         indices, chosen = [], []
         for column in columns:
             name, _, new = (column, "", "") if column in names else column.rpartition("=")
-            require(name in names, key, column, f"one of {', '.join(names)}, with =NEW for a new name")
+            meant = f"; did you mean {new}={name}?" if new in names else ""
+            require(name in names, key, column, f"one of {', '.join(names)}, with =NEW for a new name{meant}")
             indices.append(names.index(name))
             chosen.append(new or name)
-    require(len(set(chosen)) == len(chosen), key, chosen, "different names; rename some with NAME=NEW")
+    require(len(set(chosen)) == len(chosen), key, chosen, "different names; rename some with OLD=NEW")
     return lambda values: [values[i] for i in indices], chosen
 
 

@@ -150,6 +150,7 @@ def test_predict_chooses_columns_and_numbers_as_classify_does(trained, run, tmp_
     assert {row["label"] for row in found} <= {"0", "1"}
     for key, value, word in (
         ("predict_columns", "[id, predicton]", "predicton"),
+        ("predict_columns", "[guess=prediction]", "did you mean prediction=guess?"),
         ("predict_columns", "[id, prediction=id]", "different names"),
         ("keep", "[prediction]", "'prediction'"),
         ("keep", "[id, id]", "twice"),

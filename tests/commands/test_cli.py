@@ -128,6 +128,7 @@ def test_fit_quickstart_learns_and_writes_run_files(run, capsys, drawn_images):
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     shown = capsys.readouterr().out
     assert "tensorboard --logdir" in shown
+    assert " classify " in shown.partition("Use:")[2]
     assert str(folder.relative_to(folder.parents[2])) in shown
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -62,7 +62,7 @@ def test_closing_lines_fit_the_terminal_and_remain_a_command(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdout", stdout)
     relative = folder.relative_to(tmp_path)
-    closing._print_folder(Console(), SimpleNamespace(loggers=[]), relative, "fit", True, "")
+    closing._print_folder(SimpleNamespace(loggers=[]), LightningModule(), relative, "fit", True, "")
     shown = stdout.getvalue()
     assert max(map(len, shown.splitlines())) < 80
     assert shown.count("events.out") == 1

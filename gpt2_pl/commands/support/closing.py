@@ -20,6 +20,7 @@ from gpt2_pl.commands.support.terminal import wrapped
 from gpt2_pl.errors import printable
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.tasks.averaging import blocks_resuming
+from gpt2_pl.tasks.protocols import NumberPredictor, TextClassifier, TextGenerator
 from gpt2_pl.utils.trainer import callbacks_of, find_callbacks
 
 
@@ -126,12 +127,14 @@ def print_report(
         if "/" in name:
             console.print(f"{printable(name):16} {value:.4f}", markup=False)
     if folder is not None:
-        _print_folder(console, trainer, folder, command, can_test, note)
+        _print_folder(trainer, module, folder, command, can_test, note)
     elif trainer.logger is None:
         console.print(f"\n{command} finished; trainer.logger is false: there is no run folder")
 
 
-def _print_folder(console: Any, trainer: Trainer, folder: Path, command: str, can_test: bool, note: str) -> None:
+def _print_folder(
+    trainer: Trainer, module: LightningModule, folder: Path, command: str, can_test: bool, note: str
+) -> None:
     names = {re.sub(r"^events\.out\.tfevents\..+", "events.out.*", path.name) for path in folder.iterdir()}
     files = ", ".join(sorted(name for name in names if not name.startswith(".")))
     for line in printable(f"\n{command} finished: {folder}{note}\n  {files}", keep="\n").split("\n"):
@@ -141,6 +144,12 @@ def _print_folder(console: Any, trainer: Trainer, folder: Path, command: str, ca
         print(f"Checkpoint:   {best.stat().st_size / 1e6:.1f} MB")
         again = [*program(), "test" if can_test else "validate", "--config", f"{folder}/config.yaml"]
         _print_command("Evaluate:     ", shlex.join([*again, "--ckpt_path", str(best)]))
+        use = ["generate", str(folder), "--prompt"] if isinstance(module, TextGenerator) else []
+        use = ["classify", str(folder), "--text"] if isinstance(module, TextClassifier | NumberPredictor) else use
+        if use:
+            _print_command("Use:          ", f"{shlex.join([*program(), *use])} TEXT")
+    if command == "predict":
+        return
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             _print_command("TensorBoard:  ", shlex.join(["tensorboard", "--logdir", str(logger.save_dir)]))

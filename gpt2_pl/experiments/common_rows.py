@@ -82,7 +82,7 @@ def comparable_runs(
             comparable.append(run)
         else:
             other = [name for name, value in json.loads(keys[id(run)]).items() if value != shared[name]]
-            difference = f"other {', '.join(other)} than most ({run.comparison_key(split)[other[0]]})"
+            difference = f"other {', '.join(other)} than most ({_described(run, split, other[0])})"
             notes.append(f"{run.path} is left out: {difference}")
     rows = find_common_rows(comparable, split)
     if rows is not None:
@@ -104,6 +104,12 @@ def _keep_in_other_splits(runs: Sequence[Run], split: str, notes: list[str], all
             continue
         if allow_missing_rows or rows.num_dropped <= MAX_LOST * rows.num_total:
             _keep(runs, other, rows, notes)
+
+
+def _described(run: Run, split: str, name: str) -> str:
+    """Return the value of a property that runs must share; that of a base is its folder, if known, and its digest."""
+    value, folder = run.comparison_key(split)[name], (run.record.get("base") or {}).get("path")
+    return f"{folder}, {value}" if name == "base" and folder is not None else str(value)
 
 
 def find_common_rows(runs: Sequence[Run], split: str) -> CommonRows | None:

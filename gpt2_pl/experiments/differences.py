@@ -28,6 +28,11 @@ from gpt2_pl.experiments.units import Unit
 
 LEVEL = 0.95
 """Confidence level of all intervals."""
+_ONE_SEED, _ONE_PAIR = "one seed", "one pair of seeds"
+_REMEDIES = {  # of a difference that is not assessed for this reason alone
+    _ONE_SEED: "; run it again with another --seed_everything",
+    _ONE_PAIR: "; run both again with another --seed_everything",
+}
 _MAX_SCORE = 1e100  # of a run that has not diverged
 _MAX_DISAGREEMENT = 1e-3  # of a recorded score and the score of the rows, relative to 1 or the score
 
@@ -193,7 +198,7 @@ class Difference:
         if self.verdict is None:
             return ""
         if self.verdict is Verdict.NOT_ASSESSED:
-            return f"Not assessed: {self.reason}."
+            return f"Not assessed: {self.reason}{_REMEDIES.get(self.reason, '')}."
         low, _, high = self.together_text().partition(" to ")
         if self.unit.is_ratio:
             low = f"a perplexity ratio of {low}"
@@ -244,7 +249,7 @@ def compare_arms(
 def _reason(found: Contrast, has_rows: bool, is_binary: bool, unit: Unit) -> str:
     """Return why a difference has no verdict; empty if it has one."""
     has_one_seed = min(found.num_seeds) < 2
-    one_seed = "one pair of seeds" if len(found.num_seeds) == 1 else "one seed"
+    one_seed = _ONE_PAIR if len(found.num_seeds) == 1 else _ONE_SEED
     if not has_rows:
         rows = "not all runs have outcomes of the same rows"
         return f"{one_seed}; {rows}" if has_one_seed else f"{rows}, so the interval is about these very texts"

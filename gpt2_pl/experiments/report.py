@@ -37,7 +37,7 @@ from gpt2_pl.experiments.reference_comparison import (
     reference_table,
     text_reference_table,
 )
-from gpt2_pl.experiments.run import counted_runs
+from gpt2_pl.experiments.run import Run, counted_runs
 from gpt2_pl.experiments.run_group import RunGroup
 from gpt2_pl.experiments.statistics.selection import MIN_ROWS
 from gpt2_pl.experiments.tables import (
@@ -164,7 +164,7 @@ def markdown(comparisons: list[Comparison], images: Mapping[str, Mapping[str, st
         comparisons: one for every task.
         images: for every task the names and the files of its plots.
     """
-    sections = []
+    sections = [f"# Comparison of {counted_runs(_runs(comparisons))}\n"]
     if any(comparison.groups for comparison in comparisons):
         summary = markdown_table(summary_table(comparisons))
         sections.append("\n".join(["## In short", "", *summary, "", SUMMARY_CAPTION, ""]))
@@ -231,10 +231,15 @@ def _breakable(text: str) -> Markup:
     return Markup(re.sub(r"(?<=[0-9±≥]) (?=[0-9%±])|(?<=[±≥≤]) |(?<=^&lt;) ", "&nbsp;", escaped))
 
 
+def _runs(comparisons: list[Comparison]) -> list[Run]:
+    """Return the compared runs, and the references."""
+    groups = [g for comparison in comparisons for g in (*comparison.groups, *comparison.references)]
+    return [run for group in groups for run in group.runs]
+
+
 def _dates(comparisons: list[Comparison]) -> str:
     """Return the numbers of runs and references, when their records were written, and the version of this library."""
-    groups = [g for comparison in comparisons for g in (*comparison.groups, *comparison.references)]
-    runs = [run for group in groups for run in group.runs]
+    runs = _runs(comparisons)
     files = [run.folder / "metrics.json" for run in runs]
     times = [datetime.fromtimestamp(file.stat().st_mtime) for file in files if file.is_file()]
     days = sorted({f"{time:%Y-%m-%d}" for time in times})

@@ -76,7 +76,8 @@ def _comparison_lines(comparison: Comparison) -> list[tuple[int, str]]:
         count, unit = len(comparison.family), comparison.unit(name)
         margin = "none declared (--margin)" if comparison.margin is None else unit.format_amount(comparison.margin)
         pairing = "seeds paired" if comparison.is_paired else "seeds not paired"
-        family = f"{count} comparison{'s' * (count != 1)}, Holm's correction; {pairing}; margin: {margin}"
+        tested = f"{count} comparison{'s' * (count != 1)}, Holm's correction; " if count else ""
+        family = f"{tested}{pairing}; margin: {margin}"
         lines.append((0, f"{verdict_counts(comparison)} ({family})"))
     baseline, unit = comparison.groups[0].label, comparison.unit(name)
     lines += [(0, one.sentence(unit, baseline)) for one in interactions(comparison)]

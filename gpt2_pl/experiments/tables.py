@@ -27,9 +27,12 @@ ARM_CAPTION = (
 DIFFERENCE_CAPTION = (
     "Differences in {metric} to {baseline}{sign}. Each has its 95 % interval over new seeds and new texts: variances "
     "over seeds{welch}, over texts, and of seeds with texts; Student's t with Satterthwaite's "
-    "degrees of freedom. {pairing}The wider intervals cover all of them together. p is two-sided, then corrected for "
-    "{count} comparison{plural} (Holm). Verdicts use the corrected p{margin}. Detectable is the true difference that "
-    "such runs show with a chance of 80 %."
+    "degrees of freedom. {pairing}{tests}"
+)
+TEST_CAPTION = (
+    "The wider intervals cover all of them together. p is two-sided, then corrected for {count} comparison{plural} "
+    "(Holm). Verdicts use the corrected p{margin}. Detectable is the true difference that such runs show with a chance "
+    "of 80 %."
 )
 SECONDARY_CAPTION = (
     "Differences in other scores, positive if better than {baseline} (of scores without a direction: if higher), with "
@@ -206,11 +209,12 @@ def difference_caption(comparison: Comparison) -> str:
         margin = f" and the margin of {unit.format_amount(comparison.margin)} that was declared beforehand"
     in_points = " in points," if unit.is_percent else ""
     sign = ", as ratios: below 1 is better" if unit.is_ratio else f",{in_points} positive if better"
+    tests = TEST_CAPTION.format(count=count, plural="s" * (count != 1), margin=margin) if count else ""
     return DIFFERENCE_CAPTION.format(
-        metric=heading(name), baseline=comparison.baseline_name, sign=sign, count=count,
-        plural="s" * (count != 1), margin=margin, pairing=PAIRED if comparison.is_paired else UNPAIRED,
+        metric=heading(name), baseline=comparison.baseline_name, sign=sign, tests=tests,
+        pairing=PAIRED if comparison.is_paired else UNPAIRED,
         welch=" of the pairs" if comparison.is_paired else " of each strategy (Welch)",
-    )  # fmt: skip
+    ).rstrip()  # fmt: skip
 
 
 # Cells

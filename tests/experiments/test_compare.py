@@ -23,7 +23,8 @@ from gpt2_pl.experiments.comparison import compare
 from gpt2_pl.experiments.report import page
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.run_group import RunGroup
-from gpt2_pl.experiments.tables import cost_text, summary_table
+from gpt2_pl.experiments.summary import summary
+from gpt2_pl.experiments.tables import cost_text, difference_caption, summary_table
 
 CONFIG = ROOT / "configs"
 
@@ -75,7 +76,7 @@ def test_compare_incomparable_or_repeated_runs_are_left_out_with_notes(runs, tmp
     assert [run.folder.name for run in comparison.groups[1].runs] == ["d", "f"]
     notes = {re.search(r"/(\w) ", note)[1]: note for note in comparison.notes}
     assert "not a finished training run (running)" in notes["a"]
-    assert "other base than most (other)" in notes["b"]
+    assert "other base than most (x, other)" in notes["b"]
     assert "other texts than most" in notes["c"]
     assert notes["e"].endswith("seed 1: the same scores to the last digit")
     assert notes["g"].endswith("seed 2: OTHER SCORES")
@@ -120,6 +121,7 @@ def test_compare_command_writes_repeatable_reports_and_plots(runs, tmp_path, cap
     )
     assert re.search(rf"\| lora \| \+{line[1]} \| [^|]+ to [^|]+ \| [^|]+\. \| [^|]+ to [^|]+ \| < 0.001 \| ", text)
     assert re.search(r"\| lora \| 3 \| \d\d\.\d ± \d\.\d ", text)
+    assert text.startswith("# Comparison of 6 runs\n\n## In short\n")
     assert "| full | 3 |" in text
     assert "![ParaphraseDetector: curves](ParaphraseDetector_curves.png)" in text
     assert html.count("data:image/png;base64,") == 2
@@ -333,7 +335,10 @@ def test_compare_one_seed_per_group_recommends_no_cheapest_group(runs, tmp_path)
     probe = fake_run(tmp_path / "probe", "linear_probe", 1, np.zeros(400, bool))
     (comparison,) = compare([Run.read(folder) for folder in [runs[3], probe]])
     found = comparison.groups[1].differences["val/accuracy"]
-    assert found.sentence() == "Not assessed: one seed."  # one seed of each says nothing of others
+    # one seed of each says nothing of others
+    assert found.sentence() == "Not assessed: one seed; run it again with another --seed_everything."
+    assert "comparison" not in summary([comparison], 80)
+    assert "(Holm)" not in difference_caption(comparison)
     assert comparison.cheapest() is None
     assert found.line().endswith("these weights only")
     assert found.contrast.p_value() < 0.001

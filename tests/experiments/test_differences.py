@@ -161,7 +161,8 @@ def test_degenerate_differences_have_reasons_and_notices(runs, baseline, reason,
     assert notice is None or any(text.startswith(notice) for text in found.notices)
     judged = judge({"arm": found}, None)["arm"]
     if reason:
-        assert judged.sentence() == f"Not assessed: {reason}."
+        remedy = "; run it again with another --seed_everything" if reason == "one seed" else ""
+        assert judged.sentence() == f"Not assessed: {reason}{remedy}."
         assert judged.together_text() == ""
     if "identical" in reason or reason == "no spread":
         assert judged.interval_text() == ""

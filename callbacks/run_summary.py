@@ -205,6 +205,7 @@ class RunSummary(Callback):
             "metrics": {name: asdict(info) for name, info in metric_info.items()},
             "scores": self.final_scores(pl_module),
             "score_signatures": getattr(pl_module, "score_signatures", {}),
+            "score_note": getattr(pl_module, "table_caption", None),
             "epochs": self.epochs,
             "parameters": {
                 "trainable": sum(layer["trainable"] for layer in self.layers)  # at the end of training
@@ -284,9 +285,9 @@ def layer_table(trainer: Trainer, pl_module: LightningModule) -> list[dict[str, 
 
 
 def _layer_rows(layers: list[dict[str, Any]]) -> list[list[str]]:
-    """Return rows of text; adjacent blocks with the same figures share one."""
+    """Return rows of text; adjacent blocks with the same figures share one, and layers without parameters none."""
     rows: list[list[str]] = []
-    for layer in layers:
+    for layer in (one for one in layers if one["parameters"]):
         figures = [f"{layer['parameters']:,}", f"{layer['trainable']:,}"]
         figures.append(", ".join(f"{rate:.3g}" for rate in layer["peak_rates"]) or "frozen")
         if rows and rows[-1][1:] == figures and layer["layer"].startswith("block.") and "block." in rows[-1][0]:

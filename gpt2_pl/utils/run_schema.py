@@ -89,6 +89,7 @@ class Metrics(Schema):
     metrics: dict[Name, MetricDescription] | None = None
     scores: Scores | None = None
     score_signatures: dict[Name, Name] | None = None
+    score_note: Text | None = None
     epochs: Annotated[list[EpochScores], Field(max_length=100_000)] | None = None
     parameters: Parameters | None = None
     seconds: Figure | None = None

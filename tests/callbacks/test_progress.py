@@ -128,6 +128,15 @@ def test_run_summary_several_values_in_an_epoch_keep_best_number():
         assert summary.best_epoch(module)["epoch"] == 2
 
 
+def test_run_summary_layer_table_leaves_out_layers_without_parameters():
+    summary = RunSummary()
+    counts = {"embeddings": 8, "head": 0}
+    summary.layers = [
+        {"layer": name, "parameters": n, "trainable": n, "peak_rates": [0.1]} for name, n in counts.items()
+    ]
+    assert list(summary.layer_table().columns[0].cells) == ["embeddings", "all"]
+
+
 def test_prediction_writer_score_that_is_no_number_keeps_best_rows(monkeypatch):
     writer, module, written = PredictionWriter(), SimpleNamespace(monitor="val/x", mode="min"), []
     monkeypatch.setattr(writer, "_write", lambda *_: written.append(writer.best))

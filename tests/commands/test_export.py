@@ -1,17 +1,19 @@
 """Exports: the model card and its example, class names, templates, pooled heads, and the upload."""
 
 import base64
-import contextlib
 import functools
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import flags, metrics
+from helpers.cards import card, executed
 from helpers.refusals import names, refused
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
@@ -23,6 +25,7 @@ from gpt2_pl.commands.support.model_card import ExportedModel
 from gpt2_pl.commands.support.model_card import ModelCard as Card
 from gpt2_pl.datamodules.prompt_template import Template
 from gpt2_pl.errors import InputError
+from gpt2_pl.experiments.run import Run
 from gpt2_pl.inference.loading import load_checkpoint, load_run_tokenizer
 from gpt2_pl.model import GPT2
 from gpt2_pl.surgery import LoRA
@@ -59,19 +62,6 @@ def done(fitted, base, files, pair_files):
 def export(folder, out, *args):
     main(["export", str(folder), "--out", str(out), *args])
     return out
-
-
-def card(folder):
-    return (folder / "README.md").read_text(encoding="utf-8")
-
-
-def executed(folder):
-    """Execute the example of a model card in its folder; return its variables."""
-    code, variables = card(folder).partition("```python\n")[2].partition("```")[0], {}
-    assert len(code.strip().splitlines()) <= 13
-    with contextlib.chdir(folder):
-        exec(code, variables)
-    return variables
 
 
 def task_and_ids(run):
@@ -126,15 +116,24 @@ def test_card_example_of_peft_adapter_gives_the_probabilities_of_its_task(done, 
     assert str(base) not in card(out)  # only adapter_config.json has the path of a local base
 
 
-def test_card_example_of_language_model_gives_the_probabilities_of_its_task(done, tmp_path):
+def test_card_example_of_language_model_samples_as_generate_does(done, tmp_path, capsys):
     out = export(done("language model"), tmp_path / "out", "--format=hf")
+    capsys.readouterr()
     variables = executed(out)
-    task = load_checkpoint(done("language model") / "checkpoints/best.ckpt").eval()
+    assert capsys.readouterr().out.startswith("It was")
     ids = load_run_tokenizer(done("language model"), 400).encode("It was", add_special_tokens=False).ids
-    with torch.no_grad():
-        expected = task.backbone.logits(task.backbone(torch.tensor([ids])))[0, -1].softmax(-1)
-    torch.testing.assert_close(variables["probabilities"], expected, atol=1e-6, rtol=1e-5)
-    assert variables["tokens"].shape[1] > len(ids)
+    assert variables["tokens"][0, : len(ids)].tolist() == ids
+    positions = variables["model"].config.n_positions
+    assert len(ids) < variables["tokens"].shape[1] <= positions
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "do_sample": True}
+    assert variables["settings"] == {**sampling, "max_length": positions}
+    text = card(out)
+    assert "It continues a text; `gpt2-pl generate FOLDER --prompt ...` does this." in text
+    assert "probabilities" not in text
+    note = metrics(done("language model"))["score_note"]
+    assert note.startswith("Perplexity of validation and test:")
+    assert note in text
+    assert ("95 % interval" in text) == ("The intervals are" in text)
 
 
 def test_card_has_front_matter_scores_with_intervals_data_digests_and_cost(done, tmp_path):
@@ -244,9 +243,35 @@ def test_backbone_export_of_classifier_continues_texts_without_its_template(kind
     assert text.startswith("a fine film")
 
 
+@pytest.mark.parametrize(
+    ("decoding", "settings"),
+    [
+        ({"temperature": 0.0, "max_new_tokens": 9}, {"max_new_tokens": 9, "do_sample": False}),
+        ({"num_beams": 3, "max_new_tokens": 9}, {"num_beams": 3, "max_new_tokens": 9, "do_sample": False}),
+        ({"top_p": None, "max_new_tokens": 99},
+         {"temperature": 1.0, "top_k": 0, "do_sample": True, "max_length": 99}),
+    ],
+)  # fmt: skip
+def test_card_example_of_generator_has_the_settings_of_its_decoding(decoding, settings):
+    model = ExportedModel("m", "transformers", "T", 1, decoding=decoding, n_positions=99)
+    code = model.example(".")
+    assert eval(code.partition("settings = ")[2].partition("\n")[0], {"__builtins__": {}}) == settings
+    assert "torch" not in code
+
+
+def test_card_of_scores_without_intervals_does_not_explain_intervals():
+    record = {"data": None, "scores": {"val/loss": 0.5}, "monitor": "val/loss"}
+    run = Run(Path("none"), record, {})
+    text = Card(ExportedModel("m", "transformers", "T", 1), run).render()
+    assert "| score | value |\n" in text
+    assert "interval" not in text
+    assert "Validation scores are optimistic" in text
+
+
 def test_card_example_of_data_to_text_has_the_template_up_to_its_target():
     model = ExportedModel("m", "transformers", "T", 1, template="Say: {class}\n{target}", target="target")
-    assert repr(f"Say: {TEXTS[0]}\n") in model.example(".")
+    prompt = eval(model.example(".").partition("tokenizer(")[2].partition(", add_special")[0], {"__builtins__": {}})
+    assert re.fullmatch(r"Say: [^\n]+\n", prompt)
 
 
 def test_card_of_template_with_keyword_and_without_length_or_data_is_valid():

@@ -9,6 +9,7 @@ import pytest
 import sacrebleu
 import torch
 from conftest import ROOT, metrics
+from helpers.cards import card, executed
 from helpers.refusals import refusal, refused
 from helpers.trainers import trainer
 from transformers import GPT2LMHeadModel
@@ -104,6 +105,11 @@ def test_fit_scores_equal_sacrebleu_and_row_scores_equal_them(fitted_run):
 
 def test_fit_loss_and_beams_equal_transformers(fitted_run, base, data, tmp_path):
     main(["export", str(fitted_run), "--format", "hf", "--out", str(tmp_path / "hf")])
+    shown = executed(tmp_path / "hf")["settings"]
+    assert {**shown, "max_new_tokens": 12} == {
+        "num_beams": BEAMS, "length_penalty": 0.8, "do_sample": False, "max_new_tokens": 12
+    }  # fmt: skip
+    assert "generates a text for a source" in card(tmp_path / "hf")
     reference, tokenizer = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval(), load_tokenizer(base)
     rows, end = read(fitted_run / "losses_test.csv"), tokenizer.token_to_id(END_OF_TEXT)
     settings = {"num_beams": BEAMS, "length_penalty": 0.8, "do_sample": False, "max_new_tokens": 12}

@@ -10,6 +10,7 @@ import pytest
 import sacrebleu
 import torch
 from conftest import ROOT, flags, metrics
+from helpers.cards import card, executed
 from helpers.refusals import names, refused
 from helpers.trainers import trainer
 from transformers import GPT2LMHeadModel
@@ -155,6 +156,20 @@ def greedy(model, tokenizer, prompt, n, guide):
     return new[: [*new, tokenizer.token_to_id(END_OF_TEXT)].index(tokenizer.token_to_id(END_OF_TEXT))]
 
 
+def check_card(out):
+    """Check that the example of a model card completes a poem from its first lines."""
+    variables, text = executed(out), card(out)
+    assert variables["settings"] == {
+        "temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_new_tokens": 60, "do_sample": True
+    }  # fmt: skip
+    prompt = text.partition("tokenizer('")[2].partition("'")[0]
+    assert prompt.count("\\n") == 3
+    assert prompt.endswith("\\n")
+    assert "It completes a poem from its first 3 lines, to at most 14 lines; `gpt2-pl generate FOLDER" in text
+    assert "the tokens after the first 3 lines of each poem" in text
+    assert "9 poems, digest" in text
+
+
 def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
     run, long_base, poem_files, capsys, tmp_path, monkeypatch
 ):
@@ -201,6 +216,7 @@ def test_fit_sonnets_scores_equal_references_and_generate_writes_poems(
 
     # perplexity is that of transformers on the same lines
     run("export", folder, "--format", "hf", "--out", tmp_path / "hf")
+    check_card(tmp_path / "hf")
     reference = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     tokenizer, total, n = load_tokenizer(long_base), 0.0, 0
     for poem in true:

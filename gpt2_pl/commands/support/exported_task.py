@@ -77,7 +77,7 @@ def task_settings(task: Task, head: ClassificationHead | None, run: Path) -> dic
     settings: dict[str, Any] = {}
     if prompt := task_prompt(task, head, run):
         settings["prompt"] = prompt
-    if head is None and (decoding := _decoding(task)):
+    if head is None and (decoding := task_decoding(task)):
         settings["decoding"] = decoding
     if head is None and not getattr(task, "line_length_bias", True):
         settings["line_length_bias"] = False
@@ -93,7 +93,7 @@ def task_settings(task: Task, head: ClassificationHead | None, run: Path) -> dic
     return settings
 
 
-def _decoding(task: Task) -> dict[str, Any]:
+def task_decoding(task: Task) -> dict[str, Any]:
     """Return the settings with which a task generates texts; a user's task may have others than this library knows."""
     from gpt2_pl.utils.hugging_face_schema import Decoding
 

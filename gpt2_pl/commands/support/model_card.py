@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,16 +20,25 @@ from gpt2_pl.experiments.levels import score_interval
 from gpt2_pl.experiments.report import markdown_table, markdown_text
 from gpt2_pl.experiments.run import Run
 from gpt2_pl.experiments.units import Unit
+from gpt2_pl.inference.predictor import MAX_NEW_TOKENS, SAMPLING
+from gpt2_pl.inference.prompts import PromptFormat
 from gpt2_pl.text.normalization import STEPS, Normalizer
+from gpt2_pl.text.poems import N_LINES
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 _TEXTS = ("It was worth every minute.", "I would see it again.")  # of the example's fields
 _PROMPT = "It was"  # of the example of a language model
+_SOURCE = "The tower is 90 metres high and was built in 1890."  # of the example of a data-to-text model
+_LINES = (  # of the example of a model of poems
+    "The morning lies upon the quiet lake,",
+    "And every hill is silver in the light;",
+    "The birds that slept beside the water wake,",
+    "And sing away the shadows of the night.",
+)
 _LOAD = """\
-import torch
-from {library} import {model_class}{tokenizer}
+{torch}from {library} import {model_class}{tokenizer}
 
 name = {name}{place}
 {classes}tokenizer = AutoTokenizer.from_pretrained(name)
@@ -46,10 +56,9 @@ print({{model.config.id2label[i]: round(p, 4) for i, p in enumerate(probabilitie
 _REGRESS = "print(logits.item())\n"
 _GENERATE = """\
 batch = tokenizer({text!r}, add_special_tokens=False, return_tensors="pt")
-with torch.no_grad():
-    probabilities = model(**batch).logits[0, -1].softmax(-1)  # of the next token
-tokens = model.generate(**batch, max_new_tokens=40, do_sample=True, pad_token_id=tokenizer.pad_token_id)
-print(tokenizer.decode(tokens[0]))
+settings = {settings!r}
+tokens = model.generate(**batch, **settings, pad_token_id=tokenizer.pad_token_id)
+print(tokenizer.decode(tokens[0]{start}, skip_special_tokens=True))
 """
 
 
@@ -66,6 +75,9 @@ class ExportedModel:
         template: prompt template; None without one.
         target: field of the template that the model generates; None for a classifier or regressor.
         normalize: steps that normalize the texts of its fields.
+        prompt_lines: number of first lines of a poem that the model completes; None without poems.
+        decoding: settings with which the task generates texts.
+        n_positions: largest number of tokens of a text that the model generates; None if it is not known.
         max_length: largest number of tokens of a training row; None if it is not known.
         threshold: smallest probability of class 1 that the task classifies as class 1; None without a threshold.
         code: file with the class of the model, which only ``trust_remote_code`` runs; None for a class of the library.
@@ -81,6 +93,9 @@ class ExportedModel:
     template: str | None = None
     target: str | None = None
     normalize: Sequence[str] = ()
+    prompt_lines: int | None = None
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    n_positions: int | None = None
     max_length: int | None = None
     threshold: float | None = None
     code: str | None = None
@@ -94,7 +109,7 @@ class ExportedModel:
         return f"Auto{'Peft' if self.library == 'peft' else ''}ModelFor{task}"
 
     def example(self, name: str) -> str:
-        """Return Python code that loads the model and computes its probabilities.
+        """Return Python code that loads the model and predicts, or generates a text.
 
         Args:
             name: path of the folder, or id on the hub.
@@ -106,6 +121,7 @@ class ExportedModel:
             arguments = ", num_labels=len(classes), id2label=classes" if labels else ", num_labels=1"
             classes = f"classes = {dict(enumerate(labels))!r}\n" if labels else ""
         loading = _LOAD.format(
+            torch="" if labels is None else "import torch\n",
             library=self.library,
             model_class=self.auto_class,
             tokenizer=tokenizer,
@@ -115,7 +131,9 @@ class ExportedModel:
             arguments=arguments,
         )
         if labels is None:
-            return loading + _GENERATE.format(text=self._opening())
+            start = "" if self.target is None else '[batch["input_ids"].shape[1] :]'
+            text = self._opening()
+            return loading + _GENERATE.format(text=text, settings=self._generation(text), start=start)
         fields = Template(self.template or "{text}").fields
         texts = map(Normalizer(self.normalize), _TEXTS)
         values = repr(dict(zip(fields, cycle(texts), strict=False)))
@@ -124,11 +142,58 @@ class ExportedModel:
         return loading + predicting + (_CLASSIFY.format() if labels else _REGRESS)
 
     def _opening(self) -> str:
-        """Return the prompt of the example of a language model: that of a data-to-text model is its template."""
-        if self.template is None or self.target is None:
-            return _PROMPT
-        opening = self.template.rpartition("{" + self.target + "}")[0].rstrip(" ")
-        return opening.format(**dict.fromkeys(Template(self.template).fields, _TEXTS[0]))
+        """Return the example's prompt of a generator: first lines of a poem, a source in its template, or words."""
+        prompt = self._format()
+        if prompt.is_poem:
+            lines = [line for line, _ in zip(cycle(_LINES), range(prompt.prompt_lines or 1), strict=False)]
+            return prompt.fill(["\n".join(lines)])[0]
+        return prompt.fill([[_SOURCE] * len(prompt.fields)] if prompt.template is not None else [_PROMPT])[0]
+
+    def _format(self) -> PromptFormat:
+        """Return the format of the prompts of a generator; without a target, it continues texts as they are."""
+        template = None if self.target is None else self.template
+        return PromptFormat(
+            {
+                "template": template,
+                "target": self.target,
+                "normalize": self.normalize,
+                "prompt_lines": self.prompt_lines,
+            }
+        )
+
+    def _generation(self, text: str) -> dict[str, Any]:
+        """Return the settings of the task as arguments of transformers' ``generate`` for a prompt."""
+        settings = {"max_new_tokens": MAX_NEW_TOKENS, **self.decoding}
+        if "num_beams" in settings:
+            settings["do_sample"] = False
+        else:
+            settings = SAMPLING | settings
+            settings["do_sample"] = settings["temperature"] != 0
+            settings["top_k"] = settings["top_k"] or 0  # transformers samples from 50 tokens by default
+        if not settings["do_sample"]:
+            settings = {key: value for key, value in settings.items() if key not in SAMPLING}
+        is_long = len(text.encode()) + settings["max_new_tokens"] > (self.n_positions or math.inf)  # a token has a byte
+        if is_long:
+            settings["max_length"] = self.n_positions
+            del settings["max_new_tokens"]
+        return {key: value for key, value in settings.items() if value is not None}
+
+    def purpose(self, folder: str) -> str:
+        """Return what a generator completes, and the command that does it.
+
+        Args:
+            folder: path of the folder, or id on the hub.
+        """
+        prompt = self._format()
+        if prompt.is_poem:
+            count = prompt.prompt_lines or 0
+            first = f"first {count} lines" if count != 1 else "first line"
+            text = f"It completes a poem from its {first}, to at most {N_LINES} lines"
+            return f"{text}; `gpt2-pl generate {folder} --prompt ...` does this. The example does not count lines."
+        if prompt.template is not None:
+            text = "It generates a text for a source that is inserted into its template"
+            return f"{text}; `gpt2-pl generate {folder} --prompt ...` inserts the source."
+        return f"It continues a text; `gpt2-pl generate {folder} --prompt ...` does this."
 
 
 @dataclass(frozen=True)
@@ -195,9 +260,10 @@ class ModelCard:
         if self.model.labels:
             classes = [[str(i), label] for i, label in enumerate(self.model.labels)]
             sections.append(_section("Classes", (["number", "name"], classes)))
+        scores = self._score_rows()
         for title, table, note in (
             ("Training", self._training(), ""),
-            ("Scores", self._score_rows(), self._score_note()),
+            ("Scores", scores, self._score_note("95 % interval" in scores[0])),
             ("Cost", self._costs(), "Times and operations include those of a base that gpt2_pl has pretrained."),
         ):
             if table[1]:
@@ -212,11 +278,14 @@ class ModelCard:
 
     def _usage(self, name: str) -> str:
         model = self.model
-        lines = [_fenced(model.example(name), "python")]
+        lines = [model.purpose("FOLDER")] if model.labels is None else []
+        lines.append(_fenced(model.example(name), "python"))
         if model.code is not None:
             lines.append(f"`trust_remote_code=True` runs `{model.code}` of this folder; read it first.")
         if model.library == "peft" and model.base != model.hub_base:
             lines.append("`adapter_config.json` names the base by a local path; change it to where the base is.")
+        if model.target is not None and model.template is not None and model.labels is None:
+            lines += [f"The template, in which `{{{model.target}}}` is generated:", _fenced(model.template)]
         if model.template is not None and model.labels is not None:
             lines += ["The template of every text:", _fenced(model.template)]
             if model.max_length is not None:
@@ -243,11 +312,12 @@ class ModelCard:
         base = record.get("base") or {}
         start = self.model.hub_base or ("a local GPT-2" if self.model.base else "random weights")
         rows = [["base", f"{start}, SHA-256 {base['digest']}" if base.get("digest") else start]]
+        rows_name = "rows" if self.model.prompt_lines is None else "poems"
         for split, digest in (data.get("digests") or {}).items():
             files = (data.get("files") or {}).get(split)
             names = [Path(str(file)).name for file in (files if isinstance(files, list) else [files]) if file]
             count = (data.get("rows") or {}).get(split)
-            texts = [*names, *([f"{count:,} rows"] if isinstance(count, int) else []), f"digest {digest}"]
+            texts = [*names, *([f"{count:,} {rows_name}"] if isinstance(count, int) else []), f"digest {digest}"]
             rows.append([f"{split} data", ", ".join(texts)])
         names = [Path(str(name)).stem for name in record.get("configs") or ()]
         rows += [["configurations", ", ".join(names)]] if names else []
@@ -271,14 +341,16 @@ class ModelCard:
                 interval = score_interval([self.run], name, unit) if self.run is not None else None
             limits = "" if interval is None else " to ".join(map(unit.format_score, interval)) + sign
             cells.append([name, unit.format_score(value) + sign, limits])
-        return ["score", "value", "95 % interval"], cells
+        headings = ["score", "value", "95 % interval"]
+        return (headings, cells) if any(row[-1] for row in cells) else (headings[:-1], [row[:-1] for row in cells])
 
-    def _score_note(self) -> str:
-        monitor = str(self.record.get("monitor"))
-        return (
-            "The intervals are those of new texts of the same kind, for this model. Validation scores are optimistic, "
-            f"because {markdown_text(monitor)} chose the epoch. Other texts have not been scored."
-        )
+    def _score_note(self, has_intervals: bool) -> str:
+        notes = ["The intervals are those of new texts of the same kind, for this model."] if has_intervals else []
+        chose = f"because {markdown_text(str(self.record.get('monitor')))} chose the epoch"
+        notes.append(f"Validation scores are optimistic, {chose}. Other texts have not been scored.")
+        if (note := self.record.get("score_note")) and any(name.endswith("/perplexity") for name in self.scores):
+            notes.append(markdown_text(note))
+        return " ".join(notes)
 
     def _costs(self) -> tuple[list[str], list[list[str]]]:
         if self.run is None or not self.record.get("parameters"):

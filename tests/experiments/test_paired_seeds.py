@@ -90,7 +90,8 @@ def test_arms_with_fewer_than_two_common_seeds_are_not_assessed(tmp_path, capsys
     runs = write_runs(tmp_path, outcomes(seeds))
     (comparison,) = compare(runs, paired_seeds=True)
     _, lora, probe = comparison.groups
-    assert lora.differences["val/accuracy"].sentence() == "Not assessed: one pair of seeds."
+    advice = "run both again with another --seed_everything"
+    assert lora.differences["val/accuracy"].sentence() == f"Not assessed: one pair of seeds; {advice}."
     assert "lora and full have 1 seed in common; --paired_seeds needs at least 2" in lora.notices
     assert probe.differences == {}
     assert "probe and full have no seeds in common; --paired_seeds needs at least 2" in probe.notices

@@ -59,7 +59,7 @@ def load(
         tokenizer = load_tokenizer(found, "RUN")
         validate_vocab_size(tokenizer, task.config.vocab_size, "the model", "RUN's tokenizer.json")
         return Predictor(task, tokenizer, str(source), precision)
-    if ckpt_path is None and (folder / "adapter_config.json").is_file():
+    if ckpt_path is None and os.path.isfile(folder / "adapter_config.json"):
         from gpt2_pl.inference.exported import load_adapter
         from gpt2_pl.text.tokenizer import load_tokenizer, validate_vocab_size
 

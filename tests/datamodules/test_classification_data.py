@@ -272,7 +272,7 @@ def test_text_classification_any_file_format_gives_same_rows(base, tmp_path):
 
 
 INVALID_CSV = {
-    "": "blank",
+    "": "is empty",
     "sentence,sentiment\n": "no rows",
     "review,sentiment\na,1\n": "'sentence'.*'review', 'sentiment'",
     "sentence,sentiment\ngood,1\nbad,7\n": "row 2: .*'sentiment'.* got '7'",

@@ -61,7 +61,7 @@ def test_fit_validation_and_test_of_one_row_are_scored_and_written(threshold, ru
 
 
 def test_fit_validation_and_test_of_one_poem_are_scored_and_written(run, base, tmp_path):
-    train, one = tmp_path / "train.txt", tmp_path / "one.txt"
+    train, one = tmp_path / "train.txt", tmp_path / "empty.txt"
     train.write_text("".join(POEM.format(n) for n in range(5)))
     one.write_text(POEM.format(7))
     folder = run("fit", "--config", CONFIG / "task/sonnets.yaml", f"--model.base={base}", "--trainer.max_epochs=1",
@@ -107,7 +107,7 @@ def test_fit_unusable_test_poems_or_text_are_refused_before_training(run, base, 
             f"--data.train_file={files['train']}", f"--data.test_file={tmp_path / 'empty.txt'}"]  # fmt: skip
     for more, words in (
         (poems, "poem 1"),
-        (text, "2 tokens"),
+        (text, "is empty"),
     ):
         assert words in refused(run, capsys, "fit", *more, *settings)
         assert not Path("lightning_logs").exists()

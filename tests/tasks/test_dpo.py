@@ -296,7 +296,7 @@ def test_dpo_invalid_pairs_are_refused_with_file_and_row(base, corpus, tmp_path,
         ([PAIRS[0], {**PAIRS[1], "rejected": PAIRS[1]["chosen"]}], "row 2: chosen and rejected must differ"),
         ([{**PAIRS[0], "prompt": long}], "row 1: prompt must have 1 to 24 tokens, got"),
         ([{"prompt": "a", "chosen": "b"}], "has no column 'rejected'"),
-        ([], "has no rows"),
+        ([], "is empty"),
     ):
         file = write(tmp_path / "bad.jsonl", rows)
         with subtests.test(words):

@@ -60,7 +60,8 @@ def test_compare_hostile_run_texts_are_escaped_in_reports(hostile, tmp_path, mon
     assert all((out / link).is_file() and "/" not in link for link in links)
     assert "\n# y" not in text
     assert set(re.findall(r"<([a-z0-9]+)", page.partition("<body>")[2])) <= {
-        *("h1", "h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "img", "details", "summary")
+        *("h1", "h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "img", "details", "summary",
+          "wbr")
     }  # fmt: skip
     with (out / "report.csv").open(newline="") as file:
         assert {row["task"] for row in csv.DictReader(file)} == {" ".join(text.split()) for text in EVIL_TEXT}

@@ -60,7 +60,7 @@ def fit(monkeypatch, records, callbacks=(), settings=None, task_settings=None, n
     data = data or ToySentiment(n_train=110, vocab_size=300, batch_size=16)  # the last batch is smaller
     made = [make() for make in callbacks]
     run = trainer(
-        callbacks=[Reproducibility(), record, *made], **{"max_epochs": 3, "limit_val_batches": 1} | (settings or {})
+        callbacks=[Reproducibility(), record, *made], **{"max_epochs": 2, "limit_val_batches": 1} | (settings or {})
     )
     run.fit(task, data)
     assert record.recorded == records

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from gpt2_pl.losses import IGNORE_INDEX
 
 Batch = dict[str, Any]
 Rows = NDArray[np.int64]
@@ -176,6 +179,21 @@ def _global_batch_sizes(n_rows: int, batch_size: int, world_size: int) -> list[i
     return [len(part) for part in np.array_split(np.empty(n_rows), min(n_full + 1, n_rows // world_size))]
 
 
+def with_targets(batch: Batch, targets: Tensor) -> Batch:
+    """Add targets to a batch, and their positions, so that the loss need not search for them on a GPU.
+
+    Args:
+        batch: a batch of B rows, padded to T tokens.
+        targets: (B, T) the token that follows each token, or -100 at positions without a target.
+
+    Returns:
+        The batch with ``targets`` (B, T), and ``target_positions`` (n,): the indices, in ascending order, of the n
+        targets in the flattened ``targets``.
+    """
+    positions = np.flatnonzero(targets.numpy() != IGNORE_INDEX)
+    return {**batch, "targets": targets, "target_positions": torch.from_numpy(positions)}
+
+
 class TargetTokenDataset(TokenDataset):
     """Token ids of rows and the target of each token.
 
@@ -195,7 +213,7 @@ class TargetTokenDataset(TokenDataset):
     ) -> None:
         super().__init__(values, offsets, truncated=truncated)
         self.targets = targets
-        self.n_targets = np.diff(np.append(0, (targets != -100).cumsum())[self.offsets])
+        self.n_targets = np.diff(np.append(0, (targets != IGNORE_INDEX).cumsum())[self.offsets])
 
     @classmethod
     def of_rows(
@@ -212,10 +230,10 @@ class TargetTokenDataset(TokenDataset):
         return cls(ids, offsets, targets, None if truncated is None else np.array(truncated, dtype=bool))
 
     def batch(self, rows: Rows) -> Batch:
-        """Collate rows as :class:`TokenDataset` does, with ``targets`` (B, T), -100 at padding."""
+        """Collate rows as :class:`TokenDataset` does, with the keys of :func:`with_targets`; -100 at padding."""
         batch = super().batch(rows)
         targets = TokenDataset(self.targets, self.offsets).batch(rows)["input_ids"]
-        return {**batch, "targets": targets.masked_fill(batch["attention_mask"] == 0, -100)}
+        return with_targets(batch, targets.masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX))
 
 
 class PackedTokenDataset(TokenDataset):
@@ -245,13 +263,13 @@ class PackedTokenDataset(TokenDataset):
         return self.values[self.starts[n] : self.ends[n]]
 
     def batch(self, rows: Rows) -> Batch:
-        """Collate contexts as :class:`TokenDataset` does, with ``targets`` (B, T), -100 where ignored."""
+        """Collate contexts as :class:`TokenDataset` does, with the keys of :func:`with_targets`; -100 if ignored."""
         batch = super().batch(rows)
-        targets = np.full(batch["input_ids"].shape, -100, dtype=np.int64)
+        targets = np.full(batch["input_ids"].shape, IGNORE_INDEX, dtype=np.int64)
         for i, n in enumerate(rows):
             end, length, new = self.ends[n], self.lengths[n], self.n_targets[n]
             targets[i, length - new : length] = self.values[end - new + 1 : end + 1]
-        return {**batch, "targets": torch.from_numpy(targets)}
+        return with_targets(batch, torch.from_numpy(targets))
 
 
 class EvaluationLoader:

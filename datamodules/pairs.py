@@ -71,7 +71,7 @@ class PairDataset(TokenDataset):
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``targets`` (2 B, T), the preferred and the rejected text of each
-            pair, with targets of -100 in the prompt; ``row`` (B,); and ``reference`` (B, 2).
+            pair, with targets of -100 in the prompt; ``target_positions`` (n,); ``row`` (B,); and ``reference`` (B, 2).
         """
         batch = self.sides.batch(np.stack([2 * rows, 2 * rows + 1], axis=1).ravel())
         return {**batch, "row": batch["row"][::2] // 2, "reference": torch.from_numpy(self.reference[rows])}

@@ -44,7 +44,7 @@ def pad_left(
         InputError: a prompt is empty, or there are more than ``n_positions`` tokens.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    if not bool((mask.sum(1) > 0).all()):
+    if not (input_ids.size(1) if attention_mask is None else bool((mask.sum(1) > 0).all())):
         raise InputError("a prompt is empty; give at least one token, such as the end of text")
     num_tokens, n_positions = model.n_virtual + input_ids.size(1) + max_new_tokens, model.config.n_positions
     expected = f"at most n_positions = {n_positions} tokens, virtual tokens included"

@@ -88,6 +88,7 @@ def generate(
     captures = supports_cuda_graph(model, max_new_tokens)
     choose = TokenChoice(temperature, top_k, top_p, captures)
     check_interval = CHECK_INTERVAL.get(ids.device.type, 1)
+    can_end = bool(processors) or eos_token_id is not None or stopping_criteria is not None
     with decoding_mode(model, max_new_tokens) as head:
         for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures), start=T):
             for process in processors:
@@ -101,7 +102,7 @@ def generate(
                 done |= chosen == eos_token_id
             if stopping_criteria is not None:
                 done |= stopping_criteria(ids[:, : n + 1], mask[:, : n + 1])
-            if (n - T + 1) % check_interval == 0 and bool(done.all()):
+            if can_end and (n - T + 1) % check_interval == 0 and bool(done.all()):
                 break
     num_new = int(mask[:, T : n + 1].any(0).sum())  # the last columns are empty if all rows ended before
     return ids[:, : T + num_new]

@@ -138,12 +138,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*grads, *(None,) * 6)
 
 
+def target_positions(targets: Tensor) -> Tensor:
+    """Return the indices (n,) of the n targets in the flattened ``targets`` (B, T); waits for a GPU."""
+    return (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
 def _chunked_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     chunk: int | None,
     compiled: bool,
+    positions: Tensor | None,
     include_nll: bool = True,
     alpha: float = 0.0,
     negatives: Negatives | None = None,
@@ -156,6 +162,7 @@ def _chunked_loss(
         targets: (B, T) token ids, or ``IGNORE_INDEX``.
         chunk: as in :func:`cross_entropy`.
         compiled: as in :func:`cross_entropy`.
+        positions: as in :func:`cross_entropy`.
         include_nll: whether the cross-entropy is part of the loss.
         alpha: weight of the unlikelihood.
         negatives: token ids (B, T, M), and booleans (B, T, M), which of them are candidates; None without unlikelihood.
@@ -166,9 +173,14 @@ def _chunked_loss(
     if not torch.is_grad_enabled():  # ctx.needs_input_grad does not know of no_grad()
         hidden, weight = hidden.detach(), weight.detach()
     has_target = targets != IGNORE_INDEX
-    is_full = bool(has_target.all())  # avoids a copy
-    states, labels = (t.flatten(0, 1) if is_full else t[has_target] for t in (hidden, targets))
-    selected = None if negatives is None else (negatives[0][has_target], negatives[1][has_target])
+    positions = target_positions(targets) if positions is None else positions
+    if len(positions) == targets.numel():  # avoids copies
+        states, labels = hidden.flatten(0, 1), targets.flatten()
+        selected = None if negatives is None else (negatives[0].flatten(0, 1), negatives[1].flatten(0, 1))
+    else:
+        states, labels = (t.flatten(0, 1).index_select(0, positions) for t in (hidden, targets))
+        row, column = positions.div(targets.size(1), rounding_mode="floor"), positions % targets.size(1)
+        selected = None if negatives is None else (negatives[0][row, column], negatives[1][row, column])
     total, unlikelihood = _ChunkedCrossEntropy.apply(
         states, weight, labels, chunk, include_nll, alpha, selected, compiled
     )
@@ -176,7 +188,12 @@ def _chunked_loss(
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, compiled: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    compiled: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the next-token cross-entropy, ``-sum over t of log p(x_t)``, without holding all logits (B, T, V).
 
@@ -190,11 +207,13 @@ def cross_entropy(
         chunk: positions whose logits are in memory at a time. By default 512 on a CPU and 8,192 on a GPU; for GPT-2's
             vocabulary in 16 bits the latter take 4 GB, or 1.6 GB compiled.
         compiled: compile the computation from logits to loss and gradient with ``torch.compile``.
+        positions: (n,) indices of the targets in the flattened ``targets``, in ascending order. By default they are
+            searched for, for which the host waits for a GPU.
 
     Returns:
         The sum of the losses, in nats, and the number of targets.
     """
-    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled)
+    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, positions)
     return total, n_targets
 
 
@@ -243,6 +262,7 @@ def unlikelihood_cross_entropy(
     chunk: int | None = None,
     compiled: bool = False,
     input_ids: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute cross-entropy plus token-level unlikelihood without holding all logits (B, T, V).
 
@@ -258,18 +278,27 @@ def unlikelihood_cross_entropy(
         chunk: as in :func:`cross_entropy`.
         compiled: as in :func:`cross_entropy`.
         input_ids: as in :func:`unlikelihood_loss`.
+        positions: as in :func:`cross_entropy`.
 
     Returns:
         The sum of the losses, the number of targets, and the sum of the unlikelihoods alone, without ``alpha``.
     """
     tokens, is_candidate = negative_candidates(targets, ignore_token_ids, window, input_ids)
     negatives = (tokens.expand(-1, targets.size(1), -1), is_candidate)
-    total, unlikelihood, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, True, alpha, negatives)
+    total, unlikelihood, n_targets = _chunked_loss(
+        hidden, weight, targets, chunk, compiled, positions, True, alpha, negatives
+    )
     return total, n_targets, unlikelihood
 
 
 def sequence_unlikelihood_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, n: int = 4, chunk: int | None = None, compiled: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n: int = 4,
+    chunk: int | None = None,
+    compiled: bool = False,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Compute the sequence-level unlikelihood of generated text (after Welleck et al. 2020).
 
@@ -283,12 +312,13 @@ def sequence_unlikelihood_loss(
         n: length of the n-grams.
         chunk: as in :func:`cross_entropy`.
         compiled: as in :func:`cross_entropy`.
+        positions: as in :func:`cross_entropy`.
 
     Returns:
         The mean over all generated tokens, a scalar.
     """
     negatives = (targets.unsqueeze(-1), repeated_ngrams(targets, n).unsqueeze(-1))
-    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, False, 1.0, negatives)
+    total, _, n_targets = _chunked_loss(hidden, weight, targets, chunk, compiled, positions, False, 1.0, negatives)
     return total / n_targets.clamp(min=1)
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.generation import validate_sampling
-from gpt2_pl.losses import CHUNK_SIZE, IGNORE_INDEX
+from gpt2_pl.losses import CHUNK_SIZE, IGNORE_INDEX, target_positions
 
 _SPAN = 8  # tokens of a part of a text without lines
 
@@ -120,7 +120,12 @@ def _token_log_probs(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def sequence_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, average: bool = False, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    average: bool = False,
+    chunk: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Compute log p of every row, the sum over its targets, without holding all logits (B, T, V).
 
@@ -132,20 +137,21 @@ def sequence_log_probs(
         targets: (B, T) token ids, or -100 at positions that are ignored.
         average: divide the sum by the number of targets.
         chunk: positions whose logits are in memory at a time; see :func:`~gpt2_pl.losses.cross_entropy`.
+        positions: as in :func:`~gpt2_pl.losses.cross_entropy`.
 
     Returns:
         (B,) in float32 or above.
     """
-    has_target = targets != IGNORE_INDEX
-    states, labels = hidden[has_target], targets[has_target]
+    positions = target_positions(targets) if positions is None else positions
+    states, labels = (t.flatten(0, 1).index_select(0, positions) for t in (hidden, targets))
     chunk = CHUNK_SIZE.get(hidden.device.type, CHUNK_SIZE["cpu"]) if chunk is None else chunk
     parts = [
         checkpoint(_token_log_probs, part, weight, ids, use_reentrant=False)
         for part, ids in zip(states.split(chunk), labels.split(chunk), strict=True)
     ]
     values = torch.cat(parts)
-    totals = values.new_zeros(targets.shape).masked_scatter(has_target, values).sum(1)
-    return totals / has_target.sum(1).clamp(min=1) if average else totals
+    totals = values.new_zeros(targets.numel()).index_copy(0, positions, values).view(targets.shape).sum(1)
+    return totals / (targets != IGNORE_INDEX).sum(1).clamp(min=1) if average else totals
 
 
 def corrupt(tokens: Sequence[int], ends: Sequence[bool], kind: str, seed: str, end_of_text: int) -> list[int]:

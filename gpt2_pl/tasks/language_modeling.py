@@ -41,7 +41,9 @@ class LanguageModel(PreferenceHooks, Task):
     """Language model whose head is tied to the token embedding.
 
     Batches hold ``input_ids`` (B, T), padded on the right, and ``targets`` (B, T): the token that follows each token,
-    or -100 at positions without a target. The loss is the mean per target token, and perplexity is its exponential.
+    or -100 at positions without a target. Those of this library's datamodules also hold ``target_positions`` (n,), the
+    indices of the n targets in the flattened ``targets``; without them every step waits for a GPU. The loss is the mean
+    per target token, and perplexity is its exponential.
 
     Validation and test keep the loss of every row, a context of the corpus; see :meth:`row_table`.
 
@@ -119,7 +121,11 @@ class LanguageModel(PreferenceHooks, Task):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the sum of a batch's losses and its number of targets."""
         hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
-        return cross_entropy(hidden, weight, batch["targets"], compiled=self.compile_blocks)
+        return cross_entropy(hidden, weight, batch["targets"], **self._loss_options(batch))
+
+    def _loss_options(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of a loss that choose how it is computed."""
+        return {"compiled": self.compile_blocks, "positions": batch.get("target_positions")}
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
         total, n_targets = self(batch)
@@ -143,11 +149,13 @@ class LanguageModel(PreferenceHooks, Task):
         if self.unlikelihood:
             hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
             settings = (self.unlikelihood, self._ignored_tokens(), self.unlikelihood_window)
+            options = {**self._loss_options(batch), "input_ids": batch["input_ids"]}
             total, n_targets, unlikelihood = unlikelihood_cross_entropy(
-                hidden, weight, batch["targets"], *settings, compiled=self.compile_blocks, input_ids=batch["input_ids"]
+                hidden, weight, batch["targets"], *settings, **options
             )
             self._update_metrics("train", (total - self.unlikelihood * unlikelihood).detach(), n_targets)
-            self._log_mean("train/unlikelihood", unlikelihood / n_targets, int(n_targets))
+            count = int(n_targets) if options["positions"] is None else len(options["positions"])
+            self._log_mean("train/unlikelihood", unlikelihood / n_targets, count)
         else:
             total, n_targets = self._step(batch, "train")
         loss, mean = self.mean_loss(total, n_targets, batch, batch_idx, "targets")
@@ -184,10 +192,10 @@ class LanguageModel(PreferenceHooks, Task):
         text = generate(self.backbone, prefix, mask, max_new_tokens=self.sequence_length, temperature=0.0)
         if mask is not None:  # The output of `generate` is padded on the left.
             mask = F.pad(mask.flip(1), (0, self.sequence_length - 1), value=True)
-        targets = text[:, 1:].clone()
-        targets[:, : P - 1] = IGNORE_INDEX
-        hidden, weight = self.backbone(text[:, :-1], mask), self.backbone.head_weight
-        loss = sequence_unlikelihood_loss(hidden, weight, targets, compiled=self.compile_blocks)
+        targets = text[:, P:]
+        hidden, weight = self.backbone(text[:, :-1], mask)[:, P - 1 :], self.backbone.head_weight
+        positions = torch.arange(targets.numel(), device=targets.device)
+        loss = sequence_unlikelihood_loss(hidden, weight, targets, compiled=self.compile_blocks, positions=positions)
         self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
         return self.mean_loss(loss * len(text), len(text), batch, batch_idx)[0]
 
@@ -266,8 +274,12 @@ class LanguageModel(PreferenceHooks, Task):
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         """Update the metrics of a split and the table of rows with a batch."""
         hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
+        B, T = batch["input_ids"].shape
+        positions = batch.get("target_positions")
+        is_full = positions is not None and len(positions) == B * T
+        options = {"compiled": self.compile_blocks, "positions": positions[:T] if is_full else None}  # of a row
         rows = (
-            cross_entropy(states, weight, targets, compiled=self.compile_blocks)
+            cross_entropy(states, weight, targets, **options)
             for states, targets in zip(hidden.split(1), batch["targets"].split(1), strict=True)
         )
         total, n_targets = (torch.stack(values) for values in zip(*rows, strict=True))

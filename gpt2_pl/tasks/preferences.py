@@ -222,7 +222,10 @@ class Preferences(nn.Module):
 def log_probs(model: GPT2, batch: Batch, average: bool) -> Tensor:
     """Return the log-probabilities (B, 2) of the preferred and the rejected continuation of each pair of a batch."""
     hidden = model(batch["input_ids"])
-    return sequence_log_probs(hidden, model.head_weight, batch["targets"], average).view(-1, 2)
+    values = sequence_log_probs(
+        hidden, model.head_weight, batch["targets"], average, positions=batch["target_positions"]
+    )
+    return values.view(-1, 2)
 
 
 def reference_model(task: Any) -> GPT2:

@@ -1,5 +1,6 @@
 """What a training step does besides the model: waits for the device, optimizer calls, logging and seeding."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -12,13 +13,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt2_pl import kernels
 from gpt2_pl.callbacks import NonFiniteLossGuard, Reproducibility, RunProgressBar
 from gpt2_pl.callbacks.reproducibility import _seed
-from gpt2_pl.datamodules import ToySentiment
+from gpt2_pl.datamodules import SST5, QuoraPairs, Sonnets, TextCorpus, TextRegression, ToySentiment, WebNLG
 from gpt2_pl.model import GPT2Config
-from gpt2_pl.tasks import SentimentClassifier
+from gpt2_pl.surgery import LoRA
+from gpt2_pl.tasks import (
+    DPO,
+    DataToText,
+    LanguageModel,
+    ParaphraseDetector,
+    PoemGenerator,
+    SentimentClassifier,
+    TextRegressor,
+)
 from gpt2_pl.tasks.optimization import joined_groups
 
 CONFIG = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, dropout=0.1)
 READS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique")  # wait for a GPU
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # wait for a GPU if an index is boolean
 
 
 class CountReads(TorchDispatchMode, Callback):
@@ -35,26 +46,99 @@ class CountReads(TorchDispatchMode, Callback):
         self.steps.append(Counter())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.steps and func.overloadpacket.__name__ in READS:
-            self.steps[-1][func.overloadpacket.__name__] += 1
+        name = func.overloadpacket.__name__
+        if self.steps and (name in READS or (name in INDEXING and _has_mask(args[1]))):
+            self.steps[-1][name] += 1
         return func(*args, **(kwargs or {}))
 
 
-def test_training_step_reads_one_value_from_the_device(monkeypatch):
-    """Only the guard reads the loss; the metrics, the progress bar and the loggers read nothing."""
+def _has_mask(indices):
+    """Return whether an index is boolean, so that its ``nonzero`` is computed within the operation."""
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def reads_of_steps(task, data, monkeypatch, batches=6):
+    """Return the waits of the steps between the first, which draws the bar, and the last, which ends the epoch."""
     monkeypatch.setattr("gpt2_pl.callbacks.progress.MIN_UPDATE_INTERVAL", 60.0)
     count = CountReads()
-    data = ToySentiment(n_train=96, vocab_size=300, batch_size=16)
     callbacks = [count, NonFiniteLossGuard(), Reproducibility(), RunProgressBar()]
+    settings = {"gradient_clip_val": 1.0, "enable_progress_bar": True, "limit_val_batches": 0}
     enabled = kernels.set_enabled(False)  # kernels for CPUs read numbers, which are on the CPU
     try:
         with count:
-            run = trainer(max_epochs=1, callbacks=callbacks, gradient_clip_val=1.0, enable_progress_bar=True)
-            run.fit(SentimentClassifier(config=CONFIG, num_classes=3), data)
+            trainer(max_steps=batches, callbacks=callbacks, **settings).fit(task, data)
     finally:
         kernels.set_enabled(enabled)
-    # the first step draws the bar and the last one ends the epoch
-    assert count.steps[1:5] == [Counter({"_local_scalar_dense": 1})] * 4
+    assert len(count.steps) == batches
+    return count.steps[1:-1]
+
+
+def sentiment(base, files, **options):
+    files = {f"{split}_file": str(files[split]) for split in ("train", "val")}
+    settings = {"labels": [str(i) for i in range(5)], "tokenizer": str(base), "max_length": 32, "batch_size": 8}
+    return SentimentClassifier(base=str(base), num_classes=5, **options), SST5(**files, **settings)
+
+
+def paraphrase(base, pair_files, **options):
+    files = {f"{split}_file": str(pair_files[split]) for split in ("train", "val")}
+    return ParaphraseDetector(base=str(base), num_classes=2, **options), QuoraPairs(
+        **files, tokenizer=str(base), max_length=64, batch_size=8
+    )
+
+
+def corpus(base, files, **options):
+    settings = {"column": "sentence", "tokenizer": str(base), "max_length": 16, "batch_size": 4, "stride": 8}
+    return LanguageModel(base=str(base), **options), TextCorpus(train_file=str(files["train"]), **settings)
+
+
+def regression(base, files):
+    data = TextRegression(
+        train_file=str(files["train"]), val_file=str(files["val"]), label_column="sentiment",
+        tokenizer=str(base), max_length=32, batch_size=8,
+    )  # fmt: skip
+    return TextRegressor(base=str(base)), data
+
+
+def poems(base, poem_files, **options):
+    data = Sonnets(train_file=str(poem_files["train"]), tokenizer=str(base), max_length=64, batch_size=1)
+    return PoemGenerator(base=str(base), **options), data
+
+
+def data_to_text(base, tmp_path):
+    file = tmp_path / "train.jsonl"
+    rows = [{"source": f"film {i}", "target": "a good film " * (1 + i % 3)} for i in range(16)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataToText(base=str(base)), WebNLG(train_file=str(file), tokenizer=str(base), batch_size=2, max_length=32)
+
+
+TASKS = {
+    "sentiment": lambda get: sentiment(get("base"), get("files")),
+    "mean_pooling": lambda get: sentiment(get("base"), get("files"), pooling="concat", num_dropout_samples=3),
+    "verbalizer": lambda get: sentiment(
+        get("base"), get("files"), head="verbalizer", label_words=list("abcde"), label_token_ids=[1, 2, 3, 4, 5]
+    ),
+    "lora": lambda get: sentiment(get("base"), get("files"), surgery=[LoRA(rank=2)]),
+    "paraphrase": lambda get: paraphrase(get("base"), get("pair_files")),
+    "regression": lambda get: regression(get("base"), get("files")),
+    "language_model": lambda get: corpus(get("base"), get("files")),
+    "unlikelihood": lambda get: corpus(get("base"), get("files"), unlikelihood=0.5),
+    "dpo": lambda get: corpus(get("base"), get("files"), dpo=DPO(rejected="shuffled", prompt_tokens=4)),
+    "poems": lambda get: poems(get("base"), get("poem_files")),
+    "data_to_text": lambda get: data_to_text(get("base"), get("tmp_path")),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_step_of_every_task_reads_one_value_from_the_device(name, request, monkeypatch):
+    """Only the guard reads the loss; the losses, the metrics, the progress bar and the loggers read nothing."""
+    steps = reads_of_steps(*TASKS[name](request.getfixturevalue), monkeypatch)
+    assert steps == [Counter({"_local_scalar_dense": 1})] * len(steps)
+
+
+def test_sequence_unlikelihood_step_reads_no_value_for_each_decoded_token(request, monkeypatch):
+    options = {"sequence_unlikelihood": 1.0, "sequence_prefix": 4, "sequence_length": 40}
+    steps = reads_of_steps(*corpus(*map(request.getfixturevalue, ("base", "files")), **options), monkeypatch, 3)
+    assert max(step.total() for step in steps) <= 5
 
 
 @pytest.mark.parametrize("make", [

@@ -24,6 +24,7 @@ from gpt2_pl.losses import (
 )
 from gpt2_pl.surgery import LoRA, PrefixTuning, PromptTuning
 from gpt2_pl.tasks import LanguageModel
+from gpt2_pl.tasks.dpo import sequence_log_probs
 from gpt2_pl.text.tokenizer import load_tokenizer
 
 V = 9
@@ -139,6 +140,25 @@ def test_unlikelihood_gradients_equal_finite_differences():
     text = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]] * 2)
     states = torch.randn(2, 10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h, w: sequence_unlikelihood_loss(h, w, text, n=3, chunk=7), (states, weight))
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_losses_with_positions_of_targets_are_bitwise_equal(is_full):
+    hidden, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    targets = torch.randint(20, (2, 9))
+    if not is_full:
+        targets[0, :3] = targets[1, 6:] = IGNORE_INDEX
+    positions = torch.tensor([i for i, target in enumerate(targets.flatten().tolist()) if target != IGNORE_INDEX])
+    for loss in (
+        lambda **given: cross_entropy(hidden, weight, targets, chunk=4, **given)[0],
+        lambda **given: unlikelihood_cross_entropy(hidden, weight, targets, 0.7, chunk=4, **given)[0],
+        lambda **given: sequence_unlikelihood_loss(hidden, weight, targets, n=2, chunk=4, **given),
+        lambda **given: sequence_log_probs(hidden, weight, targets, chunk=4, **given).sum(),
+    ):
+        found, expected = loss(positions=positions), loss()
+        assert torch.equal(found, expected)
+        gradients = (torch.autograd.grad(one, (hidden, weight)) for one in (found, expected))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_unlikelihood_compiled_gradients_equal_eager(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -144,6 +144,8 @@ class DecodeStep:
 def decoding_mode(model: GPT2, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """Enter inference mode and the evaluation mode of a model, with prepacked weights if these pay off.
 
+    The code of a model that is compiled as a whole is not used: it would be compiled again for every number of tokens.
+
     Args:
         model: the GPT-2.
         max_new_tokens: maximum number of generated tokens.
@@ -153,8 +155,10 @@ def decoding_mode(model: GPT2, max_new_tokens: int) -> Iterator[Callable[[Tensor
     """
     was_training = model.training
     model.eval()
+    is_compiled = model._compiled_call_impl is not None
     try:
         with (
+            torch.compiler.set_stance("force_eager") if is_compiled else nullcontext(),
             torch.inference_mode(),
             prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens) as head,
         ):

@@ -67,7 +67,10 @@ class Task(Registered, OptimizedModule):
             freezes for a stage count as trained. The dropout of adapters and of the head is not affected.
         optimizer: creates the optimizer from parameter groups.
         schedule: learning-rate schedule; by default linear decay.
-        compile: whether each block, and the loss of a language model, is compiled with ``torch.compile``.
+        compile: what is compiled with ``torch.compile``: nothing, each of the ``blocks`` (or ``True``), which takes
+            seconds, or the whole ``model``, which takes up to some minutes and is faster. Either way the loss of a
+            language model is compiled too. If batches have a fixed length, the model is compiled for their shapes;
+            otherwise for any shape. With FSDP the blocks are compiled.
         activation_checkpointing: whether activations are recomputed in the backward pass, which takes less memory and
             more time.
 
@@ -106,7 +109,7 @@ class Task(Registered, OptimizedModule):
         frozen_base_dropout: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5, fused=True),
         schedule: Schedule | None = None,
-        compile: bool = False,
+        compile: bool | Literal["blocks", "model"] = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -129,7 +132,8 @@ class Task(Registered, OptimizedModule):
         self.frozen_base_dropout = frozen_base_dropout
         self._check_surgery()
         self.make_optimizer, self.schedule = optimizer, schedule or LinearWithWarmup()
-        self.compile_blocks, self.activation_checkpointing = compile, activation_checkpointing
+        self.compiles: Literal["blocks", "model"] | None = "blocks" if compile is True else (compile or None)
+        self.activation_checkpointing = activation_checkpointing
         self.save_hyperparameters(ignore=["optimizer", "schedule", "surgery"], logger=False)
         self.hparams["config"] = None if config is None else asdict(self.config)
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
@@ -220,6 +224,11 @@ class Task(Registered, OptimizedModule):
         return "min" if info is not None and info.higher_is_better is False else "max"
 
     @property
+    def has_static_shapes(self) -> bool:
+        """Whether nearly all training batches have the same shape, for which the model is compiled."""
+        return self.fixed_length_batches
+
+    @property
     def displayed_metrics(self) -> tuple[str, ...]:
         """Metrics that the table of epochs shows."""
         return tuple(name for name, info in self.metric_info.items() if info.shown)
@@ -239,7 +248,9 @@ class Task(Registered, OptimizedModule):
         self._apply_surgery(self.gpt2)
         if not self.frozen_base_dropout and self.base_is_frozen:
             self.gpt2.set_dropout(0.0)
-        if self.compile_blocks:
+        if self.compiles == "model" and self.device_mesh is None:
+            self.gpt2.compile(dynamic=not self.has_static_shapes)
+        elif self.compiles:
             for block in self.gpt2.h:
                 block.compile(dynamic=True)
         if self.device_mesh is not None:

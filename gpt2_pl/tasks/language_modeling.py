@@ -114,6 +114,11 @@ class LanguageModel(PreferenceHooks, Task):
         self.outcomes = RowOutputs("row", "n_tokens", "loss")  # of every evaluated row
 
     @property
+    def has_static_shapes(self) -> bool:
+        """Whether nearly all training batches have the same shape."""
+        return super().has_static_shapes and self.preferences is None and not self.sequence_unlikelihood
+
+    @property
     def table_caption(self) -> str | None:
         """Description of the scored text, for the caption of a table of perplexities; None without one."""
         return getattr(self.datamodule, "perplexity_note", None)
@@ -125,7 +130,7 @@ class LanguageModel(PreferenceHooks, Task):
 
     def _loss_options(self, batch: Batch) -> dict[str, Any]:
         """Return the arguments of a loss that choose how it is computed."""
-        return {"compiled": self.compile_blocks, "positions": batch.get("target_positions")}
+        return {"compiled": self.compiles is not None, "positions": batch.get("target_positions")}
 
     def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
         total, n_targets = self(batch)
@@ -195,7 +200,9 @@ class LanguageModel(PreferenceHooks, Task):
         targets = text[:, P:]
         hidden, weight = self.backbone(text[:, :-1], mask)[:, P - 1 :], self.backbone.head_weight
         positions = torch.arange(targets.numel(), device=targets.device)
-        loss = sequence_unlikelihood_loss(hidden, weight, targets, compiled=self.compile_blocks, positions=positions)
+        loss = sequence_unlikelihood_loss(
+            hidden, weight, targets, compiled=self.compiles is not None, positions=positions
+        )
         self._log_mean("train/sequence_unlikelihood", loss.detach(), len(text))
         return self.mean_loss(loss * len(text), len(text), batch, batch_idx)[0]
 
@@ -277,7 +284,7 @@ class LanguageModel(PreferenceHooks, Task):
         B, T = batch["input_ids"].shape
         positions = batch.get("target_positions")
         is_full = positions is not None and len(positions) == B * T
-        options = {"compiled": self.compile_blocks, "positions": positions[:T] if is_full else None}  # of a row
+        options = {"compiled": self.compiles is not None, "positions": positions[:T] if is_full else None}  # of a row
         rows = (
             cross_entropy(states, weight, targets, **options)
             for states, targets in zip(hidden.split(1), batch["targets"].split(1), strict=True)

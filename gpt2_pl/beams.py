@@ -53,6 +53,7 @@ def beam_search(
     pad_token_id: int = 0,
     logits_processors: Sequence[LogitsProcessor] = (),
     stopping_criteria: Callable[[Tensor, Tensor], Tensor] | None = None,
+    compiled: bool = False,
 ) -> Beams:
     """Continue a batch of prompts by beam search, with the results of ``generate(num_beams=K)`` of transformers.
 
@@ -78,6 +79,7 @@ def beam_search(
         logits_processors: change the log-probabilities (B * K, V), in inference mode.
         stopping_criteria: maps ids (B * 2 K, N) and mask (B * 2 K, N) of the candidates to booleans (B * 2 K,), True
             for candidates that end, in inference mode.
+        compiled: as in :func:`~gpt2_pl.generation.generate`.
 
     Returns:
         The finished beams. ``ids[:, 0]`` are the best ones.
@@ -99,8 +101,8 @@ def beam_search(
     first = torch.arange(B, device=ids.device).unsqueeze(1) * K  # (B, 1): the first row of each prompt
     totals = torch.full((B, K), -torch.inf, device=ids.device)  # sum(log p) of unfinished beams; -inf without a beam
     totals[:, 0] = 0.0
-    with decoding_mode(model, max_new_tokens) as head:
-        for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures, K), start=T):
+    with decoding_mode(model, max_new_tokens, compiled) as head:
+        for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures, K, compiled), start=T):
             log_p = logits.log_softmax(-1)
             for process in processors:
                 log_p = process(log_p, ids[:, :n], mask[:, :n])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -64,6 +65,7 @@ def next_logits(
     cache: KVCache,
     captures: bool,
     num_beams: int = 1,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next-token logits of all rows: of the prompts in one pass, then of one token at a time.
 
@@ -76,6 +78,7 @@ def next_logits(
         cache: an empty cache for all tokens, virtual tokens included.
         captures: whether tokens after the prompt are decoded from a CUDA graph.
         num_beams: number of successive rows with the same prompt, which is read once.
+        compiled: whether tokens after the prompt are decoded with compiled code.
 
     Yields:
         (B, V) in float32, ``new`` times.
@@ -87,7 +90,7 @@ def next_logits(
     hidden = model(prompts, prompt_mask if padded else None, output_positions=last, cache=cache)
     cache.repeat(num_beams)
     yield head(hidden[:, -1]).float().repeat_interleave(num_beams, dim=0)
-    decode = DecodeStep(model, head, cache, mask[:, :T]) if captures else None
+    decode = DecodeStep(model, head, cache, mask[:, :T], captures, compiled) if captures or compiled else None
     for n in range(T + 1, N):
         if decode is not None:
             yield decode(ids[:, n - 1 : n]).to(torch.float32, copy=True)
@@ -106,10 +109,21 @@ class DecodeStep:
         head: maps hidden states (B, C) to logits (B, V).
         cache: the keys and values of the virtual tokens and the prompt.
         prompt_mask: (B, T), 1 for text and 0 for padding.
+        captures: whether the step is captured if it is on a GPU.
+        compiled: whether the step is compiled.
     """
 
-    def __init__(self, model: GPT2, head: Callable[[Tensor], Tensor], cache: KVCache, prompt_mask: Tensor) -> None:
+    def __init__(
+        self,
+        model: GPT2,
+        head: Callable[[Tensor], Tensor],
+        cache: KVCache,
+        prompt_mask: Tensor,
+        captures: bool,
+        compiled: bool = False,
+    ) -> None:
         self.model, self.head, self.cache = model, head, cache
+        self._compute = _compiled_logits() if compiled else _decode_logits
         B, T = prompt_mask.shape
         start = model.n_virtual
         self.ids = prompt_mask.new_zeros(B, 1)
@@ -121,7 +135,8 @@ class DecodeStep:
         for layer in cache.layers:
             layer.write_index = self.write_index
         state = (self.write_index, self.position_ids, self.mask)
-        self._step = cuda_graph(self._forward, state) if prompt_mask.device.type == "cuda" else self._forward
+        is_captured = captures and prompt_mask.device.type == "cuda"
+        self._step = cuda_graph(self._forward, state) if is_captured else self._forward
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Compute the next-token logits (B, V) from token ids (B, 1); the next call overwrites them."""
@@ -133,34 +148,52 @@ class DecodeStep:
         self.mask.index_fill_(3, self.write_index, True)
         # Weights cached by autocast would be freed after the capture.
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
-            hidden = self.model(self.ids, self.mask, position_ids=self.position_ids, cache=self.cache)
-            logits = self.head(hidden[:, -1])
+            logits = self._compute(self.model, self.head, self.ids, self.mask, self.position_ids, self.cache)
         self.write_index += 1
         self.position_ids += 1
         return logits
 
 
+def _decode_logits(
+    model: GPT2,
+    head: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    mask: Tensor,
+    position_ids: Tensor,
+    cache: KVCache,
+) -> Tensor:
+    """Compute the next-token logits (B, V) of one token per row; arguments are those of :class:`DecodeStep`."""
+    return head(model(ids, mask, position_ids=position_ids, cache=cache)[:, -1])
+
+
+@functools.cache
+def _compiled_logits() -> Callable[..., Tensor]:
+    return torch.compile(_decode_logits)
+
+
 @contextmanager
-def decoding_mode(model: GPT2, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
+def decoding_mode(model: GPT2, max_new_tokens: int, compiled: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
     """Enter inference mode and the evaluation mode of a model, with prepacked weights if these pay off.
 
     The code of a model that is compiled as a whole is not used: it would be compiled again for every number of tokens.
+    Compiled decoding steps read the weights as they are.
 
     Args:
         model: the GPT-2.
         max_new_tokens: maximum number of generated tokens.
+        compiled: whether decoding steps are compiled.
 
     Yields:
         The language-model head, which maps hidden states (B, C) to logits (B, V).
     """
     was_training = model.training
     model.eval()
-    is_compiled = model._compiled_call_impl is not None
+    leaves_graph = model._compiled_call_impl is not None and not compiled
     try:
         with (
-            torch.compiler.set_stance("force_eager") if is_compiled else nullcontext(),
+            torch.compiler.set_stance("force_eager") if leaves_graph else nullcontext(),
             torch.inference_mode(),
-            prepacked_weights(model.h, lambda: model.head_weight, max_new_tokens) as head,
+            prepacked_weights(model.h, lambda: model.head_weight, 0 if compiled else max_new_tokens) as head,
         ):
             yield head
     finally:

@@ -43,6 +43,7 @@ def generate(
     seed: int | Sequence[int] | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     stopping_criteria: Callable[[Tensor, Tensor], Tensor] | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Continue a batch of prompts token by token, with a key/value cache.
 
@@ -68,6 +69,8 @@ def generate(
         logits_processors: change the logits before temperature, top-k and top-p, in inference mode.
         stopping_criteria: maps ids (B, N) and mask (B, N) to booleans (B,), True for rows that end, in inference mode.
             On a GPU it may be called up to seven times after all rows have ended, so that few tokens wait for the GPU.
+        compiled: compile the step that decodes one token per row with ``torch.compile``, for the first shape and then
+            for any number of rows and tokens. This takes up to a minute, and pays off on a GPU for many prompts.
 
     Returns:
         (B, T + new): the prompts, padded on the left, followed by the generated tokens.
@@ -89,8 +92,8 @@ def generate(
     choose = TokenChoice(temperature, top_k, top_p, captures)
     check_interval = CHECK_INTERVAL.get(ids.device.type, 1)
     can_end = bool(processors) or eos_token_id is not None or stopping_criteria is not None
-    with decoding_mode(model, max_new_tokens) as head:
-        for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures), start=T):
+    with decoding_mode(model, max_new_tokens, compiled) as head:
+        for n, logits in enumerate(next_logits(model, head, ids, mask, T, cache, captures, compiled=compiled), start=T):
             for process in processors:
                 logits = process(logits, ids[:, :n], mask[:, :n])
             draws = None if uniform is None else uniform[:, n - T]

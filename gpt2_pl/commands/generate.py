@@ -45,9 +45,6 @@ def main(args: list[str]) -> None:
     predictor.prompt.is_poem |= options.poems
     is_poem = predictor.prompt.is_poem and not options.as_is
     require(is_poem or not options.no_line_length_bias, "no_line_length_bias", True, "used with poems")
-    if options.compile:
-        for block in predictor.task.backbone.h:
-            block.compile(dynamic=True)
     is_shown = options.out == STANDARD_OUTPUT
     texts = predictor.generate(
         prompts,
@@ -58,6 +55,7 @@ def main(args: list[str]) -> None:
         as_is=options.as_is,
         where=where,
         track=lambda batches: track(batches, "Generating", len(batches)),
+        compiled=options.compile or None,
         **settings,
     )
     _write(options, prompts, texts, numbers)
@@ -99,7 +97,9 @@ def _parse_arguments(args: list[str]) -> Namespace:
     add("--as_is", action="store_true", help=as_is_help)
     precision_help = "type of the weights: float32, or bfloat16"
     add("--precision", choices=("32-true", "bf16-true"), default="32-true", help=precision_help)
-    add("--compile", action="store_true", help="compile the blocks with torch.compile; pays off for many prompts")
+    add(
+        "--compile", action="store_true", help="compile decoding with torch.compile; pays off on a GPU for many prompts"
+    )
     options = parser.parse_args(args)
     require_one(options, "prompt", "prompt_file")
     require(not (options.poems and options.as_is), "as_is", True, "used without --poems")

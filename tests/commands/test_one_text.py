@@ -15,6 +15,7 @@ from helpers.saved_runs import saved_run
 from pyarrow import parquet
 
 import gpt2_pl
+from gpt2_pl import decoding
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules import IMDB, QuoraPairs, Sonnets, SourceTargetPairs
 from gpt2_pl.errors import printable
@@ -165,6 +166,20 @@ def test_generate_prompt_of_base_folder_equals_predictor(base, capsys, typed, tm
         assert output(capsys, "generate", base, "--prompt_file=-", "--out=-", *settings) == "".join(
             f"{text}\n\n" for text in expected
         )
+
+
+def test_generate_with_compile_decodes_with_the_compiled_step(base, capsys, monkeypatch):
+    calls = []
+
+    def step(*given):
+        calls.append(given)
+        return decoding._decode_logits(*given)
+
+    monkeypatch.setattr(decoding, "_compiled_logits", lambda: step)
+    settings = ("--prompt", "a film", "--max_new_tokens=6", "--seed=3")
+    texts = [output(capsys, "generate", base, *settings, *more) for more in ((), ("--compile",))]
+    assert texts[0] == texts[1]
+    assert len(calls) == 5  # the first token follows the prompt
 
 
 def test_generate_prompt_of_poem_run_is_a_poem(runs, capsys, run):

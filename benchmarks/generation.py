@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py [--batch 12] [--prompt 40] [--new 128] [--dtype bfloat16] [--record]
 
-GPT-2 small's shape with random weights, top-p 0.9.
+GPT-2 small's shape with random weights, top-p 0.9. gpu.py measures compiled generation.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=40)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compile both, on a GPU")
     args = parser.parse_args()
-    if args.compile and not torch.cuda.is_available():
-        parser.error("--compile: transformers compiles generation only on a GPU, and no GPU is available")
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = GPT2(GPT2Config()).eval()
@@ -35,9 +32,6 @@ def main() -> None:
         ours.save_pretrained(folder)
         theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     ours, theirs = (model.to(device, getattr(torch, args.dtype)) for model in (ours, theirs))
-    if args.compile:
-        for block in ours.h:
-            block.compile(dynamic=True)
     ids = torch.randint(0, 50257, (args.batch, args.prompt), device=device)
     mask = torch.ones_like(ids)
 
@@ -46,8 +40,6 @@ def main() -> None:
 
     def run_theirs(n: int) -> None:
         settings = {"do_sample": True, "top_p": 0.9, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-        if args.compile:  # transformers compiles by itself if the cache has a fixed size
-            settings["cache_implementation"] = "static"
         theirs.generate(ids, attention_mask=mask, max_new_tokens=n, **settings)
 
     def timed(run: Callable[[int], None]) -> Callable[[], Figures]:
@@ -60,8 +52,7 @@ def main() -> None:
         return measure
 
     found = turns_here({"ours": timed(run_ours), "transformers": timed(run_theirs)}, args.rounds)
-    compiled = ", compiled" if args.compile else ""
-    work = f"generation, {args.batch} prompts of {args.prompt}, {args.new} new, {args.dtype}{compiled}"
+    work = f"generation, {args.batch} prompts of {args.prompt}, {args.new} new, {args.dtype}"
     compare(work, found, args.record)
 
 

@@ -12,11 +12,11 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_pl import GPT2, GPT2Config, beam_search, generate
 from gpt2_pl.callbacks import NonFiniteLossGuard, Reproducibility
-from gpt2_pl.datamodules import ToySentiment
+from gpt2_pl.datamodules import TextCorpus, ToySentiment
 from gpt2_pl.heads import last_token_index
 from gpt2_pl.losses import cross_entropy, unlikelihood_cross_entropy
 from gpt2_pl.surgery import LoRA, PrefixTuning
-from gpt2_pl.tasks import SentimentClassifier
+from gpt2_pl.tasks import DPO, LanguageModel, SentimentClassifier
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -122,6 +122,15 @@ def test_beam_search_on_gpu_equals_cpu(model, surgery):
     torch.testing.assert_close(there.scores.cpu(), here.scores, atol=1e-3, rtol=1e-3)
 
 
+def test_generate_compiled_on_gpu_equals_plain(model):
+    ids, mask = (t[:3, :40].cuda() for t in padded("left"))
+    model.cuda().eval()
+    plain, compiled = (
+        generate(model, ids, mask, max_new_tokens=40, temperature=0.0, compiled=given) for given in (False, True)
+    )
+    assert torch.equal(plain, compiled)
+
+
 def test_generate_in_evaluation_mode_replays_a_cuda_graph(model):
     ids = torch.randint(1003, (2, 10), device="cuda")
     with patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=torch.cuda.CUDAGraph.replay) as replay:
@@ -193,3 +202,36 @@ def test_recorded_steps_on_gpu_equal_ordinary_steps_without_dropout():
 
 def test_recorded_steps_on_gpu_wait_for_nothing():
     fit_recorded(True, forbids_waits=True)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"unlikelihood": 0.5}, {"dpo": DPO(rejected="shuffled", prompt_tokens=4)}, {"compile": "model"},
+], ids=["plain", "unlikelihood", "dpo", "compiled"])  # fmt: skip
+def test_language_model_steps_on_gpu_wait_for_nothing(options, base, files):
+    """Without the guard, which reads the loss of every step."""
+    settings = {"column": "sentence", "tokenizer": str(base), "max_length": 16, "batch_size": 1, "stride": 8}
+    data = TextCorpus(train_file=str(files["train"]), val_file=str(files["val"]), **settings)
+    steps = Steps(forbids_waits=True)
+    task = LanguageModel(base=str(base), **options)
+    trainer(
+        accelerator="gpu", devices=1, max_steps=40, limit_val_batches=0, callbacks=[Reproducibility(), steps]
+    ).fit(task, data)  # fmt: skip
+    assert len(steps.losses) == 40
+
+
+@pytest.mark.parametrize("task", ["classifier", "language model"])
+def test_model_compiled_as_a_whole_on_gpu_losses_equal_eager(task, base, files):
+    losses = []
+    for compiled in (False, "model"):
+        torch.manual_seed(0)
+        if task == "classifier":
+            data = ToySentiment(n_train=96, vocab_size=400, batch_size=16)
+            made = SentimentClassifier(base=str(base), num_classes=3, dropout=0.0, compile=compiled, cuda_graphs=False)
+        else:
+            settings = {"column": "sentence", "tokenizer": str(base), "max_length": 16, "batch_size": 4}
+            data = TextCorpus(train_file=str(files["train"]), **settings)
+            made = LanguageModel(base=str(base), dropout=0.0, compile=compiled)
+        steps = Steps()
+        trainer(accelerator="gpu", devices=1, max_steps=5, limit_val_batches=0, callbacks=[steps]).fit(made, data)
+        losses.append(torch.stack(steps.losses).tolist())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import gpt2_pl
-from gpt2_pl.utils.user_code import PACKAGES
+from gpt2_pl.utils.user_code import DEPENDENCIES, LIBRARY, PACKAGES
 
 
 def tensor_digests(tensors: Mapping[str, object]) -> dict[str, str]:
@@ -44,9 +44,12 @@ def first_difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> 
 
 
 def code_digests() -> dict[str, str]:
-    """Return the digest of the source code of this library and of every module that the user named, by package."""
+    """Return the digest of the source code of this library and of every module that the user named, by package.
+
+    Dependencies of this library, such as torch, are left out: they have versions.
+    """
     sources = {"gpt2_pl": _library_digest()}
-    for name in sorted(PACKAGES):
+    for name in sorted(PACKAGES - LIBRARY - DEPENDENCIES):
         file = getattr(sys.modules.get(name), "__file__", None)
         if file is not None:
             path = Path(file)

@@ -59,10 +59,14 @@ class Stop(Callback):
             trainer.save_checkpoint(self.file)
 
 
-def fit(optimizer, **settings):
+def toy_data():
+    return ToySentiment(vocab_size=300, n_train=60, batch_size=10, max_length=32)
+
+
+def fit(optimizer, data=None, **settings):
     torch.manual_seed(0)
     task = SentimentClassifier(config=CONFIG, num_classes=3, optimizer=OPTIMIZERS[optimizer])
-    data = ToySentiment(vocab_size=300, n_train=60, batch_size=10, max_length=32)
+    data = toy_data() if data is None else data
     ckpt_path = settings.pop("ckpt_path", None)
     made = trainer(max_epochs=2, num_sanity_val_steps=0, limit_val_batches=1, **settings)
     made.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
@@ -255,14 +259,15 @@ HOSTILE = {  # a change of the checkpoint; its key and, if the message quotes on
 
 
 def test_trainer_fit_hostile_training_state_is_refused(saved, tmp_path, subtests):
-    file = tmp_path / "hostile.ckpt"
+    file, data = tmp_path / "hostile.ckpt", toy_data()
+    original = torch.load(saved("fused")[0], weights_only=True)
     for name, (change, words) in HOSTILE.items():
         with subtests.test(name):
-            checkpoint = torch.load(saved("fused")[0], weights_only=True)
+            checkpoint = copy.deepcopy(original)
             change(checkpoint)
             torch.save(checkpoint, file)
             with pytest.raises(InputError) as caught:
-                fit("fused", ckpt_path=file)
+                fit("fused", data, ckpt_path=file)
             assert all(word in str(caught.value) for word in words.split("|"))
             assert str(file) in str(caught.value)
             assert len(str(caught.value)) < 600

@@ -6,6 +6,7 @@ import inspect
 import pydoc
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jsonargparse
@@ -89,7 +90,7 @@ def _readable(dumped: Any, values: Any) -> Any:
     if isinstance(dumped, dict) and isinstance(values, Mapping | Namespace):
         result = {key: _readable(value, values.get(key)) for key, value in dumped.items()}
         if isinstance(arguments := values.get("init_args"), Namespace) and not _is_plain(arguments):
-            defaults = _defaults(values["class_path"])
+            defaults = _defaults(pydoc.locate(values["class_path"]))
             for key, text in dumped["init_args"].items():
                 value = arguments.get(key)
                 if not _is_plain(value) and (_UNREADABLE in str(text) or value == defaults.get(key)):
@@ -100,9 +101,9 @@ def _readable(dumped: Any, values: Any) -> Any:
     return values if isinstance(values, str) else dumped  # jsonargparse may import a string where a callable is allowed
 
 
-def _defaults(class_path: str) -> Namespace:
+@cache
+def _defaults(target: Any) -> Namespace:
     """Return the default arguments of a class, or of a function that returns an instance."""
-    target = pydoc.locate(class_path)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add_arguments: Any = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
     add_arguments(target, fail_untyped=False)

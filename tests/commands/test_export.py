@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import flags, metrics
 from helpers.cards import card, executed
 from helpers.refusals import names, refused
@@ -160,6 +161,15 @@ def test_card_has_front_matter_scores_with_intervals_data_digests_and_cost(done,
         "seed",
     ):
         assert fact in text
+
+
+def test_card_lists_the_settings_of_its_run(done, tmp_path):
+    settings, record = yaml.safe_load((done("last") / "config.yaml").read_text()), metrics(done("last"))
+    text = card(export(done("last"), tmp_path / "out", "--format=hf"))
+    (rate,) = {rate for layer in record["parameters"]["layers"] for rate in layer["peak_rates"]}
+    assert f"| learning rate | {rate:.4g} |" in text
+    assert f"| batch size | {settings['data']['init_args']['batch_size']} |" in text
+    assert "training rows of each class" not in text
 
 
 def test_card_of_another_checkpoint_has_no_scores(done, tmp_path):

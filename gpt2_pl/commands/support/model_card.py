@@ -37,6 +37,11 @@ _LINES = (  # of the example of a model of poems
     "The birds that slept beside the water wake,",
     "And sing away the shadows of the night.",
 )
+_SETTINGS = {  # of a run that its card lists, by key
+    "data.batch_size": "batch size",
+    "data.shots": "training rows of each class",
+    "model.dropout": "dropout",
+}
 _LOAD = """\
 {torch}from {library} import {model_class}{tokenizer}
 
@@ -321,6 +326,12 @@ class ModelCard:
             rows.append([f"{split} data", ", ".join(texts)])
         names = [Path(str(name)).stem for name in record.get("configs") or ()]
         rows += [["configurations", ", ".join(names)]] if names else []
+        layers = (record.get("parameters") or {}).get("layers") or ()
+        rates = [rate for layer in layers for rate in layer.get("peak_rates") or ()]
+        limits = dict.fromkeys([min(rates), max(rates)]) if rates else {}
+        rows += [["learning rate", " to ".join(f"{rate:.4g}" for rate in limits)]] * bool(rates)
+        flat = {} if self.run is None else self.run.flat
+        rows += [[name, str(flat[key])] for key, name in _SETTINGS.items() if key in flat]
         epochs = len(record.get("epochs") or ())
         best = (record.get("scores") or {}).get("best_epoch")
         rows += [["epochs", f"{epochs}" + (f", the best is {best:.0f}" if best and self.is_best else "")]] * bool(

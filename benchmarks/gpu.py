@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,13 +27,13 @@ from typing import Any
 PARTS = {  # module, and seconds after which the part is stopped
     "machine": ("gpu_models", 40),
     "tests": ("gpu_training", 90),
-    "finetuning": ("gpu_training", 140),
-    "profile": ("gpu_training", 70),
-    "generation": ("gpu_models", 150),
+    "finetuning": ("gpu_training", 130),
+    "profile": ("gpu_training", 60),
+    "processes": ("gpu_training", 45),
+    "generation": ("gpu_models", 140),
     "language_model": ("gpu_models", 140),
-    "lora": ("gpu_training", 120),
-    "processes": ("gpu_training", 60),
-    "language_model_medium": ("gpu_models", 120),
+    "lora": ("gpu_training", 110),
+    "language_model_medium": ("gpu_models", 110),
     "kernels": ("gpu_models", 60),
 }
 
@@ -74,11 +75,11 @@ def _run(part: str, limit: float, out: Path, figures: Path) -> None:
     since = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--out", str(out)]
     with (out / f"{part}.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = "done" if process.wait(limit) == 0 else f"failed, see {part}.log"
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
             process.wait()
             status = f"stopped after {limit:.0f} s"
     _write(figures, part=part, status=status, seconds=round(time.monotonic() - since, 1))

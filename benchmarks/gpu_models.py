@@ -93,19 +93,13 @@ def generation(args: argparse.Namespace) -> None:
     def static(ids: Tensor) -> None:  # on a GPU, transformers then compiles the model by itself
         peer(ids, cache_implementation="static")
 
-    for batch in (1, 12):
-        torch._dynamo.reset()  # every number of prompts gets its own code
-        runs = {
-            "ours": own(),
-            "ours, compiled": own(compiled=True),
-            "transformers": peer,
-            "transformers, static": static,
-        }
-        if not can_compile(args):
-            del runs["ours, compiled"]
-        if args.ours:
-            del runs["transformers"], runs["transformers, static"]
-        report.in_turn({f"{batch} prompts: {name}": arm(batch, run) for name, run in runs.items()})
+    plain = {"ours": own(), "transformers": peer}
+    compiled = {"ours": own(), "ours, compiled": own(compiled=True), "transformers, static": static}
+    for group in (plain, compiled) if can_compile(args) else (plain,):  # compilation may take the rest of the time
+        for batch in (1, 12):
+            torch._dynamo.reset()  # every number of prompts gets its own code
+            runs = {name: run for name, run in group.items() if not (args.ours and "transformers" in name)}
+            report.in_turn({f"{batch} prompts: {name}": arm(batch, run) for name, run in runs.items()})
 
 
 # Language models
@@ -163,15 +157,16 @@ def _language_model(args: argparse.Namespace, size: str, batch: int) -> None:
         model.compile()
         return model
 
-    arms = {
+    blocks = arm(compiled(True, True), lambda model: ours(model, True))
+    plain = {"ours": arm(lambda: GPT2(config), lambda model: ours(model, False))}
+    whole = {
+        "ours, blocks": blocks,
         "ours, model": arm(compiled(False, False), lambda model: ours(model, True)),
-        "ours, blocks": arm(compiled(True, True), lambda model: ours(model, True)),
-        "ours": arm(lambda: GPT2(config), lambda model: ours(model, False)),
         "transformers, compiled": arm(peer, lambda model: model(inputs, labels=inputs, use_cache=False).loss),
     }
-    left_out = {"transformers, compiled"} if args.ours else set()
-    left_out |= set() if can_compile(args) else set(arms) - {"ours"}
-    report.in_turn({name: build for name, build in arms.items() if name not in left_out})
+    groups = (plain | {"ours, blocks": blocks}, whole) if can_compile(args) else (plain,)
+    for group in groups:  # compilation may take the rest of the time
+        report.in_turn({name: build for name, build in group.items() if not (args.ours and "transformers" in name)})
 
 
 def _rates(

@@ -5,18 +5,22 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import ROOT
 
 FAKE_PART = """
-import json, sys, time
+import json, subprocess, sys, time
 part, folder = sys.argv[sys.argv.index("--part") + 1], sys.argv[sys.argv.index("--out") + 1]
 with open(f"{folder}/figures.jsonl", "a") as lines:
     for value in (3.0, 1.0, 2.0):
         lines.write(json.dumps({"part": part, "arm": "ours", "figures": {"ms": value}}) + "\\n")
 if part == "tests":
     raise SystemExit(3)
-time.sleep(60 if part == "lora" else 0)
+if part == "lora":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open(f"{folder}/child", "w").write(str(child.pid))
+    child.wait()
 """
 
 
@@ -41,6 +45,8 @@ def test_driver_keeps_figures_of_parts_that_fail_or_take_too_long(gpu, tmp_path,
     gpu.main()
     status = {line["part"]: line["status"] for line in read(tmp_path) if "status" in line}
     assert status == {"machine": "done", "tests": "failed, see tests.log", "lora": "stopped after 1 s"}
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     table = capsys.readouterr().out
     assert all(f"| {part} | ours | ms | 2 | 3 |" in table for part in parts)  # medians
     monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={tmp_path}", "--total=0", "--parts", "machine"])

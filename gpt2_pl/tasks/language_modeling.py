@@ -282,11 +282,11 @@ class LanguageModel(PreferenceHooks, Task):
         """Update the metrics of a split and the table of rows with a batch."""
         hidden, weight = self.backbone(batch["input_ids"]), self.backbone.head_weight
         B, T = batch["input_ids"].shape
-        positions = batch.get("target_positions")
-        is_full = positions is not None and len(positions) == B * T
-        options = {"compiled": self.compiles is not None, "positions": positions[:T] if is_full else None}  # of a row
+        positions: Tensor | None = batch.get("target_positions")
+        of_row = positions[:T] if positions is not None and len(positions) == B * T else None
+        compiled = self.compiles is not None
         rows = (
-            cross_entropy(states, weight, targets, **options)
+            cross_entropy(states, weight, targets, compiled=compiled, positions=of_row)
             for states, targets in zip(hidden.split(1), batch["targets"].split(1), strict=True)
         )
         total, n_targets = (torch.stack(values) for values in zip(*rows, strict=True))

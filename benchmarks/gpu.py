@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PARTS = {  # module, and seconds after which the part is stopped
     "machine": ("gpu_models", 40),
@@ -75,11 +76,12 @@ def _run(part: str, limit: float, out: Path, figures: Path) -> None:
     since = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--out", str(out)]
     with (out / f"{part}.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             status = "done" if process.wait(limit) == 0 else f"failed, see {part}.log"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            for started in (*psutil.Process(process.pid).children(recursive=True), process):
+                started.kill()
             process.wait()
             status = f"stopped after {limit:.0f} s"
     _write(figures, part=part, status=status, seconds=round(time.monotonic() - since, 1))

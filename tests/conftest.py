@@ -41,8 +41,10 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background makes its children ignore it
 
 
-_FIRST = ("test_ranks", "test_sweep", "test_cli", "test_processes", "test_faults", "test_weight_averaging",
-          "test_configurations", "test_classify")  # fmt: skip
+_FIRST = ("test_cli", "test_ranks", "test_faults", "test_sweep", "test_packaging", "test_own_code_commands", "test_dpo",
+          "test_strategies", "test_checkpointing", "test_end_of_training", "test_training_state",
+          "test_weight_averaging", "test_poetry", "test_paraphrase", "test_configurations", "test_demo",
+          "test_generation", "test_own_code", "test_processes", "test_portability", "test_compiled")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

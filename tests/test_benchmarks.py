@@ -41,10 +41,10 @@ def test_driver_keeps_figures_of_parts_that_fail_or_take_too_long(gpu, tmp_path,
     script.write_text(FAKE_PART)
     monkeypatch.setattr(gpu, "__file__", str(script))
     parts = ["machine", "tests", "lora"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={tmp_path}", "--limit=1", "--parts", *parts])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={tmp_path}", "--limit=4", "--parts", *parts])
     gpu.main()
     status = {line["part"]: line["status"] for line in read(tmp_path) if "status" in line}
-    assert status == {"machine": "done", "tests": "failed, see tests.log", "lora": "stopped after 1 s"}
+    assert status == {"machine": "done", "tests": "failed, see tests.log", "lora": "stopped after 4 s"}
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     table = capsys.readouterr().out

@@ -116,11 +116,15 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 @pytest.mark.parametrize(
     "cases",
     [
-        [("imdb/stages", "ddp", 2), ("sst5_regression/lora", "ddp", 2)],
+        [("imdb/stages", "ddp", 2)],
         [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("imdb/stages+lora", "fsdp", 2)],
         [("sonnets/dpo+prefix_tuning", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
         pytest.param(
-            [("quora/prefix_tuning+lora_embedding", "fsdp", 2), ("imdb/bitfit+ia3+adapter_houlsby", "ddp", 2)],
+            [
+                ("quora/prefix_tuning+lora_embedding", "fsdp", 2),
+                ("imdb/bitfit+ia3+adapter_houlsby", "ddp", 2),
+                ("sst5_regression/lora", "ddp", 2),
+            ],
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -129,7 +133,7 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
         ),
         pytest.param([("sonnets/dpo", "fsdp", 2)], marks=pytest.mark.slow),
     ],
-    ids=["regression", "four processes", "pairs", "scales and biases", "poems", "sharded pairs"],
+    ids=["stages", "four processes", "pairs", "other strategies", "poems", "sharded pairs"],
 )
 def test_fit_several_processes_equal_one(cases, differences):
     assert differences(cases) == {}

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import gpt2_pl
-from gpt2_pl.utils.user_code import DEPENDENCIES, LIBRARY, PACKAGES
+from gpt2_pl.utils.user_code import PACKAGES
 
 
 def tensor_digests(tensors: Mapping[str, object]) -> dict[str, str]:
@@ -49,7 +49,7 @@ def code_digests() -> dict[str, str]:
     Dependencies of this library, such as torch, are left out: they have versions.
     """
     sources = {"gpt2_pl": _library_digest()}
-    for name in sorted(PACKAGES - LIBRARY - DEPENDENCIES):
+    for name in sorted(PACKAGES):
         file = getattr(sys.modules.get(name), "__file__", None)
         if file is not None:
             path = Path(file)

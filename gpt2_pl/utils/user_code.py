@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from gpt2_pl.errors import InputError, RunError, causes
 
-PACKAGES: set[str] = set()  # top-level names of the modules that were imported at the user's request
+PACKAGES: set[str] = set()  # top-level names of the user's own modules that were imported at the user's request
 
-LIBRARY = {"gpt2_pl", "cli"}
-DEPENDENCIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "tokenizers", "datasets"}
+_LIBRARY = {"gpt2_pl", "cli"}
+_DEPENDENCIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "tokenizers", "datasets"}
 _STDLIB = sysconfig.get_path("stdlib")
 
 
@@ -29,17 +29,28 @@ class Fault(NamedTuple):
     objects: list[Any]
 
 
+def add_package(module: str) -> None:
+    """Note that the user named a module, unless it belongs to this library or to one of its dependencies.
+
+    Args:
+        module: dotted name of the module.
+    """
+    name = module.partition(".")[0]
+    if name not in _LIBRARY | _DEPENDENCIES:
+        PACKAGES.add(name)
+
+
 def is_installed(frame: FrameType) -> bool:
     """Return whether a frame runs code of Python or of an installed package.
 
     This library and packages that were imported at the user's request do not count as installed.
     """
     package = _package(frame)
-    if package in LIBRARY or package in PACKAGES - DEPENDENCIES:
+    if package in _LIBRARY or package in PACKAGES:
         return False
     file = frame.f_code.co_filename
     installed = file.startswith((_STDLIB, "<")) or {"site-packages", "dist-packages"} & {*Path(file).parts}
-    return package in DEPENDENCIES or bool(installed)
+    return package in _DEPENDENCIES or bool(installed)
 
 
 def find_fault(error: BaseException) -> Fault | None:
@@ -58,8 +69,8 @@ def find_fault(error: BaseException) -> Fault | None:
         if isinstance(cause, SyntaxError) and cause.filename:
             continue
         calls = [(frame, line) for frame, line in traceback.walk_tb(cause.__traceback__) if not is_installed(frame)]
-        if calls and _package(calls[-1][0]) not in LIBRARY:
-            user_frames = [frame for frame, _ in reversed(calls) if _package(frame) not in LIBRARY]
+        if calls and _package(calls[-1][0]) not in _LIBRARY:
+            user_frames = [frame for frame, _ in reversed(calls) if _package(frame) not in _LIBRARY]
             objects = [*filter(_is_user_object, map(_first_argument, user_frames))]
             frame, line = calls[-1]
             return Fault(located(cause, frame.f_code.co_filename, line), objects)
@@ -84,4 +95,4 @@ def _first_argument(frame: FrameType) -> Any:
 def _is_user_object(value: Any) -> bool:
     """Return whether a value is an instance of a class that belongs to neither Python, a dependency nor gpt2_pl."""
     package = type(value).__module__.partition(".")[0]
-    return package not in ("builtins", *DEPENDENCIES) and package not in LIBRARY
+    return package not in ("builtins", *_DEPENDENCIES) and package not in _LIBRARY

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import gpt2_pl
 from gpt2_pl.errors import InputError, nearest
-from gpt2_pl.utils.user_code import PACKAGES, find_fault, located
+from gpt2_pl.utils.user_code import add_package, find_fault, located
 
 CLASS_KEYS = {  # keys whose values may be names of classes
     *("model", "model.surgery", "model.optimizer", "model.schedule", "data"),
@@ -82,7 +82,7 @@ def import_class(path: str, key: str, source: str = "") -> None:
 
 def _import(name: str, key: str, what: str, source: str = "") -> ModuleType | None:
     """Import a module, or return None if it does not exist."""
-    PACKAGES.add(name.partition(".")[0])
+    add_package(name)
     try:
         return importlib.import_module(name)
     except Exception as error:

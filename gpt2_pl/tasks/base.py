@@ -1,4 +1,4 @@
-"""Base class of all tasks: the GPT-2, its surgery, the data that callbacks read, and logging of scores."""
+"""Base class of all tasks: the GPT-2, its surgery, the data that callbacks read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from gpt2_pl import kernels, pretrained
 from gpt2_pl.errors import InputError, listing, require
 from gpt2_pl.filesystem import resolve_checkpoint_dir
-from gpt2_pl.metrics import MetricInfo, RowOutputs
+from gpt2_pl.metrics import MetricInfo
 from gpt2_pl.model import GPT2, GPT2Config
 from gpt2_pl.optim import LinearWithWarmup, Schedule
 from gpt2_pl.surgery import LoRAEmbedding, Surgery, build
@@ -24,6 +24,7 @@ from gpt2_pl.tasks import averaging
 from gpt2_pl.tasks.fsdp import shard
 from gpt2_pl.tasks.optimization import OptimizedModule, OptimizerCallable, gpt2_layers
 from gpt2_pl.tasks.protocols import RowTable, TokenizedData
+from gpt2_pl.tasks.scores import ScoredModule
 from gpt2_pl.text.tokenizer import validate_vocab_size
 from gpt2_pl.utils.registry import Registered, class_path
 
@@ -50,7 +51,7 @@ def _find_trained_adapted_weight(model: GPT2) -> tuple[str, str] | None:
     return next(((f"{name}.weight", layer.surgery) for name, layer in layers if layer.weight.requires_grad), None)
 
 
-class Task(Registered, OptimizedModule):
+class Task(Registered, ScoredModule, OptimizedModule):
     """LightningModule of a GPT-2; subclasses add a head, a loss and metrics.
 
     A checkpoint holds the prompt template and the class names of the data, and cannot be used with others.
@@ -89,8 +90,6 @@ class Task(Registered, OptimizedModule):
     fixed_length_batches: ClassVar[bool] = False
     #: Whether the last training step read other tokens than those of its batch.
     decoded_last_step: bool = False
-    #: Mean loss of the last training batch, a scalar on its device; None before the first.
-    last_loss: Tensor | None = None
     #: The steps of a training that are replayed from CUDA graphs; None for ordinary steps.
     recorded_step: RecordedStep | None = None
     #: Settings with which the task generates texts, for ``generate``: arguments of
@@ -138,7 +137,6 @@ class Task(Registered, OptimizedModule):
         self.hparams["config"] = None if config is None else asdict(self.config)
         self.hparams["surgery"] = [surgery.settings() for surgery in self.surgery]
         self._restored: dict[str, Any] | None = None  # loaded checkpoint whose training state is not checked yet
-        self._logged: set[str] = set()  # splits whose metrics are registered with the trainer in this epoch
         self.prompt_spec: dict[str, Any] | None = None  # that of the training data of a loaded checkpoint
 
     def _apply_surgery(self, model: GPT2) -> None:
@@ -364,56 +362,3 @@ class Task(Registered, OptimizedModule):
         """
         self._check_training_state()
         averaging.share_untrained(self)
-
-    # Scores
-
-    def log_scores(self, split: str, metrics: Mapping[str, Metric]) -> None:
-        """Log the scores of a split at the end of the epoch.
-
-        Metrics are registered with ``self.log`` in the first step only: ``log`` takes longer than a metric update.
-
-        Args:
-            split: ``train``, ``val`` or ``test``.
-            metrics: metrics by name.
-        """
-        if split not in self._logged:
-            self._logged.add(split)
-            for name, metric in metrics.items():
-                self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
-
-    def log_step_loss(self, loss: Tensor) -> None:
-        """Log ``train/loss_step`` in the steps that loggers record, every ``log_every_n_steps``.
-
-        The progress bar reads the loss of the last step when it is drawn, because ``log`` takes as long as some layers
-        of a small GPT-2, and its value would be copied from the GPU in every step.
-
-        Args:
-            loss: mean loss of a batch, a scalar.
-        """
-        self.last_loss = loss.detach()
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
-            self.log("train/loss_step", self.last_loss, on_step=True, on_epoch=False, batch_size=1)
-
-    def on_train_epoch_start(self) -> None:
-        """Start the scores of a new epoch."""
-        self._start_epoch("train")
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset the scores and the row outputs of an evaluation."""
-        self._start_epoch("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Reset the scores and the row outputs of an evaluation."""
-        self._start_epoch("test")
-
-    def on_predict_epoch_start(self) -> None:
-        """Reset the row outputs of a prediction."""
-        self._start_epoch("predict")
-
-    def _start_epoch(self, split: str) -> None:
-        """Reset what Lightning does not reset: the registered scores, and the row outputs of an evaluation."""
-        self._logged.discard(split)
-        for metric in self.children():
-            if isinstance(metric, RowOutputs) and split != "train":
-                metric.reset()

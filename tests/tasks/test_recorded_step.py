@@ -48,6 +48,10 @@ class Record(Callback):
         self.losses.append(outputs["loss"].item())
 
 
+def toy_data(n_train):
+    return ToySentiment(n_train=n_train, vocab_size=300, batch_size=16)  # the last batch is smaller
+
+
 def fit(monkeypatch, records, callbacks=(), settings=None, task_settings=None, nan_at=(), data=None):
     if records:
         monkeypatch.setattr("gpt2_pl.tasks.pooled.reason_not_to_record", lambda task: None)
@@ -57,7 +61,7 @@ def fit(monkeypatch, records, callbacks=(), settings=None, task_settings=None, n
     record = Record(nan_at)
     arguments = {"config": CONFIG, "num_classes": 3, "optimizer": adamw, "schedule": ConstantWithWarmup(warmup=2)}
     task = SentimentClassifier(**arguments | (task_settings or {}))
-    data = data or ToySentiment(n_train=110, vocab_size=300, batch_size=16)  # the last batch is smaller
+    data = data or toy_data(n_train=110)
     made = [make() for make in callbacks]
     run = trainer(
         callbacks=[Reproducibility(), record, *made], **{"max_epochs": 2, "limit_val_batches": 1} | (settings or {})
@@ -93,7 +97,11 @@ def assert_equal_runs(one, two):
 def test_recorded_steps_equal_ordinary_steps(callbacks, settings, task_settings, monkeypatch, base):
     if "surgery" in task_settings:
         task_settings = {**task_settings, "config": None, "base": str(base)}
-    runs = [fit(monkeypatch, records, callbacks, settings, task_settings) for records in (True, False)]
+    runs = [
+        fit(monkeypatch, records, callbacks, settings, task_settings, data=toy_data(n_train=150))
+        for records in (True, False)
+    ]
+    assert len(runs[0][0].losses) == 20
     assert_equal_runs(*runs)
 
 

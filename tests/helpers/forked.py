@@ -42,7 +42,8 @@ class Forked:
         self.returncode: int | None = None
         request = {"args": self.args, "cwd": str(cwd), "env": dict(os.environ if env is None else env)}
         self._outputs = [tempfile.TemporaryFile("w+", errors="backslashreplace") for _ in range(2)]  # noqa: SIM115
-        self._reply, theirs = socket.socketpair()
+        # Two messages, the id and the status, which stay apart however late they are read.
+        self._reply, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile("w+") as source:
             source.write(input)
             source.seek(0)

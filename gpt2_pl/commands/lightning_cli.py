@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
@@ -51,7 +50,7 @@ from gpt2_pl.commands.support.closing import (
 )
 from gpt2_pl.commands.support.config_merge import CommandLine, as_list, check_order, validate_strategy_combination
 from gpt2_pl.commands.support.failures import explain_instantiation, explain_run_failure
-from gpt2_pl.commands.support.lightning_parser import Parser
+from gpt2_pl.commands.support.lightning_parser import Parser, load_dump
 from gpt2_pl.commands.support.messages import explain
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
@@ -322,7 +321,7 @@ class GPT2CLI(LightningCLI):
 
     def _plain_settings(self, skip_none: bool) -> dict[str, Any]:
         """Return the configuration of the run as plain values."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=skip_none, skip_validation=True))[self.subcommand]
+        return load_dump(self.parser.dump(self.config, skip_none=skip_none, skip_validation=True))[self.subcommand]
 
     # Running
 

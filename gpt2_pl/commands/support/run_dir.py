@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import SaveConfigCallback
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from gpt2_pl.callbacks import RunSummary
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
+from gpt2_pl.commands.support.lightning_parser import load_dump
 from gpt2_pl.commands.support.process import interrupts
 from gpt2_pl.commands.support.training_checks import FINDERS
 from gpt2_pl.errors import InputError
@@ -77,7 +77,7 @@ class SaveRunConfig(SaveConfigCallback):
             if any(find_callbacks(trainer, finder) for finder in FINDERS):
                 _set_found_values(self.config, trainer, pl_module)
                 for summary in find_callbacks(trainer, RunSummary):
-                    summary.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=True))
+                    summary.settings = load_dump(self.parser.dump(self.config, skip_none=True))
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)

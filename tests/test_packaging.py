@@ -125,6 +125,7 @@ def test_config_path_prefers_a_file_and_suggests_the_nearest_name(tmp_path, monk
         assert names(error.value, "config")
 
 
+@pytest.mark.slow
 def test_wheel_sweep_and_export_work_outside_the_checkout(wheel, tmp_path):
     """The working directory has user packages with the names of the checkout's folders."""
     for name in ("callbacks", "datamodules", "configs", "commands"):

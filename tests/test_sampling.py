@@ -64,7 +64,9 @@ def uniform():
     return _uniform(range(10_000), 10_000, 1, torch.device("cpu"))[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["two", "random", "ties", "equal"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("two", "equal")), "random", "ties"]
+)
 def test_sample_tokens_frequencies_pass_chi_square_of_exact_distribution(kind, uniform):
     n, V, generator = len(uniform), 59, torch.Generator().manual_seed(1)
     logits = torch.randn(V, generator=generator) * 1.5

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import random
 import re
 
 import pytest
@@ -93,12 +94,13 @@ def test_fit_misspelled_config_key_is_refused_by_name(built, base, data_flags, c
 
 
 def test_fit_abbreviated_flag_is_refused(built, capsys, tmp_path):
-    """Abbreviate every flag at every position: flags are looked up by full name before they are parsed."""
+    """Abbreviate flags at any position: flags are looked up by full name before they are parsed."""
     cli = built("--config", CONFIGS / "quickstart.yaml")
     names = {name for action in cli._parser("fit")._actions for name in action.option_strings}
     assert {"--ckpt_path", "--config", "--name", "--trainer.max_epochs"} <= names
     long = {name for name in names if name.startswith("--") and not name.endswith(".help")}
-    for name in {whole[:end] for whole in long for end in range(3, len(whole))} - names:
+    short = sorted({whole[:end] for whole in long for end in range(3, len(whole))} - names)
+    for name in random.Random(1).sample(short, 300):
         with pytest.raises(ArgumentError, match=f"unrecognized arguments: {name}=x|Key '{name[2:]}' is not"):
             cli.parser.parse_args(["fit", f"{name}=x"])
     for flag in ("--ckpt_p=https://example.com/x.ckpt", "--confi=/nowhere.yaml", "--nam=x", "--trainer.max_epoch=3"):
@@ -142,10 +144,10 @@ OF_KIND = {  # what a value of each kind cannot be
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 def test_parse_arguments_value_of_another_type_error_names_key_in_one_line(parse, tmp_path):
-    """Each file with one value, each value with several files."""
+    """Change one value of each file, each to a value of another type in turn."""
     changed = tmp_path / "changed.yaml"
     values = itertools.cycle([7, True, None, [], "nonsense", {"a": [1]}, 1.5])
-    for (file, path), value in zip(CASES * 2, values, strict=False):
+    for (file, path), value in zip(CASES, values, strict=False):
         settings = yaml.safe_load(file.read_text())
         above, key = found_in(settings, path[:-1]), path[-1]
         kind = type(above[key])

@@ -243,7 +243,7 @@ def test_page_shows_the_reason_of_a_run_without_a_model(page, runs):
     assert "other has no checkpoints/best.ckpt" in get(page)[1].decode()
 
 
-@pytest.mark.parametrize("num", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_command_answers_many_requests_eight_at_a_time_and_ends_with_ctrl_c(num, runs):
     """None is lost, each gets its own answer, and the memory of the process does not grow with them."""
     process = subprocess.Popen(
@@ -276,6 +276,7 @@ def test_command_answers_many_requests_eight_at_a_time_and_ends_with_ctrl_c(num,
 # Space
 
 
+@pytest.mark.slow
 def test_export_writes_a_space_that_answers_as_the_runs(runs, tmp_path, capsys):
     space = tmp_path / "space"
     args = ["--title", 'Two "poets" 😀', "--example", "a day", "--export", space]

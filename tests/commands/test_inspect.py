@@ -278,6 +278,7 @@ def test_inspect_missing_or_unreadable_files_are_named(tmp_path, run, capsys):
     assert "no folder" in refused(run, capsys, "inspect", tmp_path / ("r" * 300), "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_inspect_hundred_thousand_rows_takes_bounded_time_and_space(tmp_path):
     folder = write_run(tmp_path / "run")
     write_rows(folder, "val", n=100_000, texts=[f"a film of {i} words that is not long" for i in range(1000)])

@@ -135,10 +135,11 @@ def assert_used(cli, settings, values, sources):
         assert cli.model.schedule.warmup == values["schedule"][source]["init_args"]["warmup"]
 
 
+OTHERS = (DataToText, LanguageModel, ParaphraseDetector)  # each of which has another like it
 CASES = [
-    *((task, "base") for task in TASKS),
+    *(pytest.param(task, "base", marks=[pytest.mark.slow] if task in OTHERS else []) for task in TASKS),
     (SentimentClassifier, "config"),
-    (ParaphraseDetector, "label_words"),
+    pytest.param(ParaphraseDetector, "label_words", marks=pytest.mark.slow),
 ]
 
 

@@ -32,6 +32,7 @@ def torchrun(folder, *args):
     return latest(folder)
 
 
+@pytest.mark.slow
 def test_fit_torchrun_two_processes_equals_one(tmp_path):
     """Every other comparison forks its processes; here torchrun itself starts them, and rows of scores are compared."""
     (tmp_path / "one").mkdir()

@@ -116,9 +116,12 @@ def differences(tmp_path, wide, files, pair_files, poem_files):
 @pytest.mark.parametrize(
     "cases",
     [
-        [("imdb/stages", "ddp", 2)],
+        pytest.param([("imdb/stages", "ddp", 2)], marks=pytest.mark.slow),
         [("quora/prefix_tuning+lora_embedding", "ddp", 4), ("imdb/stages+lora", "fsdp", 2)],
-        [("sonnets/dpo+prefix_tuning", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
+        pytest.param(
+            [("sonnets/dpo+prefix_tuning", "ddp", 2), ("data_to_text/prefix_tuning+lora", "fsdp", 2)],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [
                 ("quora/prefix_tuning+lora_embedding", "fsdp", 2),

@@ -1,5 +1,7 @@
 """Claims that hold, fail or are undecided, and invalid files of claims."""
 
+from bisect import bisect_left
+
 import numpy as np
 import pytest
 import yaml
@@ -61,8 +63,11 @@ def test_claims_about_one_score_are_one_family(folder, tmp_path):
     """A claim that barely holds alone does not hold among many."""
     claim = {"arm": "same", "claim": "not_worse"}
     margins = np.geomspace(0.05, 5, 60)
-    alone = [judge(folder, tmp_path, claim | {"margin": float(m)})[0].outcome for m in margins]
-    barely = float(margins[alone.index(Outcome.HOLDS)])
+
+    def holds(margin):
+        return judge(folder, tmp_path, claim | {"margin": float(margin)})[0].outcome is Outcome.HOLDS
+
+    barely = float(margins[bisect_left(margins, True, key=holds)])
     others = [claim | {"margin": 1e-6}] * 20
     among = judge(folder, tmp_path, claim | {"margin": barely}, *others)
     assert {judged.outcome for judged in among} == {Outcome.UNDECIDED}

@@ -291,6 +291,7 @@ def test_compare_cheapest_group_without_a_loss_of_the_margin_is_named(runs, tmp_
             compare(everything, margin=margin)
 
 
+@pytest.mark.slow
 def test_compare_two_hundred_runs_takes_less_than_ten_seconds(tmp_path):
     generator = np.random.default_rng(0)
     for i in range(200):

@@ -110,6 +110,7 @@ def test_macro_f1_intervals_in_simulated_worlds_cover_no_difference():
     assert 0.91 <= covered / 200 <= 1.0
 
 
+@pytest.mark.slow
 def test_family_without_differences_has_few_verdicts_and_pays_for_its_size():
     generator, false = np.random.default_rng(3), 0
     label = np.ones(200, int)

@@ -93,6 +93,7 @@ def test_figure_styles_of_strategies_differ():
     assert len({_style(i)[:2] for i in range(64)}) == 64
 
 
+@pytest.mark.slow
 def test_plots_are_repeatable_in_every_format(comparison):
     first, second = plots(comparison), plots(comparison)
     assert first["curves"]["pdf"].startswith(b"%PDF")

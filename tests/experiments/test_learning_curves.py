@@ -145,6 +145,7 @@ def test_cross_interval_ends_where_the_contrast_includes_zero():
         assert at_end == [True, False]
 
 
+@pytest.mark.slow
 def test_cross_sets_cover_the_true_point_in_95_of_100_worlds():
     generator = np.random.default_rng(7)
     true, worlds, covered, found = math.exp(0.1 / 0.065 * math.log(4)), 150, 0, 0

@@ -160,6 +160,7 @@ def test_activation_checkpointing_recomputes_the_same_dropout_masks(monkeypatch)
         assert [name for name in kept if not torch.equal(kept[name], recomputed[name])] == [], case
 
 
+@pytest.mark.slow
 def test_compiled_blocks_aot_eager_gradients_equal_eager():
     _, plain = trained(dropout=0.0, n_layer=1, autocast=False)
     _, compiled = trained(dropout=0.0, n_layer=1, autocast=False, compiled="aot_eager")

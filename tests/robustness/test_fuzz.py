@@ -28,7 +28,7 @@ from gpt2_pl.surgery import LoRA
 from gpt2_pl.surgery.peft_format import save
 
 SECONDS = 10.0  # of the processor's, that a case may take
-SAMPLE = 5  # cases of each file by default
+SAMPLE = 3  # cases of each file by default
 FEW = 3  # entries of a long list or mapping of equal things, such as a vocabulary, that are changed
 MISSING = object()
 AS_IT_IS = "as it is"

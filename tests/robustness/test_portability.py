@@ -98,6 +98,7 @@ sys.modules["cli"].main()
 """
 
 
+@pytest.mark.slow
 def test_fit_without_unix_only_modules_and_functions_works(tmp_path):
     quick = ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.n_train=60", "--trainer.max_epochs=1",
              "--trainer.accelerator=cpu", "--name=a", "--version=v"]  # fmt: skip

@@ -58,7 +58,7 @@ def fit(kind, base, files, **options):
     return record.losses, task
 
 
-@pytest.mark.parametrize("kind", ["sentiment", "language model"])
+@pytest.mark.parametrize("kind", [pytest.param("sentiment", marks=pytest.mark.slow), "language model"])
 def test_task_compiled_as_one_graph_losses_equal_eager(kind, compiled, base, files):
     expected, _ = fit(kind, base, files)
     found, task = fit(kind, base, files, compile="model")

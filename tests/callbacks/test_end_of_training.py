@@ -42,7 +42,12 @@ def validated(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+BRIEF = ("max_steps", "interval with a remainder", "max_time")
+
+
+@pytest.mark.parametrize("end", [
+    pytest.param(end, marks=[] if name in BRIEF else pytest.mark.slow, id=name) for name, end in ENDS.items()
+])  # fmt: skip
 def test_fit_ending_between_validations_validates_and_tests(end, run, validated):
     folder = run(*TINY, *end)
     account = metrics(folder)

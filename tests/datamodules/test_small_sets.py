@@ -41,7 +41,7 @@ def one_row(folder, files, splits):
     return flags
 
 
-@pytest.mark.parametrize("threshold", ["0.5", "f1"])
+@pytest.mark.parametrize("threshold", [pytest.param("0.5", marks=pytest.mark.slow), "f1"])
 def test_fit_validation_and_test_of_one_row_are_scored_and_written(threshold, run, base, pair_files, tmp_path):
     flags = one_row(tmp_path, pair_files, ("val", "test"))
     folder = run("fit", "--config", CONFIG / "task/quora.yaml", f"--model.base={base}", *flags, "--data.max_length=48",

@@ -119,7 +119,7 @@ def test_fit_surgery_that_does_not_fit_the_model_is_refused(fit, capsys, tmp_pat
     assert not list(tmp_path.glob("lightning_logs/*/*"))
 
 
-@pytest.mark.parametrize("strategy", ["lora", "prefix_tuning", "linear_probe"])
+@pytest.mark.parametrize("strategy", ["lora", pytest.param("prefix_tuning", marks=pytest.mark.slow), "linear_probe"])
 def test_checkpoint_frozen_base_is_left_out_and_verified_by_digest(
     strategy, done, run, base, capsys, tmp_path, data_flags
 ):

@@ -87,11 +87,13 @@ def assert_equal_runs(one, two):
 
 
 @pytest.mark.parametrize(("callbacks", "settings", "task_settings"), [
-    ((), {"gradient_clip_val": 0.5}, {}),
-    ((), {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, {"pooling": "mean"}),
+    pytest.param((), {"gradient_clip_val": 0.5}, {}, marks=pytest.mark.slow),
+    pytest.param(
+        (), {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, {"pooling": "mean"}, marks=pytest.mark.slow
+    ),
     ((), {"precision": "bf16-mixed"}, {"num_dropout_samples": 3, "pooling": "concat"}),
     ((), {}, {"surgery": [LoRA(rank=2, dropout=0.1)], "train_base": False, "frozen_base_dropout": True}),
-    ((lambda: DiscriminativeLR(decay=0.5),), {"gradient_clip_val": 1.0}, {}),
+    pytest.param((lambda: DiscriminativeLR(decay=0.5),), {"gradient_clip_val": 1.0}, {}, marks=pytest.mark.slow),
     ((GradualUnfreezing,), {"gradient_clip_val": 1.0}, {}),
 ], ids=["full", "clip by value", "bf16", "lora", "llrd", "unfreezing"])  # fmt: skip
 def test_recorded_steps_equal_ordinary_steps(callbacks, settings, task_settings, monkeypatch, base):

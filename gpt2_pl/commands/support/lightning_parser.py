@@ -21,9 +21,7 @@ from gpt2_pl.utils.yaml_json import check_yaml
 _UNREADABLE = "Unable to serialize instance"  # jsonargparse writes this in place of a value
 _NOTES = rf"\s*({_UNREADABLE}|Dump of a value that does not round-trip)"  # warnings of jsonargparse
 
-_YAML: tuple[Any, Any] = (  # libyaml's, which take a tenth of the time, where PyYAML has them
-    getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-)  # fmt: skip
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _load_yaml = jsonargparse.get_loader("yaml")
 
 
@@ -39,18 +37,19 @@ def _load_bounded_yaml(text: str) -> Any:
 
 def load_dump(text: str) -> Any:
     """Return the plain values of a configuration that :meth:`Parser.dump` has written."""
-    return yaml.load(text, Loader=_YAML[0])
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a tenth of the time
+    return yaml.load(text, Loader=loader)
 
 
 def _dump_yaml(values: Any) -> str:
     """Return plain values as YAML, in their order."""
-    return yaml.dump(values, Dumper=_YAML[1], default_flow_style=False, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_DUMPER, default_flow_style=False, sort_keys=False, allow_unicode=True)
 
 
 jsonargparse.set_loader("yaml", _load_bounded_yaml, exceptions=(yaml.YAMLError,))
 jsonargparse.set_dumper("yaml", _dump_yaml)
 register_type(torch.device, str, torch.device)
-_YAML[1].add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))  # string enums
+_DUMPER.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))  # string enums
 
 
 class Parser(LightningArgumentParser):

@@ -221,7 +221,9 @@ def last_of(folder):
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("stop", ["--trainer.max_epochs=2", "--trainer.max_steps=8"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param("--trainer.max_epochs=2", marks=pytest.mark.slow), "--trainer.max_steps=8"]
+)
 def test_fit_checkpoint_every_n_steps_leaves_last_checkpoint_unchanged(run, stop):
     """Compare last.ckpt with and without N, where N divides the six steps per epoch or does not."""
     settings = [*QUICK, stop]

@@ -65,7 +65,10 @@ def module(monkeypatch):
 @pytest.mark.parametrize(
     "logger",
     [
-        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}},
+        pytest.param(
+            {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}},
+            marks=pytest.mark.slow,
+        ),
         [
             {"class_path": "own_loggers.StubWandb"},
             {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "board"}},

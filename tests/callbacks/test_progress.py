@@ -103,7 +103,9 @@ def test_epoch_lines_on_other_process_prints_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("interval", ["val_check_interval=0.3", "check_val_every_n_epoch=2"])
+@pytest.mark.parametrize(
+    "interval", [pytest.param("val_check_interval=0.3", marks=pytest.mark.slow), "check_val_every_n_epoch=2"]
+)
 def test_epoch_lines_table_and_closing_scores_agree(interval, run, capsys):
     rows = ["--data.n_train=120", "--data.batch_size=20", "--trainer.max_epochs=3"]
     folder = run("fit", *QUICK[:2], *rows, f"--trainer.{interval}")

@@ -120,6 +120,7 @@ def test_page_answers_wrong_input_by_a_sentence_and_goes_on(runs, chromium):
         assert chromium.text("#answer-0 .verdict") == gpt2_pl.load(runs["reviews"]).predict(["a fine film"])[0]
 
 
+@pytest.mark.slow
 def test_page_controls_change_the_text_and_another_text_has_the_next_seed(runs, chromium):
     model = gpt2_pl.load(runs["language"])
     with served([loaded(runs["language"])], {**GIVEN, "seed": 5}) as url:

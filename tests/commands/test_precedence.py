@@ -138,7 +138,7 @@ def assert_used(cli, settings, values, sources):
 OTHERS = (DataToText, LanguageModel, ParaphraseDetector)  # each of which has another like it
 CASES = [
     *(pytest.param(task, "base", marks=[pytest.mark.slow] if task in OTHERS else []) for task in TASKS),
-    (SentimentClassifier, "config"),
+    pytest.param(SentimentClassifier, "config", marks=pytest.mark.slow),
     pytest.param(ParaphraseDetector, "label_words", marks=pytest.mark.slow),
 ]
 
@@ -226,7 +226,7 @@ def test_gpt2cli_ckpt_path_in_file_yields_to_values_of_file(build, tmp_path, bas
     )
 
 
-@pytest.mark.parametrize("variant", ["base", "config"])
+@pytest.mark.parametrize("variant", ["base", pytest.param("config", marks=pytest.mark.slow)])
 def test_gpt2cli_file_without_model_keeps_checkpoint_base_and_config(variant, build, tmp_path, base):
     checkpoint = tmp_path / "some.ckpt"
     stored = {"base": None, "config": None, "surgery": [], variant: str(base) if variant == "base" else SHAPE}

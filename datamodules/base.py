@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from gpt2_pl.datamodules.batching import EvaluationLoader, TokenDataset, TrainingLoader
-from gpt2_pl.datamodules.prompt_template import truncation
+from gpt2_pl.datamodules.prompt_template import Truncation
 from gpt2_pl.errors import InputError
 from gpt2_pl.text.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -207,11 +207,13 @@ class TextData(LightningDataModule):
     def truncated(self) -> dict[str, int]:
         """Number of truncated texts of each split; empty for data without texts of their own length."""
         rows = self.encoded.items()
-        return {split: int(one.truncated.sum()) for split, one in rows if one.truncated is not None}
+        return {split: int((one.lost > 0).sum()) for split, one in rows if one.lost is not None}
 
     def _warn_of_truncation(self, split: str) -> None:
-        if n := self.truncated.get(split, 0):
-            self._warn_once(truncation(n, len(self.encoded[split]), self._max_length(), f"{_SPLIT_NAMES[split]} texts"))
+        rows = self.encoded[split]
+        if rows.lost is not None and rows.lost.any():
+            counts = Truncation.of(rows.lengths, rows.lost)
+            self._warn_once(counts.sentence(self._max_length(), f"{_SPLIT_NAMES[split]} texts"))
 
     def _warn_once(self, message: str) -> None:
         """Warn in the first process, unless this object has done so with the same message."""

@@ -28,7 +28,7 @@ class TokenDataset:
         values: token ids of all rows, concatenated.
         offsets: (N + 1,); row n is ``values[offsets[n]:offsets[n + 1]]``.
         labels: (N,) class indices; None for unlabeled rows.
-        truncated: (N,) whether the text of each row was longer and is truncated; None for rows that are not texts.
+        lost: (N,) number of tokens removed from each row, whose text was longer; None for rows that are not texts.
 
     Attributes:
         lengths: (N,) number of tokens in each row.
@@ -42,9 +42,9 @@ class TokenDataset:
         values: NDArray[Any],
         offsets: NDArray[Any],
         labels: NDArray[Any] | None = None,
-        truncated: NDArray[np.bool_] | None = None,
+        lost: NDArray[Any] | None = None,
     ) -> None:
-        self.values, self.offsets, self.labels, self.truncated = values, offsets, labels, truncated
+        self.values, self.offsets, self.labels, self.lost = values, offsets, labels, lost
         self.lengths = np.diff(offsets)
 
     def __len__(self) -> int:
@@ -68,20 +68,20 @@ class TokenDataset:
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], lengths.cumsum()])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
-        labels, truncated = (None if array is None else array[rows] for array in (self.labels, self.truncated))
-        return TokenDataset(self.values[index], offsets, labels, truncated)
+        labels, lost = (None if array is None else array[rows] for array in (self.labels, self.lost))
+        return TokenDataset(self.values[index], offsets, labels, lost)
 
     @staticmethod
     def concatenate(parts: Sequence[TokenDataset]) -> TokenDataset:
-        """Concatenate the rows of several datasets; either all or none of them have labels, or ``truncated``."""
+        """Concatenate the rows of several datasets; either all or none of them have labels, or ``lost``."""
         if len(parts) == 1:
             return parts[0]
         lengths = np.concatenate([part.lengths for part in parts])
         values = np.concatenate([part.values[part.offsets[0] : part.offsets[-1]] for part in parts])
-        columns = ([part.labels for part in parts], [part.truncated for part in parts])
+        columns = ([part.labels for part in parts], [part.lost for part in parts])
         known = ([array for array in arrays if array is not None] for arrays in columns)
-        labels, truncated = (np.concatenate(arrays) if arrays else None for arrays in known)
-        return TokenDataset(values, np.concatenate([[0], lengths.cumsum()]), labels, truncated)
+        labels, lost = (np.concatenate(arrays) if arrays else None for arrays in known)
+        return TokenDataset(values, np.concatenate([[0], lengths.cumsum()]), labels, lost)
 
     def batch(self, rows: Rows) -> Batch:
         """Collate rows to tensors, padded on the right to the longest row.
@@ -201,7 +201,7 @@ class TargetTokenDataset(TokenDataset):
         values: token ids of all rows, concatenated.
         offsets: (N + 1,); row n is ``values[offsets[n]:offsets[n + 1]]``.
         targets: the next token of each value; -100 where it is not predicted.
-        truncated: as in :class:`TokenDataset`.
+        lost: as in :class:`TokenDataset`.
     """
 
     def __init__(
@@ -209,25 +209,25 @@ class TargetTokenDataset(TokenDataset):
         values: NDArray[Any],
         offsets: NDArray[Any],
         targets: NDArray[Any],
-        truncated: NDArray[np.bool_] | None = None,
+        lost: NDArray[Any] | None = None,
     ) -> None:
-        super().__init__(values, offsets, truncated=truncated)
+        super().__init__(values, offsets, lost=lost)
         self.targets = targets
         self.n_targets = np.diff(np.append(0, (targets != IGNORE_INDEX).cumsum())[self.offsets])
 
     @classmethod
     def of_rows(
-        cls, rows: Sequence[tuple[NDArray[Any], NDArray[Any]]], truncated: Sequence[bool] | None = None
+        cls, rows: Sequence[tuple[NDArray[Any], NDArray[Any]]], lost: Sequence[int] | None = None
     ) -> TargetTokenDataset:
         """Return a dataset of the token ids and the targets of each row.
 
         Args:
             rows: token ids (T,) and targets (T,) of each row.
-            truncated: whether the text of each row is truncated; None for rows that never are.
+            lost: number of tokens removed from each row; None for rows that are never truncated.
         """
         ids, targets = map(np.concatenate, zip(*rows, strict=True))
         offsets = np.cumsum([0, *(len(row) for row, _ in rows)])
-        return cls(ids, offsets, targets, None if truncated is None else np.array(truncated, dtype=bool))
+        return cls(ids, offsets, targets, None if lost is None else np.array(lost))
 
     def batch(self, rows: Rows) -> Batch:
         """Collate rows as :class:`TokenDataset` does, with the keys of :func:`with_targets`; -100 at padding."""
@@ -256,7 +256,7 @@ class PackedTokenDataset(TokenDataset):
         self.ends = np.minimum(self.starts + context, n_inputs)
         self.lengths = self.ends - self.starts
         self.n_targets: NDArray[Any] = np.diff(self.ends, prepend=0)
-        self.labels = self.truncated = None
+        self.labels = self.lost = None
 
     def row(self, n: int) -> NDArray[Any]:
         """Return the input tokens of a context."""

@@ -80,5 +80,5 @@ def prepend(queries: TokenDataset, examples: Sequence[Sequence[int]], max_length
     counts = np.searchsorted(ends, max_length - queries.lengths, side="right") - 1
     parts = [part for n, count in enumerate(counts) for part in (tokens[: ends[count]], queries.row(n))]
     offsets = np.concatenate([[0], np.cumsum(queries.lengths + ends[counts])])
-    rows = TokenDataset(np.concatenate(parts), offsets, queries.labels, queries.truncated)
+    rows = TokenDataset(np.concatenate(parts), offsets, queries.labels, queries.lost)
     return rows, float(counts.mean())

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Cached columns in addition to the template fields; their names contain blanks, so that they never equal a field.
 _NUMBER, _TOKENS, _LABEL, _REASON = "row number", "token ids", "label", "reason to skip"
-_TRUNCATED = "is truncated"
-_CACHE_FORMAT = 9  # part of every cache key; increment it when the cached contents change
+_LOST = "number of tokens removed"
+_CACHE_FORMAT = 10  # part of every cache key; increment it when the cached contents change
 _KEPT = "kept {}"  # a column that is copied to the file of predictions
 _WRITTEN = ("row", "text", "label", "prediction")  # other columns of the file of predictions
 _BATCH_ROWS, _BATCH_CHARACTERS = 5000, 1 << 24  # limits of the rows that are encoded together
@@ -265,9 +265,9 @@ class LabelledText(TextData):
         for batch in batches(examples, self._n_characters, _BATCH_ROWS, _BATCH_CHARACTERS):
             valid = [example for example in batch if _REASON not in example]
             encoded = self.template.encode_or_truncate(valid, self.tokenizer, self._max_length())
-            for example, ids, is_truncated in zip(valid, *encoded, strict=True):
+            for example, ids, lost in zip(valid, *encoded, strict=True):
                 if ids:
-                    example[_TOKENS], example[_TRUNCATED] = ids, is_truncated
+                    example[_TOKENS], example[_LOST] = ids, lost
                     continue
                 example[_REASON] = f"row {example[_NUMBER]}: {self.template.no_token(example)}"
                 if not self.skip_bad:
@@ -375,7 +375,7 @@ def _schema(fields: Iterable[str], label_type: str, kept: Iterable[str]) -> pa.S
     import pyarrow as pa
 
     texts = [(field, pa.large_string()) for field in (*fields, *map(_KEPT.format, kept))]
-    tokens = [(_TOKENS, pa.large_list(pa.int32())), (_TRUNCATED, pa.bool_())]
+    tokens = [(_TOKENS, pa.large_list(pa.int32())), (_LOST, pa.int32())]
     return pa.schema(
         [(_NUMBER, pa.int64()), *texts, *tokens, (_LABEL, pa.type_for_alias(label_type)), (_REASON, pa.large_string())]
     )
@@ -383,5 +383,5 @@ def _schema(fields: Iterable[str], label_type: str, kept: Iterable[str]) -> pa.S
 
 def _token_rows(rows: Dataset) -> TokenDataset:
     column = rows.data.column(_TOKENS).combine_chunks()
-    labels, truncated = np.asarray(rows.data.column(_LABEL)), np.asarray(rows.data.column(_TRUNCATED).fill_null(False))
-    return TokenDataset(column.values.to_numpy(), column.offsets.to_numpy(), labels, truncated)
+    labels, lost = np.asarray(rows.data.column(_LABEL)), np.asarray(rows.data.column(_LOST).fill_null(0))
+    return TokenDataset(column.values.to_numpy(), column.offsets.to_numpy(), labels, lost)

@@ -18,7 +18,7 @@ from gpt2_pl import __version__
 from gpt2_pl.datamodules.base import TextData
 from gpt2_pl.datamodules.batching import Batch, EvaluationLoader, Rows, TargetTokenDataset, TokenDataset
 from gpt2_pl.datamodules.cache import cached_file
-from gpt2_pl.datamodules.prompt_template import truncation
+from gpt2_pl.datamodules.prompt_template import Truncation
 from gpt2_pl.datamodules.readers import read_file
 from gpt2_pl.datamodules.rows import parse_text, require_columns
 from gpt2_pl.errors import InputError
@@ -118,7 +118,8 @@ class PairData(TextData):
         source, limit, end = read_file(file, key), self._max_length(), self._end_of_text
         require_columns(source, COLUMNS, keys=key)
         pairs: list[Pair] = []
-        n_truncated = 0
+        lengths: list[int] = []  # of both texts of a pair, each with the prompt
+        lost: list[int] = []
         for number, row in source.read(COLUMNS):
             assert isinstance(row, dict)
             texts = [parse_text(row, column, source.name, number) for column in COLUMNS]
@@ -128,11 +129,14 @@ class PairData(TextData):
             chosen, rejected = ([*answer, end][: limit + 1 - len(prompt)] for answer in answers)
             if chosen == rejected:
                 raise source.error(f", row {number}: chosen and rejected must differ within {limit} tokens")
-            n_truncated += any(len(prompt) + len(answer) > limit for answer in answers)
+            n_tokens = [len(prompt) + len(answer) for answer in answers]
+            lengths.append(sum(min(n, limit) for n in n_tokens))
+            lost.append(sum(n_tokens) - lengths[-1])
             pairs.append((prompt, chosen, rejected))
-        self._truncated_pairs[key.rpartition(".")[2]] = n_truncated
-        if n_truncated:
-            self._warn_once(truncation(n_truncated, len(pairs), limit, f"pairs of {source.name}"))
+        counts = Truncation.of(lengths, lost)
+        self._truncated_pairs[key.rpartition(".")[2]] = counts.n_truncated
+        if counts.n_truncated:
+            self._warn_once(counts.sentence(limit, f"pairs of {source.name}"))
         return pairs
 
     def use_pairs(self, split: str, pairs: Sequence[Pair]) -> PairDataset:

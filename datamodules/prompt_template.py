@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from string import Formatter
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gpt2_pl.errors import InputError, shorten
 from gpt2_pl.text.normalization import Normalizer
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from tokenizers import Encoding, Tokenizer
 
 
-def truncation(n: int, total: int, max_length: int, texts: str = "texts") -> str:
-    """Return the sentence that says how many texts are truncated.
+@dataclass(frozen=True)
+class Truncation:
+    """Counts of texts that are longer than the maximum and are truncated.
 
     Args:
-        n: number of truncated texts.
-        total: number of texts.
-        max_length: maximum number of tokens of a text.
-        texts: what the texts are called.
+        n_texts: number of texts.
+        n_truncated: number of truncated texts.
+        kept: number of tokens that are left of the truncated texts.
+        lost: number of tokens that are removed from them.
     """
-    verb = "is" if n == 1 else "are"
-    limit = f"{max_length:,} tokens (data.max_length)"
-    return f"{n:,} of {total:,} {texts} {verb} longer than {limit} and {verb} truncated"
+
+    n_texts: int = 0
+    n_truncated: int = 0
+    kept: int = 0
+    lost: int = 0
+
+    @classmethod
+    def of(cls, lengths: ArrayLike, lost: ArrayLike) -> Truncation:
+        """Count texts.
+
+        Args:
+            lengths: (N,) number of tokens of each text after truncation.
+            lost: (N,) number of tokens removed from each text; 0 for a complete text.
+        """
+        lengths, lost = np.asarray(lengths, dtype=int), np.asarray(lost, dtype=int)
+        return cls(len(lost), int((lost > 0).sum()), int(lengths[lost > 0].sum()), int(lost.sum()))
+
+    def __add__(self, other: Truncation) -> Truncation:
+        return Truncation(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def sentence(self, max_length: int, texts: str = "texts") -> str:
+        """Return the sentence that says how many texts are truncated, and how much of them is lost.
+
+        Args:
+            max_length: maximum number of tokens of a text.
+            texts: what the texts are called.
+        """
+        verb, whose = ("is", "its") if self.n_truncated == 1 else ("are", "their")
+        share = self.lost / (self.kept + self.lost)
+        amount = "less than 1 %" if share < 0.01 else f"{100 * share:.0f} %"
+        return (
+            f"{self.n_truncated:,} of {self.n_texts:,} {texts} {verb} longer than {max_length:,} tokens "
+            f"(data.max_length) and {verb} truncated: {amount} of {whose} tokens are lost"
+        )
 
 
 class Template:
@@ -83,16 +119,17 @@ class Template:
 
     def encode_or_truncate(
         self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer, max_length: int
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Return the token ids of each row's text as :meth:`encode` does, and whether they are truncated."""
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the token ids of each row's text as :meth:`encode` does, and how many tokens are removed from it."""
         ids: list[list[int]] = []
-        truncated: list[bool] = []
+        lost: list[int] = []
         for row, encoding in zip(rows, tokenizer.encode_batch([self.fill(row) for row in rows]), strict=True):
             has_tokens = self._covers_fields(row, encoding)
-            truncated.append(has_tokens and len(encoding) > max_length)
+            is_truncated = has_tokens and len(encoding) > max_length
             whole = encoding.ids if has_tokens else []
-            ids.append(self._truncate(row, tokenizer, max_length) if truncated[-1] else whole)
-        return ids, truncated
+            ids.append(self._truncate(row, tokenizer, max_length) if is_truncated else whole)
+            lost.append(len(whole) - len(ids[-1]))
+        return ids, lost
 
     def no_token(self, row: Mapping[str, str]) -> str:
         """Return the error message for a row without token ids."""

@@ -115,8 +115,8 @@ class Sonnets(PairData):
         if split == "test" and all(len(poem.lines) == self.prompt_lines for poem in poems):
             self.unscored.add(split)
         encoded = [self._encode_poem(poem, split, f"{key}: {file}") for poem in self.poems[split]]
-        truncated = [is_truncated for *_, is_truncated in encoded]
-        return TargetTokenDataset.of_rows([(ids, targets) for ids, targets, _ in encoded], truncated)
+        lost = [n for *_, n in encoded]
+        return TargetTokenDataset.of_rows([(ids, targets) for ids, targets, _ in encoded], lost)
 
     def _encode_parts(self, poem: Poem) -> tuple[list[int], list[int]]:
         """Return the tokens of the first lines of a poem, the prompt, and of the lines after them."""
@@ -125,7 +125,7 @@ class Sonnets(PairData):
         prompt, continuation = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (opening, rest))
         return prompt, continuation
 
-    def _encode_poem(self, poem: Poem, split: str, source: str) -> tuple[NDArray[Any], NDArray[Any], bool]:
+    def _encode_poem(self, poem: Poem, split: str, source: str) -> tuple[NDArray[Any], NDArray[Any], int]:
         """Encode a poem.
 
         Args:
@@ -134,7 +134,7 @@ class Sonnets(PairData):
             source: option and file of the poem, for error messages.
 
         Returns:
-            Token ids (T,), targets (T,), which are -100 where not predicted, and whether the poem is truncated.
+            Token ids (T,), targets (T,), which are -100 where not predicted, and the number of tokens removed.
 
         Raises:
             InputError: nothing of the poem can be predicted.
@@ -156,7 +156,7 @@ class Sonnets(PairData):
             if is_scored and (targets == -100).all():
                 expected = f"at least the {len(prompt)} tokens of the first {n} lines of {name}"
                 raise InputError(key="data.max_length", value=max_length, expected=expected, source=source)
-        return ids[:-1], targets, len(prompt) + len(continuation) > max_length
+        return ids[:-1], targets, max(0, len(prompt) + len(continuation) - max_length)
 
     def continuations(self, split: str, prompt_tokens: int, max_tokens: int) -> list[Continuation]:
         """Return the first lines of every poem, and the lines after them with the end of text."""

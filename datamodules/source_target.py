@@ -140,8 +140,8 @@ class SourceTargetPairs(TextData):
         pairs = self._pairs(split)
         targets = self._encode_texts([self._space + text for _, text in pairs])
         texts = [(prompts[i], target) for (i, _), target in zip(pairs, targets, strict=True)]
-        truncated = [len(prompt) + len(target) > limit for prompt, target in texts]
-        return TargetTokenDataset.of_rows([self._row(*text, limit) for text in texts], truncated)
+        lost = [max(0, len(prompt) + len(target) - limit) for prompt, target in texts]
+        return TargetTokenDataset.of_rows([self._row(*text, limit) for text in texts], lost)
 
     def _pairs(self, split: str) -> list[tuple[int, str]]:
         """Return the source and the reference of every row of tokens."""

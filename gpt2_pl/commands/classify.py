@@ -168,18 +168,20 @@ def _predicted(
     Raises:
         InputError: a row has no token, and is not to be skipped, or all rows are skipped.
     """
-    n_truncated = n_rows = 0
+    from gpt2_pl.datamodules.prompt_template import Truncation
+
+    truncation = Truncation()
     for chunk in chunks:
-        ids, n = predictor.prompt.encode([row.texts for row in chunk], predictor.tokenizer)
+        ids, counts = predictor.prompt.encode([row.texts for row in chunk], predictor.tokenizer)
         empty = next((row for row, row_ids in zip(chunk, ids, strict=True) if not row_ids), None)
         if empty is not None and not skip:
             raise InputError(predictor.prompt.no_token(empty.texts), source=f"{source.name}, row {empty.number}")
         rows = [row for row, row_ids in zip(chunk, ids, strict=True) if row_ids]
-        n_truncated, n_rows = n_truncated + n, n_rows + len(rows)
+        truncation += counts
         yield from zip(rows, predictor.predict_ids([row_ids for row_ids in ids if row_ids], batch_size), strict=True)
-    if not n_rows:
+    if not truncation.n_texts:
         raise source.error(" has no valid rows")
-    predictor.prompt.warn_of_truncation(n_truncated, n_rows)
+    predictor.prompt.warn_of_truncation(truncation)
 
 
 def _written_columns(predictor: Predictor) -> list[str]:

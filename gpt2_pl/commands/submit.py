@@ -149,8 +149,8 @@ def _predictions(predictor: Predictor, file: str, split: str, dataset: str, skip
     require("id" in source.columns, split, file, "a file with the column id")
     columns = select_columns(source, predictor.prompt.columns)
     rows = [row for row in read_rows(source, columns, skip, ["id"]) if row is not None]
-    ids, n_truncated = predictor.prompt.encode([row.texts for row in rows], predictor.tokenizer)
-    predictor.prompt.warn_of_truncation(n_truncated, len(rows))
+    ids, truncation = predictor.prompt.encode([row.texts for row in rows], predictor.tokenizer)
+    predictor.prompt.warn_of_truncation(truncation)
     known = [(row, row_ids) for row, row_ids in zip(rows, ids, strict=True) if row_ids or not skip]
     for row, row_ids in known:
         where = f"{source.name}, row {row.number}"

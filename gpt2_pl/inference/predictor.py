@@ -136,11 +136,11 @@ class Predictor:
         self.require_prediction()
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         rows = self.prompt.rows(texts)
-        ids, n_truncated = self.prompt.encode(rows, self.tokenizer)
+        ids, truncation = self.prompt.encode(rows, self.tokenizer)
         for number, (row, row_ids) in enumerate(zip(rows, ids, strict=True), start=1):
             if not row_ids:
                 raise InputError(self.prompt.no_token(row), source=f"text {number}")
-        self.prompt.warn_of_truncation(n_truncated, len(rows))
+        self.prompt.warn_of_truncation(truncation)
         return self.predict_ids(ids, batch_size)
 
     def predict_ids(self, ids: Sequence[Sequence[int]], batch_size: int) -> list[Prediction]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpt2_pl.datamodules.prompt_template import Template, truncation
+from gpt2_pl.datamodules.prompt_template import Template, Truncation
 from gpt2_pl.errors import InputError, require
 from gpt2_pl.tasks.protocols import TextPredictor
 from gpt2_pl.text.poems import Poem, split_lines
@@ -86,21 +86,22 @@ class PromptFormat:
             require(len(value) <= _MAX_CHARACTERS, where, value, _LENGTH)
         return row
 
-    def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
-        """Return the token ids of every row of texts and the number of truncated rows.
+    def encode(self, rows: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[list[list[int]], Truncation]:
+        """Return the token ids of every row of texts, and the counts of the truncated ones.
 
         A row with a text without tokens has an empty list.
         """
         assert self.template is not None
         assert self.max_length is not None
-        ids, truncated = self.template.encode_or_truncate(rows, tokenizer, self.max_length)
-        return ids, sum(truncated)
+        ids, lost = self.template.encode_or_truncate(rows, tokenizer, self.max_length)
+        read = [(len(row_ids), n) for row_ids, n in zip(ids, lost, strict=True) if row_ids]
+        return ids, Truncation.of([length for length, _ in read], [n for _, n in read])
 
-    def warn_of_truncation(self, n: int, total: int) -> None:
-        """Warn that ``n`` of ``total`` texts are truncated, if any are."""
-        if n:
+    def warn_of_truncation(self, counts: Truncation) -> None:
+        """Warn of truncated texts, if there are any."""
+        if counts.n_truncated:
             assert self.max_length is not None
-            warnings.warn(truncation(n, total, self.max_length), stacklevel=3)
+            warnings.warn(counts.sentence(self.max_length), stacklevel=3)
 
     def no_token(self, row: Mapping[str, str]) -> str:
         """Return the error message for a row of texts without token ids."""

@@ -10,11 +10,12 @@ from helpers.saved_runs import saved_run
 import gpt2_pl
 from gpt2_pl.commands import main
 from gpt2_pl.datamodules import Sonnets, SourceTargetPairs
+from gpt2_pl.datamodules.prompt_template import Truncation
 from gpt2_pl.tasks import SentimentClassifier
 from gpt2_pl.text.tokenizer import load_tokenizer
 
 LONG = "the plot is really boring " * 20
-SENTENCE = "2 of 3 {} are longer than 16 tokens (data.max_length) and are truncated"
+SENTENCE = "2 of 3 {} are longer than 16 tokens (data.max_length) and are truncated: 91 % of their tokens are lost"
 
 
 def warned(caught):
@@ -23,11 +24,26 @@ def warned(caught):
 
 def test_truncated_rows_are_counted_from_the_cache_as_well(base, tmp_path):
     file = write(tmp_path / "rows.csv", rows_of(LONG, "a film", f"{LONG} again"))
+    complete = data(base, file, max_length=512)
+    complete.setup()
     for _ in ("written", "cached"):
         module = data(base, file, max_length=16)
         module.setup()
         assert module.description()["truncated"] == {"test": 2}
-        assert module.encoded["test"].select([1, 1, 2]).truncated.tolist() == [False, False, True]
+        lost = complete.encoded["test"].lengths - module.encoded["test"].lengths
+        assert module.encoded["test"].lost.tolist() == lost.tolist()
+        assert module.encoded["test"].select([1, 1, 2]).lost.tolist() == [0, 0, lost[2]]
+
+
+def test_truncation_sentence_says_how_much_is_lost():
+    counts = Truncation.of([16, 3, 16], [4, 0, 28]) + Truncation.of([5], [0])
+    assert counts == Truncation(n_texts=4, n_truncated=2, kept=32, lost=32)
+    assert counts.sentence(16).endswith("are truncated: 50 % of their tokens are lost")
+    one = Truncation.of([1000], [1])
+    assert one.sentence(1000, "poems") == (
+        "1 of 1 poems is longer than 1,000 tokens (data.max_length) and is truncated: "
+        "less than 1 % of its tokens are lost"
+    )
 
 
 def test_truncated_rows_counts_the_row_that_just_fits_as_whole(base, tmp_path):

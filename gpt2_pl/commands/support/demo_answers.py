@@ -328,8 +328,8 @@ def _without(part: PartEffect, is_number: bool) -> str:
 
 def _is_cut(model: Predictor, texts: Sequence[str]) -> int:
     """Return the number of tokens that the model reads if it does not read the text to its end, or 0."""
-    _, n_truncated = model.prompt.encode(model.prompt.rows([list(texts)]), model.tokenizer)
-    return model.prompt.max_length or 0 if n_truncated else 0
+    _, truncation = model.prompt.encode(model.prompt.rows([list(texts)]), model.tokenizer)
+    return model.prompt.max_length or 0 if truncation.n_truncated else 0
 
 
 def _generated(model: Predictor, texts: Sequence[str], text: str, is_running: bool) -> str:

@@ -23,9 +23,11 @@ def main(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
     out_help = f"the archive, with the extension {SUFFIX}; it must not exist"
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=out_help)
+    rows_help = "leave out the validation rows of trials and of runs with test rows; intervals of test scores stay"
+    parser.add_argument("--without_validation_rows", action="store_true", help=rows_help)
     options = parser.parse_args(args)
     require(options.out.name.endswith(SUFFIX), "out", str(options.out), f"a file with the extension {SUFFIX}")
     require_absent(options.out)
-    num_runs = write_archive(options.runs, options.out)
+    num_runs = write_archive(options.runs, options.out, not options.without_validation_rows)
     runs = f"{num_runs} run{'s' * (num_runs > 1)}"
     print(printable(f"{options.out}: {runs}, {options.out.stat().st_size / 1000:,.0f} kB"))

@@ -27,7 +27,7 @@ _PREPARATIONS = (".search", ".pretrain")  # endings of the folders that a sweep 
 _MAX_BYTES, _MAX_FILES = 2**31, 200_000  # of an unpacked archive
 
 
-def write_archive(folders: Iterable[Path], file: Path) -> int:
+def write_archive(folders: Iterable[Path], file: Path, validation_rows: bool = True) -> int:
     """Archive the records of ended runs; equal records of equal times give an equal file.
 
     The searches and the pretraining runs of a sweep are archived with it.
@@ -35,6 +35,8 @@ def write_archive(folders: Iterable[Path], file: Path) -> int:
     Args:
         folders: run folders, or folders that contain some.
         file: path of the archive.
+        validation_rows: whether to include the validation rows of trials, and of runs with test rows. Intervals of
+            test scores do not need them; without them, those of validation scores are over seeds alone.
 
     Returns:
         The number of runs.
@@ -50,7 +52,7 @@ def write_archive(folders: Iterable[Path], file: Path) -> int:
             expected = "a folder with runs that have ended"
             raise InputError(f"RUN must be {expected}, got {folder}", key="RUN", value=folder, expected=expected)
         num_runs += len(runs)
-        for path in sorted({path for run in runs for path in _files(run)}):
+        for path in sorted({path for run in runs for path in _files(run, validation_rows)}):
             name = path.relative_to(folder.parent).as_posix()
             if members.setdefault(name, path).resolve() != path.resolve():
                 raise InputError(f"RUN: two folders have a file {name}", key="RUN", value=folder)
@@ -152,12 +154,16 @@ def _status(run: Path) -> object:
     return record.get("status") if isinstance(record, dict) else None
 
 
-def _files(run: Path) -> Iterator[Path]:
+def _files(run: Path, validation_rows: bool) -> Iterator[Path]:
     """Return the records and tables of a run, and the files of the search that it is a trial of."""
     yield from (path for name in _RECORDS if (path := run / name).is_file())
-    for pattern in _TABLES:
-        yield from run.glob(pattern)
-    if run.name.startswith("trial_"):
+    tables = [path for pattern in _TABLES for path in run.glob(pattern)]
+    is_trial = run.name.startswith("trial_")
+    if validation_rows or not (is_trial or any(path.stem.endswith("_test") for path in tables)):
+        yield from tables
+    else:
+        yield from (path for path in tables if path.parent == run and not path.stem.endswith("_val"))
+    if is_trial:
         search = run.parent
         beside = (search.with_name(f"{search.name}{suffix}") for suffix in (".json", ".journal"))
         yield from (path for path in beside if path.is_file())

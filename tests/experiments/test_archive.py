@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shutil
 import subprocess
 import tarfile
@@ -73,6 +74,26 @@ def test_write_archive_twice_gives_equal_files_and_tar_unpacks_the_records(swept
     assert {swept / name for name in kept} == {path for path in originals if path.suffix != ".ckpt"}
     assert all((tmp_path / "out" / name).read_bytes() == (swept / name).read_bytes() for name in kept)
     assert all(int((tmp_path / "out" / name).stat().st_mtime) == int((swept / name).stat().st_mtime) for name in kept)
+
+
+def test_archive_without_validation_rows_compares_test_scores_alike(swept, capsys):
+    for folder in (swept / "s").glob("quora/*/seed_*"):
+        shutil.copy(folder / "predictions_val.csv", folder / "predictions_test.csv")
+        record = json.loads((folder / "metrics.json").read_text())
+        record["scores"]["test/accuracy"] = record["scores"]["val/accuracy"]
+        (folder / "metrics.json").write_text(json.dumps(record))
+    validated = fake_run(swept / "s/quora/alone/seed_1", "alone", 1, np.ones(100, bool))
+    of_folder = printed(capsys, *(swept / "s/quora" / strategy for strategy in ("full", "lora")))
+    main(["archive", str(swept / "s"), "--out", str(swept / "small.tar.xz"), "--without_validation_rows"])
+    capsys.readouterr()
+    with tarfile.open(swept / "small.tar.xz") as file:
+        names = [name for name in file.getnames() if name.endswith("_val.csv")]
+    assert names == [f"{(validated / 'predictions_val.csv').relative_to(swept)}"]
+    shutil.rmtree(swept / "s/quora/alone")
+    main(["archive", str(swept / "s"), "--out", str(swept / "both.tar.xz"), "--without_validation_rows"])
+    capsys.readouterr()
+    note = "note: 2 search trials are left out, because they prepare other runs"
+    assert printed(capsys, swept / "both.tar.xz").replace(note, "").split() == of_folder.split()
 
 
 def test_write_archive_unfinished_run_is_left_out(tmp_path):

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt2_pl.tasks.base import Task
 from gpt2_pl.utils.machine import peak_process_memory
+from gpt2_pl.utils.trainer import log_every_n_steps
 
 H200_FLOPS = 9.89e14  # dense bfloat16, of the data sheet; Lightning does not know the name "NVIDIA H200"
 
@@ -115,7 +116,7 @@ class Throughput(Callback):
         self.training_seconds += time.perf_counter() - self._batch_start
         self.examples += int(batch.get("global_rows", len(batch["input_ids"])))
         self.tokens += int(batch.get("global_tokens") or int(batch["attention_mask"].sum()) * trainer.world_size)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_every_n_steps(trainer)
         if (batch_idx + 1) % every == 0 and trainer.loggers:
             tokens, seconds = self.tokens - self._counted[0], self.training_seconds - self._counted[1]
             flops = self._count_flops(pl_module)

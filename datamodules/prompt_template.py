@@ -48,7 +48,7 @@ class Truncation:
         return Truncation(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def sentence(self, max_length: int, texts: str = "texts") -> str:
-        """Return the sentence that says how many texts are truncated, and how much of them is lost.
+        """Return the sentence that says how many texts are truncated, at least one, and how much of them is lost.
 
         Args:
             max_length: maximum number of tokens of a text.

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -39,6 +40,20 @@ def test_forked_run_script_equals_subprocess(tmp_path):
                                  capture_output=True, check=False)  # fmt: skip
         assert (forked.returncode, forked.stdout) == (started.returncode, started.stdout), how
         assert forked.stderr.splitlines()[-1:] == started.stderr.splitlines()[-1:], how
+
+
+def test_forked_process_that_ends_before_its_id_is_read_has_its_status(tmp_path, monkeypatch):
+    file = tmp_path / "script.py"
+    file.write_text("import os; os._exit(7)")
+    run([file], cwd=tmp_path)  # starts the server
+    line = Forked._line
+
+    def late(self, timeout):
+        time.sleep(0.5)
+        return line(self, timeout)
+
+    monkeypatch.setattr(Forked, "_line", late)
+    assert run([file], cwd=tmp_path).returncode == 7
 
 
 def test_forked_process_terminates_on_signals_as_session_leader(tmp_path):

@@ -23,7 +23,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders, or folders that contain some")
     out_help = f"the archive, with the extension {SUFFIX}; it must not exist"
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=out_help)
-    rows_help = "leave out the validation rows of trials and of runs with test rows; intervals of test scores stay"
+    rows_help = "leave out the validation rows of trials and of runs with test rows; test scores keep their intervals"
     parser.add_argument("--without_validation_rows", action="store_true", help=rows_help)
     options = parser.parse_args(args)
     require(options.out.name.endswith(SUFFIX), "out", str(options.out), f"a file with the extension {SUFFIX}")

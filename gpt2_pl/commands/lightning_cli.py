@@ -50,7 +50,7 @@ from gpt2_pl.commands.support.closing import (
 )
 from gpt2_pl.commands.support.config_merge import CommandLine, as_list, check_order, validate_strategy_combination
 from gpt2_pl.commands.support.failures import explain_instantiation, explain_run_failure
-from gpt2_pl.commands.support.lightning_parser import Parser, load_dump
+from gpt2_pl.commands.support.lightning_parser import Parser
 from gpt2_pl.commands.support.messages import explain
 from gpt2_pl.commands.support.process import LAUNCHER, interrupts, rank
 from gpt2_pl.commands.support.resuming import check_same_settings, run_to_resume, with_hyperparameters
@@ -71,6 +71,7 @@ from gpt2_pl.filesystem import require_writable
 from gpt2_pl.tasks import Task
 from gpt2_pl.utils.registry import class_path
 from gpt2_pl.utils.trainer import callbacks_of
+from gpt2_pl.utils.yaml_json import load_yaml
 
 
 @dataclass
@@ -321,7 +322,8 @@ class GPT2CLI(LightningCLI):
 
     def _plain_settings(self, skip_none: bool) -> dict[str, Any]:
         """Return the configuration of the run as plain values."""
-        return load_dump(self.parser.dump(self.config, skip_none=skip_none, skip_validation=True))[self.subcommand]
+        dump = self.parser.dump(self.config, skip_none=skip_none, skip_validation=True)
+        return load_yaml(dump, "the configuration")[self.subcommand]
 
     # Running
 

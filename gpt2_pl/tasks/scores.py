@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from gpt2_pl.metrics import RowOutputs
+from gpt2_pl.utils.trainer import log_every_n_steps
 
 
 class ScoredModule(LightningModule):
@@ -46,7 +47,7 @@ class ScoredModule(LightningModule):
             loss: mean loss of a batch, a scalar.
         """
         self.last_loss = loss.detach()
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_every_n_steps(self.trainer)
         if every and (self.global_step + 1) % every == 0:
             self.log("train/loss_step", self.last_loss, on_step=True, on_epoch=False, batch_size=1)
 

@@ -14,12 +14,12 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from gpt2_pl.callbacks import RunSummary
 from gpt2_pl.callbacks.run_folder import RunFolder, run_folder
-from gpt2_pl.commands.support.lightning_parser import load_dump
 from gpt2_pl.commands.support.process import interrupts
 from gpt2_pl.commands.support.training_checks import FINDERS
 from gpt2_pl.errors import InputError
 from gpt2_pl.filesystem import atomic_write
 from gpt2_pl.utils.trainer import find_callbacks
+from gpt2_pl.utils.yaml_json import load_yaml
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
@@ -77,7 +77,7 @@ class SaveRunConfig(SaveConfigCallback):
             if any(find_callbacks(trainer, finder) for finder in FINDERS):
                 _set_found_values(self.config, trainer, pl_module)
                 for summary in find_callbacks(trainer, RunSummary):
-                    summary.settings = load_dump(self.parser.dump(self.config, skip_none=True))
+                    summary.settings = load_yaml(self.parser.dump(self.config, skip_none=True), "the configuration")
         folder = run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
